@@ -1,0 +1,1 @@
+"""The drafters. One module per family; `registry` names them."""

@@ -1,0 +1,105 @@
+"""What every drafter is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specdec.errors import FailedPreconditionError
+from specdec.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterInfo:
+    """How peers know a drafter; see specdec.v1.DrafterInfo."""
+
+    name: str
+    family: str
+    max_num_draft_tokens: int
+    default_num_draft_tokens: int
+    model_id: str = ""
+    vocabulary_fingerprint: str = ""
+    vocab_size: int = 0
+    max_length: int = 0
+    dtype: str = ""
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDraft:
+    """What a draft session is opened with; see specdec.v1.DraftOpen."""
+
+    committed_token_ids: tuple[int, ...]
+    prompt_length: int
+    max_length: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+class DraftSession:
+    """One generation as a drafter sees it: the committed tokens. Families add what they keep of it."""
+
+    def __init__(self, request: OpenDraft) -> None:
+        self.token_ids = list(request.committed_token_ids)
+        self.prompt_length = request.prompt_length
+        self.max_length = request.max_length
+        self.sampling = request.sampling
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Committed tokens a pass has yet to read before a draft can be quick."""
+        return 0
+
+    def commit(self, committed_token_ids: Sequence[int], committed_length: int) -> None:
+        """Append what the target committed since the last round.
+
+        Raises:
+            FailedPreconditionError: a round was missed; nothing changes.
+        """
+        expected = len(self.token_ids) + len(committed_token_ids)
+        if committed_length != expected:
+            raise FailedPreconditionError(
+                f"committed_length is {committed_length}, with this round's tokens it is {expected}.",
+                reason="STALE_BASE",
+            )
+        self.token_ids.extend(committed_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftItem:
+    """One session's work in an engine step: draft up to K tokens, or (K = 0) read a chunk of the prompt."""
+
+    drafter: Drafter
+    session: DraftSession
+    num_draft_tokens: int
+    num_tokens: int
+    """Tokens it adds to the first pass of the step."""
+
+    @property
+    def is_urgent(self) -> bool:
+        """A draft goes before a prefill chunk."""
+        return self.num_draft_tokens > 0
+
+
+class Drafter(ABC):
+    """Proposes tokens for many sessions.
+
+    `open` and `close` run on the event loop, `propose` on the engine thread.
+    """
+
+    info: DrafterInfo
+
+    def open(self, request: OpenDraft) -> DraftSession:
+        """Start a session and reserve its memory.
+
+        Raises:
+            SpecdecError: the drafter has no room, or cannot follow this generation.
+        """
+        return DraftSession(request)
+
+    def close(self, session: DraftSession) -> None:  # noqa: B027 - most drafters reserve nothing
+        """Free what `open` reserved."""
+
+    @abstractmethod
+    def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
+        """At most `num_draft_tokens` tokens per item; none: no guess."""

@@ -1,0 +1,75 @@
+"""Prompt lookup: what followed the last occurrence of the last few tokens. Needs no model.
+
+Sources: Saxena 2023, "Prompt Lookup Decoding"; n-gram speculation as in vLLM and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+
+DEFAULT_NUM_DRAFT_TOKENS = 8
+
+
+class NgramSession(DraftSession):
+    """Committed tokens and, per n-gram in them, the position after its last occurrence."""
+
+    def __init__(self, request: OpenDraft, sizes: range) -> None:
+        super().__init__(request)
+        self._sizes = sizes
+        self._next_position: dict[tuple[int, ...], int] = {}
+        self._num_indexed = 0
+
+    def propose(self, num_draft_tokens: int) -> list[int]:
+        """The continuation of the longest n-gram that occurred before."""
+        self._index()
+        for size in reversed(self._sizes):
+            if size > len(self.token_ids):
+                continue
+            start = self._next_position.get(tuple(self.token_ids[-size:]))
+            if start is not None:
+                return self._continuation(start, num_draft_tokens)
+        return []
+
+    def _index(self) -> None:
+        # An n-gram is entered once a token follows it, so the current suffix never finds itself.
+        for position in range(self._num_indexed, len(self.token_ids)):
+            for size in self._sizes:
+                if size <= position:
+                    self._next_position[tuple(self.token_ids[position - size : position])] = position
+        self._num_indexed = len(self.token_ids)
+
+    def _continuation(self, start: int, num_draft_tokens: int) -> list[int]:
+        """Tokens from `start` on; a match close to the end repeats its period."""
+        draft = self.token_ids[start : start + num_draft_tokens]
+        period = len(draft)
+        while len(draft) < num_draft_tokens:
+            draft.append(draft[len(draft) - period])
+        return draft
+
+
+class NgramDrafter(Drafter):
+    """Drafts by looking up n-grams of `min_size` to `max_size` tokens, longest first."""
+
+    def __init__(self, name: str, *, min_size: int, max_size: int, max_num_draft_tokens: int) -> None:
+        self._sizes = range(min_size, max_size + 1)
+        self.info = DrafterInfo(
+            name=name,
+            family="ngram",
+            max_num_draft_tokens=max_num_draft_tokens,
+            default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
+        )
+
+    def open(self, request: OpenDraft) -> NgramSession:
+        """A session with an empty index; the first round fills it."""
+        return NgramSession(request, self._sizes)
+
+    def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
+        """One lookup per item."""
+        return [_session(item).propose(item.num_draft_tokens) for item in items]
+
+
+def _session(item: DraftItem) -> NgramSession:
+    assert isinstance(item.session, NgramSession)
+    return item.session

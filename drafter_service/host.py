@@ -1,0 +1,109 @@
+"""The drafter service without its wire: sessions over the loaded drafters and one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import groupby
+
+from drafter_service.config import DrafterConfig
+from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
+from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from specdec.runtime.engine import Engine, EngineResult
+
+
+class DrafterHost:
+    """Opens draft sessions and runs their rounds. Used from one event loop."""
+
+    def __init__(self, drafters: Mapping[str, Drafter], config: DrafterConfig) -> None:
+        self.drafters = drafters
+        self.config = config
+        self.num_sessions = 0
+        self._engine: Engine[DraftItem, list[int]] = Engine(
+            _step, max_batch_tokens=config.max_batch_tokens, name="drafter-engine"
+        )
+
+    def close(self) -> None:
+        """Stop the engine thread."""
+        self._engine.close()
+
+    def drafter(self, name: str) -> Drafter:
+        """A loaded drafter.
+
+        Raises:
+            NotFoundError: none of that name.
+        """
+        if name not in self.drafters:
+            raise NotFoundError(
+                f"No drafter {name!r} here; loaded are {', '.join(self.drafters)}.", reason="UNKNOWN_DRAFTER"
+            )
+        return self.drafters[name]
+
+    @asynccontextmanager
+    async def open(self, drafter: Drafter, request: OpenDraft) -> AsyncIterator[DraftSession]:
+        """A session; freed on leaving the block.
+
+        Raises:
+            InvalidArgumentError: a value of the request is out of range.
+            ResourceExhaustedError: no session slot or memory is free.
+        """
+        num_committed = len(request.committed_token_ids)
+        if not num_committed:
+            raise InvalidArgumentError(
+                "A draft needs at least one committed token.", field="committed_token_ids"
+            )
+        if request.max_length < num_committed or not 0 < request.prompt_length <= num_committed:
+            raise InvalidArgumentError(
+                f"max_length ({request.max_length}) must be at least, and prompt_length "
+                f"({request.prompt_length}) at most, the {num_committed} committed tokens.",
+                field="max_length",
+            )
+        request.sampling.validate()
+        if self.num_sessions >= self.config.max_sessions:
+            raise ResourceExhaustedError(
+                f"All {self.config.max_sessions} session slots are taken.",
+                reason="NO_SESSION_SLOT",
+                retry_after_s=1.0,
+            )
+        session = drafter.open(request)
+        self.num_sessions += 1
+        try:
+            yield session
+        finally:
+            self.num_sessions -= 1
+            drafter.close(session)
+
+    async def prefill(self, drafter: Drafter, session: DraftSession) -> None:
+        """Read the prompt chunk by chunk, so that other sessions' drafts go between."""
+        while session.num_prefill_tokens:
+            num_tokens = min(session.num_prefill_tokens, self.config.prefill_chunk_tokens)
+            await self._engine.submit(DraftItem(drafter, session, 0, num_tokens))
+
+    async def propose(
+        self, drafter: Drafter, session: DraftSession, num_draft_tokens: int
+    ) -> EngineResult[list[int]]:
+        """Draft up to `num_draft_tokens` tokens after the committed ones.
+
+        Raises:
+            InvalidArgumentError: K out of range.
+        """
+        if not 1 <= num_draft_tokens <= drafter.info.max_num_draft_tokens:
+            raise InvalidArgumentError(
+                f"num_draft_tokens is {num_draft_tokens}; {drafter.info.name} drafts 1 to "
+                f"{drafter.info.max_num_draft_tokens} tokens a round.",
+                field="num_draft_tokens",
+            )
+        num_tokens = session.num_prefill_tokens + 1
+        return await self._engine.submit(DraftItem(drafter, session, num_draft_tokens, num_tokens))
+
+
+def _step(items: Sequence[DraftItem]) -> list[list[int]]:
+    """Each drafter proposes for its own items, all of them at once."""
+    drafts: dict[int, list[int]] = {}
+    order = sorted(range(len(items)), key=lambda index: id(items[index].drafter))
+    for _, group in groupby(order, key=lambda index: id(items[index].drafter)):
+        indices = list(group)
+        drafter = items[indices[0]].drafter
+        for index, draft in zip(indices, drafter.propose([items[i] for i in indices]), strict=True):
+            drafts[index] = draft
+    return [drafts[index] for index in range(len(items))]

@@ -1,0 +1,104 @@
+"""Drafter families by name: where a new one is entered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from drafter_service.config import DrafterConfig
+from drafter_service.drafters.base import Drafter
+from specdec.errors import InvalidArgumentError
+
+_SPEC = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<family>[\w-]+)(?::(?P<model>.+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSpec:
+    """A drafter as the command line asks for it."""
+
+    name: str
+    family: str
+    model: str
+
+    @classmethod
+    def parse(cls, text: str) -> DrafterSpec:
+        """Read [NAME=]FAMILY[:MODEL].
+
+        Raises:
+            InvalidArgumentError: it is not of that form, or the name is one with a meaning of its own.
+        """
+        match = _SPEC.fullmatch(text)
+        if not match:
+            raise InvalidArgumentError(
+                f"--drafter {text!r} is not of the form [NAME=]FAMILY[:MODEL].", field="drafter"
+            )
+        name = match["name"] or match["family"]
+        if name in ("none", "auto"):
+            raise InvalidArgumentError(f"A drafter cannot be named {name!r}; choose another name.")
+        return cls(name, match["family"], match["model"] or "")
+
+
+DrafterFactory = Callable[[DrafterSpec, DrafterConfig], Drafter]
+
+
+def _make_ngram(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.ngram import NgramDrafter
+
+    if spec.model:
+        raise InvalidArgumentError("The ngram drafter has no model; write --drafter ngram.", field="drafter")
+    return NgramDrafter(
+        spec.name,
+        min_size=config.ngram_min,
+        max_size=config.ngram_max,
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
+def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    # Imported here: a process with the ngram drafter alone starts without torch.
+    from drafter_service.drafters.causal_lm import CausalLmDrafter
+    from specdec.runtime.loading import load_causal_lm
+
+    if not spec.model:
+        raise InvalidArgumentError(
+            "The causal-lm drafter needs a model; write --drafter causal-lm:FOLDER-OR-HUB-ID.",
+            field="drafter",
+        )
+    return CausalLmDrafter(
+        spec.name,
+        load_causal_lm(spec.model, dtype=config.dtype, device=config.device),
+        kv_budget_bytes=int(config.kv_cache_mib * 2**20),
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
+FAMILIES: Mapping[str, DrafterFactory] = {"ngram": _make_ngram, "causal-lm": _make_causal_lm}
+
+
+def load_drafters(
+    config: DrafterConfig, families: Mapping[str, DrafterFactory] = FAMILIES
+) -> dict[str, Drafter]:
+    """Load every drafter of a configuration, by name.
+
+    Raises:
+        InvalidArgumentError: an unknown family or a name used twice.
+        SpecdecError: a model cannot be loaded.
+    """
+    specs = [DrafterSpec.parse(text) for text in config.drafter]
+    _check(specs, families)
+    return {spec.name: families[spec.family](spec, config) for spec in specs}
+
+
+def _check(specs: Sequence[DrafterSpec], families: Mapping[str, DrafterFactory]) -> None:
+    names = [spec.name for spec in specs]
+    for spec in specs:
+        if spec.family not in families:
+            raise InvalidArgumentError(
+                f"Unknown drafter family {spec.family!r}; there are {', '.join(families)}.", field="drafter"
+            )
+        if names.count(spec.name) > 1:
+            raise InvalidArgumentError(
+                f"Two drafters are named {spec.name!r}; name one with --drafter NAME={spec.family}:MODEL.",
+                field="drafter",
+            )

@@ -1,0 +1,150 @@
+"""The drafter service's gRPC edge: parse, call, answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+from opentelemetry.trace import SpanKind
+
+from drafter_service.drafters.base import Drafter, DrafterInfo, DraftSession, OpenDraft
+from drafter_service.host import DrafterHost
+from specdec import PROTOCOL_VERSION
+from specdec.errors import FailedPreconditionError, UnavailableError
+from specdec.handshake import check_handshake, make_handshake
+from specdec.runtime.engine import EngineResult
+from specdec.sampling import SamplingParams
+from specdec.telemetry import Telemetry, context_of, record_span
+from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
+
+SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
+
+DraftContext = grpc.aio.ServicerContext[drafter_pb2.DraftRequest, drafter_pb2.DraftResponse]
+
+
+class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
+    """Serves drafters once they are loaded."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.host: DrafterHost | None = None
+        self._tracer = telemetry.tracer
+        self._rounds = telemetry.meter.create_counter(
+            "specdec.drafter.rounds", unit="{round}", description="Drafts answered"
+        )
+
+    def _loaded(self) -> DrafterHost:
+        if self.host is None:
+            raise UnavailableError("The drafters are still loading; try again shortly.", retry_after_s=2)
+        return self.host
+
+    async def Draft(  # noqa: N802
+        self, requests: AsyncIterator[drafter_pb2.DraftRequest], context: DraftContext
+    ) -> None:
+        """One session: an open, then rounds."""
+        host = self._loaded()
+        request = await anext(requests, None)
+        if request is None:
+            return
+        if request.WhichOneof("message") != "open":
+            raise FailedPreconditionError(
+                "The first message of a Draft stream must be an open.", reason="ROUND_BEFORE_OPEN"
+            )
+        arrived_ns = time.monotonic_ns()
+        drafter = host.drafter(request.open.drafter)
+        # The handshake names the target; an independent draft model has another id and the same vocabulary.
+        check_handshake(
+            request.open.handshake,
+            model_id="",
+            vocabulary_fingerprint=drafter.info.vocabulary_fingerprint,
+        )
+        async with host.open(drafter, _open_draft(request.open)) as session:
+            await host.prefill(drafter, session)
+            opened = drafter_pb2.DraftOpened(
+                handshake=make_handshake(drafter.info.model_id, drafter.info.vocabulary_fingerprint),
+                timings=common_pb2.PhaseTimings(total_ns=time.monotonic_ns() - arrived_ns),
+            )
+            await context.write(drafter_pb2.DraftResponse(opened=opened))
+            async for request in requests:
+                result = await self._round(host, drafter, session, request)
+                await context.write(drafter_pb2.DraftResponse(result=result))
+
+    async def _round(
+        self, host: DrafterHost, drafter: Drafter, session: DraftSession, request: drafter_pb2.DraftRequest
+    ) -> drafter_pb2.DraftResult:
+        arrived_ns = time.monotonic_ns()
+        if request.WhichOneof("message") != "round":
+            raise FailedPreconditionError(
+                "A Draft stream is opened once; send rounds, or start another stream.", reason="SECOND_OPEN"
+            )
+        message = request.round
+        session.commit(message.committed_token_ids, message.committed_length)
+        drafted = await host.propose(drafter, session, message.num_draft_tokens)
+        self._rounds.add(1, {"method": drafter.info.name})
+        total_ns = time.monotonic_ns() - arrived_ns
+        record_span(
+            self._tracer,
+            "specdec.draft",
+            context_of(request.traceparent),
+            duration_ns=total_ns,
+            kind=SpanKind.SERVER,
+            attributes={
+                "specdec.method": drafter.info.name,
+                "specdec.num_draft_tokens": len(drafted.value),
+                "specdec.queue_ns": drafted.queue_ns,
+                "specdec.compute_ns": drafted.compute_ns,
+                "specdec.batch_size": drafted.batch_size,
+            },
+        )
+        return drafter_pb2.DraftResult(draft_token_ids=drafted.value, timings=_timings(drafted, total_ns))
+
+    async def GetInfo(  # noqa: N802
+        self,
+        request: drafter_pb2.DrafterServiceGetInfoRequest,
+        context: grpc.aio.ServicerContext[
+            drafter_pb2.DrafterServiceGetInfoRequest, drafter_pb2.DrafterServiceGetInfoResponse
+        ],
+    ) -> drafter_pb2.DrafterServiceGetInfoResponse:
+        """The drafters and the load."""
+        host = self._loaded()
+        return drafter_pb2.DrafterServiceGetInfoResponse(
+            protocol_version=PROTOCOL_VERSION,
+            drafters=[_info(drafter.info) for drafter in host.drafters.values()],
+            max_sessions=host.config.max_sessions,
+            num_sessions=host.num_sessions,
+        )
+
+
+def _open_draft(message: drafter_pb2.DraftOpen) -> OpenDraft:
+    return OpenDraft(
+        committed_token_ids=tuple(message.committed_token_ids),
+        prompt_length=message.prompt_length or len(message.committed_token_ids),
+        max_length=message.max_length,
+        sampling=SamplingParams.from_proto(message.sampling),
+    )
+
+
+def _timings(drafted: EngineResult[list[int]], total_ns: int) -> common_pb2.PhaseTimings:
+    return common_pb2.PhaseTimings(
+        total_ns=total_ns,
+        queue_ns=drafted.queue_ns,
+        compute_ns=drafted.compute_ns,
+        batch_size=drafted.batch_size,
+    )
+
+
+def _info(info: DrafterInfo) -> drafter_pb2.DrafterInfo:
+    return drafter_pb2.DrafterInfo(
+        name=info.name,
+        family=info.family,
+        model=common_pb2.ModelInfo(
+            model_id=info.model_id,
+            vocabulary_fingerprint=info.vocabulary_fingerprint,
+            vocab_size=info.vocab_size,
+            max_length=info.max_length,
+            dtype=info.dtype,
+            device=info.device,
+        ),
+        max_num_draft_tokens=info.max_num_draft_tokens,
+        default_num_draft_tokens=info.default_num_draft_tokens,
+    )

@@ -1,0 +1,1 @@
+"""The gateway: tokenises, runs the draft-verify loop, streams text. Imports no torch."""

@@ -1,0 +1,59 @@
+"""Configuration of the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specdec.channel import parse_uris
+from specdec.config import require_not_negative, require_positive
+from specdec.runtime.embedded import DEFAULT_MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Which services a gateway uses and how."""
+
+    listen: str = "127.0.0.1:50050"
+    """Address to serve on: host:port or unix:/path."""
+    verifier: str = "127.0.0.1:50051"
+    """Verifier replicas: gRPC URIs (host:port, dns:///name:port, unix:/path), separated by commas."""
+    drafter: str = "127.0.0.1:50052"
+    """Drafter replicas, likewise; empty: no drafters."""
+    tokenizer: str = DEFAULT_MODEL
+    """Whose tokenizer and chat template to use: "default", the target's folder, or its hub id."""
+    default_method: str = "ngram"
+    """Drafter of requests that name none; "none" for plain decoding."""
+    default_max_new_tokens: int = 256
+    """Most tokens to emit when a request does not say."""
+    max_requests: int = 256
+    """Most requests at a time."""
+    draft_timeout_s: float = 2.0
+    """How long a round waits for its draft, seconds; a later draft counts as lost."""
+    drafter_wait_s: float = 5.0
+    """How long a starting gateway waits for a drafter before it serves without, seconds."""
+    drain_grace_s: float = 30.0
+    """How long running requests may go on after SIGTERM, seconds."""
+    log_level: str = "info"
+    """Least severe log level written."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "default_max_new_tokens",
+            "max_requests",
+            "draft_timeout_s",
+        )
+        require_not_negative(self, "drain_grace_s", "drafter_wait_s")
+        parse_uris(self.verifier)
+        if self.drafter:
+            parse_uris(self.drafter)
+
+    @property
+    def verifier_uris(self) -> tuple[str, ...]:
+        """Verifier addresses."""
+        return parse_uris(self.verifier)
+
+    @property
+    def drafter_uris(self) -> tuple[str, ...]:
+        """Drafter addresses, none if there are no drafters."""
+        return parse_uris(self.drafter) if self.drafter else ()

@@ -1,0 +1,157 @@
+"""A drafter that may be late, lost or wrong, seen by a loop that must not care."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from gateway.decode import Draft
+from specdec.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    SpecdecError,
+    UnimplementedError,
+)
+
+logger = logging.getLogger(__name__)
+
+_FIRST_RETRY_S = 1.0
+_LAST_RETRY_S = 30.0
+_PERMANENT = (FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError)
+"""Errors another try would meet again."""
+
+
+class DrafterSession(Protocol):
+    """One generation on one drafter."""
+
+    async def propose(
+        self,
+        new_token_ids: Sequence[int],
+        committed_length: int,
+        num_draft_tokens: int,
+        traceparent: str,
+    ) -> Draft:
+        """Guess what follows, after `new_token_ids` were committed since the last call."""
+
+    async def close(self) -> None:
+        """End the session."""
+
+
+Connect = Callable[[Sequence[int]], Awaitable[DrafterSession]]
+"""Open a session whose committed tokens are the argument, on a healthy drafter."""
+
+
+class NoDrafts:
+    """The draft source of plain decoding."""
+
+    async def propose(
+        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+    ) -> Draft:
+        """No guess."""
+        return Draft()
+
+
+class DraftLink:
+    """Keeps a request supplied with a drafter as long as one is healthy.
+
+    Opening runs beside the target's prefill. What goes wrong - no drafter, an error, a draft later than
+    `timeout_s`, token ids the target does not have - costs the round its draft and is tried again, elsewhere
+    perhaps, after a growing pause. Use as `async with`.
+    """
+
+    def __init__(
+        self, connect: Connect, prompt_token_ids: Sequence[int], *, vocab_size: int, timeout_s: float
+    ) -> None:
+        self._connect = connect
+        self._prompt = list(prompt_token_ids)
+        self._vocab_size = vocab_size
+        self._timeout_s = timeout_s
+        self._session: DrafterSession | None = None
+        self._opening: asyncio.Task[DrafterSession] | None = None
+        self._num_sent = 0
+        self._retry_s = _FIRST_RETRY_S
+        self._retry_at = 0.0
+        self._reason = ""
+
+    async def __aenter__(self) -> DraftLink:
+        self._open(self._prompt)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._opening:
+            self._opening.cancel()
+            with suppress(asyncio.CancelledError, SpecdecError):
+                self._session = await self._opening
+        if self._session:
+            await self._session.close()
+
+    async def propose(
+        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+    ) -> Draft:
+        """A draft, or an empty one that says why."""
+        started_ns = time.monotonic_ns()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                draft = await self._propose(committed_token_ids, num_draft_tokens, traceparent)
+        except TimeoutError:
+            await self._lose(f"no draft within {self._timeout_s:g} s")
+        except SpecdecError as error:
+            await self._lose(error.message, permanent=isinstance(error, _PERMANENT))
+        else:
+            if draft:
+                self._retry_s = _FIRST_RETRY_S
+                return draft
+        return Draft(elapsed_ns=time.monotonic_ns() - started_ns, fallback_reason=self._reason)
+
+    async def _propose(
+        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+    ) -> Draft | None:
+        """A draft; None while there is no drafter to ask."""
+        session = await self._ready_session(committed_token_ids)
+        if session is None:
+            return None
+        new = committed_token_ids[self._num_sent :]
+        self._num_sent = len(committed_token_ids)
+        draft = await session.propose(new, len(committed_token_ids), num_draft_tokens, traceparent)
+        self._check(draft, num_draft_tokens)
+        return draft
+
+    async def _ready_session(self, committed_token_ids: Sequence[int]) -> DrafterSession | None:
+        if self._session is None and self._opening is None:
+            if time.monotonic() < self._retry_at:
+                return None
+            self._open(committed_token_ids)
+        if self._opening:
+            # A slow opening must outlive the round that waits for it.
+            opening = asyncio.shield(self._opening)
+            self._session, self._opening = await opening, None
+        return self._session
+
+    def _open(self, committed_token_ids: Sequence[int]) -> None:
+        self._num_sent = len(committed_token_ids)
+        self._opening = asyncio.ensure_future(self._connect(list(committed_token_ids)))
+
+    def _check(self, draft: Draft, num_draft_tokens: int) -> None:
+        """Refuse what the verifier would refuse: a drafter may waste time, never fail a request."""
+        if len(draft.token_ids) > num_draft_tokens:
+            raise InvalidArgumentError(f"the drafter sent more than {num_draft_tokens} tokens")
+        if draft.token_ids and max(draft.token_ids) >= self._vocab_size:
+            raise InvalidArgumentError("the drafter sent a token the target does not have")
+
+    async def _lose(self, reason: str, *, permanent: bool = False) -> None:
+        if self._opening and not self._opening.done():
+            # Still opening, which is not yet a failure: the rounds go on and it may join later.
+            self._reason = "the drafter is still opening"
+            return
+        logger.warning("drafting without a drafter", extra={"reason": reason})
+        self._reason = reason
+        session, self._session, self._opening = self._session, None, None
+        self._retry_at = float("inf") if permanent else time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+        if session:
+            await session.close()

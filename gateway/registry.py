@@ -1,0 +1,201 @@
+"""The replicas behind the gateway: which are healthy, what they offer, who gets the next session."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from specdec.channel import aio_channel
+from specdec.errors import SpecdecError, UnavailableError
+from specdec.handshake import check_protocol_version, check_vocabulary
+from specdec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+InfoT = TypeVar("InfoT")
+
+_RETRY_S = 0.2
+_NOT_YET = "not serving yet"
+_INFO_TIMEOUT_S = 5.0
+
+
+class Replica(Generic[InfoT]):
+    """One address of a service and what is known of it."""
+
+    def __init__(self, uri: str, service: str) -> None:
+        self.uri = uri
+        self.channel = aio_channel(uri, service=service)
+        self.num_sessions = 0
+        self.reason = _NOT_YET
+        """Why it gets no sessions; empty: it does."""
+        self.info: InfoT | None = None
+        """What it said of itself when it was last ready; kept while it is not."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may be given sessions."""
+        return not self.reason
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Count a session as long as the block runs."""
+        self.num_sessions += 1
+        try:
+            yield
+        finally:
+            self.num_sessions -= 1
+
+
+class ReplicaSet(Generic[InfoT]):
+    """All replicas of one service, watched through grpc.health.v1.
+
+    A session stays with its replica; a new one goes to the ready replica with the fewest.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        uris: Sequence[str],
+        *,
+        get_info: Callable[[grpc.aio.Channel], Any],
+        check: Callable[[InfoT], None],
+    ) -> None:
+        self.service = service
+        self.replicas: list[Replica[InfoT]] = [Replica(uri, service) for uri in uris]
+        self._get_info = get_info
+        self._check = check
+        self._changed = asyncio.Condition()
+        self._tasks = [asyncio.ensure_future(self._watch(replica)) for replica in self.replicas]
+
+    async def close(self) -> None:
+        """Stop watching and close the channels."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+        for replica in self.replicas:
+            await replica.channel.close()
+
+    def pick(self, suits: Callable[[InfoT], bool] = lambda _: True) -> Replica[InfoT]:
+        """The least busy ready replica that suits.
+
+        Raises:
+            UnavailableError: there is none; the message says why for each.
+        """
+        fitting = [
+            replica
+            for replica in self.replicas
+            if replica.is_ready and replica.info is not None and suits(replica.info)
+        ]
+        if not fitting:
+            name = self.service.rpartition(".")[2]
+            states = "; ".join(f"{r.uri}: {r.reason or 'does not suit'}" for r in self.replicas)
+            raise UnavailableError(
+                f"No {name} replica is ready ({states or 'none configured'}). Start one, or check the "
+                "gateway's addresses.",
+                reason="NO_REPLICA",
+                retry_after_s=1.0,
+            )
+        return min(fitting, key=lambda replica: replica.num_sessions)
+
+    async def wait_until_ready(self) -> None:
+        """Return once a replica is ready."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(replica.is_ready for replica in self.replicas))
+
+    @property
+    def known_infos(self) -> list[InfoT]:
+        """What every replica that was ever ready said of itself."""
+        return [replica.info for replica in self.replicas if replica.info is not None]
+
+    @property
+    def all_known(self) -> bool:
+        """Whether every replica was ready at least once."""
+        return all(replica.info is not None for replica in self.replicas)
+
+    async def _watch(self, replica: Replica[InfoT]) -> None:
+        """Follow a replica's health for as long as the gateway runs."""
+        request = health_pb2.HealthCheckRequest(service=self.service)
+        while True:
+            try:
+                # Waiting for ready: the call starts when the server is there and serving.
+                stub: Any = health_pb2_grpc.HealthStub(replica.channel)
+                async for response in stub.Watch(request, wait_for_ready=True):
+                    await self._update(replica, response.status)
+                await self._mark(replica, "the server ended the health watch")
+            except grpc.aio.AioRpcError as error:
+                await self._mark(replica, f"{error.code().name}: {error.details()}")
+            except SpecdecError as error:
+                await self._mark(replica, error.message)
+            await asyncio.sleep(_RETRY_S)
+
+    async def _update(self, replica: Replica[InfoT], status: int) -> None:
+        if status != health_pb2.HealthCheckResponse.SERVING:
+            await self._mark(replica, health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+            return
+        info = await self._get_info(replica.channel)
+        self._check(info)
+        replica.info = info
+        await self._mark(replica, "")
+
+    async def _mark(self, replica: Replica[InfoT], reason: str) -> None:
+        if reason != replica.reason:
+            event = "replica lost" if reason else "replica ready"
+            logger.info(event, extra={"uri": replica.uri, "service": self.service, "reason": reason})
+        replica.reason = reason
+        async with self._changed:
+            self._changed.notify_all()
+
+
+VerifierSet = ReplicaSet[verifier_pb2.VerifierServiceGetInfoResponse]
+DrafterSet = ReplicaSet[drafter_pb2.DrafterServiceGetInfoResponse]
+
+VERIFIER_SERVICE = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
+DRAFTER_SERVICE = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
+
+
+def make_verifier_set(uris: Sequence[str], vocabulary_fingerprint: str) -> VerifierSet:
+    """Verifiers, of which those with the gateway's vocabulary are used."""
+
+    def check(info: verifier_pb2.VerifierServiceGetInfoResponse) -> None:
+        check_protocol_version(info.protocol_version)
+        check_vocabulary(info.model.vocabulary_fingerprint, vocabulary_fingerprint)
+
+    async def get_info(channel: grpc.aio.Channel) -> verifier_pb2.VerifierServiceGetInfoResponse:
+        request = verifier_pb2.VerifierServiceGetInfoRequest()
+        stub = verifier_pb2_grpc.VerifierServiceStub(channel)
+        info: verifier_pb2.VerifierServiceGetInfoResponse
+        info = await stub.GetInfo(request, timeout=_INFO_TIMEOUT_S)
+        return info
+
+    return ReplicaSet(VERIFIER_SERVICE, uris, get_info=get_info, check=check)
+
+
+def make_drafter_set(uris: Sequence[str]) -> DrafterSet:
+    """Drafter services; whether a drafter fits the vocabulary is each session's question."""
+
+    def check(info: drafter_pb2.DrafterServiceGetInfoResponse) -> None:
+        check_protocol_version(info.protocol_version)
+
+    async def get_info(channel: grpc.aio.Channel) -> drafter_pb2.DrafterServiceGetInfoResponse:
+        request = drafter_pb2.DrafterServiceGetInfoRequest()
+        stub = drafter_pb2_grpc.DrafterServiceStub(channel)
+        info: drafter_pb2.DrafterServiceGetInfoResponse
+        info = await stub.GetInfo(request, timeout=_INFO_TIMEOUT_S)
+        return info
+
+    return ReplicaSet(DRAFTER_SERVICE, uris, get_info=get_info, check=check)
+
+
+def find_drafter(
+    info: drafter_pb2.DrafterServiceGetInfoResponse, name: str
+) -> drafter_pb2.DrafterInfo | None:
+    """The drafter of that name in a service."""
+    return next((drafter for drafter in info.drafters if drafter.name == name), None)

@@ -1,0 +1,171 @@
+"""Sessions on remote services: one bidirectional stream each, one message per round in each direction."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import grpc
+
+from gateway.decode import Draft, TokenLogprobs, Verified
+from specdec.errors import DeadlineExceededError, SpecdecError, UnavailableError, from_rpc_error
+from specdec.handshake import check_handshake
+from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
+
+ResponseT = TypeVar("ResponseT")
+
+_CLOSE_TIMEOUT_S = 1.0
+
+FINISH_REASONS = {
+    verifier_pb2.FINISH_REASON_UNSPECIFIED: "",
+    verifier_pb2.FINISH_REASON_STOP_TOKEN: "stop_token",
+    verifier_pb2.FINISH_REASON_LENGTH: "length",
+    verifier_pb2.FINISH_REASON_STOP_STRING: "stop_string",
+}
+
+
+class _Stream:
+    """A request-response exchange over a bidirectional call."""
+
+    def __init__(self, call: Any, peer: str) -> None:
+        self._call = call
+        self._peer = peer
+
+    async def exchange(self, request: Any) -> tuple[Any, int]:
+        """Send one message and await its answer; also the time it took, nanoseconds.
+
+        Raises:
+            SpecdecError: what the service answered, or that it is gone.
+        """
+        started_ns = time.monotonic_ns()
+        try:
+            await self._call.write(request)
+            response = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            raise await self._failure() from None
+        if response is grpc.aio.EOF:
+            raise await self._failure()
+        return response, time.monotonic_ns() - started_ns
+
+    async def _failure(self) -> SpecdecError:
+        """Why the call ended."""
+        code = await self._call.code()
+        metadata = await self._call.trailing_metadata()
+        if code is grpc.StatusCode.OK:
+            return UnavailableError(f"{self._peer} ended the session.")
+        error = from_rpc_error(
+            grpc.aio.AioRpcError(
+                code, await self._call.initial_metadata(), metadata, await self._call.details()
+            )
+        )
+        if isinstance(error, UnavailableError):
+            return UnavailableError(
+                f"{self._peer} was lost: {error.message}", reason="PEER_LOST", retry_after_s=1.0
+            )
+        if isinstance(error, DeadlineExceededError):
+            return DeadlineExceededError("The deadline passed before the generation was complete.")
+        return error
+
+    async def close(self) -> None:
+        """End the call in order, or by force if the service does not follow."""
+        with suppress(Exception):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._call.done_writing()
+                await self._call.code()
+        self._call.cancel()
+
+
+class RemoteVerifierSession:
+    """A session on one verifier replica. Use as `async with`."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, uri: str, request: verifier_pb2.VerifyOpen, timeout_s: float | None
+    ) -> None:
+        call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
+        self._stream = _Stream(call, f"Verifier {uri}")
+        self._request = request
+
+    async def __aenter__(self) -> RemoteVerifierSession:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stream.close()
+
+    async def open(self, traceparent: str) -> Verified:
+        """Prefill the prompt; the first token is the bonus token."""
+        request = verifier_pb2.VerifyRequest(open=self._request, traceparent=traceparent)
+        response, elapsed_ns = await self._stream.exchange(request)
+        check_handshake(
+            response.opened.handshake,
+            model_id="",
+            vocabulary_fingerprint=self._request.handshake.vocabulary_fingerprint,
+        )
+        return _verified(response.opened.first, elapsed_ns)
+
+    async def verify(
+        self, base_committed_length: int, draft_token_ids: Sequence[int], traceparent: str
+    ) -> Verified:
+        """Check a draft in one pass."""
+        message = verifier_pb2.VerifyRound(
+            base_committed_length=base_committed_length, draft_token_ids=draft_token_ids
+        )
+        request = verifier_pb2.VerifyRequest(round=message, traceparent=traceparent)
+        response, elapsed_ns = await self._stream.exchange(request)
+        return _verified(response.result, elapsed_ns)
+
+
+def _verified(result: verifier_pb2.VerifyResult, elapsed_ns: int) -> Verified:
+    return Verified(
+        num_accepted_tokens=result.num_accepted_tokens,
+        bonus_token_id=result.bonus_token_id,
+        finish_reason=FINISH_REASONS[result.finish_reason],
+        logprobs=tuple(_logprobs(entry) for entry in result.logprobs),
+        server_ns=result.timings.total_ns,
+        elapsed_ns=elapsed_ns,
+    )
+
+
+def _logprobs(entry: common_pb2.TokenLogprobs) -> TokenLogprobs:
+    return entry.logprob, tuple((candidate.token_id, candidate.logprob) for candidate in entry.top)
+
+
+class RemoteDrafterSession:
+    """A session on one drafter replica."""
+
+    def __init__(self, channel: grpc.aio.Channel, uri: str, timeout_s: float | None) -> None:
+        call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
+        self._stream = _Stream(call, f"Drafter {uri}")
+
+    async def open(self, message: drafter_pb2.DraftOpen) -> None:
+        """Start the session; the drafter reads the committed tokens."""
+        response, _ = await self._stream.exchange(drafter_pb2.DraftRequest(open=message))
+        check_handshake(
+            response.opened.handshake,
+            model_id="",
+            vocabulary_fingerprint=message.handshake.vocabulary_fingerprint,
+        )
+
+    async def propose(
+        self,
+        new_token_ids: Sequence[int],
+        committed_length: int,
+        num_draft_tokens: int,
+        traceparent: str,
+    ) -> Draft:
+        """Guess what follows, after `new_token_ids` were committed since the last call."""
+        message = drafter_pb2.DraftRound(
+            committed_token_ids=new_token_ids,
+            committed_length=committed_length,
+            num_draft_tokens=num_draft_tokens,
+        )
+        request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)
+        response, elapsed_ns = await self._stream.exchange(request)
+        result = response.result
+        return Draft(tuple(result.draft_token_ids), result.timings.total_ns, elapsed_ns)
+
+    async def close(self) -> None:
+        """End the session."""
+        await self._stream.close()

@@ -1,0 +1,55 @@
+"""Put a gateway together."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from functools import partial
+
+from gateway.config import GatewayConfig
+from gateway.generation import Backends
+from gateway.registry import make_drafter_set, make_verifier_set
+from gateway.service import SERVICE_NAME, GatewayServicer
+from gateway.stats import GatewayMetrics
+from gateway.text import TextCodec
+from specdec.server import ServiceHost, run_service
+from specdec.telemetry import Telemetry
+from specdec.v1 import gateway_pb2_grpc
+
+
+class GatewayServer:
+    """One gateway process's parts, in the order they start."""
+
+    def __init__(self, config: GatewayConfig, telemetry: Telemetry) -> None:
+        self._config = config
+        self._telemetry = telemetry
+        self.servicer = GatewayServicer(telemetry)
+        register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, self.servicer)
+        self.host = ServiceHost(SERVICE_NAME, register, config.listen)
+
+    async def load(self) -> None:
+        """Load the tokenizer and wait for a verifier, without which no request can be answered."""
+        codec = await asyncio.to_thread(TextCodec.load, self._config.tokenizer)
+        self.servicer.backends = Backends(
+            self._config,
+            codec,
+            make_verifier_set(self._config.verifier_uris, codec.vocabulary_fingerprint),
+            make_drafter_set(self._config.drafter_uris),
+            GatewayMetrics(self._telemetry.meter),
+        )
+        await self.servicer.backends.verifiers.wait_until_ready()
+        # Drafters are welcome but not waited for for long: their absence only costs speed.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drafter_wait_s if self._config.drafter else 0):
+                await self.servicer.backends.drafters.wait_until_ready()
+
+    async def close(self) -> None:
+        """Stop watching and send what telemetry is buffered."""
+        if self.servicer.backends:
+            await self.servicer.backends.verifiers.close()
+            await self.servicer.backends.drafters.close()
+        await asyncio.to_thread(self._telemetry.shutdown)
+
+    async def run(self) -> None:
+        """Serve until a signal, then drain."""
+        await run_service(self.host, load=self.load, close=self.close, grace_s=self._config.drain_grace_s)

@@ -1,0 +1,149 @@
+"""The gateway's gRPC edge."""
+
+from __future__ import annotations
+
+import time
+from contextlib import aclosing
+
+import grpc
+from opentelemetry.trace import use_span
+
+from gateway.generation import PLAIN, Backends, Generation, make_plan
+from gateway.registry import Replica
+from gateway.remote import FINISH_REASONS
+from gateway.tracing import RequestTrace
+from specdec import PROTOCOL_VERSION
+from specdec.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
+from specdec.server import remaining_timeout_s
+from specdec.telemetry import Telemetry
+from specdec.v1 import drafter_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
+
+SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
+
+GenerateContext = grpc.aio.ServicerContext[gateway_pb2.GenerateRequest, gateway_pb2.GenerateResponse]
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
+    """Answers clients."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.backends: Backends | None = None
+        self._tracer = telemetry.tracer
+        self._num_requests = 0
+
+    def _loaded(self) -> Backends:
+        if self.backends is None:
+            raise UnavailableError("The gateway is still loading its tokenizer; try again.", retry_after_s=1)
+        return self.backends
+
+    async def Generate(  # noqa: N802
+        self, request: gateway_pb2.GenerateRequest, context: GenerateContext
+    ) -> None:
+        """One generation."""
+        arrived_ns = time.monotonic_ns()
+        backends = self._loaded()
+        if self._num_requests >= backends.config.max_requests:
+            raise ResourceExhaustedError(
+                f"The gateway runs {backends.config.max_requests} requests already; try again later.",
+                reason="TOO_MANY_REQUESTS",
+                retry_after_s=1.0,
+            )
+        metadata = dict(context.invocation_metadata() or ())
+        trace = RequestTrace(self._tracer, str(metadata.get("traceparent", "")))
+        self._num_requests += 1
+        try:
+            with use_span(trace.span, record_exception=False, set_status_on_exception=False):
+                await self._generate(request, context, backends, trace, arrived_ns)
+        except BaseException as error:
+            trace.fail(error)
+            raise
+        finally:
+            self._num_requests -= 1
+            trace.span.end()
+
+    async def _generate(
+        self,
+        request: gateway_pb2.GenerateRequest,
+        context: GenerateContext,
+        backends: Backends,
+        trace: RequestTrace,
+        arrived_ns: int,
+    ) -> None:
+        verifier = backends.verifiers.pick()
+        assert verifier.info is not None
+        plan = await make_plan(request, backends, verifier.info.max_num_draft_tokens)
+        model_id = verifier.info.model.model_id
+        trace.describe(model_id, plan.method, len(plan.prompt_token_ids))
+        started = gateway_pb2.GenerateStarted(
+            input_tokens=len(plan.prompt_token_ids),
+            method=plan.method,
+            num_draft_tokens=plan.num_draft_tokens,
+            trace_id=trace.trace_id,
+            model_id=model_id,
+        )
+        await context.write(gateway_pb2.GenerateResponse(started=started))
+        generation = Generation(
+            request,
+            plan,
+            backends,
+            trace,
+            timeout_s=remaining_timeout_s(context),
+            arrived_ns=arrived_ns,
+        )
+        outcome = "cancelled"
+        try:
+            async with aclosing(generation.run(verifier)) as responses:
+                async for response in responses:
+                    await context.write(response)
+            trace.finish(response.finished)
+            outcome = FINISH_REASONS[response.finished.finish_reason]
+        except SpecdecError as error:
+            outcome = status_code(error).name.lower()
+            raise
+        finally:
+            backends.metrics.add_request(model_id, plan.method, outcome, generation.timing())
+
+    async def GetInfo(  # noqa: N802
+        self,
+        request: gateway_pb2.GatewayServiceGetInfoRequest,
+        context: grpc.aio.ServicerContext[
+            gateway_pb2.GatewayServiceGetInfoRequest, gateway_pb2.GatewayServiceGetInfoResponse
+        ],
+    ) -> gateway_pb2.GatewayServiceGetInfoResponse:
+        """The models, the methods and the replicas."""
+        backends = self._loaded()
+        known = backends.verifiers.known_infos
+        default = backends.config.default_method
+        return gateway_pb2.GatewayServiceGetInfoResponse(
+            protocol_version=PROTOCOL_VERSION,
+            model=known[0].model if known else None,
+            methods=backends.methods,
+            default_method=default if default in backends.methods else PLAIN,
+            default_max_new_tokens=backends.config.default_max_new_tokens,
+            verifiers=[_verifier_info(replica) for replica in backends.verifiers.replicas],
+            drafters=[_drafter_info(replica) for replica in backends.drafters.replicas],
+        )
+
+
+def _verifier_info(
+    replica: Replica[verifier_pb2.VerifierServiceGetInfoResponse],
+) -> gateway_pb2.ReplicaInfo:
+    return gateway_pb2.ReplicaInfo(
+        uri=replica.uri,
+        ready=replica.is_ready,
+        num_sessions=replica.num_sessions,
+        reason=replica.reason,
+        verifier=replica.info,
+    )
+
+
+def _drafter_info(
+    replica: Replica[drafter_pb2.DrafterServiceGetInfoResponse],
+) -> gateway_pb2.ReplicaInfo:
+    return gateway_pb2.ReplicaInfo(
+        uri=replica.uri,
+        ready=replica.is_ready,
+        num_sessions=replica.num_sessions,
+        reason=replica.reason,
+        drafter=replica.info,
+    )

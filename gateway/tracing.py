@@ -1,0 +1,114 @@
+"""Spans of one request: the request, its rounds, and the transport within each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+
+from specdec.telemetry import context_of, record_span, trace_id_of, traceparent_of
+from specdec.v1 import gateway_pb2
+
+if TYPE_CHECKING:
+    from gateway.decode import Round
+
+
+class RoundSpan:
+    """An open span the services' own spans hang under."""
+
+    def __init__(self, tracer: Tracer, name: str, parent: Context) -> None:
+        self._tracer = tracer
+        self.span: Span = tracer.start_span(name, context=parent)
+        self.traceparent = traceparent_of(self.span)
+        """Sent with the round's messages; empty if the request is not traced."""
+
+    def describe(self, this: Round) -> None:
+        """Record what the round did, and the time it spent on the wire."""
+        if not self.span.is_recording():
+            return
+        self.span.set_attributes(
+            {
+                "specdec.num_draft_tokens": len(this.draft.token_ids),
+                "specdec.num_accepted_tokens": this.verified.num_accepted_tokens,
+                "specdec.fallback_reason": this.draft.fallback_reason,
+            }
+        )
+        context = set_span_in_context(self.span)
+        for peer, answer in (("drafter", this.draft), ("verifier", this.verified)):
+            if answer.elapsed_ns:
+                record_span(
+                    self._tracer,
+                    "specdec.transport",
+                    context,
+                    duration_ns=max(0, answer.elapsed_ns - answer.server_ns),
+                    attributes={"specdec.peer": peer},
+                )
+
+
+class RequestTrace:
+    """The span of one request, and its children."""
+
+    def __init__(self, tracer: Tracer, traceparent: str) -> None:
+        self._tracer = tracer
+        self.span: Span = tracer.start_span(
+            "specdec.generate", context=context_of(traceparent), kind=SpanKind.SERVER
+        )
+        self._context = set_span_in_context(self.span)
+
+    @property
+    def trace_id(self) -> str:
+        """32 hex digits; empty if not traced."""
+        return trace_id_of(self.span)
+
+    def describe(self, model_id: str, method: str, num_input_tokens: int) -> None:
+        """Record what was asked for, under OpenTelemetry's GenAI names where there are any."""
+        self.span.set_attributes(
+            {
+                "gen_ai.operation.name": "chat",
+                "gen_ai.provider.name": "specdec",
+                "gen_ai.request.model": model_id,
+                "gen_ai.usage.input_tokens": num_input_tokens,
+                "specdec.method": method,
+            }
+        )
+
+    def finish(self, finished: gateway_pb2.GenerateFinished) -> None:
+        """Record what came out."""
+        self.span.set_attributes(
+            {
+                "gen_ai.usage.output_tokens": finished.usage.output_tokens,
+                "specdec.num_rounds": finished.speculation.num_rounds,
+                "specdec.num_draft_tokens": finished.speculation.num_draft_tokens,
+                "specdec.num_accepted_tokens": finished.speculation.num_accepted_tokens,
+            }
+        )
+
+    @contextmanager
+    def prefill(self) -> Iterator[RoundSpan]:
+        """Around the opening of the sessions."""
+        with self._child("specdec.prefill") as child:
+            yield child
+
+    @contextmanager
+    def round(self) -> Iterator[RoundSpan]:
+        """Around one draft and one verify."""
+        with self._child("specdec.round") as child:
+            yield child
+
+    def fail(self, error: BaseException) -> None:
+        """Mark the request as failed."""
+        self.span.set_status(Status(StatusCode.ERROR, str(error)))
+
+    @contextmanager
+    def _child(self, name: str) -> Iterator[RoundSpan]:
+        child = RoundSpan(self._tracer, name, self._context)
+        try:
+            yield child
+        except BaseException as error:
+            child.span.set_status(Status(StatusCode.ERROR, str(error)))
+            raise
+        finally:
+            child.span.end()

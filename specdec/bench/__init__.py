@@ -1,0 +1,1 @@
+"""Benchmarks through the gateway: `specdec bench run` and `specdec bench compare`."""

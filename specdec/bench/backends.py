@@ -1,0 +1,183 @@
+"""What answers in a run: a gateway, or a peer engine in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from specdec.bench.records import Answer
+from specdec.bench.workload import Prompt
+from specdec.client import AsyncClient, GenerateOptions
+from specdec.errors import DeadlineExceededError, InternalError, UnavailableError
+
+TRANSFORMERS = "transformers"
+"""The peer: a plain `transformers` loop."""
+
+_LINE_LIMIT_BYTES = 2**24
+_STDERR_TAIL_BYTES = 2000
+_EXIT_TIMEOUT_S = 10.0
+
+
+class GatewayBackend:
+    """One method of a gateway.
+
+    Args:
+        client: connected to the gateway.
+        options: the method, its K, limits and sampling.
+    """
+
+    def __init__(self, client: AsyncClient, options: GenerateOptions) -> None:
+        self._client = client
+        self._options = options
+
+    async def generate(self, prompt: Prompt) -> Answer:
+        """Answer a prompt; see `Backend`. TTFT and TPOT are the gateway's."""
+        generation = await self._client.generate(prompt.text, self._options)
+        num_tokens = len(generation.token_ids)
+        return Answer(
+            token_ids=generation.token_ids,
+            input_tokens=generation.usage.input_tokens,
+            ttft_ms=generation.timing.ttft_ms,
+            tpot_ms=generation.timing.tpot_ms if num_tokens > 1 else None,
+            finish_reason=generation.finish_reason,
+            speculation=generation.speculation,
+        )
+
+
+class TransformersBackend:
+    """The `transformers` worker: started and loaded by `async with`, ended with it.
+
+    Args:
+        model: model folder.
+        dtype: data type of the weights, as the verifier's.
+        device: device of the weights, as the verifier's.
+        options: limits and sampling; method and K do not apply.
+        timeout_s: seconds the model may take to load, and a request to be answered.
+    """
+
+    def __init__(
+        self, model: Path, dtype: str, device: str, options: GenerateOptions, timeout_s: float = 300.0
+    ) -> None:
+        flags = ["--model", str(model), "--dtype", dtype, "--device", device]
+        self._command = [sys.executable, "-m", "specdec.bench.peers", *flags]
+        self._options = options
+        self._timeout_s = timeout_s
+        self._process: Process | None = None
+        # A file and not a pipe: nobody has to drain it while the worker runs.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+
+    async def __aenter__(self) -> Self:
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=self._stderr,
+            limit=_LINE_LIMIT_BYTES,
+            env=_peer_environment(),
+        )
+        try:
+            await self._read_reply()
+        except BaseException:
+            await self._stop(at_once=True)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stop(at_once=kind is not None)
+
+    async def generate(self, prompt: Prompt) -> Answer:
+        """Answer a prompt; see `Backend`. One at a time."""
+        request = {
+            "prompt": prompt.text,
+            "max_new_tokens": self._options.max_new_tokens,
+            "temperature": self._options.sampling.temperature,
+            "seed": self._options.sampling.seed,
+        }
+        reply = await self._ask(request)
+        return Answer(
+            token_ids=tuple(reply["token_ids"]),
+            input_tokens=reply["input_tokens"],
+            ttft_ms=reply["ttft_ms"],
+            tpot_ms=reply["tpot_ms"],
+            finish_reason=reply["finish_reason"],
+            speculation=None,
+        )
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._running()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            await process.stdin.drain()
+        except ConnectionError as error:
+            raise self._gone() from error
+        return await self._read_reply()
+
+    async def _read_reply(self) -> dict[str, Any]:
+        process = self._running()
+        assert process.stdout is not None
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), self._timeout_s)
+        except TimeoutError as error:
+            # A late reply would be taken for the next request's.
+            _kill(process)
+            raise DeadlineExceededError(
+                f"The transformers worker did not answer within {self._timeout_s:g} s and was ended."
+            ) from error
+        if not line:
+            raise self._gone()
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise InternalError(f"transformers failed on this prompt: {reply['error']}")
+        return reply
+
+    def _running(self) -> Process:
+        if self._process is None:
+            raise UnavailableError("The transformers worker is not started; use `async with`.")
+        return self._process
+
+    def _gone(self) -> UnavailableError:
+        size = self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, size - _STDERR_TAIL_BYTES))
+        tail = self._stderr.read().decode(errors="replace").strip()
+        return UnavailableError(f"The transformers worker ended unasked. Its last words:\n{tail}")
+
+    async def _stop(self, *, at_once: bool) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            process.stdin.close()
+            if at_once:
+                _kill(process)
+            try:
+                await asyncio.wait_for(process.wait(), _EXIT_TIMEOUT_S)
+            except TimeoutError:
+                _kill(process)
+                await process.wait()
+        self._stderr.close()
+
+
+def _kill(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()
+
+
+def _peer_environment() -> dict[str, str]:
+    """All cores while it works, and only a short spin after: an idle worker must not take the verifier's."""
+    num_cores = str(len(os.sched_getaffinity(0)))
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": num_cores,
+        "GOMP_SPINCOUNT": "10000",
+        "TOKENIZERS_PARALLELISM": "false",
+    }

@@ -1,0 +1,222 @@
+"""`specdec bench`: compare methods on a workload, and runs with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from specdec.bench import plots
+from specdec.bench.compare import comparison_table, differences
+from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
+from specdec.bench.records import RequestRecord
+from specdec.bench.report import category_table, parts_table, peer_ratios, read_rows, speed_table
+from specdec.bench.workload import Prompt
+from specdec.cli_groups import ErrorGroup
+from specdec.errors import UnavailableError
+
+_DEFAULTS = BenchConfig()
+_EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_TABLE_WIDTH = 160
+"""Characters of a table where the output is no terminal and has no width of its own."""
+
+
+class _CommaList(click.ParamType[Any]):
+    """Values separated by commas, each of one type; blanks are dropped."""
+
+    def __init__(self, item: type[str] | type[int]) -> None:
+        self._item = item
+        self.name = "LIST"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._item(part.strip()) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers such as 1,4,8.", param, ctx)
+
+
+@click.group(cls=ErrorGroup)
+def bench() -> None:
+    """Measure methods against plain decoding."""
+
+
+@bench.command("run")
+@click.option(
+    "--methods",
+    type=_CommaList(str),
+    default="ngram",
+    show_default=True,
+    help="Methods to compare, separated by commas; `none` is always run.",
+)
+@click.option(
+    "--prompts",
+    "prompts_path",
+    type=_EXISTING_FILE,
+    default=_DEFAULTS.prompts_path,
+    show_default="48 prompts in six categories",
+    help="Workload: question_id, category and turns per line; the first turn is used.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Prompts to use, round-robin over the categories.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.max_new_tokens,
+    show_default=True,
+    help="Most tokens per answer.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=_DEFAULTS.temperature,
+    show_default=True,
+    help="Softmax temperature; 0 is greedy.",
+)
+@click.option(
+    "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Seed of the sampling noise."
+)
+@click.option(
+    "--num-draft-tokens",
+    type=click.IntRange(min=1),
+    help="Draft tokens per round (K).  [default: the drafter's]",
+)
+@click.option(
+    "--concurrency",
+    "concurrencies",
+    type=_CommaList(int),
+    default="1",
+    show_default=True,
+    help="Requests under way at a time; the workload is run once for each, 1,4,8 for one.",
+)
+@click.option(
+    "--peers",
+    type=_CommaList(str),
+    default="",
+    help="Engines to compare with on the same weights: transformers.",
+)
+@click.option(
+    "--warmup",
+    "num_warmup_prompts",
+    type=click.IntRange(min=0),
+    default=_DEFAULTS.num_warmup_prompts,
+    show_default=True,
+    help="Prompts each method answers first, unrecorded.",
+)
+@click.option("--gateway", help="Address of a running gateway.  [default: start the services for the run]")
+@click.option(
+    "--model", default=_DEFAULTS.model, show_default=True, help="Model to start, and the peers' model."
+)
+@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the model to start.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the model to start.")
+@click.option(
+    "--drafter",
+    "drafters",
+    multiple=True,
+    default=("ngram",),
+    show_default=True,
+    help="Drafter to start; may be given more than once.",
+)
+@click.option(
+    "--out",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for results.json, requests.jsonl, table.md and plots.",
+)
+def run_command(
+    gateway: str | None,
+    dtype: str,
+    device: str,
+    drafters: tuple[str, ...],
+    directory: Path,
+    **settings: Any,
+) -> None:
+    """Run every method on the same prompts against the same services, taking turns prompt by prompt."""
+    config = BenchConfig(**settings)
+    config.validate()
+    prompts = config.load_prompts()
+    with _services(gateway, config.model, dtype, device, drafters) as address:
+        outcome = _run_with_progress(config, prompts, address, directory)
+    _show(outcome, config, directory)
+    _judge(outcome.records)
+
+
+@bench.command("compare")
+@click.argument("old", type=_EXISTING_FILE)
+@click.argument("new", type=_EXISTING_FILE)
+def compare_command(old: Path, new: Path) -> None:
+    """Put the rows of two results.json files side by side."""
+    (old_provenance, old_rows), (new_provenance, new_rows) = read_rows(old), read_rows(new)
+    console = _console()
+    console.print(comparison_table(old_rows, new_rows))
+    for line in differences(old_provenance, new_provenance):
+        console.print(line, markup=False, highlight=False)
+
+
+def _services(
+    gateway: str | None, model: str, dtype: str, device: str, drafters: Sequence[str]
+) -> AbstractContextManager[str]:
+    return nullcontext(gateway) if gateway else _local_services(model, dtype, device, drafters)
+
+
+@contextmanager
+def _local_services(model: str, dtype: str, device: str, drafters: Sequence[str]) -> Iterator[str]:
+    # Imported here: a run against a gateway elsewhere needs nothing of it.
+    from specdec.launcher import LocalSystem
+
+    with LocalSystem(model, dtype=dtype, device=device, drafters=drafters, report=_report) as system:
+        yield system.gateway
+
+
+def _report(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _run_with_progress(
+    config: BenchConfig, prompts: Sequence[Prompt], address: str, directory: Path
+) -> Outcome:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("Warming up", total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            progress.update(task, description="Requests", completed=done, total=total)
+
+        return run_experiment(config, prompts, address, directory, on_progress)
+
+
+def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:
+    console = _console()
+    for table in (speed_table, parts_table, category_table):
+        console.print(table(outcome.rows))
+    for line in peer_ratios(outcome.rows, config.peers):
+        console.print(line, highlight=False)
+    if plots.has_matplotlib():
+        plots.draw(outcome.rows, directory)
+    else:
+        click.echo(
+            "Plots were skipped: matplotlib is not installed (pip install 'specdec[bench]').", err=True
+        )
+    click.echo(f"Results are in {directory}.", err=True)
+
+
+def _judge(records: Sequence[RequestRecord]) -> None:
+    """Warn of failed requests; fail if there is nothing else."""
+    failed = [record for record in records if record.answer is None]
+    if len(failed) == len(records):
+        raise UnavailableError(f"All {len(records)} requests failed; the first: {failed[0].error}")
+    for method in dict.fromkeys(record.method for record in failed):
+        errors = [record.error for record in failed if record.method == method]
+        num_requests = sum(record.method == method for record in records)
+        click.echo(f"{method}: {len(errors)} of {num_requests} requests failed; first: {errors[0]}", err=True)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_TABLE_WIDTH)

@@ -1,0 +1,197 @@
+"""One benchmark from its configuration to its files: contenders set up, run, figures written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.bench.backends import TRANSFORMERS, GatewayBackend, TransformersBackend
+from specdec.bench.provenance import collect
+from specdec.bench.records import PLAIN, Contender, RequestRecord
+from specdec.bench.report import REQUESTS_FILE, write_results
+from specdec.bench.run import run, schedule, warm_up
+from specdec.bench.stats import Row, compute_rows
+from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin, sha256_of
+from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, ModelInfo
+from specdec.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from specdec.model_files import model_id, resolve_model
+from specdec.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """What a benchmark runs; `validate` refuses what cannot."""
+
+    methods: tuple[str, ...] = ("ngram",)
+    """Methods to compare; `none` is always run, named or not."""
+    prompts_path: Path = DEFAULT_PROMPTS
+    """Workload in Spec-Bench's JSONL form; the first turn of each prompt is used."""
+    limit: int | None = None
+    """Prompts to use, round-robin over the categories; None: all."""
+    max_new_tokens: int = 128
+    """Most tokens per answer."""
+    temperature: float = 0.0
+    """Softmax temperature, >= 0; 0 is greedy."""
+    seed: int = 0
+    """Seed of the sampling noise, the same for every prompt."""
+    num_draft_tokens: int | None = None
+    """Draft tokens per round (K); None: each drafter's default."""
+    concurrencies: tuple[int, ...] = (1,)
+    """Requests under way at a time; the workload is run once for each."""
+    peers: tuple[str, ...] = ()
+    """Engines to compare with, at concurrency 1."""
+    model: str = "default"
+    """The verifier's model as it was told to load it; the peers load the same."""
+    num_warmup_prompts: int = 1
+    """Prompts every contender answers before the run, unrecorded."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How every method picks tokens."""
+        return SamplingParams(temperature=self.temperature, seed=self.seed)
+
+    @property
+    def gateway_methods(self) -> tuple[str, ...]:
+        """`none`, then the others in the order given, each once."""
+        return tuple(dict.fromkeys((PLAIN, *self.methods)))
+
+    def options(self, method: str) -> GenerateOptions:
+        """What a request of this method asks for."""
+        return GenerateOptions(
+            method=method,
+            num_draft_tokens=None if method == PLAIN else self.num_draft_tokens,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+
+    def load_prompts(self) -> list[Prompt]:
+        """The prompts of the run, in its order.
+
+        Raises:
+            InvalidArgumentError: the workload is malformed.
+        """
+        return select_round_robin(load_prompts(self.prompts_path), self.limit)
+
+    def validate(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises:
+            InvalidArgumentError: naming the value and what it must be.
+        """
+        self.sampling.validate()
+        if not self.concurrencies or min(self.concurrencies) < 1:
+            raise InvalidArgumentError("concurrency must be a list of integers >= 1, such as 1,4,8.")
+        if unknown := [peer for peer in self.peers if peer != TRANSFORMERS]:
+            raise InvalidArgumentError(f"There is no peer {unknown[0]!r}; there is {TRANSFORMERS}.")
+        if self.peers and 1 not in self.concurrencies:
+            raise InvalidArgumentError("Peers answer one request at a time; add 1 to the concurrencies.")
+        if clash := set(self.peers) & set(self.methods):
+            raise InvalidArgumentError(f"{clash.pop()} is a peer; name it in --peers, not in --methods.")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished run."""
+
+    rows: list[Row]
+    records: list[RequestRecord]
+
+
+def run_experiment(
+    config: BenchConfig,
+    prompts: Sequence[Prompt],
+    gateway: str,
+    directory: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Outcome:
+    """Run against a gateway; writes results.json and table.md, and requests.jsonl as requests end.
+
+    Args:
+        config: what to run, validated.
+        prompts: from `BenchConfig.load_prompts`.
+        gateway: the gateway's address.
+        directory: where the files go; made if it is not there.
+        on_progress: called with the requests done and the requests in all.
+
+    Raises:
+        SpecdecError: the configuration does not fit the gateway. Requests that fail raise nothing.
+    """
+    provenance = collect() | _describe(config, len(prompts))
+    directory.mkdir(parents=True, exist_ok=True)
+    # Written as it comes, so that a run that is broken off leaves what it measured.
+    with (directory / REQUESTS_FILE).open("w", encoding="utf-8") as file:
+
+        def report(records: list[RequestRecord]) -> None:
+            file.writelines(json.dumps(record.to_json()) + "\n" for record in records)
+            file.flush()
+
+        target, records = asyncio.run(_measure(config, prompts, gateway, report, on_progress))
+    provenance |= {"model": target.model_id, "dtype": target.dtype, "device": target.device}
+    rows = compute_rows(records)
+    write_results(directory, provenance, rows, records)
+    return Outcome(rows, records)
+
+
+async def _measure(
+    config: BenchConfig,
+    prompts: Sequence[Prompt],
+    gateway: str,
+    report: Callable[[list[RequestRecord]], None],
+    on_progress: Callable[[int, int], None],
+) -> tuple[ModelInfo, list[RequestRecord]]:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(AsyncClient(gateway))
+        target = _check(config, await client.info())
+        contenders = [
+            Contender(method, GatewayBackend(client, config.options(method)))
+            for method in config.gateway_methods
+        ]
+        for _ in config.peers:
+            peer = await stack.enter_async_context(_peer(config, target))
+            contenders.append(Contender(TRANSFORMERS, peer, is_concurrent=False))
+        await warm_up(contenders, prompts[: config.num_warmup_prompts])
+        blocks = list(schedule(contenders, prompts, config.concurrencies))
+        return target, await run(blocks, report, on_progress)
+
+
+def _check(config: BenchConfig, info: GatewayInfo) -> ModelInfo:
+    """The target model, once it is clear that the gateway can run what is asked for."""
+    if info.model is None:
+        raise UnavailableError(
+            "No verifier has been ready at this gateway yet; try again when it has loaded."
+        )
+    unknown = [method for method in config.methods if method not in (PLAIN, *info.methods)]
+    if unknown:
+        raise InvalidArgumentError(
+            f"The gateway has no method {unknown[0]!r}; it has {', '.join(info.methods)}.", field="method"
+        )
+    if config.peers and info.model.model_id != model_id(config.model):
+        raise FailedPreconditionError(
+            f"The gateway runs {info.model.model_id}, but the peers would load {model_id(config.model)}; "
+            "name the gateway's model with --model."
+        )
+    return info.model
+
+
+def _peer(config: BenchConfig, target: ModelInfo) -> TransformersBackend:
+    return TransformersBackend(
+        resolve_model(config.model), target.dtype, target.device, config.options(PLAIN)
+    )
+
+
+def _describe(config: BenchConfig, num_prompts: int) -> dict[str, Any]:
+    path = config.prompts_path
+    return {
+        "prompts": "default" if path == DEFAULT_PROMPTS else str(path),
+        "prompts_sha256": sha256_of(path),
+        "num_prompts": num_prompts,
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "seed": config.seed,
+        "num_draft_tokens": config.num_draft_tokens,
+    }

@@ -1,0 +1,78 @@
+"""Plots of a run, where matplotlib is installed (the `bench` extra)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specdec.bench.stats import OVERALL, Row
+
+
+def has_matplotlib() -> bool:
+    """Whether plots can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
+    """Draw speedup.png and acceptance.png at the lowest concurrency; returns the files.
+
+    A figure that no method has, acceptance in a run of `none` alone for one, is not drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    lowest = min(row.concurrency for row in rows)
+    at_lowest = [row for row in rows if row.concurrency == lowest]
+    gains = [row for row in at_lowest if row.speedup is not None]
+    drafts = [row for row in at_lowest if row.category == OVERALL and row.acceptance_per_position]
+    paths = []
+    if gains:
+        paths.append(_draw_speedup(gains, directory / "speedup.png"))
+    if drafts:
+        paths.append(_draw_acceptance(drafts, directory / "acceptance.png"))
+    return paths
+
+
+def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:
+    categories = list(dict.fromkeys(row.category for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    figure, axes = _figure(width_in=2.0 + 1.2 * len(categories))
+    width = 0.8 / len(methods)
+    for index, method in enumerate(methods):
+        own = {row.category: row.speedup for row in rows if row.method == method}
+        places = [i + (index - (len(methods) - 1) / 2) * width for i in range(len(categories))]
+        axes.bar(places, [own.get(category) or 0.0 for category in categories], width, label=method)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(categories)), [name.replace("_", "\n") for name in categories])
+    axes.set_ylabel("speedup over none (TPOT)")
+    axes.set_title(f"Concurrency {rows[0].concurrency}")
+    axes.legend()
+    figure.savefig(path)
+    return path
+
+
+def _draw_acceptance(rows: Sequence[Row], path: Path) -> Path:
+    figure, axes = _figure(width_in=6.0)
+    longest = max(len(row.acceptance_per_position) for row in rows)
+    axes.set_xticks(range(1, longest + 1))
+    for row in rows:
+        positions = range(1, len(row.acceptance_per_position) + 1)
+        axes.plot(positions, row.acceptance_per_position, marker="o", label=row.method)
+    axes.set_xlabel("position in the draft")
+    axes.set_ylabel("accepted / drafted")
+    axes.set_ylim(0.0, 1.0)
+    axes.set_title(f"Concurrency {rows[0].concurrency}")
+    axes.legend()
+    figure.savefig(path)
+    return path
+
+
+def _figure(width_in: float) -> tuple[Any, Any]:
+    # Without pyplot: no global state, and no display is looked for.
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(width_in, 4.0), dpi=120, layout="constrained"
+    )
+    return figure, figure.subplots()

@@ -1,0 +1,149 @@
+"""What a run leaves behind: results.json, table.md, and tables for the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from specdec.bench.records import PLAIN, RequestRecord
+from specdec.bench.stats import OVERALL, Row
+from specdec.errors import InvalidArgumentError
+
+RESULTS_FILE = "results.json"
+REQUESTS_FILE = "requests.jsonl"
+TABLE_FILE = "table.md"
+
+_KEYS = {"method": "method", "concurrency": "conc."}
+_SPEED = {
+    "ttft_ms_p50": "TTFT ms",
+    "tpot_ms_p50": "TPOT ms",
+    "tokens_per_s": "tok/s",
+    "speedup": "speedup",
+    "mean_acceptance_length": "tau",
+    "identical_to_none": "same",
+    "num_errors": "errors",
+}
+_PARTS = {
+    "draft_ms_p50": "draft",
+    "verify_ms_p50": "verify",
+    "transport_ms_p50": "transport",
+    "gateway_ms_p50": "gateway",
+}
+
+
+def write_results(
+    directory: Path, provenance: dict[str, Any], rows: Sequence[Row], records: Sequence[RequestRecord]
+) -> None:
+    """Write results.json (provenance, rows, errors) and table.md."""
+    results = {
+        "provenance": provenance,
+        "rows": [asdict(row) for row in rows],
+        "errors": [
+            {
+                "method": record.method,
+                "concurrency": record.concurrency,
+                "question_id": record.question_id,
+                "error": record.error,
+            }
+            for record in records
+            if record.answer is None
+        ],
+    }
+    (directory / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (directory / TABLE_FILE).write_text(markdown(rows), encoding="utf-8")
+
+
+def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Provenance and rows of a results.json.
+
+    Raises:
+        InvalidArgumentError: the file is not one.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        return results["provenance"], [Row(**row) for row in results["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"{path} is no {RESULTS_FILE} of `specdec bench run`: {error!r}"
+        ) from error
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """All rows as a Markdown table, the fields' names as heads."""
+    names = [field.name for field in fields(Row)]
+    lines = [names, ["---"] * len(names)]
+    lines += [[cell(getattr(row, name)) for name in names] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def speed_table(rows: Sequence[Row]) -> Table:
+    """How fast each method was over all prompts; fits 80 characters."""
+    return _overall_table(
+        "All prompts (tau: acceptance length; same: identical to none)", _KEYS | _SPEED, rows
+    )
+
+
+def parts_table(rows: Sequence[Row]) -> Table:
+    """Where the time of a round went, for the methods that have rounds."""
+    with_rounds = [row for row in rows if row.verify_ms_p50 is not None]
+    return _overall_table("One round, median ms", _KEYS | _PARTS, with_rounds)
+
+
+def _overall_table(title: str, columns: dict[str, str], rows: Sequence[Row]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name, head in columns.items():
+        table.add_column(head, justify="left" if name == "method" else "right", no_wrap=name == "method")
+    for row in rows:
+        if row.category == OVERALL:
+            table.add_row(*(cell(getattr(row, name)) for name in columns))
+    return table
+
+
+def category_table(rows: Sequence[Row]) -> Table:
+    """Speedup and acceptance length of every method but `none`, category by category."""
+    table = Table(title="By category (speedup, tau)", box=SIMPLE_HEAD)
+    methods = list(dict.fromkeys(row.method for row in rows if row.method != PLAIN))
+    for index, head in enumerate(["category", "conc.", *methods]):
+        table.add_column(head, justify="left" if index == 0 else "right")
+    by_group: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in rows:
+        by_group.setdefault((row.category, row.concurrency), {})[row.method] = row
+    for (category, concurrency), by_method in by_group.items():
+        table.add_row(category, str(concurrency), *(_gain(by_method.get(method)) for method in methods))
+    return table
+
+
+def peer_ratios(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
+    """One line per peer: how many tokens/s `none` makes for each of the peer's, over all prompts."""
+    overall = {(row.method, row.concurrency): row.tokens_per_s for row in rows if row.category == OVERALL}
+    lines = []
+    for peer in peers:
+        ours, theirs = overall.get((PLAIN, 1)), overall.get((peer, 1))
+        if ours and theirs:
+            lines.append(f"{PLAIN} / {peer} tokens/s: {ours / theirs:.2f}")
+    return lines
+
+
+def cell(value: object) -> str:
+    """A figure for a table: two decimals, - for null."""
+    match value:
+        case None:
+            return "-"
+        case float():
+            return f"{value:.2f}"
+        case list():
+            return " ".join(f"{item:.2f}" for item in value)
+    return str(value)
+
+
+def _gain(row: Row | None) -> str:
+    if row is None or row.speedup is None:
+        return "-"
+    length = row.mean_acceptance_length
+    return f"{row.speedup:.2f}x" + ("" if length is None else f"  {length:.2f}")

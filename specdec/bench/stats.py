@@ -1,0 +1,158 @@
+"""From records to rows: one per concurrency, category and method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+from specdec.bench.records import PLAIN, Answer, RequestRecord
+from specdec.client import Speculation
+
+_T = TypeVar("_T")
+
+OVERALL = "all"
+"""Category of the row over all prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Figures of one method at one concurrency in one category.
+
+    Medians (p50) are over the answered requests; null where no request has the figure. A peer without rounds
+    has no acceptance and no times per round.
+    """
+
+    method: str
+    """Method, or peer, that answered."""
+    concurrency: int
+    """Requests under way at a time."""
+    category: str
+    """Category of the prompts, or "all"."""
+    num_prompts: int
+    """Prompts the method was asked, failed ones included."""
+    ttft_ms_p50: float | None
+    """Time to first token, milliseconds."""
+    tpot_ms_p50: float | None
+    """Mean time per output token after the first, milliseconds."""
+    tokens_per_s: float | None
+    """Output tokens over the wall time the method kept the services busy, prefill included."""
+    speedup: float | None
+    """TPOT of `none` over the method's TPOT, both the medians of the rows with this concurrency and category:
+    one slow request moves it little, and it can be recomputed from the rows."""
+    mean_acceptance_length: float | None
+    """1 + accepted tokens / rounds, both summed over requests; bonus included."""
+    draft_ms_p50: float | None
+    """The drafter's time per round, milliseconds: each request's mean, and of those the median."""
+    verify_ms_p50: float | None
+    """The verifier's time per round, likewise."""
+    transport_ms_p50: float | None
+    """Time on the wire and in gRPC per round, likewise."""
+    gateway_ms_p50: float | None
+    """The gateway's own time per round, likewise."""
+    identical_to_none: float | None
+    """Share of the prompts both answered for which the token ids equal those of `none`, 0 to 1."""
+    acceptance_per_position: list[float]
+    """Entry i: of the rounds that drafted a token at position i, the share that accepted it."""
+    num_errors: int
+    """Requests that failed."""
+
+
+def compute_rows(records: Sequence[RequestRecord]) -> list[Row]:
+    """Rows by concurrency, category ("all" first) and method, each in the order of first appearance."""
+    rows = []
+    methods = _distinct(record.method for record in records)
+    # Rotation lets any method appear first; `none` is what the others are read against.
+    methods.sort(key=lambda method: method != PLAIN)
+    for concurrency in _distinct(record.concurrency for record in records):
+        at_level = [record for record in records if record.concurrency == concurrency]
+        for category in [OVERALL, *_distinct(record.category for record in at_level)]:
+            group = [record for record in at_level if category in (OVERALL, record.category)]
+            plain = [record for record in group if record.method == PLAIN]
+            for method in methods:
+                if own := [record for record in group if record.method == method]:
+                    rows.append(_row(own, plain, category))
+    return rows
+
+
+def _row(own: Sequence[RequestRecord], plain: Sequence[RequestRecord], category: str) -> Row:
+    answers = _answers(own)
+    rounds = [answer.speculation for answer in answers if answer.speculation is not None]
+    tpot_ms, plain_tpot_ms = _tpot_p50(answers), _tpot_p50(_answers(plain))
+    return Row(
+        method=own[0].method,
+        concurrency=own[0].concurrency,
+        category=category,
+        num_prompts=len(own),
+        ttft_ms_p50=_median(answer.ttft_ms for answer in answers),
+        tpot_ms_p50=tpot_ms,
+        tokens_per_s=_tokens_per_s(own),
+        speedup=plain_tpot_ms / tpot_ms if plain_tpot_ms and tpot_ms else None,
+        mean_acceptance_length=_mean_acceptance_length(rounds),
+        draft_ms_p50=_per_round_p50(rounds, lambda stats: stats.draft_ms),
+        verify_ms_p50=_per_round_p50(rounds, lambda stats: stats.verify_ms),
+        transport_ms_p50=_per_round_p50(rounds, lambda stats: stats.transport_ms),
+        gateway_ms_p50=_per_round_p50(rounds, lambda stats: stats.gateway_ms),
+        identical_to_none=_identical_share(own, plain),
+        acceptance_per_position=_acceptance_per_position(rounds),
+        num_errors=sum(record.answer is None for record in own),
+    )
+
+
+def _answers(records: Iterable[RequestRecord]) -> list[Answer]:
+    return [record.answer for record in records if record.answer is not None]
+
+
+def _tpot_p50(answers: Iterable[Answer]) -> float | None:
+    return _median(answer.tpot_ms for answer in answers if answer.tpot_ms is not None)
+
+
+def _tokens_per_s(records: Sequence[RequestRecord]) -> float | None:
+    answered = [(len(r.answer.token_ids), r.busy_ms) for r in records if r.answer is not None]
+    busy_s = sum(busy_ms for _, busy_ms in answered) / 1e3
+    return sum(num_tokens for num_tokens, _ in answered) / busy_s if busy_s else None
+
+
+def _mean_acceptance_length(rounds: Sequence[Speculation]) -> float | None:
+    num_rounds = sum(stats.num_rounds for stats in rounds)
+    return 1.0 + sum(stats.num_accepted_tokens for stats in rounds) / num_rounds if num_rounds else None
+
+
+def _per_round_p50(rounds: Sequence[Speculation], time_ms: Callable[[Speculation], float]) -> float | None:
+    return _median(time_ms(stats) / stats.num_rounds for stats in rounds if stats.num_rounds)
+
+
+def _identical_share(own: Sequence[RequestRecord], plain: Sequence[RequestRecord]) -> float | None:
+    expected = {record.question_id: record.answer.token_ids for record in plain if record.answer is not None}
+    same = [
+        record.answer.token_ids == expected[record.question_id]
+        for record in own
+        if record.answer is not None and record.question_id in expected
+    ]
+    return sum(same) / len(same) if same else None
+
+
+def _acceptance_per_position(rounds: Sequence[Speculation]) -> list[float]:
+    drafted = _sum_per_position(stats.num_draft_tokens_per_position for stats in rounds)
+    accepted = _sum_per_position(stats.num_accepted_tokens_per_position for stats in rounds)
+    accepted += [0] * (len(drafted) - len(accepted))
+    return [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)]
+
+
+def _sum_per_position(counts: Iterable[Sequence[int]]) -> list[int]:
+    total: list[int] = []
+    for count in counts:
+        total += [0] * (len(count) - len(total))
+        for position, value in enumerate(count):
+            total[position] += value
+    return total
+
+
+def _median(values: Iterable[float]) -> float | None:
+    ordered = list(values)
+    return median(ordered) if ordered else None
+
+
+def _distinct(values: Iterable[_T]) -> list[_T]:
+    return list(dict.fromkeys(values))

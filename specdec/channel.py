@@ -1,0 +1,130 @@
+"""Channels and their options: one place for message sizes, keepalive, load balancing and TLS."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from specdec.errors import InvalidArgumentError
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Largest message either side accepts; larger tensors travel in chunks."""
+
+KEEPALIVE_TIME_S = 30
+"""A silent connection is pinged this often, so that a dead peer is noticed within a minute."""
+
+URI_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files of a client. All unset: the system's roots and no client certificate."""
+
+    root_certificates: Path | None = None
+    """Authorities that may have signed the server's certificate."""
+    private_key: Path | None = None
+    """Key of the client certificate, for mutual TLS."""
+    certificate_chain: Path | None = None
+    """Client certificate, for mutual TLS."""
+    server_name: str = ""
+    """Name the server's certificate must carry, if it is not the address's."""
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Channel credentials from the files, read now.
+
+        Raises:
+            InvalidArgumentError: a file cannot be read.
+        """
+        try:
+            return grpc.ssl_channel_credentials(
+                *(
+                    path.read_bytes() if path else None
+                    for path in (self.root_certificates, self.private_key, self.certificate_chain)
+                )
+            )
+        except OSError as error:
+            raise InvalidArgumentError(f"A TLS file cannot be read: {error}", field="tls") from error
+
+
+def client_options(service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
+    """Channel arguments of a client.
+
+    Args:
+        service: full name of the gRPC service whose health decides which backends of a `dns:` name are
+            used ("specdec.v1.VerifierService"); empty: none is checked.
+        server_name: overrides the name checked in the server's certificate.
+    """
+    service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if service:
+        service_config["healthCheckConfig"] = {"serviceName": service}
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.service_config", json.dumps(service_config)),
+    ]
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    return options
+
+
+def server_options() -> list[tuple[str, Any]]:
+    """Server arguments. Ports are not shared: one in use must be an error, not a split of traffic."""
+    return [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # The default allows a client one ping per five minutes and then closes its connection.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_S * 1000 // 2),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_concurrent_streams", 1024),
+    ]
+
+
+def parse_uris(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list of gRPC URIs or host:port pairs.
+
+    Raises:
+        InvalidArgumentError: empty, or an entry is no address.
+    """
+    uris = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not uris:
+        raise InvalidArgumentError(
+            "No address given; pass host:port, dns:///host:port, unix:/path, or several separated by commas."
+        )
+    for uri in uris:
+        if uri.startswith(URI_SCHEMES):
+            continue
+        host, _, port = uri.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise InvalidArgumentError(
+                f"{uri!r} is no gRPC address; write host:port, dns:///host:port or unix:/path."
+            )
+    return uris
+
+
+def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
+    """An asyncio channel; must be created on the event loop that uses it."""
+    options = client_options(service, tls.server_name if tls else "")
+    if tls:
+        return grpc.aio.secure_channel(uri, tls.credentials(), options=options)
+    return grpc.aio.insecure_channel(uri, options=options)
+
+
+def sync_channel(uri: str, *, tls: TlsConfig | None = None) -> grpc.Channel:
+    """A blocking channel."""
+    options = client_options(server_name=tls.server_name if tls else "")
+    if tls:
+        return grpc.secure_channel(uri, tls.credentials(), options=options)
+    return grpc.insecure_channel(uri, options=options)

@@ -1,0 +1,195 @@
+"""What a client asks for and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from specdec.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+    """The turn's text."""
+
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A string (one user turn, or raw text with `GenerateOptions.raw`), a conversation, or token ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """Everything a request may say besides its prompt."""
+
+    method: str = ""
+    """Drafter to use, "none" for plain decoding; empty: the gateway's default."""
+    num_draft_tokens: int | None = None
+    """Tokens to draft per round (K); None: the drafter's default."""
+    max_new_tokens: int | None = None
+    """Most tokens to emit; None: the gateway's default."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """How the target picks tokens; greedy unless told otherwise."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the generation; the text stops before the first."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the generation, besides the model's own."""
+    ignore_eos: bool = False
+    """Do not end at the model's own end tokens."""
+    num_top_logprobs: int | None = None
+    """Most probable tokens to report per emitted token, 0 to 20; None: no log probabilities at all."""
+    raw: bool = False
+    """Tokenise a string prompt as it is, without the chat template."""
+
+
+DEFAULT_OPTIONS = GenerateOptions()
+"""The gateway's defaults throughout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One emitted token."""
+
+    token_id: int
+    """Token id in the target's vocabulary."""
+    text: str
+    """Text the token completes; the tokens' texts join to the answer. Often empty."""
+    is_draft: bool
+    """Drafted and accepted, rather than added by the target."""
+    logprob: float | None = None
+    """Natural log probability under the target's unprocessed distribution; None: not asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """Most probable (token id, log probability) pairs, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The gateway's acceptance of a request."""
+
+    input_tokens: int
+    """Tokens of the prompt after tokenisation."""
+    method: str
+    """Method in effect."""
+    num_draft_tokens: int
+    """Draft tokens asked for per round (K)."""
+    trace_id: str
+    """Trace id, 32 hex digits; empty: not traced."""
+    model_id: str
+    """Model that answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts."""
+
+    input_tokens: int
+    """Tokens of the prompt."""
+    output_tokens: int
+    """Tokens emitted, end token included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times measured at the gateway from the request's arrival, milliseconds."""
+
+    ttft_ms: float
+    """To the first token."""
+    tpot_ms: float
+    """Mean per output token after the first; 0: fewer than two tokens."""
+    total_ms: float
+    """To the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What the rounds of a generation did; the times are sums over rounds, milliseconds."""
+
+    method: str
+    """Method in effect."""
+    num_rounds: int
+    """Verify passes after the prefill."""
+    num_draft_tokens: int
+    """Draft tokens verified."""
+    num_accepted_tokens: int
+    """Draft tokens accepted, bonus excluded."""
+    acceptance_histogram: tuple[int, ...] = ()
+    """Entry i: rounds that accepted exactly i draft tokens."""
+    num_draft_tokens_per_position: tuple[int, ...] = ()
+    """Entry i: rounds that drafted a token at position i."""
+    num_accepted_tokens_per_position: tuple[int, ...] = ()
+    """Entry i: rounds whose draft token at position i was accepted."""
+    draft_ms: float = 0.0
+    """The drafter's time."""
+    verify_ms: float = 0.0
+    """The verifier's time."""
+    transport_ms: float = 0.0
+    """Time on the wire and in gRPC to both services."""
+    gateway_ms: float = 0.0
+    """The gateway's own time."""
+    num_fallback_rounds: int = 0
+    """Rounds that went without a draft because the drafter was lost, late or refused."""
+    fallback_reason: str = ""
+    """Why, the last time; empty: it did not happen."""
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens committed per round, bonus included; 1 without rounds, which is what plain decoding has."""
+        return 1.0 + (self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    """The answer."""
+    tokens: tuple[Token, ...] = field(repr=False)
+    """The emitted tokens, end token included."""
+    finish_reason: str
+    """"stop_token", "length" or "stop_string"."""
+    usage: Usage
+    timing: Timing
+    speculation: Speculation
+    trace_id: str
+    """Trace id, 32 hex digits; empty: not traced."""
+    model_id: str
+    """Model that answered."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids of the emitted tokens."""
+        return tuple(token.token_id for token in self.tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as `specdec generate --json` prints it; `logprobs` is there if they were asked for."""
+        speculation = self.speculation
+        result: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "usage": asdict(self.usage),
+            "timing": asdict(self.timing),
+            "speculation": {
+                "method": speculation.method,
+                "num_rounds": speculation.num_rounds,
+                "num_draft_tokens": speculation.num_draft_tokens,
+                "num_accepted_tokens": speculation.num_accepted_tokens,
+                "mean_acceptance_length": speculation.mean_acceptance_length,
+                "acceptance_histogram": list(speculation.acceptance_histogram),
+                "draft_ms": speculation.draft_ms,
+                "verify_ms": speculation.verify_ms,
+                "transport_ms": speculation.transport_ms,
+            },
+            "trace_id": self.trace_id,
+        }
+        if any(token.logprob is not None for token in self.tokens):
+            result["logprobs"] = [
+                {"logprob": token.logprob, "top": [list(pair) for pair in token.top_logprobs]}
+                for token in self.tokens
+            ]
+        return result

@@ -1,0 +1,103 @@
+"""Load a causal LM for serving, and set the process up for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specdec.errors import InvalidArgumentError, NotFoundError
+from specdec.model_files import model_id, resolve_model, vocabulary_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+_SPIN_COUNT = "10000"
+"""How long an idle OpenMP thread spins. The default steals cores from the other model process on the host;
+no spin at all nearly doubles a pass."""
+
+_SWITCH_INTERVAL_S = 0.0005
+"""How long the engine thread may hold the GIL while the event loop wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal LM in memory and how peers know it."""
+
+    model: PreTrainedModel
+    model_id: str
+    vocabulary_fingerprint: str
+    eos_token_ids: tuple[int, ...]
+    folder: Path
+
+
+def tune_process() -> None:
+    """Prepare this process for running a model; must come before the first import of torch."""
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+
+
+def load_causal_lm(model: str, *, dtype: str, device: str) -> LoadedModel:
+    """Load a model by folder, hub id or "default".
+
+    Raises:
+        NotFoundError: there is no such model.
+        InvalidArgumentError: it is no causal LM, its files are damaged, or the device is not there.
+    """
+    folder = resolve_model(model)
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(f"Device {device!r} cannot be used: {error}", field="device") from error
+    _check_is_causal_lm(folder)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+    except NotFoundError:
+        raise
+    except Exception as error:  # damaged files surface as many types
+        raise InvalidArgumentError(
+            f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}", field="model"
+        ) from error
+    return LoadedModel(
+        model=loaded.to(target).eval().requires_grad_(False),
+        model_id=model_id(model),
+        vocabulary_fingerprint=vocabulary_fingerprint(folder),
+        eos_token_ids=_eos_token_ids(loaded),
+        folder=folder,
+    )
+
+
+def _check_is_causal_lm(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # an unknown or broken config surfaces as many types
+        raise InvalidArgumentError(f"{folder}/config.json cannot be used: {error}", field="model") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InvalidArgumentError(
+            f"{folder} holds a {config.model_type!r} model, which is no causal LM; the services run "
+            "models that AutoModelForCausalLM loads.",
+            field="model",
+        )
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    if eos is None:
+        eos = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)

@@ -1,0 +1,214 @@
+"""A gRPC server with house manners: health, reflection, typed errors, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from specdec.channel import server_options
+from specdec.errors import InternalError, InvalidArgumentError, SpecdecError, to_status
+
+logger = logging.getLogger(__name__)
+
+_Message = TypeVar("_Message")
+_OUR_METHODS = "/specdec.v1."
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Stands for a request whose bytes are no message of its type."""
+
+    reason: str
+
+
+class _HouseInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of ours: SpecdecError becomes its status, undecodable bytes INVALID_ARGUMENT."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_OUR_METHODS):
+            return handler  # type: ignore[no-any-return]
+        kind = next(k for k in ("unary_unary", "unary_stream", "stream_stream") if getattr(handler, k))
+        wrapped = _with_errors(getattr(handler, kind), handler.request_streaming)
+        decode = _tolerant(handler.request_deserializer)
+        return handler._replace(**{kind: wrapped, "request_deserializer": decode})  # type: ignore[no-any-return]
+
+
+def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: bool) -> Callable[..., Any]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(_checked(request) if streams_requests else _check(request), context)
+        except SpecdecError as error:
+            await _abort(context, error)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            logger.exception("request failed")
+            await _abort(context, InternalError(f"Defect in the server: {type(error).__name__}: {error}"))
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SpecdecError) -> None:
+    status = to_status(error)
+    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+
+
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A decoder that reports what it cannot read to the handler; gRPC itself would answer INTERNAL."""
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            return _Malformed(str(error))
+
+    return tolerant
+
+
+def _check(request: _Message | _Malformed) -> _Message:
+    if isinstance(request, _Malformed):
+        raise InvalidArgumentError(
+            f"The request is no valid protobuf message ({request.reason}); text must be UTF-8.",
+            reason="MALFORMED_MESSAGE",
+        )
+    return request
+
+
+async def _checked(requests: AsyncIterator[_Message | _Malformed]) -> AsyncIterator[_Message]:
+    async for request in requests:
+        yield _check(request)
+
+
+class ServiceHost:
+    """One gRPC server on one address.
+
+    Args:
+        service: full name of the service, whose health is reported besides the server's own ("").
+        register: adds the servicer to the server.
+        listen: host:port (port 0: a free one) or unix:/path.
+    """
+
+    def __init__(self, service: str, register: Callable[[grpc.aio.Server], None], listen: str) -> None:
+        self._service = service
+        self._listen = listen
+        self._server = grpc.aio.server(interceptors=[_HouseInterceptor()], options=server_options())
+        self._health = health_aio.HealthServicer()
+        register(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+            self._server,
+        )
+
+    async def start(self) -> str:
+        """Bind and answer, NOT_SERVING until `set_serving`. Returns the address with its real port.
+
+        Raises:
+            InvalidArgumentError: the address cannot be bound.
+        """
+        await self._set_health(serving=False)
+        try:
+            port = self._server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"Cannot listen on {self._listen}: the port is in use or the address is not this host's. "
+                "Pass another one with --listen.",
+                field="listen",
+                reason="ADDRESS_IN_USE",
+            ) from error
+        await self._server.start()
+        if self._listen.startswith("unix"):
+            return self._listen
+        return f"{self._listen.rpartition(':')[0]}:{port}"
+
+    async def set_serving(self) -> None:
+        """Report SERVING."""
+        await self._set_health(serving=True)
+
+    async def _set_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in ("", self._service):
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Report NOT_SERVING, refuse new calls, give running ones `grace_s` seconds, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+async def run_service(
+    host: ServiceHost,
+    *,
+    load: Callable[[], Awaitable[None]],
+    close: Callable[[], Awaitable[None]],
+    grace_s: float,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Args:
+        load: makes the service ready; runs after the port is open, so that probes get an answer.
+        close: frees what load made.
+
+    Raises:
+        SpecdecError: the address cannot be bound, or `load` failed.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    address = await host.start()
+    logger.info("listening", extra={"address": address})
+    loading = asyncio.ensure_future(load())
+    stopped = asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            await host.set_serving()
+            logger.info("serving", extra={"address": address})
+            await stopped
+        logger.info("draining", extra={"grace_s": grace_s})
+    finally:
+        for task in (loading, stopped):
+            task.cancel()
+            with suppress(asyncio.CancelledError, SpecdecError):
+                await task
+        await host.stop(grace_s)
+        await close()
+    logger.info("stopped")
+
+
+def main_loop(main: Callable[[], Awaitable[None]]) -> int:
+    """Run a service's coroutine; its exit code: 0 after a drain, 2 with a message for a wrong set-up."""
+    try:
+        asyncio.run(_as_coroutine(main))
+    except SpecdecError as error:
+        logger.error(error.message, extra={"reason": error.reason})
+        return 2
+    return 0
+
+
+async def _as_coroutine(main: Callable[[], Awaitable[None]]) -> None:
+    await main()
+
+
+def remaining_timeout_s(context: grpc.aio.ServicerContext[Any, Any], margin_s: float = 0.05) -> float | None:
+    """Seconds left of the caller's deadline, less a margin for the answer; None: no deadline."""
+    remaining = context.time_remaining()
+    return None if remaining is None else max(0.0, remaining - margin_s)

@@ -1,0 +1,105 @@
+from specdec.v1 import common_pb2 as _common_pb2
+from specdec.v1 import target_state_pb2 as _target_state_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DraftRequest(_message.Message):
+    __slots__ = ("open", "round", "traceparent")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    open: DraftOpen
+    round: DraftRound
+    traceparent: str
+    def __init__(self, open: _Optional[_Union[DraftOpen, _Mapping]] = ..., round: _Optional[_Union[DraftRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class DraftOpen(_message.Message):
+    __slots__ = ("handshake", "drafter", "committed_token_ids", "prompt_length", "sampling", "max_length")
+    HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    handshake: _common_pb2.Handshake
+    drafter: str
+    committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_length: int
+    sampling: _common_pb2.SamplingParams
+    max_length: int
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., drafter: _Optional[str] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_length: _Optional[int] = ...) -> None: ...
+
+class DraftRound(_message.Message):
+    __slots__ = ("committed_token_ids", "committed_length", "num_draft_tokens", "target_state")
+    COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_STATE_FIELD_NUMBER: _ClassVar[int]
+    committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    committed_length: int
+    num_draft_tokens: int
+    target_state: _target_state_pb2.TargetStateRef
+    def __init__(self, committed_token_ids: _Optional[_Iterable[int]] = ..., committed_length: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ...) -> None: ...
+
+class DraftResponse(_message.Message):
+    __slots__ = ("opened", "result")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    opened: DraftOpened
+    result: DraftResult
+    def __init__(self, opened: _Optional[_Union[DraftOpened, _Mapping]] = ..., result: _Optional[_Union[DraftResult, _Mapping]] = ...) -> None: ...
+
+class DraftOpened(_message.Message):
+    __slots__ = ("handshake", "timings")
+    HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    handshake: _common_pb2.Handshake
+    timings: _common_pb2.PhaseTimings
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ...) -> None: ...
+
+class DraftResult(_message.Message):
+    __slots__ = ("draft_token_ids", "parent_indices", "timings")
+    DRAFT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    draft_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    parent_indices: _containers.RepeatedScalarFieldContainer[int]
+    timings: _common_pb2.PhaseTimings
+    def __init__(self, draft_token_ids: _Optional[_Iterable[int]] = ..., parent_indices: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ...) -> None: ...
+
+class DrafterServiceGetInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrafterInfo(_message.Message):
+    __slots__ = ("name", "family", "model", "max_num_draft_tokens", "default_num_draft_tokens", "target_state_spec")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_STATE_SPEC_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    family: str
+    model: _common_pb2.ModelInfo
+    max_num_draft_tokens: int
+    default_num_draft_tokens: int
+    target_state_spec: _target_state_pb2.TargetStateSpec
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., default_num_draft_tokens: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ...) -> None: ...
+
+class DrafterServiceGetInfoResponse(_message.Message):
+    __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DRAFTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    drafters: _containers.RepeatedCompositeFieldContainer[DrafterInfo]
+    max_sessions: int
+    num_sessions: int
+    def __init__(self, protocol_version: _Optional[int] = ..., drafters: _Optional[_Iterable[_Union[DrafterInfo, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec.runtime.loading import tune_process
+from tests.tiny_models import save_tiny_model
+
+tune_process()
+torch.set_num_threads(1)  # tiny models gain nothing from a second thread
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama, its folder."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def noisy_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with noise on its weights: a drafter that is right now and then."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "noisy-llama", noise=0.05)

@@ -1,0 +1,168 @@
+"""A gateway on a real server that answers from a script."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+
+from specdec.channel import server_options
+from specdec.errors import ResourceExhaustedError, to_status
+from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
+
+Responses = Iterator[gateway_pb2.GenerateResponse]
+Script = Callable[["ScriptedGateway", gateway_pb2.GenerateRequest, grpc.ServicerContext], Responses]
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+
+
+def token(
+    token_id: int, text: str, *, draft: bool = False, logprob: float | None = None
+) -> gateway_pb2.Token:
+    """A token of the wire."""
+    origin = gateway_pb2.TOKEN_ORIGIN_ACCEPTED_DRAFT if draft else gateway_pb2.TOKEN_ORIGIN_BONUS
+    message = gateway_pb2.Token(token_id=token_id, text=text, origin=origin)
+    if logprob is not None:
+        message.logprobs.logprob = logprob
+        message.logprobs.top.add(token_id=token_id, logprob=logprob)
+        message.logprobs.top.add(token_id=token_id + 1, logprob=logprob - 1)
+    return message
+
+
+def started(method: str = "ngram") -> gateway_pb2.GenerateResponse:
+    """First response."""
+    return gateway_pb2.GenerateResponse(
+        started=gateway_pb2.GenerateStarted(
+            input_tokens=5, method=method, num_draft_tokens=4, trace_id=TRACE_ID, model_id="tiny"
+        )
+    )
+
+
+def chunk(*tokens: gateway_pb2.Token) -> gateway_pb2.GenerateResponse:
+    """Response of a round."""
+    return gateway_pb2.GenerateResponse(chunk=gateway_pb2.GenerateChunk(tokens=tokens))
+
+
+def finished(method: str = "ngram", *, fallback_reason: str = "") -> gateway_pb2.GenerateResponse:
+    """Last response: two rounds, three of five draft tokens accepted."""
+    return gateway_pb2.GenerateResponse(
+        finished=gateway_pb2.GenerateFinished(
+            finish_reason=verifier_pb2.FINISH_REASON_STOP_TOKEN,
+            usage=gateway_pb2.Usage(input_tokens=5, output_tokens=5),
+            timing=gateway_pb2.GenerateTiming(ttft_ns=2_000_000, tpot_ns=500_000, total_ns=4_000_000),
+            speculation=gateway_pb2.SpeculationStats(
+                method=method,
+                num_rounds=2,
+                num_draft_tokens=5,
+                num_accepted_tokens=3,
+                acceptance_histogram=[0, 1, 1],
+                num_draft_tokens_per_position=[2, 2, 1],
+                num_accepted_tokens_per_position=[2, 1, 0],
+                draft_ns=100_000,
+                verify_ns=1_500_000,
+                transport_ns=300_000,
+                gateway_ns=50_000,
+                num_fallback_rounds=1 if fallback_reason else 0,
+                fallback_reason=fallback_reason,
+            ),
+        )
+    )
+
+
+def answer(_gateway: object, request: gateway_pb2.GenerateRequest, _context: object) -> Responses:
+    """The usual script: "Hello, world!" in three chunks."""
+    method = request.method or "ngram"
+    logprob = -0.5 if request.HasField("num_top_logprobs") else None
+    yield started(method)
+    yield chunk(token(11, "Hello", logprob=logprob))
+    yield chunk(token(12, ",", draft=True, logprob=logprob), token(13, " world", logprob=logprob))
+    yield chunk(token(14, "!", draft=True, logprob=logprob), token(2, "", logprob=logprob))
+    yield finished(method)
+
+
+def hang(gateway: ScriptedGateway, _request: object, context: grpc.ServicerContext) -> Responses:
+    """Two tokens, then nothing until the client goes away."""
+    context.add_callback(gateway.ended.set)
+    yield started()
+    yield chunk(token(11, "Hel"), token(12, "lo"))
+    gateway.ended.wait(30)
+
+
+def refuse(_gateway: object, _request: object, context: grpc.ServicerContext) -> Responses:
+    """Out of slots."""
+    error = ResourceExhaustedError("No slot is free.", reason="NO_SLOT", retry_after_s=1.5)
+    context.abort_with_status(to_status(error))
+    yield started()
+
+
+def information() -> gateway_pb2.GatewayServiceGetInfoResponse:
+    """What GetInfo answers."""
+    model = common_pb2.ModelInfo(
+        model_id="tiny", vocabulary_fingerprint="ab" * 32, vocab_size=100, max_length=64, dtype="bfloat16"
+    )
+    verifier = verifier_pb2.VerifierServiceGetInfoResponse(
+        protocol_version=1,
+        model=model,
+        max_num_draft_tokens=15,
+        kv_capacity_tokens=1000,
+        kv_free_tokens=900,
+        max_sessions=8,
+        num_sessions=1,
+        eos_token_ids=[2],
+    )
+    ngram = drafter_pb2.DrafterInfo(
+        name="ngram", family="ngram", max_num_draft_tokens=15, default_num_draft_tokens=4
+    )
+    drafter = drafter_pb2.DrafterServiceGetInfoResponse(drafters=[ngram], max_sessions=9, num_sessions=2)
+    return gateway_pb2.GatewayServiceGetInfoResponse(
+        protocol_version=1,
+        model=model,
+        methods=["none", "ngram"],
+        default_method="ngram",
+        default_max_new_tokens=128,
+        verifiers=[gateway_pb2.ReplicaInfo(uri="host:1", ready=True, num_sessions=1, verifier=verifier)],
+        drafters=[
+            gateway_pb2.ReplicaInfo(uri="host:2", ready=True, drafter=drafter),
+            gateway_pb2.ReplicaInfo(uri="host:3", reason="connection refused"),
+        ],
+    )
+
+
+@dataclass
+class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):
+    """Runs `script` for every request and remembers the requests."""
+
+    script: Script = answer
+    requests: list[gateway_pb2.GenerateRequest] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+    address: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def Generate(self, request: gateway_pb2.GenerateRequest, context: grpc.ServicerContext) -> Responses:  # noqa: N802
+        """As the contract says."""
+        self.requests.append(request)
+        self.metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        yield from self.script(self, request, context)
+
+    def GetInfo(self, request: object, context: object) -> gateway_pb2.GatewayServiceGetInfoResponse:  # noqa: N802
+        """As the contract says."""
+        return information()
+
+
+@contextmanager
+def serving() -> Iterator[ScriptedGateway]:
+    """A scripted gateway on a free port."""
+    gateway = ScriptedGateway()
+    server = grpc.server(ThreadPoolExecutor(4), options=server_options())
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
+    gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        yield gateway
+    finally:
+        gateway.ended.set()
+        server.stop(0).wait()

@@ -1,0 +1,346 @@
+"""The command line against a scripted gateway on a real server."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+from rich.console import Console
+from scripted_gateway import (
+    Responses,
+    ScriptedGateway,
+    chunk,
+    finished,
+    hang,
+    refuse,
+    serving,
+    started,
+    token,
+)
+
+from specdec.chat import Conversation
+from specdec.cli import main
+from specdec.client import Client, GenerateOptions, Message, Token
+from specdec.local_state import SystemState, write_state
+from specdec.render import AnswerPrinter, agreement
+
+COMMANDS = ["bench", "chat", "compare", "down", "generate", "info", "up"]
+
+
+@pytest.fixture
+def gateway() -> Iterator[ScriptedGateway]:
+    with serving() as scripted:
+        yield scripted
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No system runs, as far as the tests can tell."""
+    monkeypatch.setenv("SPECDEC_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.delenv("SPECDEC_GATEWAY", raising=False)
+    return tmp_path / "state"
+
+
+def run(*arguments: str, gateway: ScriptedGateway | None = None, stdin: str | bytes | None = None) -> Result:
+    address = ("--gateway", gateway.address) if gateway else ()
+    return CliRunner().invoke(main, [*arguments, *address], input=stdin)
+
+
+def test_generate_prints_the_text_and_nothing_else(gateway: ScriptedGateway) -> None:
+    result = run("generate", "Hi", gateway=gateway)
+    assert (result.exit_code, result.stdout) == (0, "Hello, world!\n")
+    assert result.stderr == (
+        "5 tokens, 1250.0 tokens/s | method ngram | acceptance length 2.50 | 2 rounds | TTFT 2 ms\n"
+    )
+
+
+def test_generate_json_is_one_object(gateway: ScriptedGateway) -> None:
+    result = run("generate", "Hi", "--json", gateway=gateway)
+    answer = json.loads(result.stdout)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert list(answer) == [
+        *("text", "token_ids", "finish_reason", "usage", "timing", "speculation", "trace_id")
+    ]
+    assert set(answer["speculation"]) == {
+        *("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "mean_acceptance_length"),
+        *("acceptance_histogram", "draft_ms", "verify_ms", "transport_ms"),
+    }
+    assert answer["token_ids"] == [11, 12, 13, 14, 2]
+
+
+def test_generate_json_shows_log_probabilities(gateway: ScriptedGateway) -> None:
+    answer = json.loads(run("generate", "Hi", "--json", "--logprobs", "2", gateway=gateway).stdout)
+    assert len(answer["logprobs"]) == 5
+    assert gateway.requests[0].num_top_logprobs == 2
+
+
+def test_every_option_reaches_the_gateway(gateway: ScriptedGateway) -> None:
+    options = (
+        *("--method", "none", "-k", "3", "-n", "9", "--stop", "a", "--stop", "b", "--ignore-eos"),
+        *("-t", "0.5", "--top-p", "0.75", "--top-k", "40", "--min-p", "0.25", "--seed", "7"),
+        *("--repetition-penalty", "1.5", "--presence-penalty", "0.5", "--frequency-penalty", "-0.5"),
+        *("--system", "Be brief."),
+    )
+    assert run("generate", "Hi", *options, gateway=gateway).exit_code == 0
+    request = gateway.requests[0]
+    sampling = request.sampling
+    assert [(turn.role, turn.content) for turn in request.chat.messages] == [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+    ]
+    assert (request.method, request.num_draft_tokens, request.max_new_tokens) == ("none", 3, 9)
+    assert (list(request.stop_strings), request.ignore_eos) == (["a", "b"], True)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.75, 40, 0.25)
+    assert (sampling.repetition_penalty, sampling.presence_penalty) == (1.5, 0.5)
+    assert (sampling.frequency_penalty, sampling.seed) == (-0.5, 7)
+
+
+def test_prompt_from_standard_input_raw(gateway: ScriptedGateway) -> None:
+    run("generate", "-", "--raw", gateway=gateway, stdin="päivää\n")
+    assert gateway.requests[0].text == "päivää\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "a\udcff"), "prompt is not valid Unicode"),
+        (("generate", "-"), "prompt is not valid Unicode"),
+        (("generate", "Hi", "-k", "-1"), "num_draft_tokens cannot be -1"),
+        (("generate", "Hi", "-n", "-5"), "max_new_tokens cannot be -5"),
+        (("generate", "Hi", "-t", "nan"), "temperature is nan"),
+        (("generate", "Hi", "--top-p", "0"), "top_p is 0.0"),
+        (("generate", "Hi", "--timeout", "0"), "timeout_s is 0.0"),
+        (("generate", "Hi", "--logprobs", "1"), "--logprobs needs --json"),
+        (("generate", "Hi", "--raw", "--system", "x"), "--system needs the chat template"),
+        (("compare", "Hi", "--methods", ","), "--methods is empty"),
+    ],
+)
+def test_bad_input_is_one_error_and_exit_code_2(
+    gateway: ScriptedGateway, arguments: tuple[str, ...], said: str
+) -> None:
+    result = run(*arguments, gateway=gateway, stdin=b"\xff\xfe")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert gateway.requests == []
+
+
+def test_server_errors_are_one_line_and_exit_code_1(gateway: ScriptedGateway) -> None:
+    gateway.script = refuse
+    result = run("generate", "Hi", gateway=gateway)
+    assert result.exit_code == 1
+    assert result.stderr == "error: No slot is free. Try again in 1.5 s.\n"
+
+
+def test_the_deadline_is_an_error_after_the_text_so_far(gateway: ScriptedGateway) -> None:
+    gateway.script = hang
+    result = run("generate", "Hi", "--timeout", "0.5", gateway=gateway)
+    assert (result.exit_code, result.stdout) == (1, "Hello\n")
+    assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("command", [("generate", "Hi"), ("info",), ("compare", "Hi"), ("chat",)])
+def test_without_a_gateway_the_error_says_what_to_do(command: tuple[str, ...]) -> None:
+    result = run(*command)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: No gateway is running here. Start one with `specdec up`")
+
+
+def test_commands_find_the_running_system(gateway: ScriptedGateway) -> None:
+    me = psutil.Process()
+    state = SystemState(me.pid, me.create_time(), gateway.address, "v:1", "d:1", {}, "/logs")
+    write_state(state)
+    assert run("generate", "Hi").stdout == "Hello, world!\n"
+    result = run("up")
+    assert result.exit_code == 1
+    assert f"runs already, its gateway on {gateway.address}" in result.stderr
+
+
+def test_a_lost_drafter_is_noted(gateway: ScriptedGateway) -> None:
+    def without_drafter(*_: object) -> Responses:
+        yield started()
+        yield chunk(token(1, "fine\n"))
+        yield finished(fallback_reason="drafter at host:2 is gone")
+
+    gateway.script = without_drafter
+    result = run("generate", "Hi", gateway=gateway)
+    assert result.stdout == "fine\n"
+    assert result.stderr.endswith("note: 1 rounds went without a draft: drafter at host:2 is gone\n")
+
+
+def terminal_output(tokens: list[Token], *, no_color: bool = False) -> str:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, color_system="standard", no_color=no_color)
+    printer = AnswerPrinter(console)
+    for item in tokens:
+        printer.add(item)
+    printer.end()
+    return file.getvalue()
+
+
+def test_a_terminal_shows_where_tokens_come_from() -> None:
+    tokens = [Token(1, "Hello", False), Token(2, ", ", True), Token(3, "world", False)]
+    assert terminal_output(tokens) == "Hello\x1b[32m, \x1b[0mworld\n"
+    assert terminal_output(tokens, no_color=True) == "Hello, world\n"
+
+
+def test_a_model_cannot_control_the_terminal() -> None:
+    assert terminal_output([Token(1, "a\x1b[2Jb\tc\n", False)]) == "a\N{REPLACEMENT CHARACTER}[2Jb\tc\n"
+
+
+def test_a_pipe_gets_the_text_as_it_is(gateway: ScriptedGateway) -> None:
+    text = "long " * 100 + "[bold]\t\x1b[0m end\n"
+
+    def verbatim(*_: object) -> Responses:
+        yield started()
+        yield chunk(token(1, text))
+        yield finished()
+
+    gateway.script = verbatim
+    assert run("generate", "Hi", gateway=gateway).stdout == text
+
+
+def test_info_shows_models_methods_and_replicas(gateway: ScriptedGateway) -> None:
+    output = run("info", gateway=gateway).stdout
+    for shown in ("tiny", "none, ngram", "host:1", "ready", "1 of 8"):
+        assert shown in output
+    info = json.loads(run("info", "--json", gateway=gateway).stdout)
+    assert info["methods"] == ["none", "ngram"]
+    assert info["drafters"][1] == {
+        "uri": "host:3",
+        "ready": False,
+        "num_sessions": 0,
+        "reason": "connection refused",
+        "info": None,
+    }
+
+
+def test_compare_runs_each_method_after_a_warm_up(gateway: ScriptedGateway) -> None:
+    result = run("compare", "Hi", "--methods", "none, ngram", "-k", "4", "-n", "20", gateway=gateway)
+    assert result.exit_code == 0
+    assert [(request.method, request.max_new_tokens) for request in gateway.requests] == [
+        ("none", 4),
+        ("none", 20),
+        ("ngram", 20),
+    ]
+    assert not gateway.requests[1].HasField("num_draft_tokens")
+    assert gateway.requests[2].num_draft_tokens == 4
+    for shown in ("Compared with none", "ngram", "1.00x", "2.50", "same"):
+        assert shown in result.stdout
+
+
+def test_agreement_names_the_first_token_that_differs(gateway: ScriptedGateway) -> None:
+    def answers(*token_ids: int) -> Responses:
+        yield started()
+        yield chunk(*(token(token_id, "") for token_id in token_ids))
+        yield finished()
+
+    scripts = {"a": (1, 2, 3), "b": (1, 5, 3), "c": (1, 2)}
+    gateway.script = lambda _gateway, request, _context: answers(*scripts[request.method])
+    with Client(gateway.address) as client:
+        a, b, c = (client.generate("Hi", GenerateOptions(method=name)) for name in scripts)
+    assert (agreement(a, a), agreement(a, b), agreement(a, c)) == (
+        "same",
+        "differs from token 1",
+        "differs from token 2",
+    )
+
+
+def test_chat_keeps_the_history_until_reset(gateway: ScriptedGateway) -> None:
+    lines = "Hi\n\nAnd you?\n/nonsense\n/reset\nAgain\n/exit\nnever asked\n"
+    result = run("chat", "--system", "Be brief.", gateway=gateway, stdin=lines)
+    assert result.exit_code == 0
+    contents = [[turn.content for turn in request.chat.messages] for request in gateway.requests]
+    assert contents == [
+        ["Be brief.", "Hi"],
+        ["Be brief.", "Hi", "Hello, world!", "And you?"],
+        ["Be brief.", "Again"],
+    ]
+    assert result.stdout == "Hello, world!\n" * 3
+    assert "There is no /nonsense" in result.stderr
+
+
+def test_chat_survives_an_error_and_forgets_the_turn(gateway: ScriptedGateway) -> None:
+    with Client(gateway.address) as client:
+        conversation = Conversation(client, GenerateOptions(), [], no_color=True)
+        gateway.script = refuse
+        lines = iter(["Hi", None])
+        conversation.run(lambda: next(lines))
+    assert conversation.history == []
+
+
+def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(gateway: ScriptedGateway) -> None:
+    gateway.script = hang
+    command = [sys.executable, "-m", "specdec", "chat", "--gateway", gateway.address]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        chat.stdin.write("Hi\n")
+        chat.stdin.flush()
+        assert chat.stdout.read(5) == "Hello"
+        chat.send_signal(signal.SIGINT)
+        assert gateway.ended.wait(10)
+        chat.stdin.write("/exit\n")
+        _, errors = chat.communicate(timeout=20)
+    assert (chat.returncode, errors) == (0, "(stopped)\n")
+
+
+def test_a_stopped_answer_stays_in_the_history(gateway: ScriptedGateway) -> None:
+    class Impatient(Client):
+        """Presses Ctrl-C after the first token."""
+
+        def stream(self, *arguments: object, **options: object):  # type: ignore[no-untyped-def]
+            stream = super().stream(*arguments, **options)  # type: ignore[arg-type]
+            first = next(stream)
+
+            def tokens() -> Iterator[Token]:
+                yield first
+                raise KeyboardInterrupt
+
+            stream._tokens = tokens()
+            return stream
+
+    with Impatient(gateway.address) as client:
+        conversation = Conversation(client, GenerateOptions(), [], no_color=True)
+        lines = iter(["Hi", None])
+        conversation.run(lambda: next(lines))
+    assert conversation.history == [Message("user", "Hi"), Message("assistant", "Hello")]
+
+
+def test_down_says_so_when_nothing_runs() -> None:
+    result = run("down")
+    assert (result.exit_code, result.stderr) == (0, "Nothing is running.\n")
+
+
+def test_help_teaches_and_is_quick() -> None:
+    start = time.monotonic()
+    output = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "specdec", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.monotonic() - start < 5
+    assert "specdec up --detach" in output.stdout
+    for name in COMMANDS:
+        assert f"\n  {name}" in output.stdout
+    for heavy in ("torch", "transformers", "specdec.bench"):
+        assert f" {heavy}\n" not in output.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout

@@ -1,0 +1,375 @@
+"""The launcher, with small real processes that answer health checks in place of the services."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from specdec.errors import FailedPreconditionError, RequestCancelledError, UnavailableError
+from specdec.launcher import LocalSystem, SystemConfig, service_specs
+from specdec.local_state import (
+    SystemState,
+    read_live_state,
+    remove_state,
+    sole_supervisor,
+    state_dir,
+    write_state,
+)
+from specdec.processes import ServiceGroup, ServiceSpec, free_ports
+from specdec.supervisor import RestartPolicy, Supervisor
+from specdec.up import run_detached, stop_running
+
+NAMES = ("gateway", "drafter", "verifier")
+
+FAKE_SERVICE = """
+import signal, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+name, address, mode, journal = sys.argv[1:]
+print(f"{name} starts", flush=True)
+if mode == "fail":
+    print("error: the model is missing", flush=True)
+    sys.exit(3)
+status = health_pb2.HealthCheckResponse.SERVING
+servicer = health.HealthServicer()
+servicer.set(f"test.{name}", status if mode != "never-ready" else health_pb2.HealthCheckResponse.NOT_SERVING)
+server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
+health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+server.add_insecure_port(address)
+server.start()
+stopped = threading.Event()
+def stop(*_):
+    with open(journal, "a") as file:
+        file.write(name + "\\n")
+    if mode != "stubborn":
+        stopped.set()
+signal.signal(signal.SIGTERM, stop)
+while not stopped.wait(0.05):
+    pass
+"""
+
+FAKE_UP = """
+import json, sys
+from pathlib import Path
+from specdec.errors import SpecdecError
+from specdec.local_state import sole_supervisor
+from specdec.processes import ServiceGroup, ServiceSpec
+from specdec.up import supervise
+
+specs = [ServiceSpec(**{**fields, "command": tuple(fields["command"])}) for fields in json.loads(sys.argv[1])]
+logs = Path(sys.argv[2])
+try:
+    with sole_supervisor():
+        supervise(ServiceGroup(specs, logs, ready_timeout_s=20), logs, report=print, announce=print)
+except SpecdecError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+class Fakes:
+    """Specs of fake services in a directory, and what they left there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.logs = directory / "logs"
+        (directory / "service.py").write_text(FAKE_SERVICE)
+        (directory / "up.py").write_text(FAKE_UP)
+
+    def specs(self, **modes: str) -> list[ServiceSpec]:
+        """The three services; `modes` by name: "fail", "never-ready", "stubborn"."""
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(len(NAMES))]
+        return [
+            ServiceSpec(
+                name=name,
+                address=address,
+                command=(
+                    *(sys.executable, str(self.directory / "service.py")),
+                    *(name, address, modes.get(name, "serve"), str(self.directory / "journal")),
+                ),
+                health_service=f"test.{name}",
+            )
+            for name, address in zip(NAMES, addresses, strict=True)
+        ]
+
+    def group(self, ready_timeout_s: float = 20.0, **modes: str) -> ServiceGroup:
+        return ServiceGroup(self.specs(**modes), self.logs, ready_timeout_s=ready_timeout_s)
+
+    def up_command(self, **modes: str) -> list[str]:
+        specs = [
+            {
+                "name": spec.name,
+                "address": spec.address,
+                "command": spec.command,
+                "health_service": spec.health_service,
+            }
+            for spec in self.specs(**modes)
+        ]
+        return [sys.executable, str(self.directory / "up.py"), json.dumps(specs), str(self.logs)]
+
+    @property
+    def stop_order(self) -> list[str]:
+        return (self.directory / "journal").read_text().split()
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Fakes:
+    return Fakes(tmp_path)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    directory = tmp_path / "state"
+    monkeypatch.setenv("SPECDEC_STATE_DIR", str(directory))
+    yield directory
+    stop_running()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def some_state(pid: int, started_at: float) -> SystemState:
+    return SystemState(pid, started_at, "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3", {"gateway": 1}, "/logs")
+
+
+def test_services_start_and_stop_gateway_first(fakes: Fakes) -> None:
+    with fakes.group() as group:
+        pids = group.pids
+        assert set(pids) == set(NAMES)
+        assert all(service.is_serving() for service in group.services)
+    assert fakes.stop_order == ["gateway", "drafter", "verifier"]
+    assert not any(psutil.pid_exists(pid) for pid in pids.values())
+
+
+def test_a_service_that_fails_at_start_shows_its_log(fakes: Fakes) -> None:
+    group = fakes.group(drafter="fail")
+    with pytest.raises(UnavailableError, match="drafter stopped with exit code 3") as caught:
+        group.start()
+    assert "error: the model is missing" in str(caught.value)
+    assert all(service.exit_code is not None for service in group.services)
+
+
+def test_a_service_that_is_not_ready_in_time_is_named(fakes: Fakes) -> None:
+    with pytest.raises(UnavailableError, match=r"verifier was not ready after 3 s") as caught:
+        fakes.group(ready_timeout_s=3, verifier="never-ready").start()
+    assert "verifier starts" in str(caught.value)
+
+
+def test_a_start_can_be_given_up(fakes: Fakes) -> None:
+    group = fakes.group(verifier="never-ready")
+    timer = threading.Timer(0.5, group.stopping.set)
+    timer.start()
+    with pytest.raises(RequestCancelledError):
+        group.start()
+    timer.join()
+    assert all(service.exit_code is not None for service in group.services)
+
+
+def test_a_service_that_ignores_the_signal_is_killed(fakes: Fakes) -> None:
+    group = fakes.group(drafter="stubborn")
+    group.start()
+    group.stop(grace_s=0.5)
+    assert [service.exit_code for service in group.services] == [0, -signal.SIGKILL, 0]
+
+
+def test_a_killed_service_is_started_again_on_its_address(fakes: Fakes) -> None:
+    restarts: list[dict[str, int]] = []
+    reports: list[str] = []
+    with fakes.group() as group:
+        supervisor = Supervisor(
+            group,
+            policy=RestartPolicy(first_delay_s=0.05),
+            report=reports.append,
+            on_restart=lambda: restarts.append(group.pids),
+        )
+        thread = threading.Thread(target=supervisor.run)
+        thread.start()
+        before = group.pids
+        os.kill(before["verifier"], signal.SIGKILL)
+        eventually(lambda: len(restarts) == 1 and group.services[2].is_serving())
+        group.stopping.set()
+        thread.join()
+        assert restarts[0]["verifier"] != before["verifier"]
+        assert restarts[0]["gateway"] == before["gateway"]
+    assert "verifier was killed by SIGKILL" in reports[0]
+
+
+def test_a_service_that_keeps_dying_ends_the_supervision(fakes: Fakes) -> None:
+    policy = RestartPolicy(first_delay_s=0.01, max_delay_s=0.01, max_quick_deaths=3)
+    with fakes.group() as group:
+        marker = fakes.directory / "service.py"
+        marker.write_text("import sys; sys.exit('no memory left')")
+        os.kill(group.pids["drafter"], signal.SIGKILL)
+        with pytest.raises(UnavailableError, match="drafter died 3 times in a row") as caught:
+            Supervisor(group, policy=policy).run()
+    assert "no memory left" in str(caught.value)
+
+
+def test_services_do_not_outlive_a_killed_supervisor(fakes: Fakes, state: Path) -> None:
+    command = fakes.up_command()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as supervisor:
+        eventually(lambda: read_live_state() is not None)
+        running = read_live_state()
+        assert running is not None
+        supervisor.kill()
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in running.pids.values()))
+    assert (state / "system.json").exists()
+    assert read_live_state() is None
+    assert not (state / "system.json").exists()
+
+
+def test_detached_system_is_found_refused_twice_and_stopped(fakes: Fakes, state: Path) -> None:
+    running = run_detached(fakes.up_command(), timeout_s=30)
+    assert read_live_state() == running
+    assert os.getsid(running.supervisor_pid) == running.supervisor_pid
+    with pytest.raises(FailedPreconditionError, match=r"specdec down") as caught:
+        run_detached(fakes.up_command(), timeout_s=30)
+    assert running.gateway in str(caught.value)
+    assert stop_running() == running
+    assert fakes.stop_order == ["gateway", "drafter", "verifier"]
+    assert not any(psutil.pid_exists(pid) for pid in running.pids.values())
+    assert list(state.glob("system.json*")) == []
+    assert stop_running() is None
+
+
+def test_the_state_follows_a_restart(fakes: Fakes, state: Path) -> None:
+    running = run_detached(fakes.up_command(), timeout_s=30)
+    os.kill(running.pids["drafter"], signal.SIGKILL)
+
+    def is_new() -> bool:
+        current = read_live_state()
+        return current is not None and current.pids["drafter"] != running.pids["drafter"]
+
+    eventually(is_new)
+
+
+def test_a_detached_failure_is_told_as_the_supervisor_told_it(fakes: Fakes, state: Path) -> None:
+    with pytest.raises(UnavailableError, match=r"^The gateway stopped with exit code 3") as caught:
+        run_detached(fakes.up_command(gateway="fail"), timeout_s=30)
+    assert "the model is missing" in str(caught.value)
+    assert read_live_state() is None
+
+
+def test_a_detached_system_that_is_late_is_stopped(fakes: Fakes, state: Path) -> None:
+    with pytest.raises(UnavailableError, match="not ready after 2 s"):
+        run_detached(fakes.up_command(verifier="never-ready"), timeout_s=2)
+
+    def is_gone() -> bool:
+        try:
+            with sole_supervisor():
+                return True
+        except FailedPreconditionError:
+            return False
+
+    eventually(is_gone)
+    assert read_live_state() is None
+
+
+def test_state_is_private_and_reads_back(state: Path) -> None:
+    me = psutil.Process()
+    written = some_state(me.pid, me.create_time())
+    write_state(written)
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert stat.S_IMODE((state / "system.json").stat().st_mode) == 0o600
+    assert read_live_state() == written
+    remove_state()
+    assert read_live_state() is None
+
+
+@pytest.mark.parametrize("pid", [2**22 + 1, os.getpid()], ids=["no-such-process", "pid-used-again"])
+def test_state_of_a_system_that_is_gone_is_cleaned_up(state: Path, pid: int) -> None:
+    write_state(some_state(pid, started_at=1.0))
+    assert read_live_state() is None
+    assert not (state / "system.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": 99}', "[1]", '"text"', "\x00"])
+def test_unreadable_state_is_no_system(state: Path, content: str) -> None:
+    (state_dir() / "system.json").write_text(content)
+    assert read_live_state() is None
+
+
+def test_state_directory_falls_back_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPECDEC_STATE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/none")
+    assert state_dir().is_relative_to(tmp_path / "cache")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert state_dir().is_relative_to(tmp_path / "specdec")
+
+
+def test_only_one_supervisor_at_a_time(state: Path) -> None:
+    with sole_supervisor(), pytest.raises(FailedPreconditionError, match="runs already"), sole_supervisor():
+        pass
+    with sole_supervisor():
+        pass
+
+
+def test_service_commands() -> None:
+    config = SystemConfig(
+        model="org/model",
+        dtype="float32",
+        drafters=("ngram", "causal-lm:org/small"),
+        extra_args={"verifier": ["--kv-cache-mib", "64"]},
+    )
+    gateway, drafter, verifier = service_specs(config)
+    assert gateway.command[1:] == (
+        *("-m", "gateway", "--listen", gateway.address),
+        *("--verifier", verifier.address, "--drafter", drafter.address, "--tokenizer", "org/model"),
+    )
+    assert drafter.command[1:] == (
+        *("-m", "drafter_service", "--listen", drafter.address),
+        *("--drafter", "ngram", "--drafter", "causal-lm:org/small"),
+    )
+    assert verifier.command[1:] == (
+        *("-m", "verifier_service", "--listen", verifier.address),
+        *("--model", "org/model", "--dtype", "float32", "--device", "cpu", "--kv-cache-mib", "64"),
+    )
+    assert [spec.health_service for spec in (gateway, drafter, verifier)] == [
+        "specdec.v1.GatewayService",
+        "specdec.v1.DrafterService",
+        "specdec.v1.VerifierService",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "drafters", "needed"),
+    [("default", ("ngram",), True), ("x", ("ngram",), False), ("x", ("causal-lm:default",), True)],
+)
+def test_the_embedded_model_is_fetched_only_if_used(
+    model: str, drafters: tuple[str, ...], needed: bool
+) -> None:
+    assert SystemConfig(model=model, drafters=drafters).needs_default_model is needed
+
+
+def test_a_port_in_use_is_refused_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(UnavailableError, match=rf"Port {port} .* another --port"):
+            service_specs(SystemConfig(gateway_port=port))
+
+
+def test_local_system_names_the_service_that_failed(tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-model")
+    with (
+        pytest.raises(UnavailableError, match="stopped with exit code"),
+        LocalSystem(missing, log_dir=tmp_path / "logs", ready_timeout_s=60),
+    ):
+        pass

@@ -1,0 +1,1 @@
+"""The target-verifier service: runs the target model, checks drafts, always has the last word."""

@@ -1,0 +1,38 @@
+"""Put a verifier service together."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from specdec.server import ServiceHost, run_service
+from specdec.telemetry import Telemetry
+from specdec.v1 import verifier_pb2_grpc
+from verifier_service.config import VerifierConfig
+from verifier_service.service import SERVICE_NAME, VerifierServicer
+from verifier_service.verifier import Verifier
+
+
+class VerifierServer:
+    """One verifier process's parts, in the order they start."""
+
+    def __init__(self, config: VerifierConfig, telemetry: Telemetry) -> None:
+        self._config = config
+        self._telemetry = telemetry
+        self.servicer = VerifierServicer(telemetry)
+        register = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, self.servicer)
+        self.host = ServiceHost(SERVICE_NAME, register, config.listen)
+
+    async def load(self) -> None:
+        """Load the model off the event loop, so that health checks are answered meanwhile."""
+        self.servicer.verifier = await asyncio.to_thread(Verifier.load, self._config)
+
+    async def close(self) -> None:
+        """Stop the engine and send what telemetry is buffered."""
+        if self.servicer.verifier:
+            await asyncio.to_thread(self.servicer.verifier.close)
+        await asyncio.to_thread(self._telemetry.shutdown)
+
+    async def run(self) -> None:
+        """Serve until a signal, then drain."""
+        await run_service(self.host, load=self.load, close=self.close, grace_s=self._config.drain_grace_s)

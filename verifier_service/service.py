@@ -1,0 +1,181 @@
+"""The verifier's gRPC edge: parse, call, answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+from opentelemetry.trace import SpanKind
+
+from specdec import PROTOCOL_VERSION
+from specdec.errors import FailedPreconditionError, UnavailableError, UnimplementedError
+from specdec.handshake import check_handshake, make_handshake
+from specdec.sampling import SamplingParams
+from specdec.telemetry import Telemetry, context_of, record_span
+from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
+from verifier_service.acceptance import FinishReason
+from verifier_service.session import OpenRequest, Session
+from verifier_service.verifier import Timed, Verifier
+
+SERVICE_NAME = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
+
+_FINISH_REASONS = {
+    None: verifier_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP_TOKEN: verifier_pb2.FINISH_REASON_STOP_TOKEN,
+    FinishReason.LENGTH: verifier_pb2.FINISH_REASON_LENGTH,
+}
+
+VerifyContext = grpc.aio.ServicerContext[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
+
+
+class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
+    """Serves a verifier once it is loaded."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self.verifier: Verifier | None = None
+        self._tracer = telemetry.tracer
+        self._rounds = telemetry.meter.create_counter(
+            "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
+        )
+
+    def _loaded(self) -> Verifier:
+        if self.verifier is None:
+            raise UnavailableError("The model is still loading; try again in a few seconds.", retry_after_s=2)
+        return self.verifier
+
+    async def Verify(  # noqa: N802
+        self, requests: AsyncIterator[verifier_pb2.VerifyRequest], context: VerifyContext
+    ) -> None:
+        """One session: an open, then rounds."""
+        verifier = self._loaded()
+        request = await anext(requests, None)
+        if request is None:
+            return
+        if request.WhichOneof("message") != "open":
+            raise FailedPreconditionError(
+                "The first message of a Verify stream must be an open.", reason="ROUND_BEFORE_OPEN"
+            )
+        arrived_ns = time.monotonic_ns()
+        check_handshake(
+            request.open.handshake,
+            model_id=verifier.loaded.model_id,
+            vocabulary_fingerprint=verifier.loaded.vocabulary_fingerprint,
+        )
+        async with verifier.open(_open_request(request.open)) as session:
+            timed = await verifier.prefill(session)
+            result = self._result(session, timed, arrived_ns, request.traceparent, 0)
+            handshake = make_handshake(verifier.loaded.model_id, verifier.loaded.vocabulary_fingerprint)
+            opened = verifier_pb2.VerifyOpened(handshake=handshake, first=result)
+            await context.write(verifier_pb2.VerifyResponse(opened=opened))
+            async for request in requests:
+                result = await self._round(verifier, session, request)
+                await context.write(verifier_pb2.VerifyResponse(result=result))
+
+    async def _round(
+        self, verifier: Verifier, session: Session, request: verifier_pb2.VerifyRequest
+    ) -> verifier_pb2.VerifyResult:
+        arrived_ns = time.monotonic_ns()
+        if request.WhichOneof("message") != "round":
+            raise FailedPreconditionError(
+                "A Verify stream is opened once; send rounds, or start another stream.", reason="SECOND_OPEN"
+            )
+        message = request.round
+        if message.parent_indices:
+            raise UnimplementedError(
+                "This verifier checks chains only; leave parent_indices unset.", reason="DRAFT_TREES"
+            )
+        timed = await verifier.verify(session, message.base_committed_length, message.draft_token_ids)
+        self._rounds.add(1)
+        return self._result(session, timed, arrived_ns, request.traceparent, len(message.draft_token_ids))
+
+    def _result(
+        self, session: Session, timed: Timed, arrived_ns: int, traceparent: str, num_draft_tokens: int
+    ) -> verifier_pb2.VerifyResult:
+        total_ns = time.monotonic_ns() - arrived_ns
+        acceptance = timed.verdict.acceptance
+        record_span(
+            self._tracer,
+            "specdec.verify",
+            context_of(traceparent),
+            duration_ns=total_ns,
+            kind=SpanKind.SERVER,
+            attributes={
+                "specdec.num_draft_tokens": num_draft_tokens,
+                "specdec.num_accepted_tokens": acceptance.num_accepted_tokens,
+                "specdec.committed_length": session.committed_length,
+                "specdec.queue_ns": timed.queue_ns,
+                "specdec.compute_ns": timed.compute_ns,
+                "specdec.batch_size": timed.batch_size,
+            },
+        )
+        return verifier_pb2.VerifyResult(
+            num_accepted_tokens=acceptance.num_accepted_tokens,
+            bonus_token_id=acceptance.bonus_token_id,
+            committed_length=session.committed_length,
+            cached_length=session.cached_length,
+            finish_reason=_FINISH_REASONS[acceptance.finish_reason],
+            logprobs=[
+                common_pb2.TokenLogprobs(
+                    logprob=own, top=[common_pb2.Candidate(token_id=i, logprob=lp) for i, lp in top]
+                )
+                for own, top in timed.verdict.logprobs
+            ],
+            timings=common_pb2.PhaseTimings(
+                total_ns=total_ns,
+                queue_ns=timed.queue_ns,
+                compute_ns=timed.compute_ns,
+                batch_size=timed.batch_size,
+            ),
+        )
+
+    async def StreamTargetState(  # noqa: N802
+        self,
+        request: target_state_pb2.StreamTargetStateRequest,
+        context: grpc.aio.ServicerContext[
+            target_state_pb2.StreamTargetStateRequest, target_state_pb2.StreamTargetStateResponse
+        ],
+    ) -> None:
+        """No session exports state."""
+        raise UnimplementedError("This verifier exports no target state.", reason="TARGET_STATE")
+
+    async def GetInfo(  # noqa: N802
+        self,
+        request: verifier_pb2.VerifierServiceGetInfoRequest,
+        context: grpc.aio.ServicerContext[
+            verifier_pb2.VerifierServiceGetInfoRequest, verifier_pb2.VerifierServiceGetInfoResponse
+        ],
+    ) -> verifier_pb2.VerifierServiceGetInfoResponse:
+        """The model, the limits and the load."""
+        verifier = self._loaded()
+        return verifier_pb2.VerifierServiceGetInfoResponse(
+            protocol_version=PROTOCOL_VERSION,
+            model=common_pb2.ModelInfo(
+                model_id=verifier.loaded.model_id,
+                vocabulary_fingerprint=verifier.loaded.vocabulary_fingerprint,
+                vocab_size=verifier.vocab_size,
+                max_length=verifier.max_length,
+                dtype=verifier.config.dtype,
+                device=verifier.config.device,
+            ),
+            max_num_draft_tokens=verifier.config.max_num_draft_tokens,
+            kv_capacity_tokens=verifier.pool.capacity_tokens,
+            kv_free_tokens=verifier.pool.free_tokens,
+            max_sessions=verifier.config.max_sessions,
+            num_sessions=verifier.num_sessions,
+            eos_token_ids=verifier.loaded.eos_token_ids,
+        )
+
+
+def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
+    if message.HasField("target_state_spec"):
+        raise UnimplementedError("This verifier exports no target state.", reason="TARGET_STATE")
+    return OpenRequest(
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        max_new_tokens=message.max_new_tokens,
+        sampling=SamplingParams.from_proto(message.sampling),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        num_resumed_tokens=message.num_resumed_tokens,
+        num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
+    )

@@ -1,0 +1,100 @@
+"""One generation's state: the committed tokens and how many of them the KV pool holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specdec.errors import FailedPreconditionError
+from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.picks import PickContext
+from specdec.sampling import SamplingParams
+from verifier_service.acceptance import Acceptance, FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """What a session is opened with; see specdec.v1.VerifyOpen."""
+
+    prompt_token_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    num_resumed_tokens: int = 0
+    num_top_logprobs: int | None = None
+
+
+class Session:
+    """State of one session. Holds 0 <= cached_length < committed_length <= max_length at every step.
+
+    Args:
+        request: validated.
+        stop_token_ids: every token that ends the generation, the model's own included.
+        allocation: KV slots for `max_length` tokens.
+        max_length: most tokens, prompt included.
+    """
+
+    def __init__(
+        self,
+        request: OpenRequest,
+        *,
+        stop_token_ids: frozenset[int],
+        allocation: KvAllocation,
+        max_length: int,
+    ) -> None:
+        self.sampling = request.sampling
+        self.num_top_logprobs = request.num_top_logprobs
+        self.stop_token_ids = stop_token_ids
+        self.allocation = allocation
+        self.max_length = max_length
+        self.prompt_length = len(request.prompt_token_ids) - request.num_resumed_tokens
+        self.token_ids = list(request.prompt_token_ids)
+        self.cached_length = 0
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def committed_length(self) -> int:
+        """Tokens that are final, prompt included."""
+        return len(self.token_ids)
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens that may still be committed."""
+        return self.max_length - self.committed_length
+
+    def pick_context(self, draft_token_ids: Sequence[int] = ()) -> PickContext:
+        """What the target's picks after the committed tokens depend on."""
+        return PickContext(self.sampling, self.token_ids, self.prompt_length, draft_token_ids)
+
+    def check_round(self, base_committed_length: int) -> None:
+        """Refuse a round that does not continue this session's state.
+
+        Raises:
+            FailedPreconditionError: the session has finished, or the base is not its committed length.
+        """
+        if self.finish_reason:
+            raise FailedPreconditionError(
+                f"The session has finished ({self.finish_reason.value}); open a new one.",
+                reason="SESSION_FINISHED",
+            )
+        if base_committed_length != self.committed_length:
+            raise FailedPreconditionError(
+                f"base_committed_length is {base_committed_length}, the session has committed "
+                f"{self.committed_length} tokens; nothing was changed.",
+                reason="STALE_BASE",
+            )
+
+    def commit(self, draft_token_ids: Sequence[int], acceptance: Acceptance) -> None:
+        """Make a round's tokens final. KV of refused draft tokens is forgotten by not being counted."""
+        # The pass wrote KV for the anchor and the draft; what was accepted of it is final.
+        self.cached_length = self.committed_length + acceptance.num_accepted_tokens
+        self.token_ids.extend(draft_token_ids[: acceptance.num_accepted_tokens])
+        self.token_ids.append(acceptance.bonus_token_id)
+        self.finish_reason = acceptance.finish_reason
+        self._assert_invariants()
+
+    def _assert_invariants(self) -> None:
+        assert 0 <= self.cached_length < self.committed_length <= self.max_length
+        assert self.cached_length == self.committed_length - 1
+        assert self.max_length <= self.allocation.capacity

@@ -1,0 +1,110 @@
+"""The target model: one `step` over a list of work items, prefill chunks and verify rounds together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from specdec.errors import SpecdecError
+from specdec.runtime.packed_model import PackedModel, Segment
+from specdec.runtime.picks import Picker, top_logprobs
+from verifier_service.acceptance import Acceptance, accept
+from verifier_service.session import Session
+
+TokenLogprobs = tuple[float, list[tuple[int, float]]]
+"""Log probability of an emitted token, and the best (token id, log probability) pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Prompt tokens start to stop of a session. The last chunk picks the first token."""
+
+    session: Session
+    start: int
+    stop: int
+    is_urgent: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the chunk adds to a pass."""
+        return self.stop - self.start
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends the prompt."""
+        return self.stop == self.session.committed_length
+
+    def segment(self) -> Segment:
+        """Its part of the pass."""
+        tokens = self.session.token_ids[self.start : self.stop]
+        return Segment(self.session.allocation, self.start, tokens, num_logits=int(self.is_last))
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyItem:
+    """A draft of a session to be checked: the anchor and K draft tokens."""
+
+    session: Session
+    draft_token_ids: Sequence[int]
+    is_urgent: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the round adds to a pass."""
+        return len(self.draft_token_ids) + 1
+
+    def segment(self) -> Segment:
+        """Its part of the pass."""
+        tokens = [self.session.token_ids[-1], *self.draft_token_ids]
+        return Segment(self.session.allocation, self.session.cached_length, tokens, num_logits=len(tokens))
+
+
+StepItem = PrefillChunk | VerifyItem
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step says of one item."""
+
+    acceptance: Acceptance
+    logprobs: list[TokenLogprobs]
+    """One per committed token, if the session asked for them."""
+
+
+class TargetModel:
+    """Runs work items on the engine thread. Changes the KV pool only, never a session."""
+
+    def __init__(self, packed: PackedModel) -> None:
+        self._packed = packed
+        self._picker = Picker(packed.vocab_size, packed.device)
+
+    def step(self, items: Sequence[StepItem]) -> Sequence[Verdict | SpecdecError | None]:
+        """One forward pass over all items; None for a prefill chunk that is not its prompt's last."""
+        logits = self._packed.forward([item.segment() for item in items])
+        deciding = [index for index, rows in enumerate(logits) if len(rows)]
+        drafts = {index: _draft_of(items[index]) for index in deciding}
+        picks = self._picker.pick(
+            [logits[index] for index in deciding],
+            [items[index].session.pick_context(drafts[index]) for index in deciding],
+        )
+        verdicts: list[Verdict | None] = [None] * len(items)
+        for index, item_picks in zip(deciding, picks, strict=True):
+            verdicts[index] = _judge(items[index].session, drafts[index], item_picks, logits[index])
+        return verdicts
+
+
+def _draft_of(item: StepItem) -> Sequence[int]:
+    return item.draft_token_ids if isinstance(item, VerifyItem) else ()
+
+
+def _judge(session: Session, draft: Sequence[int], picks: Sequence[int], logits: Tensor) -> Verdict:
+    acceptance = accept(
+        draft, picks, stop_token_ids=session.stop_token_ids, max_tokens=session.num_remaining_tokens
+    )
+    logprobs: list[TokenLogprobs] = []
+    if session.num_top_logprobs is not None:
+        emitted = picks[: acceptance.num_accepted_tokens + 1]
+        logprobs = top_logprobs(logits[: len(emitted)], emitted, session.num_top_logprobs)
+    return Verdict(acceptance, logprobs)

@@ -1,0 +1,162 @@
+"""The verifier without its wire: sessions over one target model, one engine and one KV pool."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from specdec.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.runtime.engine import Engine, EngineResult
+from specdec.runtime.loading import LoadedModel, load_causal_lm
+from specdec.runtime.packed_model import PackedModel
+from specdec.sampling import validate_num_top_logprobs, validate_token_ids
+from verifier_service.config import VerifierConfig
+from verifier_service.session import OpenRequest, Session
+from verifier_service.target_model import PrefillChunk, StepItem, TargetModel, Verdict, VerifyItem
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A verdict and where its time went, over all engine steps it took."""
+
+    verdict: Verdict
+    queue_ns: int
+    compute_ns: int
+    batch_size: int
+
+
+class Verifier:
+    """Opens sessions and runs their rounds. Used from one event loop."""
+
+    def __init__(self, loaded: LoadedModel, config: VerifierConfig) -> None:
+        self.config = config
+        self.loaded = loaded
+        packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20))
+        self.vocab_size = packed.vocab_size
+        self.max_length = packed.max_length
+        self.pool = packed.pool
+        self.num_sessions = 0
+        self._engine: Engine[StepItem, Verdict | None] = Engine(
+            TargetModel(packed).step, max_batch_tokens=config.max_batch_tokens, name="verifier-engine"
+        )
+
+    @classmethod
+    def load(cls, config: VerifierConfig) -> Verifier:
+        """Load the model and allocate the pool; takes seconds.
+
+        Raises:
+            SpecdecError: the model cannot be served as configured.
+        """
+        return cls(load_causal_lm(config.model, dtype=config.dtype, device=config.device), config)
+
+    def close(self) -> None:
+        """Stop the engine thread."""
+        self._engine.close()
+
+    @asynccontextmanager
+    async def open(self, request: OpenRequest) -> AsyncIterator[Session]:
+        """A session with its KV reserved, not yet prefilled; freed on leaving the block.
+
+        Raises:
+            InvalidArgumentError: a value of the request is out of range.
+            ResourceExhaustedError: no session slot or KV is free.
+        """
+        max_length = self._validate(request)
+        if self.num_sessions >= self.config.max_sessions:
+            raise ResourceExhaustedError(
+                f"All {self.config.max_sessions} session slots are taken; try again when one has ended.",
+                reason="NO_SESSION_SLOT",
+                retry_after_s=1.0,
+            )
+        allocation = self.pool.allocate(max_length)
+        self.num_sessions += 1
+        try:
+            eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
+            yield Session(
+                request,
+                stop_token_ids=request.stop_token_ids | eos,
+                allocation=allocation,
+                max_length=max_length,
+            )
+        finally:
+            self.num_sessions -= 1
+            self.pool.free(allocation)
+
+    async def prefill(self, session: Session) -> Timed:
+        """Run the prompt through the target chunk by chunk and commit the first token."""
+        prompt_length, size = session.committed_length, self.config.prefill_chunk_tokens
+        results: list[EngineResult[Verdict | None]] = []
+        for start in range(0, prompt_length, size):
+            chunk = PrefillChunk(session, start, min(start + size, prompt_length))
+            results.append(await self._engine.submit(chunk))
+        return self._commit(session, (), results)
+
+    async def verify(
+        self, session: Session, base_committed_length: int, draft_token_ids: Sequence[int]
+    ) -> Timed:
+        """Check a draft in one pass and commit what the target says.
+
+        Raises:
+            FailedPreconditionError: stale base or finished session; nothing changes.
+            InvalidArgumentError: too many draft tokens, or one outside the vocabulary.
+        """
+        session.check_round(base_committed_length)
+        if len(draft_token_ids) > self.config.max_num_draft_tokens:
+            raise InvalidArgumentError(
+                f"The draft has {len(draft_token_ids)} tokens; this verifier takes at most "
+                f"{self.config.max_num_draft_tokens} a round.",
+                field="draft_token_ids",
+            )
+        validate_token_ids("draft_token_ids", list(draft_token_ids), self.vocab_size)
+        # A round commits one token more than it accepts: the rest of the draft could never be used.
+        draft = draft_token_ids[: session.num_remaining_tokens - 1]
+        result = await self._engine.submit(VerifyItem(session, draft))
+        return self._commit(session, draft, [result])
+
+    def _commit(
+        self,
+        session: Session,
+        draft: Sequence[int],
+        results: Sequence[EngineResult[Verdict | None]],
+    ) -> Timed:
+        verdict = results[-1].value
+        assert verdict is not None, "the last chunk of a prompt and every round have a verdict"
+        session.commit(draft, verdict.acceptance)
+        return Timed(
+            verdict,
+            queue_ns=sum(result.queue_ns for result in results),
+            compute_ns=sum(result.compute_ns for result in results),
+            batch_size=results[-1].batch_size,
+        )
+
+    def _validate(self, request: OpenRequest) -> int:
+        """Check an open request; the most tokens its session can reach."""
+        prompt_length = len(request.prompt_token_ids)
+        if not prompt_length:
+            raise InvalidArgumentError(
+                "The prompt is empty; send at least one token.", field="prompt", reason="EMPTY_PROMPT"
+            )
+        if self.max_length and prompt_length >= self.max_length:
+            raise InvalidArgumentError(
+                f"The prompt has {prompt_length} tokens, the model's context {self.max_length}; shorten the "
+                "prompt so that at least one token fits after it.",
+                field="prompt",
+                reason="PROMPT_TOO_LONG",
+            )
+        if request.max_new_tokens < 1:
+            raise InvalidArgumentError(
+                f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.", field="max_new_tokens"
+            )
+        if not 0 <= request.num_resumed_tokens < prompt_length:
+            raise InvalidArgumentError(
+                f"num_resumed_tokens is {request.num_resumed_tokens}; it must be less than the prompt's "
+                f"{prompt_length} tokens.",
+                field="num_resumed_tokens",
+            )
+        request.sampling.validate(self.vocab_size)
+        validate_num_top_logprobs(request.num_top_logprobs)
+        validate_token_ids("prompt_token_ids", request.prompt_token_ids, self.vocab_size)
+        validate_token_ids("stop_token_ids", tuple(request.stop_token_ids), self.vocab_size)
+        max_length = prompt_length + request.max_new_tokens
+        return min(max_length, self.max_length) if self.max_length else max_length
