@@ -1,0 +1,38 @@
+# `make demo` shows it, `make test` checks it; both install what they need into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOS := $(wildcard protos/specdec/v1/*.proto)
+DEMO_PROMPT := Rewrite this note as a polite email and repeat every date and time in it: Team, the review moves from \
+Monday 9:30 to Thursday 14:00, room 4. Slides are due Wednesday 17:00. Dana brings the budget numbers, \
+Lee brings the test report. Tell Kim that lunch is at 12:15.
+
+.PHONY: demo test lint proto clean
+
+demo: .venv/installed
+	$(BIN)/specdec up --detach
+	@echo; echo "== The answer, drafted by ngram; accepted draft tokens are coloured in a terminal"
+	@$(BIN)/specdec generate "$(DEMO_PROMPT)" --method ngram --max-new-tokens 160; status=$$?; \
+	echo; echo "== The same with and without a drafter"; \
+	$(BIN)/specdec compare "$(DEMO_PROMPT)" --methods none,ngram --max-new-tokens 160 || status=$$?; \
+	$(BIN)/specdec down; exit $$status
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint protos
+
+proto: .venv/installed
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+.venv/installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[models,bench,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from specdec.errors import (
+    InternalError,
+    NotFoundError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnavailableError,
+)
+from specdec.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    num_tokens: int = 1
+    is_urgent: bool = True
+
+
+class Recorder:
+    """A step that waits for permission and notes its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.threads: set[int] = set()
+        self.gate = threading.Semaphore(0)
+        self.running = threading.Event()
+
+    def step(self, items: Sequence[Item]) -> list[str | SpecdecError]:
+        self.running.set()
+        assert self.gate.acquire(timeout=10)
+        self.threads.add(threading.get_ident())
+        self.batches.append([item.name for item in items])
+        if any(item.name == "defect" for item in items):
+            raise RuntimeError("broken")
+        return [NotFoundError("no") if item.name == "refused" else item.name.upper() for item in items]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+async def submit_while_busy(engine: Engine[Item, str], recorder: Recorder, *items: Item) -> list[object]:
+    """Submit `items` while a step runs, so that they are scheduled together; their outcomes."""
+    first = asyncio.ensure_future(engine.submit(Item("first")))
+    await asyncio.to_thread(recorder.running.wait, 10)
+    tasks = [asyncio.ensure_future(engine.submit(item)) for item in items]
+    await asyncio.sleep(0)
+    recorder.gate.release(100)
+    await first
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_waiting_items_become_one_batch_on_one_thread(recorder: Recorder) -> None:
+    engine = Engine(recorder.step)
+    results = await submit_while_busy(engine, recorder, Item("a"), Item("b"), Item("c"))
+    assert [result.value for result in results] == ["A", "B", "C"]  # type: ignore[attr-defined]
+    assert recorder.batches == [["first"], ["a", "b", "c"]]
+    assert results[0].batch_size == 3  # type: ignore[attr-defined]
+    assert results[0].queue_ns > 0  # type: ignore[attr-defined]
+    assert recorder.threads.isdisjoint({threading.get_ident()})
+    assert len(recorder.threads) == 1
+    engine.close()
+
+
+async def test_rounds_go_before_prefill_and_the_budget_holds(recorder: Recorder) -> None:
+    engine = Engine(recorder.step, max_batch_tokens=10)
+    items = [
+        Item("p1", 8, False),
+        Item("p2", 8, False),
+        Item("r1", 3),
+        Item("r2", 3),
+        Item("huge", 50, False),
+    ]
+    await submit_while_busy(engine, recorder, *items)
+    assert recorder.batches == [["first"], ["r1", "r2"], ["p1"], ["p2"], ["huge"]]
+    engine.close()
+
+
+async def test_a_cancelled_item_is_dropped(recorder: Recorder) -> None:
+    engine = Engine(recorder.step)
+    first = asyncio.ensure_future(engine.submit(Item("first")))
+    await asyncio.to_thread(recorder.running.wait, 10)
+    doomed, kept = (asyncio.ensure_future(engine.submit(Item(name))) for name in ("doomed", "kept"))
+    await asyncio.sleep(0)
+    doomed.cancel()
+    await asyncio.sleep(0)
+    recorder.gate.release(100)
+    await asyncio.gather(first, kept)
+    assert recorder.batches == [["first"], ["kept"]]
+    assert doomed.cancelled()
+    engine.close()
+
+
+async def test_an_items_error_is_its_own_and_a_defect_is_the_batchs(recorder: Recorder) -> None:
+    engine = Engine(recorder.step)
+    refused, fine = await submit_while_busy(engine, recorder, Item("refused"), Item("fine"))
+    assert isinstance(refused, NotFoundError)
+    assert fine.value == "FINE"  # type: ignore[attr-defined]
+    outcomes = await submit_while_busy(engine, recorder, Item("defect"), Item("innocent"))
+    assert [type(outcome) for outcome in outcomes] == [InternalError, InternalError]
+    assert (await engine.submit(Item("after"))).value == "AFTER"
+    engine.close()
+
+
+async def test_a_full_queue_refuses(recorder: Recorder) -> None:
+    engine = Engine(recorder.step, max_queued=2)
+    outcomes = await submit_while_busy(engine, recorder, Item("a"), Item("b"), Item("c"))
+    assert [type(outcome).__name__ for outcome in outcomes] == [
+        "EngineResult",
+        "EngineResult",
+        "ResourceExhaustedError",
+    ]
+    assert isinstance(outcomes[2], ResourceExhaustedError)
+    assert outcomes[2].retry_after_s
+    engine.close()
+
+
+async def test_closing_fails_what_waits(recorder: Recorder) -> None:
+    engine = Engine(recorder.step)
+    first = asyncio.ensure_future(engine.submit(Item("first")))
+    await asyncio.to_thread(recorder.running.wait, 10)
+    waiting = asyncio.ensure_future(engine.submit(Item("waiting")))
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(asyncio.to_thread(engine.close))
+    await asyncio.sleep(0.05)
+    recorder.gate.release(100)
+    await closing
+    assert (await first).value == "FIRST"
+    with pytest.raises(UnavailableError):
+        await waiting
+    with pytest.raises(UnavailableError):
+        await engine.submit(Item("late"))

@@ -1,0 +1,77 @@
+"""The shared noise: the same bits everywhere, and really Gumbel."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from specdec.runtime.noise import GumbelNoise
+
+VOCAB_SIZE = 49152
+DIGEST = "0d445be90649c47cc0f4b42d75bb39c1ec4d4bbed0596a280a8bcf06dbec74ba"
+"""SHA-256 of the noise of `sample`: a change here changes every sampled output there ever was."""
+
+
+def sample(device: str = "cpu") -> torch.Tensor:
+    """Noise of a few positions far apart, [9, vocab]."""
+    return GumbelNoise(VOCAB_SIZE, device)(2**63 + 5, [0, 1, 2, 1000, 2**20, 7, 8, 9, 2**31]).cpu().clone()
+
+
+def digest(noise: torch.Tensor) -> str:
+    return hashlib.sha256(noise.numpy().tobytes()).hexdigest()
+
+
+def test_bits_are_pinned() -> None:
+    assert digest(sample()) == DIGEST
+
+
+@pytest.mark.parametrize(
+    ("module", "threads"), [("verifier_service.server", 1), ("drafter_service.server", 2)]
+)
+def test_both_services_get_the_same_bits(module: str, threads: int) -> None:
+    program = (
+        f"import {module}, torch; torch.set_num_threads({threads}); "
+        "from tests.unit.test_noise import sample, digest; print(digest(sample()))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == DIGEST
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gets_the_same_bits() -> None:
+    assert digest(sample("cuda")) == DIGEST
+
+
+def test_a_row_depends_on_its_seed_and_position_alone() -> None:
+    noise = GumbelNoise(1000)
+    together = noise(7, [3, 4, 5]).clone()
+    assert torch.equal(noise(7, [4])[0], together[1])
+    assert torch.equal(noise(7, [5, 3])[1], together[0])
+    assert not torch.equal(noise(8, [4])[0], together[1])
+    # A larger vocabulary extends a row, it does not change it.
+    assert torch.equal(GumbelNoise(2000)(7, [4])[0, :1000], together[1])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
+def test_values_are_gumbel_along_the_vocabulary_and_along_positions(seed: int) -> None:
+    noise = GumbelNoise(VOCAB_SIZE)
+    row = noise(seed, [11])[0].numpy().copy()
+    column = np.concatenate([noise(seed, range(p, p + 64))[:, 17].numpy().copy() for p in range(0, 8192, 64)])
+    for values in (row, column):
+        assert stats.kstest(values, "gumbel_r").pvalue > 1e-3
+        assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.05
+    assert np.isfinite(row).all()
+
+
+def test_nearby_seeds_are_independent() -> None:
+    noise = GumbelNoise(VOCAB_SIZE)
+    rows = [noise(seed, [5])[0].numpy().copy() for seed in range(4)]
+    correlations = np.corrcoef(rows)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 0.02

@@ -1,0 +1,97 @@
+"""The packed pass equals each session's own pass through transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.packed_model import PackedModel, Segment
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
+
+TEXTS = [torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
+TOLERANCE = 2e-3
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PackedModel, list[Tensor]]:
+    """A packed model and the logits [tokens, vocab] transformers gives for each text."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("packed"), request.param)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = [model(torch.tensor([text])).logits[0] for text in TEXTS]
+    return PackedModel(model, kv_budget_bytes=1 << 20), expected
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_any_interleaving_of_chunks_equals_each_text_alone(
+    pair: tuple[PackedModel, list[Tensor]], seed: int
+) -> None:
+    packed, expected = pair
+    random = Random(seed)
+    # With every fourth block taken no text finds a run.
+    blocks = [packed.pool.allocate(BLOCK_TOKENS) for _ in range(packed.pool.free_tokens // BLOCK_TOKENS)]
+    for index, block in enumerate(blocks):
+        if index % 4:
+            packed.pool.free(block)
+    allocations = [packed.pool.allocate(len(text)) for text in TEXTS]
+    assert all(allocation.slot_ids is not None for allocation in allocations)
+    done = [0] * len(TEXTS)
+    while unfinished := [index for index, text in enumerate(TEXTS) if done[index] < len(text)]:
+        owners = random.sample(unfinished, random.randint(1, len(unfinished)))
+        segments = []
+        for index in owners:
+            count = min(random.choice([1, 1, 4, 9, 70]), len(TEXTS[index]) - done[index])
+            tokens = TEXTS[index][done[index] : done[index] + count]
+            segments.append(Segment(allocations[index], done[index], tokens, random.randint(0, count)))
+            done[index] += count
+        for index, segment, logits in zip(owners, segments, packed.forward(segments), strict=True):
+            wanted = expected[index][segment.stop - segment.num_logits : segment.stop]
+            assert logits.shape == (segment.num_logits, VOCAB_SIZE)
+            assert torch.allclose(logits, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    for allocation in [*allocations, *blocks[::4]]:
+        packed.pool.free(allocation)
+    assert packed.pool.free_tokens == packed.pool.capacity_tokens
+
+
+def test_rollback_past_the_window_leaves_no_trace(pair: tuple[PackedModel, list[Tensor]]) -> None:
+    packed, expected = pair
+    text, allocation = TEXTS[0], packed.pool.allocate(len(TEXTS[0]) + 8)
+    packed.forward([Segment(allocation, 0, text[:50], 0)])
+    for position in range(50, 80):
+        wrong = [255 - token for token in text[position : position + 8]]
+        packed.forward([Segment(allocation, position, wrong, 8)])
+        logits = packed.forward([Segment(allocation, position, text[position : position + 1], 1)])[0]
+        assert torch.allclose(logits[0], expected[0][position], atol=TOLERANCE, rtol=TOLERANCE)
+    packed.pool.free(allocation)
+
+
+class _TwistedAttention:
+    """Makes a model's own attention differ from what the pool's attention computes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._forwards = [
+            layer.self_attn.o_proj.register_forward_hook(self._twist) for layer in model.model.layers
+        ]
+        self._model = model
+
+    def _twist(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output * 2 if self._model.config._attn_implementation == "eager" else output
+
+
+def test_a_model_whose_attention_differs_is_refused(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    _TwistedAttention(model)
+    with pytest.raises(InvalidArgumentError, match="feature this service does not support"):
+        PackedModel(model, kv_budget_bytes=1 << 20)

@@ -1,0 +1,155 @@
+"""Picks follow the softmax of the processed logits, and every processor does what its name says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specdec.runtime.picks import PickContext, Picker, process_logits, top_logprobs, truncate
+from specdec.sampling import SamplingParams
+
+VOCAB_SIZE = 24
+NUM_DRAWS = 100_000
+
+
+def random_logits(rows: int = 1, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def context(
+    sampling: SamplingParams, token_ids: list[int] | None = None, prompt_length: int = 0
+) -> PickContext:
+    return PickContext(sampling, token_ids or [], prompt_length)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.6, seed=2),
+        SamplingParams(temperature=1.0, top_k=5, seed=3),
+        SamplingParams(temperature=1.4, top_p=0.8, seed=4),
+        SamplingParams(temperature=1.0, min_p=0.1, seed=5),
+        SamplingParams(temperature=0.8, top_k=12, top_p=0.9, min_p=0.02, seed=6),
+    ],
+    ids=str,
+)
+def test_picks_follow_the_softmax(sampling: SamplingParams) -> None:
+    logits = random_logits()
+    expected = logits[0] / sampling.temperature
+    truncate(expected[None], sampling)
+    probabilities = expected.softmax(-1).double().numpy()
+
+    picker = Picker(VOCAB_SIZE, torch.device("cpu"))
+    counts = np.zeros(VOCAB_SIZE)
+    rows = logits.expand(1000, -1)
+    for first in range(0, NUM_DRAWS, 1000):
+        picks = picker.pick([rows], [context(sampling, [0] * first)])[0]
+        counts += np.bincount(picks, minlength=VOCAB_SIZE)
+
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected_counts = probabilities[possible] / probabilities.sum() * NUM_DRAWS
+    p_value = stats.chisquare(counts[possible], expected_counts).pvalue
+    assert p_value > 1e-4
+
+
+def test_greedy_is_the_arg_max_and_takes_no_noise() -> None:
+    picker = Picker(VOCAB_SIZE, torch.device("cpu"))
+    logits = random_logits(rows=7)
+    for seed in (0, 1):
+        picks = picker.pick([logits], [context(SamplingParams(seed=seed))])[0]
+        assert picks == logits.argmax(-1).tolist()
+
+
+def test_a_batch_gives_each_session_what_it_gets_alone() -> None:
+    picker = Picker(VOCAB_SIZE, torch.device("cpu"))
+    logits = [random_logits(rows, seed=rows) for rows in (1, 4, 9, 2)]
+    contexts = [
+        context(SamplingParams(), [1, 2]),
+        context(SamplingParams(temperature=1.0, top_p=0.7, seed=9), [1, 2, 3]),
+        context(SamplingParams(repetition_penalty=2.0), [4, 4, 5], 1),
+        context(SamplingParams(), [7]),
+    ]
+    together = picker.pick(logits, contexts)
+    alone = [picker.pick([rows], [one])[0] for rows, one in zip(logits, contexts, strict=True)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("vocab_size", [24, 1000, 5000])
+@pytest.mark.parametrize(
+    ("sampling", "warper"),
+    [
+        (SamplingParams(top_k=7), TopKLogitsWarper(7)),
+        (SamplingParams(top_p=0.4), TopPLogitsWarper(0.4)),
+        (SamplingParams(top_p=0.95), TopPLogitsWarper(0.95)),
+        (SamplingParams(top_p=0.999), TopPLogitsWarper(0.999)),
+        (SamplingParams(min_p=0.2), MinPLogitsWarper(0.2)),
+    ],
+    ids=str,
+)
+def test_truncation_keeps_what_transformers_keeps(
+    sampling: SamplingParams, warper: TopKLogitsWarper, vocab_size: int
+) -> None:
+    logits = random_logits(5, vocab_size)
+    expected = warper(torch.zeros(5, 0, dtype=torch.long), logits.clone())
+    truncate(logits, sampling)
+    assert torch.equal(logits.isinf(), expected.isinf())
+
+
+def test_top_p_keeps_at_least_one_token_of_a_flat_distribution() -> None:
+    logits = torch.zeros(1, 3000)
+    logits[0, 5] = 1e-3
+    truncate(logits, SamplingParams(top_p=1e-6))
+    assert logits.isfinite().nonzero().tolist() == [[0, 5]]
+
+
+def test_repetition_penalty_is_transformers() -> None:
+    logits, token_ids = random_logits(), [3, 3, 8, 9]
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([token_ids]), logits.clone())
+    process_logits(logits, context(SamplingParams(repetition_penalty=1.7), token_ids, prompt_length=2))
+    assert torch.allclose(logits, expected)
+
+
+def test_presence_and_frequency_count_the_output_and_the_draft_before_a_row() -> None:
+    logits = torch.zeros(3, VOCAB_SIZE)
+    sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
+    process_logits(logits, PickContext(sampling, [1, 2, 3, 3], 2, draft_token_ids=[4, 3]))
+    assert logits[0, [1, 2, 3, 4]].tolist() == [0, 0, -1.0, 0]
+    assert logits[1, [1, 2, 3, 4]].tolist() == [0, 0, -1.0, -0.75]
+    assert logits[2, [1, 2, 3, 4]].tolist() == [0, 0, -1.25, -0.75]
+
+
+def test_bias_and_allowed_tokens() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    process_logits(logits, context(SamplingParams(logit_bias={4: 2.5, 6: -1.0}, allowed_token_ids=(4, 5))))
+    assert logits[0, 4] == 2.5
+    assert logits[0, 5] == 0
+    assert logits.isfinite().sum() == 2
+
+
+def test_logits_given_are_left_alone() -> None:
+    logits = random_logits(2)
+    before = logits.clone()
+    sampling = SamplingParams(temperature=0.5, top_k=3, repetition_penalty=2.0)
+    Picker(VOCAB_SIZE, torch.device("cpu")).pick([logits], [context(sampling, [1, 2])])
+    assert torch.equal(logits, before)
+
+
+def test_top_logprobs() -> None:
+    logits = random_logits(2)
+    expected = logits.log_softmax(-1)
+    rows = top_logprobs(logits, [3, 4], 2)
+    for row, (own, best) in enumerate(rows):
+        assert own == pytest.approx(expected[row, 3 + row].item())
+        assert [token for token, _ in best] == expected[row].topk(2).indices.tolist()
+    assert top_logprobs(logits, [3, 4], 0)[0][1] == []

@@ -1,0 +1,289 @@
+"""Text in and out of the gateway: incremental decoding, stop strings, chat templates. The tokenizer has one
+token per byte, so most characters and all stop strings span tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from gateway.text import (
+    MAX_STOP_STRING_LENGTH,
+    MAX_STOP_STRINGS,
+    TextCodec,
+    TextStream,
+    TextToken,
+    validate_stop_strings,
+)
+from specdec.errors import InvalidArgumentError, NotFoundError
+from specdec.runtime.embedded import DEFAULT_MODEL, prepare_default_model
+from tests.tiny_models import EOS, VOCAB_SIZE, byte_tokenizer
+
+REPLACEMENT = "\ufffd"
+CONVERSATIONS = [
+    [("user", "Hello!")],
+    [("system", "Answer in French."), ("user", "Good morning")],
+    [("user", "Hi"), ("assistant", "你好 👋"), ("user", "é <s> </s>")],
+]
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_llama: Path) -> TextCodec:
+    return TextCodec.load(str(tiny_llama))
+
+
+def stream_out(
+    codec: TextCodec, token_ids: Sequence[int], stops: Sequence[str] = ()
+) -> tuple[list[TextToken], bool]:
+    """Push tokens until a stop string ends the text, or flush; what was released, and whether it stopped."""
+    stream = TextStream(codec, stops)
+    released: list[TextToken] = []
+    for token_id in token_ids:
+        released += stream.push(token_id)
+        if stream.stopped:
+            break
+    else:
+        released += stream.flush()
+    assert [token.index for token in released] == list(range(stream.num_tokens))
+    assert [token.token_id for token in released] == list(token_ids[: stream.num_tokens])
+    return released, stream.stopped
+
+
+def join(released: Sequence[TextToken]) -> str:
+    return "".join(token.text for token in released)
+
+
+def cut_at_first_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """What is left of a text that arrives character by character."""
+    for length in range(1, len(text) + 1):
+        starts = [at for stop in stops if (at := text[:length].find(stop)) >= 0]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+class TestTextStream:
+    @given(token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40))
+    def test_any_tokens_join_to_the_decode_of_the_whole(
+        self, codec: TextCodec, token_ids: list[int]
+    ) -> None:
+        released, _ = stream_out(codec, token_ids)
+        assert join(released) == codec.decode(token_ids)
+
+    @given(text=st.text(max_size=30) | st.text(st.sampled_from("aé€你👩\u200d🚀e\u0301\u0308"), max_size=30))
+    def test_whole_characters_only(self, codec: TextCodec, text: str) -> None:
+        released, _ = stream_out(codec, codec.encode_text(text))
+        assert join(released) == text
+        if REPLACEMENT not in text:
+            assert all(REPLACEMENT not in token.text for token in released)
+
+    @given(text=st.text(st.characters(exclude_characters=REPLACEMENT, codec="utf-8"), min_size=1))
+    def test_a_whole_character_is_released_at_once(self, codec: TextCodec, text: str) -> None:
+        stream = TextStream(codec)
+        for character in text:
+            released = [token for token_id in codec.encode_text(character) for token in stream.push(token_id)]
+            assert join(released) == character
+
+    def test_half_a_character_is_held_and_flushed(self, codec: TextCodec) -> None:
+        first, second, third = codec.encode_text("€")
+        stream = TextStream(codec)
+        assert stream.push(first) == stream.push(second) == []
+        assert join(stream.push(third)) == "€"
+        assert stream.push(first) == []
+        assert stream.flush() == [TextToken(first, REPLACEMENT, 3)]
+        assert stream.flush() == []
+
+    def test_invalid_bytes_become_replacement_characters_where_they_are(self, codec: TextCodec) -> None:
+        half = codec.encode_text("€")[:1]
+        released, _ = stream_out(codec, [*half, *codec.encode_text("ab"), *half, *half])
+        assert join(released) == f"{REPLACEMENT}ab{REPLACEMENT}{REPLACEMENT}"
+
+    def test_special_tokens_have_no_text_and_are_not_held(self, codec: TextCodec) -> None:
+        stream = TextStream(codec)
+        (letter,) = codec.encode_text("a")
+        assert stream.push(EOS) == [TextToken(EOS, "", 0)]
+        assert stream.push(letter) == [TextToken(letter, "a", 1)]
+        assert stream.push(EOS) == [TextToken(EOS, "", 2)]
+
+
+class TestStopStrings:
+    @given(
+        text=st.text(st.sampled_from("ab€"), max_size=14),
+        stops=st.lists(st.text(st.sampled_from("ab€"), min_size=1, max_size=4), max_size=3),
+    )
+    def test_the_text_ends_before_the_first_stop_string(
+        self, codec: TextCodec, text: str, stops: list[str]
+    ) -> None:
+        released, stopped = stream_out(codec, codec.encode_text(text), stops)
+        assert (join(released), stopped) == cut_at_first_stop(text, stops)
+
+    @given(
+        text=st.text(st.sampled_from("ab"), max_size=14),
+        stops=st.lists(st.text(st.sampled_from("abc"), min_size=1, max_size=4), max_size=3),
+    )
+    def test_no_more_is_held_than_could_become_a_stop_string(
+        self, codec: TextCodec, text: str, stops: list[str]
+    ) -> None:
+        stream = TextStream(codec, stops)
+        so_far = ""
+        for length, token_id in enumerate(codec.encode_text(text), start=1):
+            so_far += join(stream.push(token_id))
+            if stream.stopped:
+                return
+            held = text[len(so_far) : length]
+            assert not held or any(stop.startswith(held) for stop in stops)
+            longer = [text[start:length] for start in range(len(so_far))]
+            assert not any(stop.startswith(suffix) for stop in stops for suffix in longer)
+
+    def test_a_stop_string_that_spans_tokens(self, codec: TextCodec) -> None:
+        stream = TextStream(codec, ["END"])
+        released = [stream.push(token_id) for token_id in codec.encode_text("okEND")]
+        assert [join(tokens) for tokens in released] == ["o", "k", "", "", ""]
+        assert [len(tokens) for tokens in released] == [1, 1, 0, 0, 3]
+        assert stream.stopped
+
+    def test_held_text_that_turns_out_to_be_no_stop_string_is_released(self, codec: TextCodec) -> None:
+        stream = TextStream(codec, ["END"])
+        released = [join(stream.push(token_id)) for token_id in codec.encode_text("ENEND.")[:4]]
+        assert released == ["", "", "EN"[:2], ""]
+        assert not stream.stopped
+        assert join(stream.flush()) == "EN"
+
+    def test_one_token_may_hold_text_stop_string_and_more(self, tmp_path: Path) -> None:
+        class WordCodec(TextCodec):
+            """Decodes by looking words up."""
+
+            def __init__(self) -> None:
+                """No tokenizer."""
+
+            def decode(self, token_ids: Sequence[int]) -> str:
+                return "".join(["before STOP after", "tail", "ST", "OP!"][token_id] for token_id in token_ids)
+
+        codec = WordCodec()
+        assert stream_out(codec, [1, 0], ["STOP"]) == (
+            [TextToken(1, "tail", 0), TextToken(0, "before ", 1)],
+            True,
+        )
+        assert stream_out(codec, [1, 2, 3], ["STOP"]) == (
+            [TextToken(1, "tail", 0), TextToken(2, "", 1), TextToken(3, "", 2)],
+            True,
+        )
+
+    def test_the_end_may_complete_a_stop_string(self, codec: TextCodec) -> None:
+        # U+FFFD itself looks like half a character until nothing can follow.
+        stream = TextStream(codec, [f"a{REPLACEMENT}"])
+        released = [
+            token for token_id in codec.encode_text(f"xa{REPLACEMENT}") for token in stream.push(token_id)
+        ]
+        assert join(released) == "x"
+        assert not stream.stopped
+        released += stream.flush()
+        assert stream.stopped
+        assert join(released) == "x"
+        assert len(released) == stream.num_tokens
+
+    @pytest.mark.parametrize(
+        "stops",
+        [[""], ["x" * (MAX_STOP_STRING_LENGTH + 1)], [str(number) for number in range(MAX_STOP_STRINGS + 1)]],
+    )
+    def test_limits(self, stops: list[str]) -> None:
+        with pytest.raises(InvalidArgumentError) as caught:
+            validate_stop_strings(stops)
+        assert caught.value.field == "stop_strings"
+
+    def test_the_longest_and_the_most_are_accepted(self) -> None:
+        validate_stop_strings(["x" * MAX_STOP_STRING_LENGTH] * MAX_STOP_STRINGS)
+
+
+def reference_ids(folder: Path, conversation: Sequence[tuple[str, str]]) -> list[int]:
+    """transformers' own chat layout."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": role, "content": content} for role, content in conversation]
+    ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return ids
+
+
+def codec_with_template(template: str) -> TextCodec:
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    return TextCodec(byte_tokenizer().backend_tokenizer, template, special, "")
+
+
+class TestTextCodec:
+    @pytest.mark.parametrize("conversation", CONVERSATIONS)
+    def test_chat_equals_transformers(
+        self, tiny_llama: Path, codec: TextCodec, conversation: list[tuple[str, str]]
+    ) -> None:
+        assert codec.encode_chat(conversation) == reference_ids(tiny_llama, conversation)
+
+    @pytest.mark.default_model
+    @pytest.mark.parametrize("conversation", CONVERSATIONS)
+    def test_default_models_chat_equals_transformers(self, conversation: list[tuple[str, str]]) -> None:
+        ids = TextCodec.load(DEFAULT_MODEL).encode_chat(conversation)
+        assert ids == reference_ids(prepare_default_model(), conversation)
+
+    def test_a_template_has_what_transformers_offers(self, tiny_llama: Path, tmp_path: Path) -> None:
+        template = (
+            "{{ bos_token }}\n"
+            "{% for message in messages %}\n"
+            "  {% if message.content == 'skip' %}\n    {% continue %}\n  {% endif %}\n"
+            "{{ message | tojson }}{{ loop.index }}{{ eos_token }}\n"
+            "{% endfor %}\n"
+            "{% if not strftime_now('%Y').isdigit() %}{{ raise_exception('no year') }}{% endif %}\n"
+        )
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+        conversation = [("user", "é"), ("assistant", "skip"), ("user", 'a "quote"')]
+        ids = TextCodec.load(str(tmp_path)).encode_chat(conversation)
+        assert ids == reference_ids(tmp_path, conversation)
+
+    def test_raw_text_and_back(self, tiny_llama: Path, codec: TextCodec) -> None:
+        text = "naïve 你好 👋"
+        ids = codec.encode_text(text)
+        assert ids == AutoTokenizer.from_pretrained(tiny_llama)(text).input_ids
+        assert len(ids) == len(text.encode())
+        assert codec.decode([*ids, EOS]) == text
+
+    def test_no_messages(self, codec: TextCodec) -> None:
+        with pytest.raises(InvalidArgumentError, match="no messages") as caught:
+            codec.encode_chat([])
+        assert caught.value.reason == "EMPTY_PROMPT"
+
+    def test_unknown_role(self, codec: TextCodec) -> None:
+        with pytest.raises(InvalidArgumentError, match=r"'robot'.*system, user, assistant") as caught:
+            codec.encode_chat([("user", "hi"), ("robot", "beep")])
+        assert caught.value.field == "chat.messages.role"
+
+    @pytest.mark.parametrize(
+        ("template", "reason"),
+        [
+            ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+            ("{{ nobody.knows }}", "nobody"),
+            ("{{ messages[0].content + 1 }}", "str"),
+        ],
+    )
+    def test_a_template_that_refuses(self, template: str, reason: str) -> None:
+        with pytest.raises(InvalidArgumentError, match=reason) as caught:
+            codec_with_template(template).encode_chat([("user", "hi")])
+        assert caught.value.field == "chat"
+
+    def test_a_template_cannot_reach_out_of_its_sandbox(self) -> None:
+        escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+        with pytest.raises(InvalidArgumentError):
+            codec_with_template(escape).encode_chat([("user", "hi")])
+
+    def test_no_template(self) -> None:
+        codec = codec_with_template("")
+        with pytest.raises(InvalidArgumentError, match="no chat template"):
+            codec.encode_chat([("user", "hi")])
+        assert codec.decode(codec.encode_text("hi")) == "hi"
+
+    def test_no_tokenizer(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(NotFoundError, match=r"tokenizer\.json"):
+            TextCodec.load(str(tmp_path))
