@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from itertools import groupby
 
@@ -10,17 +11,20 @@ from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
 from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from specdec.runtime.engine import Engine, EngineResult
+from specdec.sampling import validate_token_ids
 
 
 class DrafterHost:
     """Opens draft sessions and runs their rounds. Used from one event loop."""
 
-    def __init__(self, drafters: Mapping[str, Drafter], config: DrafterConfig) -> None:
+    def __init__(
+        self, drafters: Mapping[str, Drafter], config: DrafterConfig, thread: ThreadPoolExecutor | None = None
+    ) -> None:
         self.drafters = drafters
         self.config = config
         self.num_sessions = 0
         self._engine: Engine[DraftItem, list[int]] = Engine(
-            _step, max_batch_tokens=config.max_batch_tokens, name="drafter-engine"
+            _step, max_batch_tokens=config.max_batch_tokens, thread=thread
         )
 
     def close(self) -> None:
@@ -58,7 +62,7 @@ class DrafterHost:
                 f"({request.prompt_length}) at most, the {num_committed} committed tokens.",
                 field="max_length",
             )
-        request.sampling.validate()
+        request.sampling.validate(drafter.info.vocab_size)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken.",
@@ -72,6 +76,22 @@ class DrafterHost:
         finally:
             self.num_sessions -= 1
             drafter.close(session)
+
+    def commit(
+        self,
+        drafter: Drafter,
+        session: DraftSession,
+        committed_token_ids: Sequence[int],
+        committed_length: int,
+    ) -> None:
+        """Append what the target committed since the last round.
+
+        Raises:
+            FailedPreconditionError: a round was missed.
+            InvalidArgumentError: tokens the drafter lacks, or has no room for.
+        """
+        validate_token_ids("committed_token_ids", list(committed_token_ids), drafter.info.vocab_size)
+        session.commit(committed_token_ids, committed_length)
 
     async def prefill(self, drafter: Drafter, session: DraftSession) -> None:
         """Read the prompt chunk by chunk, so that other sessions' drafts go between."""

@@ -78,7 +78,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 "A Draft stream is opened once; send rounds, or start another stream.", reason="SECOND_OPEN"
             )
         message = request.round
-        session.commit(message.committed_token_ids, message.committed_length)
+        host.commit(drafter, session, message.committed_token_ids, message.committed_length)
         drafted = await host.propose(drafter, session, message.num_draft_tokens)
         self._rounds.add(1, {"method": drafter.info.name})
         total_ns = time.monotonic_ns() - arrived_ns

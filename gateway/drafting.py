@@ -61,11 +61,17 @@ class DraftLink:
 
     Opening runs beside the target's prefill. What goes wrong - no drafter, an error, a draft later than
     `timeout_s`, token ids the target does not have - costs the round its draft and is tried again, elsewhere
-    perhaps, after a growing pause. Use as `async with`.
+    perhaps, after a pause of `retry_s`, which grows while it fails. Use as `async with`.
     """
 
     def __init__(
-        self, connect: Connect, prompt_token_ids: Sequence[int], *, vocab_size: int, timeout_s: float
+        self,
+        connect: Connect,
+        prompt_token_ids: Sequence[int],
+        *,
+        vocab_size: int,
+        timeout_s: float,
+        retry_s: float = _FIRST_RETRY_S,
     ) -> None:
         self._connect = connect
         self._prompt = list(prompt_token_ids)
@@ -74,7 +80,8 @@ class DraftLink:
         self._session: DrafterSession | None = None
         self._opening: asyncio.Task[DrafterSession] | None = None
         self._num_sent = 0
-        self._retry_s = _FIRST_RETRY_S
+        self._first_retry_s = retry_s
+        self._retry_s = retry_s
         self._retry_at = 0.0
         self._reason = ""
 
@@ -99,12 +106,16 @@ class DraftLink:
             async with asyncio.timeout(self._timeout_s):
                 draft = await self._propose(committed_token_ids, num_draft_tokens, traceparent)
         except TimeoutError:
-            await self._lose(f"no draft within {self._timeout_s:g} s")
+            if self._opening:
+                # Not yet a failure: the rounds go on and it may join later, even if it is done this moment.
+                self._reason = "the drafter is still opening"
+            else:
+                await self._lose(f"no draft within {self._timeout_s:g} s")
         except SpecdecError as error:
             await self._lose(error.message, permanent=isinstance(error, _PERMANENT))
         else:
             if draft:
-                self._retry_s = _FIRST_RETRY_S
+                self._retry_s = self._first_retry_s
                 return draft
         return Draft(elapsed_ns=time.monotonic_ns() - started_ns, fallback_reason=self._reason)
 
@@ -144,10 +155,6 @@ class DraftLink:
             raise InvalidArgumentError("the drafter sent a token the target does not have")
 
     async def _lose(self, reason: str, *, permanent: bool = False) -> None:
-        if self._opening and not self._opening.done():
-            # Still opening, which is not yet a failure: the rounds go on and it may join later.
-            self._reason = "the drafter is still opening"
-            return
         logger.warning("drafting without a drafter", extra={"reason": reason})
         self._reason = reason
         session, self._session, self._opening = self._session, None, None

@@ -57,11 +57,15 @@ class Plan:
     num_draft_tokens: int
 
 
-async def make_plan(request: gateway_pb2.GenerateRequest, backends: Backends, max_draft: int) -> Plan:
-    """Tokenise the prompt and settle method and K.
+async def make_plan(
+    request: gateway_pb2.GenerateRequest,
+    backends: Backends,
+    verifier: verifier_pb2.VerifierServiceGetInfoResponse,
+) -> Plan:
+    """Tokenise the prompt and settle method, K and how many tokens there is room for.
 
     Args:
-        max_draft: most draft tokens the verifier takes in a round.
+        verifier: the limits of the verifier that will run it.
 
     Raises:
         InvalidArgumentError: naming the field at fault.
@@ -76,11 +80,26 @@ async def make_plan(request: gateway_pb2.GenerateRequest, backends: Backends, ma
         raise InvalidArgumentError(
             f"max_new_tokens is {max_new_tokens}; it must be at least 1.", field="max_new_tokens"
         )
-    method, num_draft_tokens = _settle_method(request, backends, max_draft)
+    method, num_draft_tokens = _settle_method(request, backends, verifier.max_num_draft_tokens)
     token_ids = await asyncio.to_thread(_encode, request, backends.codec)
     if not token_ids:
         raise InvalidArgumentError("The prompt is empty.", field="prompt", reason="EMPTY_PROMPT")
+    context = verifier.model.max_length
+    if context:
+        _require_shorter(token_ids, context)
+        max_new_tokens = min(max_new_tokens, context - len(token_ids))
     return Plan(token_ids, max_new_tokens, method, num_draft_tokens)
+
+
+def _require_shorter(token_ids: Sequence[int], context: int) -> None:
+    """Refuse a prompt the verifier would refuse, before a message is made of it that is too large to send."""
+    if len(token_ids) >= context:
+        raise InvalidArgumentError(
+            f"The prompt has {len(token_ids)} tokens, the model's context {context}; shorten the prompt so "
+            "that at least one token fits after it.",
+            field="prompt",
+            reason="PROMPT_TOO_LONG",
+        )
 
 
 def _settle_method(
@@ -158,7 +177,6 @@ class Generation:
             SpecdecError: the verifier refused or was lost.
         """
         async with AsyncExitStack() as stack:
-            stack.enter_context(verifier.lease())
             session = await stack.enter_async_context(
                 RemoteVerifierSession(verifier.channel, verifier.uri, self._open_message(), self._timeout_s)
             )
@@ -258,6 +276,7 @@ class Generation:
         method, plan = self._plan.method, self._plan
         replica = self._backends.drafters.pick(lambda info: find_drafter(info, method) is not None)
         session = RemoteDrafterSession(replica.channel, replica.uri, self._timeout_s)
+        leased = LeasedDrafterSession(session, replica)
         try:
             await session.open(
                 drafter_pb2.DraftOpen(
@@ -272,9 +291,9 @@ class Generation:
                 )
             )
         except BaseException:
-            await session.close()
+            await leased.close()
             raise
-        return LeasedDrafterSession(session, replica)
+        return leased
 
 
 class LeasedDrafterSession:

@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 import grpc
 
 from gateway.decode import Draft, TokenLogprobs, Verified
-from specdec.errors import DeadlineExceededError, SpecdecError, UnavailableError, from_rpc_error
+from specdec.errors import (
+    DeadlineExceededError,
+    RequestCancelledError,
+    SpecdecError,
+    UnavailableError,
+    from_rpc_error,
+)
 from specdec.handshake import check_handshake
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 
@@ -61,9 +67,12 @@ class _Stream:
                 code, await self._call.initial_metadata(), metadata, await self._call.details()
             )
         )
-        if isinstance(error, UnavailableError):
+        # A peer whose grace is over cancels what still runs; we never read on after cancelling ourselves.
+        if isinstance(error, UnavailableError | RequestCancelledError):
             return UnavailableError(
-                f"{self._peer} was lost: {error.message}", reason="PEER_LOST", retry_after_s=1.0
+                f"{self._peer} was lost ({error.message}); send the request again.",
+                reason="PEER_LOST",
+                retry_after_s=1.0,
             )
         if isinstance(error, DeadlineExceededError):
             return DeadlineExceededError("The deadline passed before the generation was complete.")

@@ -8,7 +8,7 @@ from contextlib import aclosing
 import grpc
 from opentelemetry.trace import use_span
 
-from gateway.generation import PLAIN, Backends, Generation, make_plan
+from gateway.generation import PLAIN, Backends, Generation, VerifierReplica, make_plan
 from gateway.registry import Replica
 from gateway.remote import FINISH_REASONS
 from gateway.tracing import RequestTrace
@@ -53,7 +53,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._num_requests += 1
         try:
             with use_span(trace.span, record_exception=False, set_status_on_exception=False):
-                await self._generate(request, context, backends, trace, arrived_ns)
+                verifier = backends.verifiers.pick()
+                # Counted from the pick on: requests that come together must not all take the same replica.
+                with verifier.lease():
+                    await self._generate(request, context, backends, verifier, trace, arrived_ns)
         except BaseException as error:
             trace.fail(error)
             raise
@@ -66,12 +69,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         request: gateway_pb2.GenerateRequest,
         context: GenerateContext,
         backends: Backends,
+        verifier: VerifierReplica,
         trace: RequestTrace,
         arrived_ns: int,
     ) -> None:
-        verifier = backends.verifiers.pick()
         assert verifier.info is not None
-        plan = await make_plan(request, backends, verifier.info.max_num_draft_tokens)
+        plan = await make_plan(request, backends, verifier.info)
         model_id = verifier.info.model.model_id
         trace.describe(model_id, plan.method, len(plan.prompt_token_ids))
         started = gateway_pb2.GenerateStarted(

@@ -74,7 +74,7 @@ class TextCodec:
                 add_generation_prompt=True,
                 **self._special_tokens,
             )
-        except TemplateError as error:
+        except Exception as error:  # the template is the model's own code and fails in its own ways
             raise InvalidArgumentError(f"The chat template refuses: {error}", field="chat") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
@@ -142,6 +142,9 @@ class TextStream:
         of a token depends on the one before it."""
         before = self._text_from(self._prefix, self._read)
         now = self._text_from(self._prefix)
+        if now == before:  # a special token, which has no text and waits for none
+            self._read = len(self._token_ids)
+            return ""
         if len(now) <= len(before) or now.endswith(_REPLACEMENT):
             return ""
         self._prefix, self._read = self._read, len(self._token_ids)
@@ -177,6 +180,8 @@ class TextStream:
         while keep < len(self._held) and num_held_characters > 0:
             keep += 1
             num_held_characters -= len(self._held[-keep].text)
+        # Within a character one token is held as well: the flush must have one to hang the rest on.
+        keep = max(keep, int(self._read < len(self._token_ids)))
         split = len(self._held) - keep
         released, self._held = self._held[:split], self._held[split:]
         return released
@@ -208,7 +213,9 @@ def _compile(chat_template: str) -> Template:
     )
     environment.globals["raise_exception"] = _raise_template_error
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **{"ensure_ascii": False} | options
+    )
     return environment.from_string(chat_template)
 
 

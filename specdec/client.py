@@ -22,6 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from specdec.channel import TlsConfig, aio_channel, parse_uris, sync_channel
 from specdec.errors import (
     InvalidArgumentError,
+    RequestCancelledError,
     SpecdecError,
     UnavailableError,
     from_rpc_error,
@@ -85,6 +86,10 @@ DEFAULT_TIMEOUT_S = 300.0
 """Seconds a call may take when neither the client nor the call says."""
 
 
+_CANCELLED_HERE = "Locally cancelled by application!"
+"""What gRPC's own stacks say of a call that this process cancelled."""
+
+
 class _ClientDefault:
     """Marks a timeout that was not given, since None means no deadline."""
 
@@ -133,7 +138,11 @@ class _Base:
         typed = from_rpc_error(error)
         metadata: Any = error.trailing_metadata() or ()
         from_server = any(key == "grpc-status-details-bin" for key, _ in metadata)
-        if isinstance(typed, UnavailableError) and not from_server:
+        is_lost = isinstance(typed, UnavailableError) or (
+            # A gateway that stops cancels what its grace did not suffice for.
+            isinstance(typed, RequestCancelledError) and error.details() != _CANCELLED_HERE
+        )
+        if is_lost and not from_server:
             return UnavailableError(
                 f"The gateway at {self.target} does not answer or went away; check that it runs "
                 f"(`specdec up` starts one here). {typed.message}",

@@ -15,6 +15,7 @@ SpecdecError
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import grpc
@@ -24,8 +25,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 ERROR_DOMAIN = "specdec.v1"
-_MAX_METADATA_DETAIL = 2000
-"""Characters of a message kept: status travels in HTTP/2 trailers, which are limited to 8 KiB."""
+_MAX_MESSAGE_BYTES = 1500
+"""Bytes of a message kept: status travels three times over in HTTP/2 trailers, which are limited to 8 KiB."""
 
 
 class SpecdecError(Exception):
@@ -140,7 +141,7 @@ def status_code(error: SpecdecError) -> grpc.StatusCode:
 
 def to_status(error: SpecdecError) -> grpc.Status:
     """Status with google.rpc details, ready for `context.abort_with_status`."""
-    message = error.message[:_MAX_METADATA_DETAIL]
+    message = _shortened(error.message)
     proto = status_pb2.Status(code=status_code(error).value[0], message=message)
     _pack(proto, error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
     if error.field:
@@ -152,6 +153,18 @@ def to_status(error: SpecdecError) -> grpc.Status:
         )
         _pack(proto, error_details_pb2.RetryInfo(retry_delay=delay))
     return rpc_status.to_status(proto)
+
+
+def _shortened(message: str) -> str:
+    """Beginning and end of a message too long to send: what is wrong comes first, what to do last."""
+    # A character that is not printable ASCII is percent-encoded in a header, three bytes for each of its own.
+    sizes = [1 if " " <= c <= "~" else 3 * len(c.encode(errors="replace")) for c in message]
+    if sum(sizes) <= _MAX_MESSAGE_BYTES:
+        return message
+    budget = _MAX_MESSAGE_BYTES // 2
+    head = sum(1 for size in accumulate(sizes) if size <= budget)
+    tail = sum(1 for size in accumulate(reversed(sizes)) if size <= budget)
+    return f"{message[:head]} [...] {message[-tail:]}"
 
 
 def _pack(status: status_pb2.Status, detail: Message) -> None:

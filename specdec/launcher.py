@@ -74,6 +74,7 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
     ports = free_ports(3)
     gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
     drafter_args = [argument for name in config.drafters for argument in ("--drafter", name)]
+    drafter_args += ["--dtype", config.dtype, "--device", config.device]
     gateway_args = ("--verifier", verifier, "--drafter", drafter, "--tokenizer", config.model)
     verifier_args = ("--model", config.model, "--dtype", config.dtype, "--device", config.device)
     return [

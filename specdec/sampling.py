@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from specdec.errors import InvalidArgumentError
 from specdec.v1 import common_pb2
@@ -83,23 +83,16 @@ class SamplingParams:
         Raises:
             InvalidArgumentError: if a value does not fit the wire type.
         """
-        try:
-            return common_pb2.SamplingParams(
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty,
-                presence_penalty=self.presence_penalty,
-                frequency_penalty=self.frequency_penalty,
-                logit_bias=self.logit_bias,
-                allowed_token_ids=self.allowed_token_ids,
-                seed=self.seed,
-            )
-        except (ValueError, TypeError) as error:
-            raise InvalidArgumentError(
-                f"A sampling parameter does not fit its type: {error}", field="sampling"
-            ) from error
+        message = common_pb2.SamplingParams()
+        for parameter in fields(self):
+            value = getattr(self, parameter.name)
+            try:
+                message.MergeFrom(common_pb2.SamplingParams(**{parameter.name: value}))
+            except (ValueError, TypeError) as error:
+                raise InvalidArgumentError(
+                    f"{parameter.name} cannot be {repr(value)[:80]}: {error}", field=parameter.name
+                ) from error
+        return message
 
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:

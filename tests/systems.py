@@ -52,9 +52,8 @@ async def running_gateway(
     model: Path, *, verifier: str, drafter: str = "", telemetry: Telemetry | None = None, **options: Any
 ) -> AsyncIterator[tuple[str, GatewayServer]]:
     """A gateway with the tokenizer of `model`; its address and itself."""
-    config = GatewayConfig(
-        listen=ANY_PORT, verifier=verifier, drafter=drafter, tokenizer=str(model), **options
-    )
+    defaults = {"listen": ANY_PORT}
+    config = GatewayConfig(verifier=verifier, drafter=drafter, tokenizer=str(model), **(defaults | options))
     async with _running(GatewayServer(config, telemetry or make_telemetry("gateway"))) as started:
         yield started
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from specdec.errors import SpecdecError
-from specdec.runtime.packed_model import PackedModel, Segment
+from specdec.runtime.attention import Segment
+from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import Picker, top_logprobs
 from verifier_service.acceptance import Acceptance, accept
 from verifier_service.session import Session

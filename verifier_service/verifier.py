@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -29,7 +30,9 @@ class Timed:
 class Verifier:
     """Opens sessions and runs their rounds. Used from one event loop."""
 
-    def __init__(self, loaded: LoadedModel, config: VerifierConfig) -> None:
+    def __init__(
+        self, loaded: LoadedModel, config: VerifierConfig, thread: ThreadPoolExecutor | None = None
+    ) -> None:
         self.config = config
         self.loaded = loaded
         packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20))
@@ -38,17 +41,17 @@ class Verifier:
         self.pool = packed.pool
         self.num_sessions = 0
         self._engine: Engine[StepItem, Verdict | None] = Engine(
-            TargetModel(packed).step, max_batch_tokens=config.max_batch_tokens, name="verifier-engine"
+            TargetModel(packed).step, max_batch_tokens=config.max_batch_tokens, thread=thread
         )
 
     @classmethod
-    def load(cls, config: VerifierConfig) -> Verifier:
-        """Load the model and allocate the pool; takes seconds.
+    def load(cls, config: VerifierConfig, thread: ThreadPoolExecutor) -> Verifier:
+        """Load the model and allocate the pool; takes seconds. To be called on `thread`.
 
         Raises:
             SpecdecError: the model cannot be served as configured.
         """
-        return cls(load_causal_lm(config.model, dtype=config.dtype, device=config.device), config)
+        return cls(load_causal_lm(config.model, dtype=config.dtype, device=config.device), config, thread)
 
     def close(self) -> None:
         """Stop the engine thread."""

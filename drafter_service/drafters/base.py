@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from specdec.errors import FailedPreconditionError
+from specdec.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.sampling import SamplingParams
 
 
@@ -55,12 +55,19 @@ class DraftSession:
 
         Raises:
             FailedPreconditionError: a round was missed; nothing changes.
+            InvalidArgumentError: more tokens than the session has room for; nothing changes.
         """
         expected = len(self.token_ids) + len(committed_token_ids)
         if committed_length != expected:
             raise FailedPreconditionError(
                 f"committed_length is {committed_length}, with this round's tokens it is {expected}.",
                 reason="STALE_BASE",
+            )
+        if expected > self.max_length:
+            raise InvalidArgumentError(
+                f"With this round's tokens {expected} are committed; the session was opened with max_length "
+                f"{self.max_length}.",
+                field="committed_token_ids",
             )
         self.token_ids.extend(committed_token_ids)
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.loading import LoadedModel
-from specdec.runtime.packed_model import PackedModel, Segment
+from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import PickContext, Picker
 from specdec.sampling import validate_token_ids
 
@@ -21,17 +22,22 @@ DEFAULT_NUM_DRAFT_TOKENS = 4
 
 
 class CausalLmSession(DraftSession):
-    """Committed tokens, and the tokens the draft model's KV was made from."""
+    """Committed tokens, and the tokens the draft model's KV was made from.
 
-    def __init__(self, request: OpenDraft, allocation: KvAllocation) -> None:
+    Args:
+        context_length: positions the draft model can use; past them the session goes on without drafts.
+    """
+
+    def __init__(self, request: OpenDraft, allocation: KvAllocation, context_length: int) -> None:
         super().__init__(request)
         self.allocation = allocation
+        self.context_length = context_length
         self.cached_token_ids: list[int] = []
 
     @property
     def num_prefill_tokens(self) -> int:
         """Committed tokens without KV, but for the last, which every draft starts from."""
-        return max(0, len(self.token_ids) - 1 - len(self.cached_token_ids))
+        return max(0, min(len(self.token_ids) - 1, self.context_length) - len(self.cached_token_ids))
 
     def commit(self, committed_token_ids: Sequence[int], committed_length: int) -> None:
         """Append the target's tokens and forget the KV of draft tokens that were refused."""
@@ -86,7 +92,8 @@ class CausalLmDrafter(Drafter):
             ResourceExhaustedError: no KV free.
         """
         validate_token_ids("committed_token_ids", request.committed_token_ids, self._packed.vocab_size)
-        return CausalLmSession(request, self._packed.pool.allocate(request.max_length))
+        context_length = min(request.max_length, self._packed.max_length or request.max_length)
+        return CausalLmSession(request, self._packed.pool.allocate(context_length), context_length)
 
     def close(self, session: DraftSession) -> None:
         """Give the session's KV back."""
@@ -95,7 +102,7 @@ class CausalLmDrafter(Drafter):
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
         """Catch up with the committed tokens, then draft K tokens one after the other."""
         sessions = [_checked(item.session) for item in items]
-        wanted = [self._num_to_draft(item) for item in items]
+        wanted = [_num_to_draft(item) for item in items]
         drafts: list[list[int]] = [[] for _ in items]
         segments = [
             _catch_up(session, item.num_tokens, bool(count))
@@ -131,18 +138,20 @@ class CausalLmDrafter(Drafter):
         for index, picks in zip(drafting, self._picker.pick(logits, contexts), strict=True):
             drafts[index].append(picks[0])
 
-    def _num_to_draft(self, item: DraftItem) -> int:
-        """K, less where the generation or the model's context ends sooner."""
-        limit = item.session.max_length
-        if self._packed.max_length:
-            limit = min(limit, self._packed.max_length)
-        return max(0, min(item.num_draft_tokens, limit - len(item.session.token_ids)))
+
+def _num_to_draft(item: DraftItem) -> int:
+    """K, less where the generation or the model's context ends sooner."""
+    session = _checked(item.session)
+    return max(0, min(item.num_draft_tokens, session.context_length - len(session.token_ids)))
 
 
 def _catch_up(session: CausalLmSession, num_tokens: int, is_drafting: bool) -> Segment:
     """The committed tokens without KV: all of them for a draft, a chunk for a prefill."""
     first = len(session.cached_token_ids)
-    last = len(session.token_ids) if is_drafting else min(first + num_tokens, len(session.token_ids) - 1)
+    num_tokens = (
+        session.num_prefill_tokens + 1 if is_drafting else min(num_tokens, session.num_prefill_tokens)
+    )
+    last = first + num_tokens
     return session.segment(session.token_ids[first:last], num_logits=int(is_drafting))
 
 

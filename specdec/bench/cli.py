@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,14 +12,14 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specdec.bench import plots
+from specdec.bench import noise, plots, verify_pass
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
 from specdec.bench.records import RequestRecord
 from specdec.bench.report import category_table, parts_table, peer_ratios, read_rows, speed_table
 from specdec.bench.workload import Prompt
 from specdec.cli_groups import ErrorGroup
-from specdec.errors import UnavailableError
+from specdec.errors import InvalidArgumentError, UnavailableError
 
 _DEFAULTS = BenchConfig()
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -147,6 +148,66 @@ def run_command(
     _judge(outcome.records)
 
 
+@bench.command("pass")
+@click.option("--verifier", help="Address of a running, idle verifier.  [default: start one for the run]")
+@click.option("--model", default=_DEFAULTS.model, show_default=True, help="Model to start.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the model to start.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the model to start.")
+@click.option(
+    "--tokens",
+    "sizes",
+    type=_CommaList(int),
+    default="1,2,4,8,9,16,32",
+    show_default=True,
+    help="Tokens in a pass, K + 1 each; the first is the one the others are compared with.",
+)
+@click.option(
+    "--context",
+    "context_tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Tokens in the KV cache at the start.",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=50, show_default=True, help="Rounds per size.")
+@click.option(
+    "--out",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for pass.json.",
+)
+def pass_command(
+    verifier: str | None, model: str, dtype: str, device: str, directory: Path, **settings: Any
+) -> None:
+    """Measure what a verify pass costs against the tokens in it."""
+    if not settings["sizes"] or min(settings["sizes"]) < 1:
+        raise InvalidArgumentError("--tokens must be a list of integers >= 1, such as 1,9.")
+    with _verifier(verifier, model, dtype, device) as address, _progress() as progress:
+        task = progress.add_task("Turns", total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        rows = verify_pass.measure(address, **settings, on_progress=on_progress)
+    verify_pass.write(directory, rows, {"model": model, "dtype": dtype, "device": device, **settings})
+    _console().print(verify_pass.table(rows))
+
+
+@bench.command("noise")
+@click.option(
+    "--positions", type=click.IntRange(min=1), default=9, show_default=True, help="Rows, K + 1 of a round."
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(min=1), default=49152, show_default=True, help="Values per row."
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=100, show_default=True, help="Measurements.")
+def noise_command(positions: int, vocab_size: int, repeats: int) -> None:
+    """Measure what the noise of a sampled round costs."""
+    median_ms = noise.measure(num_positions=positions, vocab_size=vocab_size, repeats=repeats)
+    click.echo(f"{positions} positions x {vocab_size} tokens: {median_ms:.2f} ms (median of {repeats})")
+
+
 @bench.command("compare")
 @click.argument("old", type=_EXISTING_FILE)
 @click.argument("new", type=_EXISTING_FILE)
@@ -159,6 +220,12 @@ def compare_command(old: Path, new: Path) -> None:
         console.print(line, markup=False, highlight=False)
 
 
+def _verifier(verifier: str | None, model: str, dtype: str, device: str) -> AbstractContextManager[str]:
+    if verifier:
+        return nullcontext(verifier)
+    return _local_services(model, dtype, device, ("ngram",), service="verifier")
+
+
 def _services(
     gateway: str | None, model: str, dtype: str, device: str, drafters: Sequence[str]
 ) -> AbstractContextManager[str]:
@@ -166,12 +233,24 @@ def _services(
 
 
 @contextmanager
-def _local_services(model: str, dtype: str, device: str, drafters: Sequence[str]) -> Iterator[str]:
+def _local_services(
+    model: str, dtype: str, device: str, drafters: Sequence[str], service: str = "gateway"
+) -> Iterator[str]:
     # Imported here: a run against a gateway elsewhere needs nothing of it.
     from specdec.launcher import LocalSystem
 
+    started = time.monotonic()
     with LocalSystem(model, dtype=dtype, device=device, drafters=drafters, report=_report) as system:
-        yield system.gateway
+        _report(f"Services ready in {time.monotonic() - started:.1f} s")
+        yield system.verifier if service == "verifier" else system.gateway
+        peaks = ", ".join(f"{name} {_peak_mib(pid):.0f} MiB" for name, pid in system.pids.items())
+        _report(f"Peak resident memory: {peaks}")
+
+
+def _peak_mib(pid: int) -> float:
+    """Largest resident set of a process so far, MiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def _report(line: str) -> None:
@@ -181,14 +260,18 @@ def _report(line: str) -> None:
 def _run_with_progress(
     config: BenchConfig, prompts: Sequence[Prompt], address: str, directory: Path
 ) -> Outcome:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         task = progress.add_task("Warming up", total=None)
 
         def on_progress(done: int, total: int) -> None:
             progress.update(task, description="Requests", completed=done, total=total)
 
         return run_experiment(config, prompts, address, directory, on_progress)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError
 
-BLOCK_TOKENS = 16
-"""Tokens per block: the pool's unit of allocation."""
+BLOCK_TOKENS = 64
+"""Tokens per block: the pool's unit of allocation, and of the keys that attention reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,8 @@ class KvPool:
                 field="kv_cache_mib",
             )
         slots = num_blocks * BLOCK_TOKENS
-        # Per layer [slots, num_heads, head_dim]. Zeros, not empty: an unwritten slot is never read, but a
-        # NaN in one would survive a mask.
+        # Per layer [slots, num_heads, head_dim]. Zeros, not empty: attention reads whole blocks under a
+        # mask, which a NaN would survive.
         self.keys = {
             layer: torch.zeros(slots, shape.num_heads, shape.key_dim, dtype=dtype, device=device)
             for layer, shape in shapes.items()

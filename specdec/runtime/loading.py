@@ -37,6 +37,7 @@ class LoadedModel:
 
 def tune_process() -> None:
     """Prepare this process for running a model; must come before the first import of torch."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -61,8 +62,8 @@ def load_causal_lm(model: str, *, dtype: str, device: str) -> LoadedModel:
         raise InvalidArgumentError(f"Device {device!r} cannot be used: {error}", field="device") from error
     _check_is_causal_lm(folder)
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
     except NotFoundError:
         raise
@@ -70,6 +71,13 @@ def load_causal_lm(model: str, *, dtype: str, device: str) -> LoadedModel:
         raise InvalidArgumentError(
             f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}", field="model"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        raise InvalidArgumentError(
+            f"The checkpoint in {folder} lacks {len(missing)} weights of a {type(loaded).__name__}, "
+            f"{missing[0]} for one: it is damaged, or was saved from another kind of model.",
+            field="model",
+        )
     return LoadedModel(
         model=loaded.to(target).eval().requires_grad_(False),
         model_id=model_id(model),

@@ -73,7 +73,7 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(InvalidArgumentError, match="larger --kv-cache-mib"):
         pool.allocate(2 * BLOCK_TOKENS + 1)
     held = pool.allocate(BLOCK_TOKENS + 1)
-    with pytest.raises(ResourceExhaustedError, match="0 of 32 are free") as refusal:
+    with pytest.raises(ResourceExhaustedError, match="0 of 128 are free") as refusal:
         pool.allocate(1)
     assert refusal.value.retry_after_s
     pool.free(held)

@@ -337,6 +337,7 @@ def test_service_commands() -> None:
     assert drafter.command[1:] == (
         *("-m", "drafter_service", "--listen", drafter.address),
         *("--drafter", "ngram", "--drafter", "causal-lm:org/small"),
+        *("--dtype", "float32", "--device", "cpu"),
     )
     assert verifier.command[1:] == (
         *("-m", "verifier_service", "--listen", verifier.address),

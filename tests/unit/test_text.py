@@ -68,9 +68,7 @@ def cut_at_first_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 class TestTextStream:
     @given(token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40))
-    def test_any_tokens_join_to_the_decode_of_the_whole(
-        self, codec: TextCodec, token_ids: list[int]
-    ) -> None:
+    def test_any_tokens_join_to_the_decode_of_the_whole(self, codec: TextCodec, token_ids: list[int]) -> None:
         released, _ = stream_out(codec, token_ids)
         assert join(released) == codec.decode(token_ids)
 
@@ -91,11 +89,19 @@ class TestTextStream:
     def test_half_a_character_is_held_and_flushed(self, codec: TextCodec) -> None:
         first, second, third = codec.encode_text("€")
         stream = TextStream(codec)
-        assert stream.push(first) == stream.push(second) == []
-        assert join(stream.push(third)) == "€"
+        assert stream.push(first) == []
+        assert stream.push(second) == [TextToken(first, "", 0)]
+        assert stream.push(third) == [TextToken(second, "", 1), TextToken(third, "€", 2)]
         assert stream.push(first) == []
         assert stream.flush() == [TextToken(first, REPLACEMENT, 3)]
         assert stream.flush() == []
+
+    def test_endless_garbage_is_not_held_for_ever(self, codec: TextCodec) -> None:
+        stream = TextStream(codec)
+        half = codec.encode_text("€")[0]
+        released = [token for _ in range(50) for token in stream.push(half)]
+        assert len(released) == 49
+        assert join(stream.flush()) == REPLACEMENT * 50
 
     def test_invalid_bytes_become_replacement_characters_where_they_are(self, codec: TextCodec) -> None:
         half = codec.encode_text("€")[:1]
@@ -149,7 +155,7 @@ class TestStopStrings:
     def test_held_text_that_turns_out_to_be_no_stop_string_is_released(self, codec: TextCodec) -> None:
         stream = TextStream(codec, ["END"])
         released = [join(stream.push(token_id)) for token_id in codec.encode_text("ENEND.")[:4]]
-        assert released == ["", "", "EN"[:2], ""]
+        assert released == ["", "", "EN", ""]
         assert not stream.stopped
         assert join(stream.flush()) == "EN"
 

@@ -1,0 +1,215 @@
+"""A request that cannot be answered: a clear error that names the field and the limit, and nothing is lost."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdec.client import GenerateOptions, Message
+from specdec.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
+from specdec.sampling import SamplingParams
+from specdec.v1 import gateway_pb2
+from specdec.wire import build_request
+from tests.raw_streams import draft_stream, verify_stream
+from tests.refusals import (
+    CONTEXT,
+    POOL_TOKENS,
+    PROMPT,
+    ask,
+    assert_healthy,
+    assert_refusal,
+    generate_request,
+    sampling,
+    shared,
+    shown,
+)
+from tests.systems import System, running_system
+from tests.tiny_models import VOCAB_SIZE
+
+Chat, ChatMessage, TokenIds = gateway_pb2.Chat, gateway_pb2.ChatMessage, gateway_pb2.TokenIds
+NAN, INF = math.nan, math.inf
+
+
+def ids(*token_ids: int) -> dict[str, Any]:
+    return {"token_ids": TokenIds(token_ids=token_ids)}
+
+
+SAMPLING_REFUSALS = [
+    (sampling(temperature=-0.1), "temperature", ">= 0"),
+    (sampling(temperature=NAN), "temperature", ">= 0"),
+    (sampling(temperature=INF), "temperature", ">= 0"),
+    (sampling(top_p=0.0), "top_p", "(0, 1]"),
+    (sampling(top_p=1.1), "top_p", "(0, 1]"),
+    (sampling(top_p=NAN), "top_p", "(0, 1]"),
+    (sampling(min_p=-0.1), "min_p", "[0, 1]"),
+    (sampling(min_p=1.5), "min_p", "[0, 1]"),
+    (sampling(min_p=NAN), "min_p", "[0, 1]"),
+    (sampling(top_k=VOCAB_SIZE + 1), "top_k", str(VOCAB_SIZE)),
+    (sampling(repetition_penalty=0.0), "repetition_penalty", "> 0"),
+    (sampling(repetition_penalty=-1.0), "repetition_penalty", "> 0"),
+    (sampling(repetition_penalty=INF), "repetition_penalty", "> 0"),
+    (sampling(presence_penalty=2.5), "presence_penalty", "[-2, 2]"),
+    (sampling(presence_penalty=NAN), "presence_penalty", "[-2, 2]"),
+    (sampling(frequency_penalty=-2.5), "frequency_penalty", "[-2, 2]"),
+    (sampling(logit_bias={5: 101.0}), "logit_bias", "[-100, 100]"),
+    (sampling(logit_bias={5: NAN}), "logit_bias", "[-100, 100]"),
+    (sampling(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias", str(VOCAB_SIZE)),
+    (sampling(allowed_token_ids=[5, VOCAB_SIZE]), "allowed_token_ids", str(VOCAB_SIZE)),
+    ({"num_top_logprobs": 21}, "num_top_logprobs", "[0, 20]"),
+    ({"stop_token_ids": [5, VOCAB_SIZE]}, "stop_token_ids", str(VOCAB_SIZE)),
+    ({"max_new_tokens": 0}, "max_new_tokens", "at least 1"),
+]
+"""What gateway and verifier both refuse: (fields of the request, field at fault, part of the message)."""
+
+GATEWAY_REFUSALS = [
+    ({"text": ""}, "prompt", "empty"),
+    ({"chat": Chat()}, "chat", "no messages"),
+    (ids(), "prompt", "empty"),
+    ({"chat": Chat(messages=[ChatMessage(role="robot", content="Hi")])}, "chat.messages.role", "assistant"),
+    (ids(*[5] * CONTEXT), "prompt", str(CONTEXT)),
+    ({"text": "\xe9" * 2_500_000}, "prompt", str(CONTEXT)),
+    (ids(*[5] * (POOL_TOKENS - 7)), "max_new_tokens", str(POOL_TOKENS)),
+    (ids(5, VOCAB_SIZE), "prompt_token_ids", str(VOCAB_SIZE)),
+    ({"num_draft_tokens": 65}, "num_draft_tokens", "64"),
+    ({"method": "oracle"}, "method", "none, model, ngram"),
+    ({"method": "\N{JAPANESE OGRE}" * 5000}, "method", "none, model, ngram"),
+    ({"stop_strings": [""]}, "stop_strings", "256"),
+    ({"stop_strings": ["x" * 257]}, "stop_strings", "256"),
+    ({"stop_strings": ["x"] * 17}, "stop_strings", "16"),
+    ({"max_new_tokens": 2**31}, "max_new_tokens", "at least 1"),
+    *SAMPLING_REFUSALS,
+]
+
+VERIFIER_REFUSALS = [
+    ({"prompt": []}, "prompt", "empty"),
+    ({"prompt": [5] * CONTEXT}, "prompt", str(CONTEXT)),
+    ({"prompt": [5] * (POOL_TOKENS - 7)}, "max_new_tokens", str(POOL_TOKENS)),
+    ({"prompt": [5, 2**32 - 1]}, "prompt_token_ids", str(VOCAB_SIZE)),
+    ({"num_resumed_tokens": len(PROMPT)}, "num_resumed_tokens", str(len(PROMPT))),
+    *SAMPLING_REFUSALS,
+]
+
+
+@shared
+@pytest.mark.parametrize(("fields", "field", "fragment"), GATEWAY_REFUSALS, ids=shown)
+async def test_gateway_refuses(fields: dict[str, Any], field: str, fragment: str, small: System) -> None:
+    with pytest.raises(SpecdecError) as raised:
+        await ask(small.address, generate_request(**fields))
+    assert_refusal(raised, InvalidArgumentError, field, fragment)
+    await assert_healthy(small)
+
+
+@shared
+@pytest.mark.parametrize(("fields", "field", "fragment"), VERIFIER_REFUSALS, ids=shown)
+async def test_verifier_refuses(fields: dict[str, Any], field: str, fragment: str, small: System) -> None:
+    async with verify_stream(small.verifier_address) as stream:
+        with pytest.raises(SpecdecError) as raised:
+            await stream.open(**({"prompt": PROMPT} | fields))
+    assert_refusal(raised, InvalidArgumentError, field, fragment)
+    await assert_healthy(small)
+
+
+@shared
+async def test_gateway_refuses_a_request_without_a_prompt(small: System) -> None:
+    with pytest.raises(InvalidArgumentError, match="set chat, text or token_ids") as raised:
+        await ask(small.address, gateway_pb2.GenerateRequest(max_new_tokens=4))
+    assert raised.value.field == "prompt"
+    await assert_healthy(small)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "field"),
+    [
+        ([], {}, "prompt"),
+        (b"bytes", {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([2**32], {}, "prompt"),
+        ("\udcff", {}, "prompt"),
+        ([Message("user", "Hi")], {"raw": True}, "raw"),
+        (PROMPT, {"num_draft_tokens": -1}, "num_draft_tokens"),
+        (PROMPT, {"max_new_tokens": -1}, "max_new_tokens"),
+        (PROMPT, {"stop_token_ids": (-1,)}, "stop_token_ids"),
+        (PROMPT, {"num_top_logprobs": -1}, "num_top_logprobs"),
+        (PROMPT, {"stop": "one string"}, "stop"),
+        (PROMPT, {"sampling": SamplingParams(top_k=-1)}, "top_k"),
+        (PROMPT, {"sampling": SamplingParams(seed=-1)}, "seed"),
+        (PROMPT, {"sampling": SamplingParams(seed=2**64)}, "seed"),
+        (PROMPT, {"sampling": SamplingParams(temperature=NAN)}, "temperature"),
+        (PROMPT, {"sampling": SamplingParams(logit_bias={-1: 1.0})}, "logit_bias"),
+        (PROMPT, {"sampling": SamplingParams(allowed_token_ids=(-1,))}, "allowed_token_ids"),
+    ],
+    ids=str,
+)
+def test_sdk_refuses_what_the_wire_cannot_carry(prompt: Any, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        build_request(prompt, GenerateOptions(**options))
+    assert raised.value.field == field, raised.value
+    assert field in raised.value.message or "prompt" in raised.value.message
+
+
+# Room
+
+
+@shared
+@pytest.mark.parametrize("num_streams", [3, 8], ids=["no KV", "no session slot"])
+async def test_a_full_verifier_says_when_to_retry(num_streams: int, small: System) -> None:
+    async with AsyncExitStack() as stack:
+        for _ in range(num_streams):
+            stream = await stack.enter_async_context(verify_stream(small.verifier_address))
+            await stream.open(PROMPT, max_new_tokens=POOL_TOKENS // num_streams - 16 - len(PROMPT))
+        with pytest.raises(ResourceExhaustedError, match="try again") as raised:
+            await ask(small.address, generate_request(max_new_tokens=80))
+        assert raised.value.retry_after_s == 1.0
+        assert raised.value.reason == {3: "KV_POOL_FULL", 8: "NO_SESSION_SLOT"}[num_streams]
+    await assert_healthy(small)
+
+
+async def test_a_full_gateway_says_when_to_retry(tiny_llama: Path) -> None:
+    async with (
+        running_system(tiny_llama, gateway_options={"max_requests": 1}) as system,
+        system.client.stream(PROMPT, GenerateOptions(max_new_tokens=400, ignore_eos=True)) as stream,
+    ):
+        await anext(stream)
+        with pytest.raises(ResourceExhaustedError, match="try again") as raised:
+            await ask(system.address, generate_request())
+        assert raised.value.retry_after_s == 1.0
+        async for _ in stream:
+            pass
+        assert stream.result.usage.output_tokens == 400
+        await assert_healthy(system)
+
+
+async def test_a_full_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path) -> None:
+    async with running_system(tiny_llama, drafter_options={"max_sessions": 1}) as system:
+        expected = await ask(system.address, generate_request(method="none"))
+        async with draft_stream(system.drafter_address) as stream:
+            await stream.open("ngram", PROMPT)
+            result = await system.client.generate(PROMPT, GenerateOptions(max_new_tokens=8))
+        assert list(result.token_ids) == expected
+        assert result.speculation.num_fallback_rounds > 0
+        assert "session slots" in result.speculation.fallback_reason
+        await assert_healthy(system)
+
+
+@shared
+async def test_a_generation_longer_than_the_context_still_drafts(small: System) -> None:
+    prompt = [i % 250 for i in range(CONTEXT - 150)]
+    options = GenerateOptions(max_new_tokens=10_000, ignore_eos=True, method="model")
+    with pytest.raises(InvalidArgumentError, match=str(POOL_TOKENS)):
+        await small.client.generate(prompt, options)
+    await assert_healthy(small)
+
+
+async def test_max_new_tokens_beyond_the_context_is_cut_and_drafted(tiny_llama: Path) -> None:
+    prompt = [i % 250 for i in range(CONTEXT - 20)]
+    async with running_system(tiny_llama, f"model=causal-lm:{tiny_llama}") as system:
+        options = GenerateOptions(max_new_tokens=100_000, ignore_eos=True, method="model")
+        result = await system.client.generate(prompt, options)
+        assert len(result.token_ids) == 20
+        assert result.finish_reason == "length"
+        assert result.speculation.fallback_reason == ""
+        assert result.speculation.num_accepted_tokens == result.speculation.num_draft_tokens > 0

@@ -1,0 +1,420 @@
+"""How the services behave towards operators and clients: health, reflection, drain, deadlines, overload."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from drafter_service.config import DrafterConfig
+from drafter_service.server import DrafterServer
+from drafter_service.service import SERVICE_NAME as DRAFTER
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
+from gateway.service import SERVICE_NAME as GATEWAY
+from specdec.channel import MAX_MESSAGE_BYTES, aio_channel, client_options, server_options
+from specdec.client import AsyncClient, Client, GenerateOptions
+from specdec.errors import (
+    DeadlineExceededError,
+    ResourceExhaustedError,
+    UnavailableError,
+    from_rpc_error,
+)
+from specdec.server import ServiceHost
+from specdec.telemetry import make_telemetry
+from specdec.v1 import (
+    drafter_pb2,
+    drafter_pb2_grpc,
+    gateway_pb2,
+    gateway_pb2_grpc,
+    verifier_pb2,
+    verifier_pb2_grpc,
+)
+from tests.integration.gated_drafter import WAIT_S, eventually, gated_system
+from tests.systems import ANY_PORT, System, running_drafter, running_gateway, running_system, running_verifier
+from verifier_service.config import VerifierConfig
+from verifier_service.server import VerifierServer
+from verifier_service.service import SERVICE_NAME as VERIFIER
+
+PROMPT = [5, 6, 7]
+GATED = GenerateOptions(method="gated", max_new_tokens=6, ignore_eos=True)
+PLAIN = GenerateOptions(method="none", max_new_tokens=6, ignore_eos=True)
+SERVICES = [VERIFIER, DRAFTER, GATEWAY]
+Status = health_pb2.HealthCheckResponse
+
+_STUBS: dict[str, tuple[Any, Any, str, Any]] = {
+    VERIFIER: (
+        verifier_pb2_grpc.VerifierServiceStub,
+        verifier_pb2.VerifierServiceGetInfoRequest,
+        "Verify",
+        verifier_pb2.VerifyRequest,
+    ),
+    DRAFTER: (
+        drafter_pb2_grpc.DrafterServiceStub,
+        drafter_pb2.DrafterServiceGetInfoRequest,
+        "Draft",
+        drafter_pb2.DraftRequest,
+    ),
+    GATEWAY: (
+        gateway_pb2_grpc.GatewayServiceStub,
+        gateway_pb2.GatewayServiceGetInfoRequest,
+        "Generate",
+        gateway_pb2.GenerateRequest,
+    ),
+}
+
+
+@asynccontextmanager
+async def unloaded(service: str, model: Path) -> AsyncIterator[tuple[str, Any]]:
+    """A server of a service that was started and nothing more."""
+    telemetry = make_telemetry("test")
+    async with AsyncExitStack() as stack:
+        server: Any
+        if service == VERIFIER:
+            config = VerifierConfig(listen=ANY_PORT, model=str(model), dtype="float32", kv_cache_mib=1.0)
+            server = VerifierServer(config, telemetry)
+        elif service == DRAFTER:
+            server = DrafterServer(DrafterConfig(listen=ANY_PORT), telemetry)
+        else:
+            verifier_at, _ = await stack.enter_async_context(running_verifier(model))
+            server = GatewayServer(
+                GatewayConfig(listen=ANY_PORT, verifier=verifier_at, drafter="", tokenizer=str(model)),
+                telemetry,
+            )
+        address = await server.host.start()
+        try:
+            yield address, server
+        finally:
+            await server.host.stop(0)
+            await server.close()
+
+
+async def health(channel: grpc.aio.Channel, service: str) -> int:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=WAIT_S)
+    return int(response.status)
+
+
+async def call_streaming(channel: grpc.aio.Channel, service: str) -> None:
+    """Start the service's streaming RPC with an empty message and read one answer."""
+    stub_type, _, name, message_type = _STUBS[service]
+    method = getattr(stub_type(channel), name)
+    call = method(message_type()) if service == GATEWAY else method(iter([message_type()]))
+    await call.read()
+
+
+async def is_idle(system: System) -> bool:
+    """No session and no memory is held in any service."""
+    verifier, drafter = system.verifier.servicer.verifier, system.drafter.servicer.host
+    assert verifier
+    assert drafter
+    info = await system.client.info()
+    held = [replica.num_sessions for replica in (*info.verifiers, *info.drafters)]
+    return (
+        verifier.num_sessions == drafter.num_sessions == sum(held) == 0
+        and verifier.pool.free_tokens == verifier.pool.capacity_tokens
+    )
+
+
+class TestHealth:
+    @pytest.mark.parametrize("service", SERVICES)
+    async def test_not_serving_until_loaded(self, service: str, tiny_llama: Path) -> None:
+        stub_type, info_request, _, _ = _STUBS[service]
+        async with (
+            unloaded(service, tiny_llama) as (address, server),
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            for name in ("", service):
+                assert await health(channel, name) == Status.NOT_SERVING
+            for call in (stub_type(channel).GetInfo(info_request()), call_streaming(channel, service)):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                error = from_rpc_error(caught.value)
+                assert isinstance(error, UnavailableError)
+                assert "loading" in error.message
+                assert error.retry_after_s
+
+            await server.load()
+            assert await health(channel, service) == Status.NOT_SERVING
+            await server.host.set_serving()
+            for name in ("", service):
+                assert await health(channel, name) == Status.SERVING
+            assert (await stub_type(channel).GetInfo(info_request())).protocol_version == 1
+
+    async def test_an_unknown_service_is_not_found(self, tiny_llama: Path) -> None:
+        async with (
+            running_verifier(tiny_llama) as (address, _),
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await health(channel, GATEWAY)
+            assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+    @pytest.mark.parametrize("service", SERVICES)
+    async def test_a_watch_sees_every_change_and_ends_with_the_drain(
+        self, service: str, tiny_llama: Path
+    ) -> None:
+        async with (
+            unloaded(service, tiny_llama) as (address, server),
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))
+            assert (await watch.read()).status == Status.NOT_SERVING
+            await server.host.set_serving()
+            assert (await watch.read()).status == Status.SERVING
+            async with asyncio.timeout(WAIT_S / 2):
+                await server.host.stop(WAIT_S)
+            assert (await watch.read()).status == Status.NOT_SERVING
+
+
+@pytest.mark.parametrize("service", SERVICES)
+async def test_reflection_describes_the_service(service: str, tiny_llama: Path) -> None:
+    async with (
+        unloaded(service, tiny_llama) as (address, _),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        requests = [
+            reflection_pb2.ServerReflectionRequest(list_services=""),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=service),
+        ]
+        listed, described = [response async for response in stub.ServerReflectionInfo(iter(requests))]
+        names = {entry.name for entry in listed.list_services_response.service}
+        assert names == {service, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        assert described.file_descriptor_response.file_descriptor_proto
+
+
+class TestDrain:
+    @pytest.mark.parametrize("stopped", ["gateway", "verifier", "drafter"])
+    async def test_what_runs_is_finished_before_the_server_stops(
+        self, stopped: str, tiny_llama: Path
+    ) -> None:
+        async with gated_system(tiny_llama) as (system, gate):
+            expected = await system.client.generate(PROMPT, PLAIN)
+            running = asyncio.create_task(system.client.generate(PROMPT, GATED))
+            await gate.reached()
+            stopping = asyncio.create_task(getattr(system, stopped).host.stop(WAIT_S))
+
+            async def is_refused() -> bool:
+                try:
+                    await system.client.generate(PROMPT, PLAIN)
+                except UnavailableError:
+                    return True
+                return False
+
+            async def drafter_is_lost() -> bool:
+                return not (await system.client.info()).drafters[0].ready
+
+            await eventually(drafter_is_lost if stopped == "drafter" else is_refused)
+            assert not running.done()
+            assert not stopping.done()
+            gate.open()
+            result = await running
+            assert result.token_ids == expected.token_ids
+            assert result.speculation.num_fallback_rounds == 0
+            async with asyncio.timeout(WAIT_S / 2):
+                await stopping
+
+    @pytest.mark.parametrize(
+        ("stopped", "reason"), [("gateway", "GATEWAY_UNREACHABLE"), ("verifier", "PEER_LOST")]
+    )
+    async def test_what_outlasts_the_grace_was_lost(
+        self, stopped: str, reason: str, tiny_llama: Path
+    ) -> None:
+        async with gated_system(tiny_llama) as (system, gate):
+            running = asyncio.create_task(system.client.generate(PROMPT, GATED))
+            await gate.reached()
+            async with asyncio.timeout(WAIT_S / 2):
+                await getattr(system, stopped).host.stop(0.1)
+            gate.open()
+            with pytest.raises(UnavailableError) as caught:
+                await running
+            assert caught.value.reason == reason
+            verifier = system.verifier.servicer.verifier
+            assert verifier
+            await eventually(lambda: verifier.num_sessions == 0)
+
+    async def test_an_idle_server_stops_at_once(self, tiny_llama: Path) -> None:
+        async with running_system(tiny_llama) as system:
+            await system.client.generate(PROMPT, PLAIN)
+            for server in (system.gateway, system.drafter, system.verifier):
+                async with asyncio.timeout(WAIT_S / 2):
+                    await server.host.stop(WAIT_S)
+
+
+class RecordingVerifier(verifier_pb2_grpc.VerifierServiceServicer):  # type: ignore[misc]
+    """Stands before a verifier and notes the time each session is given."""
+
+    def __init__(self, inner: VerifierServer) -> None:
+        self.timeouts_s: list[float | None] = []
+        self._inner = inner.servicer
+        self.GetInfo = inner.servicer.GetInfo
+
+    async def Verify(self, requests: Any, context: Any) -> None:  # noqa: N802
+        self.timeouts_s.append(context.time_remaining())
+        await self._inner.Verify(requests, context)
+
+
+class RecordingDrafter(drafter_pb2_grpc.DrafterServiceServicer):  # type: ignore[misc]
+    """Stands before a drafter service and notes the time each session is given."""
+
+    def __init__(self, inner: DrafterServer) -> None:
+        self.timeouts_s: list[float | None] = []
+        self._inner = inner.servicer
+        self.GetInfo = inner.servicer.GetInfo
+
+    async def Draft(self, requests: Any, context: Any) -> None:  # noqa: N802
+        self.timeouts_s.append(context.time_remaining())
+        await self._inner.Draft(requests, context)
+
+
+@asynccontextmanager
+async def serving(service: str, register: Callable[[grpc.aio.Server], None]) -> AsyncIterator[str]:
+    """A server of one servicer; its address."""
+    host = ServiceHost(service, register, ANY_PORT)
+    address = await host.start()
+    await host.set_serving()
+    try:
+        yield address
+    finally:
+        await host.stop(0)
+
+
+class TestDeadlines:
+    async def test_a_deadline_ends_the_request_and_frees_everything(self, tiny_llama: Path) -> None:
+        async with gated_system(tiny_llama) as (system, gate):
+            started = time.monotonic()
+            with pytest.raises(DeadlineExceededError):
+                await system.client.generate(PROMPT, GATED, timeout_s=0.4)
+            assert time.monotonic() - started < WAIT_S / 2
+            await eventually(lambda: is_idle(system))
+            gate.open()
+            result = await system.client.generate(PROMPT, GATED)
+            assert result.usage.output_tokens == 6
+
+    async def test_a_blocking_client_gets_the_same_error(self, tiny_llama: Path) -> None:
+        async with gated_system(tiny_llama) as (system, _):
+
+            def generate() -> None:
+                with Client(system.address) as client:
+                    client.generate(PROMPT, GATED, timeout_s=0.4)
+
+            with pytest.raises(DeadlineExceededError):
+                await asyncio.to_thread(generate)
+            await eventually(lambda: is_idle(system))
+
+    async def test_deadlines_are_forwarded(self, tiny_llama: Path) -> None:
+        options = GenerateOptions(method="ngram", max_new_tokens=6, ignore_eos=True)
+        async with (
+            running_verifier(tiny_llama) as (_, verifier_server),
+            running_drafter("ngram") as (_, drafter_server),
+        ):
+            verifier, drafter = RecordingVerifier(verifier_server), RecordingDrafter(drafter_server)
+            add_verifier = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, verifier)
+            add_drafter = partial(drafter_pb2_grpc.add_DrafterServiceServicer_to_server, drafter)
+            async with (
+                serving(VERIFIER, add_verifier) as verifier_at,
+                serving(DRAFTER, add_drafter) as drafter_at,
+                running_gateway(tiny_llama, verifier=verifier_at, drafter=drafter_at) as (gateway_at, _),
+                AsyncClient(gateway_at, timeout_s=None) as client,
+            ):
+                await client.generate(PROMPT, options, timeout_s=100)
+                await client.generate(PROMPT, options)
+        for given in (verifier.timeouts_s, drafter.timeouts_s):
+            with_deadline, without = given
+            assert with_deadline is not None
+            assert 50 < with_deadline < 105  # gRPC rounds a deadline up
+            assert without is None
+
+
+class TestCancellation:
+    async def test_a_client_that_leaves_frees_everything(self, tiny_llama: Path) -> None:
+        async with gated_system(tiny_llama) as (system, gate):
+            async with system.client.stream(PROMPT, GATED):
+                await gate.reached()
+                assert not await is_idle(system)
+            await eventually(lambda: is_idle(system))
+
+
+class TestOverload:
+    async def test_one_request_too_many_is_told_to_come_back(self, tiny_llama: Path) -> None:
+        async with gated_system(tiny_llama, gateway_options={"max_requests": 1}) as (system, gate):
+            running = asyncio.create_task(system.client.generate(PROMPT, GATED))
+            await gate.reached()
+            with pytest.raises(ResourceExhaustedError) as caught:
+                await system.client.generate(PROMPT, PLAIN)
+            assert caught.value.reason == "TOO_MANY_REQUESTS"
+            assert caught.value.retry_after_s
+            gate.open()
+            assert (await running).usage.output_tokens == 6
+            await eventually(lambda: is_idle(system))
+            assert (await system.client.generate(PROMPT, PLAIN)).usage.output_tokens == 6
+
+    @pytest.mark.parametrize(
+        ("verifier_options", "reason"),
+        [({"max_sessions": 1}, "NO_SESSION_SLOT"), ({"kv_cache_mib": 0.03125}, "KV_POOL_FULL")],
+    )
+    async def test_a_full_verifier_is_told_to_the_client(
+        self, tiny_llama: Path, verifier_options: dict[str, Any], reason: str
+    ) -> None:
+        async with gated_system(tiny_llama, verifier_options=verifier_options) as (system, gate):
+            half = GenerateOptions(method="gated", max_new_tokens=37, ignore_eos=True)
+            running = asyncio.create_task(system.client.generate(PROMPT, half))
+            await gate.reached()
+            with pytest.raises(ResourceExhaustedError) as caught:
+                await system.client.generate(PROMPT, half)
+            assert caught.value.reason == reason
+            assert caught.value.retry_after_s
+            gate.open()
+            assert (await running).usage.output_tokens == 37
+
+    async def test_a_full_drafter_costs_speed_only(self, tiny_llama: Path) -> None:
+        async with gated_system(tiny_llama, drafter_options={"max_sessions": 1}) as (system, gate):
+            expected = await system.client.generate(PROMPT, PLAIN)
+            running = asyncio.create_task(system.client.generate(PROMPT, GATED))
+            await gate.reached()
+            result = await system.client.generate(PROMPT, GATED)
+            assert result.token_ids == expected.token_ids
+            assert result.speculation.num_fallback_rounds > 0
+            assert "slots are taken" in result.speculation.fallback_reason
+            gate.open()
+            assert (await running).token_ids == expected.token_ids
+
+
+class TestTransport:
+    def test_both_sides_agree_on_sizes_and_keepalive(self) -> None:
+        ours, theirs = dict(client_options()), dict(server_options())
+        for options in (ours, theirs):
+            assert options["grpc.max_receive_message_length"] == MAX_MESSAGE_BYTES
+            assert options["grpc.keepalive_time_ms"] > 0
+            assert options["grpc.keepalive_timeout_ms"] > 0
+            assert options["grpc.http2.max_pings_without_data"] == 0
+        assert theirs["grpc.keepalive_permit_without_calls"] == 1
+        # A client that pings more often than this is cut off.
+        assert theirs["grpc.http2.min_ping_interval_without_data_ms"] < ours["grpc.keepalive_time_ms"]
+        assert theirs["grpc.so_reuseport"] == 0
+
+    async def test_messages_past_the_default_limit_pass_and_huge_ones_are_refused(
+        self, tiny_llama: Path
+    ) -> None:
+        async with running_system(tiny_llama) as system, aio_channel(system.address) as channel:
+            generate = gateway_pb2_grpc.GatewayServiceStub(channel).Generate
+            for size, code in (
+                (MAX_MESSAGE_BYTES - 2**20, grpc.StatusCode.INVALID_ARGUMENT),
+                (MAX_MESSAGE_BYTES + 2**20, grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ):
+                # Refused for its role, if it is read at all: nobody has to tokenise it.
+                message = gateway_pb2.ChatMessage(role="robot", content="x" * size)
+                call = generate(gateway_pb2.GenerateRequest(chat=gateway_pb2.Chat(messages=[message])))
+                assert await call.code() is code
+            assert (await system.client.generate(PROMPT, PLAIN)).usage.output_tokens == 6

@@ -1,0 +1,307 @@
+"""Several replicas behind one gateway: who gets a session, who is noticed to be gone, who is never used."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from drafter_service.server import DrafterServer
+from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, VerifierInfo
+from specdec.errors import UnavailableError
+from specdec.telemetry import make_telemetry
+from tests.integration.gated_drafter import WAIT_S, Gate, eventually
+from tests.systems import ANY_PORT, running_drafter, running_gateway, running_verifier
+from tests.tiny_models import byte_tokenizer, save_tiny_model
+from tests.unit.test_stats import points
+from verifier_service.config import VerifierConfig
+from verifier_service.server import VerifierServer
+
+OPTIONS = GenerateOptions(method="none", max_new_tokens=4)
+EVERY_BYTE = list(range(256))
+"""A prompt after which prompt lookup of single tokens always has a guess."""
+
+
+class Cluster:
+    """Two verifiers and two drafters, each with a counter of its rounds, behind one gateway."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.verifiers: list[VerifierServer] = []
+        self.drafters: list[DrafterServer] = []
+        self.verifier_rounds: list[InMemoryMetricReader] = []
+        self.drafter_rounds: list[InMemoryMetricReader] = []
+        self.client: AsyncClient
+
+    async def info(self) -> GatewayInfo:
+        return await self.client.info()
+
+    async def sessions(self) -> tuple[list[int], list[int]]:
+        """Sessions per verifier and per drafter, as the gateway counts them."""
+        info = await self.info()
+        return [r.num_sessions for r in info.verifiers], [r.num_sessions for r in info.drafters]
+
+    @asynccontextmanager
+    async def held_sessions(self, count: int) -> AsyncIterator[None]:
+        """Requests in mid-stream, all started at once, that end when the gate is opened."""
+        options = GenerateOptions(method="gated", max_new_tokens=6, ignore_eos=True)
+        tasks = [asyncio.create_task(self.client.generate([5, 6, 7], options)) for _ in range(count)]
+        try:
+            yield
+        finally:
+            self.gate.open()
+            for result in await asyncio.gather(*tasks):
+                assert result.usage.output_tokens == 6
+
+
+@asynccontextmanager
+async def running_cluster(model: Path) -> AsyncIterator[Cluster]:
+    cluster = Cluster()
+    async with AsyncExitStack() as stack:
+        addresses: tuple[list[str], list[str]] = [], []
+        for _ in range(2):
+            cluster.verifier_rounds.append(InMemoryMetricReader())
+            telemetry = make_telemetry("verifier", metric_reader=cluster.verifier_rounds[-1])
+            at, verifier = await stack.enter_async_context(running_verifier(model, telemetry=telemetry))
+            cluster.verifiers.append(verifier)
+            addresses[0].append(at)
+            cluster.drafter_rounds.append(InMemoryMetricReader())
+            telemetry = make_telemetry("drafter", metric_reader=cluster.drafter_rounds[-1])
+            at, drafter = await stack.enter_async_context(
+                running_drafter("ngram", "gated", telemetry=telemetry, families=cluster.gate.families)
+            )
+            cluster.drafters.append(drafter)
+            addresses[1].append(at)
+        gateway_at, _ = await stack.enter_async_context(
+            running_gateway(
+                model,
+                verifier=",".join(addresses[0]),
+                drafter=",".join(addresses[1]),
+                draft_timeout_s=WAIT_S,
+            )
+        )
+        cluster.client = await stack.enter_async_context(AsyncClient(gateway_at, timeout_s=60))
+        stack.callback(cluster.gate.open)
+        await eventually(lambda: all_ready(cluster.client))
+        yield cluster
+
+
+async def all_ready(client: AsyncClient) -> bool:
+    info = await client.info()
+    return all(replica.ready for replica in (*info.verifiers, *info.drafters))
+
+
+def num_rounds(reader: InMemoryMetricReader, name: str) -> int:
+    return sum(point.value for point in points(reader, name))
+
+
+class TestSpreading:
+    async def test_sessions_go_to_the_least_busy(self, tiny_llama: Path) -> None:
+        async with running_cluster(tiny_llama) as cluster:
+
+            async def are_even() -> bool:
+                return await cluster.sessions() == ([2, 2], [2, 2])
+
+            async with cluster.held_sessions(4):
+                await eventually(are_even)
+                served = [verifier.servicer.verifier for verifier in cluster.verifiers]
+                assert [verifier.num_sessions for verifier in served if verifier] == [2, 2]
+                hosts = [drafter.servicer.host for drafter in cluster.drafters]
+                assert [host.num_sessions for host in hosts if host] == [2, 2]
+
+            async def are_none() -> bool:
+                return await cluster.sessions() == ([0, 0], [0, 0])
+
+            await eventually(are_none)
+
+    async def test_a_session_stays_with_its_pair(self, tiny_llama: Path) -> None:
+        async with running_cluster(tiny_llama) as cluster:
+            options = GenerateOptions(method="ngram", max_new_tokens=40, ignore_eos=True)
+            result = await cluster.client.generate([5, 6, 7, 5, 6, 7, 5, 6], options)
+            for readers, name in (
+                (cluster.verifier_rounds, "specdec.verifier.rounds"),
+                (cluster.drafter_rounds, "specdec.drafter.rounds"),
+            ):
+                rounds = sorted(num_rounds(reader, name) for reader in readers)
+                assert rounds[0] == 0
+                assert rounds[1] >= result.speculation.num_rounds - 1 > 2
+
+    async def test_info_shows_every_replica(self, tiny_llama: Path) -> None:
+        async with running_cluster(tiny_llama) as cluster:
+            info = await cluster.info()
+            assert [replica.ready for replica in (*info.verifiers, *info.drafters)] == [True] * 4
+            assert [replica.reason for replica in (*info.verifiers, *info.drafters)] == [""] * 4
+            assert len({replica.uri for replica in (*info.verifiers, *info.drafters)}) == 4
+            assert info.methods == ("none", "gated", "ngram")
+            assert info.model
+            for replica in info.verifiers:
+                assert isinstance(replica.info, VerifierInfo)
+                assert replica.info.model == info.model
+
+
+class TestHealth:
+    async def test_a_stopped_replica_is_not_used_until_it_is_back(self, tiny_llama: Path) -> None:
+        async with running_verifier(tiny_llama) as (stays_at, _), AsyncExitStack() as other:
+            goes_at, _ = await other.enter_async_context(running_verifier(tiny_llama))
+            async with (
+                running_gateway(tiny_llama, verifier=f"{goes_at},{stays_at}") as (gateway_at, _),
+                AsyncClient(gateway_at) as client,
+            ):
+                await eventually(lambda: all_ready(client))
+
+                async def is_lost() -> bool:
+                    return not (await client.info()).verifiers[0].ready
+
+                await other.aclose()
+                await eventually(is_lost)
+                lost, kept = (await client.info()).verifiers
+                assert lost.reason
+                assert lost.info
+                assert kept.ready
+                for _ in range(3):
+                    await client.generate([1, 2], OPTIONS)
+
+                reader = InMemoryMetricReader()
+                telemetry = make_telemetry("verifier", metric_reader=reader)
+                async with running_verifier(tiny_llama, listen=goes_at, telemetry=telemetry):
+                    await eventually(lambda: all_ready(client))
+                    # With no session anywhere the first of the list is taken.
+                    assert num_rounds(reader, "specdec.verifier.rounds") == 0
+                    result = await client.generate([1, 2], OPTIONS)
+                    used = num_rounds(reader, "specdec.verifier.rounds")
+                    assert used == result.speculation.num_rounds > 0
+
+    async def test_a_replica_that_is_not_serving_gets_nothing(self, tiny_llama: Path) -> None:
+        config = VerifierConfig(model=str(tiny_llama), listen=ANY_PORT, dtype="float32", kv_cache_mib=1.0)
+        server = VerifierServer(config, make_telemetry("verifier"))
+        loading_at = await server.host.start()
+        await server.load()
+        try:
+            async with (
+                running_verifier(tiny_llama) as (ready_at, _),
+                running_gateway(tiny_llama, verifier=f"{loading_at},{ready_at}") as (gateway_at, _),
+                AsyncClient(gateway_at) as client,
+            ):
+                for _ in range(3):
+                    await client.generate([1, 2], OPTIONS)
+                loading, ready = (await client.info()).verifiers
+                assert (loading.ready, ready.ready) == (False, True)
+                assert loading.reason
+                assert loading.info is None
+                await server.host.set_serving()
+                await eventually(lambda: all_ready(client))
+        finally:
+            await server.host.stop(0)
+            await server.close()
+
+    async def test_a_draining_replica_gets_nothing_new(self, tiny_llama: Path) -> None:
+        async with running_cluster(tiny_llama) as cluster, cluster.held_sessions(2):
+
+            async def are_even() -> bool:
+                return await cluster.sessions() == ([1, 1], [1, 1])
+
+            async def is_draining() -> bool:
+                return not (await cluster.info()).verifiers[0].ready
+
+            await eventually(are_even)
+            stopping = asyncio.create_task(cluster.verifiers[0].host.stop(WAIT_S))
+            await eventually(is_draining)
+            for _ in range(2):
+                await cluster.client.generate([1, 2], OPTIONS)
+            # What runs there goes on: held_sessions checks that every answer is whole.
+            assert (await cluster.sessions())[0] == [1, 1]
+            cluster.gate.open()
+            async with asyncio.timeout(WAIT_S / 2):
+                await stopping
+
+    async def test_no_replica_is_named_with_its_reason(self, tiny_llama: Path) -> None:
+        async with AsyncExitStack() as verifier:
+            verifier_at, _ = await verifier.enter_async_context(running_verifier(tiny_llama))
+            async with (
+                running_gateway(tiny_llama, verifier=verifier_at) as (gateway_at, _),
+                AsyncClient(gateway_at) as client,
+            ):
+                await client.generate([1, 2], OPTIONS)
+                await verifier.aclose()
+
+                async def is_lost() -> bool:
+                    return not (await client.info()).verifiers[0].ready
+
+                await eventually(is_lost)
+                with pytest.raises(UnavailableError, match=verifier_at) as caught:
+                    await client.generate([1, 2], OPTIONS)
+                assert caught.value.reason == "NO_REPLICA"
+                assert caught.value.retry_after_s
+
+
+class TestFitting:
+    async def test_a_verifier_with_another_vocabulary_is_never_used(
+        self, tiny_llama: Path, tmp_path: Path
+    ) -> None:
+        stranger = save_tiny_model(tmp_path / "stranger")
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(["stranger"])
+        tokenizer.save_pretrained(stranger)
+        async with (
+            running_verifier(stranger) as (stranger_at, other),
+            running_verifier(tiny_llama) as (good_at, _),
+            running_gateway(tiny_llama, verifier=f"{stranger_at},{good_at}") as (gateway_at, _),
+            AsyncClient(gateway_at) as client,
+        ):
+
+            async def is_refused() -> bool:
+                return "vocabularies differ" in (await client.info()).verifiers[0].reason
+
+            await eventually(is_refused)
+            results = await asyncio.gather(*(client.generate([1, 2], OPTIONS) for _ in range(4)))
+            assert {result.model_id for result in results} == {tiny_llama.name}
+            refused, used = (await client.info()).verifiers
+            assert (refused.ready, used.ready) == (False, True)
+            assert other.servicer.verifier
+            assert other.servicer.verifier.num_sessions == 0
+
+    async def test_a_session_goes_where_its_drafter_is(self, tiny_llama: Path) -> None:
+        async with (
+            running_verifier(tiny_llama) as (verifier_at, _),
+            running_drafter("lookup=ngram", ngram_min=1) as (first_at, _),
+            running_drafter("ngram", ngram_min=1) as (second_at, _),
+            running_gateway(tiny_llama, verifier=verifier_at, drafter=f"{first_at},{second_at}") as (
+                gateway_at,
+                _,
+            ),
+            AsyncClient(gateway_at) as client,
+        ):
+            await eventually(lambda: all_ready(client))
+            for method in ("ngram", "lookup", "ngram"):
+                options = GenerateOptions(method=method, max_new_tokens=12, ignore_eos=True)
+                result = await client.generate(EVERY_BYTE, options)
+                assert result.speculation.method == method
+                assert result.speculation.num_draft_tokens > 0
+                assert result.speculation.num_fallback_rounds == 0
+
+    async def test_unix_sockets_work_throughout(self, tiny_llama: Path) -> None:
+        # A socket's path may have 107 bytes, less than pytest's own folders need.
+        with tempfile.TemporaryDirectory() as folder:
+            verifier_uri, drafter_uri, gateway_uri = (
+                f"unix:{folder}/{name}.sock" for name in ("verifier", "drafter", "gateway")
+            )
+            async with (
+                running_verifier(tiny_llama, listen=verifier_uri),
+                running_drafter("ngram", ngram_min=1, listen=drafter_uri),
+                running_gateway(tiny_llama, verifier=verifier_uri, drafter=drafter_uri, listen=gateway_uri),
+                AsyncClient(gateway_uri) as client,
+            ):
+                options = GenerateOptions(method="ngram", max_new_tokens=12, ignore_eos=True)
+                result = await client.generate(EVERY_BYTE, options)
+                assert len(result.token_ids) == 12
+                assert result.speculation.num_draft_tokens > 0
+                info = await client.info()
+                assert [replica.uri for replica in (*info.verifiers, *info.drafters)] == [
+                    verifier_uri,
+                    drafter_uri,
+                ]

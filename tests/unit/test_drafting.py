@@ -1,0 +1,359 @@
+"""A drafter that is slow, lost or wrong costs its drafts and nothing else; no session of its is leaked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from itertools import pairwise
+
+import pytest
+
+from gateway.decode import Draft
+from gateway.drafting import DraftLink, NoDrafts
+from specdec.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnavailableError,
+    UnimplementedError,
+)
+
+VOCAB_SIZE = 100
+PROMPT = [1, 2, 3]
+NEVER_S = 3600.0
+
+
+async def answer() -> Draft:
+    """What a drafter does unless told otherwise."""
+    return Draft((7, 8))
+
+
+async def hang() -> Draft:
+    """Never answer."""
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+def failing(error: SpecdecError) -> Callable[[], Awaitable[Draft]]:
+    async def fail() -> Draft:
+        raise error
+
+    return fail
+
+
+def drafting(*token_ids: int) -> Callable[[], Awaitable[Draft]]:
+    async def draft() -> Draft:
+        return Draft(token_ids)
+
+    return draft
+
+
+class FakeSession:
+    """Plays a script of answers, then keeps to the default."""
+
+    def __init__(self, opened_with: Sequence[int], script: Sequence[Callable[[], Awaitable[Draft]]]) -> None:
+        self.opened_with = list(opened_with)
+        self.script = list(script)
+        self.rounds: list[tuple[list[int], int, int, str]] = []
+        self.num_closed = 0
+
+    async def propose(
+        self, new_token_ids: Sequence[int], committed_length: int, num_draft_tokens: int, traceparent: str
+    ) -> Draft:
+        self.rounds.append((list(new_token_ids), committed_length, num_draft_tokens, traceparent))
+        return await (self.script.pop(0) if self.script else answer)()
+
+    async def close(self) -> None:
+        self.num_closed += 1
+
+
+class FakeDrafters:
+    """Hands out sessions: per attempt a script, or an error to refuse it with."""
+
+    def __init__(self, *attempts: Sequence[Callable[[], Awaitable[Draft]]] | SpecdecError) -> None:
+        self.attempts = list(attempts)
+        self.num_attempts = 0
+        self.num_cancelled = 0
+        self.sessions: list[FakeSession] = []
+        self.may_open = asyncio.Event()
+        self.may_open.set()
+
+    async def connect(self, committed_token_ids: Sequence[int]) -> FakeSession:
+        self.num_attempts += 1
+        attempt = self.attempts.pop(0) if self.attempts else ()
+        try:
+            await self.may_open.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        if isinstance(attempt, SpecdecError):
+            raise attempt
+        self.sessions.append(FakeSession(committed_token_ids, attempt))
+        return self.sessions[-1]
+
+    def link(self, *, timeout_s: float = 30.0, retry_s: float = NEVER_S) -> DraftLink:
+        return DraftLink(self.connect, PROMPT, vocab_size=VOCAB_SIZE, timeout_s=timeout_s, retry_s=retry_s)
+
+    def assert_all_closed_once(self) -> None:
+        assert [session.num_closed for session in self.sessions] == [1] * len(self.sessions)
+
+
+@pytest.fixture
+async def no_stray_tasks() -> AsyncIterator[None]:
+    """Nothing goes on after a link was left."""
+    yield
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not [task for task in others if "connect" in repr(task.get_coro())]
+
+
+pytestmark = pytest.mark.usefixtures("no_stray_tasks")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is awaited has no event
+            await asyncio.sleep(0)
+
+
+class TestAWorkingDrafter:
+    async def test_sends_what_was_committed_since_the_last_round(self) -> None:
+        drafters = FakeDrafters()
+        async with drafters.link() as link:
+            assert await link.propose([*PROMPT, 4], 2, "a") == Draft((7, 8))
+            assert await link.propose([*PROMPT, 4, 7, 9], 3, "b") == Draft((7, 8))
+            (session,) = drafters.sessions
+            assert session.opened_with == PROMPT
+            assert session.rounds == [([4], 4, 2, "a"), ([7, 9], 6, 3, "b")]
+        drafters.assert_all_closed_once()
+
+    async def test_opens_beside_the_prefill(self) -> None:
+        drafters = FakeDrafters()
+        async with drafters.link():
+            await until(lambda: bool(drafters.sessions))
+        drafters.assert_all_closed_once()
+
+    async def test_an_empty_draft_is_no_failure(self) -> None:
+        drafters = FakeDrafters([drafting()])
+        async with drafters.link() as link:
+            assert await link.propose(PROMPT, 2, "") == Draft()
+            assert await link.propose(PROMPT, 2, "") == Draft((7, 8))
+        assert drafters.num_attempts == 1
+
+    async def test_no_drafts_is_the_source_of_plain_decoding(self) -> None:
+        assert await NoDrafts().propose(PROMPT, 4, "") == Draft()
+
+
+class TestASlowOpening:
+    async def test_rounds_go_on_and_it_joins_later(self) -> None:
+        drafters = FakeDrafters()
+        drafters.may_open.clear()
+        async with drafters.link(timeout_s=0.02) as link:
+            for committed in ([*PROMPT, 4], [*PROMPT, 4, 5]):
+                draft = await link.propose(committed, 2, "")
+                assert draft.token_ids == ()
+                assert draft.fallback_reason == "the drafter is still opening"
+                assert draft.elapsed_ns >= 0.02e9
+            drafters.may_open.set()
+            assert await link.propose([*PROMPT, 4, 5, 6], 2, "") == Draft((7, 8))
+            (session,) = drafters.sessions
+            assert session.opened_with == PROMPT
+            assert session.rounds == [([4, 5, 6], 6, 2, "")]
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    async def test_a_session_that_opens_just_as_the_round_gives_up_is_used(self) -> None:
+        drafters = FakeDrafters()
+        drafters.may_open.clear()
+        loop = asyncio.get_running_loop()
+        async with drafters.link(timeout_s=0.1) as link:
+            # A busy loop finds both due at once: first the opening, then the timeout.
+            loop.call_later(0.05, drafters.may_open.set)
+            loop.call_later(0.04, time.sleep, 0.1)
+            await link.propose(PROMPT, 2, "")
+            assert await link.propose(PROMPT, 2, "") == Draft((7, 8))
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    async def test_an_opening_that_fails_late_counts_as_lost(self) -> None:
+        drafters = FakeDrafters(UnavailableError("gone"))
+        drafters.may_open.clear()
+        async with drafters.link(timeout_s=0.02) as link:
+            await link.propose(PROMPT, 2, "")
+            drafters.may_open.set()
+            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
+            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
+        assert drafters.num_attempts == 1
+
+
+class TestALostDrafter:
+    async def test_the_loss_is_named_until_there_is_another(self) -> None:
+        drafters = FakeDrafters([answer, failing(UnavailableError("the drafter was lost"))])
+        async with drafters.link() as link:
+            assert (await link.propose(PROMPT, 2, "")).token_ids == (7, 8)
+            for _ in range(3):
+                draft = await link.propose(PROMPT, 2, "")
+                assert (draft.token_ids, draft.fallback_reason) == ((), "the drafter was lost")
+            drafters.assert_all_closed_once()
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    async def test_a_late_draft_counts_as_lost(self) -> None:
+        drafters = FakeDrafters([hang])
+        async with drafters.link(timeout_s=0.02) as link:
+            draft = await link.propose(PROMPT, 2, "")
+            assert draft.fallback_reason == "no draft within 0.02 s"
+            drafters.assert_all_closed_once()
+            assert (await link.propose(PROMPT, 2, "")).token_ids == ()
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    @pytest.mark.parametrize(
+        "error", [UnavailableError("x"), ResourceExhaustedError("x"), InternalError("x")], ids=repr
+    )
+    async def test_another_session_gets_all_that_is_committed_by_then(self, error: SpecdecError) -> None:
+        drafters = FakeDrafters([answer, failing(error)])
+        async with drafters.link(retry_s=0.0) as link:
+            await link.propose([*PROMPT, 4], 2, "")
+            assert (await link.propose([*PROMPT, 4, 5], 2, "")).token_ids == ()
+            assert (await link.propose([*PROMPT, 4, 5, 6], 2, "")).token_ids == (7, 8)
+            assert (await link.propose([*PROMPT, 4, 5, 6, 7, 8, 9], 2, "")).token_ids == (7, 8)
+            _, second = drafters.sessions
+            assert second.opened_with == [*PROMPT, 4, 5, 6]
+            assert second.rounds == [([], 6, 2, ""), ([7, 8, 9], 9, 2, "")]
+        drafters.assert_all_closed_once()
+
+    async def test_the_pause_grows_while_it_fails_and_is_short_again_after_a_draft(self) -> None:
+        pause_s = 0.05
+        lost = UnavailableError("x")
+        drafters = FakeDrafters(lost, lost, lost, [answer, failing(lost)])
+        attempted_at = []
+        async with drafters.link(retry_s=pause_s) as link:
+            async with asyncio.timeout(10):
+                while drafters.num_attempts < 5:
+                    before = drafters.num_attempts
+                    await link.propose(PROMPT, 2, "")
+                    if drafters.num_attempts > before:
+                        attempted_at.append(time.monotonic())
+                    await asyncio.sleep(0.001)
+        pauses = [b - a for a, b in pairwise(attempted_at)]
+        assert len(pauses) == 4
+        assert pauses[0] >= pause_s
+        assert pauses[1] >= 2 * pause_s
+        assert pauses[2] >= 4 * pause_s
+        assert pause_s <= pauses[3] < 8 * pause_s
+        drafters.assert_all_closed_once()
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            FailedPreconditionError("another vocabulary"),
+            InvalidArgumentError("too long"),
+            NotFoundError("no such drafter"),
+            UnimplementedError("no trees"),
+        ],
+        ids=repr,
+    )
+    @pytest.mark.parametrize("is_open", [False, True])
+    async def test_what_would_fail_again_is_not_tried_again(self, error: SpecdecError, is_open: bool) -> None:
+        drafters = FakeDrafters([failing(error)] if is_open else error)
+        async with drafters.link(retry_s=0.0) as link:
+            for _ in range(5):
+                draft = await link.propose(PROMPT, 2, "")
+                assert (draft.token_ids, draft.fallback_reason) == ((), error.message)
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+
+class TestAWrongDrafter:
+    @pytest.mark.parametrize(
+        ("token_ids", "reason"),
+        [((1, 2, 3), "more than 2 tokens"), ((5, VOCAB_SIZE), "does not have")],
+    )
+    async def test_a_draft_the_verifier_would_refuse_is_dropped(
+        self, token_ids: tuple[int, ...], reason: str
+    ) -> None:
+        drafters = FakeDrafters([drafting(*token_ids)])
+        async with drafters.link(retry_s=0.0) as link:
+            draft = await link.propose(PROMPT, 2, "")
+            assert draft.token_ids == ()
+            assert reason in draft.fallback_reason
+            drafters.assert_all_closed_once()
+            assert (await link.propose(PROMPT, 2, "")).token_ids == ()
+        assert drafters.num_attempts == 1
+
+    async def test_the_most_and_the_last_token_are_fine(self) -> None:
+        drafters = FakeDrafters([drafting(VOCAB_SIZE - 1, 0)])
+        async with drafters.link() as link:
+            assert (await link.propose(PROMPT, 2, "")).token_ids == (VOCAB_SIZE - 1, 0)
+
+
+class TestLeaving:
+    async def test_while_opening(self) -> None:
+        drafters = FakeDrafters()
+        drafters.may_open.clear()
+        async with drafters.link():
+            await until(lambda: drafters.num_attempts == 1)
+        assert drafters.num_cancelled == 1
+
+    async def test_while_opening_when_it_succeeds_nevertheless(self) -> None:
+        drafters = FakeDrafters()
+        opening = asyncio.Event()
+
+        async def stubborn(committed_token_ids: Sequence[int]) -> FakeSession:
+            try:
+                opening.set()
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return await drafters.connect(committed_token_ids)
+            raise AssertionError("unreachable")
+
+        async with DraftLink(stubborn, PROMPT, vocab_size=VOCAB_SIZE, timeout_s=30):
+            await opening.wait()
+        assert len(drafters.sessions) == 1
+        drafters.assert_all_closed_once()
+
+    async def test_before_an_opening_that_failed_was_looked_at(self) -> None:
+        drafters = FakeDrafters(UnavailableError("gone"))
+        async with drafters.link():
+            await until(lambda: not drafters.attempts)
+        assert drafters.num_attempts == 1
+
+    async def test_after_a_loss(self) -> None:
+        drafters = FakeDrafters([failing(UnavailableError("gone"))])
+        async with drafters.link() as link:
+            await link.propose(PROMPT, 2, "")
+        drafters.assert_all_closed_once()
+
+    async def test_when_the_request_is_cancelled_during_a_draft(self) -> None:
+        drafters = FakeDrafters([hang])
+
+        async def request() -> None:
+            async with drafters.link() as link:
+                await link.propose(PROMPT, 2, "")
+
+        task = asyncio.create_task(request())
+        await until(lambda: bool(drafters.sessions and drafters.sessions[0].rounds))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        drafters.assert_all_closed_once()
+
+    async def test_when_the_request_is_cancelled_while_opening(self) -> None:
+        drafters = FakeDrafters()
+        drafters.may_open.clear()
+
+        async def request() -> None:
+            async with drafters.link() as link:
+                await link.propose(PROMPT, 2, "")
+
+        task = asyncio.create_task(request())
+        await until(lambda: drafters.num_attempts == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert drafters.num_cancelled == 1
+        assert not drafters.sessions

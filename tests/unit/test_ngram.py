@@ -1,0 +1,108 @@
+"""Prompt lookup against a reference that searches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafter_service.drafters.base import DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.ngram import NgramDrafter
+from specdec.errors import FailedPreconditionError
+
+
+def make_drafter(min_size: int = 2, max_size: int = 4) -> NgramDrafter:
+    return NgramDrafter("ngram", min_size=min_size, max_size=max_size, max_num_draft_tokens=64)
+
+
+def open_session(drafter: NgramDrafter, token_ids: Sequence[int]) -> DraftSession:
+    return drafter.open(OpenDraft(tuple(token_ids), prompt_length=len(token_ids), max_length=1000))
+
+
+def draft(drafter: NgramDrafter, session: DraftSession, num_draft_tokens: int) -> list[int]:
+    (tokens,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1)])
+    return tokens
+
+
+def draft_after(token_ids: Sequence[int], num_draft_tokens: int, *, min_size: int = 2) -> list[int]:
+    drafter = make_drafter(min_size)
+    return draft(drafter, open_session(drafter, token_ids), num_draft_tokens)
+
+
+def search(token_ids: Sequence[int], num_draft_tokens: int, min_size: int, max_size: int) -> list[int]:
+    """The definition: longest suffix that occurred before, its most recent occurrence, what followed it."""
+    tokens = list(token_ids)
+    for size in range(max_size, min_size - 1, -1):
+        for start in range(len(tokens) - size - 1, -1, -1):
+            if tokens[start : start + size] == tokens[-size:]:
+                following = tokens[start + size :]
+                return [following[index % len(following)] for index in range(num_draft_tokens)]
+    return []
+
+
+@given(
+    pieces=st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=6),
+    num_draft_tokens=st.integers(1, 10),
+    min_size=st.integers(1, 3),
+    more=st.integers(0, 3),
+)
+def test_equals_a_search_after_every_commit(
+    pieces: list[list[int]], num_draft_tokens: int, min_size: int, more: int
+) -> None:
+    drafter = make_drafter(min_size, min_size + more)
+    committed = [0, *pieces[0]]
+    session = open_session(drafter, committed)
+    for piece in pieces[1:]:
+        expected = search(committed, num_draft_tokens, min_size, min_size + more)
+        assert draft(drafter, session, num_draft_tokens) == expected
+        committed += piece
+        session.commit(piece, len(committed))
+    expected = search(committed, num_draft_tokens, min_size, min_size + more)
+    assert draft(drafter, session, num_draft_tokens) == expected
+
+
+def test_the_longest_ngram_wins_over_a_more_recent_one() -> None:
+    #            long match, then 10; short match, then 20
+    assert draft_after([1, 2, 3, 10, 8, 2, 3, 20, 1, 2, 3], 1) == [10]
+
+
+def test_of_equal_ngrams_the_most_recent_wins() -> None:
+    assert draft_after([1, 2, 10, 1, 2, 20, 1, 2], 1) == [20]
+
+
+def test_a_match_near_the_end_repeats_its_period() -> None:
+    assert draft_after([5, 6, 7, 5, 6, 7, 5, 6], 7) == [7, 5, 6, 7, 5, 6, 7]
+    assert draft_after([4, 4, 4], 3) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("token_ids", [[1], [1, 2, 3, 4, 5], [1, 1], [1, 2, 3, 1]])
+def test_no_match_no_guess(token_ids: list[int]) -> None:
+    assert draft_after(token_ids, 8) == []
+
+
+def test_a_shorter_minimum_finds_more() -> None:
+    assert draft_after([1, 2, 3, 1], 2, min_size=1) == [2, 3]
+
+
+def test_a_missed_commit_is_refused_and_changes_nothing() -> None:
+    drafter = make_drafter()
+    session = open_session(drafter, [1, 2, 10, 1, 2])
+    with pytest.raises(FailedPreconditionError) as caught:
+        session.commit([9], 5)
+    assert caught.value.reason == "STALE_BASE"
+    assert draft(drafter, session, 1) == [10]
+
+
+def test_sessions_do_not_share_an_index() -> None:
+    drafter = make_drafter()
+    one, other = open_session(drafter, [1, 2, 10, 1, 2]), open_session(drafter, [1, 2, 20, 1, 2])
+    items = [DraftItem(drafter, session, 1, 1) for session in (one, other)]
+    assert drafter.propose(items) == [[10], [20]]
+
+
+def test_info() -> None:
+    info = make_drafter().info
+    assert (info.name, info.family, info.max_num_draft_tokens) == ("ngram", "ngram", 64)
+    assert info.model_id == info.vocabulary_fingerprint == ""

@@ -1,0 +1,160 @@
+"""Statistics of a request by hand-computed numbers, and the counters of all requests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from gateway.decode import Draft, Round, Verified
+from gateway.stats import GatewayMetrics, SpeculationTally
+from specdec.telemetry import make_telemetry
+from specdec.v1 import gateway_pb2
+
+PREFILL = Round(Draft(), Verified(0, 1, server_ns=99, elapsed_ns=999), is_prefill=True)
+
+
+def make_round(
+    num_draft_tokens: int,
+    num_accepted_tokens: int,
+    *,
+    draft_ns: tuple[int, int] = (0, 0),
+    verify_ns: tuple[int, int] = (0, 0),
+    fallback_reason: str = "",
+) -> Round:
+    """A round with (server, elapsed) times of both sides."""
+    draft = Draft(tuple(range(num_draft_tokens)), *draft_ns, fallback_reason=fallback_reason)
+    verified = Verified(num_accepted_tokens, 7, server_ns=verify_ns[0], elapsed_ns=verify_ns[1])
+    return Round(draft, verified)
+
+
+def tally_of(*rounds: Round, method: str = "ngram") -> gateway_pb2.SpeculationStats:
+    tally = SpeculationTally(method)
+    for this in rounds:
+        tally.add(this)
+    return tally.to_proto()
+
+
+def test_sums_and_histograms() -> None:
+    stats = tally_of(
+        PREFILL,
+        make_round(4, 4, draft_ns=(10, 15), verify_ns=(100, 120)),
+        make_round(4, 1, draft_ns=(20, 22), verify_ns=(200, 203)),
+        make_round(2, 0, draft_ns=(5, 6), verify_ns=(50, 60)),
+        make_round(0, 0, draft_ns=(0, 4), verify_ns=(30, 31), fallback_reason="lost"),
+    )
+    assert stats.method == "ngram"
+    assert stats.num_rounds == 4
+    assert stats.num_draft_tokens == 10
+    assert stats.num_accepted_tokens == 5
+    assert list(stats.acceptance_histogram) == [2, 1, 0, 0, 1]
+    assert list(stats.num_draft_tokens_per_position) == [3, 3, 2, 2]
+    assert list(stats.num_accepted_tokens_per_position) == [2, 1, 1, 1]
+    assert stats.draft_ns == 35
+    assert stats.verify_ns == 380
+    assert stats.transport_ns == 5 + 20 + 2 + 3 + 1 + 10 + 4 + 1
+    assert stats.num_fallback_rounds == 1
+    assert stats.fallback_reason == "lost"
+
+
+def test_a_prefill_alone_is_no_round() -> None:
+    stats = tally_of(PREFILL)
+    assert stats.num_rounds == stats.verify_ns == stats.transport_ns == stats.gateway_ns == 0
+    assert list(stats.acceptance_histogram) == [0]
+    assert not stats.num_draft_tokens_per_position
+
+
+def test_plain_decoding_has_rounds_without_drafts() -> None:
+    stats = tally_of(PREFILL, make_round(0, 0), make_round(0, 0), method="none")
+    assert (stats.num_rounds, stats.num_draft_tokens, stats.num_fallback_rounds) == (2, 0, 0)
+    assert list(stats.acceptance_histogram) == [2]
+
+
+def test_the_last_fallback_reason_is_kept() -> None:
+    stats = tally_of(
+        make_round(0, 0, fallback_reason="late"), make_round(0, 0, fallback_reason="lost"), make_round(2, 1)
+    )
+    assert (stats.num_fallback_rounds, stats.fallback_reason) == (2, "lost")
+
+
+def test_a_clock_that_runs_apart_gives_no_negative_time() -> None:
+    assert tally_of(PREFILL, make_round(1, 0, draft_ns=(10, 5), verify_ns=(10, 5))).transport_ns == 0
+
+
+def test_gateway_time_is_what_neither_side_used() -> None:
+    hour_ns = 3600 * 10**9
+    assert tally_of(PREFILL, make_round(1, 0, verify_ns=(1, hour_ns))).gateway_ns == 0
+    assert tally_of(PREFILL, make_round(1, 0)).gateway_ns > 0
+
+
+def points(reader: InMemoryMetricReader, name: str) -> list[Any]:
+    """Data points of one instrument."""
+    data = reader.get_metrics_data()
+    if data is None:  # nothing was recorded yet
+        return []
+    return [
+        point
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == name
+        for point in metric.data.data_points
+    ]
+
+
+def sums(reader: InMemoryMetricReader, name: str, label: str = "method") -> dict[Any, int]:
+    """Counter values by one attribute."""
+    totals: Counter[Any] = Counter()
+    for point in points(reader, name):
+        totals[point.attributes[label]] += point.value
+    return dict(totals)
+
+
+def test_counters_sum_up_the_requests() -> None:
+    requests = {
+        "ngram": [PREFILL, make_round(4, 4), make_round(3, 1), make_round(0, 0, fallback_reason="lost")],
+        "small": [PREFILL, make_round(2, 2), make_round(2, 0)],
+        "none": [PREFILL, make_round(0, 0)],
+    }
+    reader = InMemoryMetricReader()
+    metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
+    stats = {}
+    for method, rounds in requests.items():
+        for _ in range(2):
+            for this in rounds:
+                metrics.add_round(method, this)
+        stats[method] = tally_of(*rounds, *rounds, method=method)
+
+    drafting = ("ngram", "small")
+    assert sums(reader, "specdec.rounds") == {name: entry.num_rounds for name, entry in stats.items()}
+    assert sums(reader, "specdec.drafts") == {"ngram": 4, "small": 4}
+    assert sums(reader, "specdec.draft_tokens") == {n: stats[n].num_draft_tokens for n in drafting}
+    assert sums(reader, "specdec.accepted_tokens") == {n: stats[n].num_accepted_tokens for n in drafting}
+    assert sums(reader, "specdec.fallback_rounds") == {"ngram": 2}
+    for name in drafting:
+        by_position = {
+            point.attributes["position"]: point.value
+            for point in points(reader, "specdec.accepted_tokens_per_position")
+            if point.attributes["method"] == name
+        }
+        expected = stats[name].num_accepted_tokens_per_position
+        assert by_position == {at: count for at, count in enumerate(expected) if count}
+
+
+def test_requests_are_counted_by_outcome_and_timed() -> None:
+    reader = InMemoryMetricReader()
+    metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
+    whole = gateway_pb2.GenerateTiming(ttft_ns=10**8, tpot_ns=10**7, total_ns=10**9)
+    metrics.add_request("tiny", "ngram", "length", whole)
+    metrics.add_request("tiny", "ngram", "length", whole)
+    metrics.add_request("tiny", "ngram", "unavailable", gateway_pb2.GenerateTiming(total_ns=5 * 10**8))
+
+    assert sums(reader, "specdec.requests", "outcome") == {"length": 2, "unavailable": 1}
+    (duration,) = points(reader, "gen_ai.server.request.duration")
+    assert (duration.count, duration.sum) == (3, 2.5)
+    assert duration.attributes["gen_ai.request.model"] == "tiny"
+    (ttft,) = points(reader, "gen_ai.server.time_to_first_token")
+    (tpot,) = points(reader, "gen_ai.server.time_per_output_token")
+    assert (ttft.count, ttft.sum) == (2, 0.2)
+    assert (tpot.count, tpot.sum) == (2, 0.02)
