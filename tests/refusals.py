@@ -35,14 +35,7 @@ def generate_request(**fields: Any) -> gateway_pb2.GenerateRequest:
 
 
 def sampling(**fields: Any) -> dict[str, Any]:
-    return {"sampling": common_pb2.SamplingParams(**fields)}
-
-
-def ids(*token_ids: int) -> dict[str, Any]:
-    return {"token_ids": gateway_pb2.TokenIds(token_ids=token_ids)}
-
-
-def sampling(**fields: Any) -> dict[str, Any]:
+    """Field of a request with these sampling parameters."""
     return {"sampling": common_pb2.SamplingParams(**fields)}
 
 

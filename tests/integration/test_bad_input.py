@@ -1,4 +1,4 @@
-"""A request that cannot be answered: a clear error that names the field and the limit, and nothing is lost."""
+"""A request that cannot be answered: an error that names the field and the limit, and nothing is lost."""
 
 from __future__ import annotations
 

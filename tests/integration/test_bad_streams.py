@@ -144,8 +144,7 @@ DRAFT_OPENS = [
     ({"committed": [VOCAB_SIZE]}, InvalidArgumentError, "committed_token_ids", str(VOCAB_SIZE)),
     ({"max_length": len(PROMPT) - 1}, InvalidArgumentError, "max_length", str(len(PROMPT))),
     ({"prompt_length": len(PROMPT) + 1}, InvalidArgumentError, "max_length", str(len(PROMPT))),
-    ({"max_length": 10**6}, InvalidArgumentError, "max_new_tokens", "8192"),
-    (sampling(temperature=NAN), InvalidArgumentError, "temperature", ">= 0"),
+    (sampling(temperature=float("nan")), InvalidArgumentError, "temperature", ">= 0"),
     (sampling(logit_bias={VOCAB_SIZE: 1.0}), InvalidArgumentError, "logit_bias", str(VOCAB_SIZE)),
     (sampling(allowed_token_ids=[VOCAB_SIZE]), InvalidArgumentError, "allowed_token_ids", str(VOCAB_SIZE)),
 ]

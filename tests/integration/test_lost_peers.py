@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
@@ -17,7 +18,7 @@ from specdec.errors import RequestCancelledError, SpecdecError, UnavailableError
 from tests.raw_streams import until
 from tests.refusals import PROMPT, assert_healthy, shared
 from tests.systems import System, running_drafter, running_system, running_verifier
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import VOCAB_SIZE, byte_tokenizer
 
 LONG = GenerateOptions(max_new_tokens=300, ignore_eos=True, method="none")
 
@@ -187,6 +188,25 @@ async def test_a_misbehaving_drafter_costs_a_request_nothing_but_speed(tiny_llam
         silent = await system.client.generate(PROMPT, GenerateOptions(method="empty", **options))
         assert silent.token_ids == expected.token_ids
         assert silent.speculation.num_fallback_rounds == 0, "having no guess is no failure"
+        await assert_healthy(system)
+
+
+@pytest.mark.parametrize("prompt_length", [20, 63, 64, 65, 150])
+async def test_a_drafter_with_a_shorter_context_drafts_within_it(
+    prompt_length: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    # GPT-2 looks positions up in a table: one past its end would be an error in the model pass.
+    short = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    AutoModelForCausalLM.from_config(short).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    async with running_system(tiny_llama, "ngram", f"short=causal-lm:{tmp_path}") as system:
+        prompt = [(7 * i) % 250 for i in range(prompt_length)]
+        options = {"max_new_tokens": 80, "ignore_eos": True}
+        expected = await system.client.generate(prompt, GenerateOptions(method="none", **options))
+        result = await system.client.generate(prompt, GenerateOptions(method="short", **options))
+        assert result.token_ids == expected.token_ids
+        assert result.speculation.num_fallback_rounds == 0
+        assert (result.speculation.num_draft_tokens > 0) == (prompt_length < 63)
         await assert_healthy(system)
 
 
