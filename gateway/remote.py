@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
@@ -21,9 +21,11 @@ from specdec.errors import (
 from specdec.handshake import check_handshake
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 
-ResponseT = TypeVar("ResponseT")
 
 _CLOSE_TIMEOUT_S = 1.0
+_DEADLINE_SLACK_S = 0.01
+_BROKEN_WRITE = "Internal error from Core"
+"""What grpc.aio says of a call that ended while a message was written; the status it ended with is lost."""
 
 FINISH_REASONS = {
     verifier_pb2.FINISH_REASON_UNSPECIFIED: "",
@@ -67,6 +69,10 @@ class _Stream:
                 code, await self._call.initial_metadata(), metadata, await self._call.details()
             )
         )
+        if error.message == _BROKEN_WRITE:
+            remaining_s = self._call.time_remaining()
+            is_late = remaining_s is not None and remaining_s < _DEADLINE_SLACK_S
+            error = DeadlineExceededError("") if is_late else UnavailableError("the stream broke")
         # A peer whose grace is over cancels what still runs; we never read on after cancelling ourselves.
         if isinstance(error, UnavailableError | RequestCancelledError):
             return UnavailableError(

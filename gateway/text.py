@@ -216,7 +216,12 @@ def _compile(chat_template: str) -> Template:
     environment.filters["tojson"] = lambda value, **options: json.dumps(
         value, **{"ensure_ascii": False} | options
     )
-    return environment.from_string(chat_template)
+    try:
+        return environment.from_string(chat_template)
+    except TemplateError as error:
+        raise InvalidArgumentError(
+            f"The model's chat template cannot be compiled: {error}", field="tokenizer"
+        ) from error
 
 
 def _raise_template_error(message: str) -> None:

@@ -13,14 +13,17 @@ import pytest
 from specdec.channel import aio_channel
 from specdec.client import GenerateOptions
 from specdec.errors import SpecdecError, from_rpc_error
+from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from tests.raw_streams import until
 from tests.systems import System, running_system
 
 CONTEXT = 512
 """Positions of the tiny models."""
-POOL_TOKENS = 400
+POOL_TOKENS = 6 * BLOCK_TOKENS
 """What the small system's KV pool holds: less than the context."""
+MAX_SESSIONS = 4
+"""Sessions the small system's verifier takes at a time."""
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 
 shared = pytest.mark.asyncio(loop_scope="module")
@@ -79,7 +82,7 @@ def assert_refusal(
 @asynccontextmanager
 async def small_system(tiny_llama: Path, **options: Any) -> AsyncIterator[System]:
     """All services over a pool smaller than the model's context."""
-    verifier_options = {"kv_cache_mib": POOL_TOKENS * 512 / 2**20, "max_sessions": 8}
+    verifier_options = {"kv_cache_mib": POOL_TOKENS * 512 / 2**20, "max_sessions": MAX_SESSIONS}
     drafters = ("ngram", f"model=causal-lm:{tiny_llama}")
     async with running_system(tiny_llama, *drafters, verifier_options=verifier_options, **options) as system:
         verifier = system.verifier.servicer.verifier

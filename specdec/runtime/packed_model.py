@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.attention import ATTENTION_NAME, Pass, PoolCache, Segment
 from specdec.runtime.kv_pool import KvPool, KvShape
+from specdec.runtime.prepack import prepack_linears
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MIN_PASS_TOKENS = 2
@@ -42,6 +43,7 @@ class PackedModel:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 0) or 0
+        prepack_linears(model, keep=model.get_output_embeddings())
         expected, shapes = _probe(model)
         model.set_attn_implementation(ATTENTION_NAME)
         self.pool = KvPool(shapes, budget_bytes=kv_budget_bytes, dtype=model.dtype, device=self.device)

@@ -17,6 +17,7 @@ from specdec.wire import build_request
 from tests.raw_streams import draft_stream, verify_stream
 from tests.refusals import (
     CONTEXT,
+    MAX_SESSIONS,
     POOL_TOKENS,
     PROMPT,
     ask,
@@ -155,16 +156,21 @@ def test_sdk_refuses_what_the_wire_cannot_carry(prompt: Any, options: dict[str, 
 
 
 @shared
-@pytest.mark.parametrize("num_streams", [3, 8], ids=["no KV", "no session slot"])
-async def test_a_full_verifier_says_when_to_retry(num_streams: int, small: System) -> None:
+@pytest.mark.parametrize(
+    ("num_streams", "num_tokens", "reason"),
+    [(3, POOL_TOKENS // 3, "KV_POOL_FULL"), (MAX_SESSIONS, 16, "NO_SESSION_SLOT")],
+)
+async def test_a_full_verifier_says_when_to_retry(
+    num_streams: int, num_tokens: int, reason: str, small: System
+) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(num_streams):
             stream = await stack.enter_async_context(verify_stream(small.verifier_address))
-            await stream.open(PROMPT, max_new_tokens=POOL_TOKENS // num_streams - 16 - len(PROMPT))
+            await stream.open(PROMPT, max_new_tokens=num_tokens - len(PROMPT))
         with pytest.raises(ResourceExhaustedError, match="try again") as raised:
-            await ask(small.address, generate_request(max_new_tokens=80))
+            await ask(small.address, generate_request())
         assert raised.value.retry_after_s == 1.0
-        assert raised.value.reason == {3: "KV_POOL_FULL", 8: "NO_SESSION_SLOT"}[num_streams]
+        assert raised.value.reason == reason
     await assert_healthy(small)
 
 
@@ -196,8 +202,8 @@ async def test_a_full_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path
 
 
 @shared
-async def test_a_generation_longer_than_the_context_still_drafts(small: System) -> None:
-    prompt = [i % 250 for i in range(CONTEXT - 150)]
+async def test_a_generation_longer_than_the_pool_is_refused_whatever_drafts(small: System) -> None:
+    prompt = [i % 250 for i in range(100)]
     options = GenerateOptions(max_new_tokens=10_000, ignore_eos=True, method="model")
     with pytest.raises(InvalidArgumentError, match=str(POOL_TOKENS)):
         await small.client.generate(prompt, options)

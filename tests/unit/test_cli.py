@@ -15,7 +15,13 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
-from scripted_gateway import (
+
+from specdec.chat import Conversation
+from specdec.cli import main
+from specdec.client import Client, GenerateOptions, Message, Token
+from specdec.local_state import SystemState, write_state
+from specdec.render import AnswerPrinter, agreement
+from tests.unit.scripted_gateway import (
     Responses,
     ScriptedGateway,
     chunk,
@@ -26,12 +32,6 @@ from scripted_gateway import (
     started,
     token,
 )
-
-from specdec.chat import Conversation
-from specdec.cli import main
-from specdec.client import Client, GenerateOptions, Message, Token
-from specdec.local_state import SystemState, write_state
-from specdec.render import AnswerPrinter, agreement
 
 COMMANDS = ["bench", "chat", "compare", "down", "generate", "info", "up"]
 

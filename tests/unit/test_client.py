@@ -12,18 +12,6 @@ from typing import Any
 
 import pytest
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
-from scripted_gateway import (
-    TRACE_ID,
-    Responses,
-    ScriptedGateway,
-    chunk,
-    finished,
-    hang,
-    refuse,
-    serving,
-    started,
-    token,
-)
 
 from specdec.client import (
     AsyncClient,
@@ -47,6 +35,18 @@ from specdec.errors import (
 )
 from specdec.processes import free_ports
 from specdec.wire import build_request
+from tests.unit.scripted_gateway import (
+    TRACE_ID,
+    Responses,
+    ScriptedGateway,
+    chunk,
+    finished,
+    hang,
+    refuse,
+    serving,
+    started,
+    token,
+)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_the_three_forms_of_a_prompt() -> None:
         ("a", {"method": "\udcff"}, "method"),
         ("a", {"sampling": SamplingParams(temperature=math.nan)}, "temperature"),
         ("a", {"sampling": SamplingParams(seed=-1)}, "seed"),
-        ("a", {"sampling": SamplingParams(top_k=2**40)}, "sampling"),
+        ("a", {"sampling": SamplingParams(top_k=2**40)}, "top_k"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_by_name(prompt: Any, options: dict[str, Any], field: str) -> None:

@@ -1,0 +1,47 @@
+"""Linear layers with weights in the layout oneDNN computes in, reordered once instead of at every call.
+
+Worth a tenth to a fifth of a pass of a small model on a CPU in bf16; the results are the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PrepackedLinear(nn.Module):
+    """An nn.Linear for inference on a CPU. The weight is opaque: it can be multiplied with, nothing else."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        # Attributes, not parameters: the opaque layout cannot be moved, copied or saved.
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+        self.weight = torch.empty_like(linear.weight, device="meta")
+        """Shape and data type for model code that asks; there are no values in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return output
+
+
+def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
+    """Replace the linear layers of a bf16 model on a CPU, but for `keep`; other models are left as they are.
+
+    Args:
+        model: evaluated only, from here on.
+        keep: the LM head, whose weight is shared with the embedding and read by others.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            # Subclasses compute something of their own.
+            if type(child) is nn.Linear and child is not keep and _can_prepack(child.weight):
+                setattr(module, name, PrepackedLinear(child))
+
+
+def _can_prepack(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype is torch.bfloat16
