@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from itertools import groupby
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
 from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from specdec.runtime.engine import Engine, EngineResult
+from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.sampling import validate_token_ids
 
 
@@ -18,7 +17,7 @@ class DrafterHost:
     """Opens draft sessions and runs their rounds. Used from one event loop."""
 
     def __init__(
-        self, drafters: Mapping[str, Drafter], config: DrafterConfig, thread: ThreadPoolExecutor | None = None
+        self, drafters: Mapping[str, Drafter], config: DrafterConfig, thread: ModelThread | None = None
     ) -> None:
         self.drafters = drafters
         self.config = config

@@ -21,7 +21,6 @@ from specdec.errors import (
 from specdec.handshake import check_handshake
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 
-
 _CLOSE_TIMEOUT_S = 1.0
 _DEADLINE_SLACK_S = 0.01
 _BROKEN_WRITE = "Internal error from Core"

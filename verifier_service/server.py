@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-from specdec.runtime.engine import model_thread
+from specdec.runtime.engine import ModelThread
 from specdec.server import ServiceHost, run_service
 from specdec.telemetry import Telemetry
 from specdec.v1 import verifier_pb2_grpc
@@ -20,23 +20,22 @@ class VerifierServer:
     def __init__(self, config: VerifierConfig, telemetry: Telemetry) -> None:
         self._config = config
         self._telemetry = telemetry
-        self._thread = model_thread(SERVICE_NAME)
+        self._thread = ModelThread(SERVICE_NAME)
         self.servicer = VerifierServicer(telemetry)
         register = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(SERVICE_NAME, register, config.listen)
 
     async def load(self) -> None:
         """Load the model off the event loop, so that health checks are answered meanwhile."""
-        loop = asyncio.get_running_loop()
-        self.servicer.verifier = await loop.run_in_executor(
-            self._thread, Verifier.load, self._config, self._thread
+        self.servicer.verifier = await asyncio.wrap_future(
+            self._thread.submit(lambda: Verifier.load(self._config, self._thread))
         )
 
     async def close(self) -> None:
         """Stop the engine and send what telemetry is buffered."""
         if self.servicer.verifier:
             await asyncio.to_thread(self.servicer.verifier.close)
-        self._thread.shutdown()
+        self._thread.close(wait=False)  # a load under way is not waited for
         await asyncio.to_thread(self._telemetry.shutdown)
 
     async def run(self) -> None:

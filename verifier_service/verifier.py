@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError
-from specdec.runtime.engine import Engine, EngineResult
+from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 from specdec.runtime.packed_model import PackedModel
 from specdec.sampling import validate_num_top_logprobs, validate_token_ids
@@ -31,7 +30,7 @@ class Verifier:
     """Opens sessions and runs their rounds. Used from one event loop."""
 
     def __init__(
-        self, loaded: LoadedModel, config: VerifierConfig, thread: ThreadPoolExecutor | None = None
+        self, loaded: LoadedModel, config: VerifierConfig, thread: ModelThread | None = None
     ) -> None:
         self.config = config
         self.loaded = loaded
@@ -45,7 +44,7 @@ class Verifier:
         )
 
     @classmethod
-    def load(cls, config: VerifierConfig, thread: ThreadPoolExecutor) -> Verifier:
+    def load(cls, config: VerifierConfig, thread: ModelThread) -> Verifier:
         """Load the model and allocate the pool; takes seconds. To be called on `thread`.
 
         Raises:

@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from specdec.errors import InternalError, ResourceExhaustedError, SpecdecError, UnavailableError
@@ -35,6 +36,7 @@ class WorkItem(Protocol):
 
 ItemT = TypeVar("ItemT", bound=WorkItem)
 ResultT = TypeVar("ResultT")
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,39 @@ class _Pending(Generic[ItemT, ResultT]):
     submitted_ns: int
 
 
-def model_thread(name: str) -> ThreadPoolExecutor:
-    """An executor of one thread, for loading a model and then for its engine."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+class ModelThread:
+    """The one thread that loads a model and then runs its engine.
+
+    A daemon, unlike an executor's threads: a process that fails before it closes its engine still ends.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[[], ValueT]) -> Future[ValueT]:
+        """Call `function` on the thread, after what was submitted before."""
+        future: Future[ValueT] = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._calls.put(call)
+        return future
+
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread once what was submitted is done, and wait for that."""
+        self._calls.put(None)
+        if wait:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while call := self._calls.get():
+            call()
 
 
 class Engine(Generic[ItemT, ResultT]):
@@ -71,10 +103,9 @@ class Engine(Generic[ItemT, ResultT]):
             raises fails the whole batch.
         max_batch_tokens: token budget of a step; urgent items are taken first. At least one item is taken.
         max_queued: items that may wait; one more is refused.
-        thread: executor whose only thread is used, so that a model loaded by it is run by it too: every
-            thread that ever ran a parallel operation keeps OpenMP workers of its own, and with more workers
-            than cores none of them spins and each operation waits for the scheduler (measured: a pass takes
-            1.5 times as long). None: a new one.
+        thread: the one that loaded the model. Every thread that ever ran a parallel operation keeps OpenMP
+            workers of its own, and with more workers than cores none of them spins and each operation waits
+            for the scheduler (measured: a pass takes 1.5 times as long). None: a new one.
     """
 
     def __init__(
@@ -83,7 +114,7 @@ class Engine(Generic[ItemT, ResultT]):
         *,
         max_batch_tokens: int = 2048,
         max_queued: int = 1024,
-        thread: ThreadPoolExecutor | None = None,
+        thread: ModelThread | None = None,
     ) -> None:
         self._step = step
         self._max_batch_tokens = max_batch_tokens
@@ -91,7 +122,7 @@ class Engine(Generic[ItemT, ResultT]):
         self._waiting: deque[_Pending[ItemT, ResultT]] = deque()
         self._wakeup = threading.Condition()
         self._closed = False
-        self._thread = thread or model_thread("engine")
+        self._thread = thread or ModelThread("engine")
         self._thread.submit(self._run)
 
     @property
@@ -128,7 +159,7 @@ class Engine(Generic[ItemT, ResultT]):
         with self._wakeup:
             self._closed = True
             self._wakeup.notify()
-        self._thread.shutdown()
+        self._thread.close()
 
     def _run(self) -> None:
         while batch := self._next_batch():

@@ -100,11 +100,16 @@ async def test_a_cancelled_item_is_dropped(recorder: Recorder) -> None:
     engine.close()
 
 
-async def test_an_items_error_is_its_own_and_a_defect_is_the_batchs(recorder: Recorder) -> None:
+async def test_an_items_error_is_its_own(recorder: Recorder) -> None:
     engine = Engine(recorder.step)
     refused, fine = await submit_while_busy(engine, recorder, Item("refused"), Item("fine"))
     assert isinstance(refused, NotFoundError)
     assert fine.value == "FINE"  # type: ignore[attr-defined]
+    engine.close()
+
+
+async def test_a_defect_fails_its_batch_and_not_the_engine(recorder: Recorder) -> None:
+    engine = Engine(recorder.step)
     outcomes = await submit_while_busy(engine, recorder, Item("defect"), Item("innocent"))
     assert [type(outcome) for outcome in outcomes] == [InternalError, InternalError]
     assert (await engine.submit(Item("after"))).value == "AFTER"

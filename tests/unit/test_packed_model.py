@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.errors import InvalidArgumentError
-from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.attention import Segment
+from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.packed_model import PackedModel
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
 
