@@ -75,7 +75,8 @@ class Picker:
         process_logits(scores, context)
         if sampling.is_greedy:
             return scores
-        scores.div_(sampling.temperature)
+        # Relative to the best: dividing by a temperature near 0 then cannot overflow to infinity.
+        scores.sub_(scores.amax(-1, keepdim=True)).div_(sampling.temperature)
         truncate(scores, sampling)
         first = len(context.token_ids)
         return scores.add_(self._noise(sampling.seed, range(first, first + len(scores))))

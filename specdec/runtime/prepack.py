@@ -41,6 +41,10 @@ def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
             # Subclasses compute something of their own.
             if type(child) is nn.Linear and child is not keep and _can_prepack(child.weight):
                 setattr(module, name, PrepackedLinear(child))
+    for parameter in model.parameters():
+        if _can_prepack(parameter):
+            # A view into the mapped checkpoint would keep all of it in memory.
+            parameter.data = parameter.data.clone()
 
 
 def _can_prepack(weight: Tensor) -> bool:

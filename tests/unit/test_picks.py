@@ -71,6 +71,13 @@ def test_greedy_is_the_arg_max_and_takes_no_noise() -> None:
         assert picks == logits.argmax(-1).tolist()
 
 
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    picker = Picker(VOCAB_SIZE, torch.device("cpu"))
+    logits = random_logits(rows=9)
+    picks = picker.pick([logits], [context(SamplingParams(temperature=1e-37, seed=3))])[0]
+    assert picks == logits.argmax(-1).tolist()
+
+
 def test_a_batch_gives_each_session_what_it_gets_alone() -> None:
     picker = Picker(VOCAB_SIZE, torch.device("cpu"))
     logits = [random_logits(rows, seed=rows) for rows in (1, 4, 9, 2)]
