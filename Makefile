@@ -3,12 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(wildcard protos/specdec/v1/*.proto)
-DEMO_PROMPT := Rewrite this note as a polite email and repeat every date and time in it: Team, the review moves from \
-Monday 9:30 to Thursday 14:00, room 4. Slides are due Wednesday 17:00. Dana brings the budget numbers, \
-Lee brings the test report. Tell Kim that lunch is at 12:15.
+DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
 .PHONY: demo test lint proto clean
 
+# A state directory of its own: the demo does not meet a system that runs already.
+demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
 demo: .venv/installed
 	$(BIN)/specdec up --detach
 	@echo; echo "== The answer, drafted by ngram; accepted draft tokens are coloured in a terminal"
@@ -30,6 +30,7 @@ proto: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 
 .venv/installed: pyproject.toml .ci/constraints.txt
+	@echo "Installing into .venv: 1.6 GB, two to three minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[models,bench,dev]"
 	touch $@

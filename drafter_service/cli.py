@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from drafter_service.config import DrafterConfig
 from specdec.config import config_options
-from specdec.errors import SpecdecError
 from specdec.runtime.loading import DTYPES, tune_process
 
 
@@ -20,17 +17,8 @@ def main(**options: object) -> None:
     Example: specdec-drafter --drafter ngram --drafter small=causal-lm:HuggingFaceTB/SmolLM2-135M-Instruct
     """
     tune_process()
+    # Imported here: --help needs none of it.
     from drafter_service.server import DrafterServer
-    from specdec.server import main_loop
-    from specdec.telemetry import setup_logging, telemetry_from_environment
+    from specdec.server import serve_from_command_line
 
-    try:
-        config = DrafterConfig(**options)  # type: ignore[arg-type]
-    except SpecdecError as error:
-        raise click.UsageError(error.message) from error
-    setup_logging("specdec-drafter", config.log_level)
-
-    async def serve() -> None:
-        await DrafterServer(config, telemetry_from_environment("specdec-drafter")).run()
-
-    sys.exit(main_loop(serve))
+    serve_from_command_line("specdec-drafter", DrafterConfig, options, DrafterServer)

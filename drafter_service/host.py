@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
-from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from specdec.errors import (
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    SpecdecError,
+)
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.sampling import validate_token_ids
+
+logger = logging.getLogger(__name__)
 
 
 class DrafterHost:
@@ -116,13 +125,21 @@ class DrafterHost:
         return await self._engine.submit(DraftItem(drafter, session, num_draft_tokens, num_tokens))
 
 
-def _step(items: Sequence[DraftItem]) -> list[list[int]]:
-    """Each drafter proposes for its own items, all of them at once."""
-    drafts: dict[int, list[int]] = {}
+def _step(items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+    """Each drafter proposes for its own items, all of them at once; a defect of one is not the others'."""
+    drafts: dict[int, list[int] | SpecdecError] = {}
     order = sorted(range(len(items)), key=lambda index: id(items[index].drafter))
     for _, group in groupby(order, key=lambda index: id(items[index].drafter)):
         indices = list(group)
-        drafter = items[indices[0]].drafter
-        for index, draft in zip(indices, drafter.propose([items[i] for i in indices]), strict=True):
-            drafts[index] = draft
+        proposals = _propose(items[indices[0]].drafter, [items[index] for index in indices])
+        drafts.update(zip(indices, proposals, strict=True))
     return [drafts[index] for index in range(len(items))]
+
+
+def _propose(drafter: Drafter, items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
+    try:
+        return drafter.propose(items)
+    except Exception as error:  # drafters are plug-ins
+        logger.exception("drafter failed", extra={"drafter": drafter.info.name})
+        failure = InternalError(f"{drafter.info.name} failed: {type(error).__name__}: {error}")
+        return [failure] * len(items)

@@ -67,7 +67,7 @@ def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         )
     return CausalLmDrafter(
         spec.name,
-        load_causal_lm(spec.model, dtype=config.dtype, device=config.device),
+        load_causal_lm(spec.model, dtype=config.dtype, device=config.device, threads=config.threads),
         kv_budget_bytes=int(config.kv_cache_mib * 2**20),
         max_num_draft_tokens=config.max_num_draft_tokens,
     )

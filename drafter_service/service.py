@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc
+from opentelemetry.context import attach
 from opentelemetry.trace import SpanKind
 
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftSession, OpenDraft
@@ -51,6 +52,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 "The first message of a Draft stream must be an open.", reason="ROUND_BEFORE_OPEN"
             )
         arrived_ns = time.monotonic_ns()
+        attach(context_of(request.traceparent))  # log lines of the session carry its trace id
         drafter = host.drafter(request.open.drafter)
         # The handshake names the target; an independent draft model has another id and the same vocabulary.
         check_handshake(

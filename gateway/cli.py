@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from gateway.config import GatewayConfig
 from specdec.config import config_options
-from specdec.errors import SpecdecError
 
 
 @click.command(context_settings={"show_default": True})
@@ -18,17 +15,8 @@ def main(**options: object) -> None:
 
     Example: specdec-gateway --verifier dns:///verifier:50051 --drafter dns:///drafter:50052
     """
+    # Imported here: --help needs none of it.
     from gateway.server import GatewayServer
-    from specdec.server import main_loop
-    from specdec.telemetry import setup_logging, telemetry_from_environment
+    from specdec.server import serve_from_command_line
 
-    try:
-        config = GatewayConfig(**options)  # type: ignore[arg-type]
-    except SpecdecError as error:
-        raise click.UsageError(error.message) from error
-    setup_logging("specdec-gateway", config.log_level)
-
-    async def serve() -> None:
-        await GatewayServer(config, telemetry_from_environment("specdec-gateway")).run()
-
-    sys.exit(main_loop(serve))
+    serve_from_command_line("specdec-gateway", GatewayConfig, options, GatewayServer)

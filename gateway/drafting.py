@@ -15,11 +15,14 @@ from specdec.errors import (
     InvalidArgumentError,
     NotFoundError,
     SpecdecError,
+    UnavailableError,
     UnimplementedError,
 )
 
 logger = logging.getLogger(__name__)
 
+_OPEN_TIMEOUT_S = 60.0
+"""A drafter may have to read a long prompt before it can draft."""
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _PERMANENT = (FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError)
@@ -59,9 +62,10 @@ class NoDrafts:
 class DraftLink:
     """Keeps a request supplied with a drafter as long as one is healthy.
 
-    Opening runs beside the target's prefill. What goes wrong - no drafter, an error, a draft later than
-    `timeout_s`, token ids the target does not have - costs the round its draft and is tried again, elsewhere
-    perhaps, after a pause of `retry_s`, which grows while it fails. Use as `async with`.
+    Opening runs beside the target's prefill; only the first round waits for it. What goes wrong - no drafter,
+    an error, a draft later than `timeout_s`, token ids the target does not have - costs the round its draft
+    and is tried again, elsewhere perhaps, after a pause of `retry_s`, which grows while it fails. Use as
+    `async with`.
     """
 
     def __init__(
@@ -71,12 +75,15 @@ class DraftLink:
         *,
         vocab_size: int,
         timeout_s: float,
+        open_timeout_s: float = _OPEN_TIMEOUT_S,
         retry_s: float = _FIRST_RETRY_S,
     ) -> None:
         self._connect = connect
         self._prompt = list(prompt_token_ids)
         self._vocab_size = vocab_size
         self._timeout_s = timeout_s
+        self._open_timeout_s = open_timeout_s
+        self._may_wait_for_opening = True
         self._session: DrafterSession | None = None
         self._opening: asyncio.Task[DrafterSession] | None = None
         self._num_sent = 0
@@ -92,7 +99,7 @@ class DraftLink:
     async def __aexit__(self, *_: object) -> None:
         if self._opening:
             self._opening.cancel()
-            with suppress(asyncio.CancelledError, SpecdecError):
+            with suppress(asyncio.CancelledError, Exception):
                 self._session = await self._opening
         if self._session:
             await self._session.close()
@@ -113,11 +120,16 @@ class DraftLink:
                 await self._lose(f"no draft within {self._timeout_s:g} s")
         except SpecdecError as error:
             await self._lose(error.message, permanent=isinstance(error, _PERMANENT))
+        except Exception as error:  # no defect around a drafter may fail a request
+            logger.exception("drafting failed")
+            await self._lose(f"{type(error).__name__}: {error}")
         else:
             if draft:
                 self._retry_s = self._first_retry_s
                 return draft
-        return Draft(elapsed_ns=time.monotonic_ns() - started_ns, fallback_reason=self._reason)
+        # Time spent waiting for a draft is the drafter's, not the wire's.
+        waited_ns = time.monotonic_ns() - started_ns
+        return Draft(server_ns=waited_ns, elapsed_ns=waited_ns, fallback_reason=self._reason)
 
     async def _propose(
         self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
@@ -137,15 +149,25 @@ class DraftLink:
             if time.monotonic() < self._retry_at:
                 return None
             self._open(committed_token_ids)
-        if self._opening:
+        if self._opening and (self._opening.done() or self._may_wait_for_opening):
+            self._may_wait_for_opening = False
             # A slow opening must outlive the round that waits for it.
             opening = asyncio.shield(self._opening)
             self._session, self._opening = await opening, None
+        if self._opening:
+            self._reason = "the drafter is still opening"
         return self._session
 
     def _open(self, committed_token_ids: Sequence[int]) -> None:
         self._num_sent = len(committed_token_ids)
-        self._opening = asyncio.ensure_future(self._connect(list(committed_token_ids)))
+        self._opening = asyncio.ensure_future(self._connect_in_time(list(committed_token_ids)))
+
+    async def _connect_in_time(self, committed_token_ids: Sequence[int]) -> DrafterSession:
+        try:
+            async with asyncio.timeout(self._open_timeout_s):
+                return await self._connect(committed_token_ids)
+        except TimeoutError:
+            raise UnavailableError(f"no session within {self._open_timeout_s:g} s") from None
 
     def _check(self, draft: Draft, num_draft_tokens: int) -> None:
         """Refuse what the verifier would refuse: a drafter may waste time, never fail a request."""

@@ -2,146 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
 
-from gateway.config import GatewayConfig
 from gateway.decode import DraftSource, Round, decode
 from gateway.drafting import DrafterSession, DraftLink, NoDrafts
-from gateway.registry import DrafterSet, Replica, VerifierSet, find_drafter
+from gateway.plan import Backends, Plan
+from gateway.registry import Replica, find_drafter
 from gateway.remote import FINISH_REASONS, RemoteDrafterSession, RemoteVerifierSession
-from gateway.stats import GatewayMetrics, SpeculationTally
-from gateway.text import TextCodec, TextStream, TextToken, validate_stop_strings
+from gateway.stats import SpeculationTally
+from gateway.text import TextStream, TextToken
 from gateway.tracing import RequestTrace
-from specdec.errors import InvalidArgumentError
 from specdec.handshake import make_handshake
-from specdec.sampling import SamplingParams, validate_num_top_logprobs
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, verifier_pb2
 
-PLAIN = "none"
-"""Method of plain decoding: no drafter, K = 0."""
-
-_UNKNOWN_DRAFTER = drafter_pb2.DrafterInfo(default_num_draft_tokens=4)
-"""Stands for a drafter whose service was never reached: it may come up while the request runs."""
-
 VerifierReplica = Replica[verifier_pb2.VerifierServiceGetInfoResponse]
-
-
-@dataclass(frozen=True, slots=True)
-class Backends:
-    """What a gateway works with."""
-
-    config: GatewayConfig
-    codec: TextCodec
-    verifiers: VerifierSet
-    drafters: DrafterSet
-    metrics: GatewayMetrics
-
-    @property
-    def methods(self) -> list[str]:
-        """What a request's `method` may be."""
-        names = {drafter.name for info in self.drafters.known_infos for drafter in info.drafters}
-        return [PLAIN, *sorted(names)]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A request whose values were checked, as far as the gateway can."""
-
-    prompt_token_ids: list[int]
-    max_new_tokens: int
-    method: str
-    num_draft_tokens: int
-
-
-async def make_plan(
-    request: gateway_pb2.GenerateRequest,
-    backends: Backends,
-    verifier: verifier_pb2.VerifierServiceGetInfoResponse,
-) -> Plan:
-    """Tokenise the prompt and settle method, K and how many tokens there is room for.
-
-    Args:
-        verifier: the limits of the verifier that will run it.
-
-    Raises:
-        InvalidArgumentError: naming the field at fault.
-    """
-    SamplingParams.from_proto(request.sampling).validate()
-    validate_num_top_logprobs(request.num_top_logprobs if request.HasField("num_top_logprobs") else None)
-    validate_stop_strings(request.stop_strings)
-    max_new_tokens = backends.config.default_max_new_tokens
-    if request.HasField("max_new_tokens"):
-        max_new_tokens = request.max_new_tokens
-    if not 0 < max_new_tokens < 2**31:
-        raise InvalidArgumentError(
-            f"max_new_tokens is {max_new_tokens}; it must be at least 1.", field="max_new_tokens"
-        )
-    method, num_draft_tokens = _settle_method(request, backends, verifier.max_num_draft_tokens)
-    token_ids = await asyncio.to_thread(_encode, request, backends.codec)
-    if not token_ids:
-        raise InvalidArgumentError("The prompt is empty.", field="prompt", reason="EMPTY_PROMPT")
-    context = verifier.model.max_length
-    if context:
-        _require_shorter(token_ids, context)
-        max_new_tokens = min(max_new_tokens, context - len(token_ids))
-    return Plan(token_ids, max_new_tokens, method, num_draft_tokens)
-
-
-def _require_shorter(token_ids: Sequence[int], context: int) -> None:
-    """Refuse a prompt the verifier would refuse, before a message is made of it that is too large to send."""
-    if len(token_ids) >= context:
-        raise InvalidArgumentError(
-            f"The prompt has {len(token_ids)} tokens, the model's context {context}; shorten the prompt so "
-            "that at least one token fits after it.",
-            field="prompt",
-            reason="PROMPT_TOO_LONG",
-        )
-
-
-def _settle_method(
-    request: gateway_pb2.GenerateRequest, backends: Backends, max_draft: int
-) -> tuple[str, int]:
-    """Method and K in effect."""
-    known = {drafter.name: drafter for info in backends.drafters.known_infos for drafter in info.drafters}
-    method = request.method or backends.config.default_method
-    if method != PLAIN and method not in known and backends.drafters.all_known:
-        if not request.method:
-            return PLAIN, 0
-        raise InvalidArgumentError(
-            f"Unknown method {method!r}; this gateway offers {', '.join(backends.methods)}.",
-            field="method",
-            reason="UNKNOWN_METHOD",
-        )
-    if method == PLAIN:
-        return PLAIN, 0
-    drafter = known.get(method, _UNKNOWN_DRAFTER)
-    limit = min(max_draft, drafter.max_num_draft_tokens or max_draft)
-    wanted = min(drafter.default_num_draft_tokens, limit)
-    if request.HasField("num_draft_tokens"):
-        wanted = request.num_draft_tokens
-    if wanted > limit:
-        raise InvalidArgumentError(
-            f"num_draft_tokens is {wanted}; {method} drafts at most {limit} tokens a round.",
-            field="num_draft_tokens",
-        )
-    return method, wanted
-
-
-def _encode(request: gateway_pb2.GenerateRequest, codec: TextCodec) -> list[int]:
-    kind = request.WhichOneof("prompt")
-    if kind == "chat":
-        return codec.encode_chat([(message.role, message.content) for message in request.chat.messages])
-    if kind == "text":
-        return codec.encode_text(request.text)
-    if kind == "token_ids":
-        return list(request.token_ids.token_ids)
-    raise InvalidArgumentError(
-        "The request has no prompt; set chat, text or token_ids.", field="prompt", reason="EMPTY_PROMPT"
-    )
 
 
 class Generation:
@@ -177,21 +53,22 @@ class Generation:
             SpecdecError: the verifier refused or was lost.
         """
         async with AsyncExitStack() as stack:
+            # Closed in reverse order: the verifier's slot is freed first, a drafter may be slow to go.
+            drafter = await self._draft_source(stack, verifier)
             session = await stack.enter_async_context(
-                RemoteVerifierSession(verifier.channel, verifier.uri, self._open_message(), self._timeout_s)
-            )
-            rounds = await stack.enter_async_context(
-                aclosing(
-                    decode(
-                        session,
-                        await self._draft_source(stack, verifier),
-                        prompt_token_ids=self._plan.prompt_token_ids,
-                        max_new_tokens=self._plan.max_new_tokens,
-                        num_draft_tokens=self._plan.num_draft_tokens,
-                        trace=self._trace,
-                    )
+                RemoteVerifierSession(
+                    verifier.channel, verifier.uri, self._open_message(verifier), self._timeout_s
                 )
             )
+            rounds = decode(
+                session,
+                drafter,
+                prompt_token_ids=self._plan.prompt_token_ids,
+                max_new_tokens=self._plan.max_new_tokens,
+                num_draft_tokens=self._plan.num_draft_tokens,
+                trace=self._trace,
+            )
+            await stack.enter_async_context(aclosing(rounds))
             finish_reason = ""
             async for this in rounds:
                 chunk = self._take(this)
@@ -200,8 +77,7 @@ class Generation:
                     yield gateway_pb2.GenerateResponse(chunk=chunk)
                 if finish_reason:
                     break
-        finished = self._finished(finish_reason)
-        yield gateway_pb2.GenerateResponse(finished=finished)
+            yield gateway_pb2.GenerateResponse(finished=self._finished(finish_reason))
 
     def timing(self) -> gateway_pb2.GenerateTiming:
         """Times so far."""
@@ -245,10 +121,13 @@ class Generation:
             speculation=self._tally.to_proto(),
         )
 
-    def _open_message(self) -> verifier_pb2.VerifyOpen:
+    def _open_message(self, verifier: VerifierReplica) -> verifier_pb2.VerifyOpen:
         request = self._request
+        assert verifier.info is not None
         message = verifier_pb2.VerifyOpen(
-            handshake=make_handshake(vocabulary_fingerprint=self._backends.codec.vocabulary_fingerprint),
+            handshake=make_handshake(
+                verifier.info.model.model_id, self._backends.codec.vocabulary_fingerprint
+            ),
             prompt_token_ids=self._plan.prompt_token_ids,
             sampling=request.sampling,
             stop_token_ids=request.stop_token_ids,

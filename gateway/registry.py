@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +24,26 @@ InfoT = TypeVar("InfoT")
 _RETRY_S = 0.2
 _NOT_YET = "not serving yet"
 _INFO_TIMEOUT_S = 5.0
+_RESOLVE_INTERVAL_S = 5.0
+
+Resolve = Callable[[str], Awaitable[Sequence[str]]]
+"""Addresses of a `dns:` URI, as gRPC URIs; OSError if it cannot be resolved."""
+
+
+async def resolve_name(uri: str) -> list[str]:
+    """Every address of `dns:[//authority/]host:port`, by the system's resolver.
+
+    Raises:
+        OSError: the name is unknown, or the name server does not answer.
+    """
+    host, _, port = uri.removeprefix("dns:").rpartition("/")[2].rpartition(":")
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    addresses = {(family, address[0]) for family, _, _, _, address in found}
+    return sorted(
+        f"ipv6:[{ip}]:{port}" if family == socket.AF_INET6 else f"ipv4:{ip}:{port}"
+        for family, ip in addresses
+    )
 
 
 class Replica(Generic[InfoT]):
@@ -55,7 +76,9 @@ class Replica(Generic[InfoT]):
 class ReplicaSet(Generic[InfoT]):
     """All replicas of one service, watched through grpc.health.v1.
 
-    A session stays with its replica; a new one goes to the ready replica with the fewest.
+    A `dns:` URI stands for every address its name has, each a replica of its own; the name is resolved again
+    and again, so that replicas may come and go. A session stays with its replica; a new one goes to the ready
+    replica with the fewest.
     """
 
     def __init__(
@@ -65,23 +88,66 @@ class ReplicaSet(Generic[InfoT]):
         *,
         get_info: Callable[[grpc.aio.Channel], Any],
         check: Callable[[InfoT], None],
+        resolve: Resolve = resolve_name,
+        resolve_interval_s: float = _RESOLVE_INTERVAL_S,
     ) -> None:
         self.service = service
-        self.replicas: list[Replica[InfoT]] = [Replica(uri, service) for uri in uris]
         self._get_info = get_info
         self._check = check
+        self._resolve = resolve
+        self._resolve_interval_s = resolve_interval_s
         self._changed = asyncio.Condition()
-        self._tasks = [asyncio.ensure_future(self._watch(replica)) for replica in self.replicas]
+        self._watched: dict[str, tuple[Replica[InfoT], asyncio.Task[None]]] = {}
+        self._unresolved: dict[str, str] = {}
+        for uri in uris:
+            if not uri.startswith("dns:"):
+                self._add(uri)
+        names = [uri for uri in uris if uri.startswith("dns:")]
+        self._resolving = [asyncio.ensure_future(self._follow_name(uri)) for uri in names]
+
+    @property
+    def replicas(self) -> list[Replica[InfoT]]:
+        """The replicas, ready or not."""
+        return [replica for replica, _ in self._watched.values()]
 
     async def close(self) -> None:
         """Stop watching and close the channels."""
-        for task in self._tasks:
+        for task in self._resolving:
             task.cancel()
-        for task in self._tasks:
-            with suppress(asyncio.CancelledError):
-                await task
-        for replica in self.replicas:
-            await replica.channel.close()
+        await asyncio.gather(*self._resolving, return_exceptions=True)
+        for uri in list(self._watched):
+            await self._remove(uri)
+
+    def _add(self, uri: str) -> None:
+        replica: Replica[InfoT] = Replica(uri, self.service)
+        self._watched[uri] = replica, asyncio.ensure_future(self._watch(replica))
+
+    async def _remove(self, uri: str) -> None:
+        replica, task = self._watched.pop(uri)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await replica.channel.close()
+
+    async def _follow_name(self, uri: str) -> None:
+        """Keep the replicas of a name in step with its addresses."""
+        mine: set[str] = set()
+        while True:
+            try:
+                found = set(await self._resolve(uri))
+                self._unresolved.pop(uri, None)
+            except OSError as error:
+                found = mine  # a failing name server does not make replicas go away
+                self._unresolved[uri] = f"the name cannot be resolved: {error}"
+            for address in found - self._watched.keys():
+                self._add(address)
+            for address in mine - found:
+                # Not while it is in use or answers health checks: it may only have left the name to drain.
+                if (replica := self._watched[address][0]).num_sessions or replica.is_ready:
+                    found.add(address)
+                else:
+                    await self._remove(address)
+            mine = found
+            await asyncio.sleep(self._resolve_interval_s)
 
     def pick(self, suits: Callable[[InfoT], bool] = lambda _: True) -> Replica[InfoT]:
         """The least busy ready replica that suits.
@@ -96,19 +162,32 @@ class ReplicaSet(Generic[InfoT]):
         ]
         if not fitting:
             name = self.service.rpartition(".")[2]
-            states = "; ".join(f"{r.uri}: {r.reason or 'does not suit'}" for r in self.replicas)
             raise UnavailableError(
-                f"No {name} replica is ready ({states or 'none configured'}). Start one, or check the "
+                f"No {name} replica is ready ({self.describe()}). Start one, or check the "
                 "gateway's addresses.",
                 reason="NO_REPLICA",
                 retry_after_s=1.0,
             )
         return min(fitting, key=lambda replica: replica.num_sessions)
 
+    def describe(self) -> str:
+        """Why each replica that is not used is not."""
+        known = {r.uri: r.reason or "does not suit" for r in self.replicas} | self._unresolved
+        return "; ".join(f"{uri}: {reason}" for uri, reason in known.items()) or "none configured"
+
     async def wait_until_ready(self) -> None:
         """Return once a replica is ready."""
         async with self._changed:
             await self._changed.wait_for(lambda: any(replica.is_ready for replica in self.replicas))
+
+    async def refresh(self) -> None:
+        """Ask every ready replica anew how busy it is; one that does not answer keeps what it said."""
+        ready = [replica for replica in self.replicas if replica.is_ready]
+        await asyncio.gather(*(self._refresh(replica) for replica in ready))
+
+    async def _refresh(self, replica: Replica[InfoT]) -> None:
+        with suppress(grpc.aio.AioRpcError):
+            replica.info = await self._get_info(replica.channel)
 
     @property
     def known_infos(self) -> list[InfoT]:
@@ -116,9 +195,10 @@ class ReplicaSet(Generic[InfoT]):
         return [replica.info for replica in self.replicas if replica.info is not None]
 
     @property
-    def all_known(self) -> bool:
-        """Whether every replica was ready at least once."""
-        return all(replica.info is not None for replica in self.replicas)
+    def is_known(self) -> bool:
+        """Whether a replica was ready at least once, or there is none to wait for."""
+        nothing_to_wait_for = not self.replicas and not self._resolving
+        return nothing_to_wait_for or bool(self.known_infos)
 
     async def _watch(self, replica: Replica[InfoT]) -> None:
         """Follow a replica's health for as long as the gateway runs."""
@@ -134,6 +214,9 @@ class ReplicaSet(Generic[InfoT]):
                 await self._mark(replica, f"{error.code().name}: {error.details()}")
             except SpecdecError as error:
                 await self._mark(replica, error.message)
+            except Exception as error:  # a replica that answers nonsense must not end its watch
+                logger.exception("watching a replica failed", extra={"uri": replica.uri})
+                await self._mark(replica, f"{type(error).__name__}: {error}")
             await asyncio.sleep(_RETRY_S)
 
     async def _update(self, replica: Replica[InfoT], status: int) -> None:
@@ -161,7 +244,13 @@ VERIFIER_SERVICE = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].f
 DRAFTER_SERVICE = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 
 
-def make_verifier_set(uris: Sequence[str], vocabulary_fingerprint: str) -> VerifierSet:
+def make_verifier_set(
+    uris: Sequence[str],
+    vocabulary_fingerprint: str,
+    *,
+    resolve: Resolve = resolve_name,
+    resolve_interval_s: float = _RESOLVE_INTERVAL_S,
+) -> VerifierSet:
     """Verifiers, of which those with the gateway's vocabulary are used."""
 
     def check(info: verifier_pb2.VerifierServiceGetInfoResponse) -> None:
@@ -175,7 +264,14 @@ def make_verifier_set(uris: Sequence[str], vocabulary_fingerprint: str) -> Verif
         info = await stub.GetInfo(request, timeout=_INFO_TIMEOUT_S)
         return info
 
-    return ReplicaSet(VERIFIER_SERVICE, uris, get_info=get_info, check=check)
+    return ReplicaSet(
+        VERIFIER_SERVICE,
+        uris,
+        get_info=get_info,
+        check=check,
+        resolve=resolve,
+        resolve_interval_s=resolve_interval_s,
+    )
 
 
 def make_drafter_set(uris: Sequence[str]) -> DrafterSet:

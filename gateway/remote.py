@@ -16,6 +16,7 @@ from specdec.errors import (
     RequestCancelledError,
     SpecdecError,
     UnavailableError,
+    UnimplementedError,
     from_rpc_error,
 )
 from specdec.handshake import check_handshake
@@ -55,6 +56,11 @@ class _Stream:
             raise await self._failure() from None
         if response is grpc.aio.EOF:
             raise await self._failure()
+        if response is None:
+            # What grpc.aio makes of bytes that are no message of the type.
+            raise UnavailableError(
+                f"{self._peer} sent a message that cannot be read.", reason="MALFORMED_REPLY"
+            )
         return response, time.monotonic_ns() - started_ns
 
     async def _failure(self) -> SpecdecError:
@@ -114,7 +120,7 @@ class RemoteVerifierSession:
         response, elapsed_ns = await self._stream.exchange(request)
         check_handshake(
             response.opened.handshake,
-            model_id="",
+            model_id=self._request.handshake.model_id,
             vocabulary_fingerprint=self._request.handshake.vocabulary_fingerprint,
         )
         return _verified(response.opened.first, elapsed_ns)
@@ -178,6 +184,10 @@ class RemoteDrafterSession:
         request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)
         response, elapsed_ns = await self._stream.exchange(request)
         result = response.result
+        if result.parent_indices:
+            raise UnimplementedError(
+                "The drafter sent a tree; only chains are supported.", reason="DRAFT_TREES"
+            )
         return Draft(tuple(result.draft_token_ids), result.timings.total_ns, elapsed_ns)
 
     async def close(self) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import suppress
 from functools import partial
 
 from gateway.config import GatewayConfig
-from gateway.generation import Backends
-from gateway.registry import make_drafter_set, make_verifier_set
+from gateway.plan import Backends
+from gateway.registry import VerifierSet, make_drafter_set, make_verifier_set
 from gateway.service import SERVICE_NAME, GatewayServicer
 from gateway.stats import GatewayMetrics
 from gateway.text import TextCodec
 from specdec.server import ServiceHost, run_service
 from specdec.telemetry import Telemetry
 from specdec.v1 import gateway_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_WAIT_REPORT_S = 5.0
 
 
 class GatewayServer:
@@ -37,11 +42,18 @@ class GatewayServer:
             make_drafter_set(self._config.drafter_uris),
             GatewayMetrics(self._telemetry.meter),
         )
-        await self.servicer.backends.verifiers.wait_until_ready()
+        await self._wait_for_a_verifier(self.servicer.backends.verifiers)
         # Drafters are welcome but not waited for for long: their absence only costs speed.
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drafter_wait_s if self._config.drafter else 0):
                 await self.servicer.backends.drafters.wait_until_ready()
+
+    async def _wait_for_a_verifier(self, verifiers: VerifierSet) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_WAIT_REPORT_S):
+                    return await verifiers.wait_until_ready()
+            logger.warning("waiting for a verifier", extra={"replicas": verifiers.describe()})
 
     async def close(self) -> None:
         """Stop watching and send what telemetry is buffered."""

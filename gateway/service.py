@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
+from typing import Any
 
 import grpc
-from opentelemetry.trace import use_span
+from opentelemetry.context import attach
+from opentelemetry.trace import set_span_in_context
 
-from gateway.generation import PLAIN, Backends, Generation, VerifierReplica, make_plan
+from gateway.generation import Generation, VerifierReplica
+from gateway.plan import PLAIN, Backends, make_plan
 from gateway.registry import Replica
 from gateway.remote import FINISH_REASONS
 from gateway.tracing import RequestTrace
@@ -16,7 +20,7 @@ from specdec import PROTOCOL_VERSION
 from specdec.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
 from specdec.server import remaining_timeout_s
 from specdec.telemetry import Telemetry
-from specdec.v1 import drafter_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
+from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 
 SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -42,27 +46,32 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         """One generation."""
         arrived_ns = time.monotonic_ns()
         backends = self._loaded()
-        if self._num_requests >= backends.config.max_requests:
-            raise ResourceExhaustedError(
-                f"The gateway runs {backends.config.max_requests} requests already; try again later.",
-                reason="TOO_MANY_REQUESTS",
-                retry_after_s=1.0,
-            )
         metadata = dict(context.invocation_metadata() or ())
         trace = RequestTrace(self._tracer, str(metadata.get("traceparent", "")))
+        # The call's task has this context to itself; log lines of the request carry its trace id.
+        attach(set_span_in_context(trace.span))
         self._num_requests += 1
         try:
-            with use_span(trace.span, record_exception=False, set_status_on_exception=False):
+            with backends.metrics.counting_refusals():
+                self._require_room(backends)
                 verifier = backends.verifiers.pick()
-                # Counted from the pick on: requests that come together must not all take the same replica.
-                with verifier.lease():
-                    await self._generate(request, context, backends, verifier, trace, arrived_ns)
+            # Counted from the pick on: requests that come together must not all take the same replica.
+            with verifier.lease():
+                await self._generate(request, context, backends, verifier, trace, arrived_ns)
         except BaseException as error:
             trace.fail(error)
             raise
         finally:
             self._num_requests -= 1
             trace.span.end()
+
+    def _require_room(self, backends: Backends) -> None:
+        if self._num_requests > backends.config.max_requests:
+            raise ResourceExhaustedError(
+                f"The gateway runs {backends.config.max_requests} requests already; try again later.",
+                reason="TOO_MANY_REQUESTS",
+                retry_after_s=1.0,
+            )
 
     async def _generate(
         self,
@@ -74,7 +83,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         arrived_ns: int,
     ) -> None:
         assert verifier.info is not None
-        plan = await make_plan(request, backends, verifier.info)
+        with backends.metrics.counting_refusals():
+            plan = await make_plan(request, backends, verifier.info)
         model_id = verifier.info.model.model_id
         trace.describe(model_id, plan.method, len(plan.prompt_token_ids))
         started = gateway_pb2.GenerateStarted(
@@ -115,6 +125,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.GatewayServiceGetInfoResponse:
         """The models, the methods and the replicas."""
         backends = self._loaded()
+        await asyncio.gather(backends.verifiers.refresh(), backends.drafters.refresh())
         known = backends.verifiers.known_infos
         default = backends.config.default_method
         return gateway_pb2.GatewayServiceGetInfoResponse(
@@ -123,30 +134,16 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             methods=backends.methods,
             default_method=default if default in backends.methods else PLAIN,
             default_max_new_tokens=backends.config.default_max_new_tokens,
-            verifiers=[_verifier_info(replica) for replica in backends.verifiers.replicas],
-            drafters=[_drafter_info(replica) for replica in backends.drafters.replicas],
+            verifiers=[_replica_info(r, verifier=r.info) for r in backends.verifiers.replicas],
+            drafters=[_replica_info(r, drafter=r.info) for r in backends.drafters.replicas],
         )
 
 
-def _verifier_info(
-    replica: Replica[verifier_pb2.VerifierServiceGetInfoResponse],
-) -> gateway_pb2.ReplicaInfo:
+def _replica_info(replica: Replica[Any], **info: Any) -> gateway_pb2.ReplicaInfo:
     return gateway_pb2.ReplicaInfo(
         uri=replica.uri,
         ready=replica.is_ready,
         num_sessions=replica.num_sessions,
         reason=replica.reason,
-        verifier=replica.info,
-    )
-
-
-def _drafter_info(
-    replica: Replica[drafter_pb2.DrafterServiceGetInfoResponse],
-) -> gateway_pb2.ReplicaInfo:
-    return gateway_pb2.ReplicaInfo(
-        uri=replica.uri,
-        ready=replica.is_ready,
-        num_sessions=replica.num_sessions,
-        reason=replica.reason,
-        drafter=replica.info,
+        **info,
     )

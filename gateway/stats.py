@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from opentelemetry.metrics import Meter
 
 from gateway.decode import Round
+from specdec.errors import SpecdecError, status_code
 from specdec.v1 import gateway_pb2
 
 
@@ -107,6 +110,15 @@ class GatewayMetrics:
         self._accepted_tokens.add(this.verified.num_accepted_tokens, labels)
         for position in range(this.verified.num_accepted_tokens):
             self._accepted_per_position.add(1, {**labels, "position": position})
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Count a request that is refused in the block, before it has a method: its label is empty."""
+        try:
+            yield
+        except SpecdecError as error:
+            self._requests.add(1, {"method": "", "outcome": status_code(error).name.lower()})
+            raise
 
     def add_request(
         self, model_id: str, method: str, outcome: str, timing: gateway_pb2.GenerateTiming

@@ -43,7 +43,7 @@ class TextCodec:
         folder = resolve_model(model, TOKENIZER_FILES)
         config = _read_json(folder / "tokenizer_config.json")
         template_file = folder / "chat_template.jinja"
-        template = template_file.read_text() if template_file.is_file() else config.get("chat_template") or ""
+        template = template_file.read_text() if template_file.is_file() else _inline_template(config)
         special = {
             key: value["content"] if isinstance(value, dict) else value
             for key, value in config.items()
@@ -203,7 +203,19 @@ def validate_stop_strings(stop_strings: Sequence[str]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except ValueError as error:
+        raise InvalidArgumentError(f"{path} cannot be parsed: {error}", field="tokenizer") from error
+
+
+def _inline_template(config: Mapping[str, Any]) -> str:
+    """Older checkpoints keep the template, or several named ones, in tokenizer_config.json."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default", "")
+    return str(template)
 
 
 def _compile(chat_template: str) -> Template:

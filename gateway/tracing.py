@@ -38,7 +38,7 @@ class RoundSpan:
         )
         context = set_span_in_context(self.span)
         for peer, answer in (("drafter", this.draft), ("verifier", this.verified)):
-            if answer.elapsed_ns:
+            if answer.elapsed_ns > answer.server_ns:
                 record_span(
                     self._tracer,
                     "specdec.transport",

@@ -17,6 +17,7 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 KEEPALIVE_TIME_S = 30
 """A silent connection is pinged this often, so that a dead peer is noticed within a minute."""
 
+_LOCAL_PREFIXES = ("unix:", "unix-abstract:", "127.", "localhost:", "[::1]:", "ipv4:127.", "ipv6:[::1]")
 URI_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
 
 
@@ -50,10 +51,11 @@ class TlsConfig:
             raise InvalidArgumentError(f"A TLS file cannot be read: {error}", field="tls") from error
 
 
-def client_options(service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
+def client_options(uri: str, service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
     """Channel arguments of a client.
 
     Args:
+        uri: where the channel goes; an http_proxy of the environment is not used for this host.
         service: full name of the gRPC service whose health decides which backends of a `dns:` name are
             used ("specdec.v1.VerifierService"); empty: none is checked.
         server_name: overrides the name checked in the server's certificate.
@@ -71,6 +73,8 @@ def client_options(service: str = "", server_name: str = "") -> list[tuple[str, 
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.service_config", json.dumps(service_config)),
     ]
+    if uri.startswith(_LOCAL_PREFIXES):
+        options.append(("grpc.enable_http_proxy", 0))
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
     return options
@@ -104,7 +108,7 @@ def parse_uris(text: str) -> tuple[str, ...]:
             "No address given; pass host:port, dns:///host:port, unix:/path, or several separated by commas."
         )
     for uri in uris:
-        if uri.startswith(URI_SCHEMES):
+        if uri.startswith(URI_SCHEMES) and not uri.startswith("dns:"):
             continue
         host, _, port = uri.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -116,7 +120,7 @@ def parse_uris(text: str) -> tuple[str, ...]:
 
 def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
     """An asyncio channel; must be created on the event loop that uses it."""
-    options = client_options(service, tls.server_name if tls else "")
+    options = client_options(uri, service, tls.server_name if tls else "")
     if tls:
         return grpc.aio.secure_channel(uri, tls.credentials(), options=options)
     return grpc.aio.insecure_channel(uri, options=options)
@@ -124,7 +128,7 @@ def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) ->
 
 def sync_channel(uri: str, *, tls: TlsConfig | None = None) -> grpc.Channel:
     """A blocking channel."""
-    options = client_options(server_name=tls.server_name if tls else "")
+    options = client_options(uri, server_name=tls.server_name if tls else "")
     if tls:
         return grpc.secure_channel(uri, tls.credentials(), options=options)
     return grpc.insecure_channel(uri, options=options)

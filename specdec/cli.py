@@ -56,7 +56,11 @@ def main() -> None:
     help="Target model: folder, Hugging Face id, or `default`, the embedded SmolLM2-135M-Instruct.",
 )
 @click.option(
-    "--dtype", default="bfloat16", show_default=True, help="Weight type: bfloat16, float16, float32."
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Weight data type.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Device of the target: cpu, cuda:0.")
 @click.option(
@@ -180,6 +184,8 @@ def generate(
     if prompt == "-":
         # Undecodable bytes become lone surrogates, which the client refuses with a clear error.
         prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    if not prompt.strip():
+        raise click.UsageError("The prompt is empty.")
     options = replace(options, raw=raw, num_top_logprobs=logprobs)
     full_prompt: Prompt = prompt if system is None else [Message("system", system), Message("user", prompt)]
     with Client(gateway, timeout_s=timeout_s) as client:

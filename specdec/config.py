@@ -4,15 +4,57 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import click
 
 from specdec.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelServiceConfig:
+    """What the two services that run models have in common."""
+
+    dtype: str = "bfloat16"
+    """Data type of weights and KV."""
+    device: str = "cpu"
+    """Device of weights and KV."""
+    threads: int = 0
+    """CPU threads of the model; 0: one per core. Fewer where other processes keep cores busy: an operation
+    ends when its last thread does."""
+    kv_cache_mib: float = 256.0
+    """Memory of a model's KV pool, MiB; allocated at start, never more."""
+    max_sessions: int = 64
+    """Most sessions at a time."""
+    max_num_draft_tokens: int = 64
+    """Most draft tokens in one round."""
+    prefill_chunk_tokens: int = 256
+    """Prompt tokens a session adds to one pass; a round waits for no more than that of each other session."""
+    max_batch_tokens: int = 1024
+    """Tokens of all sessions in one pass."""
+    drain_grace_s: float = 30.0
+    """How long running sessions may go on after SIGTERM, seconds."""
+    log_level: str = "info"
+    """Least severe log level written."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "kv_cache_mib",
+            "max_sessions",
+            "max_num_draft_tokens",
+            "prefill_chunk_tokens",
+            "max_batch_tokens",
+        )
+        require_not_negative(self, "drain_grace_s", "threads")
+
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -25,13 +67,16 @@ def config_options(
     Fields whose default is a tuple may be given several times.
     """
     docs = _field_docs(config_type)
+    allowed = {"log_level": _LOG_LEVELS, **(choices or {})}
 
     def decorate(command: CommandT) -> CommandT:
-        for entry in reversed(fields(config_type)):
+        # A service's own options first, then those it shares with others.
+        entries = sorted(fields(config_type), key=lambda entry: entry.name not in config_type.__annotations__)
+        for entry in reversed(entries):
             default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
             kind: Any = type(default[0] if isinstance(default, tuple) and default else default)
-            if choices and entry.name in choices:
-                kind = click.Choice(list(choices[entry.name]))
+            if entry.name in allowed:
+                kind = click.Choice(list(allowed[entry.name]))
             command = click.option(
                 f"--{entry.name.replace('_', '-')}",
                 entry.name,
@@ -52,7 +97,7 @@ def require_positive(config: object, *names: str) -> None:
         InvalidArgumentError: naming the option.
     """
     for name in names:
-        _require(getattr(config, name) > 0, config, name, "more than 0")
+        _require(0 < getattr(config, name) < math.inf, config, name, "a number more than 0")
 
 
 def require_not_negative(config: object, *names: str) -> None:
@@ -62,7 +107,7 @@ def require_not_negative(config: object, *names: str) -> None:
         InvalidArgumentError: naming the option.
     """
     for name in names:
-        _require(getattr(config, name) >= 0, config, name, "0 or more")
+        _require(0 <= getattr(config, name) < math.inf, config, name, "a number, 0 or more")
 
 
 def _require(is_right: bool, config: object, name: str, expected: str) -> None:
@@ -72,16 +117,16 @@ def _require(is_right: bool, config: object, name: str, expected: str) -> None:
 
 
 def _field_docs(config_type: type[Any]) -> dict[str, str]:
-    """The string literal under each field, which Python itself does not keep."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(config_type)))
-    body = tree.body[0].body  # type: ignore[attr-defined]
-    docs = {}
-    for field_node, doc_node in pairwise(body):
-        if (
-            isinstance(field_node, ast.AnnAssign)
-            and isinstance(field_node.target, ast.Name)
-            and isinstance(doc_node, ast.Expr)
-            and isinstance(doc_node.value, ast.Constant)
-        ):
-            docs[field_node.target.id] = " ".join(str(doc_node.value.value).split())
+    """The string literal under each field, inherited ones included, which Python itself does not keep."""
+    docs: dict[str, str] = {}
+    for owner in reversed(config_type.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
+        for field_node, doc_node in pairwise(body):
+            if (
+                isinstance(field_node, ast.AnnAssign)
+                and isinstance(field_node.target, ast.Name)
+                and isinstance(doc_node, ast.Expr)
+                and isinstance(doc_node.value, ast.Constant)
+            ):
+                docs[field_node.target.id] = " ".join(str(doc_node.value.value).split())
     return docs

@@ -166,7 +166,10 @@ class Generation:
         return tuple(token.token_id for token in self.tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as `specdec generate --json` prints it; `logprobs` is there if they were asked for."""
+        """The answer as `specdec generate --json` prints it.
+
+        `logprobs` is there if asked for; the number and the reason of fallback rounds if there were any.
+        """
         speculation = self.speculation
         result: dict[str, Any] = {
             "text": self.text,
@@ -187,6 +190,9 @@ class Generation:
             },
             "trace_id": self.trace_id,
         }
+        if speculation.num_fallback_rounds:
+            result["speculation"]["num_fallback_rounds"] = speculation.num_fallback_rounds
+            result["speculation"]["fallback_reason"] = speculation.fallback_reason
         if any(token.logprob is not None for token in self.tokens):
             result["logprobs"] = [
                 {"logprob": token.logprob, "top": [list(pair) for pair in token.top_logprobs]}

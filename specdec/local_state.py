@@ -74,8 +74,8 @@ def state_dir() -> Path:
 
 
 def _private(directory: Path) -> Path:
+    # A directory that is there already keeps its mode; the file in it is private by its own.
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.chmod(0o700)
     if not os.access(directory, os.W_OK):
         raise PermissionError(f"{directory} is not writable")
     return directory

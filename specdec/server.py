@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
+import click
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,10 +21,12 @@ from grpc_reflection.v1alpha import reflection
 
 from specdec.channel import server_options
 from specdec.errors import InternalError, InvalidArgumentError, SpecdecError, to_status
+from specdec.telemetry import Telemetry, setup_logging, telemetry_from_environment
 
 logger = logging.getLogger(__name__)
 
 _Message = TypeVar("_Message")
+ConfigT = TypeVar("ConfigT")
 _OUR_METHODS = "/specdec.v1."
 
 
@@ -172,8 +177,9 @@ class ServiceHost:
         """
         await self._set_health(serving=False)
         try:
+            _require_unused(self._listen)
             port = self._server.add_insecure_port(self._listen)
-        except RuntimeError as error:
+        except (RuntimeError, FileExistsError) as error:
             raise InvalidArgumentError(
                 f"Cannot listen on {self._listen}: the port is in use or the address is not this host's. "
                 "Pass another one with --listen.",
@@ -198,6 +204,19 @@ class ServiceHost:
         """Report NOT_SERVING, refuse new calls, give running ones `grace_s` seconds, then cancel them."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+
+
+def _require_unused(listen: str) -> None:
+    """Refuse a unix socket that a server answers on; gRPC would take it away from that server."""
+    path = listen.removeprefix("unix:")
+    if path == listen:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return  # nobody there: a file left behind is replaced
+    raise FileExistsError(path)
 
 
 async def run_service(
@@ -235,25 +254,54 @@ async def run_service(
     finally:
         for task in (loading, stopped):
             task.cancel()
-            with suppress(asyncio.CancelledError, SpecdecError):
-                await task
+        await asyncio.gather(loading, stopped, return_exceptions=True)
         await host.stop(grace_s)
         await close()
     logger.info("stopped")
 
 
-def main_loop(main: Callable[[], Awaitable[None]]) -> int:
-    """Run a service's coroutine; its exit code: 0 after a drain, 2 with a message for a wrong set-up."""
+class RunnableServer(Protocol):
+    """A service put together."""
+
+    async def run(self) -> None:
+        """Serve until a signal, then drain."""
+
+
+def serve_from_command_line(
+    name: str,
+    config_type: Callable[..., ConfigT],
+    options: Mapping[str, object],
+    make_server: Callable[[ConfigT, Telemetry], RunnableServer],
+) -> NoReturn:
+    """Run a service process; exits with 0 after a drain, with 2 and a message for a wrong set-up."""
     try:
-        asyncio.run(_as_coroutine(main))
+        config = config_type(**options)
+    except SpecdecError as error:
+        raise click.UsageError(error.message) from error
+    setup_logging(name, str(options["log_level"]))
+
+    async def serve() -> None:
+        # Made on the loop it serves on.
+        await make_server(config, telemetry_from_environment(name)).run()
+
+    try:
+        asyncio.run(serve())
     except SpecdecError as error:
         logger.error(error.message, extra={"reason": error.reason})
-        return 2
-    return 0
+        _exit(2)
+    except Exception:
+        logger.exception("the service failed")
+        _exit(1)
+    _exit(0)
 
 
-async def _as_coroutine(main: Callable[[], Awaitable[None]]) -> None:
-    await main()
+def _exit(code: int) -> NoReturn:
+    """End the process at once: a load that was cut short still runs native code on its thread, which would
+    abort the interpreter's own way out."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def remaining_timeout_s(context: grpc.aio.ServicerContext[Any, Any], margin_s: float = 0.05) -> float | None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc
+from opentelemetry.context import attach
 from opentelemetry.trace import SpanKind
 
 from specdec import PROTOCOL_VERSION
@@ -57,6 +58,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 "The first message of a Verify stream must be an open.", reason="ROUND_BEFORE_OPEN"
             )
         arrived_ns = time.monotonic_ns()
+        attach(context_of(request.traceparent))  # log lines of the session carry its trace id
         check_handshake(
             request.open.handshake,
             model_id=verifier.loaded.model_id,

@@ -50,7 +50,11 @@ class Verifier:
         Raises:
             SpecdecError: the model cannot be served as configured.
         """
-        return cls(load_causal_lm(config.model, dtype=config.dtype, device=config.device), config, thread)
+        return cls(
+            load_causal_lm(config.model, dtype=config.dtype, device=config.device, threads=config.threads),
+            config,
+            thread,
+        )
 
     def close(self) -> None:
         """Stop the engine thread."""

@@ -69,6 +69,8 @@ def find_damage(directory: Path) -> str:
         manifest = json.loads((directory / _MANIFEST).read_text())
         if manifest["format"] != _FORMAT or manifest["wheel_sha256"] != _WHEEL_SHA256:
             return "made by another version"
+        if not {"config.json", "model.safetensors", "tokenizer.json"} <= set(manifest["files"]):
+            return "files are missing"
         for name, digest in manifest["files"].items():
             if _sha256(directory / name) != digest:
                 return f"{name} was changed"
@@ -111,7 +113,9 @@ def _run(command: list[str], step: str) -> None:
         tail = "\n".join((result.stderr or result.stdout).strip().splitlines()[-5:])
         raise UnavailableError(
             f"The embedded model could not be made ({step} failed, exit code {result.returncode}): {tail}\n"
-            "Pass another model with --model, or check that pip can reach its index."
+            "Pass another model, check that pip can reach its index, and that torch and transformers are "
+            "installed where it is made (pip install 'specdec[models]'); it can then be copied to "
+            f"{cache_directory()} of machines without them."
         )
 
 

@@ -76,6 +76,8 @@ class ModelThread:
         future: Future[ValueT] = Future()
 
         def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -124,11 +126,6 @@ class Engine(Generic[ItemT, ResultT]):
         self._closed = False
         self._thread = thread or ModelThread("engine")
         self._thread.submit(self._run)
-
-    @property
-    def queue_depth(self) -> int:
-        """Items waiting."""
-        return len(self._waiting)
 
     async def submit(self, item: ItemT) -> EngineResult[ResultT]:
         """Run one item. Cancelling the caller drops an item that waits, and the result of one that runs.

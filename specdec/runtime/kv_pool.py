@@ -105,7 +105,7 @@ class KvPool:
         """
         if num_tokens > self.capacity_tokens:
             raise InvalidArgumentError(
-                f"The request needs KV for {num_tokens} tokens (prompt, max_new_tokens and draft), the whole "
+                f"The request needs KV for {num_tokens} tokens (prompt and max_new_tokens), the whole "
                 f"pool holds {self.capacity_tokens}; shorten the prompt, lower max_new_tokens, or start the "
                 "service with a larger --kv-cache-mib.",
                 field="max_new_tokens",
@@ -123,6 +123,13 @@ class KvPool:
         for block in blocks:
             self._free[block] = 0
         return KvAllocation(blocks, None if _is_run(blocks) else self._slot_ids(blocks))
+
+    def clear(self, allocation: KvAllocation) -> None:
+        """Zero an allocation's slots, on the engine thread: an infinity left by another session would come
+        through the mask as NaN."""
+        slots = allocation.slots(0, allocation.capacity)
+        for tensor in (*self.keys.values(), *self.values.values()):
+            tensor[slots] = 0
 
     def free(self, allocation: KvAllocation) -> None:
         """Give the blocks back."""

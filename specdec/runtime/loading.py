@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdec.errors import InvalidArgumentError, NotFoundError
+from specdec.errors import InvalidArgumentError
 from specdec.model_files import model_id, resolve_model, vocabulary_fingerprint
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ class LoadedModel:
     model_id: str
     vocabulary_fingerprint: str
     eos_token_ids: tuple[int, ...]
-    folder: Path
 
 
 def tune_process() -> None:
@@ -43,8 +42,11 @@ def tune_process() -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def load_causal_lm(model: str, *, dtype: str, device: str) -> LoadedModel:
+def load_causal_lm(model: str, *, dtype: str, device: str, threads: int = 0) -> LoadedModel:
     """Load a model by folder, hub id or "default".
+
+    Args:
+        threads: CPU threads of this process's models; 0: as torch chooses.
 
     Raises:
         NotFoundError: there is no such model.
@@ -55,6 +57,8 @@ def load_causal_lm(model: str, *, dtype: str, device: str) -> LoadedModel:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
@@ -65,8 +69,6 @@ def load_causal_lm(model: str, *, dtype: str, device: str) -> LoadedModel:
         loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
         )
-    except NotFoundError:
-        raise
     except Exception as error:  # damaged files surface as many types
         raise InvalidArgumentError(
             f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}", field="model"
@@ -83,7 +85,6 @@ def load_causal_lm(model: str, *, dtype: str, device: str) -> LoadedModel:
         model_id=model_id(model),
         vocabulary_fingerprint=vocabulary_fingerprint(folder),
         eos_token_ids=_eos_token_ids(loaded),
-        folder=folder,
     )
 
 

@@ -56,6 +56,9 @@ class PackedModel:
         Returns:
             Per segment the logits [num_logits, vocab_size] of its last tokens, in the model's dtype.
         """
+        for segment in segments:
+            if segment.start == 0:
+                self.pool.clear(segment.allocation)
         return self._forward(Pass(segments, self._write_slots(segments)))
 
     def _forward(self, current: Pass) -> list[Tensor]:

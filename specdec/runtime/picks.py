@@ -131,7 +131,8 @@ def truncate(scores: Tensor, sampling: SamplingParams) -> None:
 def _top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
     """Score [num_rows, 1] of the last token in the smallest set that reaches top_p."""
     vocab_size = scores.shape[-1]
-    log_total = scores.logsumexp(-1, keepdim=True)
+    # In double: the order of a sum may depend on the number of rows, and its last bit would show in fp32.
+    log_total = scores.double().logsumexp(-1, keepdim=True)
     num_candidates = min(_TOP_P_CANDIDATES, vocab_size)
     while True:
         # A few hundred candidates nearly always hold the mass; sorting the vocabulary is far dearer.

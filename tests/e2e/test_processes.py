@@ -273,3 +273,15 @@ def test_a_wrong_start_ends_with_one_message_and_exit_code_2(name: str, system: 
     assert fragment in result.stderr + result.stdout
     assert "Traceback" not in result.stderr + result.stdout
     assert health_of(system.verifier, "") == "SERVING"
+
+
+def test_sigterm_while_the_model_loads_ends_in_order(tiny_llama: Path) -> None:
+    command = [sys.executable, "-m", "verifier_service", "--listen", "127.0.0.1:0", "--dtype", "float32"]
+    command += ["--model", str(tiny_llama)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert any("listening" in line for line in process.stderr)
+        process.terminate()
+        log = process.stderr.read()
+        assert process.wait(30) == 0, log
+        assert '"stopped"' in log

@@ -46,7 +46,15 @@ def reference(model: Path, prompt: Sequence[int], max_new_tokens: int) -> list[i
 
 
 async def generate(system: System, prompt: Sequence[int], **options: object) -> list[int]:
+    """The output, of which it is certain that the method asked for had its part in it."""
     result = await system.client.generate(prompt, GenerateOptions(**options))  # type: ignore[arg-type]
+    speculation = result.speculation
+    assert speculation.method == options["method"]
+    assert speculation.fallback_reason == ""
+    if speculation.num_rounds > 1 and options["method"] in ("wrong", "same", "noisy"):
+        assert speculation.num_draft_tokens >= speculation.num_rounds - 1
+    if options["method"] == "wrong":
+        assert speculation.num_accepted_tokens < speculation.num_draft_tokens / 4
     return list(result.token_ids)
 
 

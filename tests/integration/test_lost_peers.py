@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
 from drafter_service.registry import FAMILIES, DrafterSpec
+from gateway.remote import RemoteDrafterSession
 from specdec.client import GenerateOptions
 from specdec.errors import DeadlineExceededError, RequestCancelledError, UnavailableError
+from specdec.v1 import drafter_pb2
 from tests.raw_streams import until
 from tests.refusals import PROMPT, assert_healthy, shared
 from tests.systems import System, running_drafter, running_system, running_verifier
@@ -229,3 +232,23 @@ async def test_a_hanging_drafter_costs_a_request_its_draft_timeout(
         assert 200 <= result.timing.total_ms < 1000
         release.set()
         await assert_healthy(system)
+
+
+async def test_bytes_that_are_no_message_are_a_lost_peer_and_no_defect() -> None:
+    async def garble(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        await anext(requests)
+        await context.write(b"\xff\xff\xff")
+
+    class Garbling(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:  # type: ignore[type-arg]
+            return grpc.stream_stream_rpc_method_handler(garble)
+
+    server = grpc.aio.server(handlers=[Garbling()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        session = RemoteDrafterSession(channel, "garbled", timeout_s=5)
+        with pytest.raises(UnavailableError, match="cannot be read"):
+            await session.open(drafter_pb2.DraftOpen())
+        await session.close()
+    await server.stop(0)

@@ -393,7 +393,7 @@ class TestOverload:
 
 class TestTransport:
     def test_both_sides_agree_on_sizes_and_keepalive(self) -> None:
-        ours, theirs = dict(client_options()), dict(server_options())
+        ours, theirs = dict(client_options("dns:///a:1")), dict(server_options())
         for options in (ours, theirs):
             assert options["grpc.max_receive_message_length"] == MAX_MESSAGE_BYTES
             assert options["grpc.keepalive_time_ms"] > 0
@@ -403,6 +403,9 @@ class TestTransport:
         # A client that pings more often than this is cut off.
         assert theirs["grpc.http2.min_ping_interval_without_data_ms"] < ours["grpc.keepalive_time_ms"]
         assert theirs["grpc.so_reuseport"] == 0
+        for local in ("127.0.0.1:1", "unix:/tmp/x"):
+            assert dict(client_options(local))["grpc.enable_http_proxy"] == 0
+        assert "grpc.enable_http_proxy" not in ours
 
     async def test_messages_past_the_default_limit_pass_and_huge_ones_are_refused(
         self, tiny_llama: Path

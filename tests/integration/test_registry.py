@@ -110,9 +110,9 @@ class TestSpreading:
             async with cluster.held_sessions(4):
                 await eventually(are_even)
                 served = [verifier.servicer.verifier for verifier in cluster.verifiers]
-                assert [verifier.num_sessions for verifier in served if verifier] == [2, 2]
+                await eventually(lambda: [verifier.num_sessions for verifier in served if verifier] == [2, 2])
                 hosts = [drafter.servicer.host for drafter in cluster.drafters]
-                assert [host.num_sessions for host in hosts if host] == [2, 2]
+                await eventually(lambda: [host.num_sessions for host in hosts if host] == [2, 2])
 
             async def are_none() -> bool:
                 return await cluster.sessions() == ([0, 0], [0, 0])
@@ -145,6 +145,17 @@ class TestSpreading:
 
 
 class TestHealth:
+    async def test_info_tells_the_load_of_now(self, tiny_llama: Path) -> None:
+        async with running_cluster(tiny_llama) as cluster:
+
+            async def shows_sessions() -> bool:
+                infos = [replica.info for replica in (await cluster.info()).verifiers]
+                assert all(isinstance(info, VerifierInfo) for info in infos)
+                return all(i.num_sessions == 1 and i.kv_free_tokens < i.kv_capacity_tokens for i in infos)  # type: ignore[union-attr]
+
+            async with cluster.held_sessions(2):
+                await eventually(shows_sessions)
+
     async def test_a_stopped_replica_is_not_used_until_it_is_back(self, tiny_llama: Path) -> None:
         async with running_verifier(tiny_llama) as (stays_at, _), AsyncExitStack() as other:
             goes_at, _ = await other.enter_async_context(running_verifier(tiny_llama))

@@ -78,6 +78,16 @@ def test_rollback_past_the_window_leaves_no_trace(pair: tuple[PackedModel, list[
     packed.pool.free(allocation)
 
 
+def test_what_another_session_left_is_not_seen(pair: tuple[PackedModel, list[Tensor]]) -> None:
+    packed, expected = pair
+    for tensor in (*packed.pool.keys.values(), *packed.pool.values.values()):
+        tensor.fill_(float("nan"))
+    text, allocation = TEXTS[0], packed.pool.allocate(len(TEXTS[0]))
+    logits = packed.forward([Segment(allocation, 0, text[:40], 40)])[0]
+    assert torch.allclose(logits, expected[0][:40], atol=TOLERANCE, rtol=TOLERANCE)
+    packed.pool.free(allocation)
+
+
 class _TwistedAttention:
     """Makes a model's own attention differ from what the pool's attention computes."""
 

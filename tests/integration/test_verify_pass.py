@@ -1,0 +1,51 @@
+"""`specdec bench pass` drives a real verifier and leaves it as it was."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from specdec.bench import noise, verify_pass
+from specdec.errors import InvalidArgumentError
+from tests.integration.gated_drafter import eventually
+from tests.systems import running_verifier
+
+
+async def test_rows_are_measured_in_the_order_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    async with running_verifier(tiny_llama) as (address, server):
+        rows = await asyncio.to_thread(
+            verify_pass.measure,
+            address,
+            sizes=[1, 5, 3],
+            context_tokens=40,
+            repeats=4,
+            on_progress=lambda done, total: progress.append((done, total)),
+        )
+        verifier = server.servicer.verifier
+        assert verifier
+        await eventually(lambda: verifier.num_sessions == 0)
+        assert verifier.pool.free_tokens == verifier.pool.capacity_tokens
+    assert [row.num_tokens for row in rows] == [1, 5, 3]
+    assert rows[0].relative_to_first == 1.0
+    for row in rows:
+        assert 0 < row.compute_ms_p50 <= row.total_ms_p50 <= row.round_trip_ms_p50
+    assert progress[-1][0] == progress[-1][1] == len(progress)
+
+    verify_pass.write(tmp_path / "out", rows, {"model": "tiny"})
+    written = json.loads((tmp_path / "out" / verify_pass.RESULTS_FILE).read_text())
+    assert written["provenance"]["model"] == "tiny"
+    assert [row["num_tokens"] for row in written["rows"]] == [1, 5, 3]
+
+
+async def test_a_refusal_is_a_typed_error(tiny_llama: Path) -> None:
+    async with running_verifier(tiny_llama) as (address, _):
+        with pytest.raises(InvalidArgumentError, match="context"):
+            await asyncio.to_thread(verify_pass.measure, address, sizes=[1], context_tokens=5000, repeats=1)
+
+
+def test_the_noise_of_a_round_is_timed() -> None:
+    assert noise.measure(num_positions=2, vocab_size=100, repeats=3) > 0
