@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from drafter_service.config import DrafterConfig
+from drafter_service.config import STREAM_FEATURES, DrafterConfig
 from specdec.config import config_options
 from specdec.runtime.loading import DTYPES, tune_process
 
 
 @click.command(context_settings={"show_default": True})
-@config_options(DrafterConfig, choices={"dtype": DTYPES})
+@config_options(DrafterConfig, choices={"dtype": DTYPES, "stream_features": STREAM_FEATURES})
 def main(**options: object) -> None:
     """Serve drafters: each round, guess the tokens the target will pick next.
 

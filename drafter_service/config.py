@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from specdec.config import ModelServiceConfig, require_positive
 from specdec.errors import InvalidArgumentError
 
+STREAM_FEATURES = ("projected", "raw")
+
 
 @dataclass(frozen=True, slots=True)
 class DrafterConfig(ModelServiceConfig):
@@ -23,10 +25,19 @@ class DrafterConfig(ModelServiceConfig):
     ngram_max: int = 4
     """Longest n-gram the ngram drafter looks up, tokens; longer matches are preferred."""
 
+    target: str = ""
+    """The target's checkpoint, a folder or hub id, for drafters that use its embedding and LM head and cannot
+    map the verifier's; those two tensors alone are read."""
+    mirror_mib: float = 1024.0
+    """Memory for target state that is streamed, MiB, all sessions together."""
+    stream_features: str = "projected"
+    """How hidden states are streamed to a drafter that projects them: "projected" by the verifier, which is
+    less to send, or "raw"."""
+
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.
         super(DrafterConfig, self).__post_init__()
-        require_positive(self, "ngram_min")
+        require_positive(self, "ngram_min", "mirror_mib")
         if self.ngram_max < self.ngram_min:
             raise InvalidArgumentError("--ngram-max must not be less than --ngram-min.", field="ngram_max")
         if not self.drafter:

@@ -6,10 +6,12 @@ import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
 from specdec.errors import (
+    FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
@@ -18,17 +20,30 @@ from specdec.errors import (
 )
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.sampling import validate_token_ids
+from specdec.target_state import TargetStateRef
+
+if TYPE_CHECKING:
+    from specdec.runtime.state_reader import StateReader
 
 logger = logging.getLogger(__name__)
 
 
 class DrafterHost:
-    """Opens draft sessions and runs their rounds. Used from one event loop."""
+    """Opens draft sessions and runs their rounds. Used from one event loop.
+
+    Args:
+        reader: of target state; None: no drafter needs any.
+    """
 
     def __init__(
-        self, drafters: Mapping[str, Drafter], config: DrafterConfig, thread: ModelThread | None = None
+        self,
+        drafters: Mapping[str, Drafter],
+        config: DrafterConfig,
+        thread: ModelThread | None = None,
+        reader: StateReader | None = None,
     ) -> None:
         self.drafters = drafters
+        self.reader = reader
         self.config = config
         self.num_sessions = 0
         self._engine: Engine[DraftItem, list[int]] = Engine(
@@ -80,10 +95,16 @@ class DrafterHost:
         session = drafter.open(request)
         self.num_sessions += 1
         try:
+            if self.reader and drafter.info.target_state_spec:
+                session.state = self.reader.open(
+                    drafter.info.target_state_spec, request.max_length, drafter.projection
+                )
             yield session
         finally:
             self.num_sessions -= 1
             drafter.close(session)
+            if session.state:
+                await session.state.close()
 
     def commit(
         self,
@@ -100,6 +121,30 @@ class DrafterHost:
         """
         validate_token_ids("committed_token_ids", list(committed_token_ids), drafter.info.vocab_size)
         session.commit(committed_token_ids, committed_length)
+
+    async def read_state(self, drafter: Drafter, session: DraftSession, ref: TargetStateRef | None) -> None:
+        """Get at the target's state of this round, where the drafter reads any.
+
+        Raises:
+            FailedPreconditionError: it was not sent, is another round's, or belongs to no live session.
+            UnavailableError: the stream of state broke.
+        """
+        if session.state is None or self.reader is None:
+            return
+        if ref is None:
+            raise FailedPreconditionError(
+                f"{drafter.info.name} reads the target's state, and the round has no handle on it.",
+                reason="NO_TARGET_STATE",
+            )
+        if ref.cached_length != len(session.token_ids) - 1:
+            raise FailedPreconditionError(
+                f"The handle is of {ref.cached_length} positions; with {len(session.token_ids)} committed "
+                "tokens it must be of one less.",
+                reason="STALE_BASE",
+            )
+        session.view = await session.state.view(ref)
+        if drafter.info.needs_target_weights:
+            session.target_weights = await self.reader.weights(ref.verifier_uri)
 
     async def prefill(self, drafter: Drafter, session: DraftSession) -> None:
         """Read the prompt chunk by chunk, so that other sessions' drafts go between."""
@@ -122,7 +167,10 @@ class DrafterHost:
                 field="num_draft_tokens",
             )
         num_tokens = session.num_prefill_tokens + 1
-        return await self._engine.submit(DraftItem(drafter, session, num_draft_tokens, num_tokens))
+        drafted = await self._engine.submit(DraftItem(drafter, session, num_draft_tokens, num_tokens))
+        if session.state:
+            session.state.check()
+        return drafted
 
 
 def _step(items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:

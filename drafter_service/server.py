@@ -38,12 +38,20 @@ class DrafterServer:
         drafters = await asyncio.wrap_future(
             self._thread.submit(lambda: load_drafters(self._config, self._families))
         )
-        self.servicer.host = DrafterHost(drafters, self._config, self._thread)
+        reader = None
+        if any(drafter.info.target_state_spec for drafter in drafters.values()):
+            # Imported here: a process with the ngram drafter alone starts without torch.
+            from drafter_service.state import load_reader
+
+            reader = await asyncio.wrap_future(self._thread.submit(lambda: load_reader(self._config)))
+        self.servicer.host = DrafterHost(drafters, self._config, self._thread, reader)
 
     async def close(self) -> None:
         """Stop the engine and send what telemetry is buffered."""
         if self.servicer.host:
             await asyncio.to_thread(self.servicer.host.close)
+            if self.servicer.host.reader:
+                await self.servicer.host.reader.close()
         self._thread.close(wait=False)  # a load under way is not waited for
         await asyncio.to_thread(self._telemetry.shutdown)
 

@@ -16,6 +16,7 @@ from specdec.errors import FailedPreconditionError, UnavailableError
 from specdec.handshake import check_handshake, make_handshake
 from specdec.runtime.engine import EngineResult
 from specdec.sampling import SamplingParams
+from specdec.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
 
@@ -32,6 +33,9 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         self._tracer = telemetry.tracer
         self._rounds = telemetry.meter.create_counter(
             "specdec.drafter.rounds", unit="{round}", description="Drafts answered"
+        )
+        self._state_bytes = telemetry.meter.create_counter(
+            "specdec.drafter.target_state", unit="By", description="Target state read, by storage"
         )
 
     def _loaded(self) -> DrafterHost:
@@ -81,6 +85,9 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             )
         message = request.round
         host.commit(drafter, session, message.committed_token_ids, message.committed_length)
+        ref = message.target_state if message.HasField("target_state") else None
+        await host.read_state(drafter, session, TargetStateRef.from_proto(ref) if ref else None)
+        state_ns = time.monotonic_ns() - arrived_ns
         drafted = await host.propose(drafter, session, message.num_draft_tokens)
         self._rounds.add(1, {"method": drafter.info.name})
         total_ns = time.monotonic_ns() - arrived_ns
@@ -96,9 +103,23 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 "specdec.queue_ns": drafted.queue_ns,
                 "specdec.compute_ns": drafted.compute_ns,
                 "specdec.batch_size": drafted.batch_size,
+                **self._describe_state(session, state_ns),
             },
         )
         return drafter_pb2.DraftResult(draft_token_ids=drafted.value, timings=_timings(drafted, total_ns))
+
+    def _describe_state(self, session: DraftSession, state_ns: int) -> dict[str, str | int]:
+        """Span attributes of the target state that was read, which is counted, too."""
+        if session.state is None or session.view is None or session.state.link is None:
+            return {}
+        storage = session.state.link.storage.value
+        num_bytes = session.state.take_num_new_bytes()
+        self._state_bytes.add(num_bytes, {"storage": storage})
+        return {
+            "specdec.target_state.storage": storage,
+            "specdec.target_state.bytes": num_bytes,
+            "specdec.target_state.wait_ns": state_ns,
+        }
 
     async def GetInfo(  # noqa: N802
         self,
@@ -114,6 +135,15 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             drafters=[_info(drafter.info) for drafter in host.drafters.values()],
             max_sessions=host.config.max_sessions,
             num_sessions=host.num_sessions,
+            state_links=[
+                drafter_pb2.StateLink(
+                    verifier_uri=link.verifier_uri,
+                    storage=STORAGE_TO_PROTO[link.storage],
+                    num_sessions=count,
+                    fallback_reason=link.fallback_reason,
+                )
+                for link, count in (host.reader.links if host.reader else ())
+            ],
         )
 
 
@@ -149,4 +179,5 @@ def _info(info: DrafterInfo) -> drafter_pb2.DrafterInfo:
         ),
         max_num_draft_tokens=info.max_num_draft_tokens,
         default_num_draft_tokens=info.default_num_draft_tokens,
+        target_state_spec=info.target_state_spec.to_proto() if info.target_state_spec else None,
     )

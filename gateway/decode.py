@@ -38,6 +38,8 @@ class Verified:
     """Time the verifier itself took, nanoseconds."""
     elapsed_ns: int = 0
     """Time until the answer was here, nanoseconds."""
+    target_state: StateHandle | None = None
+    """Where the drafter finds the target's state as of this answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,14 @@ class Round:
         """What the round commits, all of it the target's picks."""
         accepted = self.draft.token_ids[: self.verified.num_accepted_tokens]
         return (*accepted, self.verified.bonus_token_id)
+
+
+class StateHandle(Protocol):
+    """Target state as the gateway sees it: something one service hands out and the other takes."""
+
+    @property
+    def cached_length(self) -> int:
+        """Positions that may be read."""
 
 
 class VerifierSession(Protocol):
@@ -71,7 +81,11 @@ class DraftSource(Protocol):
     """Where drafts come from. Never raises: without a guess the draft is empty."""
 
     async def propose(
-        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+        self,
+        committed_token_ids: Sequence[int],
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
         """Guess what follows the committed tokens."""
 
@@ -104,7 +118,10 @@ async def decode(
         with trace.round() as span:
             # A round commits one token more than it accepts, so the last remaining token needs no draft.
             wanted = min(num_draft_tokens, max_length - len(committed) - 1)
-            draft = await drafter.propose(committed, wanted, span.traceparent) if wanted > 0 else Draft()
+            draft = Draft()
+            if wanted > 0:
+                state = this.verified.target_state
+                draft = await drafter.propose(committed, wanted, span.traceparent, state)
             verified = await verifier.verify(len(committed), draft.token_ids, span.traceparent)
             this = Round(draft, verified)
             span.describe(this)

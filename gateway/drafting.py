@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from gateway.decode import Draft
+from gateway.decode import Draft, StateHandle
 from specdec.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -38,6 +38,7 @@ class DrafterSession(Protocol):
         committed_length: int,
         num_draft_tokens: int,
         traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
 
@@ -53,7 +54,11 @@ class NoDrafts:
     """The draft source of plain decoding."""
 
     async def propose(
-        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+        self,
+        committed_token_ids: Sequence[int],
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
         """No guess."""
         return Draft()
@@ -105,13 +110,17 @@ class DraftLink:
             await self._session.close()
 
     async def propose(
-        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+        self,
+        committed_token_ids: Sequence[int],
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
         """A draft, or an empty one that says why."""
         started_ns = time.monotonic_ns()
         try:
             async with asyncio.timeout(self._timeout_s):
-                draft = await self._propose(committed_token_ids, num_draft_tokens, traceparent)
+                draft = await self._propose(committed_token_ids, num_draft_tokens, traceparent, target_state)
         except TimeoutError:
             if self._opening:
                 # Not yet a failure: the rounds go on and it may join later, even if it is done this moment.
@@ -132,7 +141,11 @@ class DraftLink:
         return Draft(server_ns=waited_ns, elapsed_ns=waited_ns, fallback_reason=self._reason)
 
     async def _propose(
-        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+        self,
+        committed_token_ids: Sequence[int],
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft | None:
         """A draft; None while there is no drafter to ask."""
         session = await self._ready_session(committed_token_ids)
@@ -140,7 +153,8 @@ class DraftLink:
             return None
         new = committed_token_ids[self._num_sent :]
         self._num_sent = len(committed_token_ids)
-        draft = await session.propose(new, len(committed_token_ids), num_draft_tokens, traceparent)
+        num_committed = len(committed_token_ids)
+        draft = await session.propose(new, num_committed, num_draft_tokens, traceparent, target_state)
         self._check(draft, num_draft_tokens)
         return draft
 

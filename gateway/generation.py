@@ -15,7 +15,7 @@ from gateway.stats import SpeculationTally
 from gateway.text import TextStream, TextToken
 from gateway.tracing import RequestTrace
 from specdec.handshake import make_handshake
-from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, verifier_pb2
+from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
 
 VerifierReplica = Replica[verifier_pb2.VerifierServiceGetInfoResponse]
 
@@ -45,6 +45,7 @@ class Generation:
         self._text = TextStream(backends.codec, request.stop_strings)
         self._tally = SpeculationTally(plan.method)
         self._emitted: list[gateway_pb2.Token] = []
+        self._state_spec = self._find_state_spec()
 
     async def run(self, verifier: VerifierReplica) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
         """Chunks, then the closing message.
@@ -133,6 +134,7 @@ class Generation:
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
             max_new_tokens=self._plan.max_new_tokens,
+            target_state_spec=self._state_spec,
         )
         if request.HasField("num_top_logprobs"):
             message.num_top_logprobs = request.num_top_logprobs
@@ -150,10 +152,29 @@ class Generation:
         )
         return await stack.enter_async_context(link)
 
+    def _find_state_spec(self) -> target_state_pb2.TargetStateSpec | None:
+        """What the method's drafter reads of the target; None: nothing, or no such drafter is known yet."""
+        if not self._plan.num_draft_tokens:
+            return None
+        found = (find_drafter(info, self._plan.method) for info in self._backends.drafters.known_infos)
+        drafter = next((drafter for drafter in found if drafter), None)
+        if drafter is None or not drafter.HasField("target_state_spec"):
+            return None
+        return drafter.target_state_spec
+
+    def _fits(self, info: drafter_pb2.DrafterServiceGetInfoResponse) -> bool:
+        """Whether a drafter service offers the method, reading what this session's verifier exports."""
+        drafter = find_drafter(info, self._plan.method)
+        if drafter is None:
+            return False
+        if not drafter.HasField("target_state_spec"):
+            return True
+        return self._state_spec is None or drafter.target_state_spec == self._state_spec
+
     async def _connect_drafter(self, committed_token_ids: Sequence[int]) -> DrafterSession:
         """Open a session on the least busy replica that offers the method."""
         method, plan = self._plan.method, self._plan
-        replica = self._backends.drafters.pick(lambda info: find_drafter(info, method) is not None)
+        replica = self._backends.drafters.pick(self._fits)
         session = RemoteDrafterSession(replica.channel, replica.uri, self._timeout_s)
         leased = LeasedDrafterSession(session, replica)
         try:

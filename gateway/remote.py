@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 
-from gateway.decode import Draft, TokenLogprobs, Verified
+from gateway.decode import Draft, StateHandle, TokenLogprobs, Verified
 from specdec.errors import (
     DeadlineExceededError,
+    FailedPreconditionError,
     RequestCancelledError,
     SpecdecError,
     UnavailableError,
@@ -20,7 +22,14 @@ from specdec.errors import (
     from_rpc_error,
 )
 from specdec.handshake import check_handshake
-from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
+from specdec.v1 import (
+    common_pb2,
+    drafter_pb2,
+    drafter_pb2_grpc,
+    target_state_pb2,
+    verifier_pb2,
+    verifier_pb2_grpc,
+)
 
 _CLOSE_TIMEOUT_S = 1.0
 _DEADLINE_SLACK_S = 0.01
@@ -33,6 +42,34 @@ FINISH_REASONS = {
     verifier_pb2.FINISH_REASON_LENGTH: "length",
     verifier_pb2.FINISH_REASON_STOP_STRING: "stop_string",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteState:
+    """Handle on a session's target state, as its verifier gave it out."""
+
+    opened: target_state_pb2.TargetStateRef | None
+    """With all tensors, as of the opening; None: the session exports none."""
+    cached_length: int
+    """Positions that may be read."""
+    refusal: str = ""
+    """Why the session exports none although it was asked to."""
+
+    def message(self, *, with_tensors: bool) -> target_state_pb2.TargetStateRef | None:
+        """What a drafter is sent."""
+        if self.opened is None:
+            return None
+        if with_tensors:
+            message = target_state_pb2.TargetStateRef()
+            message.CopyFrom(self.opened)
+            message.cached_length = self.cached_length
+            return message
+        return target_state_pb2.TargetStateRef(
+            session_id=self.opened.session_id,
+            verifier_uri=self.opened.verifier_uri,
+            generation=self.opened.generation,
+            cached_length=self.cached_length,
+        )
 
 
 class _Stream:
@@ -107,6 +144,7 @@ class RemoteVerifierSession:
         call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
         self._stream = _Stream(call, f"Verifier {uri}")
         self._request = request
+        self._state: RemoteState | None = None
 
     async def __aenter__(self) -> RemoteVerifierSession:
         return self
@@ -123,7 +161,11 @@ class RemoteVerifierSession:
             model_id=self._request.handshake.model_id,
             vocabulary_fingerprint=self._request.handshake.vocabulary_fingerprint,
         )
-        return _verified(response.opened.first, elapsed_ns)
+        first, refusal = response.opened.first, response.opened.target_state_refusal
+        if first.HasField("target_state") or refusal:
+            opened = first.target_state if first.HasField("target_state") else None
+            self._state = RemoteState(opened, first.cached_length, refusal)
+        return _verified(first, elapsed_ns, self._state)
 
     async def verify(
         self, base_committed_length: int, draft_token_ids: Sequence[int], traceparent: str
@@ -134,10 +176,14 @@ class RemoteVerifierSession:
         )
         request = verifier_pb2.VerifyRequest(round=message, traceparent=traceparent)
         response, elapsed_ns = await self._stream.exchange(request)
-        return _verified(response.result, elapsed_ns)
+        if self._state:
+            self._state = replace(self._state, cached_length=response.result.cached_length)
+        return _verified(response.result, elapsed_ns, self._state)
 
 
-def _verified(result: verifier_pb2.VerifyResult, elapsed_ns: int) -> Verified:
+def _verified(
+    result: verifier_pb2.VerifyResult, elapsed_ns: int, target_state: RemoteState | None
+) -> Verified:
     return Verified(
         num_accepted_tokens=result.num_accepted_tokens,
         bonus_token_id=result.bonus_token_id,
@@ -145,6 +191,7 @@ def _verified(result: verifier_pb2.VerifyResult, elapsed_ns: int) -> Verified:
         logprobs=tuple(_logprobs(entry) for entry in result.logprobs),
         server_ns=result.timings.total_ns,
         elapsed_ns=elapsed_ns,
+        target_state=target_state,
     )
 
 
@@ -158,6 +205,7 @@ class RemoteDrafterSession:
     def __init__(self, channel: grpc.aio.Channel, uri: str, timeout_s: float | None) -> None:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
         self._stream = _Stream(call, f"Drafter {uri}")
+        self._knows_state = False
 
     async def open(self, message: drafter_pb2.DraftOpen) -> None:
         """Start the session; the drafter reads the committed tokens."""
@@ -174,12 +222,14 @@ class RemoteDrafterSession:
         committed_length: int,
         num_draft_tokens: int,
         traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
         message = drafter_pb2.DraftRound(
             committed_token_ids=new_token_ids,
             committed_length=committed_length,
             num_draft_tokens=num_draft_tokens,
+            target_state=self._state_message(target_state),
         )
         request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)
         response, elapsed_ns = await self._stream.exchange(request)
@@ -189,6 +239,23 @@ class RemoteDrafterSession:
                 "The drafter sent a tree; only chains are supported.", reason="DRAFT_TREES"
             )
         return Draft(tuple(result.draft_token_ids), result.timings.total_ns, elapsed_ns)
+
+    def _state_message(self, state: StateHandle | None) -> target_state_pb2.TargetStateRef | None:
+        """The handle, with its tensors the first time.
+
+        Raises:
+            FailedPreconditionError: the verifier refused to export what the drafter needs.
+        """
+        if state is None:
+            return None
+        assert isinstance(state, RemoteState)
+        if state.refusal:
+            raise FailedPreconditionError(
+                f"the verifier exports no target state: {state.refusal}", reason="NO_TARGET_STATE"
+            )
+        message = state.message(with_tensors=not self._knows_state)
+        self._knows_state = True
+        return message
 
     async def close(self) -> None:
         """End the session."""

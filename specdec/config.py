@@ -33,10 +33,15 @@ class ModelServiceConfig:
     """Most sessions at a time."""
     max_num_draft_tokens: int = 64
     """Most draft tokens in one round."""
-    prefill_chunk_tokens: int = 256
-    """Prompt tokens a session adds to one pass; a round waits for no more than that of each other session."""
+    prefill_chunk_tokens: int = 128
+    """Prompt tokens a session adds to one pass, and all sessions together to one with rounds, which wait."""
     max_batch_tokens: int = 1024
     """Tokens of all sessions in one pass."""
+    target_state: str = "auto"
+    """How target state goes from verifier to drafter: "handle" (mapped; refuses where that cannot be),
+    "stream" (over gRPC), or "auto" (handle on one host or GPU, else stream)."""
+    shared_dir: str = "/dev/shm"
+    """Memory-backed directory of the handles, the same for verifiers and drafters of a host."""
     drain_grace_s: float = 30.0
     """How long running sessions may go on after SIGTERM, seconds."""
     log_level: str = "info"
@@ -54,6 +59,7 @@ class ModelServiceConfig:
         require_not_negative(self, "drain_grace_s", "threads")
 
 
+TARGET_STATE_MODES = ("auto", "handle", "stream")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -67,7 +73,7 @@ def config_options(
     Fields whose default is a tuple may be given several times.
     """
     docs = _field_docs(config_type)
-    allowed = {"log_level": _LOG_LEVELS, **(choices or {})}
+    allowed = {"log_level": _LOG_LEVELS, "target_state": TARGET_STATE_MODES, **(choices or {})}
 
     def decorate(command: CommandT) -> CommandT:
         # A service's own options first, then those it shares with others.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, verifier_pb2
+from specdec.target_state import STORAGE_TO_PROTO
+from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class DrafterInfo:
     """Most tokens drafted in a round."""
     default_num_draft_tokens: int
     """Tokens drafted in a round when a request does not say."""
+    reads_target_state: bool
+    """Whether it reads hidden states or KV of the target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,26 @@ class VerifierInfo:
     """Sessions now, of all gateways."""
     eos_token_ids: tuple[int, ...]
     """The model's own end tokens."""
+    state_storage: str
+    """How a drafter on the same host or GPU gets at target state: "shared_memory", "cuda_ipc" or "stream"."""
+    num_state_sessions: int
+    """Sessions that export target state."""
+    num_state_streams: int
+    """Streams of target state."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateLinkInfo:
+    """How sessions of a drafter service read one verifier's target state."""
+
+    verifier_uri: str
+    """Where the verifier says it can be reached."""
+    storage: str
+    """"shared_memory", "cuda_ipc" or "stream"."""
+    num_sessions: int
+    """Sessions that read it so."""
+    fallback_reason: str
+    """Why it is streamed though a handle was offered; empty: none was, or it is not streamed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +94,8 @@ class DrafterServiceInfo:
     """Most sessions at a time, all drafters together."""
     num_sessions: int
     """Sessions now, of all gateways."""
+    state_links: tuple[StateLinkInfo, ...]
+    """Where sessions read target state now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +177,9 @@ def _verifier(message: verifier_pb2.VerifierServiceGetInfoResponse) -> VerifierI
         max_sessions=message.max_sessions,
         num_sessions=message.num_sessions,
         eos_token_ids=tuple(message.eos_token_ids),
+        state_storage=_storage(message.state_storage),
+        num_state_sessions=message.num_state_sessions,
+        num_state_streams=message.num_state_streams,
     )
 
 
@@ -163,7 +191,22 @@ def _drafter_service(message: drafter_pb2.DrafterServiceGetInfoResponse) -> Draf
             model=_model(drafter.model) if drafter.model.model_id else None,
             max_num_draft_tokens=drafter.max_num_draft_tokens,
             default_num_draft_tokens=drafter.default_num_draft_tokens,
+            reads_target_state=drafter.HasField("target_state_spec"),
         )
         for drafter in message.drafters
     )
-    return DrafterServiceInfo(drafters, message.max_sessions, message.num_sessions)
+    links = tuple(
+        StateLinkInfo(
+            verifier_uri=link.verifier_uri,
+            storage=_storage(link.storage),
+            num_sessions=link.num_sessions,
+            fallback_reason=link.fallback_reason,
+        )
+        for link in message.state_links
+    )
+    return DrafterServiceInfo(drafters, message.max_sessions, message.num_sessions, links)
+
+
+def _storage(number: target_state_pb2.StateStorage) -> str:
+    """Name of a storage; empty: not known."""
+    return next((kind.value for kind, known in STORAGE_TO_PROTO.items() if known == number), "")

@@ -12,6 +12,7 @@ from rich.style import Style
 from rich.table import Table
 
 from specdec.client import DrafterServiceInfo, GatewayInfo, Generation, ReplicaInfo, Token, VerifierInfo
+from specdec.gateway_info import StateLinkInfo
 
 DRAFT_STYLE = Style(color="green")
 """Colour of tokens that the drafter proposed and the target accepted."""
@@ -160,11 +161,29 @@ def _runs(replica: ReplicaInfo) -> str:
             return (
                 f"{verifier.model.model_id if verifier.model else '-'}, K up to "
                 f"{verifier.max_num_draft_tokens}, KV {verifier.kv_free_tokens} of "
-                f"{verifier.kv_capacity_tokens} tokens free"
+                f"{verifier.kv_capacity_tokens} tokens free\ntarget state by {_state_offer(verifier)}"
             )
         case DrafterServiceInfo() as service:
-            return ", ".join(
+            drafters = ", ".join(
                 f"{drafter.name} (K {drafter.default_num_draft_tokens}, up to {drafter.max_num_draft_tokens})"
                 for drafter in service.drafters
             )
+            return "\n".join([drafters, *map(_state_link, service.state_links)])
     return "-"
+
+
+_STORAGE_NAMES = {"shared_memory": "handle (shared memory)", "cuda_ipc": "handle (CUDA IPC)"}
+
+
+def _state_offer(verifier: VerifierInfo) -> str:
+    """How a verifier's target state is read, and by how many sessions now."""
+    offer = _STORAGE_NAMES.get(verifier.state_storage, "stream only")
+    if not verifier.num_state_sessions:
+        return offer
+    return f"{offer}; {verifier.num_state_sessions} sessions, {verifier.num_state_streams} of them streamed"
+
+
+def _state_link(link: StateLinkInfo) -> str:
+    how = _STORAGE_NAMES.get(link.storage, "stream")
+    reason = f": {link.fallback_reason}" if link.fallback_reason else ""
+    return f"reads {link.verifier_uri} by {how}{reason} ({link.num_sessions} sessions)"

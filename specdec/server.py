@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _Message = TypeVar("_Message")
 ConfigT = TypeVar("ConfigT")
 _OUR_METHODS = "/specdec.v1."
+_METHOD_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class _HouseInterceptor(grpc.aio.ServerInterceptor):
         handler: Any = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(_OUR_METHODS):
             return handler  # type: ignore[no-any-return]
-        kind = next(k for k in ("unary_unary", "unary_stream", "stream_stream") if getattr(handler, k))
+        kind = next(kind for kind in _METHOD_KINDS if getattr(handler, kind))
         wrapped = _with_errors(getattr(handler, kind), handler.request_streaming)
         decode = _tolerant(handler.request_deserializer)
         return handler._replace(**{kind: wrapped, "request_deserializer": decode})  # type: ignore[no-any-return]
@@ -158,6 +159,8 @@ class ServiceHost:
     """
 
     def __init__(self, service: str, register: Callable[[grpc.aio.Server], None], listen: str) -> None:
+        self.address = listen
+        """Where it listens, with the real port once it does."""
         self._service = service
         self._listen = listen
         self._server = grpc.aio.server(interceptors=[_HouseInterceptor()], options=server_options())
@@ -187,9 +190,9 @@ class ServiceHost:
                 reason="ADDRESS_IN_USE",
             ) from error
         await self._server.start()
-        if self._listen.startswith("unix"):
-            return self._listen
-        return f"{self._listen.rpartition(':')[0]}:{port}"
+        if not self._listen.startswith("unix"):
+            self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+        return self.address
 
     async def set_serving(self) -> None:
         """Report SERVING."""

@@ -47,6 +47,8 @@ class VerifyStream(RawStream):
 
     token_ids: list[int]
     """Committed tokens, prompt included."""
+    opened: verifier_pb2.VerifyOpened
+    """The answer to the open."""
 
     async def open(
         self, prompt: Sequence[int], *, max_new_tokens: int = 8, **fields: Any
@@ -55,7 +57,7 @@ class VerifyStream(RawStream):
         fields = {"handshake": make_handshake(), "max_new_tokens": max_new_tokens, **fields}
         message = verifier_pb2.VerifyOpen(prompt_token_ids=prompt, **fields)
         answer = await self.ask(verifier_pb2.VerifyRequest(open=message))
-        self.token_ids = list(prompt)
+        self.token_ids, self.opened = list(prompt), answer.opened
         return self._take((), answer.opened.first)
 
     async def round(self, draft: Sequence[int] = (), base: int | None = None) -> verifier_pb2.VerifyResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.config import ModelServiceConfig
+from specdec.config import ModelServiceConfig, require_positive
 from specdec.runtime.embedded import DEFAULT_MODEL
 
 
@@ -16,3 +16,13 @@ class VerifierConfig(ModelServiceConfig):
     """Address to serve on: host:port or unix:/path."""
     model: str = DEFAULT_MODEL
     """Target model: "default" (SmolLM2-135M-Instruct), a folder, or a hub id."""
+    advertise: str = ""
+    """Address at which drafters reach this replica to stream target state; empty: --listen, with this
+    host's name where that is every interface."""
+    max_hidden_layers: int = 16
+    """Most layers whose hidden states are kept for drafters, in memory besides the KV pool."""
+
+    def __post_init__(self) -> None:
+        # The two-argument form: slots make another class object than the one super() would look for.
+        super(VerifierConfig, self).__post_init__()
+        require_positive(self, "max_hidden_layers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from functools import partial
 
 from specdec.runtime.engine import ModelThread
@@ -27,8 +28,9 @@ class VerifierServer:
 
     async def load(self) -> None:
         """Load the model off the event loop, so that health checks are answered meanwhile."""
+        uri = self._config.advertise or _reachable(self.host.address)
         self.servicer.verifier = await asyncio.wrap_future(
-            self._thread.submit(lambda: Verifier.load(self._config, self._thread))
+            self._thread.submit(lambda: Verifier.load(self._config, self._thread, uri))
         )
 
     async def close(self) -> None:
@@ -41,3 +43,9 @@ class VerifierServer:
     async def run(self) -> None:
         """Serve until a signal, then drain."""
         await run_service(self.host, load=self.load, close=self.close, grace_s=self._config.drain_grace_s)
+
+
+def _reachable(address: str) -> str:
+    """A listen address as others may use it: every interface becomes this host's name."""
+    host, _, port = address.rpartition(":")
+    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "*") else address

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import grpc
 from opentelemetry.context import attach
 from opentelemetry.trace import SpanKind
 
 from specdec import PROTOCOL_VERSION
-from specdec.errors import FailedPreconditionError, UnavailableError, UnimplementedError
+from specdec.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnavailableError,
+    UnimplementedError,
+)
 from specdec.handshake import check_handshake, make_handshake
+from specdec.runtime.target_view import Projection, num_projection_bytes
 from specdec.sampling import SamplingParams
+from specdec.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from verifier_service.acceptance import FinishReason
 from verifier_service.session import OpenRequest, Session
+from verifier_service.state_export import StateChunk
 from verifier_service.verifier import Timed, Verifier
 
 SERVICE_NAME = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
@@ -38,6 +48,9 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         self._tracer = telemetry.tracer
         self._rounds = telemetry.meter.create_counter(
             "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
+        )
+        self._state_bytes = telemetry.meter.create_counter(
+            "specdec.verifier.streamed_state", unit="By", description="Target state sent to drafters"
         )
 
     def _loaded(self) -> Verifier:
@@ -66,9 +79,11 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         )
         async with verifier.open(_open_request(request.open)) as session:
             timed = await verifier.prefill(session)
-            result = self._result(session, timed, arrived_ns, request.traceparent, 0)
+            result = self._result(session, timed, arrived_ns, request.traceparent, 0, is_first=True)
             handshake = make_handshake(verifier.loaded.model_id, verifier.loaded.vocabulary_fingerprint)
-            opened = verifier_pb2.VerifyOpened(handshake=handshake, first=result)
+            opened = verifier_pb2.VerifyOpened(
+                handshake=handshake, first=result, target_state_refusal=session.state_refusal
+            )
             await context.write(verifier_pb2.VerifyResponse(opened=opened))
             async for request in requests:
                 result = await self._round(verifier, session, request)
@@ -92,7 +107,14 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         return self._result(session, timed, arrived_ns, request.traceparent, len(message.draft_token_ids))
 
     def _result(
-        self, session: Session, timed: Timed, arrived_ns: int, traceparent: str, num_draft_tokens: int
+        self,
+        session: Session,
+        timed: Timed,
+        arrived_ns: int,
+        traceparent: str,
+        num_draft_tokens: int,
+        *,
+        is_first: bool = False,
     ) -> verifier_pb2.VerifyResult:
         total_ns = time.monotonic_ns() - arrived_ns
         acceptance = timed.verdict.acceptance
@@ -123,6 +145,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 )
                 for own, top in timed.verdict.logprobs
             ],
+            target_state=session.state.ref(with_tensors=is_first).to_proto() if session.state else None,
             timings=common_pb2.PhaseTimings(
                 total_ns=total_ns,
                 queue_ns=timed.queue_ns,
@@ -138,8 +161,54 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             target_state_pb2.StreamTargetStateRequest, target_state_pb2.StreamTargetStateResponse
         ],
     ) -> None:
-        """No session exports state."""
-        raise UnimplementedError("This verifier exports no target state.", reason="TARGET_STATE")
+        """A session's state, position by position, until the session ends."""
+        verifier = self._loaded()
+        if verifier.config.target_state == "handle":
+            raise UnimplementedError(
+                "This verifier shares target state by handle only (--target-state handle).",
+                reason="NO_STATE_STREAM",
+            )
+        export = verifier.export
+        state = export.find(request.session_id)
+        projection = export.projection(request.projection_sha256) if request.projection_sha256 else None
+        async with aclosing(export.stream(state, request.start_position, projection)) as chunks:
+            async for chunk in chunks:
+                self._state_bytes.add(sum(map(len, chunk.rows.values())))
+                await context.write(_chunk(chunk))
+
+    async def PutProjection(  # noqa: N802
+        self,
+        requests: AsyncIterator[target_state_pb2.PutProjectionRequest],
+        context: grpc.aio.ServicerContext[
+            target_state_pb2.PutProjectionRequest, target_state_pb2.PutProjectionResponse
+        ],
+    ) -> target_state_pb2.PutProjectionResponse:
+        """Take a projection's weights."""
+        export = self._loaded().export
+        info, data = None, bytearray()
+        async for request in requests:
+            if info is None:
+                info = ProjectionInfo.from_proto(request.projection)
+                export.check_projection_size(info)
+            if len(data) + len(request.data) > num_projection_bytes(info):
+                raise InvalidArgumentError("More data than the projection's sizes say.", field="data")
+            data += request.data
+        if info is None:
+            raise InvalidArgumentError("No projection was sent.", field="projection")
+        # Hashing a large one takes a while; no torch operation runs on that thread.
+        projection = await asyncio.to_thread(Projection.from_bytes, info, data)
+        export.put_projection(projection)
+        return target_state_pb2.PutProjectionResponse()
+
+    async def GetTargetWeights(  # noqa: N802
+        self,
+        request: target_state_pb2.GetTargetWeightsRequest,
+        context: grpc.aio.ServicerContext[
+            target_state_pb2.GetTargetWeightsRequest, target_state_pb2.GetTargetWeightsResponse
+        ],
+    ) -> target_state_pb2.GetTargetWeightsResponse:
+        """Where embedding and LM head are."""
+        return (await self._loaded().weights()).to_proto()
 
     async def GetInfo(  # noqa: N802
         self,
@@ -166,12 +235,14 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             max_sessions=verifier.config.max_sessions,
             num_sessions=verifier.num_sessions,
             eos_token_ids=verifier.loaded.eos_token_ids,
+            state_storage=STORAGE_TO_PROTO[verifier.export.storage],
+            num_state_sessions=verifier.export.num_sessions,
+            num_state_streams=verifier.export.num_streams,
         )
 
 
 def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
-    if message.HasField("target_state_spec"):
-        raise UnimplementedError("This verifier exports no target state.", reason="TARGET_STATE")
+    spec = message.target_state_spec if message.HasField("target_state_spec") else None
     return OpenRequest(
         prompt_token_ids=tuple(message.prompt_token_ids),
         max_new_tokens=message.max_new_tokens,
@@ -180,4 +251,13 @@ def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
         ignore_eos=message.ignore_eos,
         num_resumed_tokens=message.num_resumed_tokens,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
+        target_state_spec=TargetStateSpec.from_proto(spec) if spec else None,
+    )
+
+
+def _chunk(chunk: StateChunk) -> target_state_pb2.StreamTargetStateResponse:
+    return target_state_pb2.StreamTargetStateResponse(
+        start_position=chunk.start,
+        num_positions=chunk.stop - chunk.start,
+        tensors=[target_state_pb2.TensorRows(name=name, data=data) for name, data in chunk.rows.items()],
     )

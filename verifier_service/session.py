@@ -9,7 +9,9 @@ from specdec.errors import FailedPreconditionError
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
 from specdec.sampling import SamplingParams
+from specdec.target_state import TargetStateSpec
 from verifier_service.acceptance import Acceptance, FinishReason
+from verifier_service.state_export import ExportedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class OpenRequest:
     ignore_eos: bool = False
     num_resumed_tokens: int = 0
     num_top_logprobs: int | None = None
+    target_state_spec: TargetStateSpec | None = None
 
 
 class Session:
@@ -33,6 +36,8 @@ class Session:
         stop_token_ids: every token that ends the generation, the model's own included.
         allocation: KV slots for `max_length` tokens.
         max_length: most tokens, prompt included.
+        state: what the session exports; None: nothing.
+        state_refusal: why it exports nothing although something was asked for.
     """
 
     def __init__(
@@ -42,7 +47,11 @@ class Session:
         stop_token_ids: frozenset[int],
         allocation: KvAllocation,
         max_length: int,
+        state: ExportedState | None = None,
+        state_refusal: str = "",
     ) -> None:
+        self.state = state
+        self.state_refusal = state_refusal
         self.sampling = request.sampling
         self.num_top_logprobs = request.num_top_logprobs
         self.stop_token_ids = stop_token_ids
@@ -93,6 +102,8 @@ class Session:
         self.token_ids.append(acceptance.bonus_token_id)
         self.finish_reason = acceptance.finish_reason
         self._assert_invariants()
+        if self.state:
+            self.state.advance(self.cached_length)
 
     def _assert_invariants(self) -> None:
         assert 0 <= self.cached_length < self.committed_length <= self.max_length

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from specdec.errors import SpecdecError
+from specdec.errors import InternalError, SpecdecError
 from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import Picker, top_logprobs
 from verifier_service.acceptance import Acceptance, accept
 from verifier_service.session import Session
+
+logger = logging.getLogger(__name__)
 
 TokenLogprobs = tuple[float, list[tuple[int, float]]]
 """Log probability of an emitted token, and the best (token id, log probability) pairs."""
@@ -62,7 +66,17 @@ class VerifyItem:
         return Segment(self.session.allocation, self.session.cached_length, tokens, num_logits=len(tokens))
 
 
-StepItem = PrefillChunk | VerifyItem
+@dataclass(frozen=True, slots=True)
+class SideWork:
+    """Anything else the engine thread has to do; it runs after the pass."""
+
+    function: Callable[[], Any]
+    num_tokens: int = 0
+    is_urgent: bool = True
+
+
+PassItem = PrefillChunk | VerifyItem
+StepItem = PassItem | SideWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +95,21 @@ class TargetModel:
         self._packed = packed
         self._picker = Picker(packed.vocab_size, packed.device)
 
-    def step(self, items: Sequence[StepItem]) -> Sequence[Verdict | SpecdecError | None]:
-        """One forward pass over all items; None for a prefill chunk that is not its prompt's last."""
-        logits = self._packed.forward([item.segment() for item in items])
+    def step(self, items: Sequence[StepItem]) -> Sequence[Verdict | SpecdecError | Any]:
+        """One forward pass over all items, then side work.
+
+        Returns:
+            A verdict per item; None for a prefill chunk that is not its prompt's last; of side work, what
+            its function returned.
+        """
+        in_pass = [item for item in items if not isinstance(item, SideWork)]
+        verdicts = iter(self._pass(in_pass) if in_pass else ())
+        return [_run(item) if isinstance(item, SideWork) else next(verdicts) for item in items]
+
+    def _pass(self, items: Sequence[PassItem]) -> list[Verdict | None]:
+        captured = {name for item in items if item.session.state for name in item.session.state.hidden_names}
+        logits = self._packed.forward([item.segment() for item in items], captured)
+        self._packed.pool.memory.record()
         deciding = [index for index, rows in enumerate(logits) if len(rows)]
         drafts = {index: _draft_of(items[index]) for index in deciding}
         picks = self._picker.pick(
@@ -96,7 +122,18 @@ class TargetModel:
         return verdicts
 
 
-def _draft_of(item: StepItem) -> Sequence[int]:
+def _run(work: SideWork) -> Any:
+    """Side work's result; its failure is its own."""
+    try:
+        return work.function()
+    except SpecdecError as error:
+        return error
+    except Exception as error:
+        logger.exception("side work failed")
+        return InternalError(f"The engine failed: {type(error).__name__}: {error}")
+
+
+def _draft_of(item: PassItem) -> Sequence[int]:
     return item.draft_token_ids if isinstance(item, VerifyItem) else ()
 
 

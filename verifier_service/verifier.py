@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError
+import torch
+
+from specdec.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
+from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.state_memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
+from specdec.runtime.target_weights import TargetWeightsRef, share_weights
 from specdec.sampling import validate_num_top_logprobs, validate_token_ids
+from specdec.target_state import TargetStateSpec
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest, Session
-from verifier_service.target_model import PrefillChunk, StepItem, TargetModel, Verdict, VerifyItem
+from verifier_service.state_export import ExportedState, StateExport
+from verifier_service.target_model import (
+    PrefillChunk,
+    SideWork,
+    StepItem,
+    TargetModel,
+    Verdict,
+    VerifyItem,
+)
+
+logger = logging.getLogger(__name__)
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +48,49 @@ class Timed:
 
 
 class Verifier:
-    """Opens sessions and runs their rounds. Used from one event loop."""
+    """Opens sessions and runs their rounds. Used from one event loop.
+
+    Args:
+        uri: where drafters reach it.
+    """
 
     def __init__(
-        self, loaded: LoadedModel, config: VerifierConfig, thread: ModelThread | None = None
+        self,
+        loaded: LoadedModel,
+        config: VerifierConfig,
+        thread: ModelThread | None = None,
+        *,
+        uri: str = "",
     ) -> None:
         self.config = config
         self.loaded = loaded
-        packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20))
+        packed = PackedModel(
+            loaded.model,
+            kv_budget_bytes=int(config.kv_cache_mib * 2**20),
+            memory=_make_memory(config, loaded.model.device),
+        )
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
         self.pool = packed.pool
         self.num_sessions = 0
-        self._engine: Engine[StepItem, Verdict | None] = Engine(
-            TargetModel(packed).step, max_batch_tokens=config.max_batch_tokens, thread=thread
+        self._weights: TargetWeightsRef | None = None
+        self._engine: Engine[StepItem, Any] = Engine(
+            TargetModel(packed).step,
+            max_batch_tokens=config.max_batch_tokens,
+            max_background_tokens=config.prefill_chunk_tokens,
+            thread=thread,
+        )
+        self.export = StateExport(
+            packed.pool,
+            packed.capture,
+            _attention_types(packed),
+            uri=uri,
+            max_hidden_layers=config.max_hidden_layers,
+            run_on_engine=self._run_on_engine,
         )
 
     @classmethod
-    def load(cls, config: VerifierConfig, thread: ModelThread) -> Verifier:
+    def load(cls, config: VerifierConfig, thread: ModelThread, uri: str) -> Verifier:
         """Load the model and allocate the pool; takes seconds. To be called on `thread`.
 
         Raises:
@@ -54,11 +100,30 @@ class Verifier:
             load_causal_lm(config.model, dtype=config.dtype, device=config.device, threads=config.threads),
             config,
             thread,
+            uri=uri,
         )
 
     def close(self) -> None:
-        """Stop the engine thread."""
+        """Stop the engine thread and take the state out of the shared directory."""
         self._engine.close()
+        self.pool.memory.close()
+
+    async def _run_on_engine(self, function: Callable[[], ValueT]) -> ValueT:
+        value: ValueT = (await self._engine.submit(SideWork(function))).value
+        return value
+
+    async def weights(self) -> TargetWeightsRef:
+        """Where the model's embedding and LM head are; they are moved there when first asked for.
+
+        Raises:
+            ResourceExhaustedError: there is no room.
+        """
+        if self._weights is None:
+            model, memory, model_id = self.loaded.model, self.pool.memory, self.loaded.model_id
+            self._weights = await self._run_on_engine(
+                lambda: self._weights or share_weights(model, memory, model_id)
+            )
+        return self._weights
 
     @asynccontextmanager
     async def open(self, request: OpenRequest) -> AsyncIterator[Session]:
@@ -77,17 +142,36 @@ class Verifier:
             )
         allocation = self.pool.allocate(max_length)
         self.num_sessions += 1
+        state: ExportedState | None = None
         try:
+            state, refusal = await self._open_state(request.target_state_spec, allocation)
             eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
             yield Session(
                 request,
                 stop_token_ids=request.stop_token_ids | eos,
                 allocation=allocation,
                 max_length=max_length,
+                state=state,
+                state_refusal=refusal,
             )
         finally:
             self.num_sessions -= 1
+            self._engine.forget(allocation)
+            if state:
+                self.export.close(state)
             self.pool.free(allocation)
+
+    async def _open_state(
+        self, spec: TargetStateSpec | None, allocation: KvAllocation
+    ) -> tuple[ExportedState | None, str]:
+        """What a session exports, or why it does not: state is the drafter's need, not the generation's."""
+        if spec is None:
+            return None, ""
+        try:
+            return await self.export.open(spec, allocation), ""
+        except SpecdecError as error:
+            logger.warning("a session exports no state", extra={"reason": error.message})
+            return None, error.message
 
     async def prefill(self, session: Session) -> Timed:
         """Run the prompt through the target chunk by chunk and commit the first token."""
@@ -95,7 +179,7 @@ class Verifier:
         results: list[EngineResult[Verdict | None]] = []
         for start in range(0, prompt_length, size):
             chunk = PrefillChunk(session, start, min(start + size, prompt_length))
-            results.append(await self._engine.submit(chunk))
+            results.append(await self._engine.submit(chunk, session.allocation))
         return self._commit(session, (), results)
 
     async def verify(
@@ -117,7 +201,7 @@ class Verifier:
         validate_token_ids("draft_token_ids", list(draft_token_ids), self.vocab_size)
         # A round commits one token more than it accepts: the rest of the draft could never be used.
         draft = draft_token_ids[: session.num_remaining_tokens - 1]
-        result = await self._engine.submit(VerifyItem(session, draft))
+        result = await self._engine.submit(VerifyItem(session, draft), session.allocation)
         return self._commit(session, draft, [result])
 
     def _commit(
@@ -166,3 +250,34 @@ class Verifier:
         validate_token_ids("stop_token_ids", tuple(request.stop_token_ids), self.vocab_size)
         max_length = prompt_length + request.max_new_tokens
         return min(max_length, self.max_length) if self.max_length else max_length
+
+
+def _make_memory(config: VerifierConfig, device: torch.device) -> StateMemory:
+    """Where target state lives, as --target-state says.
+
+    Raises:
+        InvalidArgumentError: handles are wanted and the shared directory cannot be used.
+    """
+    if config.target_state == "stream":
+        return PrivateMemory(device)
+    strict = config.target_state == "handle"
+    try:
+        directory = SharedDirectory(Path(config.shared_dir))
+    except InvalidArgumentError as error:
+        if strict:
+            raise
+        logger.warning("drafters have to stream target state", extra={"reason": error.message})
+        return PrivateMemory(device)
+    directory.sweep()
+    host = SharedHostMemory(directory, strict=strict)
+    if device.type != "cuda":
+        return host
+    from specdec.runtime.cuda_ipc import CudaIpcMemory
+
+    return CudaIpcMemory(device, host)
+
+
+def _attention_types(packed: PackedModel) -> dict[int, str]:
+    """Attention type of each layer that stores KV of its own."""
+    layer_types = getattr(packed.model.config.get_text_config(), "layer_types", None)
+    return {layer: layer_types[layer] if layer_types else "full_attention" for layer in packed.pool.keys}

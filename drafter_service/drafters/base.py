@@ -5,9 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from specdec.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.sampling import SamplingParams
+from specdec.target_state import TargetStateSpec
+
+if TYPE_CHECKING:
+    # For types only: drafters that need no target state run without torch.
+    from specdec.runtime.state_reader import StateSession
+    from specdec.runtime.target_view import Projection, TargetStateView
+    from specdec.runtime.target_weights import TargetWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +32,10 @@ class DrafterInfo:
     max_length: int = 0
     dtype: str = ""
     device: str = ""
+    target_state_spec: TargetStateSpec | None = None
+    """What it reads of the target; None: nothing."""
+    needs_target_weights: bool = False
+    """Whether it uses the target's embedding and LM head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,12 @@ class DraftSession:
         self.prompt_length = request.prompt_length
         self.max_length = request.max_length
         self.sampling = request.sampling
+        self.state: StateSession | None = None
+        """Where the target's state comes from; None: the drafter needs none."""
+        self.view: TargetStateView | None = None
+        """The target's state as of this round, positions below committed_length - 1."""
+        self.target_weights: TargetWeights | None = None
+        """Set from the first round on, where the drafter needs them."""
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -95,6 +113,8 @@ class Drafter(ABC):
     """
 
     info: DrafterInfo
+    projection: Projection | None = None
+    """The projection of its target state spec."""
 
     def open(self, request: OpenDraft) -> DraftSession:
         """Start a session and reserve its memory.

@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,16 @@ class TransformersBackend:
             finish_reason=reply["finish_reason"],
             speculation=None,
         )
+
+    async def open_pass(self, context_token_ids: Sequence[int]) -> None:
+        """Fill the cache that `time_pass` runs over; see `Backend` for what may be raised."""
+        await self._ask({"context_token_ids": list(context_token_ids)})
+
+    async def time_pass(self, token_ids: Sequence[int]) -> int:
+        """Nanoseconds of one forward pass over the cache, which keeps the first token."""
+        reply = await self._ask({"pass_token_ids": list(token_ids)})
+        elapsed_ns: int = reply["pass_ns"]
+        return elapsed_ns
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         process = self._running()

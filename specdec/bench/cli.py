@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specdec.bench import noise, plots, verify_pass
+from specdec.bench.backends import TRANSFORMERS
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
 from specdec.bench.records import RequestRecord
@@ -171,6 +172,12 @@ def run_command(
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=50, show_default=True, help="Rounds per size.")
 @click.option(
+    "--peers",
+    type=_CommaList(str),
+    default="",
+    help="Engines to run passes of the same sizes by turns, with --model: transformers.",
+)
+@click.option(
     "--out",
     "directory",
     type=click.Path(file_okay=False, path_type=Path),
@@ -178,19 +185,29 @@ def run_command(
     help="Folder for pass.json.",
 )
 def pass_command(
-    verifier: str | None, model: str, dtype: str, device: str, directory: Path, **settings: Any
+    verifier: str | None,
+    model: str,
+    dtype: str,
+    device: str,
+    peers: tuple[str, ...],
+    directory: Path,
+    **settings: Any,
 ) -> None:
-    """Measure what a verify pass costs against the tokens in it."""
+    """Measure what a verify pass costs against the tokens in it, and against a plain forward pass."""
     if not settings["sizes"] or min(settings["sizes"]) < 1:
         raise InvalidArgumentError("--tokens must be a list of integers >= 1, such as 1,9.")
+    if unknown := [peer for peer in peers if peer != TRANSFORMERS]:
+        raise InvalidArgumentError(f"There is no peer {unknown[0]!r}; there is {TRANSFORMERS}.")
     with _verifier(verifier, model, dtype, device) as address, _progress() as progress:
         task = progress.add_task("Turns", total=None)
 
         def on_progress(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        rows = verify_pass.measure(address, **settings, on_progress=on_progress)
-    verify_pass.write(directory, rows, {"model": model, "dtype": dtype, "device": device, **settings})
+        peer_model = model if peers else None
+        rows = verify_pass.measure(address, **settings, peer_model=peer_model, on_progress=on_progress)
+    started_with = {"model": model, "dtype": dtype, "device": device, "peers": peers}
+    verify_pass.write(directory, rows, started_with | settings)
     _console().print(verify_pass.table(rows))
 
 

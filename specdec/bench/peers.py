@@ -5,6 +5,8 @@
 Speaks JSON lines. It writes `{"ready": true}` once the model is loaded, then answers each line of stdin,
 `{"prompt" or "token_ids", "max_new_tokens", "temperature", "seed"}`, by one line on stdout:
 `{"token_ids", "input_tokens", "ttft_ms", "tpot_ms", "total_ms", "finish_reason"}`, or `{"error"}`.
+A line `{"context_token_ids"}` fills a cache instead, and `{"pass_token_ids"}` then times one forward pass
+over it: `{"pass_ns"}`.
 """
 
 from __future__ import annotations
@@ -61,7 +63,45 @@ class TransformersPeer:
             eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0
         )
 
+        self._cache: Any = None
+
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What a request asks for: a generation, or a pass."""
+        if "context_token_ids" in request:
+            return self._fill_cache(request["context_token_ids"])
+        if "pass_token_ids" in request:
+            return self._time_pass(request["pass_token_ids"])
+        return self._generate(request)
+
+    def _fill_cache(self, token_ids: list[int]) -> dict[str, Any]:
+        import torch
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache(config=self._model.config)
+        with torch.inference_mode():
+            self._model(
+                torch.tensor([token_ids], device=self._model.device),
+                past_key_values=self._cache,
+                logits_to_keep=1,
+            )
+        return {"cached_tokens": len(token_ids)}
+
+    def _time_pass(self, token_ids: list[int]) -> dict[str, Any]:
+        """One forward pass and the arg max of every row, as a verify pass has it; keeps the first token."""
+        import torch
+
+        started_ns = time.perf_counter_ns()
+        with torch.inference_mode():
+            output = self._model(
+                torch.tensor([token_ids], device=self._model.device), past_key_values=self._cache
+            )
+            output.logits[0].argmax(-1).tolist()
+        elapsed_ns = time.perf_counter_ns() - started_ns
+        if len(token_ids) > 1:
+            self._cache.crop(1 - len(token_ids))
+        return {"pass_ns": elapsed_ns}
+
+    def _generate(self, request: dict[str, Any]) -> dict[str, Any]:
         """Generate for one request; times are milliseconds from the call."""
         import torch
 

@@ -1,25 +1,34 @@
-"""What a verify pass costs against the tokens in it, measured through the verifier's own stream."""
+"""What a verify pass costs against the tokens in it, measured through the verifier's own stream.
+
+With a peer, plain `transformers` runs passes of the same sizes over a cache of its own, in a process of its
+own, by turns with the verifier: neither computes while the other does.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from rich.table import Table
 
+from specdec.bench.backends import TransformersBackend
 from specdec.bench.provenance import collect
 from specdec.channel import sync_channel
-from specdec.errors import from_rpc_error
+from specdec.client import GenerateOptions
+from specdec.errors import FailedPreconditionError, from_rpc_error
 from specdec.handshake import make_handshake
-from specdec.v1 import verifier_pb2, verifier_pb2_grpc
+from specdec.model_files import model_id, resolve_model
+from specdec.v1 import common_pb2, verifier_pb2, verifier_pb2_grpc
 
 RESULTS_FILE = "pass.json"
 _NUM_WARMUP_ROUNDS = 5
@@ -38,6 +47,20 @@ class PassRow:
     """Median time of the round as the caller sees it, milliseconds."""
     relative_to_first: float
     """Median over the rounds of compute time over that of the first size, each in the same turn."""
+    transformers_ms_p50: float | None = None
+    """Median time of the peer's forward pass and arg max, milliseconds; None: it was not asked for."""
+    relative_to_transformers: float | None = None
+    """Median over the rounds of compute time over the peer's time, each in the same turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Times of one round, nanoseconds."""
+
+    compute_ns: int
+    total_ns: int
+    round_trip_ns: int
+    transformers_ns: int = 0
 
 
 def measure(
@@ -46,6 +69,7 @@ def measure(
     sizes: Sequence[int],
     context_tokens: int,
     repeats: int,
+    peer_model: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[PassRow]:
     """Send rounds of random drafts of each size in turn, so that drift hits all sizes alike.
@@ -55,22 +79,33 @@ def measure(
         sizes: tokens in a pass, each >= 1.
         context_tokens: prompt length, tokens; it grows by about a token per round.
         repeats: measured rounds per size.
+        peer_model: the verifier's model, as its command line names it, to be run by transformers too; None:
+            no peer is measured.
 
     Raises:
-        SpecdecError: the verifier refused.
+        SpecdecError: the verifier refused, runs another model, or the peer failed.
     """
     generator = random.Random(0)
-    samples: dict[int, list[tuple[int, int, int]]] = {size: [] for size in sizes}
+    samples: dict[int, list[Sample]] = {size: [] for size in sizes}
     try:
-        with sync_channel(verifier) as channel:
+        with ExitStack() as stack:
+            channel = stack.enter_context(sync_channel(verifier))
             stub = verifier_pb2_grpc.VerifierServiceStub(channel)
             info = stub.GetInfo(verifier_pb2.VerifierServiceGetInfoRequest(), timeout=10)
+            passes = stack.enter_context(_PeerPasses(peer_model, info.model)) if peer_model else None
             rounds = _Rounds(stub, info.model.vocab_size, generator)
             num_rounds = (repeats + _NUM_WARMUP_ROUNDS) * len(sizes)
             rounds.open(context_tokens, max_new_tokens=num_rounds * max(sizes))
+            if passes:
+                passes.open(rounds.tokens(context_tokens))
             for index in range(repeats + _NUM_WARMUP_ROUNDS):
                 for size in sizes:
+                    # Either goes first as often: what ran last left the caches its own.
+                    first = passes.run(rounds.tokens(size)) if passes and index % 2 else 0
                     sample = rounds.run(size - 1)
+                    if passes:
+                        peer_ns = first or passes.run(rounds.tokens(size))
+                        sample = replace(sample, transformers_ns=peer_ns)
                     if index >= _NUM_WARMUP_ROUNDS:
                         samples[size].append(sample)
                 on_progress(index + 1, repeats + _NUM_WARMUP_ROUNDS)
@@ -94,22 +129,22 @@ class _Rounds:
         self._responses = self._stub.Verify(iter(self._requests.get, None))
         message = verifier_pb2.VerifyOpen(
             handshake=make_handshake(),
-            prompt_token_ids=self._tokens(num_tokens),
+            prompt_token_ids=self.tokens(num_tokens),
             max_new_tokens=max_new_tokens,
             ignore_eos=True,
         )
         response, _ = self._exchange(verifier_pb2.VerifyRequest(open=message))
         self._committed_length = response.opened.first.committed_length
 
-    def run(self, num_draft_tokens: int) -> tuple[int, int, int]:
-        """Compute, total and round-trip time of one round, nanoseconds."""
+    def run(self, num_draft_tokens: int) -> Sample:
+        """One round."""
         message = verifier_pb2.VerifyRound(
-            base_committed_length=self._committed_length, draft_token_ids=self._tokens(num_draft_tokens)
+            base_committed_length=self._committed_length, draft_token_ids=self.tokens(num_draft_tokens)
         )
         response, elapsed_ns = self._exchange(verifier_pb2.VerifyRequest(round=message))
         self._committed_length = response.result.committed_length
         timings = response.result.timings
-        return timings.compute_ns, timings.total_ns, elapsed_ns
+        return Sample(timings.compute_ns, timings.total_ns, elapsed_ns)
 
     def close(self) -> None:
         self._requests.put(None)
@@ -121,26 +156,59 @@ class _Rounds:
         self._requests.put(request)
         return next(self._responses), time.monotonic_ns() - started_ns
 
-    def _tokens(self, count: int) -> list[int]:
+    def tokens(self, count: int) -> list[int]:
+        """Random token ids."""
         return [self._generator.randrange(self._vocab_size) for _ in range(count)]
 
 
-def _rows(samples: dict[int, list[tuple[int, int, int]]], sizes: Sequence[int]) -> list[PassRow]:
-    base = [compute for compute, _, _ in samples[sizes[0]]]
-    rows = []
-    for size in sizes:
-        compute, total, round_trip = zip(*samples[size], strict=True)
-        ratios = [mine / first for mine, first in zip(compute, base, strict=True)]
-        rows.append(
-            PassRow(
-                size,
-                statistics.median(compute) / 1e6,
-                statistics.median(total) / 1e6,
-                statistics.median(round_trip) / 1e6,
-                statistics.median(ratios),
+class _PeerPasses:
+    """Passes of the peer, for as long as a `with` block lasts."""
+
+    def __init__(self, model: str, target: common_pb2.ModelInfo) -> None:
+        if model_id(model) != target.model_id:
+            raise FailedPreconditionError(
+                f"The verifier runs {target.model_id}, but the peer would load {model_id(model)}; name the "
+                "verifier's model with --model."
             )
-        )
-    return rows
+        folder = resolve_model(model)
+        self._backend = TransformersBackend(folder, target.dtype, target.device, GenerateOptions())
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._runner)
+            self._runner.run(self._backend.__aenter__())
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._runner:
+            self._runner.run(self._backend.__aexit__(*error))
+
+    def open(self, context_token_ids: Sequence[int]) -> None:
+        """Fill the peer's cache."""
+        self._runner.run(self._backend.open_pass(context_token_ids))
+
+    def run(self, token_ids: Sequence[int]) -> int:
+        """Time of one pass, nanoseconds."""
+        return self._runner.run(self._backend.time_pass(token_ids))
+
+
+def _rows(samples: dict[int, list[Sample]], sizes: Sequence[int]) -> list[PassRow]:
+    return [_row(size, samples[size], samples[sizes[0]]) for size in sizes]
+
+
+def _row(size: int, mine: Sequence[Sample], first: Sequence[Sample]) -> PassRow:
+    with_peer = [sample for sample in mine if sample.transformers_ns]
+    return PassRow(
+        size,
+        statistics.median(sample.compute_ns for sample in mine) / 1e6,
+        statistics.median(sample.total_ns for sample in mine) / 1e6,
+        statistics.median(sample.round_trip_ns for sample in mine) / 1e6,
+        statistics.median(a.compute_ns / b.compute_ns for a, b in zip(mine, first, strict=True)),
+        statistics.median(s.transformers_ns for s in with_peer) / 1e6 if with_peer else None,
+        statistics.median(s.compute_ns / s.transformers_ns for s in with_peer) if with_peer else None,
+    )
 
 
 def write(directory: Path, rows: Sequence[PassRow], settings: dict[str, Any]) -> None:
@@ -154,14 +222,13 @@ def table(rows: Sequence[PassRow]) -> Table:
     """The rows as a table."""
     result = Table(title="Cost of a verify pass")
     base = f"x {rows[0].num_tokens} token"
-    for column in ("tokens", "engine step ms", "verifier ms", "round trip ms", base):
+    has_peer = rows[0].transformers_ms_p50 is not None
+    peer_columns = ("transformers ms", "step x transformers") if has_peer else ()
+    for column in ("tokens", "engine step ms", "verifier ms", "round trip ms", base, *peer_columns):
         result.add_column(column, justify="right")
     for row in rows:
-        result.add_row(
-            str(row.num_tokens),
-            f"{row.compute_ms_p50:.2f}",
-            f"{row.total_ms_p50:.2f}",
-            f"{row.round_trip_ms_p50:.2f}",
-            f"{row.relative_to_first:.2f}",
-        )
+        times = (row.compute_ms_p50, row.total_ms_p50, row.round_trip_ms_p50, row.relative_to_first)
+        peer_times = (row.transformers_ms_p50, row.relative_to_transformers)
+        values = (f"{value:.2f}" for value in (*times, *peer_times) if value is not None)
+        result.add_row(str(row.num_tokens), *values)
     return result

@@ -12,14 +12,14 @@ whole key blocks, masked, that is a function of its own position alone, and quer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
@@ -48,25 +48,87 @@ class Segment:
 class _Span:
     """Neighbouring queries of one segment that attend to the same key blocks."""
 
-    segment: Segment
-    rows: slice
-    """Where they are in the packed batch."""
-    first_position: int
+    allocation: KvAllocation
+    row: int
+    """Of its first query, in the packed batch."""
+    num_queries: int
+    position: int
+    """Of its first query."""
     first_key: int
-    stop_key: int
+    num_keys: int
 
-    def mask(self, window: int, fold: int, like: Tensor) -> Tensor:
-        """Additive causal mask [fold * queries, rounded up, keys]."""
-        num_queries = self.rows.stop - self.rows.start
-        positions = torch.arange(num_queries, device=like.device)[:, None] + self.first_position
-        key_positions = torch.arange(self.first_key, self.stop_key, device=like.device)
-        hidden = key_positions > positions
-        if window:
-            hidden |= key_positions <= positions - window
-        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-        mask = mask.masked_fill_(hidden, float("-inf")).repeat(fold, 1)
-        # Rows that only fill up see every key: a row without any would be NaN.
-        return pad(mask, (0, 0, 0, -len(mask) % _ROW_MULTIPLE))
+
+class _Group:
+    """Spans of several sessions that one call attends for: with as many keys, and about as many queries.
+
+    A span's queries and the heads that read the same K and V become rows of one product, so that nothing is
+    repeated. Rows that only fill up are copies of the last one: a row without any key would be NaN.
+
+    Args:
+        fold: query heads per KV head.
+        num_kv_heads: of the layers.
+    """
+
+    def __init__(
+        self, spans: Sequence[_Span], *, window: int, num_kv_heads: int, fold: int, like: Tensor
+    ) -> None:
+        device = like.device
+        self.num_spans, self.num_keys, self.num_kv_heads = len(spans), spans[0].num_keys, num_kv_heads
+        num_queries = max(span.num_queries for span in spans)
+        self.num_rows = -(-num_queries * fold // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        first_rows, counts, positions, first_keys = torch.tensor(
+            [(span.row, span.num_queries, span.position, span.first_key) for span in spans], device=device
+        ).T[..., None]  # each [spans, 1]
+        place = torch.arange(self.num_rows, device=device).clamp_(max=fold * num_queries - 1)
+        head, query = place // num_queries, place % num_queries
+        tokens = torch.minimum(query, counts - 1)  # [spans, rows]
+        heads = torch.arange(num_kv_heads, device=device)[:, None] * fold + head  # [kv_heads, rows]
+        packed = (tokens + first_rows)[:, None] * (fold * num_kv_heads) + heads
+        self.query_index = packed.flatten()
+        """Which (token, head) of the packed batch each of [spans, kv_heads, rows] is."""
+        self.output_index = packed.transpose(1, 2).flatten()
+        """The same of [spans, rows, kv_heads], in which kernels lay out what they return."""
+        self.key_slots = _key_slots(spans, device)
+        key_positions = first_keys + torch.arange(self.num_keys, device=device)  # [spans, keys]
+        hidden = _is_hidden(key_positions[:, None], (tokens + positions)[..., None], window)
+        self.mask = torch.zeros(hidden.shape, dtype=like.dtype, device=device)[:, None]
+        """Additive, [spans, 1, rows, keys]."""
+        self.mask.masked_fill_(hidden[:, None], float("-inf"))
+
+    def queries(self, packed: Tensor) -> Tensor:
+        """[tokens * heads, dim] of the packed batch to [spans, kv_heads, rows, dim]."""
+        rows = packed.index_select(0, self.query_index)
+        return rows.view(self.num_spans, self.num_kv_heads, self.num_rows, -1)
+
+    def keys(self, pool: Tensor) -> Tensor:
+        """A layer's K or V [slots, kv_heads, dim] to [spans, kv_heads, keys, dim]."""
+        slots = self.key_slots
+        keys = pool[slots] if isinstance(slots, slice) else pool.index_select(0, slots)
+        return keys.view(self.num_spans, self.num_keys, self.num_kv_heads, -1).transpose(1, 2)
+
+
+def _key_slots(spans: Sequence[_Span], device: torch.device) -> slice | Tensor:
+    slots = [span.allocation.slots(span.first_key, span.first_key + span.num_keys) for span in spans]
+    if len(slots) == 1:
+        return slots[0]
+    return torch.cat(
+        [torch.arange(s.start, s.stop, device=device) if isinstance(s, slice) else s for s in slots]
+    )
+
+
+def _is_hidden(key_positions: Tensor, positions: Tensor, window: int) -> Tensor:
+    """Whether a query may not attend to a key: it comes later, or before the sliding window (0: none)."""
+    hidden = key_positions > positions
+    return hidden | (key_positions <= positions - window) if window else hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How layers with one geometry attend."""
+
+    groups: list[_Group]
+    output_index: Tensor
+    """Where in the groups' outputs, [all rows * kv_heads], each (token, head) of the packed batch is."""
 
 
 class Pass:
@@ -81,26 +143,34 @@ class Pass:
         self.segments = segments
         self.slots = slots
         self.num_tokens = sum(len(segment.token_ids) for segment in segments)
-        self._plans: dict[tuple[int, int], list[tuple[_Span, Tensor]]] = {}
+        self._plans: dict[tuple[int, int, int], _Plan] = {}
 
     @property
     def windows(self) -> set[int]:
         """Sliding windows that layers have asked for; 0 is none."""
-        return {window for window, _ in self._plans}
+        return {window for window, _, _ in self._plans}
 
-    def plan(self, window: int, fold: int, like: Tensor) -> list[tuple[_Span, Tensor]]:
-        """The spans of all segments in packed order, each with its mask; made once for all layers."""
-        plan = self._plans.get((window, fold))
-        if plan is None:
-            spans = [span for row, segment in self._rows() for span in _spans(segment, row, window)]
-            plan = [(span, span.mask(window, fold, like)) for span in spans]
-            self._plans[window, fold] = plan
-        return plan
+    def plan(self, window: int, num_kv_heads: int, query: Tensor) -> _Plan:
+        """The plan of layers that attend alike, made once for all of them; `query` as attention gets it."""
+        _, num_heads, num_rows, _ = query.shape
+        key = (window, num_kv_heads, num_heads)
+        if key not in self._plans:
+            fold = num_heads // num_kv_heads
+            groups = [
+                _Group(spans, window=window, num_kv_heads=num_kv_heads, fold=fold, like=query)
+                for spans in _grouped(self._spans(window))
+            ]
+            written = torch.cat([group.output_index for group in groups])
+            # What pads the pass takes any row.
+            output_index = written.new_zeros(num_rows * num_heads)
+            output_index[written] = torch.arange(len(written), device=query.device)
+            self._plans[key] = _Plan(groups, output_index)
+        return self._plans[key]
 
-    def _rows(self) -> Iterator[tuple[int, Segment]]:
+    def _spans(self, window: int) -> Iterator[_Span]:
         row = 0
         for segment in self.segments:
-            yield row, segment
+            yield from _spans(segment, row, window)
             row += len(segment.token_ids)
 
 
@@ -111,10 +181,20 @@ def _spans(segment: Segment, row: int, window: int) -> Iterator[_Span]:
         first = max(0, position - window + 1) if window else 0
         return first // BLOCK_TOKENS * BLOCK_TOKENS, (position // BLOCK_TOKENS + 1) * BLOCK_TOKENS
 
-    for keys, group in groupby(range(segment.start, segment.stop), key_range):
+    for (first_key, stop_key), group in groupby(range(segment.start, segment.stop), key_range):
         positions = list(group)
-        first = row + positions[0] - segment.start
-        yield _Span(segment, slice(first, first + len(positions)), positions[0], *keys)
+        first_row = row + positions[0] - segment.start
+        yield _Span(
+            segment.allocation, first_row, len(positions), positions[0], first_key, stop_key - first_key
+        )
+
+
+def _grouped(spans: Iterable[_Span]) -> Iterable[list[_Span]]:
+    """Spans that share a call. Rows that only fill up cost time: sizes within a factor of two."""
+    groups: dict[tuple[int, int], list[_Span]] = {}
+    for span in spans:
+        groups.setdefault((span.num_keys, (span.num_queries - 1).bit_length()), []).append(span)
+    return groups.values()
 
 
 class _LayerKv:
@@ -172,40 +252,31 @@ def _paged_attention(
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment over its own KV; returns [1, num_tokens, num_heads, value_dim]."""
-    current = key.cache.current
     keys, values = key.cache.pool.keys[key.layer], key.cache.pool.values[key.layer]
-    fold = query.shape[1] // keys.shape[1]
-    outputs = []
-    for span, mask in current.plan(sliding_window or 0, fold, query):
-        slots = span.segment.allocation.slots(span.first_key, span.stop_key)
-        span_keys, span_values = keys[slots].transpose(0, 1), values[slots].transpose(0, 1)
-        output = _attend(query[0, :, span.rows], span_keys, span_values, mask, scaling, softcap)
-        outputs.append(output.transpose(0, 1))
-    if padding := query.shape[2] - current.num_tokens:
-        outputs.append(outputs[0].new_zeros(padding, *outputs[0].shape[1:]))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0), None
+    _, num_heads, num_tokens, head_dim = query.shape
+    plan = key.cache.current.plan(sliding_window or 0, keys.shape[1], query)
+    rows = query[0].transpose(0, 1).reshape(-1, head_dim)
+    outputs = [
+        _attend(group.queries(rows), group.keys(keys), group.keys(values), group.mask, scaling, softcap)
+        .transpose(1, 2)
+        .reshape(-1, values.shape[-1])
+        for group in plan.groups
+    ]
+    output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, plan.output_index)
+    return output.view(1, num_tokens, num_heads, -1), None
 
 
 def _attend(
-    query: Tensor,  # [num_heads, num_tokens, head_dim]
-    key: Tensor,  # [num_kv_heads, num_keys, head_dim]
-    value: Tensor,  # [num_kv_heads, num_keys, value_dim]
-    mask: Tensor,  # [num_rows, num_keys]
+    query: Tensor,  # [spans, kv_heads, rows, head_dim]
+    key: Tensor,  # [spans, kv_heads, keys, head_dim]
+    value: Tensor,  # [spans, kv_heads, keys, value_dim]
+    mask: Tensor,  # [spans, 1, rows, keys]
     scaling: float | None,
     softcap: float | None,
-) -> Tensor:  # [num_heads, num_tokens, value_dim]
-    num_heads, num_tokens, head_dim = query.shape
-    # Heads that read the same K and V become rows of one product: nothing is repeated.
-    rows = query.reshape(len(key), -1, head_dim)
-    num_rows = rows.shape[1]
-    rows = pad(rows, (0, 0, 0, len(mask) - num_rows))
+) -> Tensor:  # [spans, kv_heads, rows, value_dim]
     if softcap:
-        output = _softcapped(rows, key, value, mask, scaling or head_dim**-0.5, softcap)
-    else:
-        output = scaled_dot_product_attention(
-            rows[None], key[None], value[None], attn_mask=mask, scale=scaling
-        )[0]
-    return output[:, :num_rows].reshape(num_heads, num_tokens, -1)
+        return _softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
 def _softcapped(

@@ -2,6 +2,10 @@
 
 A forward pass on the event loop would stall health checks, keepalive and every other stream. Work items
 are awaited from the loop; the thread takes all that wait, within a token budget, and runs them as one step.
+
+Sessions take turns with the engine: each sends its next item when it has the result of the last. One that is
+a millisecond late would miss the others' step, and they its own: two convoys, and twice the steps. So a step
+with work at hand waits a little for sources known to come back at once.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -33,6 +37,11 @@ class WorkItem(Protocol):
     def is_urgent(self) -> bool:
         """Goes before items that are not: a round waits for nothing but a prefill chunk under way."""
 
+
+_LINGER_SHARE = 1 / 8
+"""Longest wait for a source that is on its way back, as a share of the last step's time."""
+_PATIENCE_STEPS = 3
+"""Steps in a row that items which are not urgent may be left out of because urgent ones fill the budget."""
 
 ItemT = TypeVar("ItemT", bound=WorkItem)
 ResultT = TypeVar("ResultT")
@@ -58,6 +67,9 @@ class _Pending(Generic[ItemT, ResultT]):
     future: asyncio.Future[EngineResult[ResultT]]
     loop: asyncio.AbstractEventLoop
     submitted_ns: int
+    source: Hashable
+    away_ns: int
+    """From the source's last result to this item, nanoseconds; 0 if it is the first."""
 
 
 class ModelThread:
@@ -104,6 +116,8 @@ class Engine(Generic[ItemT, ResultT]):
         step: one result, or the exception of that item alone, per item and in order. An exception it
             raises fails the whole batch.
         max_batch_tokens: token budget of a step; urgent items are taken first. At least one item is taken.
+        max_background_tokens: budget of the items that are not urgent in a step with urgent ones, which wait
+            for all of it; None: no other than the step's.
         max_queued: items that may wait; one more is refused.
         thread: the one that loaded the model. Every thread that ever ran a parallel operation keeps OpenMP
             workers of its own, and with more workers than cores none of them spins and each operation waits
@@ -115,20 +129,30 @@ class Engine(Generic[ItemT, ResultT]):
         step: Callable[[Sequence[ItemT]], Sequence[ResultT | SpecdecError]],
         *,
         max_batch_tokens: int = 2048,
+        max_background_tokens: int | None = None,
         max_queued: int = 1024,
         thread: ModelThread | None = None,
     ) -> None:
         self._step = step
         self._max_batch_tokens = max_batch_tokens
+        self._max_background_tokens = max_background_tokens or max_batch_tokens
         self._max_queued = max_queued
         self._waiting: deque[_Pending[ItemT, ResultT]] = deque()
+        self._delivered_ns: dict[Hashable, int] = {}  # of sources whose next item is not here
+        self._expected: set[Hashable] = set()  # those of them that will be back at once
+        self._linger_until_ns = 0
+        self._num_steps_without_background = 0
         self._wakeup = threading.Condition()
         self._closed = False
         self._thread = thread or ModelThread("engine")
         self._thread.submit(self._run)
 
-    async def submit(self, item: ItemT) -> EngineResult[ResultT]:
+    async def submit(self, item: ItemT, source: Hashable = None) -> EngineResult[ResultT]:
         """Run one item. Cancelling the caller drops an item that waits, and the result of one that runs.
+
+        Args:
+            source: who submits one item after the other, each when it has the last one's result; the engine
+                may wait a moment for its next. To be followed by `forget`.
 
         Raises:
             ResourceExhaustedError: too many items wait.
@@ -137,7 +161,7 @@ class Engine(Generic[ItemT, ResultT]):
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[EngineResult[ResultT]] = loop.create_future()
-        pending = _Pending(item, future, loop, time.monotonic_ns())
+        now_ns = time.monotonic_ns()
         with self._wakeup:
             if self._closed:
                 raise UnavailableError("The service is shutting down; try another replica.")
@@ -147,9 +171,20 @@ class Engine(Generic[ItemT, ResultT]):
                     reason="QUEUE_FULL",
                     retry_after_s=1.0,
                 )
-            self._waiting.append(pending)
-            self._wakeup.notify()
+            away_ns = now_ns - self._delivered_ns.pop(source, now_ns)
+            self._expected.discard(source)
+            self._waiting.append(_Pending(item, future, loop, now_ns, source, away_ns))
+            # While the engine lingers only the last one it expects need wake it.
+            if len(self._waiting) == 1 or not self._expected:
+                self._wakeup.notify()
         return await future
+
+    def forget(self, source: Hashable) -> None:
+        """Expect nothing more of a source."""
+        with self._wakeup:
+            self._delivered_ns.pop(source, None)
+            self._expected.discard(source)
+            self._wakeup.notify()
 
     def close(self) -> None:
         """Stop the thread after the step under way; what waits fails with UnavailableError."""
@@ -178,23 +213,35 @@ class Engine(Generic[ItemT, ResultT]):
     def _next_batch(self) -> list[_Pending[ItemT, ResultT]]:
         """Wait for work; the items of the next step, none when closed."""
         with self._wakeup:
-            while True:
+            while not self._closed:
                 live = [pending for pending in self._waiting if not pending.future.cancelled()]
-                if self._closed or live:
-                    break
-                self._waiting.clear()
-                self._wakeup.wait()
-            if self._closed:
-                return []
-            live.sort(key=lambda pending: not pending.item.is_urgent)  # stable: first come, first served
-            batch, num_tokens = [live[0]], live[0].item.num_tokens
-            for pending in live[1:]:
-                if num_tokens + pending.item.num_tokens > self._max_batch_tokens:
-                    break
-                batch.append(pending)
-                num_tokens += pending.item.num_tokens
-            self._waiting = deque(live[len(batch) :])
-            return batch
+                linger_ns = self._linger_until_ns - time.monotonic_ns() if self._expected else 0
+                if live and linger_ns <= 0:
+                    batch = self._choose(live)
+                    taken = set(map(id, batch))
+                    self._waiting = deque(pending for pending in live if id(pending) not in taken)
+                    self._expected.clear()
+                    return batch
+                self._waiting = deque(live)
+                self._wakeup.wait(linger_ns / 1e9 if live else None)
+            return []
+
+    def _choose(self, live: Sequence[_Pending[ItemT, ResultT]]) -> list[_Pending[ItemT, ResultT]]:
+        """Of the items that wait, at least one, the next step; of a kind, first come, first served."""
+        urgent = [pending for pending in live if pending.item.is_urgent]
+        background = [pending for pending in live if not pending.item.is_urgent]
+        batch: list[_Pending[ItemT, ResultT]] = []
+        if background and self._num_steps_without_background >= _PATIENCE_STEPS:
+            batch.append(background.pop(0))
+        num_left = self._max_batch_tokens - _num_tokens(batch)
+        num_left_in_background = self._max_background_tokens - _num_tokens(batch) if urgent else num_left
+        rounds = _fitting(urgent, num_left, at_least_one=not batch)
+        num_left = min(num_left - _num_tokens(rounds), num_left_in_background)
+        batch += rounds
+        batch += _fitting(background, num_left, at_least_one=not batch)
+        starves = background and all(pending.item.is_urgent for pending in batch)
+        self._num_steps_without_background = self._num_steps_without_background + 1 if starves else 0
+        return batch
 
     def _deliver(
         self,
@@ -202,13 +249,42 @@ class Engine(Generic[ItemT, ResultT]):
         values: Sequence[ResultT | SpecdecError],
         started_ns: int,
     ) -> None:
-        compute_ns = time.monotonic_ns() - started_ns
+        ended_ns = time.monotonic_ns()
+        compute_ns = ended_ns - started_ns
+        self._expect(batch, ended_ns, int(compute_ns * _LINGER_SHARE))
         for pending, value in zip(batch, values, strict=True):
             if isinstance(value, SpecdecError):
                 _post(pending, value)
             else:
                 queue_ns = started_ns - pending.submitted_ns
                 _post(pending, EngineResult(value, queue_ns, compute_ns, len(batch)))
+
+    def _expect(self, batch: Sequence[_Pending[ItemT, ResultT]], ended_ns: int, linger_ns: int) -> None:
+        """Note whose next items may be waited for: of sources that were back in time the last time, too."""
+        with self._wakeup:
+            self._linger_until_ns = ended_ns + linger_ns
+            for pending in batch:
+                if pending.source is not None and not pending.future.cancelled():
+                    self._delivered_ns[pending.source] = ended_ns
+                    if pending.away_ns <= linger_ns:
+                        self._expected.add(pending.source)
+
+
+def _num_tokens(batch: Sequence[_Pending[ItemT, ResultT]]) -> int:
+    return sum(pending.item.num_tokens for pending in batch)
+
+
+def _fitting(
+    waiting: Sequence[_Pending[ItemT, ResultT]], num_tokens: int, *, at_least_one: bool = False
+) -> list[_Pending[ItemT, ResultT]]:
+    """The first items, as many as fit into a number of tokens."""
+    batch: list[_Pending[ItemT, ResultT]] = []
+    for pending in waiting:
+        num_tokens -= pending.item.num_tokens
+        if num_tokens < 0 and (batch or not at_least_one):
+            break
+        batch.append(pending)
+    return batch
 
 
 def _post(pending: _Pending[ItemT, ResultT], outcome: EngineResult[ResultT] | SpecdecError) -> None:

@@ -1,14 +1,21 @@
-"""KV memory of all sessions: one preallocated tensor per layer, handed out in blocks from a free list."""
+"""Memory of all sessions: one tensor per layer, handed out in blocks from a free list.
+
+KV is allocated at start; hidden states of a layer once the first drafter asks for them. Both live in the
+pool's StateMemory from the start, so that exporting them copies nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.runtime.state_memory import PrivateMemory, Region, StateMemory
+from specdec.target_state import GENERATIONS, TensorRef, key_name, value_name
 
 BLOCK_TOKENS = 64
 """Tokens per block: the pool's unit of allocation, and of the keys that attention reads."""
@@ -34,6 +41,14 @@ class KvAllocation:
 
     blocks: tuple[int, ...]
     slot_ids: Tensor | None  # [capacity] int64, only where the blocks are not contiguous
+    generation: int = 0
+    """Tells this owner of the blocks from earlier and later ones."""
+
+    @classmethod
+    def of(cls, blocks: Sequence[int], device: torch.device, *, generation: int = 0) -> KvAllocation:
+        """The allocation that consists of `blocks`, at least one."""
+        is_run = all(after == before + 1 for before, after in pairwise(blocks))
+        return cls(tuple(blocks), None if is_run else _slot_ids(blocks, device), generation)
 
     @property
     def capacity(self) -> int:
@@ -46,6 +61,18 @@ class KvAllocation:
             return self.slot_ids[start:stop]
         first = self.blocks[0] * BLOCK_TOKENS
         return slice(first + start, first + stop)
+
+    def runs(self, start: int, stop: int) -> Iterator[slice]:
+        """Positions start to stop as slices into a layer's pool, in order."""
+        if self.slot_ids is None:
+            yield slice(self.blocks[0] * BLOCK_TOKENS + start, self.blocks[0] * BLOCK_TOKENS + stop)
+            return
+        while start < stop:
+            index, offset = divmod(start, BLOCK_TOKENS)
+            size = min(BLOCK_TOKENS - offset, stop - start)
+            first = self.blocks[index] * BLOCK_TOKENS + offset
+            yield slice(first, first + size)
+            start += size
 
 
 class KvPool:
@@ -63,7 +90,9 @@ class KvPool:
         budget_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
+        memory: StateMemory | None = None,
     ) -> None:
+        self.memory = memory or PrivateMemory(device)
         block_bytes = sum(shape.num_elements for shape in shapes.values()) * dtype.itemsize * BLOCK_TOKENS
         num_blocks = budget_bytes // block_bytes
         if num_blocks < 1:
@@ -72,19 +101,66 @@ class KvPool:
                 f"({block_bytes / 2**20:.2f} MiB); raise --kv-cache-mib.",
                 field="kv_cache_mib",
             )
-        slots = num_blocks * BLOCK_TOKENS
-        # Per layer [slots, num_heads, head_dim]. Zeros, not empty: attention reads whole blocks under a
-        # mask, which a NaN would survive.
-        self.keys = {
-            layer: torch.zeros(slots, shape.num_heads, shape.key_dim, dtype=dtype, device=device)
-            for layer, shape in shapes.items()
-        }
-        self.values = {
-            layer: torch.zeros(slots, shape.num_heads, shape.value_dim, dtype=dtype, device=device)
-            for layer, shape in shapes.items()
-        }
-        self._device = device
+        self._num_slots = num_blocks * BLOCK_TOKENS
+        self._dtype = dtype
+        self.device = device
         self._free = bytearray(b"\1" * num_blocks)
+        self._refs: dict[str, TensorRef] = {}
+        # Zeros, not empty: attention reads whole blocks under a mask, which a NaN would survive.
+        region = self.memory.allocate(num_blocks * block_bytes)
+        offset = 0
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        """Per layer [slots, num_heads, head_dim]."""
+        for layer, shape in shapes.items():
+            self.keys[layer] = self._carve(region, offset, key_name(layer), shape.num_heads, shape.key_dim)
+            offset += self.keys[layer].nbytes
+            self.values[layer] = self._carve(
+                region, offset, value_name(layer), shape.num_heads, shape.value_dim
+            )
+            offset += self.values[layer].nbytes
+        self.hidden: dict[str, Tensor] = {}
+        """By name [slots, hidden_size]: hidden states that some session exports, or did."""
+        self._num_generations = 0
+        self._generations = self._make_generations(num_blocks)
+
+    def _carve(self, region: Region, offset: int, name: str, *row_shape: int) -> Tensor:
+        """A tensor [slots, *row_shape] of the region, known by `name` from now on."""
+        shape = (self._num_slots, *row_shape)
+        num_bytes = self._dtype.itemsize
+        for extent in shape:
+            num_bytes *= extent
+        dtype = str(self._dtype).removeprefix("torch.")
+        self._refs[name] = TensorRef(name, dtype, shape, region.locate(offset))
+        return region.tensor[offset : offset + num_bytes].view(self._dtype).view(shape)
+
+    def _make_generations(self, num_blocks: int) -> Tensor:
+        """The table [num_blocks] int64 in which readers see whether a session still holds its blocks."""
+        dtype = torch.int64
+        region = self.memory.allocate_host(num_blocks * dtype.itemsize)
+        self._refs[GENERATIONS] = TensorRef(GENERATIONS, "int64", (num_blocks,), region.locate(0))
+        return region.tensor.view(dtype)
+
+    def add_hidden(self, name: str, size: int) -> None:
+        """Make room for hidden states [slots, size] under `name`; nothing if it is there.
+
+        Raises:
+            ResourceExhaustedError: there is no memory for them.
+        """
+        if name not in self.hidden:
+            region = self.memory.allocate(self._num_slots * size * self._dtype.itemsize)
+            self.hidden[name] = self._carve(region, 0, name, size)
+
+    def ref(self, name: str) -> TensorRef:
+        """Where a tensor of the pool is."""
+        return self._refs[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the pool, one row per slot."""
+        if name in self.hidden:
+            return self.hidden[name]
+        _, layer, part = name.split(".")
+        return (self.keys if part == "key" else self.values)[int(layer)]
 
     @property
     def capacity_tokens(self) -> int:
@@ -120,9 +196,11 @@ class KvPool:
                 reason="KV_POOL_FULL",
                 retry_after_s=1.0,
             )
+        self._num_generations += 1
         for block in blocks:
             self._free[block] = 0
-        return KvAllocation(blocks, None if _is_run(blocks) else self._slot_ids(blocks))
+        self._generations[list(blocks)] = self._num_generations
+        return KvAllocation.of(blocks, self.device, generation=self._num_generations)
 
     def clear(self, allocation: KvAllocation) -> None:
         """Zero an allocation's slots, on the engine thread: an infinity left by another session would come
@@ -136,6 +214,7 @@ class KvPool:
         for block in allocation.blocks:
             assert not self._free[block], f"block {block} freed twice"
             self._free[block] = 1
+        self._generations[list(allocation.blocks)] = 0
 
     def _find(self, num_blocks: int) -> tuple[int, ...] | None:
         first = self._free.find(b"\1" * num_blocks)
@@ -144,10 +223,7 @@ class KvPool:
         scattered = [block for block, is_free in enumerate(self._free) if is_free][:num_blocks]
         return tuple(scattered) if len(scattered) == num_blocks else None
 
-    def _slot_ids(self, blocks: tuple[int, ...]) -> Tensor:
-        starts = torch.tensor(blocks, device=self._device) * BLOCK_TOKENS
-        return (starts[:, None] + torch.arange(BLOCK_TOKENS, device=self._device)).flatten()
 
-
-def _is_run(blocks: tuple[int, ...]) -> bool:
-    return blocks[-1] - blocks[0] == len(blocks) - 1
+def _slot_ids(blocks: Sequence[int], device: torch.device) -> Tensor:
+    starts = torch.tensor(blocks, device=device) * BLOCK_TOKENS
+    return (starts[:, None] + torch.arange(BLOCK_TOKENS, device=device)).flatten()

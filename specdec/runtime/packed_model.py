@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from transformers import Cache, PreTrainedModel
 
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.attention import ATTENTION_NAME, Pass, PoolCache, Segment
+from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import KvPool, KvShape
 from specdec.runtime.prepack import prepack_linears
+from specdec.runtime.state_memory import StateMemory
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MIN_PASS_TOKENS = 2
@@ -31,8 +34,10 @@ _PROBE_TOLERANCE = {4: 1e-3, 2: 0.2}
 class PackedModel:
     """A causal LM and the KV pool of its sessions."""
 
-    def __init__(self, model: PreTrainedModel, *, kv_budget_bytes: int) -> None:
-        """Switch `model` to attention over a pool of `kv_budget_bytes`.
+    def __init__(
+        self, model: PreTrainedModel, *, kv_budget_bytes: int, memory: StateMemory | None = None
+    ) -> None:
+        """Switch `model` to attention over a pool of `kv_budget_bytes`, in `memory` or in private memory.
 
         Raises:
             InvalidArgumentError: the model does not work this way, or the budget is less than one block.
@@ -46,12 +51,18 @@ class PackedModel:
         prepack_linears(model, keep=model.get_output_embeddings())
         expected, shapes = _probe(model)
         model.set_attn_implementation(ATTENTION_NAME)
-        self.pool = KvPool(shapes, budget_bytes=kv_budget_bytes, dtype=model.dtype, device=self.device)
+        self.pool = KvPool(
+            shapes, budget_bytes=kv_budget_bytes, dtype=model.dtype, device=self.device, memory=memory
+        )
+        self.capture = HiddenCapture(model, self.pool)
         self._self_test(expected)
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
+    def forward(self, segments: Sequence[Segment], captured: AbstractSet[str] = frozenset()) -> list[Tensor]:
         """One pass over all segments.
+
+        Args:
+            captured: names of the hidden states to keep in the pool.
 
         Returns:
             Per segment the logits [num_logits, vocab_size] of its last tokens, in the model's dtype.
@@ -59,7 +70,9 @@ class PackedModel:
         for segment in segments:
             if segment.start == 0:
                 self.pool.clear(segment.allocation)
-        return self._forward(Pass(segments, self._write_slots(segments)))
+        current = Pass(segments, self._write_slots(segments))
+        self.capture.start(current, captured)
+        return self._forward(current)
 
     def _forward(self, current: Pass) -> list[Tensor]:
         segments = current.segments

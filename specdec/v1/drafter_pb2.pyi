@@ -93,13 +93,27 @@ class DrafterInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., default_num_draft_tokens: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ...) -> None: ...
 
 class DrafterServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions")
+    __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions", "state_links")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAFTERS_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    STATE_LINKS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     drafters: _containers.RepeatedCompositeFieldContainer[DrafterInfo]
     max_sessions: int
     num_sessions: int
-    def __init__(self, protocol_version: _Optional[int] = ..., drafters: _Optional[_Iterable[_Union[DrafterInfo, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ...) -> None: ...
+    state_links: _containers.RepeatedCompositeFieldContainer[StateLink]
+    def __init__(self, protocol_version: _Optional[int] = ..., drafters: _Optional[_Iterable[_Union[DrafterInfo, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., state_links: _Optional[_Iterable[_Union[StateLink, _Mapping]]] = ...) -> None: ...
+
+class StateLink(_message.Message):
+    __slots__ = ("verifier_uri", "storage", "num_sessions", "fallback_reason")
+    VERIFIER_URI_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    verifier_uri: str
+    storage: _target_state_pb2.StateStorage
+    num_sessions: int
+    fallback_reason: str
+    def __init__(self, verifier_uri: _Optional[str] = ..., storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_sessions: _Optional[int] = ..., fallback_reason: _Optional[str] = ...) -> None: ...

@@ -71,12 +71,14 @@ class VerifyResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[VerifyOpened, _Mapping]] = ..., result: _Optional[_Union[VerifyResult, _Mapping]] = ...) -> None: ...
 
 class VerifyOpened(_message.Message):
-    __slots__ = ("handshake", "first")
+    __slots__ = ("handshake", "first", "target_state_refusal")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
+    TARGET_STATE_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     first: VerifyResult
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ...) -> None: ...
+    target_state_refusal: str
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ..., target_state_refusal: _Optional[str] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
     __slots__ = ("num_accepted_tokens", "bonus_token_id", "committed_length", "cached_length", "finish_reason", "logprobs", "target_state", "timings")
@@ -103,7 +105,7 @@ class VerifierServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class VerifierServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "model", "max_num_draft_tokens", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids")
+    __slots__ = ("protocol_version", "model", "max_num_draft_tokens", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids", "state_storage", "num_state_sessions", "num_state_streams")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +114,9 @@ class VerifierServiceGetInfoResponse(_message.Message):
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    STATE_STORAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_STATE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STATE_STREAMS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model: _common_pb2.ModelInfo
     max_num_draft_tokens: int
@@ -120,4 +125,7 @@ class VerifierServiceGetInfoResponse(_message.Message):
     max_sessions: int
     num_sessions: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    state_storage: _target_state_pb2.StateStorage
+    num_state_sessions: int
+    num_state_streams: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., state_storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_state_sessions: _Optional[int] = ..., num_state_streams: _Optional[int] = ...) -> None: ...

@@ -46,6 +46,16 @@ class VerifierServiceStub:
                 request_serializer=specdec_dot_v1_dot_target__state__pb2.StreamTargetStateRequest.SerializeToString,
                 response_deserializer=specdec_dot_v1_dot_target__state__pb2.StreamTargetStateResponse.FromString,
                 _registered_method=True)
+        self.PutProjection = channel.stream_unary(
+                '/specdec.v1.VerifierService/PutProjection',
+                request_serializer=specdec_dot_v1_dot_target__state__pb2.PutProjectionRequest.SerializeToString,
+                response_deserializer=specdec_dot_v1_dot_target__state__pb2.PutProjectionResponse.FromString,
+                _registered_method=True)
+        self.GetTargetWeights = channel.unary_unary(
+                '/specdec.v1.VerifierService/GetTargetWeights',
+                request_serializer=specdec_dot_v1_dot_target__state__pb2.GetTargetWeightsRequest.SerializeToString,
+                response_deserializer=specdec_dot_v1_dot_target__state__pb2.GetTargetWeightsResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/specdec.v1.VerifierService/GetInfo',
                 request_serializer=specdec_dot_v1_dot_verifier__pb2.VerifierServiceGetInfoRequest.SerializeToString,
@@ -72,7 +82,26 @@ class VerifierServiceServicer:
 
     def StreamTargetState(self, request, context):
         """StreamTargetState pushes a session's target state to a drafter that cannot map it, each round's
-        new positions as they become final. UNIMPLEMENTED where the verifier exports no state.
+        new positions as they become final; it ends with the session.
+
+        NOT_FOUND: no such session, or a projection that was not put. UNIMPLEMENTED: this verifier was told
+        to share state by handle only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutProjection(self, request_iterator, context):
+        """PutProjection hands the verifier a projection, to be applied to what it streams. The least recently
+        used one is forgotten when there are too many. INVALID_ARGUMENT: sizes that do not fit the target, or
+        a checksum that is not the data's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTargetWeights(self, request, context):
+        """GetTargetWeights locates the target's input embedding and LM head.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +126,16 @@ def add_VerifierServiceServicer_to_server(servicer, server):
                     servicer.StreamTargetState,
                     request_deserializer=specdec_dot_v1_dot_target__state__pb2.StreamTargetStateRequest.FromString,
                     response_serializer=specdec_dot_v1_dot_target__state__pb2.StreamTargetStateResponse.SerializeToString,
+            ),
+            'PutProjection': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutProjection,
+                    request_deserializer=specdec_dot_v1_dot_target__state__pb2.PutProjectionRequest.FromString,
+                    response_serializer=specdec_dot_v1_dot_target__state__pb2.PutProjectionResponse.SerializeToString,
+            ),
+            'GetTargetWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTargetWeights,
+                    request_deserializer=specdec_dot_v1_dot_target__state__pb2.GetTargetWeightsRequest.FromString,
+                    response_serializer=specdec_dot_v1_dot_target__state__pb2.GetTargetWeightsResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -159,6 +198,60 @@ class VerifierService:
             '/specdec.v1.VerifierService/StreamTargetState',
             specdec_dot_v1_dot_target__state__pb2.StreamTargetStateRequest.SerializeToString,
             specdec_dot_v1_dot_target__state__pb2.StreamTargetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutProjection(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/specdec.v1.VerifierService/PutProjection',
+            specdec_dot_v1_dot_target__state__pb2.PutProjectionRequest.SerializeToString,
+            specdec_dot_v1_dot_target__state__pb2.PutProjectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTargetWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/specdec.v1.VerifierService/GetTargetWeights',
+            specdec_dot_v1_dot_target__state__pb2.GetTargetWeightsRequest.SerializeToString,
+            specdec_dot_v1_dot_target__state__pb2.GetTargetWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

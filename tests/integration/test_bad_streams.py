@@ -103,12 +103,23 @@ async def test_verify_stream_refuses_rounds_before_open_and_after_finish(small: 
     await assert_healthy(small)
 
 
+BAD_SPECS = [
+    (target_state_pb2.TargetStateSpec(), "names nothing"),
+    (target_state_pb2.TargetStateSpec(hidden_layer_ids=[99]), "no 'hidden.99'"),
+    (target_state_pb2.TargetStateSpec(kv_layer_ids=[99]), "Layer 99"),
+]
+
+
 @shared
-async def test_verifier_exports_no_target_state(small: System) -> None:
-    spec = target_state_pb2.TargetStateSpec(last_hidden_state=True)
+@pytest.mark.parametrize(("spec", "fragment"), BAD_SPECS, ids=shown)
+async def test_a_spec_the_target_cannot_meet_costs_the_state_only(
+    spec: target_state_pb2.TargetStateSpec, fragment: str, small: System
+) -> None:
     async with verify_stream(small.verifier_address) as stream:
-        with pytest.raises(UnimplementedError, match="exports no target state"):
-            await stream.open(PROMPT, target_state_spec=spec)
+        first = await stream.open(PROMPT, target_state_spec=spec)
+        assert fragment in stream.opened.target_state_refusal
+        assert not first.HasField("target_state")
+        assert (await stream.round()).committed_length == len(PROMPT) + 2
     await assert_healthy(small)
 
 

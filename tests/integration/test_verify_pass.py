@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specdec.bench import noise, verify_pass
-from specdec.errors import InvalidArgumentError
+from specdec.errors import FailedPreconditionError, InvalidArgumentError
 from tests.integration.gated_drafter import eventually
 from tests.systems import running_verifier
 
@@ -31,6 +31,8 @@ async def test_rows_are_measured_in_the_order_asked_for(tiny_llama: Path, tmp_pa
         assert verifier.pool.free_tokens == verifier.pool.capacity_tokens
     assert [row.num_tokens for row in rows] == [1, 5, 3]
     assert rows[0].relative_to_first == 1.0
+    assert rows[0].relative_to_transformers is None
+    assert len(verify_pass.table(rows).columns) == 5
     for row in rows:
         assert 0 < row.compute_ms_p50 <= row.total_ms_p50 <= row.round_trip_ms_p50
     assert progress[-1][0] == progress[-1][1] == len(progress)
@@ -39,6 +41,37 @@ async def test_rows_are_measured_in_the_order_asked_for(tiny_llama: Path, tmp_pa
     written = json.loads((tmp_path / "out" / verify_pass.RESULTS_FILE).read_text())
     assert written["provenance"]["model"] == "tiny"
     assert [row["num_tokens"] for row in written["rows"]] == [1, 5, 3]
+
+
+async def test_transformers_runs_the_same_passes_by_turns(tiny_llama: Path) -> None:
+    async with running_verifier(tiny_llama) as (address, _):
+        rows = await asyncio.to_thread(
+            verify_pass.measure,
+            address,
+            sizes=[1, 4],
+            context_tokens=20,
+            repeats=3,
+            peer_model=str(tiny_llama),
+        )
+    for row in rows:
+        assert row.transformers_ms_p50
+        assert row.relative_to_transformers
+        ratio = row.compute_ms_p50 / row.transformers_ms_p50
+        assert 0.2 * ratio < row.relative_to_transformers < 5 * ratio
+    assert [column.header for column in verify_pass.table(rows).columns][-1] == "step x transformers"
+
+
+async def test_the_peer_must_run_the_verifiers_model(tiny_llama: Path, noisy_llama: Path) -> None:
+    async with running_verifier(tiny_llama) as (address, _):
+        with pytest.raises(FailedPreconditionError, match="--model"):
+            await asyncio.to_thread(
+                verify_pass.measure,
+                address,
+                sizes=[1],
+                context_tokens=5,
+                repeats=1,
+                peer_model=str(noisy_llama),
+            )
 
 
 async def test_a_refusal_is_a_typed_error(tiny_llama: Path) -> None:

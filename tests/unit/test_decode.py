@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from gateway.decode import Draft, Round, Verified, decode
+from gateway.decode import Draft, Round, StateHandle, Verified, decode
 from gateway.tracing import RequestTrace
 from specdec.errors import UnavailableError
 from specdec.telemetry import Telemetry, make_telemetry
@@ -61,7 +61,11 @@ class FakeDrafter:
         self.calls: list[tuple[list[int], int, str]] = []
 
     async def propose(
-        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+        self,
+        committed_token_ids: Sequence[int],
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
         self.calls.append((list(committed_token_ids), num_draft_tokens, traceparent))
         start = len(committed_token_ids) - len(PROMPT)
@@ -74,9 +78,13 @@ class NoGuess(FakeDrafter):
     """Never has one."""
 
     async def propose(
-        self, committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str
+        self,
+        committed_token_ids: Sequence[int],
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
-        await super().propose(committed_token_ids, num_draft_tokens, traceparent)
+        await super().propose(committed_token_ids, num_draft_tokens, traceparent, target_state)
         return Draft(fallback_reason="no idea")
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.decode import Draft
+from gateway.decode import Draft, StateHandle
 from gateway.drafting import DraftLink, NoDrafts
 from specdec.errors import (
     FailedPreconditionError,
@@ -62,7 +62,12 @@ class FakeSession:
         self.num_closed = 0
 
     async def propose(
-        self, new_token_ids: Sequence[int], committed_length: int, num_draft_tokens: int, traceparent: str
+        self,
+        new_token_ids: Sequence[int],
+        committed_length: int,
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
     ) -> Draft:
         self.rounds.append((list(new_token_ids), committed_length, num_draft_tokens, traceparent))
         return await (self.script.pop(0) if self.script else answer)()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -144,3 +145,69 @@ async def test_closing_fails_what_waits(recorder: Recorder) -> None:
         await waiting
     with pytest.raises(UnavailableError):
         await engine.submit(Item("late"))
+
+
+async def test_a_step_with_rounds_carries_little_prefill(recorder: Recorder) -> None:
+    engine = Engine(recorder.step, max_batch_tokens=100, max_background_tokens=10)
+    prefill = [Item(f"p{index}", 5, False) for index in range(4)]
+    await submit_while_busy(engine, recorder, *prefill, Item("round", 3))
+    assert recorder.batches == [["first"], ["round", "p0", "p1"], ["p2", "p3"]]
+    engine.close()
+
+
+async def test_rounds_that_fill_every_step_do_not_starve_prefill(recorder: Recorder) -> None:
+    engine = Engine(recorder.step, max_batch_tokens=10)
+    rounds = [Item(f"r{index}", 10) for index in range(5)]
+    await submit_while_busy(engine, recorder, Item("prefill", 10, False), *rounds)
+    assert recorder.batches == [["first"], ["r0"], ["r1"], ["r2"], ["prefill"], ["r3"], ["r4"]]
+    engine.close()
+
+
+class Sessions:
+    """Sources that send their next item when they have the last one's result, after a delay of their own."""
+
+    def __init__(self, *, step_s: float) -> None:
+        self.batches: list[set[str]] = []
+        self._step_s = step_s
+        self.engine: Engine[Item, str] = Engine(self._step)
+
+    def _step(self, items: Sequence[Item]) -> list[str]:
+        self.batches.append({item.name for item in items})
+        time.sleep(self._step_s)
+        return [item.name for item in items]
+
+    async def run(self, name: str, num_rounds: int, away_s: float) -> list[int]:
+        """Take turns with the engine; the queue time of every round, nanoseconds."""
+        queue_ns = []
+        for _ in range(num_rounds):
+            result = await self.engine.submit(Item(name), name)
+            queue_ns.append(result.queue_ns)
+            await asyncio.sleep(away_s)
+        self.engine.forget(name)
+        return queue_ns
+
+
+async def test_sessions_that_come_back_at_once_share_every_step() -> None:
+    sessions = Sessions(step_s=0.08)
+    late = sessions.run("late", 6, away_s=0.003)
+    await asyncio.gather(*(sessions.run(name, 6, away_s=0.0) for name in "abc"), late)
+    sessions.engine.close()
+    # The first step may start before all have come.
+    assert sessions.batches[1:-1] == [{"a", "b", "c", "late"}] * (len(sessions.batches) - 2)
+    assert len(sessions.batches) <= 7
+
+
+async def test_nobody_waits_for_a_slow_session() -> None:
+    sessions = Sessions(step_s=0.04)
+    fast, _ = await asyncio.gather(sessions.run("fast", 20, away_s=0.0), sessions.run("slow", 4, away_s=0.1))
+    sessions.engine.close()
+    # One wait at most, for a session whose ways are not known yet; else only for the other's step.
+    assert sum(queue_ns > 4e6 for queue_ns in fast) <= 5
+
+
+async def test_nobody_waits_for_a_session_that_has_ended() -> None:
+    sessions = Sessions(step_s=0.2)
+    await asyncio.gather(sessions.run("ended", 1, away_s=0.0), sessions.run("other", 1, away_s=0.0))
+    next_round = await sessions.engine.submit(Item("new"), "new")
+    sessions.engine.close()
+    assert next_round.queue_ns < 10e6

@@ -1,0 +1,48 @@
+"""Reading target state as the drafter service is configured to."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from drafter_service.config import DrafterConfig
+from specdec.errors import InvalidArgumentError
+from specdec.model_files import resolve_model
+from specdec.runtime.state_memory import SharedDirectory
+from specdec.runtime.state_reader import ReaderConfig, StateReader
+from specdec.runtime.target_weights import read_weights
+
+logger = logging.getLogger(__name__)
+
+
+def load_reader(config: DrafterConfig) -> StateReader:
+    """A reader, and the target's weights if a checkpoint is named.
+
+    Raises:
+        InvalidArgumentError: handles are demanded and the shared directory cannot be used.
+        NotFoundError: there is no such checkpoint.
+    """
+    device = torch.device(config.device)
+    weights = None
+    if config.target:
+        weights = read_weights(resolve_model(config.target), getattr(torch, config.dtype), device)
+    reader_config = ReaderConfig(
+        mode=config.target_state,
+        device=device,
+        directory=None if config.target_state == "stream" else _shared_directory(config),
+        mirror_bytes=int(config.mirror_mib * 2**20),
+        stream_projected=config.stream_features == "projected",
+    )
+    return StateReader(reader_config, weights)
+
+
+def _shared_directory(config: DrafterConfig) -> SharedDirectory | None:
+    try:
+        return SharedDirectory(Path(config.shared_dir))
+    except InvalidArgumentError as error:
+        if config.target_state == "handle":
+            raise
+        logger.warning("target state has to be streamed", extra={"reason": error.message})
+        return None

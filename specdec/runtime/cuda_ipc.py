@@ -1,0 +1,159 @@
+"""Target state in the memory of a GPU, mapped by another process on the same GPU.
+
+The pool is one cudaMalloc of its own: memory of torch's caching allocator can be exported only together with
+its neighbours, and not at all with expandable segments. An interprocess event orders a reader's work after
+the writer's. The two processes must share a PID namespace and see the same device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.errors import FailedPreconditionError, ResourceExhaustedError
+from specdec.runtime.state_memory import Region, SharedHostMemory, StateMemory
+from specdec.target_state import CudaIpc, StateStorage
+
+_HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
+
+
+class _IpcHandle(ctypes.Structure):
+    """cudaIpcMemHandle_t, passed by value."""
+
+    _fields_ = (("reserved", ctypes.c_char * _HANDLE_BYTES),)
+
+
+@cache
+def _runtime() -> Any:
+    """The CUDA runtime that torch has loaded."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    library = ctypes.CDLL(f"libcudart.so.{major}")
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    library.cudaIpcOpenMemHandle.argtypes = (ctypes.POINTER(ctypes.c_void_p), _IpcHandle, ctypes.c_uint)
+    library.cudaMalloc.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
+    for name in ("cudaFree", "cudaIpcCloseMemHandle"):
+        getattr(library, name).argtypes = (ctypes.c_void_p,)
+    return library
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        _runtime().cudaGetLastError()  # or the next torch operation would report it as its own
+        reason = _runtime().cudaGetErrorString(code).decode()
+        raise FailedPreconditionError(f"{what}: {reason}.", reason="STATE_NOT_MAPPED")
+
+
+class _DeviceBytes:
+    """Device memory in the form torch.as_tensor takes without copying."""
+
+    def __init__(self, pointer: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }
+
+
+def _as_tensor(pointer: int, num_bytes: int, device: torch.device) -> Tensor:
+    return torch.as_tensor(_DeviceBytes(pointer, num_bytes), device=device)
+
+
+def device_uuid(device: torch.device) -> str:
+    """Identity of a GPU, the same in every process and container."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+class CudaIpcMemory(StateMemory):
+    """Allocations of a GPU that drafters on the same GPU can map.
+
+    Args:
+        device: the target's.
+        host: for what readers check on the host.
+    """
+
+    kind = StateStorage.CUDA_IPC
+
+    def __init__(self, device: torch.device, host: SharedHostMemory) -> None:
+        self._device = device
+        self._host = host
+        self._pointers: list[int] = []
+        with torch.cuda.device(device):
+            self._event = torch.cuda.Event(interprocess=True)
+            self._event.record()  # an event that was never recorded has no handle
+            self._event_handle = bytes(self._event.ipc_handle())
+
+    def allocate(self, num_bytes: int) -> Region:
+        """One cudaMalloc, zeroed."""
+        pointer, handle = ctypes.c_void_p(), _IpcHandle()
+        with torch.cuda.device(self._device):
+            code = _runtime().cudaMalloc(ctypes.byref(pointer), num_bytes)
+            if code:
+                _runtime().cudaGetLastError()
+                raise ResourceExhaustedError(
+                    f"The GPU has no room for {num_bytes / 2**20:.0f} MiB; lower --kv-cache-mib.",
+                    reason="DEVICE_MEMORY_FULL",
+                )
+            assert pointer.value is not None
+            self._pointers.append(pointer.value)
+            _check(_runtime().cudaIpcGetMemHandle(ctypes.byref(handle), pointer), "cudaIpcGetMemHandle")
+            tensor = _as_tensor(pointer.value, num_bytes, self._device).zero_()
+        storage = CudaIpc(device_uuid(self._device), bytes(handle), 0, self._event_handle, num_bytes)
+        return Region(tensor, storage)
+
+    def allocate_host(self, num_bytes: int) -> Region:
+        """A shared file of the host."""
+        return self._host.allocate(num_bytes)
+
+    def record(self) -> None:
+        """Record the event readers wait for, on the current stream."""
+        with torch.cuda.device(self._device):
+            self._event.record()
+
+    def close(self) -> None:
+        """Free the memory; mappings of other processes are invalid from here on, as their sessions are."""
+        self._host.close()
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            for pointer in self._pointers:
+                _runtime().cudaFree(pointer)
+        self._pointers.clear()
+
+
+class CudaMapping:
+    """Device memory of another process.
+
+    Raises:
+        FailedPreconditionError: it is another GPU's, or the driver refuses.
+    """
+
+    def __init__(self, storage: CudaIpc, device: torch.device) -> None:
+        if device.type != "cuda" or device_uuid(device) != storage.device_uuid:
+            raise FailedPreconditionError("The state is on another GPU.", reason="STATE_NOT_MAPPED")
+        if len(storage.memory_handle) != _HANDLE_BYTES:
+            raise FailedPreconditionError("The memory handle is malformed.", reason="STATE_NOT_MAPPED")
+        self._device = device
+        self._pointer = ctypes.c_void_p()
+        handle = _IpcHandle.from_buffer_copy(storage.memory_handle)
+        with torch.cuda.device(device):
+            code = _runtime().cudaIpcOpenMemHandle(ctypes.byref(self._pointer), handle, _LAZY_PEER_ACCESS)
+            _check(code, "The state on the GPU cannot be mapped")
+            self._event = torch.cuda.Event.from_ipc_handle(device, storage.event_handle)
+        assert self._pointer.value is not None
+        self.bytes = _as_tensor(self._pointer.value, storage.size, device)
+        """uint8 [size]; to be read only."""
+
+    def wait(self) -> None:
+        """Let the current stream wait for what the verifier had written when it last recorded its event."""
+        self._event.wait(torch.cuda.current_stream(self._device))
+
+    def close(self) -> None:
+        """Unmap; no tensor of the memory may be used any more."""
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            _runtime().cudaIpcCloseMemHandle(self._pointer)

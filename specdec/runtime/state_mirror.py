@@ -1,0 +1,244 @@
+"""A copy of a session's target state in the drafter's own memory, fed by a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import numpy
+import torch
+from torch import Tensor
+
+from specdec.channel import MAX_MESSAGE_BYTES
+from specdec.errors import (
+    FailedPreconditionError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnavailableError,
+    from_rpc_error,
+)
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.state_source import StateSource
+from specdec.runtime.target_view import Projection, TargetStateView
+from specdec.target_state import (
+    GENERATIONS,
+    PROJECTED,
+    TargetStateRef,
+    TargetStateSpec,
+    TensorRef,
+    hidden_name,
+)
+from specdec.v1 import target_state_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_PROJECTION_CHUNK_BYTES = MAX_MESSAGE_BYTES // 4
+_UNKNOWN_PROJECTION = "UNKNOWN_PROJECTION"
+
+
+class MirrorBudget:
+    """Memory of all mirrors of a service together, bytes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.num_used = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Reserve.
+
+        Raises:
+            ResourceExhaustedError: there is not so much left.
+        """
+        if self.num_used + num_bytes > self.num_bytes:
+            raise ResourceExhaustedError(
+                f"A mirror of this session's state takes {num_bytes / 2**20:.1f} MiB, "
+                f"{self.num_used / 2**20:.1f} of {self.num_bytes / 2**20:.1f} are in use; raise "
+                "--mirror-mib, or share a host with the verifier.",
+                reason="MIRROR_FULL",
+                retry_after_s=1.0,
+            )
+        self.num_used += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Release what was reserved."""
+        self.num_used -= num_bytes
+
+
+class MirroredState(StateSource):
+    """A copy of the state in the drafter's own memory, fed by a stream.
+
+    Args:
+        stub: the verifier's methods.
+        max_length: positions the session can reach.
+        projection: the spec's, if it has one.
+        is_projected: have the verifier apply it, and mirror the result in place of the hidden states.
+
+    Raises:
+        ResourceExhaustedError: no memory for it.
+    """
+
+    def __init__(
+        self,
+        stub: Any,
+        budget: MirrorBudget,
+        ref: TargetStateRef,
+        spec: TargetStateSpec,
+        max_length: int,
+        *,
+        device: torch.device,
+        projection: Projection | None,
+        is_projected: bool,
+    ) -> None:
+        self._stub = stub
+        self._budget = budget
+        self._ref = ref
+        self._spec = spec
+        self._projection = projection
+        self._sent_projection = projection if is_projected else None
+        num_blocks = -(-max_length // BLOCK_TOKENS)
+        self._allocation = KvAllocation.of(range(num_blocks), device)
+        refs = _mirrored(ref.tensors, spec, self._sent_projection)
+        self.row_bytes = sum(_row_bytes(tensor) for tensor in refs)
+        self._num_bytes = self.row_bytes * num_blocks * BLOCK_TOKENS
+        budget.take(self._num_bytes)
+        self._tensors = {
+            tensor.name: torch.empty(
+                (num_blocks * BLOCK_TOKENS, *tensor.shape[1:]),
+                dtype=getattr(torch, tensor.dtype),
+                device=device,
+            )
+            for tensor in refs
+        }
+        self.length = 0
+        self._error: SpecdecError | None = None
+        self._changed = asyncio.Event()
+        self._task = asyncio.ensure_future(self._follow())
+
+    async def view(self, cached_length: int) -> TargetStateView:
+        """Waits for the stream."""
+        while self.length < cached_length and self._error is None:
+            await self._changed.wait()
+        if self._error:
+            raise self._error
+        return TargetStateView(
+            self._spec,
+            self._tensors,
+            self._ref.tensors,
+            self._allocation,
+            cached_length,
+            self._projection,
+        )
+
+    def check(self) -> None:
+        """A mirror is nobody else's; but its session may have ended."""
+        if isinstance(self._error, FailedPreconditionError):
+            raise self._error
+
+    async def close(self) -> None:
+        """End the stream and free the mirror."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        self._tensors = {}
+        self._budget.give_back(self._num_bytes)
+
+    async def _follow(self) -> None:
+        try:
+            async for chunk in self._chunks():
+                self._store(chunk)
+            self._error = FailedPreconditionError(
+                "The session this state belonged to has ended.", reason="STALE_STATE"
+            )
+        except grpc.RpcError as error:
+            reason = from_rpc_error(error)
+            self._error = UnavailableError(f"The stream of target state broke: {reason.message}")
+        except SpecdecError as error:
+            self._error = error
+        except Exception as error:  # the drafter must learn of any failure, or it would wait for ever
+            logger.exception("mirroring failed")
+            self._error = UnavailableError(f"Mirroring failed: {type(error).__name__}: {error}")
+        self._notify()
+
+    async def _chunks(self) -> AsyncIterator[pb.StreamTargetStateResponse]:
+        projection = self._sent_projection
+        request = pb.StreamTargetStateRequest(
+            session_id=self._ref.session_id, projection_sha256=projection.info.sha256 if projection else ""
+        )
+        try:
+            async for chunk in self._stub.StreamTargetState(request):
+                yield chunk
+            return
+        except grpc.aio.AioRpcError as error:
+            if projection is None or from_rpc_error(error).reason != _UNKNOWN_PROJECTION:
+                raise
+        await self._stub.PutProjection(_projection_messages(projection))
+        async for chunk in self._stub.StreamTargetState(request):
+            yield chunk
+
+    def _store(self, chunk: pb.StreamTargetStateResponse) -> None:
+        """Copy a chunk into the mirror.
+
+        Raises:
+            UnavailableError: it does not fit what was announced.
+        """
+        start, stop = chunk.start_position, chunk.start_position + chunk.num_positions
+        rows = {tensor.name: tensor.data for tensor in chunk.tensors}
+        if start != self.length or stop > self._allocation.capacity or rows.keys() != self._tensors.keys():
+            raise UnavailableError("The verifier sent state that was not asked for.", reason="BAD_STATE")
+        for name, data in rows.items():
+            target = self._tensors[name][start:stop]
+            if len(data) != target.nbytes:
+                raise UnavailableError(f"The verifier sent {name} of another size.", reason="BAD_STATE")
+            _write(target, data)
+        self.length = stop
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _mirrored(
+    refs: Sequence[TensorRef], spec: TargetStateSpec, projection: Projection | None
+) -> list[TensorRef]:
+    """The tensors a stream carries."""
+    kept = [ref for ref in refs if ref.name != GENERATIONS]
+    if projection is None:
+        return kept
+    replaced = {hidden_name(layer_id) for layer_id in spec.hidden_layer_ids}
+    kept = [ref for ref in kept if ref.name not in replaced]
+    return [*kept, TensorRef(PROJECTED, projection.info.dtype, (0, projection.info.output_size))]
+
+
+def _row_bytes(ref: TensorRef) -> int:
+    dtype = getattr(torch, ref.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise FailedPreconditionError(f"Unknown element type {ref.dtype!r}.", reason="BAD_STATE")
+    num_bytes = dtype.itemsize
+    for extent in ref.shape[1:]:
+        num_bytes *= extent
+    return num_bytes
+
+
+def _write(target: Tensor, data: bytes) -> None:
+    """Fill a contiguous tensor with its bytes. On the CPU by way of numpy: the event loop's thread must not
+    run torch operations, which would give it OpenMP workers of its own."""
+    if target.device.type == "cpu":
+        target.view(torch.uint8).numpy().reshape(-1)[:] = numpy.frombuffer(data, numpy.uint8)
+    else:
+        source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        target.view(torch.uint8).view(-1).copy_(source)
+
+
+def _projection_messages(projection: Projection) -> list[pb.PutProjectionRequest]:
+    data = projection.to_bytes()
+    first = pb.PutProjectionRequest(projection=projection.info.to_proto())
+    starts = range(0, len(data), _PROJECTION_CHUNK_BYTES)
+    return [
+        first,
+        *(pb.PutProjectionRequest(data=data[start : start + _PROJECTION_CHUNK_BYTES]) for start in starts),
+    ]

@@ -1,0 +1,195 @@
+"""The two weights of the target that drafters use as well: input embedding and LM head.
+
+Mapped from the verifier's memory where both share a host, else read alone from the target's checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from specdec.errors import InvalidArgumentError, NotFoundError
+from specdec.runtime.state_memory import StateMemory
+from specdec.target_state import TensorRef
+from specdec.v1 import target_state_pb2 as pb
+
+_EMBEDDING, _LM_HEAD = "embedding", "lm_head"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetWeights:
+    """Input embedding and LM head of a target, to be read only."""
+
+    embedding: Tensor  # [vocab_size, hidden_size]
+    lm_head: Tensor  # [vocab_size, hidden_size]
+    embedding_scale: float = 1.0
+    """What the model multiplies embeddings with."""
+    final_logit_softcap: float = 0.0
+    """Cap of the logits; 0: none."""
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Input embeddings [..., hidden_size] as the target's own module gives them."""
+        rows = embedding(token_ids, self.embedding)
+        if self.embedding_scale == 1.0:
+            return rows
+        # Gemma rounds the scale to the weights' type first.
+        return rows * torch.tensor(self.embedding_scale, device=rows.device).to(rows.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab_size] of hidden states [..., hidden_size] after the final norm."""
+        logits = linear(hidden, self.lm_head)
+        if not self.final_logit_softcap:
+            return logits
+        return torch.tanh(logits / self.final_logit_softcap) * self.final_logit_softcap
+
+
+@dataclass(frozen=True, slots=True)
+class TargetWeightsRef:
+    """Where a target's weights are; see specdec.v1.GetTargetWeightsResponse."""
+
+    model_id: str
+    embedding: TensorRef
+    lm_head: TensorRef
+    embedding_scale: float
+    final_logit_softcap: float
+
+    def to_proto(self) -> pb.GetTargetWeightsResponse:
+        """The message."""
+        return pb.GetTargetWeightsResponse(
+            model_id=self.model_id,
+            embedding=self.embedding.to_proto(),
+            lm_head=self.lm_head.to_proto(),
+            embedding_scale=self.embedding_scale,
+            final_logit_softcap=self.final_logit_softcap,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.GetTargetWeightsResponse) -> TargetWeightsRef:
+        """Read the message."""
+        return cls(
+            message.model_id,
+            TensorRef.from_proto(message.embedding),
+            TensorRef.from_proto(message.lm_head),
+            message.embedding_scale or 1.0,
+            message.final_logit_softcap,
+        )
+
+
+def share_weights(model: PreTrainedModel, memory: StateMemory, model_id: str) -> TargetWeightsRef:
+    """Move a model's embedding and LM head into memory that others can map; on the engine thread.
+
+    Raises:
+        ResourceExhaustedError: there is no room.
+    """
+    input_module, head = _modules_of(model)
+    moved = {_EMBEDDING: _move(_EMBEDDING, input_module.weight, memory)}
+    if head.weight is input_module.weight:
+        moved[_LM_HEAD] = moved[_EMBEDDING]
+    else:
+        moved[_LM_HEAD] = _move(_LM_HEAD, head.weight, memory)
+    return TargetWeightsRef(
+        model_id, moved[_EMBEDDING], moved[_LM_HEAD], _scale_of(input_module), _softcap_of(model.config)
+    )
+
+
+def _modules_of(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Embedding and head modules.
+
+    Raises:
+        InvalidArgumentError: a head with a bias, which no drafter expects.
+    """
+    head: Any = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise InvalidArgumentError(
+            "The target's LM head has a bias; sharing it is not supported.", reason="UNSUPPORTED_MODEL"
+        )
+    return model.get_input_embeddings(), head
+
+
+def _move(name: str, weight: nn.Parameter, memory: StateMemory) -> TensorRef:
+    """Replace a parameter's memory by a region of `memory`."""
+    region = memory.allocate(weight.nbytes)
+    shared = region.tensor.view(weight.dtype).view(weight.shape)
+    with torch.inference_mode():
+        shared.copy_(weight)
+    weight.data = shared
+    return TensorRef(name, str(weight.dtype).removeprefix("torch."), tuple(weight.shape), region.storage)
+
+
+def _scale_of(input_module: nn.Module) -> float:
+    scale = getattr(input_module, "scalar_embed_scale", getattr(input_module, "embed_scale", 1.0))
+    return float(scale)
+
+
+def _softcap_of(config: Any) -> float:
+    return float(getattr(config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+
+
+def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> TargetWeights:
+    """Embedding and LM head of a checkpoint; no other tensor is read.
+
+    Raises:
+        InvalidArgumentError: no causal LM with safetensors weights.
+        NotFoundError: the checkpoint lacks a tensor.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    try:
+        with torch.device("meta"):
+            skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{folder} holds no causal LM: {error}", field="target") from error
+    input_module, head = _modules_of(skeleton)
+    names = {id(parameter): name for name, parameter in skeleton.named_parameters()}
+    files = _files_by_tensor(folder)
+    weight = _read(folder, files, names[id(input_module.weight)], dtype, device)
+    tied = head.weight is input_module.weight or config.get_text_config().tie_word_embeddings
+    return TargetWeights(
+        embedding=weight,
+        lm_head=weight if tied else _read(folder, files, names[id(head.weight)], dtype, device),
+        embedding_scale=_scale_of_config(skeleton, config),
+        final_logit_softcap=_softcap_of(config),
+    )
+
+
+def _scale_of_config(skeleton: PreTrainedModel, config: Any) -> float:
+    """The embedding's scale of a model without values: buffers on the meta device have none."""
+    input_module: Any = skeleton.get_input_embeddings()
+    if hasattr(input_module, "scalar_embed_scale"):
+        return float(input_module.scalar_embed_scale)
+    if hasattr(input_module, "embed_scale"):
+        return float(config.get_text_config().hidden_size ** 0.5)
+    return 1.0
+
+
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    return found
+
+
+def _read(
+    folder: Path, files: dict[str, Path], name: str, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """One tensor by the model's own name; checkpoints of multimodal models have longer ones."""
+    tail = name.removeprefix("model.")
+    matches = [key for key in files if key in (name, tail) or key.endswith(f".{tail}")]
+    if len(matches) != 1:
+        raise NotFoundError(f"{folder} has {len(matches)} tensors that could be {name}; expected one.")
+    with safe_open(files[matches[0]], framework="pt") as file:
+        tensor: Tensor = file.get_tensor(matches[0])
+    return tensor.to(device=device, dtype=dtype)

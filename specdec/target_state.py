@@ -1,0 +1,242 @@
+"""What a drafter reads of the target, and where it is: the messages of target_state.proto as dataclasses."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from specdec.v1 import target_state_pb2 as pb
+
+GENERATIONS = "generations"
+"""Name of the tensor that says which generation each block of the pool belongs to."""
+LAST_HIDDEN = "last_hidden"
+"""Name of the hidden state after the final norm."""
+PROJECTED = "projected"
+"""Name of the projected hidden states."""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def hidden_name(layer_id: int) -> str:
+    """Name of the hidden state after a layer."""
+    return f"hidden.{layer_id}"
+
+
+def key_name(layer_id: int) -> str:
+    """Name of a layer's keys."""
+    return f"kv.{layer_id}.key"
+
+
+def value_name(layer_id: int) -> str:
+    """Name of a layer's values."""
+    return f"kv.{layer_id}.value"
+
+
+def boot_id() -> str:
+    """Identity of this host until it boots again; empty where the kernel does not say."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+class StateStorage(enum.Enum):
+    """How a drafter gets at target state."""
+
+    SHARED_MEMORY = "shared_memory"
+    CUDA_IPC = "cuda_ipc"
+    STREAM = "stream"
+
+
+STORAGE_TO_PROTO: Mapping[StateStorage, pb.StateStorage] = {
+    StateStorage.SHARED_MEMORY: pb.STATE_STORAGE_SHARED_MEMORY,
+    StateStorage.CUDA_IPC: pb.STATE_STORAGE_CUDA_IPC,
+    StateStorage.STREAM: pb.STATE_STORAGE_STREAM,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionInfo:
+    """A projection of hidden states, known by its weights' checksum; see specdec.v1.Projection."""
+
+    sha256: str
+    input_size: int
+    output_size: int
+    norm_epsilon: float
+    dtype: str
+
+    def to_proto(self) -> pb.Projection:
+        """The message."""
+        return pb.Projection(
+            sha256=self.sha256,
+            input_size=self.input_size,
+            output_size=self.output_size,
+            norm_epsilon=self.norm_epsilon,
+            dtype=self.dtype,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.Projection) -> ProjectionInfo:
+        """Read the message."""
+        return cls(
+            message.sha256, message.input_size, message.output_size, message.norm_epsilon, message.dtype
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStateSpec:
+    """What a drafter needs of the target; see specdec.v1.TargetStateSpec."""
+
+    hidden_layer_ids: tuple[int, ...] = ()
+    last_hidden_state: bool = False
+    kv_layer_ids: tuple[int, ...] = ()
+    kv_last_of_each_attention_type: bool = False
+    projection: ProjectionInfo | None = None
+
+    def to_proto(self) -> pb.TargetStateSpec:
+        """The message."""
+        return pb.TargetStateSpec(
+            hidden_layer_ids=self.hidden_layer_ids,
+            last_hidden_state=self.last_hidden_state,
+            kv_layer_ids=self.kv_layer_ids,
+            kv_last_of_each_attention_type=self.kv_last_of_each_attention_type,
+            projection=self.projection.to_proto() if self.projection else None,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.TargetStateSpec) -> TargetStateSpec:
+        """Read the message."""
+        return cls(
+            hidden_layer_ids=tuple(message.hidden_layer_ids),
+            last_hidden_state=message.last_hidden_state,
+            kv_layer_ids=tuple(message.kv_layer_ids),
+            kv_last_of_each_attention_type=message.kv_last_of_each_attention_type,
+            projection=(
+                ProjectionInfo.from_proto(message.projection) if message.HasField("projection") else None
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """A tensor in a file of this host; see specdec.v1.SharedMemory."""
+
+    path: str
+    offset: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CudaIpc:
+    """A tensor in the memory of a GPU; see specdec.v1.CudaIpc."""
+
+    device_uuid: str
+    memory_handle: bytes
+    offset: int
+    event_handle: bytes
+    size: int
+
+
+Storage = SharedMemory | CudaIpc
+"""Where a tensor can be mapped. None in its place: it can only be streamed."""
+
+
+def storage_kind(storage: Storage | None) -> StateStorage:
+    """How a tensor is reached."""
+    match storage:
+        case SharedMemory():
+            return StateStorage.SHARED_MEMORY
+        case CudaIpc():
+            return StateStorage.CUDA_IPC
+        case None:
+            return StateStorage.STREAM
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One tensor: what it is and where; see specdec.v1.TensorRef."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    storage: Storage | None = None
+    attention_type: str = ""
+
+    def to_proto(self) -> pb.TensorRef:
+        """The message."""
+        message = pb.TensorRef(
+            name=self.name, dtype=self.dtype, shape=self.shape, attention_type=self.attention_type
+        )
+        match self.storage:
+            case SharedMemory(path, offset, boot):
+                message.shared_memory.CopyFrom(pb.SharedMemory(path=path, offset=offset, boot_id=boot))
+            case CudaIpc(uuid, memory_handle, offset, event_handle, size):
+                message.cuda_ipc.CopyFrom(
+                    pb.CudaIpc(
+                        device_uuid=uuid,
+                        memory_handle=memory_handle,
+                        offset=offset,
+                        event_handle=event_handle,
+                        size=size,
+                    )
+                )
+            case None:
+                message.stream.SetInParent()
+        return message
+
+    @classmethod
+    def from_proto(cls, message: pb.TensorRef) -> TensorRef:
+        """Read the message."""
+        storage: Storage | None = None
+        match message.WhichOneof("storage"):
+            case "shared_memory":
+                shared = message.shared_memory
+                storage = SharedMemory(shared.path, shared.offset, shared.boot_id)
+            case "cuda_ipc":
+                ipc = message.cuda_ipc
+                storage = CudaIpc(ipc.device_uuid, ipc.memory_handle, ipc.offset, ipc.event_handle, ipc.size)
+        return cls(message.name, message.dtype, tuple(message.shape), storage, message.attention_type)
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStateRef:
+    """A handle on a session's state; see specdec.v1.TargetStateRef."""
+
+    session_id: str
+    verifier_uri: str
+    generation: int
+    cached_length: int = 0
+    tensors: tuple[TensorRef, ...] = field(default=(), repr=False)
+    block_ids: tuple[int, ...] = field(default=(), repr=False)
+    block_tokens: int = 0
+
+    def at(self, cached_length: int) -> TargetStateRef:
+        """The handle as later rounds carry it: lengths only."""
+        return replace(self, cached_length=cached_length, tensors=(), block_ids=(), block_tokens=0)
+
+    def to_proto(self) -> pb.TargetStateRef:
+        """The message."""
+        return pb.TargetStateRef(
+            session_id=self.session_id,
+            verifier_uri=self.verifier_uri,
+            generation=self.generation,
+            cached_length=self.cached_length,
+            tensors=[tensor.to_proto() for tensor in self.tensors],
+            block_ids=self.block_ids,
+            block_tokens=self.block_tokens,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.TargetStateRef) -> TargetStateRef:
+        """Read the message."""
+        return cls(
+            session_id=message.session_id,
+            verifier_uri=message.verifier_uri,
+            generation=message.generation,
+            cached_length=message.cached_length,
+            tensors=tuple(TensorRef.from_proto(tensor) for tensor in message.tensors),
+            block_ids=tuple(message.block_ids),
+            block_tokens=message.block_tokens,
+        )
