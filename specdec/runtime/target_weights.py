@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.errors import InvalidArgumentError, NotFoundError
 from specdec.runtime.state_memory import StateMemory
-from specdec.target_state import TensorRef
+from specdec.target_state import StateStorage, TensorRef
 from specdec.v1 import target_state_pb2 as pb
 
 _EMBEDDING, _LM_HEAD = "embedding", "lm_head"
@@ -116,13 +116,16 @@ def _modules_of(model: PreTrainedModel) -> tuple[Any, Any]:
 
 
 def _move(name: str, weight: nn.Parameter, memory: StateMemory) -> TensorRef:
-    """Replace a parameter's memory by a region of `memory`."""
+    """Replace a parameter's memory by a region of `memory`, unless that would share nothing."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    if memory.kind is StateStorage.STREAM:
+        return TensorRef(name, dtype, tuple(weight.shape))
     region = memory.allocate(weight.nbytes)
     shared = region.tensor.view(weight.dtype).view(weight.shape)
     with torch.inference_mode():
         shared.copy_(weight)
     weight.data = shared
-    return TensorRef(name, str(weight.dtype).removeprefix("torch."), tuple(weight.shape), region.storage)
+    return TensorRef(name, dtype, tuple(weight.shape), region.storage)
 
 
 def _scale_of(input_module: nn.Module) -> float:
