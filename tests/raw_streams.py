@@ -85,10 +85,15 @@ class DraftStream(RawStream):
         message = drafter_pb2.DraftOpen(drafter=drafter, committed_token_ids=committed, **fields)
         return (await self.ask(drafter_pb2.DraftRequest(open=message))).opened
 
-    async def round(self, new: Sequence[int], committed_length: int, num_draft_tokens: int = 4) -> list[int]:
+    async def round(
+        self, new: Sequence[int], committed_length: int, num_draft_tokens: int = 4, **fields: Any
+    ) -> list[int]:
         """The draft of one round."""
         message = drafter_pb2.DraftRound(
-            committed_token_ids=new, committed_length=committed_length, num_draft_tokens=num_draft_tokens
+            committed_token_ids=new,
+            committed_length=committed_length,
+            num_draft_tokens=num_draft_tokens,
+            **fields,
         )
         return list((await self.ask(drafter_pb2.DraftRequest(round=message))).result.draft_token_ids)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +15,20 @@ from torch import Tensor
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.ngram import NgramSession
 from drafter_service.registry import FAMILIES, DrafterFactory
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
+from specdec.runtime.state_memory import SharedDirectory
+from specdec.runtime.state_reader import ReaderConfig, StateReader
 from specdec.runtime.target_view import Projection, TargetStateView
-from specdec.target_state import TargetStateSpec, hidden_name, key_name, value_name
+from specdec.target_state import (
+    StateStorage,
+    TargetStateRef,
+    TargetStateSpec,
+    hidden_name,
+    key_name,
+    value_name,
+)
+from specdec.v1 import verifier_pb2
+from tests.raw_streams import VerifyStream, output_of, verify_stream
 
 
 @dataclass
@@ -29,29 +45,32 @@ class ProbeSession(NgramSession):
     def __init__(self, request: OpenDraft) -> None:
         super().__init__(request, range(1, 3))
         self.readings: list[Reading] = []
+        self.storages: set[StateStorage] = set()
 
 
 @dataclass
 class StateProbe(Drafter):
-    """Reads everything its spec names, each round anew.
-
-    `delay` of a subclass or a callback may be used to hold a round.
-    """
+    """Reads everything its spec names, each round anew."""
 
     spec: TargetStateSpec
     projection: Projection | None = None
     needs_weights: bool = False
+    name: str = "probe"
+    after_reading: Callable[[ProbeSession], None] = lambda session: None
+    """Called on the engine thread when a round has read its state: may hold the round."""
+    expected: Sequence[int] = ()
+    """The output, if it is known: drafts are right up to some point then. Else they are made by n-grams."""
     sessions: list[ProbeSession] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.info = DrafterInfo(
-            "probe", "probe", 8, 4, target_state_spec=self.spec, needs_target_weights=self.needs_weights
+            self.name, "probe", 8, 4, target_state_spec=self.spec, needs_target_weights=self.needs_weights
         )
 
     @property
     def families(self) -> Mapping[str, DrafterFactory]:
         """Drafter families with this one."""
-        return {**FAMILIES, "probe": lambda spec, config: self}
+        return {**FAMILIES, self.name: lambda spec, config: self}
 
     def open(self, request: OpenDraft) -> DraftSession:
         session = ProbeSession(request)
@@ -64,9 +83,25 @@ class StateProbe(Drafter):
             session = item.session
             assert isinstance(session, ProbeSession)
             assert session.view is not None
+            assert session.state is not None
+            assert session.state.link is not None
             session.readings.append(read_all(session.view))
-            drafts.append(session.propose(item.num_draft_tokens))
+            session.storages.add(session.state.link.storage)
+            self.after_reading(session)
+            drafts.append(self._draft(session, item.num_draft_tokens))
         return drafts
+
+    def _draft(self, session: ProbeSession, num_tokens: int) -> list[int]:
+        if not self.expected:
+            return session.propose(num_tokens)
+        done = len(session.token_ids) - session.prompt_length
+        num_right = len(session.readings) % (num_tokens + 1)
+        return partly_right(self.expected[done : done + num_tokens], num_right)
+
+
+def partly_right(expected: Sequence[int], num_right: int) -> list[int]:
+    """A draft of which the target will accept `num_right` tokens."""
+    return [*expected[:num_right], *((token + 1) % 256 for token in expected[num_right:])]
 
 
 def read_all(view: TargetStateView) -> Reading:
@@ -93,3 +128,112 @@ def random_projection(num_layers: int, hidden_size: int, output_size: int, dtype
     fc = torch.randn(output_size, num_layers * hidden_size, generator=generator) * hidden_size**-0.5
     norm = torch.rand(output_size, generator=generator) + 0.5
     return Projection(fc.to(dtype), norm.to(dtype), 1e-6)
+
+
+def all_of(family: str) -> TargetStateSpec:
+    """Everything a tiny model of a family can export."""
+    kv_layers = (0, 1) if family == "gemma4-shared-kv" else (0, 1, 2, 3)
+    return TargetStateSpec((0, 1, 2, 3), True, kv_layers, True)
+
+
+@asynccontextmanager
+async def state_reader(mode: str, shared_dir: Path, **options: Any) -> AsyncIterator[StateReader]:
+    """A drafter's reader of target state, without its drafter."""
+    directory = None if mode == "stream" else SharedDirectory(shared_dir)
+    config = {"mirror_bytes": 2**26, "stream_projected": False, **options}
+    reader = StateReader(ReaderConfig(mode, torch.device("cpu"), directory, **config))
+    try:
+        yield reader
+    finally:
+        await reader.close()
+
+
+def ref_of(result: verifier_pb2.VerifyResult) -> TargetStateRef:
+    """The handle in an answer of the verifier."""
+    assert result.HasField("target_state")
+    return TargetStateRef.from_proto(result.target_state)
+
+
+@asynccontextmanager
+async def state_session(
+    address: str, prompt: Sequence[int], spec: TargetStateSpec, *, max_new_tokens: int = 40
+) -> AsyncIterator[tuple[VerifyStream, TargetStateRef]]:
+    """A session that exports state, prefilled; its stream and its first handle."""
+    async with verify_stream(address) as stream:
+        fields = {"max_new_tokens": max_new_tokens, "ignore_eos": True}
+        first = await stream.open(prompt, target_state_spec=spec.to_proto(), **fields)
+        assert stream.opened.target_state_refusal == ""
+        yield stream, ref_of(first)
+
+
+@dataclass
+class Followed:
+    """A session whose state was read in every round."""
+
+    token_ids: list[int]
+    readings: list[list[Reading]]
+    """Per reader, per round, the prefill first."""
+    num_refused: int
+    num_accepted: int
+
+
+async def follow(
+    address: str,
+    prompt: Sequence[int],
+    spec: TargetStateSpec,
+    readers: Sequence[StateReader],
+    *,
+    projection: Projection | None = None,
+    max_new_tokens: int = 40,
+) -> Followed:
+    """A whole session with drafts that are right up to some point, read by every reader in every round."""
+    expected = await output_of(address, prompt, max_new_tokens=max_new_tokens, ignore_eos=True)
+    max_length = len(prompt) + max_new_tokens
+    sessions = [reader.open(spec, max_length, projection) for reader in readers]
+    followed = Followed([], [[] for _ in readers], 0, 0)
+    async with state_session(address, prompt, spec, max_new_tokens=max_new_tokens) as (stream, ref):
+        for num_right in range(max_new_tokens):
+            for session, readings in zip(sessions, followed.readings, strict=True):
+                readings.append(read_all(await session.view(ref)))
+                session.check()
+            done = len(stream.token_ids) - len(prompt)
+            if done == max_new_tokens:
+                break
+            draft = partly_right(expected[done : done + 4], num_right % 5)
+            result = await stream.round(draft)
+            ref = ref_of(result)
+            followed.num_accepted += result.num_accepted_tokens
+            followed.num_refused += len(draft) - result.num_accepted_tokens
+        followed.token_ids = stream.token_ids
+        assert stream.token_ids[len(prompt) :] == expected
+    for session in sessions:
+        await session.close()
+    return followed
+
+
+@contextmanager
+def scattered(pool: KvPool) -> Iterator[None]:
+    """Every other block of a pool is taken: no session finds two neighbouring ones."""
+    blocks = [pool.allocate(BLOCK_TOKENS) for _ in range(pool.free_tokens // BLOCK_TOKENS)]
+    for block in blocks[1::2]:
+        pool.free(block)
+    yield
+    for block in blocks[::2]:
+        pool.free(block)
+
+
+def assert_same(reading: Reading, other: Reading) -> None:
+    """Bit for bit the same input of a drafter."""
+    assert reading.length == other.length
+    assert reading.tensors.keys() == other.tensors.keys()
+    for name, tensor in reading.tensors.items():
+        assert len(tensor) == reading.length, name
+        assert torch.equal(tensor, other.tensors[name]), name
+
+
+def assert_never_changed(readings: Sequence[Reading]) -> None:
+    """What was read once is read again, bit for bit, by every later round."""
+    for earlier, later in pairwise(readings):
+        assert earlier.length < later.length
+        prefix = {name: tensor[: earlier.length] for name, tensor in later.tensors.items()}
+        assert_same(earlier, Reading(earlier.length, prefix))

@@ -76,10 +76,26 @@ def tiny_config(family: str) -> PreTrainedConfig:
             vocab_size_per_layer_input=VOCAB_SIZE,
             enable_moe_block=False,
         )
+    if family == "gemma4-moe":
+        return Gemma4TextConfig(
+            **_COMMON,
+            layer_types=_LAYER_TYPES,
+            sliding_window=16,
+            global_head_dim=16,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            num_kv_shared_layers=0,
+            hidden_size_per_layer_input=0,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+        )
     raise ValueError(family)
 
 
-FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv")
+FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe")
 
 
 def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, noise: float = 0.0) -> Path:

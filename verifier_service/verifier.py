@@ -64,11 +64,14 @@ class Verifier:
     ) -> None:
         self.config = config
         self.loaded = loaded
-        packed = PackedModel(
-            loaded.model,
-            kv_budget_bytes=int(config.kv_cache_mib * 2**20),
-            memory=_make_memory(config, loaded.model.device),
-        )
+        memory = _make_memory(config, loaded.model.device)
+        try:
+            packed = PackedModel(
+                loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20), memory=memory
+            )
+        except BaseException:
+            memory.close()  # no file of a start that failed may stay
+            raise
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
         self.pool = packed.pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,9 +11,9 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from specdec.bench import noise, plots, verify_pass
+from specdec.bench import geometry, noise, plots, transport, verify_pass
 from specdec.bench.backends import TRANSFORMERS
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
@@ -23,6 +24,7 @@ from specdec.cli_groups import ErrorGroup
 from specdec.errors import InvalidArgumentError, UnavailableError
 
 _DEFAULTS = BenchConfig()
+_TRANSPORT_DEFAULTS = transport.TransportConfig(model=_DEFAULTS.model)
 _EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _TABLE_WIDTH = 160
 """Characters of a table where the output is no terminal and has no width of its own."""
@@ -211,6 +213,113 @@ def pass_command(
     _console().print(verify_pass.table(rows))
 
 
+@bench.command("transport")
+@click.option(
+    "--verifier",
+    help="Address of a running, idle verifier on this host; --models then names its model.  "
+    "[default: start one per model]",
+)
+@click.option(
+    "--models",
+    type=_CommaList(str),
+    default=",".join((_DEFAULTS.model, *geometry.GEOMETRIES)),
+    show_default=True,
+    help="Models, separated by commas; gemma4-31b-geometry is made for the run, with random weights and "
+    "state of the size of Gemma 4 31B's.",
+)
+@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the models to start.")
+@click.option("--device", default="cpu", show_default=True, help="Device of verifier and reader.")
+@click.option(
+    "--kv-cache-mib",
+    type=float,
+    default=512.0,
+    show_default=True,
+    help="KV pool of the models to start, MiB.",
+)
+@click.option(
+    "--shared-dir",
+    default=_TRANSPORT_DEFAULTS.shared_dir,
+    show_default=True,
+    help="Memory-backed directory of the handles.",
+)
+@click.option(
+    "--prefill-tokens",
+    type=click.IntRange(min=1),
+    default=_TRANSPORT_DEFAULTS.prefill_tokens,
+    show_default=True,
+    help="Tokens of the prompt.",
+)
+@click.option(
+    "--round-tokens",
+    type=click.IntRange(min=1),
+    default=_TRANSPORT_DEFAULTS.round_tokens,
+    show_default=True,
+    help="New tokens of a round, all of its draft and the bonus.",
+)
+@click.option(
+    "--prefills",
+    type=click.IntRange(min=1),
+    default=_TRANSPORT_DEFAULTS.prefills,
+    show_default=True,
+    help="New readers per row, each of which gets the whole prompt's state.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=_TRANSPORT_DEFAULTS.repeats,
+    show_default=True,
+    help="Rounds per row.",
+)
+@click.option(
+    "--out",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for transport.json and transport.md.",
+)
+def transport_command(
+    verifier: str | None,
+    models: tuple[str, ...],
+    dtype: str,
+    kv_cache_mib: float,
+    directory: Path,
+    **settings: Any,
+) -> None:
+    """Measure what getting at target state costs a drafter, by handle and by stream.
+
+    A real verifier is driven, and its state is read with the code of the drafter service, in this process.
+    Per round the time from the arrival of the verifier's answer until a view of the new positions is there;
+    per prompt the time until a new reader has a view of the whole prompt, which includes mapping the memory,
+    or connecting and opening the stream. A view by handle refers to the verifier's memory; what reading it
+    then takes is measured apart, for both. The data of both is compared; a difference fails the run.
+    """
+    if not models or (verifier and len(models) > 1):
+        raise InvalidArgumentError("--models must name one model or more, exactly one with --verifier.")
+    verifier_args = ("--kv-cache-mib", str(kv_cache_mib), "--shared-dir", settings["shared_dir"])
+    rows: list[transport.TransportRow] = []
+    for name in models:
+        with geometry.prepared_model(name) as model:
+            config = transport.TransportConfig(model=model, **settings)
+            with (
+                _verifier(verifier, model, dtype, settings["device"], verifier_args) as address,
+                _progress() as progress,
+            ):
+                task = progress.add_task(f"Rows of {name}", total=None)
+
+                def on_progress(
+                    done: int, total: int, progress: Progress = progress, task: TaskID = task
+                ) -> None:
+                    progress.update(task, completed=done, total=total)
+
+                rows += asyncio.run(transport.measure(address, config, on_progress))
+    transport.write(directory, rows, {"models": models, "dtype": dtype, **settings})
+    _console().print(
+        transport.table(
+            rows, round_tokens=settings["round_tokens"], prefill_tokens=settings["prefill_tokens"]
+        )
+    )
+
+
 @bench.command("noise")
 @click.option(
     "--positions", type=click.IntRange(min=1), default=9, show_default=True, help="Rows, K + 1 of a round."
@@ -237,10 +346,12 @@ def compare_command(old: Path, new: Path) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def _verifier(verifier: str | None, model: str, dtype: str, device: str) -> AbstractContextManager[str]:
+def _verifier(
+    verifier: str | None, model: str, dtype: str, device: str, arguments: Sequence[str] = ()
+) -> AbstractContextManager[str]:
     if verifier:
         return nullcontext(verifier)
-    return _local_services(model, dtype, device, ("ngram",), service="verifier")
+    return _local_services(model, dtype, device, ("ngram",), service="verifier", verifier_args=arguments)
 
 
 def _services(
@@ -251,13 +362,21 @@ def _services(
 
 @contextmanager
 def _local_services(
-    model: str, dtype: str, device: str, drafters: Sequence[str], service: str = "gateway"
+    model: str,
+    dtype: str,
+    device: str,
+    drafters: Sequence[str],
+    service: str = "gateway",
+    verifier_args: Sequence[str] = (),
 ) -> Iterator[str]:
     # Imported here: a run against a gateway elsewhere needs nothing of it.
     from specdec.launcher import LocalSystem
 
     started = time.monotonic()
-    with LocalSystem(model, dtype=dtype, device=device, drafters=drafters, report=_report) as system:
+    extra_args = {"verifier": verifier_args}
+    with LocalSystem(
+        model, dtype=dtype, device=device, drafters=drafters, extra_args=extra_args, report=_report
+    ) as system:
         _report(f"Services ready in {time.monotonic() - started:.1f} s")
         yield system.verifier if service == "verifier" else system.gateway
         peaks = ", ".join(f"{name} {_peak_mib(pid):.0f} MiB" for name, pid in system.pids.items())

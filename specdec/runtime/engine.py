@@ -174,8 +174,8 @@ class Engine(Generic[ItemT, ResultT]):
             away_ns = now_ns - self._delivered_ns.pop(source, now_ns)
             self._expected.discard(source)
             self._waiting.append(_Pending(item, future, loop, now_ns, source, away_ns))
-            # While the engine lingers only the last one it expects need wake it.
-            if len(self._waiting) == 1 or not self._expected:
+            # While the engine lingers only the last one it expects need wake it, or one it lingers not for.
+            if len(self._waiting) == 1 or not self._expected or source is None:
                 self._wakeup.notify()
         return await future
 
@@ -216,18 +216,23 @@ class Engine(Generic[ItemT, ResultT]):
             while not self._closed:
                 live = [pending for pending in self._waiting if not pending.future.cancelled()]
                 linger_ns = self._linger_until_ns - time.monotonic_ns() if self._expected else 0
-                if live and linger_ns <= 0:
-                    batch = self._choose(live)
+                batch = self._choose(live, is_lingering=linger_ns > 0)
+                if batch:
                     taken = set(map(id, batch))
                     self._waiting = deque(pending for pending in live if id(pending) not in taken)
-                    self._expected.clear()
                     return batch
                 self._waiting = deque(live)
                 self._wakeup.wait(linger_ns / 1e9 if live else None)
             return []
 
-    def _choose(self, live: Sequence[_Pending[ItemT, ResultT]]) -> list[_Pending[ItemT, ResultT]]:
-        """Of the items that wait, at least one, the next step; of a kind, first come, first served."""
+    def _choose(
+        self, live: Sequence[_Pending[ItemT, ResultT]], *, is_lingering: bool
+    ) -> list[_Pending[ItemT, ResultT]]:
+        """Of the items that wait the next step; of a kind, first come, first served."""
+        if is_lingering:
+            # Items of no source wait with nobody.
+            return _fitting([p for p in live if p.source is None], self._max_batch_tokens, at_least_one=True)
+        self._expected.clear()
         urgent = [pending for pending in live if pending.item.is_urgent]
         background = [pending for pending in live if not pending.item.is_urgent]
         batch: list[_Pending[ItemT, ResultT]] = []
@@ -262,7 +267,8 @@ class Engine(Generic[ItemT, ResultT]):
     def _expect(self, batch: Sequence[_Pending[ItemT, ResultT]], ended_ns: int, linger_ns: int) -> None:
         """Note whose next items may be waited for: of sources that were back in time the last time, too."""
         with self._wakeup:
-            self._linger_until_ns = ended_ns + linger_ns
+            if any(pending.source is not None for pending in batch):
+                self._linger_until_ns = ended_ns + linger_ns
             for pending in batch:
                 if pending.source is not None and not pending.future.cancelled():
                     self._delivered_ns[pending.source] = ended_ns

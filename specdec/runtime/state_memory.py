@@ -216,7 +216,8 @@ class MappedFile:
                 reason="STATE_NOT_MAPPED",
             )
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            # Not blocking: a FIFO would wait for its writer.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise FailedPreconditionError(
                 f"The state file cannot be opened: {error.strerror}.", reason="STATE_NOT_MAPPED"
@@ -268,6 +269,8 @@ def carve(memory: Tensor, ref: TensorRef, offset: int) -> Tensor:
     dtype = getattr(torch, ref.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise FailedPreconditionError(f"Unknown element type {ref.dtype!r}.", reason="STATE_NOT_MAPPED")
+    if not ref.shape or not all(ref.shape):
+        raise FailedPreconditionError(f"{ref.name} is said to have no rows.", reason="STATE_NOT_MAPPED")
     num_bytes = dtype.itemsize
     for extent in ref.shape:
         num_bytes *= extent

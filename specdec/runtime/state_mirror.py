@@ -16,9 +16,11 @@ from torch import Tensor
 from specdec.channel import MAX_MESSAGE_BYTES
 from specdec.errors import (
     FailedPreconditionError,
+    InvalidArgumentError,
     ResourceExhaustedError,
     SpecdecError,
     UnavailableError,
+    UnimplementedError,
     from_rpc_error,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
@@ -154,8 +156,7 @@ class MirroredState(StateSource):
                 "The session this state belonged to has ended.", reason="STALE_STATE"
             )
         except grpc.RpcError as error:
-            reason = from_rpc_error(error)
-            self._error = UnavailableError(f"The stream of target state broke: {reason.message}")
+            self._error = _stream_error(from_rpc_error(error))
         except SpecdecError as error:
             self._error = error
         except Exception as error:  # the drafter must learn of any failure, or it would wait for ever
@@ -200,6 +201,17 @@ class MirroredState(StateSource):
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _stream_error(error: SpecdecError) -> SpecdecError:
+    """What a drafter is told of the error that ended its stream: another try may help, or never will."""
+    if error.reason == "UNKNOWN_SESSION":
+        return FailedPreconditionError("The session this state belonged to has ended.", reason="STALE_STATE")
+    if isinstance(error, UnimplementedError | InvalidArgumentError):
+        return FailedPreconditionError(
+            f"The target state cannot be streamed: {error.message}", reason="STATE_NOT_STREAMED"
+        )
+    return UnavailableError(f"The stream of target state broke: {error.message}")
 
 
 def _mirrored(

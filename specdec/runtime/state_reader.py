@@ -137,6 +137,8 @@ class StateReader:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
         ref = TargetWeightsRef.from_proto(response)
+        if reason := self._mappings.why_not((ref.embedding, ref.lm_head)):
+            raise FailedPreconditionError(reason, reason="STATE_NOT_MAPPED")
         embedding, lm_head = (self._mappings.tensor(tensor) for tensor in (ref.embedding, ref.lm_head))
         return TargetWeights(embedding, lm_head, ref.embedding_scale, ref.final_logit_softcap)
 
@@ -165,6 +167,8 @@ class StateReader:
                 reason="STATE_NOT_MAPPED",
             )
         storage = StateStorage.STREAM
+        if not any(tensor.storage for tensor in ref.tensors if tensor.name != GENERATIONS):
+            reason = ""  # no handle was offered that could have failed
         if source:
             storage = storage_kind(next(ref.storage for ref in ref.tensors if ref.name != GENERATIONS))
         else:

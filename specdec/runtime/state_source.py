@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -137,16 +138,28 @@ class MappedState(StateSource):
         projection: Projection | None,
     ) -> None:
         tensors = {tensor.name: mappings.tensor(tensor) for tensor in ref.tensors}
-        if GENERATIONS not in tensors:
-            raise FailedPreconditionError("The handle has no generations.", reason="INCOMPLETE_HANDLE")
+        generations = tensors.pop(GENERATIONS, torch.empty(0))
+        if not tensors or (generations.dtype, generations.ndim) != (torch.int64, 1):
+            raise FailedPreconditionError(
+                "The handle has no generations, or nothing else.", reason="STATE_NOT_MAPPED"
+            )
         # numpy: looking at a few numbers is several times as quick.
-        self._generations = tensors.pop(GENERATIONS).numpy()
+        self._generations = generations.numpy()
         num_blocks = min(len(tensor) for tensor in tensors.values()) // BLOCK_TOKENS
         if max(ref.block_ids) >= min(num_blocks, len(self._generations)):
-            raise FailedPreconditionError("The handle names blocks the pool lacks.", reason="STALE_STATE")
+            raise FailedPreconditionError(
+                "The handle names blocks the pool lacks.", reason="STATE_NOT_MAPPED"
+            )
         device = next(iter(tensors.values())).device
         self._allocation = KvAllocation.of(ref.block_ids, device, generation=ref.generation)
-        self._blocks = list(ref.block_ids)
+        # A round's first steps run on cold caches: what can be prepared is, and a look compares plain bytes.
+        is_run = self._allocation.slot_ids is None
+        self._blocks = (
+            slice(ref.block_ids[0], ref.block_ids[-1] + 1) if is_run else numpy.asarray(ref.block_ids)
+        )
+        expected = numpy.full(len(ref.block_ids), ref.generation, numpy.uint64)  # as the wire has it
+        self._own_generations = expected.tobytes()
+        self._is_on_gpu = any(isinstance(tensor.storage, CudaIpc) for tensor in ref.tensors)
         self._mappings = mappings
         self._tensors, self._refs = tensors, ref.tensors
         self.row_bytes = sum(tensor[0].nbytes for tensor in tensors.values())
@@ -156,14 +169,15 @@ class MappedState(StateSource):
         """Nothing moves."""
         if cached_length > self._allocation.capacity:
             raise InvalidArgumentError("The handle's length is past its blocks.", field="target_state")
-        self._mappings.wait(self._refs)
+        if self._is_on_gpu:
+            self._mappings.wait(self._refs)
         return TargetStateView(
             self._spec, self._tensors, self._refs, self._allocation, cached_length, self._projection
         )
 
     def check(self) -> None:
         """The pool's blocks still belong to the handle's generation."""
-        if (self._generations[self._blocks] != self._allocation.generation).any():
+        if self._generations[self._blocks].tobytes() != self._own_generations:
             raise FailedPreconditionError(
                 "The session this state belonged to has ended.", reason="STALE_STATE"
             )

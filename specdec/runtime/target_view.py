@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.prepack import multiplier
 from specdec.target_state import (
     LAST_HIDDEN,
     PROJECTED,
@@ -80,13 +81,17 @@ class Projection:
         """The weights as they are sent: fc, then the norm."""
         return b"".join(tensor_bytes(tensor) for tensor in (self.fc, self.norm))
 
+    @cached_property
+    def _multiply(self) -> Callable[[Tensor], Tensor]:
+        return multiplier(self.fc)
+
     def _checksum(self) -> str:
         return hashlib.sha256(self.to_bytes() + struct.pack("<d", self.epsilon)).hexdigest()
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
         """[num_positions, input_size] to [num_positions, output_size]."""
-        projected = linear(features.to(self.fc.dtype), self.fc).float()
+        projected = self._multiply(features.to(self.fc.dtype)).float()
         scale = torch.rsqrt(projected.square().mean(-1, keepdim=True) + self.epsilon)
         return self.norm * (projected * scale).to(self.norm.dtype)
 
@@ -134,9 +139,7 @@ class TargetStateView:
         self._tensors = tensors
         self._allocation = allocation
         self._projection = projection
-        self._layer_of_type = {
-            ref.attention_type: int(ref.name.split(".")[1]) for ref in refs if ref.attention_type
-        }
+        self._refs = refs
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [stop - start, ...] of a tensor; a view where the session's blocks are one run.
@@ -159,6 +162,10 @@ class TargetStateView:
     def kv(self, layer_id: int) -> tuple[Tensor, Tensor]:
         """Keys and values [length, num_heads, head_dim] of a layer."""
         return self.rows(key_name(layer_id)), self.rows(value_name(layer_id))
+
+    @cached_property
+    def _layer_of_type(self) -> dict[str, int]:
+        return {ref.attention_type: int(ref.name.split(".")[1]) for ref in self._refs if ref.attention_type}
 
     @property
     def attention_types(self) -> tuple[str, ...]:

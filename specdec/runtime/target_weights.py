@@ -6,6 +6,7 @@ Mapped from the verifier's memory where both share a host, else read alone from 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from specdec.v1 import target_state_pb2 as pb
 
 _EMBEDDING, _LM_HEAD = "embedding", "lm_head"
 _INDEX = "model.safetensors.index.json"
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,13 +93,16 @@ def share_weights(model: PreTrainedModel, memory: StateMemory, model_id: str) ->
         ResourceExhaustedError: there is no room.
     """
     input_module, head = _modules_of(model)
-    moved = {_EMBEDDING: _move(_EMBEDDING, input_module.weight, memory)}
-    if head.weight is input_module.weight:
-        moved[_LM_HEAD] = moved[_EMBEDDING]
-    else:
-        moved[_LM_HEAD] = _move(_LM_HEAD, head.weight, memory)
+    weights = {_EMBEDDING: input_module.weight}
+    if head.weight is not input_module.weight:
+        weights[_LM_HEAD] = head.weight
+    moved = _move(weights, memory)
     return TargetWeightsRef(
-        model_id, moved[_EMBEDDING], moved[_LM_HEAD], _scale_of(input_module), _softcap_of(model.config)
+        model_id,
+        moved[_EMBEDDING],
+        moved.get(_LM_HEAD, moved[_EMBEDDING]),
+        _scale_of(input_module),
+        _softcap_of(model.config),
     )
 
 
@@ -115,17 +120,27 @@ def _modules_of(model: PreTrainedModel) -> tuple[Any, Any]:
     return model.get_input_embeddings(), head
 
 
-def _move(name: str, weight: nn.Parameter, memory: StateMemory) -> TensorRef:
-    """Replace a parameter's memory by a region of `memory`, unless that would share nothing."""
-    dtype = str(weight.dtype).removeprefix("torch.")
+def _move(weights: Mapping[str, nn.Parameter], memory: StateMemory) -> dict[str, TensorRef]:
+    """Replace parameters' memory by one region of `memory`, unless that would share nothing."""
+    dtypes = {name: str(weight.dtype).removeprefix("torch.") for name, weight in weights.items()}
     if memory.kind is StateStorage.STREAM:
-        return TensorRef(name, dtype, tuple(weight.shape))
-    region = memory.allocate(weight.nbytes)
-    shared = region.tensor.view(weight.dtype).view(weight.shape)
-    with torch.inference_mode():
-        shared.copy_(weight)
-    weight.data = shared
-    return TensorRef(name, dtype, tuple(weight.shape), region.storage)
+        return {name: TensorRef(name, dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
+    # All or nothing: what had been moved of a part would be moved again by the next call.
+    region = memory.allocate(sum(_aligned(weight.nbytes) for weight in weights.values()))
+    moved, offset = {}, 0
+    for name, weight in weights.items():
+        shared = region.tensor[offset : offset + weight.nbytes].view(weight.dtype).view(weight.shape)
+        with torch.inference_mode():
+            shared.copy_(weight)
+        weight.data = shared
+        moved[name] = TensorRef(name, dtypes[name], tuple(weight.shape), region.locate(offset))
+        offset += _aligned(weight.nbytes)
+    return moved
+
+
+def _aligned(num_bytes: int) -> int:
+    """The next size after which another tensor may begin."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _scale_of(input_module: nn.Module) -> float:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from specdec.channel import aio_channel
 from specdec.client import AsyncClient, GenerateOptions, Generation
 from specdec.errors import InvalidArgumentError
 from specdec.sampling import SamplingParams
+from specdec.target_state import TargetStateSpec
 from specdec.telemetry import Telemetry, make_telemetry, telemetry_from_environment
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.integration.gated_drafter import eventually, gated_system
+from tests.state_probe import StateProbe
 from tests.systems import running_drafter, running_gateway, running_system, running_verifier
 from tests.tiny_models import VOCAB_SIZE
 from tests.unit.test_stats import points, sums
@@ -324,6 +327,40 @@ class TestMetrics:
                 await system.client.generate(PROMPT, REFUSED)
             await eventually(lambda: bool(points(reader, "specdec.requests")))
             assert sums(reader, "specdec.requests", "outcome") == {"invalid_argument": 1}
+
+
+@pytest.mark.parametrize("mode", ["handle", "stream"])
+async def test_drafts_say_how_target_state_was_read(
+    mode: str, recorded: Recorded, tiny_llama: Path, tmp_path: Path
+) -> None:
+    probe = StateProbe(TargetStateSpec((0, 2), True, (1,)))
+    row_bytes = 3 * 128 + 2 * 64
+    reader = InMemoryMetricReader()
+    telemetry = replace(recorded.telemetry, meter=make_telemetry("test", metric_reader=reader).meter)
+    here = {"shared_dir": str(tmp_path)}
+    async with running_system(
+        tiny_llama,
+        "probe",
+        families=probe.families,
+        telemetry=telemetry,
+        verifier_options=here,
+        drafter_options={**here, "target_state": mode},
+    ) as system:
+        options = GenerateOptions(method="probe", max_new_tokens=24, ignore_eos=True)
+        result = await system.client.generate(PROMPT, options)
+        await recorded.request()
+        drafts = recorded.named("specdec.draft")
+        assert len(drafts) == len(probe.sessions[0].readings) >= result.speculation.num_rounds - 1
+        storage = {"handle": "shared_memory", "stream": "stream"}[mode]
+        assert {attribute(draft, "specdec.target_state.storage") for draft in drafts} == {storage}
+        read = sum(attribute(draft, "specdec.target_state.bytes") for draft in drafts)
+        assert read == row_bytes * probe.sessions[0].readings[-1].length
+        assert attribute(drafts[0], "specdec.target_state.bytes") == row_bytes * len(PROMPT)
+        for draft in drafts:
+            assert 0 < attribute(draft, "specdec.target_state.wait_ns") <= duration_ns(draft)
+        assert sums(reader, "specdec.drafter.target_state", "storage") == {storage: read}
+        sent = sum(point.value for point in points(reader, "specdec.verifier.streamed_state"))
+        assert sent >= read if mode == "stream" else sent == 0
 
 
 class Collector(

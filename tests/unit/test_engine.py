@@ -211,3 +211,12 @@ async def test_nobody_waits_for_a_session_that_has_ended() -> None:
     next_round = await sessions.engine.submit(Item("new"), "new")
     sessions.engine.close()
     assert next_round.queue_ns < 10e6
+
+
+async def test_an_item_of_no_source_waits_for_nobody() -> None:
+    sessions = Sessions(step_s=0.4)
+    await asyncio.gather(sessions.run("a", 1, away_s=0.0), sessions.engine.submit(Item("b"), "b"))
+    # The engine expects b, which was back at once, for a twentieth of a second.
+    side_work = await sessions.engine.submit(Item("side"))
+    sessions.engine.close()
+    assert side_work.queue_ns < 20e6

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,14 +10,20 @@ from hypothesis import strategies as st
 
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, KvShape
+from specdec.runtime.state_memory import SharedDirectory, SharedHostMemory, StateMemory
+from specdec.target_state import GENERATIONS, SharedMemory
 
 SHAPES = {0: KvShape(2, 4, 4), 3: KvShape(1, 8, 2)}
 BLOCK_BYTES = (2 * 8 + 10) * 4 * BLOCK_TOKENS
 
 
-def make_pool(num_blocks: int) -> KvPool:
+def make_pool(num_blocks: int, memory: StateMemory | None = None) -> KvPool:
     return KvPool(
-        SHAPES, budget_bytes=num_blocks * BLOCK_BYTES, dtype=torch.float32, device=torch.device("cpu")
+        SHAPES,
+        budget_bytes=num_blocks * BLOCK_BYTES,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        memory=memory,
     )
 
 
@@ -68,6 +77,34 @@ def test_a_run_is_a_view_and_scattered_blocks_are_not() -> None:
     assert pool.allocate(4 * BLOCK_TOKENS).slot_ids is None
 
 
+def generations(pool: KvPool) -> list[int]:
+    """What readers see: the owner's generation of each block, 0 for none."""
+    ref = pool.ref(GENERATIONS)
+    assert isinstance(ref.storage, SharedMemory)
+    data = Path(ref.storage.path).read_bytes()
+    return numpy.frombuffer(data, numpy.int64, count=ref.shape[0], offset=ref.storage.offset).tolist()
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 4 * BLOCK_TOKENS)), max_size=30))
+def test_every_owner_of_a_block_has_a_generation_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[bool, int]]
+) -> None:
+    memory = SharedHostMemory(SharedDirectory(tmp_path_factory.mktemp("pool")), strict=True)
+    pool, live, seen = make_pool(8, memory), [], set()
+    for release, num_tokens in actions:
+        if release and live:
+            pool.free(live.pop(num_tokens % len(live)))
+        elif num_tokens <= pool.free_tokens:
+            live.append(pool.allocate(num_tokens))
+            assert live[-1].generation > 0
+            assert live[-1].generation not in seen
+            seen.add(live[-1].generation)
+        owners = {block: each.generation for each in live for block in each.blocks}
+        assert generations(pool) == [owners.get(block, 0) for block in range(8)]
+    memory.close()
+
+
 def test_refusals_say_what_to_do() -> None:
     pool = make_pool(2)
     with pytest.raises(InvalidArgumentError, match="larger --kv-cache-mib"):
@@ -81,3 +118,13 @@ def test_refusals_say_what_to_do() -> None:
         pool.free(held)
     with pytest.raises(InvalidArgumentError, match="less than one block"):
         make_pool(0)
+
+
+def test_runs_are_the_slots_in_order() -> None:
+    cpu = torch.device("cpu")
+    for blocks in ((2, 3, 4), (4, 0, 2), (1, 2, 0)):
+        allocation = KvAllocation.of(blocks, cpu)
+        for start, stop in ((0, 192), (5, 70), (63, 65), (64, 64), (130, 192)):
+            in_runs = [slot for run in allocation.runs(start, stop) for slot in range(run.start, run.stop)]
+            assert in_runs == slot_ids(allocation, start, stop)
+            assert len(in_runs) == stop - start

@@ -1,0 +1,86 @@
+"""A drafter that uses the target's embedding and LM head gets them, wherever it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from specdec.client import GenerateOptions
+from specdec.runtime.target_weights import TargetWeights
+from specdec.target_state import TargetStateSpec
+from tests.state_probe import ProbeSession, StateProbe
+from tests.systems import running_system
+
+PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
+PLAIN = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="none")
+READING = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="probe")
+
+
+@dataclass
+class Seen:
+    """What a drafter computed of the target's weights and of its last hidden state."""
+
+    weights: list[TargetWeights] = field(default_factory=list)
+    picks: list[int] = field(default_factory=list)
+    anchors: list[int] = field(default_factory=list)
+
+    def look(self, session: ProbeSession) -> None:
+        """Pick the token after the last position that may be read: the anchor, which is committed."""
+        assert session.target_weights is not None
+        assert session.view is not None
+        hidden = session.view.last_hidden(session.view.length - 1)
+        self.weights.append(session.target_weights)
+        self.picks.append(int(session.target_weights.logits(hidden).argmax()))
+        self.anchors.append(session.token_ids[-1])
+
+
+@pytest.mark.parametrize("mode", ["handle", "stream"])
+async def test_hidden_states_and_weights_give_the_targets_own_pick(
+    mode: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    seen = Seen()
+    probe = StateProbe(TargetStateSpec(last_hidden_state=True), needs_weights=True, after_reading=seen.look)
+    here = {"shared_dir": str(tmp_path)}
+    async with running_system(
+        tiny_llama,
+        "probe",
+        families=probe.families,
+        verifier_options=here,
+        drafter_options={**here, "target_state": mode, "target": str(tiny_llama)},
+    ) as system:
+        plain = await system.client.generate(PROMPT, PLAIN)
+        result = await system.client.generate(PROMPT, READING)
+        assert result.token_ids == plain.token_ids
+        assert result.speculation.fallback_reason == ""
+        assert len(seen.picks) > 10
+        assert seen.picks == seen.anchors
+        reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+        assert len({id(weights) for weights in seen.weights}) == 1
+        assert torch.equal(seen.weights[0].lm_head, reference.lm_head.weight)
+        assert torch.equal(seen.weights[0].embedding, reference.model.embed_tokens.weight)
+        verifier = system.verifier.servicer.verifier
+        assert verifier is not None
+        shared = verifier.loaded.model.get_input_embeddings().weight
+        # Mapped, it is the verifier's own memory.
+        shared.data[5] += 1
+        assert torch.equal(seen.weights[0].embedding[5], shared[5]) == (mode == "handle")
+
+
+async def test_a_drafter_that_can_get_none_says_how_it_could(tiny_llama: Path, tmp_path: Path) -> None:
+    probe = StateProbe(TargetStateSpec(last_hidden_state=True), needs_weights=True)
+    async with running_system(
+        tiny_llama,
+        "probe",
+        families=probe.families,
+        verifier_options={"shared_dir": str(tmp_path)},
+        drafter_options={"shared_dir": str(tmp_path), "target_state": "stream"},
+    ) as system:
+        plain = await system.client.generate(PROMPT, PLAIN)
+        result = await system.client.generate(PROMPT, READING)
+    assert result.token_ids == plain.token_ids
+    assert "--target MODEL" in result.speculation.fallback_reason
+    assert result.speculation.num_draft_tokens == 0

@@ -1,0 +1,69 @@
+"""What becomes of a stream whose session ends while the engine is busy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from specdec.runtime.packed_model import PackedModel
+from specdec.target_state import TargetStateSpec
+from tests.state_probe import random_projection
+from verifier_service.state_export import StateChunk, StateExport
+
+PROJECTION = random_projection(2, 32, 48, torch.float32)
+SPEC = TargetStateSpec((0, 2), projection=PROJECTION.info)
+
+
+class BusyEngine:
+    """Runs what it is given once it may."""
+
+    def __init__(self) -> None:
+        self.is_asked = asyncio.Event()
+        self.may_run = asyncio.Event()
+        self.may_run.set()
+
+    async def __call__(self, function: Callable[[], Any]) -> Any:
+        self.is_asked.set()
+        await self.may_run.wait()
+        return function()
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["goes on", "ends"])
+async def test_rows_projected_after_the_session_ended_are_not_sent(ends: bool, tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    packed, engine = PackedModel(model, kv_budget_bytes=1 << 20), BusyEngine()
+    export = StateExport(
+        packed.pool,
+        packed.capture,
+        dict.fromkeys(packed.pool.keys, "full_attention"),
+        uri="",
+        max_hidden_layers=2,
+        run_on_engine=engine,
+    )
+    state = await export.open(SPEC, packed.pool.allocate(8))
+    state.advance(8)
+    engine.may_run.clear()
+    engine.is_asked.clear()
+    chunks = export.stream(state, 0, PROJECTION)
+    next_chunk: asyncio.Future[StateChunk | None] = asyncio.ensure_future(anext(chunks, None))
+    await asyncio.wait_for(engine.is_asked.wait(), 10)
+    assert export.num_streams == 1
+    if ends:
+        export.close(state)
+        packed.pool.free(state.allocation)
+    engine.may_run.set()
+    chunk = await asyncio.wait_for(next_chunk, 10)
+    if ends:
+        assert chunk is None
+    else:
+        assert chunk is not None
+        assert (chunk.start, chunk.stop, list(chunk.rows)) == (0, 8, ["projected"])
+        assert len(chunk.rows["projected"]) == 8 * 48 * 4
+    await chunks.aclose()
+    assert export.num_streams == 0
