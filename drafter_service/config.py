@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.config import ModelServiceConfig, require_positive
+from specdec.config import ModelServiceConfig, require_choice, require_positive
 from specdec.errors import InvalidArgumentError
 
 STREAM_FEATURES = ("projected", "raw")
@@ -38,6 +38,7 @@ class DrafterConfig(ModelServiceConfig):
         # The two-argument form: slots make another class object than the one super() would look for.
         super(DrafterConfig, self).__post_init__()
         require_positive(self, "ngram_min", "mirror_mib")
+        require_choice(self, "stream_features", STREAM_FEATURES)
         if self.ngram_max < self.ngram_min:
             raise InvalidArgumentError("--ngram-max must not be less than --ngram-min.", field="ngram_max")
         if not self.drafter:

@@ -102,9 +102,11 @@ class DrafterHost:
             yield session
         finally:
             self.num_sessions -= 1
-            drafter.close(session)
-            if session.state:
-                await session.state.close()
+            try:
+                drafter.close(session)
+            finally:
+                if session.state:
+                    await session.state.close()
 
     def commit(
         self,

@@ -43,7 +43,9 @@ class DrafterServer:
             # Imported here: a process with the ngram drafter alone starts without torch.
             from drafter_service.state import load_reader
 
-            reader = await asyncio.wrap_future(self._thread.submit(lambda: load_reader(self._config)))
+            reader = await asyncio.wrap_future(
+                self._thread.submit(lambda: load_reader(self._config, self.servicer.count_link))
+            )
         self.servicer.host = DrafterHost(drafters, self._config, self._thread, reader)
 
     async def close(self) -> None:

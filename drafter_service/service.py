@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import grpc
 from opentelemetry.context import attach
@@ -20,6 +21,9 @@ from specdec.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
 
+if TYPE_CHECKING:
+    from specdec.runtime.state_reader import Link
+
 SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 
 DraftContext = grpc.aio.ServicerContext[drafter_pb2.DraftRequest, drafter_pb2.DraftResponse]
@@ -34,8 +38,17 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         self._rounds = telemetry.meter.create_counter(
             "specdec.drafter.rounds", unit="{round}", description="Drafts answered"
         )
+        self._state_sessions = telemetry.meter.create_counter(
+            "specdec.drafter.state_sessions", unit="{session}", description="Sessions that read target state"
+        )
         self._state_bytes = telemetry.meter.create_counter(
             "specdec.drafter.target_state", unit="By", description="Target state read, by storage"
+        )
+
+    def count_link(self, link: Link) -> None:
+        """Count a session that begins to read target state."""
+        self._state_sessions.add(
+            1, {"storage": link.storage.value, "is_fallback": bool(link.fallback_reason)}
         )
 
     def _loaded(self) -> DrafterHost:

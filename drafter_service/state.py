@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,14 +12,17 @@ from drafter_service.config import DrafterConfig
 from specdec.errors import InvalidArgumentError
 from specdec.model_files import resolve_model
 from specdec.runtime.state_memory import SharedDirectory
-from specdec.runtime.state_reader import ReaderConfig, StateReader
+from specdec.runtime.state_reader import Link, ReaderConfig, StateReader
 from specdec.runtime.target_weights import read_weights
 
 logger = logging.getLogger(__name__)
 
 
-def load_reader(config: DrafterConfig) -> StateReader:
+def load_reader(config: DrafterConfig, on_link: Callable[[Link], None]) -> StateReader:
     """A reader, and the target's weights if a checkpoint is named.
+
+    Args:
+        on_link: called for every session that begins to read.
 
     Raises:
         InvalidArgumentError: handles are demanded and the shared directory cannot be used.
@@ -35,12 +39,14 @@ def load_reader(config: DrafterConfig) -> StateReader:
         mirror_bytes=int(config.mirror_mib * 2**20),
         stream_projected=config.stream_features == "projected",
     )
-    return StateReader(reader_config, weights)
+    return StateReader(reader_config, weights, on_link)
 
 
 def _shared_directory(config: DrafterConfig) -> SharedDirectory | None:
     try:
-        return SharedDirectory(Path(config.shared_dir))
+        directory = SharedDirectory(Path(config.shared_dir))
+        directory.sweep()
+        return directory
     except InvalidArgumentError as error:
         if config.target_state == "handle":
             raise

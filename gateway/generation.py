@@ -169,7 +169,7 @@ class Generation:
             return False
         if not drafter.HasField("target_state_spec"):
             return True
-        return self._state_spec is None or drafter.target_state_spec == self._state_spec
+        return drafter.target_state_spec == self._state_spec
 
     async def _connect_drafter(self, committed_token_ids: Sequence[int]) -> DrafterSession:
         """Open a session on the least busy replica that offers the method."""

@@ -15,6 +15,8 @@ import click
 
 from specdec.errors import InvalidArgumentError
 
+TARGET_STATE_MODES = ("auto", "handle", "stream")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelServiceConfig:
@@ -57,9 +59,9 @@ class ModelServiceConfig:
             "max_batch_tokens",
         )
         require_not_negative(self, "drain_grace_s", "threads")
+        require_choice(self, "target_state", TARGET_STATE_MODES)
 
 
-TARGET_STATE_MODES = ("auto", "handle", "stream")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -114,6 +116,15 @@ def require_not_negative(config: object, *names: str) -> None:
     """
     for name in names:
         _require(0 <= getattr(config, name) < math.inf, config, name, "a number, 0 or more")
+
+
+def require_choice(config: object, name: str, choices: Sequence[str]) -> None:
+    """Refuse a field that is none of `choices`.
+
+    Raises:
+        InvalidArgumentError: naming the option.
+    """
+    _require(getattr(config, name) in choices, config, name, f"one of {', '.join(choices)}")
 
 
 def _require(is_right: bool, config: object, name: str, expected: str) -> None:

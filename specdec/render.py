@@ -180,7 +180,7 @@ def _state_offer(verifier: VerifierInfo) -> str:
     offer = _STORAGE_NAMES.get(verifier.state_storage, "stream only")
     if not verifier.num_state_sessions:
         return offer
-    return f"{offer}; {verifier.num_state_sessions} sessions, {verifier.num_state_streams} of them streamed"
+    return f"{offer}; {verifier.num_state_sessions} sessions, {verifier.num_state_streams} streams"
 
 
 def _state_link(link: StateLinkInfo) -> str:

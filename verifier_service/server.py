@@ -7,12 +7,13 @@ import socket
 from functools import partial
 
 from specdec.runtime.engine import ModelThread
+from specdec.runtime.state_memory import StateMemory
 from specdec.server import ServiceHost, run_service
 from specdec.telemetry import Telemetry
 from specdec.v1 import verifier_pb2_grpc
 from verifier_service.config import VerifierConfig
 from verifier_service.service import SERVICE_NAME, VerifierServicer
-from verifier_service.verifier import Verifier
+from verifier_service.verifier import Verifier, make_memory
 
 
 class VerifierServer:
@@ -22,6 +23,7 @@ class VerifierServer:
         self._config = config
         self._telemetry = telemetry
         self._thread = ModelThread(SERVICE_NAME)
+        self._memory: StateMemory | None = None
         self.servicer = VerifierServicer(telemetry)
         register = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(SERVICE_NAME, register, config.listen)
@@ -29,14 +31,17 @@ class VerifierServer:
     async def load(self) -> None:
         """Load the model off the event loop, so that health checks are answered meanwhile."""
         uri = self._config.advertise or _reachable(self.host.address)
+        self._memory = memory = make_memory(self._config)
         self.servicer.verifier = await asyncio.wrap_future(
-            self._thread.submit(lambda: Verifier.load(self._config, self._thread, uri))
+            self._thread.submit(lambda: Verifier.load(self._config, self._thread, memory=memory, uri=uri))
         )
 
     async def close(self) -> None:
         """Stop the engine and send what telemetry is buffered."""
         if self.servicer.verifier:
             await asyncio.to_thread(self.servicer.verifier.close)
+        if self._memory:
+            self._memory.close()  # what was loaded so far, too: nothing stays in the shared directory
         self._thread.close(wait=False)  # a load under way is not waited for
         await asyncio.to_thread(self._telemetry.shutdown)
 

@@ -49,6 +49,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         self._rounds = telemetry.meter.create_counter(
             "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
         )
+        self._projection_upload = asyncio.Lock()
         self._state_bytes = telemetry.meter.create_counter(
             "specdec.verifier.streamed_state", unit="By", description="Target state sent to drafters"
         )
@@ -185,19 +186,19 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     ) -> target_state_pb2.PutProjectionResponse:
         """Take a projection's weights."""
         export = self._loaded().export
-        info, data = None, bytearray()
-        async for request in requests:
-            if info is None:
-                info = ProjectionInfo.from_proto(request.projection)
-                export.check_projection_size(info)
-            if len(data) + len(request.data) > num_projection_bytes(info):
-                raise InvalidArgumentError("More data than the projection's sizes say.", field="data")
-            data += request.data
-        if info is None:
-            raise InvalidArgumentError("No projection was sent.", field="projection")
-        # Hashing a large one takes a while; no torch operation runs on that thread.
-        projection = await asyncio.to_thread(Projection.from_bytes, info, data)
-        export.put_projection(projection)
+        async with self._projection_upload:  # one at a time: they may be large
+            first = await anext(aiter(requests), None)
+            if first is None or not first.HasField("projection"):
+                raise InvalidArgumentError("No projection was sent.", field="projection")
+            info, data = ProjectionInfo.from_proto(first.projection), bytearray(first.data)
+            export.expect_projection(info)
+            async for request in requests:
+                if len(data) + len(request.data) > num_projection_bytes(info):
+                    raise InvalidArgumentError("More data than the projection's sizes say.", field="data")
+                data += request.data
+            # Hashing a large one takes a while; no torch operation runs on that thread.
+            projection = await asyncio.to_thread(Projection.from_bytes, info, data)
+            export.put_projection(projection)
         return target_state_pb2.PutProjectionResponse()
 
     async def GetTargetWeights(  # noqa: N802

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
-from specdec.runtime.target_view import Projection, TargetStateView, num_projection_bytes, tensor_bytes
+from specdec.runtime.target_view import Projection, TargetStateView, tensor_bytes
 from specdec.target_state import (
     GENERATIONS,
     LAST_HIDDEN,
@@ -33,10 +33,11 @@ from specdec.target_state import (
 ValueT = TypeVar("ValueT")
 
 _CHUNK_BYTES = 512 * 1024
-_MAX_PROJECTED_POSITIONS = 256
-"""Positions projected in one engine step; a prompt's worth would hold up every round."""
+_MAX_PROJECTED_POSITIONS = 64
+"""Positions projected at a time; a prompt's worth would hold up every round."""
 _MAX_STREAMS_PER_SESSION = 4
-_MAX_PROJECTIONS = 8
+_MAX_PROJECTIONS = 4
+_PROJECTION_DTYPES = ("bfloat16", "float16", "float32")
 _MAX_PROJECTION_GROWTH = 4
 """Most a projection's output may be, in hidden sizes."""
 
@@ -44,8 +45,8 @@ _MAX_PROJECTION_GROWTH = 4
 class RunOnEngine(Protocol):
     """Calls a function on the engine thread, after the pass under way."""
 
-    def __call__(self, function: Callable[[], ValueT]) -> Awaitable[ValueT]:
-        """What the function returns."""
+    def __call__(self, function: Callable[[], ValueT], num_tokens: int = 0) -> Awaitable[ValueT]:
+        """What the function returns; it costs about as much as `num_tokens` of prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,13 @@ class StateExport:
         if not names:
             raise InvalidArgumentError("The spec names nothing.", field="target_state_spec")
         self._check_projection(spec)
-        await self._make_room(hidden_names)
+        async with self._allocating:
+            await self._make_room(hidden_names)
+            return self._register(spec, allocation, hidden_names, names)
+
+    def _register(
+        self, spec: TargetStateSpec, allocation: KvAllocation, hidden_names: list[str], names: list[str]
+    ) -> ExportedState:
         ref = TargetStateRef(
             session_id=secrets.token_hex(16),
             verifier_uri=self.uri,
@@ -222,22 +229,14 @@ class StateExport:
         self._projections.move_to_end(sha256)
         return self._projections[sha256]
 
-    def check_projection_size(self, info: ProjectionInfo) -> None:
-        """Refuse a projection of sizes that no spec could name here.
+    def expect_projection(self, info: ProjectionInfo) -> None:
+        """Refuse a projection that no session's spec names: weights are taken from no stranger.
 
         Raises:
-            InvalidArgumentError: it is of another target.
+            InvalidArgumentError: it is of no live session.
         """
-        hidden_size, num_layers = self._capture.hidden_size, self._capture.num_layers
-        num_concatenated, rest = divmod(info.input_size, hidden_size)
-        right_input = not rest and 0 < num_concatenated <= num_layers
-        right_output = 0 < info.output_size <= _MAX_PROJECTION_GROWTH * hidden_size
-        if not (right_input and right_output and num_projection_bytes(info)):
-            raise InvalidArgumentError(
-                f"A {info.dtype} projection of {info.input_size} to {info.output_size} does not fit this "
-                f"target: {num_layers} layers, hidden size {hidden_size}.",
-                field="projection",
-            )
+        if all(state.spec.projection != info for state in self._sessions.values()):
+            raise InvalidArgumentError("No session here has that projection in its spec.", field="projection")
 
     @contextmanager
     def _counting(self, state: ExportedState) -> Iterator[None]:
@@ -298,7 +297,8 @@ class StateExport:
     async def _project(self, state: ExportedState, projection: Projection, start: int, stop: int) -> bytes:
         tensors = {name: self._pool.tensor(name) for name in state.hidden_names}
         view = TargetStateView(state.spec, tensors, (), state.allocation, stop, projection)
-        return tensor_bytes(await self._run_on_engine(lambda: view.projected(start, stop)))
+        projected = await self._run_on_engine(lambda: view.projected(start, stop), stop - start)
+        return tensor_bytes(projected)
 
     def _hidden_names(self, spec: TargetStateSpec) -> list[str]:
         names = [hidden_name(layer_id) for layer_id in dict.fromkeys(spec.hidden_layer_ids)]
@@ -322,26 +322,41 @@ class StateExport:
         return [name for layer in sorted(layer_ids) for name in (key_name(layer), value_name(layer))]
 
     def _check_projection(self, spec: TargetStateSpec) -> None:
-        info = spec.projection
-        num_values = len(spec.hidden_layer_ids) * self._capture.hidden_size
-        if info and info.input_size != num_values:
+        info, hidden_size = spec.projection, self._capture.hidden_size
+        if info is None:
+            return
+        num_values = len(spec.hidden_layer_ids) * hidden_size
+        if info.input_size != num_values:
             raise InvalidArgumentError(
                 f"The projection takes {info.input_size} values, the spec's hidden states are {num_values}.",
                 field="target_state_spec",
             )
+        is_small = 0 < info.output_size <= _MAX_PROJECTION_GROWTH * hidden_size
+        if not is_small or info.dtype not in _PROJECTION_DTYPES:
+            raise InvalidArgumentError(
+                f"A {info.dtype} projection to {info.output_size} values does not fit this target: at most "
+                f"{_MAX_PROJECTION_GROWTH} times its hidden size of {hidden_size}, "
+                f"{' or '.join(_PROJECTION_DTYPES)}.",
+                field="target_state_spec",
+            )
 
     async def _make_room(self, hidden_names: list[str]) -> None:
-        async with self._allocating:
-            new = [name for name in hidden_names if name not in self._pool.hidden]
-            if len(self._pool.hidden) + len(new) > self._max_hidden_layers:
-                raise ResourceExhaustedError(
-                    f"This verifier keeps hidden states of at most {self._max_hidden_layers} layers, and has "
-                    f"{len(self._pool.hidden)} already; raise --max-hidden-layers.",
-                    reason="TOO_MANY_HIDDEN_LAYERS",
-                )
-            for name in new:
-                # Reserving pages takes milliseconds; the engine thread alone may run torch operations.
-                await self._run_on_engine(partial(self._pool.add_hidden, name, self._capture.hidden_size))
+        pool, hidden_size = self._pool, self._capture.hidden_size
+        new = [name for name in hidden_names if name not in pool.hidden]
+        used = {name for state in self._sessions.values() for name in state.hidden_names}
+        idle = [name for name in pool.hidden if name not in used and name not in hidden_names]
+        num_excess = len(pool.hidden) + len(new) - self._max_hidden_layers
+        if num_excess > len(idle):
+            raise ResourceExhaustedError(
+                f"This verifier keeps hidden states of at most {self._max_hidden_layers} layers, and "
+                f"{len(pool.hidden) - len(idle)} are in use; raise --max-hidden-layers.",
+                reason="TOO_MANY_HIDDEN_LAYERS",
+            )
+        # Reserving pages takes milliseconds; the engine thread alone may run torch operations.
+        for name in idle[: max(0, num_excess)]:
+            await self._run_on_engine(partial(pool.remove_hidden, name))
+        for name in new:
+            await self._run_on_engine(partial(pool.add_hidden, name, hidden_size))
 
     def _tensor_ref(self, name: str) -> TensorRef:
         ref = self._pool.ref(name)

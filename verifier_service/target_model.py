@@ -68,11 +68,12 @@ class VerifyItem:
 
 @dataclass(frozen=True, slots=True)
 class SideWork:
-    """Anything else the engine thread has to do; it runs after the pass."""
+    """Anything else the engine thread has to do; it runs after the pass, whose rounds wait for it."""
 
     function: Callable[[], Any]
     num_tokens: int = 0
-    is_urgent: bool = True
+    """What it costs, in tokens of prefill."""
+    is_urgent: bool = False
 
 
 PassItem = PrefillChunk | VerifyItem

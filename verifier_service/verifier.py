@@ -51,6 +51,7 @@ class Verifier:
     """Opens sessions and runs their rounds. Used from one event loop.
 
     Args:
+        memory: where target state lives; None: nobody can map it. Whoever made it closes it.
         uri: where drafters reach it.
     """
 
@@ -60,18 +61,12 @@ class Verifier:
         config: VerifierConfig,
         thread: ModelThread | None = None,
         *,
+        memory: StateMemory | None = None,
         uri: str = "",
     ) -> None:
         self.config = config
         self.loaded = loaded
-        memory = _make_memory(config, loaded.model.device)
-        try:
-            packed = PackedModel(
-                loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20), memory=memory
-            )
-        except BaseException:
-            memory.close()  # no file of a start that failed may stay
-            raise
+        packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20), memory=memory)
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
         self.pool = packed.pool
@@ -93,7 +88,7 @@ class Verifier:
         )
 
     @classmethod
-    def load(cls, config: VerifierConfig, thread: ModelThread, uri: str) -> Verifier:
+    def load(cls, config: VerifierConfig, thread: ModelThread, *, memory: StateMemory, uri: str) -> Verifier:
         """Load the model and allocate the pool; takes seconds. To be called on `thread`.
 
         Raises:
@@ -103,16 +98,16 @@ class Verifier:
             load_causal_lm(config.model, dtype=config.dtype, device=config.device, threads=config.threads),
             config,
             thread,
+            memory=memory,
             uri=uri,
         )
 
     def close(self) -> None:
-        """Stop the engine thread and take the state out of the shared directory."""
+        """Stop the engine thread."""
         self._engine.close()
-        self.pool.memory.close()
 
-    async def _run_on_engine(self, function: Callable[[], ValueT]) -> ValueT:
-        value: ValueT = (await self._engine.submit(SideWork(function))).value
+    async def _run_on_engine(self, function: Callable[[], ValueT], num_tokens: int = 0) -> ValueT:
+        value: ValueT = (await self._engine.submit(SideWork(function, num_tokens))).value
         return value
 
     async def weights(self) -> TargetWeightsRef:
@@ -122,11 +117,14 @@ class Verifier:
             ResourceExhaustedError: there is no room.
         """
         if self._weights is None:
-            model, memory, model_id = self.loaded.model, self.pool.memory, self.loaded.model_id
-            self._weights = await self._run_on_engine(
-                lambda: self._weights or share_weights(model, memory, model_id)
-            )
+            await self._run_on_engine(self._share_weights)
+        assert self._weights is not None
         return self._weights
+
+    def _share_weights(self) -> None:
+        """On the engine thread, and noted there: the next caller must not repeat it if this one is gone."""
+        if self._weights is None:
+            self._weights = share_weights(self.loaded.model, self.pool.memory, self.loaded.model_id)
 
     @asynccontextmanager
     async def open(self, request: OpenRequest) -> AsyncIterator[Session]:
@@ -255,12 +253,13 @@ class Verifier:
         return min(max_length, self.max_length) if self.max_length else max_length
 
 
-def _make_memory(config: VerifierConfig, device: torch.device) -> StateMemory:
+def make_memory(config: VerifierConfig) -> StateMemory:
     """Where target state lives, as --target-state says.
 
     Raises:
         InvalidArgumentError: handles are wanted and the shared directory cannot be used.
     """
+    device = torch.device(config.device)
     if config.target_state == "stream":
         return PrivateMemory(device)
     strict = config.target_state == "handle"
@@ -282,5 +281,8 @@ def _make_memory(config: VerifierConfig, device: torch.device) -> StateMemory:
 
 def _attention_types(packed: PackedModel) -> dict[int, str]:
     """Attention type of each layer that stores KV of its own."""
-    layer_types = getattr(packed.model.config.get_text_config(), "layer_types", None)
-    return {layer: layer_types[layer] if layer_types else "full_attention" for layer in packed.pool.keys}
+    config = packed.model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    # Older configurations say it once for all layers.
+    default = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return {layer: layer_types[layer] if layer_types else default for layer in packed.pool.keys}

@@ -8,11 +8,11 @@ the writer's. The two processes must share a PID namespace and see the same devi
 from __future__ import annotations
 
 import ctypes
+import weakref
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specdec.errors import FailedPreconditionError, ResourceExhaustedError
 from specdec.runtime.state_memory import Region, SharedHostMemory, StateMemory
@@ -20,6 +20,7 @@ from specdec.target_state import CudaIpc, StateStorage
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
+_SHARED_UNIT_BYTES = 2 * 2**20
 
 
 class _IpcHandle(ctypes.Structure):
@@ -49,7 +50,7 @@ def _check(code: int, what: str) -> None:
 
 
 class _DeviceBytes:
-    """Device memory in the form torch.as_tensor takes without copying."""
+    """Device memory in the form torch.as_tensor takes without copying; its tensors keep it alive."""
 
     def __init__(self, pointer: int, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {
@@ -60,8 +61,18 @@ class _DeviceBytes:
         }
 
 
-def _as_tensor(pointer: int, num_bytes: int, device: torch.device) -> Tensor:
-    return torch.as_tensor(_DeviceBytes(pointer, num_bytes), device=device)
+def _allocation_size(pointer: int) -> int:
+    """Size of the allocation that begins at a device pointer, bytes."""
+    base, size = ctypes.c_void_p(), ctypes.c_size_t()
+    driver = ctypes.CDLL("libcuda.so.1")
+    code = driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_void_p(pointer))
+    return 0 if code or base.value != pointer else size.value
+
+
+def _unmap(pointer: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        _runtime().cudaIpcCloseMemHandle(pointer)
 
 
 def device_uuid(device: torch.device) -> str:
@@ -82,14 +93,14 @@ class CudaIpcMemory(StateMemory):
     def __init__(self, device: torch.device, host: SharedHostMemory) -> None:
         self._device = device
         self._host = host
-        self._pointers: list[int] = []
         with torch.cuda.device(device):
             self._event = torch.cuda.Event(interprocess=True)
             self._event.record()  # an event that was never recorded has no handle
             self._event_handle = bytes(self._event.ipc_handle())
 
     def allocate(self, num_bytes: int) -> Region:
-        """One cudaMalloc, zeroed."""
+        """One cudaMalloc, zeroed; in whole units of what the driver shares, or it would share neighbours."""
+        num_bytes = -(-num_bytes // _SHARED_UNIT_BYTES) * _SHARED_UNIT_BYTES
         pointer, handle = ctypes.c_void_p(), _IpcHandle()
         with torch.cuda.device(self._device):
             code = _runtime().cudaMalloc(ctypes.byref(pointer), num_bytes)
@@ -100,9 +111,8 @@ class CudaIpcMemory(StateMemory):
                     reason="DEVICE_MEMORY_FULL",
                 )
             assert pointer.value is not None
-            self._pointers.append(pointer.value)
             _check(_runtime().cudaIpcGetMemHandle(ctypes.byref(handle), pointer), "cudaIpcGetMemHandle")
-            tensor = _as_tensor(pointer.value, num_bytes, self._device).zero_()
+            tensor = torch.as_tensor(_DeviceBytes(pointer.value, num_bytes), device=self._device).zero_()
         storage = CudaIpc(device_uuid(self._device), bytes(handle), 0, self._event_handle, num_bytes)
         return Region(tensor, storage)
 
@@ -116,13 +126,9 @@ class CudaIpcMemory(StateMemory):
             self._event.record()
 
     def close(self) -> None:
-        """Free the memory; mappings of other processes are invalid from here on, as their sessions are."""
+        """Take the host's files away. Device memory ends with the process: freeing what a reader maps is
+        undefined."""
         self._host.close()
-        with torch.cuda.device(self._device):
-            torch.cuda.synchronize()
-            for pointer in self._pointers:
-                _runtime().cudaFree(pointer)
-        self._pointers.clear()
 
 
 class CudaMapping:
@@ -138,22 +144,24 @@ class CudaMapping:
         if len(storage.memory_handle) != _HANDLE_BYTES:
             raise FailedPreconditionError("The memory handle is malformed.", reason="STATE_NOT_MAPPED")
         self._device = device
-        self._pointer = ctypes.c_void_p()
+        pointer = ctypes.c_void_p()
         handle = _IpcHandle.from_buffer_copy(storage.memory_handle)
         with torch.cuda.device(device):
-            code = _runtime().cudaIpcOpenMemHandle(ctypes.byref(self._pointer), handle, _LAZY_PEER_ACCESS)
+            code = _runtime().cudaIpcOpenMemHandle(ctypes.byref(pointer), handle, _LAZY_PEER_ACCESS)
             _check(code, "The state on the GPU cannot be mapped")
+            assert pointer.value is not None
+            owner = _DeviceBytes(pointer.value, storage.size)
+            # With the last tensor, not with this object: a pass may still read.
+            weakref.finalize(owner, _unmap, pointer.value, device).atexit = False
+            if storage.size > _allocation_size(pointer.value):
+                raise FailedPreconditionError(
+                    "The state is said to be larger than its memory.", reason="STATE_NOT_MAPPED"
+                )
             self._event = torch.cuda.Event.from_ipc_handle(device, storage.event_handle)
-        assert self._pointer.value is not None
-        self.bytes = _as_tensor(self._pointer.value, storage.size, device)
-        """uint8 [size]; to be read only."""
+            self.bytes = torch.as_tensor(owner, device=device)
+            """uint8 [size]; to be read only."""
 
     def wait(self) -> None:
-        """Let the current stream wait for what the verifier had written when it last recorded its event."""
-        self._event.wait(torch.cuda.current_stream(self._device))
-
-    def close(self) -> None:
-        """Unmap; no tensor of the memory may be used any more."""
-        with torch.cuda.device(self._device):
-            torch.cuda.synchronize()
-            _runtime().cudaIpcCloseMemHandle(self._pointer)
+        """Let the default stream, on which drafters run, wait for what the verifier wrote before it last
+        recorded its event."""
+        self._event.wait(torch.cuda.default_stream(self._device))

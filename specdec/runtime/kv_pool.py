@@ -6,15 +6,18 @@ pool's StateMemory from the start, so that exporting them copies nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy
+import numpy.typing
 import torch
 from torch import Tensor
 
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError
-from specdec.runtime.state_memory import PrivateMemory, Region, StateMemory
+from specdec.runtime.state_memory import PrivateMemory, Region, StateMemory, dtype_name
 from specdec.target_state import GENERATIONS, TensorRef, key_name, value_name
 
 BLOCK_TOKENS = 64
@@ -121,25 +124,23 @@ class KvPool:
             offset += self.values[layer].nbytes
         self.hidden: dict[str, Tensor] = {}
         """By name [slots, hidden_size]: hidden states that some session exports, or did."""
+        self._hidden_regions: dict[str, Region] = {}
         self._num_generations = 0
         self._generations = self._make_generations(num_blocks)
 
     def _carve(self, region: Region, offset: int, name: str, *row_shape: int) -> Tensor:
         """A tensor [slots, *row_shape] of the region, known by `name` from now on."""
         shape = (self._num_slots, *row_shape)
-        num_bytes = self._dtype.itemsize
-        for extent in shape:
-            num_bytes *= extent
-        dtype = str(self._dtype).removeprefix("torch.")
-        self._refs[name] = TensorRef(name, dtype, shape, region.locate(offset))
+        num_bytes = math.prod(shape) * self._dtype.itemsize
+        self._refs[name] = TensorRef(name, dtype_name(self._dtype), shape, region.locate(offset))
         return region.tensor[offset : offset + num_bytes].view(self._dtype).view(shape)
 
-    def _make_generations(self, num_blocks: int) -> Tensor:
+    def _make_generations(self, num_blocks: int) -> numpy.typing.NDArray[numpy.int64]:
         """The table [num_blocks] int64 in which readers see whether a session still holds its blocks."""
         dtype = torch.int64
         region = self.memory.allocate_host(num_blocks * dtype.itemsize)
         self._refs[GENERATIONS] = TensorRef(GENERATIONS, "int64", (num_blocks,), region.locate(0))
-        return region.tensor.view(dtype)
+        return region.tensor.view(dtype).numpy()
 
     def add_hidden(self, name: str, size: int) -> None:
         """Make room for hidden states [slots, size] under `name`; nothing if it is there.
@@ -150,6 +151,13 @@ class KvPool:
         if name not in self.hidden:
             region = self.memory.allocate(self._num_slots * size * self._dtype.itemsize)
             self.hidden[name] = self._carve(region, 0, name, size)
+            self._hidden_regions[name] = region
+
+    def remove_hidden(self, name: str) -> None:
+        """Give up hidden states that no session exports; between passes."""
+        if name in self.hidden:
+            del self.hidden[name], self._refs[name]
+            self.memory.release(self._hidden_regions.pop(name))
 
     def ref(self, name: str) -> TensorRef:
         """Where a tensor of the pool is."""
@@ -225,5 +233,6 @@ class KvPool:
 
 
 def _slot_ids(blocks: Sequence[int], device: torch.device) -> Tensor:
-    starts = torch.tensor(blocks, device=device) * BLOCK_TOKENS
-    return (starts[:, None] + torch.arange(BLOCK_TOKENS, device=device)).flatten()
+    # By way of numpy: allocations are made on the event loop, which must not run torch operations.
+    starts = numpy.asarray(blocks) * BLOCK_TOKENS
+    return torch.from_numpy((starts[:, None] + numpy.arange(BLOCK_TOKENS)).ravel()).to(device)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import mmap
 import os
 import secrets
 import stat
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -22,12 +24,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdec.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from specdec.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from specdec.target_state import SharedMemory, StateStorage, Storage, TensorRef, boot_id
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".state"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64)
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +73,9 @@ class StateMemory(ABC):
     def allocate_host(self, num_bytes: int) -> Region:
         """Memory of the host, for what readers check before they touch the device's."""
         return self.allocate(num_bytes)
+
+    def release(self, region: Region) -> None:  # noqa: B027 - private memory goes with its last tensor
+        """Take one region out of the reach of new readers."""
 
     def record(self) -> None:  # noqa: B027 - only devices that run ahead of the host need it
         """Note that everything written so far, on the engine thread, may be read once it is done."""
@@ -100,13 +114,15 @@ class SharedHostMemory(StateMemory):
     def __init__(self, directory: SharedDirectory, *, strict: bool) -> None:
         self._directory = directory
         self._strict = strict
-        self._files: list[tuple[int, Path]] = []
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._boot_id = boot_id()
 
     def allocate(self, num_bytes: int) -> Region:
         """A new file of that size, its pages reserved: a full directory is an error now, no SIGBUS later."""
         try:
-            descriptor, path = self._directory.create(num_bytes)
+            path = self._create(num_bytes)
         except OSError as error:
             message = f"{self._directory.path} has no room for {num_bytes / 2**20:.0f} MiB ({error.strerror})"
             if self._strict:
@@ -117,16 +133,34 @@ class SharedHostMemory(StateMemory):
                 ) from error
             logger.warning("%s; drafters have to stream this part of the state", message)
             return PrivateMemory(torch.device("cpu")).allocate(num_bytes)
-        self._files.append((descriptor, path))
-        tensor = torch.from_file(str(path), shared=True, size=num_bytes, dtype=torch.uint8)
-        return Region(tensor, SharedMemory(str(path), 0, self._boot_id))
+        tensor = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+        return Region(tensor, SharedMemory(path, 0, self._boot_id))
+
+    def _create(self, num_bytes: int) -> str:
+        with self._lock:
+            if self._is_closed:  # a start that was cut short still runs on its thread
+                raise UnavailableError("The service is shutting down.")
+            descriptor, path = self._directory.create(num_bytes)
+            self._files[str(path)] = descriptor
+        return str(path)
+
+    def release(self, region: Region) -> None:
+        """Unlink one region's file."""
+        if isinstance(region.storage, SharedMemory):
+            with self._lock:
+                self._remove(region.storage.path)
 
     def close(self) -> None:
         """Unlink the files. The memory itself goes with the last mapping."""
-        for descriptor, path in self._files:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
-        self._files.clear()
+        with self._lock:
+            self._is_closed = True
+            for path in list(self._files):
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        if path in self._files:
+            Path(path).unlink(missing_ok=True)
+            os.close(self._files.pop(path))
 
 
 class SharedDirectory:
@@ -209,7 +243,8 @@ class MappedFile:
     """
 
     def __init__(self, directory: SharedDirectory, path: str) -> None:
-        if Path(path).parent != directory.path:
+        # The one spelling its owner uses: each file is mapped once.
+        if path != str(directory.path / Path(path).name) or not path.endswith(_SUFFIX):
             raise FailedPreconditionError(
                 f"The state is not in this service's shared directory {directory.path}; start both services "
                 "with the same --shared-dir.",
@@ -217,17 +252,16 @@ class MappedFile:
             )
         try:
             # Not blocking: a FIFO would wait for its writer.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as error:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                self._map(self._descriptor)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+        except (OSError, ValueError) as error:
             raise FailedPreconditionError(
-                f"The state file cannot be opened: {error.strerror}.", reason="STATE_NOT_MAPPED"
+                f"The state file cannot be mapped: {error}.", reason="STATE_NOT_MAPPED"
             ) from error
-        try:
-            self._map(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._descriptor = descriptor
 
     def _map(self, descriptor: int) -> None:
         status = os.fstat(descriptor)
@@ -260,20 +294,32 @@ class MappedFile:
         del self._bytes
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Element type as it is sent."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The element type of that name.
+
+    Raises:
+        FailedPreconditionError: no type that state or weights may have.
+    """
+    if name not in _DTYPES:
+        raise FailedPreconditionError(f"Unknown element type {name!r}.", reason="STATE_NOT_MAPPED")
+    return _DTYPES[name]
+
+
 def carve(memory: Tensor, ref: TensorRef, offset: int) -> Tensor:
     """The tensor a ref describes, in uint8 [num_bytes] memory from byte `offset` on.
 
     Raises:
-        FailedPreconditionError: it is of no known type, or would end after the memory.
+        FailedPreconditionError: it is of no known type, is empty, or would end after the memory.
     """
-    dtype = getattr(torch, ref.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise FailedPreconditionError(f"Unknown element type {ref.dtype!r}.", reason="STATE_NOT_MAPPED")
+    dtype = dtype_of(ref.dtype)
     if not ref.shape or not all(ref.shape):
         raise FailedPreconditionError(f"{ref.name} is said to have no rows.", reason="STATE_NOT_MAPPED")
-    num_bytes = dtype.itemsize
-    for extent in ref.shape:
-        num_bytes *= extent
+    num_bytes = math.prod(ref.shape) * dtype.itemsize
     if offset % dtype.itemsize or offset + num_bytes > len(memory):
         raise FailedPreconditionError(
             f"{ref.name} would lie outside the memory it is said to be in.", reason="STATE_NOT_MAPPED"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+import math
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from specdec.errors import (
     from_rpc_error,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.state_memory import dtype_of
 from specdec.runtime.state_source import StateSource
 from specdec.runtime.target_view import Projection, TargetStateView
 from specdec.target_state import (
@@ -101,20 +103,20 @@ class MirroredState(StateSource):
         self._spec = spec
         self._projection = projection
         self._sent_projection = projection if is_projected else None
-        num_blocks = -(-max_length // BLOCK_TOKENS)
-        self._allocation = KvAllocation.of(range(num_blocks), device)
         refs = _mirrored(ref.tensors, spec, self._sent_projection)
-        self.row_bytes = sum(_row_bytes(tensor) for tensor in refs)
+        self.row_bytes = sum(math.prod(tensor.shape[1:]) * dtype_of(tensor.dtype).itemsize for tensor in refs)
+        # The verifier has reserved the session's blocks; a gateway's max_length may be anything.
+        num_blocks = min(-(-max_length // BLOCK_TOKENS), len(ref.block_ids))
         self._num_bytes = self.row_bytes * num_blocks * BLOCK_TOKENS
         budget.take(self._num_bytes)
-        self._tensors = {
-            tensor.name: torch.empty(
-                (num_blocks * BLOCK_TOKENS, *tensor.shape[1:]),
-                dtype=getattr(torch, tensor.dtype),
-                device=device,
-            )
-            for tensor in refs
-        }
+        try:
+            self._allocation = KvAllocation.of(range(num_blocks), device)
+            self._tensors = {tensor.name: _empty(tensor, num_blocks, device) for tensor in refs}
+        except (RuntimeError, MemoryError) as error:
+            budget.give_back(self._num_bytes)
+            raise ResourceExhaustedError(
+                f"There is no memory for a mirror of this session's state: {error}", reason="MIRROR_FULL"
+            ) from error
         self.length = 0
         self._error: SpecdecError | None = None
         self._changed = asyncio.Event()
@@ -150,8 +152,9 @@ class MirroredState(StateSource):
 
     async def _follow(self) -> None:
         try:
-            async for chunk in self._chunks():
-                self._store(chunk)
+            async with aclosing(self._chunks()) as chunks:
+                async for chunk in chunks:
+                    self._store(chunk)
             self._error = FailedPreconditionError(
                 "The session this state belonged to has ended.", reason="STALE_STATE"
             )
@@ -164,7 +167,7 @@ class MirroredState(StateSource):
             self._error = UnavailableError(f"Mirroring failed: {type(error).__name__}: {error}")
         self._notify()
 
-    async def _chunks(self) -> AsyncIterator[pb.StreamTargetStateResponse]:
+    async def _chunks(self) -> AsyncGenerator[pb.StreamTargetStateResponse]:
         projection = self._sent_projection
         request = pb.StreamTargetStateRequest(
             session_id=self._ref.session_id, projection_sha256=projection.info.sha256 if projection else ""
@@ -226,14 +229,10 @@ def _mirrored(
     return [*kept, TensorRef(PROJECTED, projection.info.dtype, (0, projection.info.output_size))]
 
 
-def _row_bytes(ref: TensorRef) -> int:
-    dtype = getattr(torch, ref.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise FailedPreconditionError(f"Unknown element type {ref.dtype!r}.", reason="BAD_STATE")
-    num_bytes = dtype.itemsize
-    for extent in ref.shape[1:]:
-        num_bytes *= extent
-    return num_bytes
+def _empty(ref: TensorRef, num_blocks: int, device: torch.device) -> Tensor:
+    """Memory for a tensor's rows of one session."""
+    shape = (num_blocks * BLOCK_TOKENS, *ref.shape[1:])
+    return torch.empty(shape, dtype=dtype_of(ref.dtype), device=device)
 
 
 def _write(target: Tensor, data: bytes) -> None:
@@ -246,11 +245,8 @@ def _write(target: Tensor, data: bytes) -> None:
         target.view(torch.uint8).view(-1).copy_(source)
 
 
-def _projection_messages(projection: Projection) -> list[pb.PutProjectionRequest]:
-    data = projection.to_bytes()
-    first = pb.PutProjectionRequest(projection=projection.info.to_proto())
-    starts = range(0, len(data), _PROJECTION_CHUNK_BYTES)
-    return [
-        first,
-        *(pb.PutProjectionRequest(data=data[start : start + _PROJECTION_CHUNK_BYTES]) for start in starts),
-    ]
+def _projection_messages(projection: Projection) -> Iterator[pb.PutProjectionRequest]:
+    yield pb.PutProjectionRequest(projection=projection.info.to_proto())
+    data = memoryview(projection.to_bytes())
+    for start in range(0, len(data), _PROJECTION_CHUNK_BYTES):
+        yield pb.PutProjectionRequest(data=bytes(data[start : start + _PROJECTION_CHUNK_BYTES]))

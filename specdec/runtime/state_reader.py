@@ -5,9 +5,10 @@ A drafter gets the same view either way.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,6 @@ from specdec.channel import aio_channel
 from specdec.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
-    SpecdecError,
     from_rpc_error,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS
@@ -29,10 +29,14 @@ from specdec.runtime.target_view import Projection, TargetStateView
 from specdec.runtime.target_weights import TargetWeights, TargetWeightsRef
 from specdec.target_state import (
     GENERATIONS,
+    LAST_HIDDEN,
     StateStorage,
     TargetStateRef,
     TargetStateSpec,
+    hidden_name,
+    key_name,
     storage_kind,
+    value_name,
 )
 from specdec.v1 import target_state_pb2 as pb
 from specdec.v1 import verifier_pb2_grpc
@@ -76,10 +80,17 @@ class StateReader:
 
     Args:
         checkpoint: the target's weights, for where a verifier's own cannot be mapped.
+        on_link: called for every session that begins to read.
     """
 
-    def __init__(self, config: ReaderConfig, checkpoint: TargetWeights | None = None) -> None:
+    def __init__(
+        self,
+        config: ReaderConfig,
+        checkpoint: TargetWeights | None = None,
+        on_link: Callable[[Link], None] = lambda link: None,
+    ) -> None:
         self.config = config
+        self._on_link = on_link
         self._checkpoint = checkpoint
         self._weights: dict[str, TargetWeights] = {}
         self.mirrors = MirrorBudget(config.mirror_bytes)
@@ -115,11 +126,12 @@ class StateReader:
 
         Raises:
             FailedPreconditionError: they cannot be mapped, and no checkpoint was given.
+            SpecdecError: the verifier did not answer.
         """
         if verifier_uri not in self._weights:
             try:
                 self._weights[verifier_uri] = await self._map_weights(verifier_uri)
-            except SpecdecError as error:
+            except FailedPreconditionError as error:
                 if self._checkpoint is None:
                     raise FailedPreconditionError(
                         f"The target's embedding and LM head cannot be mapped ({error.message}); start the "
@@ -174,7 +186,10 @@ class StateReader:
         else:
             source = self._mirror(ref, spec, max_length, projection)
         link = Link(ref.verifier_uri, storage, reason)
+        if reason and not self._links[link]:
+            logger.warning("target state is streamed", extra={"verifier": ref.verifier_uri, "reason": reason})
         self._links[link] += 1
+        self._on_link(link)
         return link, source
 
     def _try_to_map(
@@ -188,11 +203,9 @@ class StateReader:
         except FailedPreconditionError as error:
             if error.reason == "STALE_STATE":
                 raise
-            logger.warning(
-                "target state is streamed: mapping it failed",
-                extra={"verifier": ref.verifier_uri, "reason": error.message},
-            )
             return None, error.message
+        except (OSError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+            return None, f"{type(error).__name__}: {error}"
 
     def _mirror(
         self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None
@@ -221,9 +234,10 @@ class StateReader:
 
     async def _close_idle_channels(self) -> None:
         used = {link.verifier_uri for link in self._links}
-        for uri in [uri for uri in self._channels if uri not in used]:
-            await self._channels.pop(uri).close()
+        idle = [uri for uri in self._channels if uri not in used]
+        for uri in idle:
             self._weights.pop(uri, None)
+        await asyncio.gather(*[self._channels.pop(uri).close() for uri in idle])
 
 
 class StateSession:
@@ -258,6 +272,7 @@ class StateSession:
                     f"A session's first handle must list its tensors and blocks of {BLOCK_TOKENS} tokens.",
                     reason="INCOMPLETE_HANDLE",
                 )
+            _check_complete(ref, self._spec)
             self.link, self._source = self._reader.attach(ref, self._spec, self._max_length, self._projection)
             self._identity = identity
         if identity != self._identity:
@@ -299,3 +314,23 @@ class StateSession:
         if self.link:
             await self._reader.release(self.link)
             self.link = None
+
+
+def _check_complete(ref: TargetStateRef, spec: TargetStateSpec) -> None:
+    """Refuse a handle without what the spec names.
+
+    Raises:
+        FailedPreconditionError: naming what is missing.
+    """
+    names = {tensor.name for tensor in ref.tensors}
+    wanted = {hidden_name(layer_id) for layer_id in spec.hidden_layer_ids}
+    wanted |= {name(layer_id) for layer_id in spec.kv_layer_ids for name in (key_name, value_name)}
+    if spec.last_hidden_state:
+        wanted.add(LAST_HIDDEN)
+    missing = sorted(wanted - names)
+    if spec.kv_last_of_each_attention_type and not any(tensor.attention_type for tensor in ref.tensors):
+        missing.append("kv")
+    if missing:
+        raise FailedPreconditionError(
+            f"The handle lacks {', '.join(missing)}, which the drafter reads.", reason="INCOMPLETE_HANDLE"
+        )

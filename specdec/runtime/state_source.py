@@ -105,7 +105,10 @@ class Mappings:
 
     def wait(self, refs: Sequence[TensorRef]) -> None:
         """Order the GPU's next work after the verifier's; nothing where the state is the host's."""
-        for storage in {ref.storage for ref in refs if isinstance(ref.storage, CudaIpc)}:
+        storages = {
+            ref.storage.memory_handle: ref.storage for ref in refs if isinstance(ref.storage, CudaIpc)
+        }
+        for storage in storages.values():
             self._on_gpu(storage).wait()
 
     def sweep(self) -> bool:
@@ -113,16 +116,17 @@ class Mappings:
         gone = [path for path, file in self._files.items() if file.is_abandoned]
         for path in gone:
             self._files.pop(path).close()
-        if gone and self._directory:
-            self._directory.sweep()
+        if gone:
+            # Tensors in use keep their memory; what is still wanted of others is mapped again.
+            self._gpu.clear()
+            if self._directory:
+                self._directory.sweep()
         return bool(gone)
 
     def close(self) -> None:
-        """Unmap everything; no tensor of a GPU's memory may be used any more."""
+        """Let go of everything; the memory goes with the last tensor."""
         for file in self._files.values():
             file.close()
-        for mapping in self._gpu.values():
-            mapping.close()
         self._files.clear()
         self._gpu.clear()
 
@@ -139,7 +143,7 @@ class MappedState(StateSource):
     ) -> None:
         tensors = {tensor.name: mappings.tensor(tensor) for tensor in ref.tensors}
         generations = tensors.pop(GENERATIONS, torch.empty(0))
-        if not tensors or (generations.dtype, generations.ndim) != (torch.int64, 1):
+        if not tensors or not _is_table(generations):
             raise FailedPreconditionError(
                 "The handle has no generations, or nothing else.", reason="STATE_NOT_MAPPED"
             )
@@ -184,3 +188,8 @@ class MappedState(StateSource):
 
     async def close(self) -> None:
         """The mapping is kept for other sessions."""
+
+
+def _is_table(generations: Tensor) -> bool:
+    """Whether a tensor can be a pool's generations."""
+    return generations.dtype is torch.int64 and generations.ndim == 1 and generations.device.type == "cpu"

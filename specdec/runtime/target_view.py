@@ -13,6 +13,7 @@ from torch import Tensor
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.prepack import multiplier
+from specdec.runtime.state_memory import dtype_name, dtype_of
 from specdec.target_state import (
     LAST_HIDDEN,
     PROJECTED,
@@ -32,21 +33,22 @@ class Projection:
         fc: [output_size, input_size].
         norm: weight of the RMS norm [output_size], of fc's type and device.
         epsilon: of the norm.
+        info: what is known of it already; None: it is worked out.
     """
 
-    def __init__(self, fc: Tensor, norm: Tensor, epsilon: float) -> None:
+    def __init__(self, fc: Tensor, norm: Tensor, epsilon: float, info: ProjectionInfo | None = None) -> None:
         if fc.ndim != 2 or norm.shape != fc.shape[:1] or norm.dtype != fc.dtype:
             raise InvalidArgumentError(
                 f"A projection needs fc [output, input] and a norm [output] of one type; these are "
                 f"{list(fc.shape)} and {list(norm.shape)}."
             )
         self.fc, self.norm, self.epsilon = fc.contiguous(), norm.contiguous(), epsilon
-        self.info = ProjectionInfo(
+        self.info = info or ProjectionInfo(
             sha256=self._checksum(),
             input_size=fc.shape[1],
             output_size=fc.shape[0],
             norm_epsilon=epsilon,
-            dtype=str(fc.dtype).removeprefix("torch."),
+            dtype=dtype_name(fc.dtype),
         )
 
     @classmethod
@@ -56,13 +58,12 @@ class Projection:
         Raises:
             InvalidArgumentError: the data is of another size, or not what the checksum says.
         """
-        dtype = getattr(torch, info.dtype, None)
-        if not isinstance(dtype, torch.dtype) or len(data) != num_projection_bytes(info):
+        if len(data) != num_projection_bytes(info):
             raise InvalidArgumentError(
                 f"{len(data)} bytes are no projection of {info.input_size} to {info.output_size}.",
                 field="data",
             )
-        flat = torch.frombuffer(data, dtype=dtype)
+        flat = torch.frombuffer(data, dtype=dtype_of(info.dtype))
         fc, norm = flat[: -info.output_size].view(info.output_size, -1), flat[-info.output_size :]
         projection = cls(fc, norm, info.norm_epsilon)
         if projection.info.sha256 != info.sha256:
@@ -75,7 +76,7 @@ class Projection:
         """The same on a device."""
         if device == self.fc.device:
             return self
-        return Projection(self.fc.to(device), self.norm.to(device), self.epsilon)
+        return Projection(self.fc.to(device), self.norm.to(device), self.epsilon, self.info)
 
     def to_bytes(self) -> bytes:
         """The weights as they are sent: fc, then the norm."""
@@ -86,7 +87,11 @@ class Projection:
         return multiplier(self.fc)
 
     def _checksum(self) -> str:
-        return hashlib.sha256(self.to_bytes() + struct.pack("<d", self.epsilon)).hexdigest()
+        digest = hashlib.sha256()
+        for tensor in (self.fc, self.norm):
+            digest.update(tensor_bytes(tensor))
+        digest.update(struct.pack("<d", self.epsilon))
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
@@ -97,11 +102,12 @@ class Projection:
 
 
 def num_projection_bytes(info: ProjectionInfo) -> int:
-    """Bytes of a projection's weights; 0 if its element type is unknown."""
-    dtype = getattr(torch, info.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        return 0
-    return dtype.itemsize * info.output_size * (info.input_size + 1)
+    """Bytes of a projection's weights.
+
+    Raises:
+        FailedPreconditionError: its element type is unknown.
+    """
+    return dtype_of(info.dtype).itemsize * info.output_size * (info.input_size + 1)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

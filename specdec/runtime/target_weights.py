@@ -18,13 +18,14 @@ from torch.nn.functional import embedding, linear
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.errors import InvalidArgumentError, NotFoundError
-from specdec.runtime.state_memory import StateMemory
+from specdec.runtime.state_memory import StateMemory, dtype_name
 from specdec.target_state import StateStorage, TensorRef
 from specdec.v1 import target_state_pb2 as pb
 
 _EMBEDDING, _LM_HEAD = "embedding", "lm_head"
 _INDEX = "model.safetensors.index.json"
 _ALIGNMENT = 256
+_UNSUPPORTED_SCALES = ("logits_scaling", "logit_scale", "embedding_multiplier")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,8 +111,15 @@ def _modules_of(model: PreTrainedModel) -> tuple[Any, Any]:
     """Embedding and head modules.
 
     Raises:
-        InvalidArgumentError: a head with a bias, which no drafter expects.
+        InvalidArgumentError: a head with a bias, or scales no drafter expects.
     """
+    text_config = model.config.get_text_config()
+    for scale in _UNSUPPORTED_SCALES:
+        if getattr(text_config, scale, None) not in (None, 1, 1.0):
+            raise InvalidArgumentError(
+                f"The target has a {scale}; sharing its weights with drafters is not supported.",
+                reason="UNSUPPORTED_MODEL",
+            )
     head: Any = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise InvalidArgumentError(
@@ -122,7 +130,7 @@ def _modules_of(model: PreTrainedModel) -> tuple[Any, Any]:
 
 def _move(weights: Mapping[str, nn.Parameter], memory: StateMemory) -> dict[str, TensorRef]:
     """Replace parameters' memory by one region of `memory`, unless that would share nothing."""
-    dtypes = {name: str(weight.dtype).removeprefix("torch.") for name, weight in weights.items()}
+    dtypes = {name: dtype_name(weight.dtype) for name, weight in weights.items()}
     if memory.kind is StateStorage.STREAM:
         return {name: TensorRef(name, dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     # All or nothing: what had been moved of a part would be moved again by the next call.
@@ -204,8 +212,10 @@ def _read(
     folder: Path, files: dict[str, Path], name: str, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """One tensor by the model's own name; checkpoints of multimodal models have longer ones."""
-    tail = name.removeprefix("model.")
+    tail = ".".join(name.split(".")[-2:])
     matches = [key for key in files if key in (name, tail) or key.endswith(f".{tail}")]
+    if name in matches:
+        matches = [name]
     if len(matches) != 1:
         raise NotFoundError(f"{folder} has {len(matches)} tensors that could be {name}; expected one.")
     with safe_open(files[matches[0]], framework="pt") as file:

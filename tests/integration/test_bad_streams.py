@@ -103,10 +103,21 @@ async def test_verify_stream_refuses_rounds_before_open_and_after_finish(small: 
     await assert_healthy(small)
 
 
+def projecting(**fields: Any) -> target_state_pb2.TargetStateSpec:
+    """A spec with a projection of one layer's hidden states."""
+    right = {"input_size": 32, "output_size": 32, "norm_epsilon": 1e-6, "dtype": "float32"}
+    projection = target_state_pb2.Projection(**(right | fields))
+    return target_state_pb2.TargetStateSpec(hidden_layer_ids=[0], projection=projection)
+
+
 BAD_SPECS = [
     (target_state_pb2.TargetStateSpec(), "names nothing"),
     (target_state_pb2.TargetStateSpec(hidden_layer_ids=[99]), "no 'hidden.99'"),
     (target_state_pb2.TargetStateSpec(kv_layer_ids=[99]), "Layer 99"),
+    (projecting(input_size=33), "takes 33 values"),
+    (projecting(output_size=2**31), "does not fit"),
+    (projecting(output_size=0), "does not fit"),
+    (projecting(dtype="complex128"), "does not fit"),
 ]
 
 

@@ -131,6 +131,6 @@ async def test_state_is_streamed_between_hosts(
     assert isinstance(drafter_info.info, DrafterServiceInfo)
     (link,) = drafter_info.info.state_links
     assert (link.storage, link.verifier_uri) == ("stream", namespaces.advertised)
-    assert "cannot be opened" in link.fallback_reason
+    assert "state file cannot be" in link.fallback_reason
     assert "target state is streamed" in (tmp_path / "drafter.log").read_text()
     assert {service.exit_code for service in group.services} == {0}

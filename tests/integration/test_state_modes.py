@@ -327,20 +327,29 @@ def rendered(info: GatewayInfo) -> str:
     return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("mode", ["auto", "stream"])
-async def test_what_is_in_use_can_be_seen(mode: str, tiny_llama: Path, tmp_path: Path) -> None:
-    is_streamed = mode == "stream"
+@pytest.mark.parametrize(
+    ("of_verifier", "of_drafter"), [("auto", "auto"), ("auto", "stream"), ("stream", "auto")]
+)
+async def test_what_is_in_use_can_be_seen(
+    of_verifier: str, of_drafter: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    is_streamed = "stream" in (of_verifier, of_drafter)
     number = (
         target_state_pb2.STATE_STORAGE_STREAM if is_streamed else target_state_pb2.STATE_STORAGE_SHARED_MEMORY
     )
     probe = StateProbe(SPEC)
     here = {"shared_dir": str(tmp_path)}
-    drafter_options = {**here, "target_state": mode}
+    verifier_options = {**here, "target_state": of_verifier}
+    drafter_options = {**here, "target_state": of_drafter}
     async with probed_system(
-        tiny_llama, probe, verifier_options=here, drafter_options=drafter_options
+        tiny_llama, probe, verifier_options=verifier_options, drafter_options=drafter_options
     ) as system:
         verifier, drafter = await info_of(system)
-        assert verifier.state_storage == target_state_pb2.STATE_STORAGE_SHARED_MEMORY
+        assert verifier.state_storage == (
+            target_state_pb2.STATE_STORAGE_STREAM
+            if of_verifier == "stream"
+            else target_state_pb2.STATE_STORAGE_SHARED_MEMORY
+        )
         assert verifier.num_state_sessions == verifier.num_state_streams == 0
         assert list(drafter.state_links) == []
         assert TargetStateSpec.from_proto(drafter.drafters[0].target_state_spec) == SPEC
@@ -362,6 +371,7 @@ async def test_what_is_in_use_can_be_seen(mode: str, tiny_llama: Path, tmp_path:
         assert isinstance(service.info, DrafterServiceInfo)
         assert service.info.drafters[0].reads_target_state
         text = rendered(info)
-        assert f"target state by handle (shared memory); 1 sessions, {int(is_streamed)} of them" in text
+        offer = "stream only" if of_verifier == "stream" else "handle (shared memory)"
+        assert f"target state by {offer}; 1 sessions, {int(is_streamed)} " in text
         how = "stream" if is_streamed else "handle (shared memory)"
         assert f"reads {link.verifier_uri} by {how} (1 sessions)" in text

@@ -97,7 +97,7 @@ async def other_sessions(address: str, seed: int, is_over: asyncio.Event) -> int
 async def test_nobody_sees_a_final_position_change(
     is_scattered: bool, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    options = {"kv_cache_mib": 1.0, "shared_dir": str(tmp_path), "prefill_chunk_tokens": 32}
+    options = {"kv_cache_mib": 2.0, "shared_dir": str(tmp_path), "prefill_chunk_tokens": 32}
     async with running_verifier(tiny_llama, **options) as (address, server):
         verifier = server.servicer.verifier
         assert verifier is not None
