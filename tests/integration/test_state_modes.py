@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,23 @@ async def reading(system: System) -> Generation:
 
 
 PROJECTION = random_projection(2, 32, 48, torch.float32).info
+
+
+def spec_with(**changes: Any) -> TargetStateSpec:
+    """A spec whose projection is right but for these."""
+    return TargetStateSpec((0, 1), projection=replace(PROJECTION, **changes))
+
+
 UNMET: dict[str, tuple[TargetStateSpec, str]] = {
     "layer past the last": (TargetStateSpec((0, 4)), "layers are 0 to 3"),
     "kv layer past the last": (TargetStateSpec(kv_layer_ids=(4,)), "stores no KV of its own"),
     "kv of a layer that shares": (TargetStateSpec(kv_layer_ids=(2,)), "those that do are 0, 1"),
     "projection of other layers": (TargetStateSpec((0,), projection=PROJECTION), "hidden states are 32"),
     "projection of nothing": (TargetStateSpec((), True, projection=PROJECTION), "hidden states are 0"),
+    "projection too large": (spec_with(output_size=5 * 32), "at most 4 times its hidden size"),
+    "projection to nothing": (spec_with(output_size=0), "at most 4 times its hidden size"),
+    "projection of no such type": (spec_with(dtype="float31"), "bfloat16 or float16 or float32"),
+    "projection of what is no type": (spec_with(dtype="nn"), "bfloat16 or float16 or float32"),
     "too many layers": (TargetStateSpec((0, 1, 2)), "--max-hidden-layers"),
     "nothing": (TargetStateSpec(), "names nothing"),
 }

@@ -28,7 +28,7 @@ class BusyEngine:
         self.may_run = asyncio.Event()
         self.may_run.set()
 
-    async def __call__(self, function: Callable[[], Any]) -> Any:
+    async def __call__(self, function: Callable[[], Any], num_tokens: int = 0) -> Any:
         self.is_asked.set()
         await self.may_run.wait()
         return function()
