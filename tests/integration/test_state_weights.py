@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from specdec.client import GenerateOptions
 from specdec.runtime.target_weights import TargetWeights
 from specdec.target_state import TargetStateSpec
 from tests.state_probe import ProbeSession, StateProbe
-from tests.systems import running_system
+from tests.systems import running_system, running_verifier
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 PLAIN = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="none")
@@ -84,3 +85,24 @@ async def test_a_drafter_that_can_get_none_says_how_it_could(tiny_llama: Path, t
     assert result.token_ids == plain.token_ids
     assert "--target MODEL" in result.speculation.fallback_reason
     assert result.speculation.num_draft_tokens == 0
+
+
+async def test_weights_are_moved_once_however_many_ask_and_go_away(tiny_llama: Path, tmp_path: Path) -> None:
+    async with running_verifier(tiny_llama, shared_dir=str(tmp_path)) as (_, server):
+        verifier = server.servicer.verifier
+        assert verifier is not None
+        num_files = len(state_files(tmp_path))
+        impatient = [asyncio.ensure_future(verifier.weights()) for _ in range(3)]
+        await asyncio.sleep(0)
+        for task in impatient[:2]:
+            task.cancel()
+        await asyncio.gather(*impatient, return_exceptions=True)
+        first, second = await asyncio.gather(verifier.weights(), verifier.weights())
+        assert first is second
+        assert len(state_files(tmp_path)) == num_files + 1
+    assert not state_files(tmp_path)
+
+
+def state_files(directory: Path) -> list[Path]:
+    """Files of shared memory below a directory."""
+    return list(directory.rglob("*.state"))

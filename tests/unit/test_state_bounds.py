@@ -1,0 +1,94 @@
+"""What a broken or hostile peer says must not cost memory, descriptors or channels for good."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specdec.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
+from specdec.runtime.state_memory import MappedFile, SharedDirectory, SharedHostMemory
+from specdec.runtime.state_mirror import MirrorBudget, MirroredState
+from specdec.runtime.state_reader import ReaderConfig, StateReader
+from specdec.target_state import SharedMemory, TargetStateRef, TargetStateSpec, TensorRef
+
+SPEC = TargetStateSpec(last_hidden_state=True)
+CPU = torch.device("cpu")
+
+
+def ref_of(*shape: int, num_blocks: int = 2) -> TargetStateRef:
+    tensors = (TensorRef("last_hidden", "float32", shape),)
+    return TargetStateRef("id", "127.0.0.1:1", 1, 0, tensors, tuple(range(num_blocks)), 64)
+
+
+def mirror(budget: MirrorBudget, ref: TargetStateRef, max_length: int) -> MirroredState:
+    stub: Any = None  # nothing is streamed before the first await
+    return MirroredState(stub, budget, ref, SPEC, max_length, device=CPU, projection=None, is_projected=False)
+
+
+async def test_a_mirror_is_no_larger_than_the_session_whatever_the_gateway_says() -> None:
+    budget = MirrorBudget(2**20)
+    state = mirror(budget, ref_of(1000, 8), max_length=2**32 - 1)
+    assert budget.num_used == 2 * 64 * 8 * 4
+    await state.close()
+    assert budget.num_used == 0
+
+
+@pytest.mark.parametrize("extent", [2**20, 2**45])
+async def test_a_mirror_that_cannot_be_made_takes_nothing(extent: int) -> None:
+    budget = MirrorBudget(2**20 if extent == 2**20 else 2**60)
+    with pytest.raises(ResourceExhaustedError):
+        mirror(budget, ref_of(1000, extent), max_length=100)
+    assert budget.num_used == 0
+
+
+def num_descriptors() -> int:
+    """Open file descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_file_has_one_spelling_only(tmp_path: Path) -> None:
+    directory = SharedDirectory(tmp_path)
+    memory = SharedHostMemory(directory, strict=True)
+    storage = memory.allocate(4096).storage
+    assert isinstance(storage, SharedMemory)
+    MappedFile(directory, storage.path).close()
+    before = num_descriptors()
+    name = Path(storage.path).name
+    for spelling in (f"{directory.path}/./{name}", f"{directory.path}//{name}", f"{storage.path}\0"):
+        with pytest.raises(FailedPreconditionError):
+            MappedFile(directory, spelling)
+    assert num_descriptors() == before
+    memory.close()
+
+
+def test_memory_that_was_closed_makes_no_more_files(tmp_path: Path) -> None:
+    directory = SharedDirectory(tmp_path)
+    memory = SharedHostMemory(directory, strict=False)
+    memory.close()
+    with pytest.raises(UnavailableError):
+        memory.allocate(4096)
+    assert not list(directory.path.iterdir())
+
+
+async def test_idle_channels_are_closed_once_and_used_ones_are_kept() -> None:
+    reader = StateReader(ReaderConfig("stream", CPU, None, mirror_bytes=2**20))
+    sessions = [reader.open(SPEC, 64) for _ in range(20)]
+    for index, session in enumerate(sessions):
+        link, source = reader.attach(
+            TargetStateRef("id", f"127.0.0.1:{index + 1}", 1, 0, ref_of(9, 8).tensors, (0,), 64),
+            SPEC,
+            64,
+            None,
+        )
+        session.link, session._source = link, source
+    await asyncio.gather(*(session.close() for session in sessions[1:]))
+    assert set(reader._channels) >= {"127.0.0.1:1"}
+    assert len(reader._channels) < 20
+    assert [link.verifier_uri for link, _ in reader.links] == ["127.0.0.1:1"]
+    await sessions[0].close()
+    await reader.close()
+    assert reader.mirrors.num_used == 0
