@@ -11,6 +11,7 @@ import torch
 from drafter_service.config import DrafterConfig
 from specdec.errors import InvalidArgumentError
 from specdec.model_files import resolve_model
+from specdec.runtime.loading import usable_device
 from specdec.runtime.state_memory import SharedDirectory
 from specdec.runtime.state_reader import Link, ReaderConfig, StateReader
 from specdec.runtime.target_weights import read_weights
@@ -28,7 +29,7 @@ def load_reader(config: DrafterConfig, on_link: Callable[[Link], None]) -> State
         InvalidArgumentError: handles are demanded and the shared directory cannot be used.
         NotFoundError: there is no such checkpoint.
     """
-    device = torch.device(config.device)
+    device = usable_device(config.device)
     weights = None
     if config.target:
         weights = read_weights(resolve_model(config.target), getattr(torch, config.dtype), device)

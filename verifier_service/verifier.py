@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.runtime.kv_pool import KvAllocation
-from specdec.runtime.loading import LoadedModel, load_causal_lm
+from specdec.runtime.loading import LoadedModel, load_causal_lm, usable_device
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.state_memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
 from specdec.runtime.target_weights import TargetWeightsRef, share_weights
@@ -257,9 +255,9 @@ def make_memory(config: VerifierConfig) -> StateMemory:
     """Where target state lives, as --target-state says.
 
     Raises:
-        InvalidArgumentError: handles are wanted and the shared directory cannot be used.
+        InvalidArgumentError: the device is not there, or the shared directory cannot be used and must be.
     """
-    device = torch.device(config.device)
+    device = usable_device(config.device)
     if config.target_state == "stream":
         return PrivateMemory(device)
     strict = config.target_state == "handle"

@@ -12,6 +12,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.model_files import model_id, resolve_model, vocabulary_fingerprint
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -59,11 +60,7 @@ def load_causal_lm(model: str, *, dtype: str, device: str, threads: int = 0) -> 
     transformers.utils.logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"Device {device!r} cannot be used: {error}", field="device") from error
+    target = usable_device(device)
     _check_is_causal_lm(folder)
     try:
         loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -86,6 +83,22 @@ def load_causal_lm(model: str, *, dtype: str, device: str, threads: int = 0) -> 
         vocabulary_fingerprint=vocabulary_fingerprint(folder),
         eos_token_ids=_eos_token_ids(loaded),
     )
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InvalidArgumentError: it is not there.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(f"Device {name!r} cannot be used: {error}", field="device") from error
+    return device
 
 
 def _check_is_causal_lm(folder: Path) -> None:
