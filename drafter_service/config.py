@@ -29,7 +29,8 @@ class DrafterConfig(ModelServiceConfig):
     """The target's checkpoint, a folder or hub id, for drafters that use its embedding and LM head and cannot
     map the verifier's; those two tensors alone are read."""
     mirror_mib: float = 1024.0
-    """Memory for target state that is streamed, MiB, all sessions together."""
+    """Memory for target state that is streamed, MiB, all sessions together; one that finds no room goes
+    without drafts."""
     stream_features: str = "projected"
     """How hidden states are streamed to a drafter that projects them: "projected" by the verifier, which is
     less to send, or "raw"."""

@@ -40,10 +40,12 @@ class ModelServiceConfig:
     max_batch_tokens: int = 1024
     """Tokens of all sessions in one pass."""
     target_state: str = "auto"
-    """How target state goes from verifier to drafter: "handle" (mapped; refuses where that cannot be),
-    "stream" (over gRPC), or "auto" (handle on one host or GPU, else stream)."""
+    """How target state goes from verifier to drafter: "auto" (by handle on one host or GPU, else by stream),
+    "handle" (by handle or not at all: a verifier that cannot share memory does not start, a drafter that
+    cannot map it does not draft) or "stream" (over gRPC only)."""
     shared_dir: str = "/dev/shm"
-    """Memory-backed directory of the handles, the same for verifiers and drafters of a host."""
+    """Memory-backed directory of the handles, the same for verifiers and drafters of a host; they use a
+    folder specdec-UID in it. A verifier puts its KV pool there."""
     drain_grace_s: float = 30.0
     """How long running sessions may go on after SIGTERM, seconds."""
     log_level: str = "info"

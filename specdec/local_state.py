@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -64,13 +63,15 @@ def state_dir() -> Path:
     override = os.environ.get(STATE_DIR_VARIABLE)
     if override:
         return _private(Path(override))
+    # Asked for here, not of platformdirs: without a directory of the user's own it names a place every user
+    # can write to, and says so once per process only.
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
     try:
-        with warnings.catch_warnings():
-            # Without one of its own, platformdirs warns and names a place that every user can write to.
-            warnings.simplefilter("error")
-            return _private(platformdirs.user_runtime_path("specdec"))
-    except (OSError, Warning):
-        return _private(platformdirs.user_cache_path("specdec") / "run")
+        if runtime.is_dir():
+            return _private(runtime / "specdec")
+    except OSError:
+        pass
+    return _private(platformdirs.user_cache_path("specdec") / "run")
 
 
 def _private(directory: Path) -> Path:

@@ -161,7 +161,7 @@ def _runs(replica: ReplicaInfo) -> str:
             return (
                 f"{verifier.model.model_id if verifier.model else '-'}, K up to "
                 f"{verifier.max_num_draft_tokens}, KV {verifier.kv_free_tokens} of "
-                f"{verifier.kv_capacity_tokens} tokens free\ntarget state by {_state_offer(verifier)}"
+                f"{verifier.kv_capacity_tokens} tokens free\ntarget state offered by {_state_offer(verifier)}"
             )
         case DrafterServiceInfo() as service:
             drafters = ", ".join(
@@ -178,9 +178,7 @@ _STORAGE_NAMES = {"shared_memory": "handle (shared memory)", "cuda_ipc": "handle
 def _state_offer(verifier: VerifierInfo) -> str:
     """How a verifier's target state is read, and by how many sessions now."""
     offer = _STORAGE_NAMES.get(verifier.state_storage, "stream only")
-    if not verifier.num_state_sessions:
-        return offer
-    return f"{offer}; {verifier.num_state_sessions} sessions, {verifier.num_state_streams} streams"
+    return f"{offer}; {verifier.num_state_sessions} sessions export it, {verifier.num_state_streams} streams"
 
 
 def _state_link(link: StateLinkInfo) -> str:

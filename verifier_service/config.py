@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specdec.channel import parse_uris
 from specdec.config import ModelServiceConfig, require_positive
 from specdec.runtime.embedded import DEFAULT_MODEL
 
@@ -17,12 +18,15 @@ class VerifierConfig(ModelServiceConfig):
     model: str = DEFAULT_MODEL
     """Target model: "default" (SmolLM2-135M-Instruct), a folder, or a hub id."""
     advertise: str = ""
-    """Address at which drafters reach this replica to stream target state; empty: --listen, with this
-    host's name where that is every interface."""
+    """Address at which drafters reach this replica to stream target state, host:port or a gRPC URI; empty:
+    --listen, or HOSTNAME:PORT where that is every interface (0.0.0.0)."""
     max_hidden_layers: int = 16
-    """Most layers whose hidden states are kept for drafters, in memory besides the KV pool."""
+    """Most layers whose hidden states are kept for drafters, in memory besides the KV pool: one hidden size
+    per token of the pool each. A drafter that wants more gets none, and its requests no drafts."""
 
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.
         super(VerifierConfig, self).__post_init__()
         require_positive(self, "max_hidden_layers")
+        if self.advertise:
+            parse_uris(self.advertise)

@@ -384,6 +384,6 @@ async def test_what_is_in_use_can_be_seen(
         assert service.info.drafters[0].reads_target_state
         text = rendered(info)
         offer = "stream only" if of_verifier == "stream" else "handle (shared memory)"
-        assert f"target state by {offer}; 1 sessions, {int(is_streamed)} " in text
+        assert f"target state offered by {offer}; 1 sessions export it, {int(is_streamed)} " in text
         how = "stream" if is_streamed else "handle (shared memory)"
         assert f"reads {link.verifier_uri} by {how} (1 sessions)" in text

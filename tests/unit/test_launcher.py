@@ -311,6 +311,7 @@ def test_state_directory_falls_back_to_the_cache(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/none")
     assert state_dir().is_relative_to(tmp_path / "cache")
+    assert state_dir() == state_dir()  # platformdirs warns of the missing directory once only
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert state_dir().is_relative_to(tmp_path / "specdec")
 
