@@ -8,6 +8,7 @@ from specdec.config import ModelServiceConfig, require_choice, require_positive
 from specdec.errors import InvalidArgumentError
 
 STREAM_FEATURES = ("projected", "raw")
+MTP_POSITIONS = ("anchor", "hidden")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +19,17 @@ class DrafterConfig(ModelServiceConfig):
     """Address to serve on: host:port or unix:/path."""
     drafter: tuple[str, ...] = ("ngram",)
     """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. "ngram" (prompt lookup),
-    "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by NAME,
-    which is FAMILY where it is left out."""
+    "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target; "mtp" alone is the one for the embedded
+    model), "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by
+    NAME, which is FAMILY where it is left out."""
     ngram_min: int = 2
     """Shortest n-gram the ngram drafter looks up, tokens."""
     ngram_max: int = 4
     """Longest n-gram the ngram drafter looks up, tokens; longer matches are preferred."""
 
+    mtp_position: str = "anchor"
+    """Position of an MTP drafter's steps: "anchor", the last committed token's, as transformers has it, or
+    "hidden", that of the hidden state it starts from, as vLLM has it."""
     target: str = ""
     """The target's checkpoint, a folder or hub id, for drafters that use its embedding and LM head and cannot
     map the verifier's; those two tensors alone are read."""
@@ -40,6 +45,7 @@ class DrafterConfig(ModelServiceConfig):
         super(DrafterConfig, self).__post_init__()
         require_positive(self, "ngram_min", "mirror_mib")
         require_choice(self, "stream_features", STREAM_FEATURES)
+        require_choice(self, "mtp_position", MTP_POSITIONS)
         if self.ngram_max < self.ngram_min:
             raise InvalidArgumentError("--ngram-max must not be less than --ngram-min.", field="ngram_max")
         if not self.drafter:

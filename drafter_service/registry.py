@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter
@@ -73,7 +74,30 @@ def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     )
 
 
-FAMILIES: Mapping[str, DrafterFactory] = {"ngram": _make_ngram, "causal-lm": _make_causal_lm}
+def _make_mtp(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.mtp import Assistant, MtpDrafter
+
+    assistant = Assistant.load(
+        spec.model or pretrained("mtp"), dtype=config.dtype, device=config.device, threads=config.threads
+    )
+    return MtpDrafter(
+        spec.name,
+        assistant,
+        max_num_draft_tokens=config.max_num_draft_tokens,
+        position=config.mtp_position,
+    )
+
+
+def pretrained(family: str) -> str:
+    """Folder of the drafter of that family that comes with the embedded target."""
+    return str(Path(__file__).parent / "pretrained" / f"smollm2-135m-instruct-{family}")
+
+
+FAMILIES: Mapping[str, DrafterFactory] = {
+    "ngram": _make_ngram,
+    "causal-lm": _make_causal_lm,
+    "mtp": _make_mtp,
+}
 
 
 def load_drafters(

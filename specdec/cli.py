@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
+from typing import Any
 
 import click
 
@@ -69,10 +70,23 @@ def main() -> None:
     multiple=True,
     default=("ngram",),
     show_default=True,
-    help="Drafter to load, `ngram` or `causal-lm:MODEL`; may be repeated.",
+    help="Drafter to load, `ngram`, `mtp[:MODEL]` or `causal-lm:MODEL`; may be repeated.",
+)
+@click.option(
+    "--target-state",
+    type=click.Choice(["auto", "handle", "stream"]),
+    default="auto",
+    show_default=True,
+    help="How drafters read the target's hidden states and KV: mapped, or as a stream.",
+)
+@click.option(
+    "--kv-cache-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Memory of the target's KV, MiB.  [default: the verifier's]",
 )
 @click.option(
     "--port",
+    "gateway_port",
     type=click.IntRange(0, 65535),
     default=0,
     help="Port of the gateway on 127.0.0.1.  [default: a free one]",
@@ -80,15 +94,13 @@ def main() -> None:
 @click.option("--detach", is_flag=True, help="Return once all services are ready; `specdec down` stops them.")
 @click.option(
     "--timeout",
-    "timeout_s",
+    "ready_timeout_s",
     type=click.FloatRange(min=0, min_open=True),
     default=120.0,
     show_default=True,
     help="Seconds the services have to become ready.",
 )
-def up(
-    model: str, dtype: str, device: str, drafters: tuple[str, ...], port: int, detach: bool, timeout_s: float
-) -> None:
+def up(detach: bool, **options: Any) -> None:
     """Start verifier, drafter and gateway on this machine.
 
     Services that die are started again; Ctrl-C stops all of them, once running answers
@@ -100,19 +112,12 @@ def up(
       specdec up --detach --port 50050
       specdec up --model ./my-model --drafter ngram --drafter causal-lm:./my-small-model
     """
-    config = SystemConfig(
-        model=model,
-        dtype=dtype,
-        device=device,
-        drafters=drafters,
-        gateway_port=port,
-        ready_timeout_s=timeout_s,
-    )
+    config = SystemConfig(**options)
     refuse_if_running()
     if detach:
         prepare_models(config, report)
         report("Starting verifier, drafter and gateway.")
-        state = run_detached(_foreground_command(config), timeout_s=timeout_s + DETACH_MARGIN_S)
+        state = run_detached(_foreground_command(config), timeout_s=config.ready_timeout_s + DETACH_MARGIN_S)
         _announce(state, "`specdec down` stops it.")
     else:
         report("Starting verifier, drafter and gateway.")
@@ -121,10 +126,12 @@ def up(
 
 def _foreground_command(config: SystemConfig) -> list[str]:
     drafters = [argument for drafter in config.drafters for argument in ("--drafter", drafter)]
+    kv_cache = () if config.kv_cache_mib is None else ("--kv-cache-mib", str(config.kv_cache_mib))
     # -P: a folder named specdec or gateway where the user stands is not meant.
     return [
         *(sys.executable, "-P", "-m", "specdec", "up"),
         *("--model", config.model, "--dtype", config.dtype, "--device", config.device, *drafters),
+        *("--target-state", config.target_state, *kv_cache),
         *("--port", str(config.gateway_port), "--timeout", str(config.ready_timeout_s)),
     ]
 

@@ -36,7 +36,11 @@ class SystemConfig:
     device: str = "cpu"
     """Device of the target, "cuda:0" for one."""
     drafters: tuple[str, ...] = ("ngram",)
-    """Drafters to load: "ngram", "causal-lm:MODEL"."""
+    """Drafters to load: "ngram", "mtp", "causal-lm:MODEL"."""
+    target_state: str = "auto"
+    """How drafters read the target's state: "auto", "handle" or "stream"."""
+    kv_cache_mib: float | None = None
+    """Memory of the target's KV, MiB; None: the verifier's default."""
     gateway_port: int = 0
     """Port of the gateway; 0: a free one."""
     extra_args: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -74,13 +78,15 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
     ports = free_ports(3)
     gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
     drafter_args = [argument for name in config.drafters for argument in ("--drafter", name)]
-    drafter_args += ["--dtype", config.dtype, "--device", config.device]
+    shared = ("--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state)
     gateway_args = ("--verifier", verifier, "--drafter", drafter, "--tokenizer", config.model)
-    verifier_args = ("--model", config.model, "--dtype", config.dtype, "--device", config.device)
+    verifier_args = ["--model", config.model]
+    if config.kv_cache_mib is not None:
+        verifier_args += ["--kv-cache-mib", str(config.kv_cache_mib)]
     return [
         _spec(config, "gateway", "gateway", gateway, gateway_args),
-        _spec(config, "drafter", "drafter_service", drafter, drafter_args),
-        _spec(config, "verifier", "verifier_service", verifier, verifier_args),
+        _spec(config, "drafter", "drafter_service", drafter, [*drafter_args, *shared]),
+        _spec(config, "verifier", "verifier_service", verifier, [*verifier_args, *shared]),
     ]
 
 

@@ -95,6 +95,11 @@ class TargetStateSpec:
     kv_last_of_each_attention_type: bool = False
     projection: ProjectionInfo | None = None
 
+    @property
+    def hidden_names(self) -> tuple[str, ...]:
+        """Names of its layers' hidden states, each once: what a projection takes the place of."""
+        return tuple(hidden_name(layer_id) for layer_id in dict.fromkeys(self.hidden_layer_ids))
+
     def to_proto(self) -> pb.TargetStateSpec:
         """The message."""
         return pb.TargetStateSpec(

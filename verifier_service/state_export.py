@@ -24,7 +24,6 @@ from specdec.target_state import (
     TargetStateRef,
     TargetStateSpec,
     TensorRef,
-    hidden_name,
     key_name,
     storage_kind,
     value_name,
@@ -269,8 +268,7 @@ class StateExport:
                 raise InvalidArgumentError(
                     "The projection is not the one of the session's spec.", field="projection_sha256"
                 )
-            projected = {hidden_name(layer_id) for layer_id in state.spec.hidden_layer_ids}
-            names = [name for name in names if name not in projected]
+            names = [name for name in names if name not in state.spec.hidden_names]
         row_bytes = sum(self._pool.tensor(name)[0].nbytes for name in names)
         if projection:
             row_bytes += projection.info.output_size * projection.norm.itemsize
@@ -301,7 +299,7 @@ class StateExport:
         return tensor_bytes(projected)
 
     def _hidden_names(self, spec: TargetStateSpec) -> list[str]:
-        names = [hidden_name(layer_id) for layer_id in dict.fromkeys(spec.hidden_layer_ids)]
+        names = list(spec.hidden_names)
         if spec.last_hidden_state:
             names.append(LAST_HIDDEN)
         for name in names:

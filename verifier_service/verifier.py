@@ -79,7 +79,7 @@ class Verifier:
         self.export = StateExport(
             packed.pool,
             packed.capture,
-            _attention_types(packed),
+            packed.attention_types,
             uri=uri,
             max_hidden_layers=config.max_hidden_layers,
             run_on_engine=self._run_on_engine,
@@ -275,12 +275,3 @@ def make_memory(config: VerifierConfig) -> StateMemory:
     from specdec.runtime.cuda_ipc import CudaIpcMemory
 
     return CudaIpcMemory(device, host)
-
-
-def _attention_types(packed: PackedModel) -> dict[int, str]:
-    """Attention type of each layer that stores KV of its own."""
-    config = packed.model.config.get_text_config()
-    layer_types = getattr(config, "layer_types", None)
-    # Older configurations say it once for all layers.
-    default = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    return {layer: layer_types[layer] if layer_types else default for layer in packed.pool.keys}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from specdec.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
 from specdec.target_state import TargetStateSpec
 
@@ -46,6 +46,8 @@ class OpenDraft:
     prompt_length: int
     max_length: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    min_confidence: float = 0.0
+    """Probability, 0 to 1, below which a drafter that knows it proposes no further token in a round."""
 
 
 class DraftSession:
@@ -56,6 +58,7 @@ class DraftSession:
         self.prompt_length = request.prompt_length
         self.max_length = request.max_length
         self.sampling = request.sampling
+        self.min_confidence = request.min_confidence
         self.state: StateSession | None = None
         """Where the target's state comes from; None: the drafter needs none."""
         self.view: TargetStateView | None = None
@@ -128,5 +131,5 @@ class Drafter(ABC):
         """Free what `open` reserved."""
 
     @abstractmethod
-    def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
-        """At most `num_draft_tokens` tokens per item; none: no guess."""
+    def propose(self, items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
+        """At most `num_draft_tokens` tokens per item; none: no guess. An error is that item's alone."""

@@ -16,6 +16,7 @@ from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.loading import LoadedModel
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import PickContext, Picker
+from specdec.runtime.state_memory import dtype_name
 from specdec.sampling import validate_token_ids
 
 DEFAULT_NUM_DRAFT_TOKENS = 4
@@ -80,7 +81,7 @@ class CausalLmDrafter(Drafter):
             vocabulary_fingerprint=loaded.vocabulary_fingerprint,
             vocab_size=self._packed.vocab_size,
             max_length=self._packed.max_length,
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            dtype=dtype_name(loaded.model.dtype),
             device=str(self._packed.device),
         )
 

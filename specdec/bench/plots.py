@@ -17,7 +17,7 @@ def has_matplotlib() -> bool:
 
 
 def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Draw speedup.png and acceptance.png at the lowest concurrency; returns the files.
+    """Draw speedup.png, acceptance.png and profile.png at the lowest concurrency; returns the files.
 
     A figure that no method has, acceptance in a run of `none` alone for one, is not drawn.
 
@@ -33,13 +33,16 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
         paths.append(_draw_speedup(gains, directory / "speedup.png"))
     if drafts:
         paths.append(_draw_acceptance(drafts, directory / "acceptance.png"))
+    rounds = [row for row in at_lowest if row.category == OVERALL and row.verify_ms_p50 is not None]
+    if rounds:
+        paths.append(_draw_profile(rounds, directory / "profile.png"))
     return paths
 
 
 def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:
     categories = list(dict.fromkeys(row.category for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
-    figure, axes = _figure(width_in=2.0 + 1.2 * len(categories))
+    figure, axes = new_figure(width_in=2.0 + 1.2 * len(categories))
     width = 0.8 / len(methods)
     for index, method in enumerate(methods):
         own = {row.category: row.speedup for row in rows if row.method == method}
@@ -55,7 +58,7 @@ def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _draw_acceptance(rows: Sequence[Row], path: Path) -> Path:
-    figure, axes = _figure(width_in=6.0)
+    figure, axes = new_figure(width_in=6.0)
     longest = max(len(row.acceptance_per_position) for row in rows)
     axes.set_xticks(range(1, longest + 1))
     for row in rows:
@@ -70,7 +73,29 @@ def _draw_acceptance(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
-def _figure(width_in: float) -> tuple[Any, Any]:
+def _draw_profile(rows: Sequence[Row], path: Path) -> Path:
+    """Where the time of a round goes: one bar per method, one part on top of the other."""
+    figure, axes = new_figure(width_in=2.0 + 1.2 * len(rows))
+    methods = [row.method for row in rows]
+    bottom = [0.0] * len(rows)
+    for part in ("verify", "draft", "transport", "gateway"):
+        times_ms = [getattr(row, f"{part}_ms_p50") or 0.0 for row in rows]
+        axes.bar(methods, times_ms, 0.6, bottom=bottom, label=part)
+        bottom = [below + time_ms for below, time_ms in zip(bottom, times_ms, strict=True)]
+    for place, (row, height_ms) in enumerate(zip(rows, bottom, strict=True)):
+        if row.mean_acceptance_length:
+            label = f"{row.mean_acceptance_length:.2f} tokens"
+            axes.text(place, height_ms, label, ha="center", va="bottom")
+    axes.set_ylabel("one round, median ms")
+    axes.set_title(f"Concurrency {rows[0].concurrency}")
+    axes.margins(y=0.15)
+    axes.legend()
+    figure.savefig(path)
+    return path
+
+
+def new_figure(width_in: float) -> tuple[Any, Any]:
+    """An empty figure, 4 inches high, and its axes."""
     # Without pyplot: no global state, and no display is looked for.
     figure = importlib.import_module("matplotlib.figure").Figure(
         figsize=(width_in, 4.0), dpi=120, layout="constrained"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, join_slots, write_rows
 
 ATTENTION_NAME = "specdec_paged"
 _ROW_MULTIPLE = 4
@@ -109,11 +109,7 @@ class _Group:
 
 def _key_slots(spans: Sequence[_Span], device: torch.device) -> slice | Tensor:
     slots = [span.allocation.slots(span.first_key, span.first_key + span.num_keys) for span in spans]
-    if len(slots) == 1:
-        return slots[0]
-    return torch.cat(
-        [torch.arange(s.start, s.stop, device=device) if isinstance(s, slice) else s for s in slots]
-    )
+    return join_slots(slots, device)
 
 
 def _is_hidden(key_positions: Tensor, positions: Tensor, window: int) -> Tensor:
@@ -228,10 +224,7 @@ class PoolCache(Cache):
         ):
             # [tokens, heads, dim], without what pads the pass
             tokens = states[0].transpose(0, 1)[: self.current.num_tokens]
-            if isinstance(slots, slice):
-                pool[slots] = tokens
-            else:
-                pool.index_copy_(0, slots, tokens)
+            write_rows(pool, slots, tokens)
         reference = _LayerKv(self, layer_idx)
         return reference, reference
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.attention import Pass
-from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_pool import KvPool, write_rows
 from specdec.target_state import LAST_HIDDEN, hidden_name
 
 
@@ -70,11 +70,8 @@ class HiddenCapture:
     def _store(self, name: str, hidden: Tensor) -> None:
         """Keep [1, tokens, hidden_size], but for what pads the pass."""
         assert self._current is not None
-        rows, slots = hidden[0, : self._current.num_tokens], self._current.slots
-        if isinstance(slots, slice):
-            self._pool.hidden[name][slots] = rows
-        else:
-            self._pool.hidden[name].index_copy_(0, slots, rows)
+        rows = hidden[0, : self._current.num_tokens]
+        write_rows(self._pool.hidden[name], self._current.slots, rows)
 
 
 def _hidden_of(output: Any) -> Tensor:

@@ -232,6 +232,23 @@ class KvPool:
         return tuple(scattered) if len(scattered) == num_blocks else None
 
 
+def join_slots(slots: Sequence[slice | Tensor], device: torch.device) -> slice | Tensor:
+    """Indices of several runs of slots, one after the other, as one index."""
+    if len(slots) == 1:
+        return slots[0]
+    return torch.cat(
+        [torch.arange(s.start, s.stop, device=device) if isinstance(s, slice) else s for s in slots]
+    )
+
+
+def write_rows(tensor: Tensor, slots: slice | Tensor, rows: Tensor) -> None:
+    """Store rows [num_slots, ...] at their slots of a pool's tensor."""
+    if isinstance(slots, slice):
+        tensor[slots] = rows
+    else:
+        tensor.index_copy_(0, slots, rows)
+
+
 def _slot_ids(blocks: Sequence[int], device: torch.device) -> Tensor:
     # By way of numpy: allocations are made on the event loop, which must not run torch operations.
     starts = numpy.asarray(blocks) * BLOCK_TOKENS

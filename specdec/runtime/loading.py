@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,11 +44,19 @@ def tune_process() -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
-def load_causal_lm(model: str, *, dtype: str, device: str, threads: int = 0) -> LoadedModel:
+def load_causal_lm(
+    model: str,
+    *,
+    dtype: str,
+    device: str,
+    threads: int = 0,
+    optional_weights: Set[str] = frozenset(),
+) -> LoadedModel:
     """Load a model by folder, hub id or "default".
 
     Args:
         threads: CPU threads of this process's models; 0: as torch chooses.
+        optional_weights: names the checkpoint may lack; they have random values then.
 
     Raises:
         NotFoundError: there is no such model.
@@ -58,6 +67,8 @@ def load_causal_lm(model: str, *, dtype: str, device: str, threads: int = 0) -> 
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    # What a checkpoint lacks is checked below; transformers' own report of it would be in the way of logs.
+    transformers.utils.logging.set_verbosity_error()
     if threads:
         torch.set_num_threads(threads)
     target = usable_device(device)
@@ -70,7 +81,7 @@ def load_causal_lm(model: str, *, dtype: str, device: str, threads: int = 0) -> 
         raise InvalidArgumentError(
             f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}", field="model"
         ) from error
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(set(report["missing_keys"]) - optional_weights):
         # transformers fills them with random numbers and goes on.
         raise InvalidArgumentError(
             f"The checkpoint in {folder} lacks {len(missing)} weights of a {type(loaded).__name__}, "

@@ -7,7 +7,7 @@ own position ids; `attention` lets each session see its own keys and values only
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.attention import ATTENTION_NAME, Pass, PoolCache, Segment
 from specdec.runtime.capture import HiddenCapture
-from specdec.runtime.kv_pool import KvPool, KvShape
+from specdec.runtime.kv_pool import KvPool, KvShape, join_slots
 from specdec.runtime.prepack import prepack_linears
 from specdec.runtime.state_memory import StateMemory
 
@@ -49,13 +49,18 @@ class PackedModel:
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 0) or 0
         prepack_linears(model, keep=model.get_output_embeddings())
-        expected, shapes = _probe(model)
+        expected, shapes = probe(model)
         model.set_attn_implementation(ATTENTION_NAME)
         self.pool = KvPool(
             shapes, budget_bytes=kv_budget_bytes, dtype=model.dtype, device=self.device, memory=memory
         )
         self.capture = HiddenCapture(model, self.pool)
         self._self_test(expected)
+
+    @property
+    def attention_types(self) -> dict[int, str]:
+        """Attention type of each layer that stores KV of its own."""
+        return attention_types(self.model, self.pool.keys)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], captured: AbstractSet[str] = frozenset()) -> list[Tensor]:
@@ -115,11 +120,16 @@ class PackedModel:
 
     def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
         slots = [segment.allocation.slots(segment.start, segment.stop) for segment in segments]
-        if len(slots) == 1:
-            return slots[0]
-        return torch.cat(
-            [torch.arange(s.start, s.stop, device=self.device) if isinstance(s, slice) else s for s in slots]
-        )
+        return join_slots(slots, self.device)
+
+
+def attention_types(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, str]:
+    """Attention type of each of a model's layers."""
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    # Older configurations say it once for all layers.
+    default = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return {layer: layer_types[layer] if layer_types else default for layer in layers}
 
 
 def _logit_rows(segments: Sequence[Segment]) -> Tensor:
@@ -175,7 +185,7 @@ class _ShapeRecorder(Cache):
 
 
 @torch.inference_mode()
-def _probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, KvShape]]:
+def probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, KvShape]]:
     """Logits [tokens, vocab_size] of the probe by the model's own attention, and each layer's KV geometry.
 
     The geometry is observed because configurations name it in too many ways.

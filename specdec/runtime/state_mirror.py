@@ -34,7 +34,6 @@ from specdec.target_state import (
     TargetStateRef,
     TargetStateSpec,
     TensorRef,
-    hidden_name,
 )
 from specdec.v1 import target_state_pb2 as pb
 
@@ -224,8 +223,7 @@ def _mirrored(
     kept = [ref for ref in refs if ref.name != GENERATIONS]
     if projection is None:
         return kept
-    replaced = {hidden_name(layer_id) for layer_id in spec.hidden_layer_ids}
-    kept = [ref for ref in kept if ref.name not in replaced]
+    kept = [ref for ref in kept if ref.name not in spec.hidden_names]
     return [*kept, TensorRef(PROJECTED, projection.info.dtype, (0, projection.info.output_size))]
 
 

@@ -33,7 +33,6 @@ from specdec.target_state import (
     StateStorage,
     TargetStateRef,
     TargetStateSpec,
-    hidden_name,
     key_name,
     storage_kind,
     value_name,
@@ -323,7 +322,7 @@ def _check_complete(ref: TargetStateRef, spec: TargetStateSpec) -> None:
         FailedPreconditionError: naming what is missing.
     """
     names = {tensor.name for tensor in ref.tensors}
-    wanted = {hidden_name(layer_id) for layer_id in spec.hidden_layer_ids}
+    wanted = set(spec.hidden_names)
     wanted |= {name(layer_id) for layer_id in spec.kv_layer_ids for name in (key_name, value_name)}
     if spec.last_hidden_state:
         wanted.add(LAST_HIDDEN)

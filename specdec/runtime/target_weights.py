@@ -28,7 +28,7 @@ _ALIGNMENT = 256
 _UNSUPPORTED_SCALES = ("logits_scaling", "logit_scale", "embedding_multiplier")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class TargetWeights:
     """Input embedding and LM head of a target, to be read only."""
 
@@ -38,6 +38,21 @@ class TargetWeights:
     """What the model multiplies embeddings with."""
     final_logit_softcap: float = 0.0
     """Cap of the logits; 0: none."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TargetWeights:
+        """Those of a model in this process.
+
+        Raises:
+            InvalidArgumentError: it has a head with a bias, or scales no drafter expects.
+        """
+        input_module, head = _modules_of(model)
+        return cls(
+            input_module.weight.detach(),
+            head.weight.detach(),
+            _scale_of(input_module),
+            _softcap_of(model.config),
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Input embeddings [..., hidden_size] as the target's own module gives them."""

@@ -57,6 +57,21 @@ class Pair:
         assert verifier is not None
         await until(lambda: verifier.pool.free_tokens == verifier.pool.capacity_tokens)
 
+    async def until_stale(self) -> None:
+        """The drafter knows that its session's target state is gone: a stream says so a little later."""
+        (session,) = self.probe.sessions
+        state = session.state
+        assert state is not None
+
+        def is_stale() -> bool:
+            try:
+                state.check()
+            except FailedPreconditionError:
+                return True
+            return False
+
+        await until(is_stale)
+
 
 @asynccontextmanager
 async def a_pair(model: Path, shared_dir: Path, mode: str) -> AsyncIterator[Pair]:
@@ -102,6 +117,7 @@ class TestStaleHandles:
                 await verify.call.done_writing()
                 await verify.call.code()
                 await pair.until_free()
+                await pair.until_stale()
                 with pytest.raises(FailedPreconditionError) as raised:
                     await a_round(draft, verify, later, 1)
             assert raised.value.reason == "STALE_STATE"
@@ -144,8 +160,7 @@ class TestStaleHandles:
                 held = asyncio.ensure_future(a_round(draft, verify, ref, 1))
                 assert await asyncio.to_thread(pair.is_held.wait, 20)
             await pair.until_free()
-            if mode == "stream":
-                await asyncio.sleep(0.2)  # until the end of the stream has come to the drafter
+            await pair.until_stale()
             if is_taken:
                 async with state_session(pair.verifier_at, PROMPT[::-1], SPEC) as (_, taken):
                     assert taken.block_ids == ref.block_ids

@@ -509,7 +509,7 @@ def test_comparing_with_another_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not plots.has_matplotlib(), reason="matplotlib is not installed")
 def test_plots_are_drawn(tmp_path: Path) -> None:
     drawn = plots.draw(compute_rows(RECORDS), tmp_path)
-    assert [path.name for path in drawn] == ["speedup.png", "acceptance.png"]
+    assert [path.name for path in drawn] == ["speedup.png", "acceptance.png", "profile.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 

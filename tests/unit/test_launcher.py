@@ -328,7 +328,9 @@ def test_service_commands() -> None:
         model="org/model",
         dtype="float32",
         drafters=("ngram", "causal-lm:org/small"),
-        extra_args={"verifier": ["--kv-cache-mib", "64"]},
+        target_state="stream",
+        kv_cache_mib=96.0,
+        extra_args={"verifier": ["--max-sessions", "8"]},
     )
     gateway, drafter, verifier = service_specs(config)
     assert gateway.command[1:] == (
@@ -338,11 +340,12 @@ def test_service_commands() -> None:
     assert drafter.command[1:] == (
         *("-m", "drafter_service", "--listen", drafter.address),
         *("--drafter", "ngram", "--drafter", "causal-lm:org/small"),
-        *("--dtype", "float32", "--device", "cpu"),
+        *("--dtype", "float32", "--device", "cpu", "--target-state", "stream"),
     )
     assert verifier.command[1:] == (
         *("-m", "verifier_service", "--listen", verifier.address),
-        *("--model", "org/model", "--dtype", "float32", "--device", "cpu", "--kv-cache-mib", "64"),
+        *("--model", "org/model", "--kv-cache-mib", "96.0"),
+        *("--dtype", "float32", "--device", "cpu", "--target-state", "stream", "--max-sessions", "8"),
     )
     assert [spec.health_service for spec in (gateway, drafter, verifier)] == [
         "specdec.v1.GatewayService",

@@ -1,0 +1,325 @@
+"""MTP drafters: Gemma 4 assistants, token by token over the target's own KV cache.
+
+A draft step reads the target's embedding of the last token and a hidden state, the target's last one at
+first, then what the step before returned; it attends over the KV of the target's last layer of each
+attention type. Nothing but committed positions is read, and there is no KV of the drafter's own: all steps
+of a round share one position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from drafter_service.drafters.assistant import AssistantLayers
+from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession
+from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
+from specdec.model_files import resolve_model
+from specdec.runtime.loading import LoadedModel, load_causal_lm
+from specdec.runtime.picks import PickContext, Picker
+from specdec.runtime.prepack import multiplier, prepack_linears
+from specdec.runtime.state_memory import dtype_name
+from specdec.runtime.target_view import TargetStateView
+from specdec.runtime.target_weights import TargetWeights
+from specdec.target_state import TargetStateSpec
+
+MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+DEFAULT_NUM_DRAFT_TOKENS = 4
+DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
+POSITIONS = {"anchor": 0, "hidden": -1}
+"""The position of all steps of a round, relative to the anchor's: transformers' generator drafts at the
+anchor's index, vLLM's at that of the hidden state it starts from."""
+_HEAD_WEIGHTS = {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+@dataclass(frozen=True, slots=True)
+class Assistant:
+    """A checkpoint in memory."""
+
+    loaded: LoadedModel
+    draft_vocab: Tensor | None
+    """Token ids [draft_vocab_size] the head covers, ascending; None: all."""
+    uses_target_head: bool
+    """The checkpoint has no head: the target's is used."""
+
+    @classmethod
+    def load(cls, model: str, *, dtype: str, device: str, threads: int = 0) -> Assistant:
+        """Load a folder or hub id.
+
+        Raises:
+            NotFoundError: there is no such checkpoint.
+            InvalidArgumentError: it is no assistant, or damaged.
+        """
+        from transformers import AutoConfig
+
+        folder = resolve_model(model)
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except Exception as error:  # a broken config surfaces as many types
+            raise InvalidArgumentError(f"{folder}/config.json cannot be used: {error}") from error
+        if config.model_type not in MODEL_TYPES:
+            raise InvalidArgumentError(
+                f"{folder} holds a {config.model_type!r} model; the mtp drafter runs "
+                f"{' and '.join(MODEL_TYPES)}.",
+                field="drafter",
+            )
+        uses_target_head = bool(getattr(config, "specdec_target_head", False))
+        loaded = load_causal_lm(
+            model,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            optional_weights=_HEAD_WEIGHTS if uses_target_head else frozenset(),
+        )
+        if not (folder / "tokenizer.json").is_file():
+            fingerprint = getattr(config, "specdec_vocabulary_fingerprint", "")
+            loaded = replace(loaded, vocabulary_fingerprint=fingerprint)
+        vocab_size = config.get_text_config().vocab_size
+        return cls(loaded, _read_draft_vocab(folder, vocab_size, loaded.model.device), uses_target_head)
+
+
+def _read_draft_vocab(folder: Path, vocab_size: int, device: torch.device) -> Tensor | None:
+    path = folder / DRAFT_VOCAB_FILE
+    if not path.is_file():
+        return None
+    try:
+        token_ids = load_file(path)["token_ids"].long()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InvalidArgumentError(f"{path} cannot be read: {error!r}", field="drafter") from error
+    ascending = token_ids.ndim == 1 and len(token_ids) and bool((token_ids.diff() > 0).all())
+    if not (ascending and token_ids[0] >= 0 and token_ids[-1] < vocab_size):
+        raise InvalidArgumentError(
+            f"{path}: token_ids must be ascending ids below {vocab_size}.", field="drafter"
+        )
+    return token_ids.to(device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SessionKv:
+    """Committed keys and values of one attention type, session by session; one row of queries each."""
+
+    kv: Sequence[tuple[Tensor, Tensor]]  # per session [length, num_kv_heads, head_dim]
+
+    def attend(self, queries: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
+        """Attention of queries [num_heads, num_rows, head_dim], over views of the target's memory."""
+        # As transformers masks it: the window reaches back from the last committed key, that one included.
+        first = 0 if sliding_window is None else -sliding_window - 1
+        rows = []
+        for row, (keys, values) in enumerate(self.kv):
+            num_kv_heads = keys.shape[1]
+            # Heads that share keys are queries of one attention.
+            own = queries[:, row].view(1, num_kv_heads, -1, queries.shape[-1])
+            attended = scaled_dot_product_attention(
+                own, keys[first:].transpose(0, 1)[None], values[first:].transpose(0, 1)[None], scale=scaling
+            )
+            rows.append(attended.reshape(queries.shape[0], -1))
+        return torch.stack(rows, dim=1)
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """One session's draft in the making."""
+
+    session: DraftSession
+    num_wanted: int
+    kv: Mapping[str, tuple[Tensor, Tensor]]
+    """By attention type [length, num_kv_heads, head_dim]."""
+    hidden: Tensor  # [1, backbone_hidden_size]
+    draft: list[int] = field(default_factory=list)
+
+    @property
+    def last_token(self) -> int:
+        return self.draft[-1] if self.draft else self.session.token_ids[-1]
+
+    @property
+    def context(self) -> PickContext:
+        return PickContext(
+            self.session.sampling, [*self.session.token_ids, *self.draft], self.session.prompt_length
+        )
+
+
+class MtpDrafter(Drafter):
+    """Drafts for all sessions of a step side by side: a session is a row.
+
+    Args:
+        position: a key of POSITIONS.
+    """
+
+    def __init__(
+        self, name: str, assistant: Assistant, *, max_num_draft_tokens: int, position: str = "anchor"
+    ) -> None:
+        model: Any = assistant.loaded.model
+        config = model.config.get_text_config()
+        self._dtype, self._device = model.dtype, model.device
+        self._backbone_size: int = model.config.backbone_hidden_size
+        self._kv_shapes = {
+            layer.self_attn.layer_type: (
+                config.num_attention_heads // layer.self_attn.num_key_value_groups,
+                layer.self_attn.head_dim,
+            )
+            for layer in model.model.layers
+        }
+        self._offset = POSITIONS[position]
+        self._vocab_size: int = config.vocab_size
+        self._draft_vocab = assistant.draft_vocab
+        self._own_head = None if assistant.uses_target_head else self._make_own_head(model)
+        self._target_heads: WeakKeyDictionary[TargetWeights, _Head] = WeakKeyDictionary()
+        # What is left of the model is its layers and projections.
+        model.lm_head = model.model.embed_tokens = nn.Identity()
+        prepack_linears(model, keep=model.lm_head)
+        self._layers = AssistantLayers(model)
+        self._picker = Picker(self._vocab_size, self._device)
+        self.info = DrafterInfo(
+            name=name,
+            family="mtp",
+            max_num_draft_tokens=max_num_draft_tokens,
+            default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
+            model_id=assistant.loaded.model_id,
+            vocabulary_fingerprint=assistant.loaded.vocabulary_fingerprint,
+            vocab_size=self._vocab_size,
+            dtype=dtype_name(self._dtype),
+            device=str(self._device),
+            target_state_spec=TargetStateSpec(last_hidden_state=True, kv_last_of_each_attention_type=True),
+            needs_target_weights=True,
+        )
+
+    def _make_own_head(self, model: Any) -> _Head:
+        if model.config.use_ordered_embeddings:
+            masked, weight = model.masked_embedding, model.lm_head.weight
+            return lambda states: masked(states[None], weight)[0]
+        rows = model.lm_head.weight
+        return multiplier(rows if self._draft_vocab is None else rows[self._draft_vocab])
+
+    def _head(self, weights: TargetWeights) -> _Head:
+        """The head's logits [num_rows, draft_vocab_size] of states [num_rows, hidden_size]."""
+        if self._own_head:
+            return self._own_head
+        if weights not in self._target_heads:
+            self._target_heads[weights] = self._make_target_head(weights)
+        return self._target_heads[weights]
+
+    def _make_target_head(self, weights: TargetWeights) -> _Head:
+        if self._draft_vocab is None:
+            multiply = multiplier(weights.lm_head.to(self._dtype))
+        else:
+            multiply = multiplier(weights.lm_head[self._draft_vocab].to(self._dtype))
+        cap = weights.final_logit_softcap
+        return (lambda states: torch.tanh(multiply(states) / cap) * cap) if cap else multiply
+
+    @torch.inference_mode()
+    def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+        """Drafts of up to K tokens; the sessions of one target take their steps together."""
+        rounds = [self._start(item) for item in items]
+        started = [one for one in rounds if isinstance(one, _Round) and one.num_wanted]
+        started.sort(key=lambda one: id(one.session.target_weights))
+        for _, group in groupby(started, key=lambda one: id(one.session.target_weights)):
+            self._draft(list(group))
+        return [one.draft if isinstance(one, _Round) else one for one in rounds]
+
+    def _start(self, item: DraftItem) -> _Round | SpecdecError:
+        session = item.session
+        assert session.view is not None
+        kv = {kind: session.view.kv(_layer_of(session.view, kind)) for kind in self._kv_shapes}
+        length = session.view.length
+        hidden = session.view.last_hidden(length - 1, length)
+        if misfit := self._misfit(session, kv, hidden):
+            return FailedPreconditionError(
+                f"{self.info.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
+            )
+        return _Round(
+            session,
+            min(item.num_draft_tokens, session.max_length - len(session.token_ids)),
+            {kind: (keys.to(self._dtype), values.to(self._dtype)) for kind, (keys, values) in kv.items()},
+            hidden.to(self._dtype),
+        )
+
+    def _misfit(self, session: DraftSession, kv: Mapping[str, tuple[Tensor, Tensor]], hidden: Tensor) -> str:
+        """What of the target is of another size than the assistant reads; empty: nothing."""
+        assert session.target_weights is not None
+        for kind, shape in self._kv_shapes.items():
+            for states in kv[kind]:
+                if (found := tuple(states.shape[1:])) != shape:
+                    return f"it reads {kind} KV of (heads, dimensions) {shape}, the target's is {found}"
+        weight_size = session.target_weights.embedding.shape[1]
+        for what, size in (("hidden states", hidden.shape[1]), ("embeddings", weight_size)):
+            if size != self._backbone_size:
+                return f"it reads {what} of {self._backbone_size} elements, the target's have {size}"
+        if len(session.target_weights.lm_head) < self._vocab_size and not self._own_head:
+            return f"its vocabulary has {self._vocab_size} tokens, the target's head fewer"
+        return ""
+
+    def _draft(self, running: list[_Round]) -> None:
+        """Step by step; rounds leave when they have their K tokens, or stop being sure."""
+        weights = running[0].session.target_weights
+        assert weights is not None
+        head = self._head(weights)
+        hidden = torch.cat([one.hidden for one in running])
+        while running:
+            token_ids = torch.tensor([one.last_token for one in running], device=self._device)
+            positions = [len(one.session.token_ids) - 1 + self._offset for one in running]
+            kv = {kind: _SessionKv([one.kv[kind] for one in running]) for kind in self._kv_shapes}
+            embeddings = weights.embed(token_ids).to(self._dtype)
+            states, hidden = self._layers.step(
+                embeddings, hidden, torch.tensor(positions, device=self._device), kv
+            )
+            logits = head(states)
+            going_on = self._extend(running, logits)
+            running = [running[row] for row in going_on]
+            if len(going_on) < len(hidden):
+                hidden = hidden[going_on]
+
+    def _extend(self, rounds: Sequence[_Round], logits: Tensor) -> list[int]:
+        """Append a pick to each draft; the rows that need another step.
+
+        Args:
+            logits: [num_rows, draft_vocab_size].
+        """
+        picks = self._pick(logits, rounds)
+        going_on = []
+        for row, (one, pick) in enumerate(zip(rounds, picks, strict=True)):
+            is_sure = self._is_sure(one, logits[row], pick)
+            if is_sure or not one.draft:
+                one.draft.append(pick)
+            if is_sure and len(one.draft) < one.num_wanted:
+                going_on.append(row)
+        return going_on
+
+    def _is_sure(self, one: _Round, logits: Tensor, pick: int) -> bool:
+        if not one.session.min_confidence:
+            return True
+        index = pick
+        if self._draft_vocab is not None:
+            index = int(torch.searchsorted(self._draft_vocab, pick))
+        return logits.float().softmax(-1)[index].item() >= one.session.min_confidence
+
+    def _pick(self, logits: Tensor, rounds: Sequence[_Round]) -> list[int]:
+        """One token per row, picked as the target picks."""
+        if all(one.session.sampling.is_plain for one in rounds):
+            best = logits.argmax(-1)
+            picks: list[int] = (best if self._draft_vocab is None else self._draft_vocab[best]).tolist()
+            return picks
+        if self._draft_vocab is not None:
+            full = logits.new_full((len(logits), self._vocab_size), float("-inf"))
+            logits = full.index_copy_(1, self._draft_vocab, logits)
+        picked = self._picker.pick(list(logits.split(1)), [one.context for one in rounds])
+        return [row[0] for row in picked]
+
+
+_Head = Callable[[Tensor], Tensor]
+
+
+def _layer_of(view: TargetStateView, attention_type: str) -> int:
+    """The layer whose KV layers of an attention type read; that of another type if the target has no such."""
+    if attention_type in view.attention_types:
+        return view.last_layer_of(attention_type)
+    return max(view.last_layer_of(kind) for kind in view.attention_types)

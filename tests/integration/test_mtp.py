@@ -1,0 +1,213 @@
+"""MTP drafting: the drafts are those of transformers' own assistant on committed state, for every Gemma 4
+target, by handle and by stream; and the text is the target's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
+
+from drafter_service.drafters.base import Drafter, DraftItem
+from drafter_service.drafters.mtp import Assistant, MtpDrafter
+from drafter_service.registry import FAMILIES, DrafterFactory
+from specdec.client import GenerateOptions
+from specdec.errors import SpecdecError
+from specdec.sampling import SamplingParams
+from specdec.target_state import StateStorage
+from tests.systems import System, running_system
+from tests.tiny_assistants import FAMILIES as GEMMAS
+from tests.tiny_assistants import NARROW, save_narrow_pair
+
+PROMPT = [*NARROW, 9, 65, 66, 66, 10, 67, 65, 11, 66] * 2
+NUM_TOKENS = 48
+"""Of an answer: three sliding windows."""
+K = 4
+STORAGES = {"handle": StateStorage.SHARED_MEMORY, "stream": StateStorage.STREAM}
+
+
+@dataclass(frozen=True)
+class DraftRecord:
+    """A draft, and what it followed."""
+
+    committed: tuple[int, ...]
+    draft: tuple[int, ...]
+    num_wanted: int
+    storage: StateStorage
+
+
+class RecordedMtp(MtpDrafter):
+    """Keeps what it drafted."""
+
+    records: list[DraftRecord]
+
+    def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+        drafts = super().propose(items)
+        for item, draft in zip(items, drafts, strict=True):
+            assert isinstance(draft, list), draft
+            assert item.session.state is not None
+            assert item.session.state.link is not None
+            committed = tuple(item.session.token_ids)
+            storage = item.session.state.link.storage
+            self.records.append(DraftRecord(committed, tuple(draft), item.num_draft_tokens, storage))
+        return drafts
+
+
+@dataclass
+class Recorder:
+    """A family of recorded MTP drafters."""
+
+    position: str = "anchor"
+    records: list[DraftRecord] = field(default_factory=list)
+
+    @property
+    def families(self) -> Mapping[str, DrafterFactory]:
+        def make(spec: Any, config: Any) -> Drafter:
+            assistant = Assistant.load(spec.model, dtype="float32", device="cpu")
+            drafter = RecordedMtp(spec.name, assistant, max_num_draft_tokens=8, position=self.position)
+            drafter.records = self.records
+            return drafter
+
+        return {**FAMILIES, "mtp": make}
+
+
+class ByHand:
+    """Target and assistant as transformers has them, called step by step on committed tokens."""
+
+    def __init__(self, target: Path, assistant: Path) -> None:
+        self.target = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+        self.assistant = AutoModelForCausalLM.from_pretrained(assistant, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def draft(self, committed: Sequence[int], num_tokens: int, offset: int = 0) -> tuple[int, ...]:
+        """K steps after committed tokens, over the target's state of all but the last."""
+        output = self.target(
+            torch.tensor([committed[:-1]]), output_hidden_states=True, return_shared_kv_states=True
+        )
+        hidden: Tensor = output.hidden_states[-1][:, -1:]
+        token_ids = list(committed[-1:])
+        position_ids = torch.tensor([[len(committed) - 1 + offset]])
+        for _ in range(num_tokens):
+            embedding = self.target.get_input_embeddings()(torch.tensor([token_ids[-1:]]))
+            step = self.assistant(
+                inputs_embeds=torch.cat([embedding, hidden], dim=-1),
+                position_ids=position_ids,
+                shared_kv_states=output.shared_kv_states,
+            )
+            hidden = step.last_hidden_state
+            token_ids.append(step.logits[0, -1].argmax().item())
+        return tuple(token_ids[1:])
+
+    @torch.no_grad()
+    def greedy(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        output = self.target.generate(
+            torch.tensor([prompt]), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
+        )
+        token_ids: list[int] = output[0, len(prompt) :].tolist()
+        return token_ids
+
+
+async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
+    defaults = {"method": "mtp", "num_draft_tokens": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    result = await system.client.generate(prompt, GenerateOptions(**(defaults | options)))
+    assert result.speculation.fallback_reason == ""
+    assert result.speculation.method == (defaults | options)["method"]
+    return list(result.token_ids)
+
+
+@pytest.mark.parametrize("mode", STORAGES)
+@pytest.mark.parametrize("family", GEMMAS)
+async def test_drafts_are_those_of_transformers_on_committed_state(
+    family: str, mode: str, tmp_path: Path
+) -> None:
+    target, assistant = save_narrow_pair(tmp_path, family)
+    by_hand, recorder = ByHand(target, assistant), Recorder()
+    async with running_system(
+        target,
+        f"mtp:{assistant}",
+        families=recorder.families,
+        drafter_options={"target_state": mode, "target": str(target)},
+    ) as system:
+        token_ids = await generate(system)
+    assert token_ids == by_hand.greedy(PROMPT, NUM_TOKENS)
+    records = recorder.records
+    assert {record.storage for record in records} == {STORAGES[mode]}
+    for record in records:
+        assert record.draft == by_hand.draft(record.committed, len(record.draft)), len(record.committed)
+    # Refused drafts past the sliding window were rolled back, accepted ones kept.
+    rounds = [len(b.committed) - len(a.committed) - 1 for a, b in pairwise(records)]
+    assert max(rounds) > 0
+    assert min(rounds[len(rounds) // 2 :]) < K
+    assert len(records[-1].committed) > len(PROMPT) + 2 * 16
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+async def test_drafts_are_those_of_assisted_generation_where_nothing_was_refused(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a refusal transformers reads one stale entry of KV; else its drafts are ours."""
+    target, assistant = save_narrow_pair(tmp_path, family)
+    by_hand, recorder = ByHand(target, assistant), Recorder()
+    theirs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    original = SinglePositionMultiTokenCandidateGenerator.get_candidates
+
+    def recorded(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        candidates, logits = original(self, input_ids, *args, **kwargs)
+        length = input_ids.shape[1]
+        if candidates.shape[1] > length:
+            theirs.append((tuple(input_ids[0].tolist()), tuple(candidates[0, length:].tolist())))
+        return candidates, logits
+
+    monkeypatch.setattr(SinglePositionMultiTokenCandidateGenerator, "get_candidates", recorded)
+    unrefused = []
+    for num_tokens in (1, K):
+        theirs.clear()
+        by_hand.assistant.generation_config.num_assistant_tokens = num_tokens
+        by_hand.target.generate(
+            torch.tensor([PROMPT]),
+            assistant_model=by_hand.assistant,
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            do_sample=False,
+        )
+        unrefused += theirs[:1]
+        for (before, draft), (after, next_draft) in pairwise(theirs):
+            if after[: len(before) + len(draft)] == before + draft:
+                unrefused.append((after, next_draft))
+    assert len(unrefused) >= 3
+    async with running_system(target, f"mtp:{assistant}", families=recorder.families) as system:
+        for committed, draft in unrefused:
+            recorder.records.clear()
+            await generate(system, committed[:-1], max_new_tokens=len(draft) + 2)
+            first = recorder.records[0]
+            assert first.committed == committed
+            assert first.draft[: len(draft)] == draft[: len(first.draft)]
+            assert first.draft
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-shared-kv"])
+async def test_the_other_convention_of_the_position(family: str, tmp_path: Path) -> None:
+    target, assistant = save_narrow_pair(tmp_path, family)
+    by_hand, recorder = ByHand(target, assistant), Recorder(position="hidden")
+    async with running_system(target, f"mtp:{assistant}", families=recorder.families) as system:
+        await generate(system)
+    drafts = [record.draft for record in recorder.records]
+    assert drafts == [by_hand.draft(r.committed, len(r.draft), offset=-1) for r in recorder.records]
+    assert drafts != [by_hand.draft(r.committed, len(r.draft)) for r in recorder.records]
+
+
+@pytest.mark.parametrize("family", GEMMAS)
+async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Path) -> None:
+    target, assistant = save_narrow_pair(tmp_path, family)
+    async with running_system(target, f"mtp:{assistant}") as system:
+        for seed in range(3):
+            sampling = SamplingParams(temperature=1.0, seed=seed)
+            plain = await generate(system, method="none", num_draft_tokens=None, sampling=sampling)
+            assert await generate(system, sampling=sampling) == plain
