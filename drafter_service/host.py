@@ -19,7 +19,7 @@ from specdec.errors import (
     SpecdecError,
 )
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
-from specdec.sampling import validate_token_ids
+from specdec.sampling import validate_min_draft_confidence, validate_token_ids
 from specdec.target_state import TargetStateRef
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class DrafterHost:
                 field="max_length",
             )
         request.sampling.validate(drafter.info.vocab_size)
+        validate_min_draft_confidence(request.min_draft_confidence)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken.",

@@ -166,6 +166,7 @@ def _open_draft(message: drafter_pb2.DraftOpen) -> OpenDraft:
         prompt_length=message.prompt_length or len(message.committed_token_ids),
         max_length=message.max_length,
         sampling=SamplingParams.from_proto(message.sampling),
+        min_draft_confidence=message.min_draft_confidence,
     )
 
 

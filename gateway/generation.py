@@ -188,6 +188,7 @@ class Generation:
                     prompt_length=len(plan.prompt_token_ids),
                     sampling=self._request.sampling,
                     max_length=len(plan.prompt_token_ids) + plan.max_new_tokens,
+                    min_draft_confidence=self._request.min_draft_confidence,
                 )
             )
         except BaseException:

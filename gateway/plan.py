@@ -11,7 +11,11 @@ from gateway.registry import DrafterSet, VerifierSet
 from gateway.stats import GatewayMetrics
 from gateway.text import TextCodec, validate_stop_strings
 from specdec.errors import InvalidArgumentError
-from specdec.sampling import SamplingParams, validate_num_top_logprobs
+from specdec.sampling import (
+    SamplingParams,
+    validate_min_draft_confidence,
+    validate_num_top_logprobs,
+)
 from specdec.v1 import drafter_pb2, gateway_pb2, verifier_pb2
 
 PLAIN = "none"
@@ -64,6 +68,7 @@ async def make_plan(
     SamplingParams.from_proto(request.sampling).validate()
     validate_num_top_logprobs(request.num_top_logprobs if request.HasField("num_top_logprobs") else None)
     validate_stop_strings(request.stop_strings)
+    validate_min_draft_confidence(request.min_draft_confidence)
     max_new_tokens = backends.config.default_max_new_tokens
     if request.HasField("max_new_tokens"):
         max_new_tokens = request.max_new_tokens

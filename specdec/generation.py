@@ -31,6 +31,8 @@ class GenerateOptions:
     """Drafter to use, "none" for plain decoding; empty: the gateway's default."""
     num_draft_tokens: int | None = None
     """Tokens to draft per round (K); None: the drafter's default."""
+    min_draft_confidence: float = 0.0
+    """End a round's draft before the first token the drafter gives less than this probability; 0: off."""
     max_new_tokens: int | None = None
     """Most tokens to emit; None: the gateway's default."""
     sampling: SamplingParams = field(default_factory=SamplingParams)

@@ -46,6 +46,13 @@ _LENGTH = (
         help="Tokens to draft per round; 0 is plain decoding.  [default: the drafter's]",
     ),
     click.option(
+        "--min-draft-confidence",
+        metavar="P",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        help="End a draft before a token its drafter gives less than this probability.  [default: 0, off]",
+    ),
+    click.option(
         "-n", "--max-new-tokens", metavar="N", type=int, help="Most tokens to emit.  [default: the gateway's]"
     ),
     click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; may be repeated."),
@@ -100,6 +107,7 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
         def wrapper(
             *,
             num_draft_tokens: int | None,
+            min_draft_confidence: float,
             max_new_tokens: int | None,
             stop: tuple[str, ...],
             ignore_eos: bool,
@@ -110,6 +118,7 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
             options = GenerateOptions(
                 method=method,
                 num_draft_tokens=num_draft_tokens,
+                min_draft_confidence=min_draft_confidence,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
                 ignore_eos=ignore_eos,

@@ -111,6 +111,18 @@ class SamplingParams:
         )
 
 
+def validate_min_draft_confidence(value: float) -> None:
+    """Refuse what is no probability.
+
+    Raises:
+        InvalidArgumentError: it is less than 0, more than 1, or not a number.
+    """
+    if not 0.0 <= value <= 1.0:
+        raise InvalidArgumentError(
+            f"min_draft_confidence is {value:g}; it must be from 0 (off) to 1.", field="min_draft_confidence"
+        )
+
+
 def validate_token_ids(field_name: str, token_ids: list[int] | tuple[int, ...], vocab_size: int) -> None:
     """Refuse token ids the vocabulary does not have. `vocab_size` 0: any id passes.
 

@@ -44,6 +44,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     fields: dict[str, Any] = {
         "method": options.method,
         "num_draft_tokens": options.num_draft_tokens,
+        "min_draft_confidence": options.min_draft_confidence,
         "max_new_tokens": options.max_new_tokens,
         "stop_strings": options.stop,
         "stop_token_ids": options.stop_token_ids,

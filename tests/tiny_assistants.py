@@ -57,8 +57,7 @@ def save_tiny_assistant(folder: Path, family: str, *, seed: int = 1, **config: A
     if unified:
         made: Any = Gemma4UnifiedAssistantConfig(
             text_config=Gemma4UnifiedTextConfig(**text, use_bidirectional_attention=None),
-            backbone_hidden_size=32,
-            **config,
+            **({"backbone_hidden_size": 32} | config),
         )
     else:
         per_layer = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
@@ -66,8 +65,7 @@ def save_tiny_assistant(folder: Path, family: str, *, seed: int = 1, **config: A
         ordered = {"use_ordered_embeddings": True, "num_centroids": 26, "centroid_intermediate_top_k": 8}
         made = Gemma4AssistantConfig(
             text_config=Gemma4TextConfig(**text, **per_layer),
-            backbone_hidden_size=32,
-            **((ordered if family == "gemma4-shared-kv" else {}) | config),
+            **({"backbone_hidden_size": 32} | (ordered if family == "gemma4-shared-kv" else {}) | config),
         )
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     if made.use_ordered_embeddings:

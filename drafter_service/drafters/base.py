@@ -46,7 +46,7 @@ class OpenDraft:
     prompt_length: int
     max_length: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    min_confidence: float = 0.0
+    min_draft_confidence: float = 0.0
     """Probability, 0 to 1, below which a drafter that knows it proposes no further token in a round."""
 
 
@@ -58,7 +58,7 @@ class DraftSession:
         self.prompt_length = request.prompt_length
         self.max_length = request.max_length
         self.sampling = request.sampling
-        self.min_confidence = request.min_confidence
+        self.min_draft_confidence = request.min_draft_confidence
         self.state: StateSession | None = None
         """Where the target's state comes from; None: the drafter needs none."""
         self.view: TargetStateView | None = None

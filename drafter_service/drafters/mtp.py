@@ -295,12 +295,12 @@ class MtpDrafter(Drafter):
         return going_on
 
     def _is_sure(self, one: _Round, logits: Tensor, pick: int) -> bool:
-        if not one.session.min_confidence:
+        if not one.session.min_draft_confidence:
             return True
         index = pick
         if self._draft_vocab is not None:
             index = int(torch.searchsorted(self._draft_vocab, pick))
-        return logits.float().softmax(-1)[index].item() >= one.session.min_confidence
+        return logits.float().softmax(-1)[index].item() >= one.session.min_draft_confidence
 
     def _pick(self, logits: Tensor, rounds: Sequence[_Round]) -> list[int]:
         """One token per row, picked as the target picks."""

@@ -19,20 +19,22 @@ class DraftRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[DraftOpen, _Mapping]] = ..., round: _Optional[_Union[DraftRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
-    __slots__ = ("handshake", "drafter", "committed_token_ids", "prompt_length", "sampling", "max_length")
+    __slots__ = ("handshake", "drafter", "committed_token_ids", "prompt_length", "sampling", "max_length", "min_draft_confidence")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MIN_DRAFT_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     drafter: str
     committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_length: int
     sampling: _common_pb2.SamplingParams
     max_length: int
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., drafter: _Optional[str] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_length: _Optional[int] = ...) -> None: ...
+    min_draft_confidence: float
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., drafter: _Optional[str] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_length: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ...) -> None: ...
 
 class DraftRound(_message.Message):
     __slots__ = ("committed_token_ids", "committed_length", "num_draft_tokens", "target_state")

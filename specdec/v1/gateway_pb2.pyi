@@ -40,7 +40,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "num_draft_tokens", "num_top_logprobs")
+    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "num_draft_tokens", "num_top_logprobs", "min_draft_confidence")
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class GenerateRequest(_message.Message):
     METHOD_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MIN_DRAFT_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     chat: Chat
     text: str
     token_ids: TokenIds
@@ -63,7 +64,8 @@ class GenerateRequest(_message.Message):
     method: str
     num_draft_tokens: int
     num_top_logprobs: int
-    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ...) -> None: ...
+    min_draft_confidence: float
+    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "chunk", "finished")

@@ -3,7 +3,9 @@ target, by handle and by stream; and the text is the target's own."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
@@ -19,12 +22,13 @@ from drafter_service.drafters.base import Drafter, DraftItem
 from drafter_service.drafters.mtp import Assistant, MtpDrafter
 from drafter_service.registry import FAMILIES, DrafterFactory
 from specdec.client import GenerateOptions
-from specdec.errors import SpecdecError
+from specdec.errors import InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
 from specdec.target_state import StateStorage
 from tests.systems import System, running_system
 from tests.tiny_assistants import FAMILIES as GEMMAS
-from tests.tiny_assistants import NARROW, save_narrow_pair
+from tests.tiny_assistants import NARROW, save_narrow_pair, save_tiny_assistant
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
 PROMPT = [*NARROW, 9, 65, 66, 66, 10, 67, 65, 11, 66] * 2
 NUM_TOKENS = 48
@@ -211,3 +215,93 @@ async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Pat
             sampling = SamplingParams(temperature=1.0, seed=seed)
             plain = await generate(system, method="none", num_draft_tokens=None, sampling=sampling)
             assert await generate(system, sampling=sampling) == plain
+
+
+async def test_sessions_drafted_together_get_the_drafts_they_get_alone(tmp_path: Path) -> None:
+    target, assistant = save_narrow_pair(tmp_path, "gemma4")
+    prompts = [PROMPT[shift:] for shift in (0, 3, 5, 8)]
+    alone, together = Recorder(), Recorder()
+    async with running_system(target, f"mtp:{assistant}", families=alone.families) as system:
+        expected = [await generate(system, prompt) for prompt in prompts]
+    async with running_system(target, f"mtp:{assistant}", families=together.families) as system:
+        assert await asyncio.gather(*(generate(system, prompt) for prompt in prompts)) == expected
+    assert {r.committed: r.draft for r in alone.records} == {r.committed: r.draft for r in together.records}
+
+
+async def test_drafts_end_where_the_drafter_is_not_sure(tmp_path: Path) -> None:
+    target, assistant = save_narrow_pair(tmp_path, "gemma4-unified")
+    lengths = []
+    async with AsyncExitStack() as stack:
+        recorder = Recorder()
+        system = await stack.enter_async_context(
+            running_system(target, f"mtp:{assistant}", families=recorder.families)
+        )
+        for confidence in (0.0, 0.05, 1.0):
+            recorder.records.clear()
+            token_ids = await generate(system, min_draft_confidence=confidence)
+            assert token_ids == ByHand(target, assistant).greedy(PROMPT, NUM_TOKENS)
+            # The answer's end bounds the last drafts.
+            lengths.append([len(r.draft) for r in recorder.records if len(r.committed) < len(PROMPT) + 40])
+        for confidence in (-0.1, 1.1):
+            with pytest.raises(InvalidArgumentError, match="min_draft_confidence"):
+                await generate(system, min_draft_confidence=confidence)
+    off, some, full = lengths
+    assert set(off) == {K}
+    assert set(full) == {1}
+    assert 1 < sum(some) / len(some) < K
+
+
+async def test_an_assistant_of_another_target_costs_the_drafts_alone(tmp_path: Path) -> None:
+    target = save_tiny_model(tmp_path / "target", "gemma4")
+    other = save_tiny_assistant(tmp_path / "other", "gemma4-unified")
+    wide = save_tiny_assistant(tmp_path / "wide", "gemma4", backbone_hidden_size=48)
+    async with running_system(target, f"other=mtp:{other}", f"wide=mtp:{wide}") as system:
+        plain = await system.client.generate(PROMPT, GenerateOptions(method="none", max_new_tokens=12))
+        for method, message in (("other", "full_attention KV"), ("wide", "48 elements")):
+            result = await system.client.generate(PROMPT, GenerateOptions(method=method, max_new_tokens=12))
+            assert result.token_ids == plain.token_ids
+            assert result.speculation.num_draft_tokens == 0
+            assert "another target" in result.speculation.fallback_reason
+            assert message in result.speculation.fallback_reason
+        drafter = system.drafter.servicer.host
+        assert drafter is not None
+        assert drafter.num_sessions == 0
+
+
+async def test_an_assistant_for_a_target_with_one_attention_type(tiny_llama: Path, tmp_path: Path) -> None:
+    """Both of the assistant's types read the one there is; its vocabulary may be a part of the target's."""
+    assistant = save_tiny_assistant(tmp_path / "assistant", "llama")
+    draft_vocab = torch.arange(3, VOCAB_SIZE, 5, dtype=torch.int32)
+    save_file({"token_ids": draft_vocab}, assistant / "draft_vocab.safetensors")
+    recorder = Recorder()
+    async with running_system(tiny_llama, f"mtp:{assistant}", families=recorder.families) as system:
+        plain = await generate(system, method="none", num_draft_tokens=None)
+        assert await generate(system) == plain
+        sampling = SamplingParams(temperature=1.0, seed=3)
+        sampled = await generate(system, method="none", num_draft_tokens=None, sampling=sampling)
+        assert await generate(system, sampling=sampling) == sampled
+    drafted = {token for record in recorder.records for token in record.draft}
+    assert len(drafted) > 5
+    assert drafted <= set(draft_vocab.tolist())
+
+
+def test_checkpoints_that_are_no_assistants_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    def load(folder: Path) -> Assistant:
+        return Assistant.load(str(folder), dtype="float32", device="cpu")
+
+    with pytest.raises(InvalidArgumentError, match="'llama' model"):
+        load(tiny_llama)
+    assistant = save_tiny_assistant(tmp_path / "assistant", "gemma4")
+    weights = load_file(assistant / "model.safetensors")
+    for token_ids in ([5, 3], [], [1, VOCAB_SIZE], [-1, 2]):
+        save_file({"token_ids": torch.tensor(token_ids)}, assistant / "draft_vocab.safetensors")
+        with pytest.raises(InvalidArgumentError, match="ascending ids"):
+            load(assistant)
+    (assistant / "draft_vocab.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        load(assistant)
+    (assistant / "draft_vocab.safetensors").unlink()
+    del weights["pre_projection.weight"]
+    save_file(weights, assistant / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidArgumentError, match="pre_projection"):
+        load(assistant)
