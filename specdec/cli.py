@@ -290,3 +290,10 @@ main.add_command(
         help="Measure methods on a set of prompts: `specdec bench run --methods ngram --out results`.",
     )
 )
+main.add_command(
+    LazyGroup(
+        "train",
+        source="drafter_service.training.cli:train",
+        help="Train a drafter for a model from its own answers: `specdec train mtp --out my-drafter`.",
+    )
+)

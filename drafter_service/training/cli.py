@@ -1,0 +1,262 @@
+"""`specdec train`: drafters for a target, from its own answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from specdec.cli_groups import ErrorGroup
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.loading import DTYPES, tune_process
+
+if TYPE_CHECKING:
+    from drafter_service.training.data import TokenData
+    from drafter_service.training.features import FeatureSource
+    from drafter_service.training.loop import Trainee
+    from specdec.runtime.loading import LoadedModel
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DATA_FILE = "tokens.safetensors"
+_BATCH_SIZE = 48
+"""Sequences that are generated together."""
+_GENERATION_BYTES = 2**30
+"""Their KV."""
+
+_SHARED: tuple[Callable[..., Any], ...] = (
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        required=True,
+        help="Folder of the drafter. An interrupted run leaves its checkpoint there.",
+    ),
+    click.option("--model", default="default", show_default=True, help="The target: folder or hub id."),
+    click.option("--tokens", type=_FILE, help="Train on these sequences instead of generating any."),
+    click.option(
+        "--prompts",
+        type=_FILE,
+        help="Have the target answer these prompts instead of ones of its own: JSON lines of "
+        "question_id, category and turns, of which the first is used.",
+    ),
+    click.option(
+        "--num-sequences",
+        type=click.IntRange(min=2),
+        default=4000,
+        show_default=True,
+        help="Answers to generate where no --tokens are given.",
+    ),
+    click.option(
+        "--max-new-tokens",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Longest generated answer, tokens.",
+    ),
+    click.option(
+        "--minutes", type=float, default=60.0, show_default=True, help="Time to train, generation apart."
+    ),
+    click.option(
+        "--steps",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Train this many steps, whatever the time.  [default: as many as fit]",
+    ),
+    click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of AdamW, at most."),
+    click.option(
+        "--warmup-steps",
+        type=click.IntRange(min=1),
+        default=100,
+        show_default=True,
+        help="Steps over which the learning rate rises.",
+    ),
+    click.option(
+        "--tokens-per-step",
+        type=click.IntRange(min=1),
+        default=512,
+        show_default=True,
+        help="Answer tokens of a step, at least.",
+    ),
+    click.option(
+        "--max-length",
+        type=click.IntRange(min=8),
+        default=512,
+        show_default=True,
+        help="Cut sequences here, tokens.",
+    ),
+    click.option(
+        "--draft-vocab",
+        "draft_vocab_size",
+        type=click.IntRange(min=1),
+        default=8192,
+        show_default=True,
+        help="Tokens the drafter can propose: the most frequent ones of the answers.",
+    ),
+    click.option(
+        "--evaluate-minutes",
+        type=float,
+        default=5.0,
+        show_default=True,
+        help="Time between looks at held-out acceptance.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of data, order and weights."),
+    click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out."),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the target."
+    ),
+    click.option("--device", default="cpu", show_default=True, help="Where to train."),
+    click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all]"),
+)
+
+
+def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_SHARED), command)
+
+
+@click.group(cls=ErrorGroup)
+def train() -> None:
+    """Train a drafter for a target from the target's own answers.
+
+    The target answers prompts it makes up itself; the drafter learns to foresee the answers from the target's
+    hidden states and KV. Writes a folder that `specdec up --drafter` serves.
+    """
+
+
+@train.command("mtp")
+@_shared_options
+@click.option(
+    "--layers",
+    "num_layers",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Decoder layers of the drafter.",
+)
+@click.option(
+    "--unroll",
+    "num_steps",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Draft steps that are trained.",
+)
+def mtp(num_layers: int, num_steps: int, **options: Any) -> None:
+    """A Gemma-4-assistant drafter: token by token, over the target's own KV cache."""
+    tune_process()
+    from drafter_service.training.mtp import make_trainee
+
+    _train(
+        "mtp",
+        f"An MTP drafter of the Gemma 4 assistant architecture with {num_layers} layers: queries only, over "
+        "keys and values of the target's last layer; embedding and LM head are the target's.",
+        functools.partial(
+            make_trainee,
+            num_layers=num_layers,
+            num_steps=num_steps,
+            draft_vocab_size=options["draft_vocab_size"],
+        ),
+        options,
+    )
+
+
+def _train(
+    method: str,
+    description: str,
+    make: Callable[[LoadedModel, TokenData], tuple[Trainee, FeatureSource]],
+    options: dict[str, Any],
+) -> None:
+    """Data, training, evaluation, and the folder that comes of it."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from drafter_service.training.card import Card, write_card
+    from drafter_service.training.loop import CHECKPOINT, LoopConfig, Training
+
+    transformers_logging.set_verbosity_error()
+    names = {field.name for field in dataclasses.fields(LoopConfig)}
+    config = LoopConfig(**{name: value for name, value in options.items() if name in names})
+    _check_folder(config.out / CHECKPOINT, resume=options["resume"])
+    console = Console(stderr=True)
+    data, data_source = _data(options, console)
+    torch.manual_seed(config.seed)
+    loaded = _load(options)
+    trainee, source = make(loaded, data)
+    training = Training(trainee, source, data, config, console)
+    if options["resume"]:
+        training.resume()
+    acceptance = training.run()
+    trainee.save(config.out)
+    num_parameters = sum(parameter.numel() for parameter in trainee.parameters())
+    card = Card(method, loaded.model_id, description, data_source, num_parameters)
+    write_card(card, config, data, training.history, acceptance)
+    for path in config.out.iterdir():
+        path.chmod(0o644)  # safetensors writes for its owner alone
+    click.echo(
+        f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
+        f"{config.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
+    )
+
+
+def _check_folder(checkpoint: Path, *, resume: bool) -> None:
+    if resume and not checkpoint.is_file():
+        raise InvalidArgumentError(f"There is no {checkpoint} to resume from.", field="resume")
+    if checkpoint.is_file() and not resume:
+        raise InvalidArgumentError(
+            f"{checkpoint} is of an earlier run; go on with it (--resume), or choose another --out.",
+            field="out",
+        )
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _load(options: dict[str, Any]) -> LoadedModel:
+    from specdec.runtime.loading import load_causal_lm
+
+    return load_causal_lm(
+        options["model"], dtype=options["dtype"], device=options["device"], threads=options["threads"]
+    )
+
+
+def _data(options: dict[str, Any], console: Console) -> tuple[TokenData, str]:
+    """Sequences to train on, generated unless they are there, and what to call them."""
+    from drafter_service.training.data import TokenData
+
+    loaded = _load(options)
+    vocab_size: int = loaded.model.get_output_embeddings().weight.shape[0]
+    given: Path | None = options["tokens"]
+    if given:
+        return TokenData.load(given, vocab_size), f"the sequences of `{given.name}`"
+    kept = options["out"] / _DATA_FILE
+    if not kept.is_file():
+        _generate(loaded, options, console).save(kept)
+    prompts: Path | None = options["prompts"]
+    asked = f"the prompts of `{prompts.name}`" if prompts else "prompts it made up"
+    return TokenData.load(kept, vocab_size), f"the target's greedy answers to {asked}"
+
+
+def _generate(loaded: LoadedModel, options: dict[str, Any], console: Console) -> TokenData:
+    from drafter_service.training.generate import Decoder, GenerationProgress, generate
+    from drafter_service.training.prompts import PromptMaker
+    from specdec.model_files import resolve_model
+    from specdec.runtime.packed_model import PackedModel
+
+    maker = PromptMaker(resolve_model(options["model"]), loaded.eos_token_ids)
+    packed = PackedModel(loaded.model, kv_budget_bytes=_GENERATION_BYTES)
+    count: int = options["num_sequences"]
+    with GenerationProgress(console) as progress:
+        if options["prompts"]:
+            prompts = maker.read(options["prompts"])
+        else:
+            prompts = maker.make_up(Decoder(packed, _BATCH_SIZE), count, options["seed"], progress)
+        return generate(
+            packed,
+            prompts,
+            num_sequences=count,
+            max_new_tokens=options["max_new_tokens"],
+            eos_token_ids=loaded.eos_token_ids,
+            batch_size=_BATCH_SIZE,
+            progress=progress,
+        )

@@ -1,0 +1,147 @@
+"""Token sequences to train on: prompts with the target's own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import numpy.typing
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from specdec.errors import InvalidArgumentError
+
+HELD_OUT_SEQUENCES = 48
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """A prompt and its answer."""
+
+    token_ids: tuple[int, ...]
+    prompt_length: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenData:
+    """Many sequences, one after the other."""
+
+    token_ids: numpy.typing.NDArray[numpy.int64]
+    """[num_tokens]"""
+    offsets: numpy.typing.NDArray[numpy.int64]
+    """[num_sequences + 1] where each sequence starts."""
+    prompt_lengths: numpy.typing.NDArray[numpy.int64]
+    """[num_sequences] tokens of each that are the prompt."""
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int) -> TokenData:
+        """Read a safetensors file of `token_ids`, `sequence_offsets` and `prompt_lengths`.
+
+        Raises:
+            InvalidArgumentError: it is no such file, or has tokens the target lacks.
+        """
+        try:
+            tensors = load_file(path)
+            data = cls(
+                *(
+                    tensors[name].astype(numpy.int64)
+                    for name in ("token_ids", "sequence_offsets", "prompt_lengths")
+                )
+            )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InvalidArgumentError(f"{path} holds no token sequences: {error}", field="tokens") from error
+        data._check(path, vocab_size)
+        return data
+
+    def _check(self, path: Path, vocab_size: int) -> None:
+        lengths = numpy.diff(self.offsets)
+        right = (
+            len(self) > 0
+            and len(self.offsets) == len(self) + 1
+            and self.offsets[0] == 0
+            and self.offsets[-1] == len(self.token_ids)
+            and bool((lengths >= self.prompt_lengths).all())
+            and bool((self.prompt_lengths > 0).all())
+        )
+        if not right:
+            raise InvalidArgumentError(
+                f"{path}: sequence_offsets and prompt_lengths do not fit token_ids.", field="tokens"
+            )
+        if self.token_ids.min() < 0 or self.token_ids.max() >= vocab_size:
+            raise InvalidArgumentError(
+                f"{path} has token ids outside the target's {vocab_size}.", field="tokens"
+            )
+
+    @classmethod
+    def of(cls, sequences: Sequence[TokenSequence]) -> TokenData:
+        """The given sequences."""
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        return cls(
+            numpy.array([token for s in sequences for token in s.token_ids], numpy.int64),
+            numpy.cumsum([0, *lengths]).astype(numpy.int64),
+            numpy.array([s.prompt_length for s in sequences], numpy.int64),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write what `load` reads."""
+        tensors: dict[str, numpy.typing.NDArray[Any]] = {
+            "token_ids": self.token_ids.astype(numpy.uint32),
+            "sequence_offsets": self.offsets,
+            "prompt_lengths": self.prompt_lengths.astype(numpy.int32),
+        }
+        save_file(tensors, path)
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        return TokenSequence(tuple(self.token_ids[start:stop].tolist()), int(self.prompt_lengths[index]))
+
+    @property
+    def num_response_tokens(self) -> int:
+        """Tokens that are answers."""
+        return len(self.token_ids) - int(self.prompt_lengths.sum())
+
+    def draft_vocab(self, size: int) -> numpy.typing.NDArray[numpy.int64]:
+        """The `size` most frequent tokens of the answers, ascending; all tokens where there are not more."""
+        is_response = numpy.ones(len(self.token_ids), bool)
+        for start, length in zip(self.offsets[:-1], self.prompt_lengths, strict=True):
+            is_response[start : start + length] = False
+        counts = numpy.bincount(self.token_ids[is_response])
+        return numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
+
+
+def split(data: TokenData, num_held_out: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out."""
+    order = numpy.random.default_rng(seed).permutation(len(data)).tolist()
+    num_held_out = min(num_held_out, len(order) // 2)
+    return order[num_held_out:], order[:num_held_out]
+
+
+def batches(
+    data: TokenData, indices: Sequence[int], *, tokens_per_step: int, max_length: int, seed: int, skip: int
+) -> Iterator[list[TokenSequence]]:
+    """Batches of whole sequences with at least `tokens_per_step` answer tokens, for ever, in shuffled epochs.
+
+    Args:
+        max_length: longer sequences are cut there, tokens.
+        skip: batches to leave out: a resumed run goes on where it was.
+    """
+    rng = numpy.random.default_rng(seed)
+    batch: list[TokenSequence] = []
+    while True:
+        for index in rng.permutation(len(indices)).tolist():
+            sequence = data[indices[index]]
+            if sequence.prompt_length + 2 > min(len(sequence.token_ids), max_length):
+                continue
+            batch.append(TokenSequence(sequence.token_ids[:max_length], sequence.prompt_length))
+            if sum(len(s.token_ids) - s.prompt_length for s in batch) >= tokens_per_step:
+                if skip:
+                    skip -= 1
+                else:
+                    yield batch
+                batch = []

@@ -1,0 +1,222 @@
+"""Self-generated training data: a causal LM's greedy answers to prompts, many at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from drafter_service.training.data import TokenData, TokenSequence
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.attention import Segment
+from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.picks import PickContext, Picker
+from specdec.sampling import SamplingParams
+
+_MAX_PREFILL_TOKENS = 2048
+"""Prompt tokens that may join a pass, bar a single longer prompt: what bounds a pass's memory and time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt to continue."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_tokens: int
+    """Longest continuation, tokens, at least one."""
+    stop_ids: frozenset[int]
+    """Tokens that end the continuation, as its last token."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job in a place of the batch. All tokens but those of the next segment have KV."""
+
+    index: int
+    job: Job
+    allocation: KvAllocation
+    token_ids: list[int]
+    """Prompt and what came of it so far."""
+    num_cached: int = 0
+
+    @property
+    def output(self) -> list[int]:
+        return self.token_ids[len(self.job.prompt) :]
+
+    @property
+    def is_finished(self) -> bool:
+        num_output = len(self.token_ids) - len(self.job.prompt)
+        stopped = num_output > 0 and self.token_ids[-1] in self.job.stop_ids
+        return stopped or num_output >= self.job.max_tokens
+
+    def next_segment(self) -> Segment:
+        """The whole prompt at first, then one token a pass."""
+        return Segment(self.allocation, self.num_cached, self.token_ids[self.num_cached :], num_logits=1)
+
+    def append(self, token_id: int) -> None:
+        """Take the pick of a pass over the next segment."""
+        self.num_cached = len(self.token_ids)
+        self.token_ids.append(token_id)
+
+
+class Decoder:
+    """Continues prompts with continuous batching: a finished job's place goes to the next one at once.
+
+    Args:
+        batch_size: jobs under way at a time, fewer where the KV pool has no room for as many.
+    """
+
+    def __init__(self, packed: PackedModel, batch_size: int) -> None:
+        self.packed = packed
+        self._batch_size = batch_size
+        self._picker = Picker(packed.vocab_size, packed.device)
+
+    def run(
+        self, jobs: Sequence[Job], on_tokens: Callable[[int], None] = lambda num_tokens: None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Each job's index and continuation, as they finish; their order depends on nothing but the jobs.
+
+        Args:
+            on_tokens: told after each pass how many tokens it brought.
+
+        Raises:
+            InvalidArgumentError: a job is longer than the KV pool.
+        """
+        waiting = deque(enumerate(jobs))
+        running: list[_Running] = []
+        try:
+            while waiting or running:
+                self._admit(waiting, running)
+                self._step(running)
+                on_tokens(len(running))
+                finished = [one for one in running if one.is_finished]
+                running = [one for one in running if not one.is_finished]
+                self._free(finished)
+                for one in finished:
+                    yield one.index, one.output
+        finally:
+            self._free(running)
+
+    def _admit(self, waiting: deque[tuple[int, Job]], running: list[_Running]) -> None:
+        """Give free places to the jobs that are next; one without KV waits for another to finish."""
+        pool, num_prefill = self.packed.pool, 0
+        while waiting and len(running) < self._batch_size:
+            index, job = waiting[0]
+            num_prefill += len(job.prompt)
+            num_tokens = len(job.prompt) + job.max_tokens
+            if running and (num_tokens > pool.free_tokens or num_prefill > _MAX_PREFILL_TOKENS):
+                return
+            running.append(_Running(index, job, pool.allocate(num_tokens), list(job.prompt)))
+            waiting.popleft()
+
+    @torch.inference_mode()
+    def _step(self, running: Sequence[_Running]) -> None:
+        """One pass: a token for every job, from its prompt or from its last token."""
+        logits = self.packed.forward([one.next_segment() for one in running])
+        contexts = [PickContext(one.job.sampling, one.token_ids, len(one.job.prompt)) for one in running]
+        for one, picks in zip(running, self._picker.pick(logits, contexts), strict=True):
+            one.append(picks[0])
+
+    def _free(self, running: Sequence[_Running]) -> None:
+        for one in running:
+            self.packed.pool.free(one.allocation)
+
+
+class GenerationProgress:
+    """A bar on `console`: continuations finished and tokens per second."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> GenerationProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def run(self, what: str, decoder: Decoder, jobs: Sequence[Job]) -> list[list[int]]:
+        """All continuations, in the jobs' order, shown as `what`."""
+        task_id = self._bar.add_task(what, total=len(jobs), rate="")
+        task = self._bar.tasks[self._bar.task_ids.index(task_id)]
+        num_tokens = 0
+
+        def count(new: int) -> None:
+            nonlocal num_tokens
+            num_tokens += new
+            self._bar.update(task_id, rate=f"{num_tokens / max(task.elapsed or 0.0, 1e-9):.0f} tokens/s")
+
+        outputs: list[list[int]] = [[] for _ in jobs]
+        for index, output in decoder.run(jobs, count):
+            outputs[index] = output
+            self._bar.advance(task_id)
+        return outputs
+
+
+def generate(
+    packed: PackedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_sequences: int,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    batch_size: int,
+    progress: GenerationProgress,
+) -> TokenData:
+    """Greedy answers to the first `num_sequences` prompts, or to all where there are fewer, in their order.
+
+    Args:
+        prompts: token ids of each.
+        max_new_tokens: longest answer, tokens; shorter where the model's context ends sooner.
+        eos_token_ids: tokens that end an answer and belong to it.
+        batch_size: answers under way at a time.
+
+    Raises:
+        InvalidArgumentError: a prompt is empty, or leaves no room for an answer.
+    """
+    stop_ids = frozenset(eos_token_ids)
+    jobs = [
+        Job(tuple(prompt), min(max_new_tokens, room_after(packed, prompt)), stop_ids)
+        for prompt in islice(prompts, num_sequences)
+    ]
+    answers = progress.run("Answering", Decoder(packed, batch_size), jobs)
+    return TokenData.of(
+        [
+            TokenSequence((*job.prompt, *answer), len(job.prompt))
+            for job, answer in zip(jobs, answers, strict=True)
+        ]
+    )
+
+
+def room_after(packed: PackedModel, prompt: Sequence[int]) -> int:
+    """Tokens that fit after a prompt into the model's context, and into the whole KV pool.
+
+    Raises:
+        InvalidArgumentError: none.
+    """
+    capacity = packed.pool.capacity_tokens
+    max_length = min(packed.max_length or capacity, capacity)
+    if not 0 < len(prompt) < max_length:
+        raise InvalidArgumentError(
+            f"A prompt has {len(prompt)} tokens; it needs 1 to {max_length - 1} to leave room for an answer.",
+            field="prompts",
+        )
+    return max_length - len(prompt)

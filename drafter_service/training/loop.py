@@ -1,0 +1,282 @@
+"""The training loop every method shares: schedule, checkpoints, held-out acceptance, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from drafter_service.training.data import TokenData, TokenSequence, batches, split
+from drafter_service.training.features import SequenceFeatures
+from specdec.errors import InvalidArgumentError
+
+CHECKPOINT = "checkpoint.pt"
+Features = Callable[[Sequence[TokenSequence]], list[SequenceFeatures]]
+"""Where the features of sequences come from: a FeatureSource."""
+_LOG_EVERY = 25
+_EVALUATION_BATCH = 6
+_FINAL_RATE = 0.02
+"""Of the learning rate, at the end of its cosine."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """How a drafter is trained, whatever its method."""
+
+    out: Path
+    """Folder of the drafter, its card and its checkpoint."""
+    minutes: float = 60.0
+    """Time to train, minutes; the learning rate falls to nearly 0 over it."""
+    steps: int = 0
+    """Steps to train, the same on every machine; 0: as many as fit into the minutes."""
+    learning_rate: float = 1e-3
+    """Largest learning rate of AdamW."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises."""
+    tokens_per_step: int = 512
+    """Answer tokens of a step, at least; sequences are not cut for it."""
+    max_length: int = 512
+    """Longer sequences are cut there, tokens."""
+    evaluate_minutes: float = 5.0
+    """Time between two looks at held-out acceptance, minutes."""
+    num_draft_tokens: int = 4
+    """K of the held-out acceptance."""
+    num_held_out: int = 48
+    """Sequences held out."""
+    seed: int = 0
+    """Of the order of sequences and all else that is random."""
+
+
+@dataclass(slots=True)
+class History:
+    """What a run has come through."""
+
+    step: int = 0
+    seconds: float = 0.0
+    num_tokens: int = 0
+    """Answer tokens seen."""
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, moving average)"""
+    acceptance: list[tuple[int, float]] = field(default_factory=list)
+    """(step, acceptance length of held-out answers)"""
+
+
+class Trainee(nn.Module, ABC):
+    """A drafter being trained. Its parameters are what is trained."""
+
+    @abstractmethod
+    def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
+        """The loss of a batch, a scalar."""
+
+    @abstractmethod
+    def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
+        """Per sequence, for each answer token but the last as anchor, how many drafts would be accepted."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the drafter's checkpoint, without card."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Greedy acceptance over answers, round by round as they would be generated."""
+
+    num_answers: int
+    num_rounds: int
+    num_accepted: int
+    per_position: tuple[float, ...]
+    """Of the rounds, the share in which the draft's first, second... token was accepted."""
+
+    @property
+    def length(self) -> float:
+        """Tokens a round emits, the target's own included."""
+        return 1.0 + self.num_accepted / max(self.num_rounds, 1)
+
+    @classmethod
+    def of(cls, accepted: Sequence[Sequence[int]], num_draft_tokens: int) -> Acceptance:
+        """Walk the anchors of each answer: a round ends `accepted` + 1 tokens on."""
+        rounds = [count for counts in accepted for count in _walk(counts)]
+        shares = [
+            sum(count > index for count in rounds) / max(len(rounds), 1) for index in range(num_draft_tokens)
+        ]
+        return cls(len(accepted), len(rounds), sum(rounds), tuple(shares))
+
+
+def _walk(counts: Sequence[int]) -> list[int]:
+    rounds, anchor = [], 0
+    while anchor < len(counts):
+        rounds.append(counts[anchor])
+        anchor += counts[anchor] + 1
+    return rounds
+
+
+class Training:
+    """One run of a trainee over data."""
+
+    def __init__(
+        self, trainee: Trainee, source: Features, data: TokenData, config: LoopConfig, console: Console
+    ) -> None:
+        self.trainee, self.config = trainee, config
+        self.history = History()
+        self.source, self._data, self._console = source, data, console
+        self._train, self._held_out = split(data, config.num_held_out, config.seed)
+        self._parameters = list(trainee.parameters())
+        self._device = self._parameters[0].device
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._held_out_features: list[list[SequenceFeatures]] = []
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        if self.config.steps:
+            return min(1.0, self.history.step / self.config.steps)
+        return min(1.0, self.history.seconds / (60 * self.config.minutes))
+
+    def run(self) -> Acceptance:
+        """Train to the end; an interrupted run leaves its checkpoint.
+
+        Returns:
+            The held-out acceptance at the end.
+        """
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task("reading held-out answers", total=1.0)
+            bar.update(task, completed=self.progress)
+            if self.progress < 1.0:
+                self._run(lambda text: bar.update(task, completed=self.progress, description=text))
+            return self.evaluate()
+
+    def _run(self, report: Callable[[str], None]) -> None:
+        history, config = self.history, self.config
+        evaluated = history.seconds
+        stream = batches(
+            self._data,
+            self._train,
+            tokens_per_step=config.tokens_per_step,
+            max_length=config.max_length,
+            seed=config.seed,
+            skip=history.step,
+        )
+        try:
+            for batch in stream:
+                self._step(batch)
+                if history.step % _LOG_EVERY == 0:
+                    report(self._describe())
+                if history.seconds - evaluated >= 60 * config.evaluate_minutes:
+                    evaluated = history.seconds
+                    self._look()
+                if self.progress >= 1.0:
+                    break
+        finally:
+            self.save_checkpoint()
+
+    def _step(self, batch: Sequence[TokenSequence]) -> None:
+        started = time.perf_counter()
+        features = self.source(batch)
+        self.trainee.train()
+        with torch.autocast(self._device.type, torch.bfloat16):
+            loss = self.trainee.loss(features, self._generator)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self._optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._note(loss.item(), batch)
+        self.history.seconds += time.perf_counter() - started
+
+    def _note(self, loss: float, batch: Sequence[TokenSequence]) -> None:
+        history = self.history
+        if not math.isfinite(loss):
+            raise InvalidArgumentError(
+                f"The loss is {loss} at step {history.step}: lower --learning-rate.", field="learning_rate"
+            )
+        average = history.losses[-1][1] if history.losses else loss
+        history.step += 1
+        history.num_tokens += sum(len(s.token_ids) - s.prompt_length for s in batch)
+        history.losses.append((history.step, 0.98 * average + 0.02 * loss))
+
+    def _learning_rate(self) -> float:
+        warm = min(1.0, (self.history.step + 1) / self.config.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
+        return self.config.learning_rate * warm * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
+
+    def _describe(self) -> str:
+        history = self.history
+        rate = history.num_tokens / history.seconds
+        length = f", acceptance {history.acceptance[-1][1]:.2f}" if history.acceptance else ""
+        return f"step {history.step}, loss {history.losses[-1][1]:.3f}, {rate:.0f} tokens/s{length}"
+
+    def _look(self) -> None:
+        acceptance = self.evaluate()
+        self.history.acceptance.append((self.history.step, acceptance.length))
+        self._console.print(f"{self._describe()} (held out, K = {self.config.num_draft_tokens})")
+        self.save_checkpoint()
+
+    def evaluate(self) -> Acceptance:
+        """Acceptance on the held-out answers."""
+        if not self._held_out_features:
+            held_out = [self._data[index] for index in self._held_out]
+            kept = [s for s in held_out if len(s.token_ids) > s.prompt_length + 2]
+            self._held_out_features = [
+                self.source(kept[first : first + _EVALUATION_BATCH])
+                for first in range(0, len(kept), _EVALUATION_BATCH)
+            ]
+        self.trainee.eval()
+        accepted: list[list[int]] = []
+        with torch.autocast(self._device.type, torch.bfloat16):
+            for features in self._held_out_features:
+                accepted += self.trainee.accepted(features, self.config.num_draft_tokens)
+        return Acceptance.of(accepted, self.config.num_draft_tokens)
+
+    def save_checkpoint(self) -> None:
+        """Write everything a resumed run needs; the file there was is replaced whole."""
+        state = {
+            "trainee": self.trainee.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "history": asdict(self.history),
+            "config": _identity(self.config),
+        }
+        path = self.config.out / CHECKPOINT
+        scratch = path.with_suffix(".tmp")
+        torch.save(state, scratch)
+        scratch.replace(path)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the output folder.
+
+        Raises:
+            InvalidArgumentError: it is of a run with other settings.
+        """
+        path = self.config.out / CHECKPOINT
+        state = torch.load(path, weights_only=True)
+        if state["config"] != _identity(self.config):
+            raise InvalidArgumentError(
+                f"{path} is of a run with other settings ({state['config']}); give these, or another --out."
+            )
+        try:
+            self.trainee.load_state_dict(state["trainee"])
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise InvalidArgumentError(f"{path} is of another drafter: {error}") from error
+        self._generator.set_state(state["generator"])
+        self.history = History(**state["history"])
+
+
+def _identity(config: LoopConfig) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: what changes data or order."""
+    names = ("tokens_per_step", "max_length", "num_held_out", "seed")
+    return {name: getattr(config, name) for name in names}

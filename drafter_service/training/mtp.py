@@ -1,0 +1,332 @@
+"""Training of MTP drafters: Gemma 4 assistants for any target.
+
+Every token of an answer is an anchor. K steps are unrolled from all anchors at once: step k reads the true
+token at anchor + k - 1 and the state of step k - 1, attends over the target's keys and values before the
+anchor, and learns the target's distribution of the token at anchor + k. A step goes on with the anchors
+whose drafts were right so far, and some of the others: a draft that follows a wrong one is never used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
+from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
+
+from drafter_service.drafters.assistant import AssistantLayers, TargetKv
+from drafter_service.training.data import TokenData
+from drafter_service.training.features import FeatureSource, SequenceFeatures
+from drafter_service.training.loop import Trainee
+from drafter_service.training.warm_start import warm_start
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.kv_pool import KvShape
+from specdec.runtime.loading import LoadedModel
+from specdec.runtime.packed_model import PackedModel, attention_types, probe
+from specdec.runtime.target_weights import TargetWeights
+
+POOL_BYTES = 2**28
+"""The target's KV while it reads a batch."""
+KEEP_REJECTED = 0.25
+"""Share of the anchors with a wrong draft that go on to the next step."""
+
+
+class Anchors(NamedTuple):
+    """Positions to draft from in a packed batch; the token of an anchor is committed, its state is not."""
+
+    sequence: Tensor  # [num_anchors] index of the sequence, ascending
+    position: Tensor  # [num_anchors] index in the sequence
+    row: Tensor  # [num_anchors] index in the packed batch
+
+    def take(self, index: Tensor) -> Anchors:
+        """Some of them."""
+        return Anchors(*(part[index] for part in self))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _MaskedKv:
+    """Keys and values of the sequences of a batch; an anchor sees those before it."""
+
+    kv: Sequence[tuple[Tensor, Tensor]]  # per sequence [num_heads, num_tokens, head_dim]
+    anchors: Anchors
+
+    def attend(self, queries: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
+        """Attention of queries [num_heads, num_anchors, head_dim]."""
+        counts = torch.bincount(self.anchors.sequence, minlength=len(self.kv)).tolist()
+        outputs = []
+        for (keys, values), own, positions in zip(
+            self.kv, queries.split(counts, dim=1), self.anchors.position.split(counts), strict=True
+        ):
+            if not len(positions):
+                continue
+            before = torch.arange(keys.shape[1], device=keys.device)
+            seen = before < positions[:, None]
+            if sliding_window is not None:
+                # As in serving: the window reaches back from the last committed key, that one included.
+                seen &= before >= positions[:, None] - 1 - sliding_window
+            repeats = queries.shape[0] // keys.shape[0]
+            outputs.append(
+                scaled_dot_product_attention(
+                    own[None],
+                    keys.repeat_interleave(repeats, 0)[None].to(own.dtype),
+                    values.repeat_interleave(repeats, 0)[None].to(own.dtype),
+                    attn_mask=seen,
+                    scale=scaling,
+                )[0]
+            )
+        return torch.cat(outputs, dim=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """Sequences side by side."""
+
+    features: Sequence[SequenceFeatures]
+    token_ids: Tensor  # [num_rows]
+    last_hidden: Tensor  # [num_rows, hidden_size]
+    anchors: Anchors
+
+    @classmethod
+    def of(cls, features: Sequence[SequenceFeatures]) -> PackedBatch:
+        """Anchors are the tokens of the answers but the last, which nothing follows."""
+        lengths = [len(item.token_ids) for item in features]
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        positions = [
+            torch.arange(item.prompt_length, length - 1, device=item.token_ids.device)
+            for item, length in zip(features, lengths, strict=True)
+        ]
+        anchors = Anchors(
+            torch.cat([torch.full_like(p, index) for index, p in enumerate(positions)]),
+            torch.cat(positions),
+            torch.cat([p + start for p, start in zip(positions, starts, strict=True)]),
+        )
+        return cls(
+            features,
+            torch.cat([item.token_ids for item in features]),
+            torch.cat([item.last_hidden for item in features]),
+            anchors,
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence [num_sequences]."""
+        return torch.tensor([len(item.token_ids) for item in self.features], device=self.token_ids.device)
+
+    def has_token(self, anchors: Anchors, distance: int) -> Tensor:
+        """Which anchors [num_anchors] have a token `distance` further on."""
+        return anchors.position + distance < self.lengths[anchors.sequence]
+
+
+class MtpTrainee(Trainee):
+    """An assistant being trained: fp32 weights, inputs scaled to unit size.
+
+    The scales are folded into the projections when it is saved, so that training sees inputs of one size and
+    the checkpoint is a plain assistant.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weights: TargetWeights,
+        draft_vocab: Tensor,  # [draft_vocab_size] ascending token ids
+        kv_layers: dict[str, int],
+        hidden_scale: float,
+        num_steps: int,
+    ) -> None:
+        super().__init__()
+        device = weights.lm_head.device
+        self.model: Any = model.to(device).float()
+        # The target's are used.
+        self.model.lm_head = self.model.model.embed_tokens = nn.Identity()
+        self.layers = AssistantLayers(model)
+        self.weights = weights
+        self.kv_layers = kv_layers
+        self.num_steps = num_steps
+        self.draft_vocab = draft_vocab.to(device)
+        self.head = weights.lm_head[self.draft_vocab].clone()
+        self.head_index = torch.full((len(weights.lm_head),), -1, device=device)
+        self.head_index[self.draft_vocab] = torch.arange(len(draft_vocab), device=device)
+        self.embedding_scale = 1.0 / (weights.embedding[draft_vocab].float().square().mean().sqrt().item())
+        self.embedding_scale /= weights.embedding_scale
+        self.hidden_scale = hidden_scale
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., draft_vocab_size]."""
+        logits = linear(states.to(self.head.dtype), self.head)
+        cap = self.weights.final_logit_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _kv(self, batch: PackedBatch, anchors: Anchors) -> dict[str, TargetKv]:
+        return {
+            kind: _MaskedKv(
+                [
+                    (keys.transpose(0, 1), values.transpose(0, 1))
+                    for keys, values in (item.kv(layer) for item in batch.features)
+                ],
+                anchors,
+            )
+            for kind, layer in self.kv_layers.items()
+        }
+
+    def step(
+        self, batch: PackedBatch, anchors: Anchors, token_ids: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One draft step: what the head reads, and the next hidden [num_anchors, hidden_size], scaled."""
+        embeddings = self.weights.embed(token_ids) * self.embedding_scale
+        return self.layers.step(
+            embeddings.to(hidden.dtype), hidden, anchors.position, self._kv(batch, anchors)
+        )
+
+    def first_hidden(self, batch: PackedBatch, anchors: Anchors) -> Tensor:
+        """The target's last hidden states before the anchors, scaled."""
+        return batch.last_hidden[anchors.row - 1] * self.hidden_scale
+
+    def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
+        """Mean over anchors and steps of the cross entropy against the target's distribution.
+
+        That is the KL divergence but for a constant, over the draft vocabulary.
+        """
+        batch = PackedBatch.of(features)
+        anchors, total, count = batch.anchors, torch.zeros((), device=batch.token_ids.device), 0
+        hidden = self.first_hidden(batch, anchors)
+        for distance in range(self.num_steps):
+            states, hidden = self.step(batch, anchors, batch.token_ids[anchors.row + distance], hidden)
+            logits = self.logits(states).float()
+            with torch.no_grad():
+                target = self.logits(batch.last_hidden[anchors.row + distance]).float().softmax(-1)
+                truth = self.head_index[batch.token_ids[anchors.row + distance + 1]]
+                picks = logits.argmax(-1)
+            total = total + cross_entropy(logits, target, reduction="sum")
+            count += len(logits)
+            lucky = (torch.rand(len(picks), generator=generator) < KEEP_REJECTED).to(picks.device)
+            kept = ((picks == truth) | lucky) & batch.has_token(anchors, distance + 2)
+            index = kept.nonzero()[:, 0]
+            if not len(index):
+                break
+            anchors, hidden = anchors.take(index), hidden[index]
+        return total / count
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights of the assistant as its checkpoint has them, bf16, by name."""
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        weights |= {name: buffer for name, buffer in self.model.named_buffers() if "layer_scalar" in name}
+        width = self.weights.embedding.shape[1]
+        scales = weights["pre_projection.weight"].new_full((2 * width,), self.embedding_scale)
+        scales[width:] = self.hidden_scale
+        weights["pre_projection.weight"] = weights["pre_projection.weight"] * scales
+        weights["post_projection.weight"] = weights["post_projection.weight"] / self.hidden_scale
+        return {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint: config, weights without a head, and the draft vocabulary."""
+        self.model.config.save_pretrained(folder)
+        save_file(self.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+        token_ids = self.draft_vocab.to("cpu", torch.int32)
+        save_file({"token_ids": token_ids}, folder / "draft_vocab.safetensors")
+
+    @torch.no_grad()
+    def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
+        """Per sequence and anchor, the draft tokens a greedy target accepts."""
+        batch = PackedBatch.of(features)
+        accepted = self._accepted(batch, num_draft_tokens)
+        counts = torch.bincount(batch.anchors.sequence, minlength=len(features)).tolist()
+        return [part.tolist() for part in accepted.split(counts)]
+
+    def _accepted(self, batch: PackedBatch, num_steps: int) -> Tensor:
+        anchors = batch.anchors
+        num_accepted = torch.zeros_like(anchors.row)
+        alive = torch.arange(len(anchors.row), device=anchors.row.device)
+        hidden = self.first_hidden(batch, anchors)
+        for distance in range(num_steps):
+            states, hidden = self.step(batch, anchors, batch.token_ids[anchors.row + distance], hidden)
+            truth = self.head_index[batch.token_ids[anchors.row + distance + 1]]
+            right = self.logits(states).argmax(-1) == truth
+            num_accepted[alive[right]] += 1
+            index = (right & batch.has_token(anchors, distance + 2)).nonzero()[:, 0]
+            if not len(index):
+                break
+            anchors, hidden, alive = anchors.take(index), hidden[index], alive[index]
+        return num_accepted
+
+
+def assistant_config(target: PreTrainedModel, num_layers: int, kv: KvShape) -> Gemma4AssistantConfig:
+    """Config of an assistant as wide as the target, with full attention over one layer's KV."""
+    config = target.config.get_text_config()
+    rope = dict(config.rope_parameters)
+    rope = rope.get("full_attention", rope)
+    text = Gemma4TextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=num_layers,
+        num_kv_shared_layers=num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=kv.num_heads,
+        head_dim=kv.key_dim,
+        global_head_dim=kv.key_dim,
+        hidden_activation=getattr(config, "hidden_activation", None) or config.hidden_act,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"full_attention": rope, "sliding_attention": rope},
+        layer_types=["full_attention"] * num_layers,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=0,
+        enable_moe_block=False,
+        use_double_wide_mlp=False,
+        pad_token_id=config.pad_token_id,
+        eos_token_id=config.eos_token_id,
+        bos_token_id=config.bos_token_id,
+    )
+    return Gemma4AssistantConfig(
+        text_config=text,
+        backbone_hidden_size=config.hidden_size,
+        specdec_target_head=True,
+        dtype=torch.bfloat16,
+    )
+
+
+def make_trainee(
+    loaded: LoadedModel, data: TokenData, *, num_layers: int, num_steps: int, draft_vocab_size: int
+) -> tuple[MtpTrainee, FeatureSource]:
+    """An assistant for a target, warm-started from it, and where its features come from.
+
+    Args:
+        loaded: the target; it can only be evaluated from here on.
+        num_steps: draft steps that are unrolled in training.
+
+    Raises:
+        InvalidArgumentError: the target is not one a drafter can be trained for.
+    """
+    target = loaded.model
+    weights = TargetWeights.of(target)
+    decoder_layers = len(target.get_decoder().layers)
+    if num_layers >= decoder_layers:
+        raise InvalidArgumentError(
+            f"The target has {decoder_layers} layers; a drafter needs fewer.", field="layers"
+        )
+    # All that is copied or measured comes first: packing makes the target's linears opaque.
+    shapes = probe(target)[1]
+    kinds = attention_types(target, shapes)
+    kv_layer = max((layer for layer in shapes if kinds[layer] == "full_attention"), default=max(shapes))
+    if shapes[kv_layer].key_dim != shapes[kv_layer].value_dim:
+        raise InvalidArgumentError("Keys and values of the target differ in size; an assistant's do not.")
+    config = assistant_config(target, num_layers, shapes[kv_layer])
+    # The folder has no tokenizer: by this a drafter service knows whose tokens they are.
+    config.specdec_vocabulary_fingerprint = loaded.vocabulary_fingerprint
+    assistant = Gemma4AssistantForCausalLM(config)
+    hidden_scale = warm_start(assistant, target, data[0].token_ids)
+    trainee = MtpTrainee(
+        assistant,
+        weights,
+        torch.from_numpy(data.draft_vocab(draft_vocab_size)),
+        {"full_attention": kv_layer},
+        hidden_scale,
+        num_steps,
+    )
+    packed = PackedModel(target, kv_budget_bytes=POOL_BYTES)
+    return trainee, FeatureSource(packed, kv_layers=[kv_layer])

@@ -1,0 +1,102 @@
+"""A drafter's first weights: the target's last layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_EMBEDDING_SHARE, _HIDDEN_SHARE = 0.3, 0.06
+"""What the first layer starts from, in sizes of the residual stream it saw in the target."""
+_INITIAL_SHARPNESS = 0.3
+"""Of the logits: layers that know nothing yet should not be sure."""
+
+
+@torch.no_grad()
+def warm_start(assistant: PreTrainedModel, target: PreTrainedModel, token_ids: Sequence[int]) -> float:
+    """Start an assistant's layers from the target's last ones, as far as these have the same modules.
+
+    A target without the norms an assistant has around queries and outputs gets them at the size that its own
+    values have on a text.
+
+    Args:
+        token_ids: the text.
+
+    Returns:
+        What brings the target's last hidden states to unit size.
+    """
+    decoder: Any = target.get_decoder()
+    layers = list(assistant.model.layers)
+    sources = list(decoder.layers)[-len(layers) :]
+    before = list(decoder.layers)[-len(layers) - 1]
+    watched = [decoder.norm, before, *(m for s in sources for m in (s.self_attn.q_proj, s.self_attn, s.mlp))]
+    sizes = _output_sizes(target, watched, token_ids)
+    for layer, source in zip(layers, sources, strict=True):
+        for name, parameter in layer.named_parameters():
+            _set(parameter, _counterpart(source, name, sizes))
+    _set(assistant.model.norm.weight, _norm_weight(decoder.norm) * _INITIAL_SHARPNESS)
+    hidden_scale = 1.0 / sizes[decoder.norm]
+    width = target.config.get_text_config().hidden_size
+    if assistant.pre_projection.weight.shape == (width, 2 * width):
+        # The residual stream the layers expect: the token's embedding, and a trace of the state before it.
+        both = torch.cat([torch.eye(width) * _EMBEDDING_SHARE, torch.eye(width) * _HIDDEN_SHARE], dim=1)
+        assistant.pre_projection.weight.copy_(both * sizes[before])
+    if assistant.post_projection.weight.shape[0] == assistant.post_projection.weight.shape[1]:
+        nn.init.eye_(assistant.post_projection.weight).mul_(hidden_scale)
+    return hidden_scale
+
+
+def _output_sizes(
+    model: PreTrainedModel, modules: Sequence[nn.Module], token_ids: Sequence[int]
+) -> dict[nn.Module, float]:
+    """Root mean square of each module's output at a typical token of a text.
+
+    The median over tokens: the first ones of a text have states many times larger than all others.
+    """
+    sizes: dict[nn.Module, float] = {}
+
+    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        values = output[0] if isinstance(output, tuple) else output
+        sizes[module] = values.float().square().mean(-1).sqrt().median().item()
+
+    hooks = [module.register_forward_hook(note) for module in modules]
+    model(input_ids=torch.tensor([list(token_ids)], device=model.device))
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
+def _counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tensor | float | None:
+    """What a weight of an assistant's layer starts from: the same of a target's layer; a size; nothing."""
+    has_outer_norms = hasattr(source, "pre_feedforward_layernorm")
+    path = name.removesuffix(".weight")
+    if path == "self_attn.q_norm" and not hasattr(source.self_attn, "q_norm"):
+        return sizes[source.self_attn.q_proj] * float(source.self_attn.scaling)
+    if not has_outer_norms:
+        if path == "post_attention_layernorm":
+            return sizes[source.self_attn]
+        if path == "post_feedforward_layernorm":
+            return sizes[source.mlp]
+        if path == "pre_feedforward_layernorm":
+            path = "post_attention_layernorm"
+    try:
+        module = source.get_submodule(path)
+    except AttributeError:
+        return None
+    return _norm_weight(module) if path.endswith("norm") else module.weight
+
+
+def _norm_weight(norm: Any) -> Tensor:
+    """What a norm multiplies with, whichever way it keeps it."""
+    output: Tensor = norm(torch.ones_like(norm.weight))
+    return output
+
+
+def _set(parameter: Tensor, value: Tensor | float | None) -> None:
+    if isinstance(value, float):
+        parameter.fill_(value)
+    elif value is not None and value.shape == parameter.shape:
+        parameter.copy_(value)

@@ -1,0 +1,228 @@
+"""Training data: what a target makes up and answers, and the files it is kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
+
+from drafter_service.training.cli import train
+from drafter_service.training.data import TokenData, TokenSequence, batches, split
+from drafter_service.training.generate import Decoder, GenerationProgress, Job, generate
+from drafter_service.training.prompts import PromptMaker
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.loading import load_causal_lm
+from specdec.runtime.packed_model import PackedModel
+from specdec.sampling import SamplingParams
+from tests.tiny_models import EOS, VOCAB_SIZE
+
+PROMPTS = ([5, 6, 7], [9], list(range(40, 60)), [1, 2], [70, 71, 72, 73])
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_llama: Path) -> PackedModel:
+    loaded = load_causal_lm(str(tiny_llama), dtype="float32", device="cpu")
+    return PackedModel(loaded.model, kv_budget_bytes=2**24)
+
+
+QUIET = GenerationProgress(Console(quiet=True))
+
+
+def job(prompt: Sequence[int], max_tokens: int, *stop_ids: int, seed: int | None = None) -> Job:
+    sampling = SamplingParams() if seed is None else SamplingParams(temperature=1.0, seed=seed)
+    return Job(tuple(prompt), max_tokens, frozenset(stop_ids), sampling)
+
+
+def decode(packed: PackedModel, jobs: Sequence[Job], batch_size: int = 4) -> list[list[int]]:
+    outputs = dict(Decoder(packed, batch_size).run(jobs))
+    return [outputs[index] for index in range(len(jobs))]
+
+
+def reference(model: Path, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    target = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    output = target.generate(
+        torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0, eos_token_id=EOS
+    )
+    token_ids: list[int] = output[0, len(prompt) :].tolist()
+    return token_ids
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_answers_are_the_targets_own(packed: PackedModel, tiny_llama: Path, batch_size: int) -> None:
+    jobs = [job(prompt, 20 + index, EOS) for index, prompt in enumerate(PROMPTS)]
+    free = packed.pool.free_tokens
+    outputs = decode(packed, jobs, batch_size)
+    expected = [reference(tiny_llama, prompt, 20 + index) for index, prompt in enumerate(PROMPTS)]
+    assert outputs == expected
+    assert packed.pool.free_tokens == free
+
+
+def test_answers_end_with_their_stop_token(packed: PackedModel) -> None:
+    (whole,) = decode(packed, [job(PROMPTS[0], 20)])
+    assert len(whole) == 20
+    stop = whole[5]
+    (stopped,) = decode(packed, [job(PROMPTS[0], 20, stop)])
+    assert stopped == whole[: whole.index(stop) + 1]
+
+
+def test_sampled_text_hangs_on_the_seed_alone(packed: PackedModel) -> None:
+    def sample(seed: int, batch_size: int) -> list[list[int]]:
+        return decode(packed, [job(prompt, 12, seed=seed) for prompt in PROMPTS], batch_size)
+
+    assert sample(3, 2) == sample(3, 5)
+    assert sample(3, 2) != sample(4, 2)
+
+
+def test_prompts_are_made_up_within_the_chat_template(packed: PackedModel, tiny_llama: Path) -> None:
+    maker = PromptMaker(tiny_llama, [EOS])
+    decoder = Decoder(packed, 5)
+    prompts = maker.make_up(decoder, 12, 7, QUIET)
+    empty = maker.prompt("")
+    opening = next(i for i, (a, b) in enumerate(zip(prompts[0], empty, strict=False)) if a != b)
+    for prompt in prompts:
+        assert prompt[:opening] == empty[:opening]
+        assert prompt[opening - len(empty) :] == empty[opening:]
+        assert EOS not in prompt[opening : opening - len(empty)]
+    assert len({tuple(prompt) for prompt in prompts}) == 12
+    assert maker.make_up(decoder, 12, 7, QUIET) == prompts
+    assert maker.make_up(decoder, 12, 8, QUIET) != prompts
+
+
+def test_prompts_of_a_file(packed: PackedModel, tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"question_id": i, "category": "c", "turns": [text, "x"]} for i, text in enumerate("ab")]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    maker = PromptMaker(tiny_llama, [EOS])
+    assert maker.read(path) == [maker.prompt("a"), maker.prompt("b")]
+    data = generate(
+        packed,
+        maker.read(path),
+        num_sequences=9,
+        max_new_tokens=6,
+        eos_token_ids=[EOS],
+        batch_size=2,
+        progress=QUIET,
+    )
+    assert [sequence.prompt_length for sequence in (data[0], data[1])] == [len(maker.prompt("a"))] * 2
+    assert list(data[0].token_ids) == [
+        *maker.prompt("a"),
+        *reference(tiny_llama, maker.prompt("a"), 6),
+    ]
+
+
+def some_data(num_sequences: int = 20) -> TokenData:
+    rng = numpy.random.default_rng(0)
+    return TokenData.of(
+        [
+            TokenSequence(tuple(rng.integers(0, VOCAB_SIZE, 6 + index % 5).tolist()), 2 + index % 3)
+            for index in range(num_sequences)
+        ]
+    )
+
+
+def test_files_hold_the_sequences(tmp_path: Path) -> None:
+    data, path = some_data(), tmp_path / "tokens.safetensors"
+    data.save(path)
+    loaded = TokenData.load(path, VOCAB_SIZE)
+    assert len(loaded) == 20
+    assert [loaded[i] for i in range(20)] == [data[i] for i in range(20)]
+    assert loaded.num_response_tokens == sum(
+        len(s.token_ids) - s.prompt_length for s in map(data.__getitem__, range(20))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_offsets": None}, "no token sequences"),
+        ({"sequence_offsets": [0, 3, 5]}, "do not fit"),
+        ({"sequence_offsets": [0, 4, 3, 6]}, "do not fit"),
+        ({"prompt_lengths": [1, 5]}, "do not fit"),
+        ({"prompt_lengths": [0, 1]}, "do not fit"),
+        ({"token_ids": [1, 2, 3, 4, 5, VOCAB_SIZE]}, "outside the target's"),
+    ],
+)
+def test_damaged_files_are_refused(
+    changes: dict[str, list[int] | None], message: str, tmp_path: Path
+) -> None:
+    tensors = {"token_ids": [1, 2, 3, 4, 5, 6], "sequence_offsets": [0, 3, 6], "prompt_lengths": [1, 2]}
+    kept = {name: numpy.array(values) for name, values in (tensors | changes).items() if values is not None}
+    save_file(kept, tmp_path / "tokens.safetensors")
+    with pytest.raises(InvalidArgumentError, match=message):
+        TokenData.load(tmp_path / "tokens.safetensors", VOCAB_SIZE)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("no tensors")
+    with pytest.raises(InvalidArgumentError, match="no token sequences"):
+        TokenData.load(tmp_path / "x", VOCAB_SIZE)
+
+
+def test_held_out_sequences_are_not_trained_on() -> None:
+    train_indices, held_out = split(some_data(), 6, seed=1)
+    assert len(held_out) == 6
+    assert sorted(train_indices + held_out) == list(range(20))
+    assert split(some_data(), 6, seed=1) == (train_indices, held_out)
+    assert split(some_data(), 6, seed=2) != (train_indices, held_out)
+    assert len(split(some_data(4), 100, seed=1)[1]) == 2
+
+
+def test_batches_go_on_where_a_run_was_interrupted() -> None:
+    options = {"tokens_per_step": 12, "max_length": 9, "seed": 5}
+    indices = list(range(20))
+    whole = list(islice(batches(some_data(), indices, skip=0, **options), 12))
+    assert list(islice(batches(some_data(), indices, skip=7, **options), 5)) == whole[7:]
+    for batch in whole:
+        assert all(len(sequence.token_ids) <= 9 for sequence in batch)
+        assert sum(len(s.token_ids) - s.prompt_length for s in batch) >= 12
+
+
+def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
+    data = TokenData.of([TokenSequence((9, 9, 9, 4, 4, 7, 7, 7, 1), 3), TokenSequence((9, 1, 4), 1)])
+    assert data.draft_vocab(2).tolist() == [4, 7]
+    assert data.draft_vocab(3).tolist() == [1, 4, 7]
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(train, ["mtp", *arguments])
+    return result.exit_code, result.output
+
+
+def test_a_drafter_from_nothing_by_command(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "drafter"
+    arguments = ("--out", str(out), "--model", str(tiny_llama), "--dtype", "float32", "--steps", "3")
+    code, output = run(*arguments, "--num-sequences", "12", "--max-new-tokens", "8", "--layers", "1")
+    assert code == 0, output
+    assert "specdec up --drafter mtp:" in output
+    assert {"config.json", "model.safetensors", "draft_vocab.safetensors", "README.md"} <= {
+        path.name for path in out.iterdir()
+    }
+    card = (out / "README.md").read_text()
+    assert "| steps | 3 |" in card
+    assert "6 answers, greedy" in card
+    code, output = run(*arguments)
+    assert code == 2
+    assert "--resume" in output
+    code, output = run(*arguments, "--resume", "--layers", "1", "--steps", "5")
+    assert code == 0, output
+    assert "| steps | 5 |" in (out / "README.md").read_text()
+
+
+def test_wrong_arguments_of_training(tiny_llama: Path, tmp_path: Path) -> None:
+    model = ("--model", str(tiny_llama), "--dtype", "float32")
+    code, output = run("--out", str(tmp_path / "none"), *model, "--resume")
+    assert (code, "to resume from" in output) == (2, True)
+    some_data().save(tmp_path / "tokens")
+    code, output = run(
+        "--out", str(tmp_path / "deep"), *model, "--tokens", str(tmp_path / "tokens"), "--layers", "4"
+    )
+    assert (code, "fewer" in output) == (2, True)

@@ -1,0 +1,213 @@
+"""Training of MTP drafters on a tiny target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from drafter_service.drafters.assistant import AssistantLayers
+from drafter_service.training.data import TokenData, TokenSequence
+from drafter_service.training.features import FeatureSource, SequenceFeatures
+from drafter_service.training.loop import CHECKPOINT, Acceptance, LoopConfig, Training
+from drafter_service.training.mtp import MtpTrainee, PackedBatch, make_trainee
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.attention import Segment
+from specdec.runtime.loading import LoadedModel, load_causal_lm
+from specdec.runtime.packed_model import PackedModel
+from tests.tiny_models import save_tiny_model
+
+PROMPT_LENGTH, MAX_LENGTH = 8, 40
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_causal_lm(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma4"])
+def calm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target whose next token hangs on the last few: random ones of full size cannot be foreseen."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("calm") / request.param, request.param)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_proj" in name:
+                parameter.mul_(0.25)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(calm: Path) -> TokenData:
+    """Greedy answers of the target to random prompts."""
+    packed = PackedModel(load(calm).model, kv_budget_bytes=2**26)
+    prompts = numpy.random.default_rng(0).integers(0, 256, (160, PROMPT_LENGTH)).tolist()
+    answers = [list(prompt) for prompt in prompts]
+    allocations = [packed.pool.allocate(MAX_LENGTH) for _ in prompts]
+    segments = [Segment(slots, 0, prompt, 1) for slots, prompt in zip(allocations, prompts, strict=True)]
+    while len(answers[0]) < MAX_LENGTH:
+        logits = torch.cat(packed.forward(segments))
+        for tokens, token in zip(answers, logits.argmax(-1).tolist(), strict=True):
+            tokens.append(token)
+        segments = [
+            Segment(slots, len(tokens) - 1, tokens[-1:], 1)
+            for slots, tokens in zip(allocations, answers, strict=True)
+        ]
+    return TokenData.of([TokenSequence(tuple(tokens), PROMPT_LENGTH) for tokens in answers])
+
+
+class Interrupted:
+    """A source of features at which someone presses Ctrl-C."""
+
+    def __init__(self, source: FeatureSource, num_batches: float) -> None:
+        self.source, self.num_left = source, num_batches
+
+    def __call__(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
+        if not self.num_left:
+            raise KeyboardInterrupt
+        self.num_left -= 1
+        return self.source(sequences)
+
+
+def training(
+    calm: Path, data: TokenData, out: Path, *, steps: int, num_batches: float = math.inf, seed: int = 0
+) -> Training:
+    torch.manual_seed(0)
+    trainee, source = make_trainee(load(calm), data, num_layers=1, num_steps=4, draft_vocab_size=256)
+    out.mkdir(exist_ok=True)
+    config = LoopConfig(
+        out,
+        steps=steps,
+        warmup_steps=10,
+        learning_rate=3e-3,
+        tokens_per_step=256,
+        num_held_out=32,
+        seed=seed,
+    )
+    return Training(trainee, Interrupted(source, num_batches), data, config, Console(quiet=True))
+
+
+def weights(run: Training) -> dict[str, Tensor]:
+    return run.trainee.state_dict()
+
+
+def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    run = training(calm, data, tmp_path, steps=120)
+    before = run.evaluate()
+    after = run.run()
+    assert before.num_rounds > 100
+    assert after.length > before.length + 0.1
+    assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.5
+    assert run.history.step == 120
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    whole = training(calm, data, tmp_path / "whole", steps=12)
+    whole.run()
+    first = training(calm, data, tmp_path / "parts", steps=12, num_batches=5)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert first.history.step == 5
+    second = training(calm, data, tmp_path / "parts", steps=12)
+    second.resume()
+    second.run()
+    assert second.history.losses == whole.history.losses
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(second)[name]), name
+
+
+def test_a_run_of_other_settings_is_not_resumed(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    training(calm, data, tmp_path, steps=1).run()
+    with pytest.raises(InvalidArgumentError, match="other settings"):
+        training(calm, data, tmp_path, steps=2, seed=1).resume()
+    wider = training(calm, data, tmp_path, steps=2)
+    wider.trainee.model.post_projection = torch.nn.Linear(3, 3)
+    with pytest.raises(InvalidArgumentError, match="another drafter"):
+        wider.resume()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    run = training(calm, data, tmp_path, steps=5)
+    with torch.no_grad():
+        run.trainee.model.post_projection.weight.fill_(math.inf)
+    with pytest.raises(InvalidArgumentError, match="learning-rate"):
+        run.run()
+    assert (tmp_path / CHECKPOINT).is_file()
+
+
+class PlainKv:
+    """Attention of one anchor over everything before it, in fp32, written out."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys.transpose(0, 1).float(), values.transpose(0, 1).float()
+
+    def attend(self, queries: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
+        repeats = len(queries) // len(self.keys)
+        keys, values = (x.repeat_interleave(repeats, 0) for x in (self.keys, self.values))
+        return (queries @ keys.transpose(1, 2) * scaling).softmax(-1) @ values
+
+
+@torch.no_grad()
+def test_the_saved_drafter_is_the_trained_one(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    """Drafted step by step with the checkpoint, acceptance is what training measured on whole batches."""
+    with torch.enable_grad():
+        run = training(calm, data, tmp_path, steps=40)
+        run.run()
+    trainee = run.trainee
+    assert isinstance(trainee, MtpTrainee)
+    trainee.save(tmp_path)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, dtype=torch.float32
+    )
+    assert set(report["missing_keys"]) <= {"lm_head.weight", "model.embed_tokens.weight"}
+    assert not report["unexpected_keys"]
+    layers = AssistantLayers(model)
+    # bf16 rounds the stored weights; the trainee gets the same ones, unscaled.
+    for name, parameter in trainee.model.named_parameters():
+        parameter.copy_(load_file(tmp_path / "model.safetensors")[name].float())
+    trainee.embedding_scale = trainee.hidden_scale = 1.0
+    draft_vocab = load_file(tmp_path / "draft_vocab.safetensors")["token_ids"]
+    assert draft_vocab.tolist() == trainee.draft_vocab.tolist()
+
+    (features,) = run.source([data[3]])
+    batch = PackedBatch.of([features])
+    (expected,) = trainee.accepted([features], 4)
+    assert sum(expected) > 0
+    for anchor, position in enumerate(batch.anchors.position.tolist()):
+        (layer,) = trainee.kv_layers.values()
+        kv = {"full_attention": PlainKv(*(part[:position] for part in features.kv(layer)))}
+        token_ids, hidden = features.token_ids.tolist(), features.last_hidden[position - 1 : position].float()
+        token, num_right = token_ids[position], 0
+        while num_right < 4 and position + num_right + 1 < len(token_ids):
+            embedding = trainee.weights.embed(torch.tensor([token])).float()
+            states, hidden = layers.step(embedding, hidden, torch.tensor([position]), kv)
+            token = draft_vocab[trainee.logits(states).argmax(-1)].item()
+            if token != token_ids[position + num_right + 1]:
+                break
+            num_right += 1
+        assert num_right == expected[anchor]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "num_rounds", "num_accepted", "shares"),
+    [
+        ([[0, 0, 0]], 3, 0, (0.0, 0.0)),
+        ([[2, 9, 9, 1, 9]], 2, 3, (1.0, 0.5)),
+        ([[1, 0, 0], [2, 0, 0, 0]], 4, 3, (0.5, 0.25)),
+        ([], 0, 0, (0.0, 0.0)),
+    ],
+)
+def test_acceptance_is_counted_round_by_round(
+    accepted: list[list[int]], num_rounds: int, num_accepted: int, shares: tuple[float, ...]
+) -> None:
+    found = Acceptance.of(accepted, 2)
+    assert found == Acceptance(len(accepted), num_rounds, num_accepted, shares)
+    assert found.length == 1 + num_accepted / max(num_rounds, 1)
