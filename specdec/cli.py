@@ -13,7 +13,7 @@ from specdec.chat import Conversation, read_line
 from specdec.cli_groups import ErrorGroup, LazyGroup
 from specdec.client import Client, GenerateOptions, Message, Prompt
 from specdec.generation_options import NO_COLOR, connection_options, generation_options
-from specdec.launcher import SystemConfig, prepare_models
+from specdec.launcher import SystemConfig, default_drafters, prepare_models
 from specdec.local_state import SystemState, refuse_if_running
 from specdec.render import (
     AnswerPrinter,
@@ -68,9 +68,8 @@ def main() -> None:
     "--drafter",
     "drafters",
     multiple=True,
-    default=("ngram",),
-    show_default=True,
-    help="Drafter to load, `ngram`, `mtp[:MODEL]` or `causal-lm:MODEL`; may be repeated.",
+    help="Drafter to load, `ngram`, `mtp[:MODEL]` or `causal-lm:MODEL`; may be repeated.  [default: "
+    "ngram, and mtp for the embedded model]",
 )
 @click.option(
     "--target-state",
@@ -112,6 +111,7 @@ def up(detach: bool, **options: Any) -> None:
       specdec up --detach --port 50050
       specdec up --model ./my-model --drafter ngram --drafter causal-lm:./my-small-model
     """
+    options["drafters"] = options["drafters"] or default_drafters(options["model"])
     config = SystemConfig(**options)
     refuse_if_running()
     if detach:

@@ -55,6 +55,11 @@ class SystemConfig:
         return DEFAULT_MODEL in (self.model, *draft_models)
 
 
+def default_drafters(model: str) -> tuple[str, ...]:
+    """Drafters of a system that names none: those that need no model, or have one for this target."""
+    return ("ngram", "mtp") if model == DEFAULT_MODEL else ("ngram",)
+
+
 def prepare_models(config: SystemConfig, report: Report) -> None:
     """Fetch the embedded model if it is used, once and with progress, before two services want it.
 

@@ -17,7 +17,7 @@ from specdec.bench import geometry, noise, plots, transport, verify_pass
 from specdec.bench.backends import TRANSFORMERS
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
-from specdec.bench.records import RequestRecord
+from specdec.bench.records import PLAIN, RequestRecord
 from specdec.bench.report import category_table, parts_table, peer_ratios, read_rows, speed_table
 from specdec.bench.workload import Prompt
 from specdec.cli_groups import ErrorGroup
@@ -122,9 +122,7 @@ def bench() -> None:
     "--drafter",
     "drafters",
     multiple=True,
-    default=("ngram",),
-    show_default=True,
-    help="Drafter to start; may be given more than once.",
+    help="Drafter to start; may be given more than once.  [default: one for each method, by its name]",
 )
 @click.option(
     "--out",
@@ -145,6 +143,7 @@ def run_command(
     config = BenchConfig(**settings)
     config.validate()
     prompts = config.load_prompts()
+    drafters = drafters or tuple(method for method in config.methods if method != PLAIN) or ("ngram",)
     with _services(gateway, config.model, dtype, device, drafters) as address:
         outcome = _run_with_progress(config, prompts, address, directory)
     _show(outcome, config, directory)
