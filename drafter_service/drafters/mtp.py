@@ -220,7 +220,7 @@ class MtpDrafter(Drafter):
     def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
         """Drafts of up to K tokens; the sessions of one target take their steps together."""
         rounds = [self._start(item) for item in items]
-        started = [one for one in rounds if isinstance(one, _Round) and one.num_wanted]
+        started = [one for one in rounds if isinstance(one, _Round) and one.num_wanted > 0]
         started.sort(key=lambda one: id(one.session.target_weights))
         for _, group in groupby(started, key=lambda one: id(one.session.target_weights)):
             self._draft(list(group))
@@ -231,6 +231,11 @@ class MtpDrafter(Drafter):
         assert session.view is not None
         kv = {kind: session.view.kv(_layer_of(session.view, kind)) for kind in self._kv_shapes}
         length = session.view.length
+        if not length:
+            return FailedPreconditionError(
+                f"{self.info.name} drafts from the target's state of at least one position.",
+                reason="NO_TARGET_STATE",
+            )
         hidden = session.view.last_hidden(length - 1, length)
         if misfit := self._misfit(session, kv, hidden):
             return FailedPreconditionError(
