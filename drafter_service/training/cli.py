@@ -104,6 +104,11 @@ _SHARED: tuple[Callable[..., Any], ...] = (
         help="Time between looks at held-out acceptance.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of data, order and weights."),
+    click.option(
+        "--init",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="Start from this drafter, instead of from the target's last layers.",
+    ),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out."),
     click.option(
         "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the target."
@@ -186,6 +191,8 @@ def _train(
     loaded = _load(options)
     trainee, source = make(loaded, data)
     training = Training(trainee, source, data, config, console)
+    if options["init"]:
+        trainee.load(options["init"])
     if options["resume"]:
         training.resume()
     acceptance = training.run()

@@ -85,6 +85,14 @@ class Trainee(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Write the drafter's checkpoint, without card."""
 
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Start from a drafter that was saved.
+
+        Raises:
+            InvalidArgumentError: it is of another shape.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
@@ -30,6 +31,7 @@ from specdec.runtime.loading import LoadedModel
 from specdec.runtime.packed_model import PackedModel, attention_types, probe
 from specdec.runtime.target_weights import TargetWeights
 
+_WEIGHTS = "model.safetensors"
 POOL_BYTES = 2**28
 """The target's KV while it reads a batch."""
 KEEP_REJECTED = 0.25
@@ -211,21 +213,47 @@ class MtpTrainee(Trainee):
             anchors, hidden = anchors.take(index), hidden[index]
         return total / count
 
+    @property
+    def _input_scales(self) -> Tensor:
+        """Of the columns of pre_projection [2 * backbone_hidden_size]."""
+        width = self.weights.embedding.shape[1]
+        scales = torch.full((2 * width,), self.embedding_scale, device=self.head.device)
+        scales[width:] = self.hidden_scale
+        return scales
+
     def tensors(self) -> dict[str, Tensor]:
         """Weights of the assistant as its checkpoint has them, bf16, by name."""
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         weights |= {name: buffer for name, buffer in self.model.named_buffers() if "layer_scalar" in name}
-        width = self.weights.embedding.shape[1]
-        scales = weights["pre_projection.weight"].new_full((2 * width,), self.embedding_scale)
-        scales[width:] = self.hidden_scale
-        weights["pre_projection.weight"] = weights["pre_projection.weight"] * scales
+        weights["pre_projection.weight"] = weights["pre_projection.weight"] * self._input_scales
         weights["post_projection.weight"] = weights["post_projection.weight"] / self.hidden_scale
         return {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
+
+    def load(self, folder: Path) -> None:
+        """Start from the weights of a checkpoint.
+
+        Raises:
+            InvalidArgumentError: it is of another shape.
+        """
+        try:
+            weights = {name: weight.float() for name, weight in load_file(folder / _WEIGHTS).items()}
+            weights["pre_projection.weight"] /= self._input_scales.cpu()
+            weights["post_projection.weight"] *= self.hidden_scale
+            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                f"{folder} is no drafter like this one: {error}", field="init"
+            ) from error
+        strange = [*missing, *unexpected]
+        if strange:
+            raise InvalidArgumentError(
+                f"{folder} is no drafter like this one: see {', '.join(strange[:3])}.", field="init"
+            )
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint: config, weights without a head, and the draft vocabulary."""
         self.model.config.save_pretrained(folder)
-        save_file(self.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(self.tensors(), folder / _WEIGHTS, metadata={"format": "pt"})
         token_ids = self.draft_vocab.to("cpu", torch.int32)
         save_file({"token_ids": token_ids}, folder / "draft_vocab.safetensors")
 

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -141,6 +141,29 @@ def test_a_loss_that_is_not_finite_ends_the_run(calm: Path, data: TokenData, tmp
     with pytest.raises(InvalidArgumentError, match="learning-rate"):
         run.run()
     assert (tmp_path / CHECKPOINT).is_file()
+
+
+def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    first = training(calm, data, tmp_path, steps=60)
+    reached = first.run()
+    first.trainee.save(tmp_path)
+    second = training(calm, data, tmp_path / "more", steps=10)
+    assert second.evaluate().length < reached.length - 0.05
+    second.trainee.load(tmp_path)
+    # Its weights were rounded to bf16.
+    assert second.evaluate().length == pytest.approx(reached.length, abs=0.05)
+    wider = save_file_without(tmp_path, "post_projection.weight", tmp_path / "damaged")
+    for folder in (wider, tmp_path / "more"):
+        with pytest.raises(InvalidArgumentError, match="no drafter like this one"):
+            second.trainee.load(folder)
+
+
+def save_file_without(folder: Path, name: str, damaged: Path) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    damaged.mkdir()
+    save_file(tensors, damaged / "model.safetensors")
+    return damaged
 
 
 class PlainKv:
