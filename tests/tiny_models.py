@@ -100,7 +100,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     raise ValueError(family)
 
 
-FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe", "gemma4-unified")
+FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe")
 
 
 def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, noise: float = 0.0) -> Path:
