@@ -8,7 +8,9 @@ from specdec.config import ModelServiceConfig, require_choice, require_positive
 from specdec.errors import InvalidArgumentError
 
 STREAM_FEATURES = ("projected", "raw")
-MTP_POSITIONS = ("anchor", "hidden")
+MTP_POSITIONS = {"anchor": 0, "hidden": -1}
+"""The position of all steps of an MTP round, relative to the anchor's: transformers' generator drafts at the
+anchor's index, vLLM's at that of the hidden state it starts from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class DrafterConfig(ModelServiceConfig):
         super(DrafterConfig, self).__post_init__()
         require_positive(self, "ngram_min", "mirror_mib")
         require_choice(self, "stream_features", STREAM_FEATURES)
-        require_choice(self, "mtp_position", MTP_POSITIONS)
+        require_choice(self, "mtp_position", tuple(MTP_POSITIONS))
         if self.ngram_max < self.ngram_min:
             raise InvalidArgumentError("--ngram-max must not be less than --ngram-min.", field="ngram_max")
         if not self.drafter:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from drafter_service.config import MTP_POSITIONS
 from drafter_service.drafters.assistant import AssistantLayers
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession
 from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
@@ -30,15 +31,12 @@ from specdec.runtime.picks import PickContext, Picker
 from specdec.runtime.prepack import multiplier, prepack_linears
 from specdec.runtime.state_memory import dtype_name
 from specdec.runtime.target_view import TargetStateView
-from specdec.runtime.target_weights import TargetWeights
+from specdec.runtime.target_weights import TargetWeights, softcapped
 from specdec.target_state import TargetStateSpec
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 DEFAULT_NUM_DRAFT_TOKENS = 4
 DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
-POSITIONS = {"anchor": 0, "hidden": -1}
-"""The position of all steps of a round, relative to the anchor's: transformers' generator drafts at the
-anchor's index, vLLM's at that of the hidden state it starts from."""
 _HEAD_WEIGHTS = {"lm_head.weight", "model.embed_tokens.weight"}
 
 
@@ -152,7 +150,7 @@ class MtpDrafter(Drafter):
     """Drafts for all sessions of a step side by side: a session is a row.
 
     Args:
-        position: a key of POSITIONS.
+        position: a key of MTP_POSITIONS.
     """
 
     def __init__(
@@ -169,7 +167,7 @@ class MtpDrafter(Drafter):
             )
             for layer in model.model.layers
         }
-        self._offset = POSITIONS[position]
+        self._offset = MTP_POSITIONS[position]
         self._vocab_size: int = config.vocab_size
         self._draft_vocab = assistant.draft_vocab
         self._own_head = None if assistant.uses_target_head else self._make_own_head(model)
@@ -209,12 +207,10 @@ class MtpDrafter(Drafter):
         return self._target_heads[weights]
 
     def _make_target_head(self, weights: TargetWeights) -> _Head:
-        if self._draft_vocab is None:
-            multiply = multiplier(weights.lm_head.to(self._dtype))
-        else:
-            multiply = multiplier(weights.lm_head[self._draft_vocab].to(self._dtype))
-        cap = weights.final_logit_softcap
-        return (lambda states: torch.tanh(multiply(states) / cap) * cap) if cap else multiply
+        rows = weights.lm_head if self._draft_vocab is None else weights.lm_head[self._draft_vocab]
+        multiply, cap = multiplier(rows.to(self._dtype)), weights.final_logit_softcap
+        # Not a method of the weights: the cache would keep them alive.
+        return lambda states: softcapped(multiply(states), cap)
 
     @torch.inference_mode()
     def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData
-from drafter_service.training.loop import Acceptance, History, LoopConfig
+from drafter_service.training.loop import Acceptance, History
 from specdec.bench import plots, provenance
 
 

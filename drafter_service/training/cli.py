@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from drafter_service.training.config import LoopConfig
 from specdec.cli_groups import ErrorGroup
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import DTYPES, tune_process
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from drafter_service.training.loop import Trainee
     from specdec.runtime.loading import LoadedModel
 
+_DEFAULTS = LoopConfig(out=Path())
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DATA_FILE = "tokens.safetensors"
 _BATCH_SIZE = 48
@@ -58,33 +60,43 @@ _SHARED: tuple[Callable[..., Any], ...] = (
         help="Longest generated answer, tokens.",
     ),
     click.option(
-        "--minutes", type=float, default=60.0, show_default=True, help="Time to train, generation apart."
+        "--minutes",
+        type=float,
+        default=_DEFAULTS.minutes,
+        show_default=True,
+        help="Time to train, generation apart.",
     ),
     click.option(
         "--steps",
         type=click.IntRange(min=0),
-        default=0,
+        default=_DEFAULTS.steps,
         help="Train this many steps, whatever the time.  [default: as many as fit]",
     ),
-    click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of AdamW, at most."),
+    click.option(
+        "--learning-rate",
+        type=float,
+        default=_DEFAULTS.learning_rate,
+        show_default=True,
+        help="Of AdamW, at most.",
+    ),
     click.option(
         "--warmup-steps",
         type=click.IntRange(min=1),
-        default=100,
+        default=_DEFAULTS.warmup_steps,
         show_default=True,
         help="Steps over which the learning rate rises.",
     ),
     click.option(
         "--tokens-per-step",
         type=click.IntRange(min=1),
-        default=512,
+        default=_DEFAULTS.tokens_per_step,
         show_default=True,
         help="Answer tokens of a step, at least.",
     ),
     click.option(
         "--max-length",
         type=click.IntRange(min=8),
-        default=512,
+        default=_DEFAULTS.max_length,
         show_default=True,
         help="Cut sequences here, tokens.",
     ),
@@ -99,11 +111,13 @@ _SHARED: tuple[Callable[..., Any], ...] = (
     click.option(
         "--evaluate-minutes",
         type=float,
-        default=5.0,
+        default=_DEFAULTS.evaluate_minutes,
         show_default=True,
         help="Time between looks at held-out acceptance.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of data, order and weights."),
+    click.option(
+        "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Of data, order and weights."
+    ),
     click.option(
         "--init",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -176,19 +190,19 @@ def _train(
 ) -> None:
     """Data, training, evaluation, and the folder that comes of it."""
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from drafter_service.training.card import Card, write_card
-    from drafter_service.training.loop import CHECKPOINT, LoopConfig, Training
+    from drafter_service.training.data import TokenData
+    from drafter_service.training.loop import CHECKPOINT, Training
 
-    transformers_logging.set_verbosity_error()
     names = {field.name for field in dataclasses.fields(LoopConfig)}
     config = LoopConfig(**{name: value for name, value in options.items() if name in names})
     _check_folder(config.out / CHECKPOINT, resume=options["resume"])
     console = Console(stderr=True)
-    data, data_source = _data(options, console)
+    path, data_source = _data_file(options, console)
     torch.manual_seed(config.seed)
     loaded = _load(options)
+    data = TokenData.load(path, loaded.model.get_output_embeddings().weight.shape[0])
     trainee, source = make(loaded, data)
     training = Training(trainee, source, data, config, console)
     if options["init"]:
@@ -227,21 +241,17 @@ def _load(options: dict[str, Any]) -> LoadedModel:
     )
 
 
-def _data(options: dict[str, Any], console: Console) -> tuple[TokenData, str]:
-    """Sequences to train on, generated unless they are there, and what to call them."""
-    from drafter_service.training.data import TokenData
-
-    loaded = _load(options)
-    vocab_size: int = loaded.model.get_output_embeddings().weight.shape[0]
+def _data_file(options: dict[str, Any], console: Console) -> tuple[Path, str]:
+    """The file of sequences to train on, generated unless it is there, and what to call it."""
     given: Path | None = options["tokens"]
     if given:
-        return TokenData.load(given, vocab_size), f"the sequences of `{given.name}`"
-    kept = options["out"] / _DATA_FILE
+        return given, f"the sequences of `{given.name}`"
+    kept: Path = options["out"] / _DATA_FILE
     if not kept.is_file():
-        _generate(loaded, options, console).save(kept)
+        _generate(_load(options), options, console).save(kept)
     prompts: Path | None = options["prompts"]
     asked = f"the prompts of `{prompts.name}`" if prompts else "prompts it made up"
-    return TokenData.load(kept, vocab_size), f"the target's greedy answers to {asked}"
+    return kept, f"the target's greedy answers to {asked}"
 
 
 def _generate(loaded: LoadedModel, options: dict[str, Any], console: Console) -> TokenData:

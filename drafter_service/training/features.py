@@ -11,7 +11,7 @@ from torch import Tensor
 from drafter_service.training.data import TokenSequence
 from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
-from specdec.target_state import LAST_HIDDEN, hidden_name, key_name, value_name
+from specdec.target_state import LAST_HIDDEN, key_name, value_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,20 +37,14 @@ class FeatureSource:
     """Runs the target over packed sequences and copies their state out of its pool.
 
     Args:
-        hidden_layers: layers whose hidden states are wanted besides those after the final norm.
         kv_layers: layers whose keys and values are wanted.
     """
 
-    def __init__(
-        self, target: PackedModel, *, hidden_layers: Sequence[int] = (), kv_layers: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, target: PackedModel, *, kv_layers: Sequence[int]) -> None:
         self._target = target
-        self._hidden = [LAST_HIDDEN, *map(hidden_name, hidden_layers)]
-        kv = [name(layer) for layer in kv_layers for name in (key_name, value_name)]
-        self._names = [*self._hidden, *kv]
-        size: int = target.model.config.get_text_config().hidden_size
-        for name in self._hidden:
-            target.pool.add_hidden(name, size)
+        self._names = [LAST_HIDDEN]
+        self._names += [name(layer) for layer in kv_layers for name in (key_name, value_name)]
+        target.pool.add_hidden(LAST_HIDDEN, target.model.config.get_text_config().hidden_size)
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
         """The state of every sequence, in one pass."""
@@ -60,7 +54,7 @@ class FeatureSource:
             Segment(allocation, 0, sequence.token_ids, 0)
             for allocation, sequence in zip(allocations, sequences, strict=True)
         ]
-        self._target.forward(segments, set(self._hidden))
+        self._target.forward(segments, {LAST_HIDDEN})
         features = [
             SequenceFeatures(
                 torch.tensor(segment.token_ids, device=pool.device),

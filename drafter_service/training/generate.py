@@ -46,7 +46,6 @@ class _Running:
     allocation: KvAllocation
     token_ids: list[int]
     """Prompt and what came of it so far."""
-    num_cached: int = 0
 
     @property
     def output(self) -> list[int]:
@@ -60,12 +59,9 @@ class _Running:
 
     def next_segment(self) -> Segment:
         """The whole prompt at first, then one token a pass."""
-        return Segment(self.allocation, self.num_cached, self.token_ids[self.num_cached :], num_logits=1)
-
-    def append(self, token_id: int) -> None:
-        """Take the pick of a pass over the next segment."""
-        self.num_cached = len(self.token_ids)
-        self.token_ids.append(token_id)
+        is_first = len(self.token_ids) == len(self.job.prompt)
+        num_cached = 0 if is_first else len(self.token_ids) - 1
+        return Segment(self.allocation, num_cached, self.token_ids[num_cached:], num_logits=1)
 
 
 class Decoder:
@@ -124,7 +120,7 @@ class Decoder:
         logits = self.packed.forward([one.next_segment() for one in running])
         contexts = [PickContext(one.job.sampling, one.token_ids, len(one.job.prompt)) for one in running]
         for one, picks in zip(running, self._picker.pick(logits, contexts), strict=True):
-            one.append(picks[0])
+            one.token_ids.append(picks[0])
 
     def _free(self, running: Sequence[_Running]) -> None:
         for one in running:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence, batches, split
 from drafter_service.training.features import SequenceFeatures
 from specdec.errors import InvalidArgumentError
@@ -26,34 +27,6 @@ _LOG_EVERY = 25
 _EVALUATION_BATCH = 6
 _FINAL_RATE = 0.02
 """Of the learning rate, at the end of its cosine."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoopConfig:
-    """How a drafter is trained, whatever its method."""
-
-    out: Path
-    """Folder of the drafter, its card and its checkpoint."""
-    minutes: float = 60.0
-    """Time to train, minutes; the learning rate falls to nearly 0 over it."""
-    steps: int = 0
-    """Steps to train, the same on every machine; 0: as many as fit into the minutes."""
-    learning_rate: float = 1e-3
-    """Largest learning rate of AdamW."""
-    warmup_steps: int = 100
-    """Steps over which the learning rate rises."""
-    tokens_per_step: int = 512
-    """Answer tokens of a step, at least; sequences are not cut for it."""
-    max_length: int = 512
-    """Longer sequences are cut there, tokens."""
-    evaluate_minutes: float = 5.0
-    """Time between two looks at held-out acceptance, minutes."""
-    num_draft_tokens: int = 4
-    """K of the held-out acceptance."""
-    num_held_out: int = 48
-    """Sequences held out."""
-    seed: int = 0
-    """Of the order of sequences and all else that is random."""
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attent
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 
 from drafter_service.drafters.assistant import AssistantLayers, TargetKv
+from drafter_service.drafters.mtp import DRAFT_VOCAB_FILE
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures
 from drafter_service.training.loop import Trainee
@@ -29,7 +30,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.runtime.kv_pool import KvShape
 from specdec.runtime.loading import LoadedModel
 from specdec.runtime.packed_model import PackedModel, attention_types, probe
-from specdec.runtime.target_weights import TargetWeights
+from specdec.runtime.target_weights import TargetWeights, softcapped
 
 _WEIGHTS = "model.safetensors"
 POOL_BYTES = 2**28
@@ -160,8 +161,7 @@ class MtpTrainee(Trainee):
     def logits(self, states: Tensor) -> Tensor:
         """Logits [..., draft_vocab_size]."""
         logits = linear(states.to(self.head.dtype), self.head)
-        cap = self.weights.final_logit_softcap
-        return torch.tanh(logits / cap) * cap if cap else logits
+        return softcapped(logits, self.weights.final_logit_softcap)
 
     def _kv(self, batch: PackedBatch, anchors: Anchors) -> dict[str, TargetKv]:
         return {
@@ -255,7 +255,7 @@ class MtpTrainee(Trainee):
         self.model.config.save_pretrained(folder)
         save_file(self.tensors(), folder / _WEIGHTS, metadata={"format": "pt"})
         token_ids = self.draft_vocab.to("cpu", torch.int32)
-        save_file({"token_ids": token_ids}, folder / "draft_vocab.safetensors")
+        save_file({"token_ids": token_ids}, folder / DRAFT_VOCAB_FILE)
 
     @torch.no_grad()
     def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:

@@ -64,10 +64,12 @@ class TargetWeights:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab_size] of hidden states [..., hidden_size] after the final norm."""
-        logits = linear(hidden, self.lm_head)
-        if not self.final_logit_softcap:
-            return logits
-        return torch.tanh(logits / self.final_logit_softcap) * self.final_logit_softcap
+        return softcapped(linear(hidden, self.lm_head), self.final_logit_softcap)
+
+
+def softcapped(logits: Tensor, cap: float) -> Tensor:
+    """Logits bent to stay within -cap to cap; 0: as they are."""
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from drafter_service.drafters.assistant import AssistantLayers
+from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.features import FeatureSource, SequenceFeatures
-from drafter_service.training.loop import CHECKPOINT, Acceptance, LoopConfig, Training
+from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
 from drafter_service.training.mtp import MtpTrainee, PackedBatch, make_trainee
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
