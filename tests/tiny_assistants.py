@@ -23,13 +23,13 @@ FAMILIES = ("gemma4", "gemma4-shared-kv", "gemma4-moe", "gemma4-unified")
 NARROW = (65, 66, 67)
 """The tokens narrow models choose among: random ones then agree now and then."""
 _SLIDING_WINDOW = 16
-_SEEDS = {"gemma4": 5, "gemma4-shared-kv": 2, "gemma4-moe": 1, "gemma4-unified": 1}
+_SEEDS = {"gemma4": 5, "gemma4-shared-kv": 2, "gemma4-moe": 1, "gemma4-unified": 7}
 """Of assistants whose drafts the target accepts now and then."""
 _GLOBAL_KV: Mapping[str, Mapping[str, Any]] = {
     "gemma4": {"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
     "gemma4-shared-kv": {"global_head_dim": 16},
     "gemma4-moe": {"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
-    "gemma4-unified": {},
+    "gemma4-unified": {"global_head_dim": 16},
     "llama": {"global_head_dim": 8},
 }
 """Geometry of the target's full attention, where it is another than that of its sliding one."""

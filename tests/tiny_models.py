@@ -95,12 +95,16 @@ def tiny_config(family: str) -> PreTrainedConfig:
         )
     if family == "gemma4-unified":
         return Gemma4UnifiedTextConfig(
-            **_COMMON, layer_types=_LAYER_TYPES, sliding_window=16, use_bidirectional_attention=None
+            **_COMMON,
+            layer_types=_LAYER_TYPES,
+            sliding_window=16,
+            global_head_dim=16,
+            use_bidirectional_attention=None,
         )
     raise ValueError(family)
 
 
-FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe")
+FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe", "gemma4-unified")
 
 
 def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, noise: float = 0.0) -> Path:

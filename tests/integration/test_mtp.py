@@ -229,7 +229,7 @@ async def test_sessions_drafted_together_get_the_drafts_they_get_alone(tmp_path:
 
 
 async def test_drafts_end_where_the_drafter_is_not_sure(tmp_path: Path) -> None:
-    target, assistant = save_narrow_pair(tmp_path, "gemma4-unified")
+    target, assistant = save_narrow_pair(tmp_path, "gemma4-moe")
     lengths = []
     async with AsyncExitStack() as stack:
         recorder = Recorder()
