@@ -192,10 +192,12 @@ class MtpDrafter(Drafter):
         )
 
     def _make_own_head(self, model: Any) -> _Head:
-        if model.config.use_ordered_embeddings:
-            masked, weight = model.masked_embedding, model.lm_head.weight
-            return lambda states: masked(states[None], weight)[0]
         rows = model.lm_head.weight
+        if model.config.use_ordered_embeddings:
+            masked = model.masked_embedding
+            drafted = slice(None) if self._draft_vocab is None else self._draft_vocab
+            # Row by row: what transformers gives the tokens it leaves out depends on all rows of a call.
+            return lambda states: torch.cat([masked(row[None, None], rows)[0] for row in states])[:, drafted]
         return multiplier(rows if self._draft_vocab is None else rows[self._draft_vocab])
 
     def _head(self, weights: TargetWeights) -> _Head:
@@ -251,12 +253,14 @@ class MtpDrafter(Drafter):
             for states in kv[kind]:
                 if (found := tuple(states.shape[1:])) != shape:
                     return f"it reads {kind} KV of (heads, dimensions) {shape}, the target's is {found}"
-        weight_size = session.target_weights.embedding.shape[1]
-        for what, size in (("hidden states", hidden.shape[1]), ("embeddings", weight_size)):
-            if size != self._backbone_size:
-                return f"it reads {what} of {self._backbone_size} elements, the target's have {size}"
-        if len(session.target_weights.lm_head) < self._vocab_size and not self._own_head:
-            return f"its vocabulary has {self._vocab_size} tokens, the target's head fewer"
+        weights = session.target_weights
+        for what, rows in (("hidden states", hidden), ("embeddings", weights.embedding)):
+            if tuple(rows.shape[1:]) != (self._backbone_size,):
+                found = "x".join(map(str, rows.shape[1:])) or "one"
+                return f"it reads {what} of {self._backbone_size} elements, the target's have {found}"
+        known = len(weights.embedding) if self._own_head else min(len(weights.embedding), len(weights.lm_head))
+        if known < self._vocab_size:
+            return f"its vocabulary has {self._vocab_size} tokens, the target's {known}"
         return ""
 
     def _draft(self, running: list[_Round]) -> None:

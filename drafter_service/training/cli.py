@@ -101,6 +101,13 @@ _SHARED: tuple[Callable[..., Any], ...] = (
         help="Cut sequences here, tokens.",
     ),
     click.option(
+        "--passes",
+        type=click.IntRange(min=1),
+        default=_DEFAULTS.passes,
+        show_default=True,
+        help="Times an answer is trained on while the target's states of it are in memory.",
+    ),
+    click.option(
         "--draft-vocab",
         "draft_vocab_size",
         type=click.IntRange(min=1),

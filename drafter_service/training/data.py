@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import numpy.typing
@@ -14,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from specdec.errors import InvalidArgumentError
 
-HELD_OUT_SEQUENCES = 48
+REPLAYED_BATCHES = 256
+"""Batches whose features are kept for another pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,23 +117,58 @@ class TokenData:
         return numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
 
 
-def split(data: TokenData, num_held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out."""
-    order = numpy.random.default_rng(seed).permutation(len(data)).tolist()
+def split(data: TokenData, num_held_out: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out.
+
+    The same whatever the seed of a run: one that starts from an earlier drafter must not be measured on what
+    that one saw.
+    """
+    order = numpy.random.default_rng(0).permutation(len(data)).tolist()
     num_held_out = min(num_held_out, len(order) // 2)
     return order[num_held_out:], order[:num_held_out]
 
 
+class Batch(NamedTuple):
+    """Sequences of one step."""
+
+    number: int
+    """The same for every pass over these sequences."""
+    sequences: list[TokenSequence]
+    is_last_pass: bool
+
+
 def batches(
-    data: TokenData, indices: Sequence[int], *, tokens_per_step: int, max_length: int, seed: int, skip: int
-) -> Iterator[list[TokenSequence]]:
+    data: TokenData,
+    indices: Sequence[int],
+    *,
+    tokens_per_step: int,
+    max_length: int,
+    passes: int,
+    seed: int,
+    skip: int,
+) -> Iterator[Batch]:
     """Batches of whole sequences with at least `tokens_per_step` answer tokens, for ever, in shuffled epochs.
 
     Args:
         max_length: longer sequences are cut there, tokens.
+        passes: times a batch comes; in between others come, at most REPLAYED_BATCHES different ones.
         skip: batches to leave out: a resumed run goes on where it was.
     """
     rng = numpy.random.default_rng(seed)
+    fresh = enumerate(_fresh_batches(data, indices, tokens_per_step, max_length, rng))
+    while True:
+        kept = list(islice(fresh, REPLAYED_BATCHES)) if passes > 1 else [next(fresh)]
+        for number_of_pass in range(1, passes + 1):
+            for index in range(len(kept)) if number_of_pass == 1 else rng.permutation(len(kept)).tolist():
+                if skip:
+                    skip -= 1
+                else:
+                    yield Batch(*kept[index], is_last_pass=number_of_pass == passes)
+
+
+def _fresh_batches(
+    data: TokenData, indices: Sequence[int], tokens_per_step: int, max_length: int, rng: numpy.random.Generator
+) -> Iterator[list[TokenSequence]]:
     batch: list[TokenSequence] = []
     while True:
         for index in rng.permutation(len(indices)).tolist():
@@ -140,8 +177,5 @@ def batches(
                 continue
             batch.append(TokenSequence(sequence.token_ids[:max_length], sequence.prompt_length))
             if sum(len(s.token_ids) - s.prompt_length for s in batch) >= tokens_per_step:
-                if skip:
-                    skip -= 1
-                else:
-                    yield batch
+                yield batch
                 batch = []

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from drafter_service.training.config import LoopConfig
-from drafter_service.training.data import TokenData, TokenSequence, batches, split
+from drafter_service.training.data import Batch, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import SequenceFeatures
 from specdec.errors import InvalidArgumentError
 
@@ -36,7 +36,7 @@ class History:
     step: int = 0
     seconds: float = 0.0
     num_tokens: int = 0
-    """Answer tokens seen."""
+    """Answer tokens trained on; each counts once per pass."""
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, moving average)"""
     acceptance: list[tuple[int, float]] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Training:
         self.trainee, self.config = trainee, config
         self.history = History()
         self.source, self._data, self._console = source, data, console
-        self._train, self._held_out = split(data, config.num_held_out, config.seed)
+        self._train, self._held_out = split(data, config.num_held_out)
         self._parameters = list(trainee.parameters())
         self._device = self._parameters[0].device
         self._optimizer = torch.optim.AdamW(
@@ -117,6 +117,7 @@ class Training:
         )
         self._generator = torch.Generator().manual_seed(config.seed)
         self._held_out_features: list[list[SequenceFeatures]] = []
+        self._kept_features: dict[int, list[SequenceFeatures]] = {}
 
     @property
     def progress(self) -> float:
@@ -147,6 +148,7 @@ class Training:
             self._train,
             tokens_per_step=config.tokens_per_step,
             max_length=config.max_length,
+            passes=config.passes,
             seed=config.seed,
             skip=history.step,
         )
@@ -163,9 +165,15 @@ class Training:
         finally:
             self.save_checkpoint()
 
-    def _step(self, batch: Sequence[TokenSequence]) -> None:
+    def _features(self, batch: Batch) -> list[SequenceFeatures]:
+        features = self._kept_features.pop(batch.number, None) or self.source(batch.sequences)
+        if not batch.is_last_pass:
+            self._kept_features[batch.number] = features
+        return features
+
+    def _step(self, batch: Batch) -> None:
         started = time.perf_counter()
-        features = self.source(batch)
+        features = self._features(batch)
         self.trainee.train()
         with torch.autocast(self._device.type, torch.bfloat16):
             loss = self.trainee.loss(features, self._generator)
@@ -175,7 +183,7 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
-        self._note(loss.item(), batch)
+        self._note(loss.item(), batch.sequences)
         self.history.seconds += time.perf_counter() - started
 
     def _note(self, loss: float, batch: Sequence[TokenSequence]) -> None:
@@ -259,5 +267,5 @@ class Training:
 
 def _identity(config: LoopConfig) -> dict[str, Any]:
     """What must be the same for a run to be resumed: what changes data or order."""
-    names = ("tokens_per_step", "max_length", "num_held_out", "seed")
+    names = ("tokens_per_step", "max_length", "passes", "num_held_out", "seed")
     return {name: getattr(config, name) for name in names}

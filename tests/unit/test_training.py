@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 from drafter_service.training.cli import train
-from drafter_service.training.data import TokenData, TokenSequence, batches, split
+from drafter_service.training.data import REPLAYED_BATCHES, TokenData, TokenSequence, batches, split
 from drafter_service.training.generate import Decoder, GenerationProgress, Job, generate
 from drafter_service.training.prompts import PromptMaker
 from specdec.errors import InvalidArgumentError
@@ -168,22 +168,39 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_held_out_sequences_are_not_trained_on() -> None:
-    train_indices, held_out = split(some_data(), 6, seed=1)
+    train_indices, held_out = split(some_data(), 6)
     assert len(held_out) == 6
     assert sorted(train_indices + held_out) == list(range(20))
-    assert split(some_data(), 6, seed=1) == (train_indices, held_out)
-    assert split(some_data(), 6, seed=2) != (train_indices, held_out)
-    assert len(split(some_data(4), 100, seed=1)[1]) == 2
+    assert split(some_data(), 6) == (train_indices, held_out)
+    assert len(split(some_data(4), 100)[1]) == 2
 
 
 def test_batches_go_on_where_a_run_was_interrupted() -> None:
-    options = {"tokens_per_step": 12, "max_length": 9, "seed": 5}
+    options = {"tokens_per_step": 12, "max_length": 9, "passes": 1, "seed": 5}
     indices = list(range(20))
     whole = list(islice(batches(some_data(), indices, skip=0, **options), 12))
     assert list(islice(batches(some_data(), indices, skip=7, **options), 5)) == whole[7:]
     for batch in whole:
-        assert all(len(sequence.token_ids) <= 9 for sequence in batch)
-        assert sum(len(s.token_ids) - s.prompt_length for s in batch) >= 12
+        assert batch.is_last_pass
+        assert all(len(sequence.token_ids) <= 9 for sequence in batch.sequences)
+        assert sum(len(s.token_ids) - s.prompt_length for s in batch.sequences) >= 12
+
+
+def test_batches_come_again_while_their_features_are_kept() -> None:
+    options = {"tokens_per_step": 12, "max_length": 9, "passes": 3, "seed": 5}
+    indices = list(range(20))
+    num_shown = 2 * 3 * REPLAYED_BATCHES
+    shown = list(islice(batches(some_data(), indices, skip=0, **options), num_shown))
+    assert list(islice(batches(some_data(), indices, skip=700, **options), 5)) == shown[700:705]
+    for start in range(0, num_shown, REPLAYED_BATCHES):
+        own = shown[start : start + REPLAYED_BATCHES]
+        first = start // (3 * REPLAYED_BATCHES) * REPLAYED_BATCHES
+        assert sorted(batch.number for batch in own) == list(range(first, first + REPLAYED_BATCHES))
+        assert {batch.is_last_pass for batch in own} == {start // REPLAYED_BATCHES % 3 == 2}
+    order = [batch.number for batch in shown]
+    assert order[:REPLAYED_BATCHES] != order[REPLAYED_BATCHES : 2 * REPLAYED_BATCHES]
+    by_number = {batch.number: batch.sequences for batch in shown}
+    assert all(by_number[batch.number] == batch.sequences for batch in shown)
 
 
 def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
