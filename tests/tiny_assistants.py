@@ -35,12 +35,14 @@ _GLOBAL_KV: Mapping[str, Mapping[str, Any]] = {
 """Geometry of the target's full attention, where it is another than that of its sliding one."""
 
 
-def save_tiny_assistant(folder: Path, family: str, *, seed: int = 1, **config: Any) -> Path:
+def save_tiny_assistant(
+    folder: Path, family: str, *, seed: int = 1, vocab_size: int = VOCAB_SIZE, **config: Any
+) -> Path:
     """Write an assistant for a tiny target of a family, and its tokenizer."""
     torch.manual_seed(seed)
     unified = family == "gemma4-unified"
     text = {
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": vocab_size,
         "hidden_size": 24,
         "intermediate_size": 48,
         "num_hidden_layers": 3,

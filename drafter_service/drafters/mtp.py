@@ -256,9 +256,11 @@ class MtpDrafter(Drafter):
         weights = session.target_weights
         for what, rows in (("hidden states", hidden), ("embeddings", weights.embedding)):
             if tuple(rows.shape[1:]) != (self._backbone_size,):
-                found = "x".join(map(str, rows.shape[1:])) or "one"
-                return f"it reads {what} of {self._backbone_size} elements, the target's have {found}"
-        known = len(weights.embedding) if self._own_head else min(len(weights.embedding), len(weights.lm_head))
+                size = "x".join(map(str, rows.shape[1:]))
+                return f"it reads {what} of {self._backbone_size} elements, the target's have {size}"
+        known = (
+            len(weights.embedding) if self._own_head else min(len(weights.embedding), len(weights.lm_head))
+        )
         if known < self._vocab_size:
             return f"its vocabulary has {self._vocab_size} tokens, the target's {known}"
         return ""

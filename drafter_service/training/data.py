@@ -167,7 +167,11 @@ def batches(
 
 
 def _fresh_batches(
-    data: TokenData, indices: Sequence[int], tokens_per_step: int, max_length: int, rng: numpy.random.Generator
+    data: TokenData,
+    indices: Sequence[int],
+    tokens_per_step: int,
+    max_length: int,
+    rng: numpy.random.Generator,
 ) -> Iterator[list[TokenSequence]]:
     batch: list[TokenSequence] = []
     while True:

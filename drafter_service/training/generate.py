@@ -21,7 +21,7 @@ from specdec.runtime.picks import PickContext, Picker
 from specdec.sampling import SamplingParams
 
 _MAX_PREFILL_TOKENS = 2048
-"""Prompt tokens that may join a pass, bar a single longer prompt: what bounds a pass's memory and time."""
+"""Prompt tokens that may join a pass, bar a longer prompt, which joins alone: what bounds a pass's memory and time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,11 @@ class Decoder:
         pool, num_prefill = self.packed.pool, 0
         while waiting and len(running) < self._batch_size:
             index, job = waiting[0]
-            num_prefill += len(job.prompt)
             num_tokens = len(job.prompt) + job.max_tokens
-            if running and (num_tokens > pool.free_tokens or num_prefill > _MAX_PREFILL_TOKENS):
+            is_crowded = num_prefill > 0 and num_prefill + len(job.prompt) > _MAX_PREFILL_TOKENS
+            if is_crowded or (running and num_tokens > pool.free_tokens):
                 return
+            num_prefill += len(job.prompt)
             running.append(_Running(index, job, pool.allocate(num_tokens), list(job.prompt)))
             waiting.popleft()
 

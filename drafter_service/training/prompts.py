@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 from transformers import AutoTokenizer
 
-from drafter_service.training.generate import Decoder, GenerationProgress, Job
+from drafter_service.training.generate import Decoder, GenerationProgress, Job, room_after
 from specdec.bench.workload import load_prompts
+from specdec.errors import InvalidArgumentError
 from specdec.sampling import SamplingParams
 
 _MARK = "\u2042"
@@ -28,10 +30,18 @@ class PromptMaker:
     Args:
         folder: the target's, with its tokenizer.
         eos_token_ids: tokens that end its answers.
+
+    Raises:
+        InvalidArgumentError: the folder has no tokenizer.
     """
 
     def __init__(self, folder: Path, eos_token_ids: Sequence[int]) -> None:
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # a missing or broken tokenizer surfaces as many types
+            raise InvalidArgumentError(
+                f"{folder} has no tokenizer to write prompts with ({error}); give --tokens.", field="model"
+            ) from error
         self._eos = frozenset(eos_token_ids)
         text = _MARK
         if self._tokenizer.chat_template:
@@ -65,19 +75,26 @@ class PromptMaker:
     def make_up(
         self, decoder: Decoder, count: int, seed: int, progress: GenerationProgress
     ) -> list[list[int]]:
-        """Prompts the target itself writes: it goes on with the user's turn of its chat template."""
+        """Prompts the target itself writes: it goes on with the user's turn of its chat template.
+
+        At most `count`, all different: a repeated one could be trained on and held out.
+
+        Raises:
+            InvalidArgumentError: the target's context is too short for any.
+        """
         stop_ids = self._eos | set(self._after[:1])
-        jobs = [
-            Job(
-                (*self._before, *self._encode(_OPENINGS[index % len(_OPENINGS)])),
-                _MAX_TEXT_TOKENS,
-                stop_ids,
-                SamplingParams(temperature=1.0, top_p=0.95, seed=seed + index),
-            )
-            for index in range(count)
-        ]
+        seeds = numpy.random.SeedSequence(seed).generate_state(count).tolist()
+        jobs = [self._opening(decoder, index, seeds[index], stop_ids) for index in range(count)]
         texts = progress.run("Making up prompts", decoder, jobs)
-        return [
-            [*job.prompt, *(token for token in text if token not in stop_ids), *self._after]
+        prompts = [
+            (*job.prompt, *(token for token in text if token not in stop_ids), *self._after)
             for job, text in zip(jobs, texts, strict=True)
         ]
+        return [list(prompt) for prompt in dict.fromkeys(prompts)]
+
+    def _opening(self, decoder: Decoder, index: int, seed: int, stop_ids: set[int] | frozenset[int]) -> Job:
+        start = (*self._before, *self._encode(_OPENINGS[index % len(_OPENINGS)]))
+        # At least as much is left for the answer.
+        room = room_after(decoder.packed, (*start, *self._after)) // 2
+        sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=seed)
+        return Job(start, max(1, min(_MAX_TEXT_TOKENS, room)), frozenset(stop_ids), sampling)

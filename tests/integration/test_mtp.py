@@ -217,14 +217,20 @@ async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Pat
             assert await generate(system, sampling=sampling) == plain
 
 
-async def test_sessions_drafted_together_get_the_drafts_they_get_alone(tmp_path: Path) -> None:
-    target, assistant = save_narrow_pair(tmp_path, "gemma4")
+@pytest.mark.parametrize("temperature", [0.0, 20.0])
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-shared-kv"])
+async def test_sessions_drafted_together_get_the_drafts_they_get_alone(
+    family: str, temperature: float, tmp_path: Path
+) -> None:
+    target, assistant = save_narrow_pair(tmp_path, family)
     prompts = [PROMPT[shift:] for shift in (0, 3, 5, 8)]
+    sampling = SamplingParams(temperature=temperature, seed=1)
     alone, together = Recorder(), Recorder()
     async with running_system(target, f"mtp:{assistant}", families=alone.families) as system:
-        expected = [await generate(system, prompt) for prompt in prompts]
+        expected = [await generate(system, prompt, sampling=sampling) for prompt in prompts]
     async with running_system(target, f"mtp:{assistant}", families=together.families) as system:
-        assert await asyncio.gather(*(generate(system, prompt) for prompt in prompts)) == expected
+        answers = (generate(system, prompt, sampling=sampling) for prompt in prompts)
+        assert await asyncio.gather(*answers) == expected
     assert {r.committed: r.draft for r in alone.records} == {r.committed: r.draft for r in together.records}
 
 
@@ -255,9 +261,12 @@ async def test_an_assistant_of_another_target_costs_the_drafts_alone(tmp_path: P
     target = save_tiny_model(tmp_path / "target", "gemma4")
     other = save_tiny_assistant(tmp_path / "other", "gemma4-unified")
     wide = save_tiny_assistant(tmp_path / "wide", "gemma4", backbone_hidden_size=48)
-    async with running_system(target, f"other=mtp:{other}", f"wide=mtp:{wide}") as system:
+    wordy = save_tiny_assistant(tmp_path / "wordy", "gemma4", vocab_size=2 * VOCAB_SIZE)
+    drafters = (f"other=mtp:{other}", f"wide=mtp:{wide}", f"wordy=mtp:{wordy}")
+    messages = {"other": "full_attention KV", "wide": "48 elements", "wordy": f"{2 * VOCAB_SIZE} tokens"}
+    async with running_system(target, *drafters) as system:
         plain = await system.client.generate(PROMPT, GenerateOptions(method="none", max_new_tokens=12))
-        for method, message in (("other", "full_attention KV"), ("wide", "48 elements")):
+        for method, message in messages.items():
             result = await system.client.generate(PROMPT, GenerateOptions(method=method, max_new_tokens=12))
             assert result.token_ids == plain.token_ids
             assert result.speculation.num_draft_tokens == 0
@@ -283,6 +292,17 @@ async def test_an_assistant_for_a_target_with_one_attention_type(tiny_llama: Pat
     drafted = {token for record in recorder.records for token in record.draft}
     assert len(drafted) > 5
     assert drafted <= set(draft_vocab.tolist())
+
+
+async def test_ordered_embeddings_and_a_draft_vocabulary(tmp_path: Path) -> None:
+    target, assistant = save_narrow_pair(tmp_path, "gemma4-shared-kv")
+    drafted_ids = sorted({*NARROW, *range(0, VOCAB_SIZE, 3)})
+    save_file({"token_ids": torch.tensor(drafted_ids)}, assistant / "draft_vocab.safetensors")
+    recorder = Recorder()
+    async with running_system(target, f"mtp:{assistant}", families=recorder.families) as system:
+        assert await generate(system) == await generate(system, method="none", num_draft_tokens=None)
+    assert {token for record in recorder.records for token in record.draft} <= set(drafted_ids)
+    assert sum(len(record.draft) for record in recorder.records) > NUM_TOKENS
 
 
 def test_checkpoints_that_are_no_assistants_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -94,7 +94,33 @@ def test_prompts_are_made_up_within_the_chat_template(packed: PackedModel, tiny_
         assert EOS not in prompt[opening : opening - len(empty)]
     assert len({tuple(prompt) for prompt in prompts}) == 12
     assert maker.make_up(decoder, 12, 7, QUIET) == prompts
-    assert maker.make_up(decoder, 12, 8, QUIET) != prompts
+    neighbours = maker.make_up(decoder, 12, 8, QUIET)
+    assert not {tuple(prompt) for prompt in prompts} & {tuple(prompt) for prompt in neighbours}
+
+
+def test_made_up_prompts_leave_room_for_an_answer(tiny_llama: Path, tmp_path: Path) -> None:
+    loaded = load_causal_lm(str(tiny_llama), dtype="float32", device="cpu")
+    short = PackedModel(loaded.model, kv_budget_bytes=2**15)
+    maker = PromptMaker(tiny_llama, [EOS])
+    capacity = short.pool.capacity_tokens
+    assert capacity < 2 * 96
+    assert all(len(prompt) < capacity for prompt in maker.make_up(Decoder(short, 1), 8, 7, QUIET))
+
+
+def test_prompts_need_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"(?s)no tokenizer.*--tokens"):
+        PromptMaker(tmp_path, [EOS])
+
+
+def test_a_long_prompt_joins_those_under_way(
+    packed: PackedModel, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drafter_service.training.generate._MAX_PREFILL_TOKENS", 8)
+    jobs = [job(range(40, 44), 12), job(range(50, 70), 4), job(range(60, 63), 4)]
+    per_pass: list[int] = []
+    outputs = dict(Decoder(packed, 3).run(jobs, per_pass.append))
+    assert per_pass[:3] == [1, 2, 3]
+    assert outputs[1] == reference(tiny_llama, list(range(50, 70)), 4)
 
 
 def test_prompts_of_a_file(packed: PackedModel, tiny_llama: Path, tmp_path: Path) -> None:
