@@ -25,7 +25,7 @@ class LoopConfig:
     max_length: int = 512
     """Longer sequences are cut there, tokens."""
     passes: int = 3
-    """Times a batch is trained on before its features are dropped: the target's pass costs more than a step."""
+    """Times a batch is trained on before its features go: the target's pass costs more than a step."""
     evaluate_minutes: float = 5.0
     """Time between two looks at held-out acceptance, minutes."""
     num_draft_tokens: int = 4

@@ -21,7 +21,7 @@ from specdec.runtime.picks import PickContext, Picker
 from specdec.sampling import SamplingParams
 
 _MAX_PREFILL_TOKENS = 2048
-"""Prompt tokens that may join a pass, bar a longer prompt, which joins alone: what bounds a pass's memory and time."""
+"""Prompt tokens that may join a pass, to bound its memory and time; a longer prompt joins alone."""
 
 
 @dataclass(frozen=True, slots=True)
