@@ -22,8 +22,9 @@ class DrafterConfig(ModelServiceConfig):
     drafter: tuple[str, ...] = ("ngram",)
     """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. "ngram" (prompt lookup),
     "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target; "mtp" alone is the one for the embedded
-    model), "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by
-    NAME, which is FAMILY where it is left out."""
+    model), "dflash:FOLDER-OR-HUB-ID" (a block diffusion drafter made for the target),
+    "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by NAME, which
+    is FAMILY where it is left out."""
     ngram_min: int = 2
     """Shortest n-gram the ngram drafter looks up, tokens."""
     ngram_max: int = 4

@@ -88,6 +88,22 @@ def _make_mtp(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     )
 
 
+def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.dflash import DFlashDrafter
+    from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
+
+    if not spec.model:
+        raise InvalidArgumentError(
+            "The dflash drafter needs a checkpoint; write --drafter dflash:FOLDER-OR-HUB-ID.", field="drafter"
+        )
+    return DFlashDrafter(
+        spec.name,
+        DFlashCheckpoint.load(spec.model, dtype=config.dtype, device=config.device),
+        kv_budget_bytes=int(config.kv_cache_mib * 2**20),
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
 def pretrained(family: str) -> str:
     """Folder of the drafter of that family that comes with the embedded target."""
     return str(Path(__file__).parent / "pretrained" / f"smollm2-135m-instruct-{family}")
@@ -97,6 +113,7 @@ FAMILIES: Mapping[str, DrafterFactory] = {
     "ngram": _make_ngram,
     "causal-lm": _make_causal_lm,
     "mtp": _make_mtp,
+    "dflash": _make_dflash,
 }
 
 

@@ -82,12 +82,12 @@ def save_narrow_pair(folder: Path, family: str) -> tuple[Path, Path]:
     target = save_tiny_model(folder / "target", family)
     assistant = save_tiny_assistant(folder / "assistant", family, seed=_SEEDS[family])
     for path in (target, assistant):
-        _narrow(path)
+        narrow(path)
     return target, assistant
 
 
 @torch.no_grad()
-def _narrow(path: Path) -> None:
+def narrow(path: Path) -> None:
     """Give a model a head of its own that hardly ever chooses another token.
 
     Of its own: a tiny model with the embedding for a head repeats its last token.

@@ -8,35 +8,30 @@ of a round share one position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from drafter_service.config import MTP_POSITIONS
 from drafter_service.drafters.assistant import AssistantLayers
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession
+from drafter_service.drafters.head import DraftHead, Logits, read_draft_vocab
 from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
 from specdec.model_files import resolve_model
 from specdec.runtime.loading import LoadedModel, load_causal_lm
-from specdec.runtime.picks import PickContext, Picker
+from specdec.runtime.picks import PickContext
 from specdec.runtime.prepack import multiplier, prepack_linears
 from specdec.runtime.state_memory import dtype_name
 from specdec.runtime.target_view import TargetStateView
-from specdec.runtime.target_weights import TargetWeights, softcapped
 from specdec.target_state import TargetStateSpec
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 DEFAULT_NUM_DRAFT_TOKENS = 4
-DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 _HEAD_WEIGHTS = {"lm_head.weight", "model.embed_tokens.weight"}
 
 
@@ -83,23 +78,7 @@ class Assistant:
             fingerprint = getattr(config, "specdec_vocabulary_fingerprint", "")
             loaded = replace(loaded, vocabulary_fingerprint=fingerprint)
         vocab_size = config.get_text_config().vocab_size
-        return cls(loaded, _read_draft_vocab(folder, vocab_size, loaded.model.device), uses_target_head)
-
-
-def _read_draft_vocab(folder: Path, vocab_size: int, device: torch.device) -> Tensor | None:
-    path = folder / DRAFT_VOCAB_FILE
-    if not path.is_file():
-        return None
-    try:
-        token_ids = load_file(path)["token_ids"].long()
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InvalidArgumentError(f"{path} cannot be read: {error!r}", field="drafter") from error
-    ascending = token_ids.ndim == 1 and len(token_ids) and bool((token_ids.diff() > 0).all())
-    if not (ascending and token_ids[0] >= 0 and token_ids[-1] < vocab_size):
-        raise InvalidArgumentError(
-            f"{path}: token_ids must be ascending ids below {vocab_size}.", field="drafter"
-        )
-    return token_ids.to(device)
+        return cls(loaded, read_draft_vocab(folder, vocab_size, loaded.model.device), uses_target_head)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,14 +148,12 @@ class MtpDrafter(Drafter):
         }
         self._offset = MTP_POSITIONS[position]
         self._vocab_size: int = config.vocab_size
-        self._draft_vocab = assistant.draft_vocab
-        self._own_head = None if assistant.uses_target_head else self._make_own_head(model)
-        self._target_heads: WeakKeyDictionary[TargetWeights, _Head] = WeakKeyDictionary()
+        own_head = None if assistant.uses_target_head else _own_head(model, assistant.draft_vocab)
+        self._head = DraftHead(assistant.draft_vocab, own_head, self._dtype)
         # What is left of the model is its layers and projections.
         model.lm_head = model.model.embed_tokens = nn.Identity()
         prepack_linears(model, keep=model.lm_head)
         self._layers = AssistantLayers(model)
-        self._picker = Picker(self._vocab_size, self._device)
         self.info = DrafterInfo(
             name=name,
             family="mtp",
@@ -190,29 +167,6 @@ class MtpDrafter(Drafter):
             target_state_spec=TargetStateSpec(last_hidden_state=True, kv_last_of_each_attention_type=True),
             needs_target_weights=True,
         )
-
-    def _make_own_head(self, model: Any) -> _Head:
-        rows = model.lm_head.weight
-        if model.config.use_ordered_embeddings:
-            masked = model.masked_embedding
-            drafted = slice(None) if self._draft_vocab is None else self._draft_vocab
-            # Row by row: what transformers gives the tokens it leaves out depends on all rows of a call.
-            return lambda states: torch.cat([masked(row[None, None], rows)[0] for row in states])[:, drafted]
-        return multiplier(rows if self._draft_vocab is None else rows[self._draft_vocab])
-
-    def _head(self, weights: TargetWeights) -> _Head:
-        """The head's logits [num_rows, draft_vocab_size] of states [num_rows, hidden_size]."""
-        if self._own_head:
-            return self._own_head
-        if weights not in self._target_heads:
-            self._target_heads[weights] = self._make_target_head(weights)
-        return self._target_heads[weights]
-
-    def _make_target_head(self, weights: TargetWeights) -> _Head:
-        rows = weights.lm_head if self._draft_vocab is None else weights.lm_head[self._draft_vocab]
-        multiply, cap = multiplier(rows.to(self._dtype)), weights.final_logit_softcap
-        # Not a method of the weights: the cache would keep them alive.
-        return lambda states: softcapped(multiply(states), cap)
 
     @torch.inference_mode()
     def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
@@ -258,18 +212,12 @@ class MtpDrafter(Drafter):
             if tuple(rows.shape[1:]) != (self._backbone_size,):
                 size = "x".join(map(str, rows.shape[1:]))
                 return f"it reads {what} of {self._backbone_size} elements, the target's have {size}"
-        known = (
-            len(weights.embedding) if self._own_head else min(len(weights.embedding), len(weights.lm_head))
-        )
-        if known < self._vocab_size:
-            return f"its vocabulary has {self._vocab_size} tokens, the target's {known}"
-        return ""
+        return self._head.misfit(weights, self._vocab_size)
 
     def _draft(self, running: list[_Round]) -> None:
         """Step by step; rounds leave when they have their K tokens, or stop being sure."""
         weights = running[0].session.target_weights
         assert weights is not None
-        head = self._head(weights)
         hidden = torch.cat([one.hidden for one in running])
         while running:
             token_ids = torch.tensor([one.last_token for one in running], device=self._device)
@@ -279,8 +227,7 @@ class MtpDrafter(Drafter):
             states, hidden = self._layers.step(
                 embeddings, hidden, torch.tensor(positions, device=self._device), kv
             )
-            logits = head(states)
-            going_on = self._extend(running, logits)
+            going_on = self._extend(running, self._head.logits(states, weights))
             running = [running[row] for row in going_on]
             if len(going_on) < len(hidden):
                 hidden = hidden[going_on]
@@ -291,38 +238,27 @@ class MtpDrafter(Drafter):
         Args:
             logits: [num_rows, draft_vocab_size].
         """
-        picks = self._pick(logits, rounds)
+        contexts = [one.context for one in rounds]
+        picks = self._head.pick(logits, [1] * len(rounds), contexts, self._vocab_size)
         going_on = []
-        for row, (one, pick) in enumerate(zip(rounds, picks, strict=True)):
-            is_sure = self._is_sure(one, logits[row], pick)
+        for row, (one, (pick,)) in enumerate(zip(rounds, picks, strict=True)):
+            threshold = one.session.min_draft_confidence
+            is_sure = not threshold or self._head.confidence(logits[row], pick) >= threshold
             if is_sure or not one.draft:
                 one.draft.append(pick)
             if is_sure and len(one.draft) < one.num_wanted:
                 going_on.append(row)
         return going_on
 
-    def _is_sure(self, one: _Round, logits: Tensor, pick: int) -> bool:
-        if not one.session.min_draft_confidence:
-            return True
-        index = pick
-        if self._draft_vocab is not None:
-            index = int(torch.searchsorted(self._draft_vocab, pick))
-        return logits.float().softmax(-1)[index].item() >= one.session.min_draft_confidence
 
-    def _pick(self, logits: Tensor, rounds: Sequence[_Round]) -> list[int]:
-        """One token per row, picked as the target picks."""
-        if all(one.session.sampling.is_plain for one in rounds):
-            best = logits.argmax(-1)
-            picks: list[int] = (best if self._draft_vocab is None else self._draft_vocab[best]).tolist()
-            return picks
-        if self._draft_vocab is not None:
-            full = logits.new_full((len(logits), self._vocab_size), float("-inf"))
-            logits = full.index_copy_(1, self._draft_vocab, logits)
-        picked = self._picker.pick(list(logits.split(1)), [one.context for one in rounds])
-        return [row[0] for row in picked]
-
-
-_Head = Callable[[Tensor], Tensor]
+def _own_head(model: Any, draft_vocab: Tensor | None) -> Logits:
+    rows = model.lm_head.weight
+    if model.config.use_ordered_embeddings:
+        masked = model.masked_embedding
+        drafted = slice(None) if draft_vocab is None else draft_vocab
+        # Row by row: what transformers gives the tokens it leaves out depends on all rows of a call.
+        return lambda states: torch.cat([masked(row[None, None], rows)[0] for row in states])[:, drafted]
+    return multiplier(rows if draft_vocab is None else rows[draft_vocab])
 
 
 def _layer_of(view: TargetStateView, attention_type: str) -> int:

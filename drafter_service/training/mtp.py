@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attent
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 
 from drafter_service.drafters.assistant import AssistantLayers, TargetKv
-from drafter_service.drafters.mtp import DRAFT_VOCAB_FILE
+from drafter_service.drafters.head import DRAFT_VOCAB_FILE
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures
 from drafter_service.training.loop import Trainee

@@ -1,0 +1,295 @@
+"""DFlash drafters (arXiv 2602.06036): block diffusion, a whole block of drafts in one pass.
+
+The context is the target's: hidden states of a few of its layers, projected, of which each decoder layer
+makes keys and values. These are kept: a round adds those of the positions that were committed since the
+last. The block, the anchor and a mask for every draft, goes into the slots behind them and is written over
+in the next round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, scaled_dot_product_attention
+
+from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.block_layers import BlockLayers, LayerMask
+from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
+from drafter_service.drafters.head import DraftHead
+from specdec.errors import FailedPreconditionError, SpecdecError
+from specdec.runtime.kv_pool import KvAllocation, KvPool, KvShape, join_slots, write_rows
+from specdec.runtime.picks import PickContext
+from specdec.runtime.prepack import multiplier, prepack_linears
+from specdec.runtime.state_memory import dtype_name
+from specdec.runtime.target_weights import TargetWeights
+from specdec.target_state import TargetStateSpec
+
+_MAX_CONTEXT_ROWS = 2048
+"""Context positions of a session that join one pass, which bounds its memory; a long prompt takes several."""
+
+
+class DFlashSession(DraftSession):
+    """Committed tokens, and how many positions of the context have keys and values."""
+
+    def __init__(self, request: OpenDraft, allocation: KvAllocation) -> None:
+        super().__init__(request)
+        self.allocation = allocation
+        self.num_cached = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Round:
+    """One session's part of a pass."""
+
+    session: DFlashSession
+    context: Tensor  # [num_context, hidden_size]
+    block: Sequence[int]
+    """Token ids: the anchor and the masks."""
+    num_drafts: int
+
+    @property
+    def start(self) -> int:
+        """Position of the first of the context that is new."""
+        return self.session.num_cached
+
+    @property
+    def anchor(self) -> int:
+        """Position of the block's first token: the context ends before it."""
+        return self.start + len(self.context)
+
+    @property
+    def stop(self) -> int:
+        """Position after the block."""
+        return self.anchor + len(self.block)
+
+
+class _PassKv:
+    """Keys and values of the sessions of a pass, in the drafter's pool."""
+
+    def __init__(self, pool: KvPool, rounds: Sequence[_Round], masks: Sequence[LayerMask]) -> None:
+        self._pool, self._rounds, self._masks = pool, rounds, masks
+        if len(rounds) == 1:
+            # Its block lies behind its context.
+            (one,) = rounds
+            self._slots = one.session.allocation.slots(one.start, one.stop)
+        else:
+            context = [one.session.allocation.slots(one.start, one.anchor) for one in rounds]
+            blocks = [one.session.allocation.slots(one.anchor, one.stop) for one in rounds]
+            self._slots = join_slots([*context, *blocks], pool.device)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Store what is new and attend session by session, over views of the pool where they are one run."""
+        pooled = self._pool.keys[layer], self._pool.values[layer]
+        for tensor, rows in zip(pooled, (keys, values), strict=True):
+            write_rows(tensor, self._slots, rows.transpose(0, 1))
+        outputs, row = [], 0
+        for one in self._rounds:
+            own = queries[:, row : row + len(one.block)]
+            outputs.append(self._attend_one(one, self._masks[layer], own, pooled, scaling))
+            row += len(one.block)
+        return torch.cat(outputs, dim=1)
+
+    def _attend_one(
+        self, one: _Round, mask: LayerMask, queries: Tensor, pooled: tuple[Tensor, Tensor], scaling: float
+    ) -> Tensor:
+        first = 0 if mask.reach is None else max(0, one.anchor - mask.reach)
+        slots = one.session.allocation.slots(first, one.stop)
+        keys, values = (tensor[slots].transpose(0, 1)[None] for tensor in pooled)
+        positions = torch.arange(first, one.stop, device=queries.device)
+        seen = mask.seen(positions[one.anchor - first :], positions)
+        fold = queries.shape[0] // keys.shape[1]
+        # Heads that share keys are queries of one attention.
+        folded = queries.reshape(1, keys.shape[1], fold * len(one.block), -1)
+        if seen is not None:
+            seen = seen.repeat(fold, 1)
+        attended = scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scaling)
+        return attended.reshape(queries.shape)
+
+
+class DFlashDrafter(Drafter):
+    """Drafts a block for all sessions of a step in one pass."""
+
+    def __init__(
+        self, name: str, checkpoint: DFlashCheckpoint, *, kv_budget_bytes: int, max_num_draft_tokens: int
+    ) -> None:
+        model, settings = checkpoint.model, checkpoint.settings
+        config, self._settings = model.config, settings
+        self._dtype, self._device = model.dtype, model.device
+        self._hidden_size: int = config.hidden_size
+        self.projection = checkpoint.projection
+        own = None if checkpoint.lm_head is None else multiplier(checkpoint.lm_head)
+        self._head = DraftHead(
+            checkpoint.draft_vocab,
+            own,
+            self._dtype,
+            scale=settings.logit_scale,
+            softcap=settings.logit_softcap,
+        )
+        self._layers = BlockLayers(model)
+        prepack_linears(model, keep=model.encoder)
+        shape = KvShape(config.num_key_value_heads, config.head_dim, config.head_dim)
+        self._pool = KvPool(
+            dict.fromkeys(range(config.num_hidden_layers), shape),
+            budget_bytes=kv_budget_bytes,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        most = min(max_num_draft_tokens, settings.max_num_draft_tokens)
+        self.info = DrafterInfo(
+            name=name,
+            family="dflash",
+            max_num_draft_tokens=most,
+            default_num_draft_tokens=most,
+            model_id=checkpoint.model_id,
+            vocabulary_fingerprint=settings.vocabulary_fingerprint,
+            vocab_size=settings.vocab_size,
+            dtype=dtype_name(self._dtype),
+            device=str(self._device),
+            target_state_spec=TargetStateSpec(
+                hidden_layer_ids=settings.target_layer_ids, projection=self.projection.info
+            ),
+            needs_target_weights=True,
+        )
+
+    def open(self, request: OpenDraft) -> DFlashSession:
+        """A session with room for its context and a block behind it.
+
+        Raises:
+            InvalidArgumentError: the generation is longer than the pool.
+            ResourceExhaustedError: no memory free.
+        """
+        num_tokens = request.max_length + self._settings.block_size
+        return DFlashSession(request, self._pool.allocate(num_tokens))
+
+    def close(self, session: DraftSession) -> None:
+        """Give the session's memory back."""
+        self._pool.free(_checked(session).allocation)
+
+    @torch.inference_mode()
+    def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+        """Drafts of up to K tokens; the sessions of one target go through the layers together."""
+        errors = [self._misfit(_checked(item.session)) for item in items]
+        drafts: list[list[int] | SpecdecError] = [error or [] for error in errors]
+        wanted = [index for index, error in enumerate(errors) if not error and _num_drafts(items[index])]
+        for index in wanted:
+            self._catch_up(_checked(items[index].session))
+        wanted.sort(key=lambda index: id(items[index].session.target_weights))
+        for _, group in groupby(wanted, key=lambda index: id(items[index].session.target_weights)):
+            indices = list(group)
+            rounds = [self._round(_checked(items[i].session), _num_drafts(items[i])) for i in indices]
+            for index, draft in zip(indices, self._draft(rounds), strict=True):
+                drafts[index] = draft
+        return drafts
+
+    def _misfit(self, session: DFlashSession) -> SpecdecError | None:
+        """What keeps a session without drafts."""
+        view, weights = session.view, session.target_weights
+        assert view is not None
+        assert weights is not None
+        if not view.length:
+            return FailedPreconditionError(
+                f"{self.info.name} drafts from the target's state of at least one position.",
+                reason="NO_TARGET_STATE",
+            )
+        width, vocab_size = weights.embedding.shape[1], self.info.vocab_size
+        misfit = self._head.misfit(weights, max(vocab_size, self._settings.mask_token_id + 1))
+        if width != self._hidden_size:
+            misfit = f"it reads embeddings of {self._hidden_size} elements, the target's have {width}"
+        if not misfit:
+            return None
+        return FailedPreconditionError(
+            f"{self.info.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
+        )
+
+    def _catch_up(self, session: DFlashSession) -> None:
+        """Read what of a long context does not fit into the round's pass."""
+        assert session.view is not None
+        while session.view.length - session.num_cached > _MAX_CONTEXT_ROWS:
+            stop = session.num_cached + _MAX_CONTEXT_ROWS
+            # The block is for nothing: what follows is written over it.
+            self._run([_Round(session, self._context(session, stop), session.token_ids[stop : stop + 1], 0)])
+
+    def _round(self, session: DFlashSession, num_drafts: int) -> _Round:
+        assert session.view is not None
+        num_masks = num_drafts - 1 if self._settings.sample_from_anchor else num_drafts
+        block = [session.token_ids[-1], *[self._settings.mask_token_id] * num_masks]
+        return _Round(session, self._context(session, session.view.length), block, num_drafts)
+
+    def _context(self, session: DFlashSession, stop: int) -> Tensor:
+        assert session.view is not None
+        return session.view.projected(session.num_cached, stop).to(self._dtype)
+
+    def _run(self, rounds: Sequence[_Round]) -> Tensor:
+        """One pass; states of the blocks [num_rows, hidden_size]."""
+        weights = rounds[0].session.target_weights
+        assert weights is not None
+        token_ids = torch.tensor([token for one in rounds for token in one.block], device=self._device)
+        states = self._layers(
+            torch.cat([one.context for one in rounds]),
+            self._embed(token_ids, weights),
+            _positions(((one.start, one.anchor) for one in rounds), self._device),
+            _positions(((one.anchor, one.stop) for one in rounds), self._device),
+            _PassKv(self._pool, rounds, self._settings.masks),
+        )
+        for one in rounds:
+            one.session.num_cached = one.anchor
+        return states
+
+    def _embed(self, token_ids: Tensor, weights: TargetWeights) -> Tensor:
+        scale = self._settings.embedding_scale
+        if scale is None:
+            return weights.embed(token_ids).to(self._dtype)
+        return embedding(token_ids, weights.embedding).to(self._dtype) * scale
+
+    def _draft(self, rounds: Sequence[_Round]) -> list[list[int]]:
+        weights = rounds[0].session.target_weights
+        assert weights is not None
+        blocks = self._run(rounds).split([len(one.block) for one in rounds])
+        counts = [one.num_drafts for one in rounds]
+        # The anchor's own place comes first, and drafts nothing unless it is said to.
+        states = torch.cat([block[-count:] for block, count in zip(blocks, counts, strict=True)])
+        logits = self._head.logits(states, weights)
+        contexts = [_pick_context(one.session) for one in rounds]
+        vocab_size = self.info.vocab_size or len(weights.lm_head)
+        picks = self._head.pick(logits, counts, contexts, vocab_size)
+        return [
+            draft[: self._num_sure(one.session, rows, draft)]
+            for one, rows, draft in zip(rounds, logits.split(counts), picks, strict=True)
+        ]
+
+    def _num_sure(self, session: DFlashSession, logits: Tensor, draft: Sequence[int]) -> int:
+        """Tokens of a draft before the first unlikely one, at least one.
+
+        Args:
+            logits: [num_drafts, draft_vocab_size].
+        """
+        threshold = session.min_draft_confidence
+        if not threshold:
+            return len(draft)
+        for index, token_id in enumerate(draft):
+            if self._head.confidence(logits[index], token_id) < threshold:
+                return max(index, 1)
+        return len(draft)
+
+
+def _checked(session: DraftSession) -> DFlashSession:
+    assert isinstance(session, DFlashSession)
+    return session
+
+
+def _num_drafts(item: DraftItem) -> int:
+    """K, less where the generation ends sooner."""
+    return max(0, min(item.num_draft_tokens, item.session.max_length - len(item.session.token_ids)))
+
+
+def _pick_context(session: DraftSession) -> PickContext:
+    return PickContext(session.sampling, session.token_ids, session.prompt_length)
+
+
+def _positions(runs: Iterator[tuple[int, int]], device: torch.device) -> Tensor:
+    """[num_rows] the positions of several runs, one after the other."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])

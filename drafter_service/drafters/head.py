@@ -1,0 +1,131 @@
+"""From the states a drafter ends with to draft tokens: the LM head, and picks as the target picks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.picks import PickContext, Picker
+from specdec.runtime.prepack import multiplier
+from specdec.runtime.target_weights import TargetWeights, softcapped
+
+DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
+Logits = Callable[[Tensor], Tensor]
+"""Logits [num_rows, draft_vocab_size] of states [num_rows, hidden_size]."""
+
+
+def read_draft_vocab(folder: Path, vocab_size: int, device: torch.device) -> Tensor | None:
+    """Token ids [draft_vocab_size] a drafter's head covers, ascending; None: all.
+
+    Raises:
+        InvalidArgumentError: the file of them is damaged.
+    """
+    path = folder / DRAFT_VOCAB_FILE
+    if not path.is_file():
+        return None
+    try:
+        token_ids = load_file(path)["token_ids"].long()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InvalidArgumentError(f"{path} cannot be read: {error!r}", field="drafter") from error
+    ascending = token_ids.ndim == 1 and len(token_ids) and bool((token_ids.diff() > 0).all())
+    if not (ascending and token_ids[0] >= 0 and token_ids[-1] < vocab_size):
+        raise InvalidArgumentError(
+            f"{path}: token_ids must be ascending ids below {vocab_size}.", field="drafter"
+        )
+    return token_ids.to(device)
+
+
+class DraftHead:
+    """The head of a drafter: its own, or that of the target its sessions follow.
+
+    Args:
+        draft_vocab: token ids [draft_vocab_size] of the head's rows, ascending; None: all.
+        own: the drafter's own head; None: the target's is used.
+        scale: what logits of the target's head are multiplied with.
+        softcap: of logits of the target's head, 0 for none; None: the target's.
+    """
+
+    def __init__(
+        self,
+        draft_vocab: Tensor | None,
+        own: Logits | None,
+        dtype: torch.dtype,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        self.draft_vocab = draft_vocab
+        self.own = own
+        self._dtype, self._scale, self._softcap = dtype, scale, softcap
+        self._heads: WeakKeyDictionary[TargetWeights, Logits] = WeakKeyDictionary()
+        self._pickers: dict[int, Picker] = {}
+
+    def misfit(self, weights: TargetWeights, vocab_size: int) -> str:
+        """What of a target's vocabulary is too small for a drafter's; empty: nothing."""
+        known = len(weights.embedding)
+        if not self.own:
+            known = min(known, len(weights.lm_head))
+        if known < vocab_size:
+            return f"its vocabulary has {vocab_size} tokens, the target's {known}"
+        return ""
+
+    def logits(self, states: Tensor, weights: TargetWeights) -> Tensor:
+        """Logits [num_rows, draft_vocab_size] of states [num_rows, hidden_size]."""
+        if self.own:
+            return self.own(states)
+        if weights not in self._heads:
+            self._heads[weights] = self._of(weights)
+        return self._heads[weights](states)
+
+    def _of(self, weights: TargetWeights) -> Logits:
+        rows = weights.lm_head if self.draft_vocab is None else weights.lm_head[self.draft_vocab]
+        # Not a method of the weights: the cache would keep them alive.
+        multiply, scale = multiplier(rows.to(self._dtype)), self._scale
+        cap = weights.final_logit_softcap if self._softcap is None else self._softcap
+        if scale == 1.0:
+            return lambda states: softcapped(multiply(states), cap)
+        return lambda states: softcapped(multiply(states) * scale, cap)
+
+    def pick(
+        self, logits: Tensor, counts: Sequence[int], contexts: Sequence[PickContext], vocab_size: int
+    ) -> list[list[int]]:
+        """Tokens picked as the target picks, from rows of several sessions.
+
+        Args:
+            logits: [sum(counts), draft_vocab_size].
+            counts: rows of each session.
+            contexts: of each session.
+            vocab_size: of the target, as far as the drafter knows its tokens.
+
+        Returns:
+            Per session, a token per row.
+        """
+        if all(context.sampling.is_plain for context in contexts):
+            best = logits.argmax(-1)
+            token_ids = best if self.draft_vocab is None else self.draft_vocab[best]
+            return [part.tolist() for part in token_ids.split(list(counts))]
+        logits = self._over_all_tokens(logits, vocab_size)
+        if vocab_size not in self._pickers:
+            self._pickers[vocab_size] = Picker(vocab_size, logits.device)
+        return self._pickers[vocab_size].pick(list(logits.split(list(counts))), contexts)
+
+    def _over_all_tokens(self, logits: Tensor, vocab_size: int) -> Tensor:
+        """Logits [num_rows, vocab_size] that are -inf where the draft vocabulary has no token."""
+        if self.draft_vocab is None:
+            return logits
+        full = logits.new_full((len(logits), vocab_size), float("-inf"))
+        return full.index_copy_(1, self.draft_vocab, logits)
+
+    def confidence(self, logits: Tensor, token_id: int) -> float:
+        """Probability of a draft token by its row of logits [draft_vocab_size]."""
+        index = token_id
+        if self.draft_vocab is not None:
+            index = int(torch.searchsorted(self.draft_vocab, token_id))
+        return logits.float().softmax(-1)[index].item()
