@@ -11,7 +11,7 @@ from torch import Tensor
 from drafter_service.training.data import TokenSequence
 from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
-from specdec.target_state import LAST_HIDDEN, key_name, value_name
+from specdec.target_state import LAST_HIDDEN, hidden_name, key_name, value_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +28,10 @@ class SequenceFeatures:
         """Hidden states after the final norm [num_tokens, hidden_size]."""
         return self.states[LAST_HIDDEN]
 
+    def hidden(self, layers: Sequence[int]) -> Tensor:
+        """Hidden states after some layers side by side [num_tokens, len(layers) * hidden_size]."""
+        return torch.cat([self.states[hidden_name(layer)] for layer in layers], dim=-1)
+
     def kv(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [num_tokens, num_heads, head_dim] of a layer."""
         return self.states[key_name(layer)], self.states[value_name(layer)]
@@ -38,13 +42,18 @@ class FeatureSource:
 
     Args:
         kv_layers: layers whose keys and values are wanted.
+        hidden_layers: layers whose output is wanted.
     """
 
-    def __init__(self, target: PackedModel, *, kv_layers: Sequence[int]) -> None:
+    def __init__(
+        self, target: PackedModel, *, kv_layers: Sequence[int] = (), hidden_layers: Sequence[int] = ()
+    ) -> None:
         self._target = target
-        self._names = [LAST_HIDDEN]
+        self._hidden = [LAST_HIDDEN, *(hidden_name(layer) for layer in hidden_layers)]
+        self._names = [*self._hidden]
         self._names += [name(layer) for layer in kv_layers for name in (key_name, value_name)]
-        target.pool.add_hidden(LAST_HIDDEN, target.model.config.get_text_config().hidden_size)
+        for name in self._hidden:
+            target.pool.add_hidden(name, target.model.config.get_text_config().hidden_size)
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
         """The state of every sequence, in one pass."""
@@ -54,7 +63,7 @@ class FeatureSource:
             Segment(allocation, 0, sequence.token_ids, 0)
             for allocation, sequence in zip(allocations, sequences, strict=True)
         ]
-        self._target.forward(segments, {LAST_HIDDEN})
+        self._target.forward(segments, set(self._hidden))
         features = [
             SequenceFeatures(
                 torch.tensor(segment.token_ids, device=pool.device),

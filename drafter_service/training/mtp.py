@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 
 from drafter_service.drafters.assistant import AssistantLayers, TargetKv
-from drafter_service.drafters.head import DRAFT_VOCAB_FILE
+from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures
 from drafter_service.training.loop import Trainee
@@ -30,25 +30,13 @@ from specdec.errors import InvalidArgumentError
 from specdec.runtime.kv_pool import KvShape
 from specdec.runtime.loading import LoadedModel
 from specdec.runtime.packed_model import PackedModel, attention_types, probe
-from specdec.runtime.target_weights import TargetWeights, softcapped
+from specdec.runtime.target_weights import TargetWeights
 
 _WEIGHTS = "model.safetensors"
 POOL_BYTES = 2**28
 """The target's KV while it reads a batch."""
 KEEP_REJECTED = 0.25
 """Share of the anchors with a wrong draft that go on to the next step."""
-
-
-class Anchors(NamedTuple):
-    """Positions to draft from in a packed batch; the token of an anchor is committed, its state is not."""
-
-    sequence: Tensor  # [num_anchors] index of the sequence, ascending
-    position: Tensor  # [num_anchors] index in the sequence
-    row: Tensor  # [num_anchors] index in the packed batch
-
-    def take(self, index: Tensor) -> Anchors:
-        """Some of them."""
-        return Anchors(*(part[index] for part in self))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,46 +73,6 @@ class _MaskedKv:
         return torch.cat(outputs, dim=1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedBatch:
-    """Sequences side by side."""
-
-    features: Sequence[SequenceFeatures]
-    token_ids: Tensor  # [num_rows]
-    last_hidden: Tensor  # [num_rows, hidden_size]
-    anchors: Anchors
-
-    @classmethod
-    def of(cls, features: Sequence[SequenceFeatures]) -> PackedBatch:
-        """Anchors are the tokens of the answers but the last, which nothing follows."""
-        lengths = [len(item.token_ids) for item in features]
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        positions = [
-            torch.arange(item.prompt_length, length - 1, device=item.token_ids.device)
-            for item, length in zip(features, lengths, strict=True)
-        ]
-        anchors = Anchors(
-            torch.cat([torch.full_like(p, index) for index, p in enumerate(positions)]),
-            torch.cat(positions),
-            torch.cat([p + start for p, start in zip(positions, starts, strict=True)]),
-        )
-        return cls(
-            features,
-            torch.cat([item.token_ids for item in features]),
-            torch.cat([item.last_hidden for item in features]),
-            anchors,
-        )
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each sequence [num_sequences]."""
-        return torch.tensor([len(item.token_ids) for item in self.features], device=self.token_ids.device)
-
-    def has_token(self, anchors: Anchors, distance: int) -> Tensor:
-        """Which anchors [num_anchors] have a token `distance` further on."""
-        return anchors.position + distance < self.lengths[anchors.sequence]
-
-
 class MtpTrainee(Trainee):
     """An assistant being trained: fp32 weights, inputs scaled to unit size.
 
@@ -150,18 +98,10 @@ class MtpTrainee(Trainee):
         self.weights = weights
         self.kv_layers = kv_layers
         self.num_steps = num_steps
-        self.draft_vocab = draft_vocab.to(device)
-        self.head = weights.lm_head[self.draft_vocab].clone()
-        self.head_index = torch.full((len(weights.lm_head),), -1, device=device)
-        self.head_index[self.draft_vocab] = torch.arange(len(draft_vocab), device=device)
+        self.head = FrozenHead(weights, draft_vocab)
         self.embedding_scale = 1.0 / (weights.embedding[draft_vocab].float().square().mean().sqrt().item())
         self.embedding_scale /= weights.embedding_scale
         self.hidden_scale = hidden_scale
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Logits [..., draft_vocab_size]."""
-        logits = linear(states.to(self.head.dtype), self.head)
-        return softcapped(logits, self.weights.final_logit_softcap)
 
     def _kv(self, batch: PackedBatch, anchors: Anchors) -> dict[str, TargetKv]:
         return {
@@ -198,15 +138,13 @@ class MtpTrainee(Trainee):
         hidden = self.first_hidden(batch, anchors)
         for distance in range(self.num_steps):
             states, hidden = self.step(batch, anchors, batch.token_ids[anchors.row + distance], hidden)
-            logits = self.logits(states).float()
-            with torch.no_grad():
-                target = self.logits(batch.last_hidden[anchors.row + distance]).float().softmax(-1)
-                truth = self.head_index[batch.token_ids[anchors.row + distance + 1]]
-                picks = logits.argmax(-1)
+            logits = self.head.logits(states).float()
+            target = self.head.target(batch.last_hidden[anchors.row + distance])
             total = total + cross_entropy(logits, target, reduction="sum")
             count += len(logits)
-            lucky = (torch.rand(len(picks), generator=generator) < KEEP_REJECTED).to(picks.device)
-            kept = ((picks == truth) | lucky) & batch.has_token(anchors, distance + 2)
+            right = self.head.is_right(logits, batch.token_ids[anchors.row + distance + 1])
+            lucky = (torch.rand(len(right), generator=generator) < KEEP_REJECTED).to(right.device)
+            kept = (right | lucky) & batch.has_token(anchors, distance + 2)
             index = kept.nonzero()[:, 0]
             if not len(index):
                 break
@@ -217,7 +155,7 @@ class MtpTrainee(Trainee):
     def _input_scales(self) -> Tensor:
         """Of the columns of pre_projection [2 * backbone_hidden_size]."""
         width = self.weights.embedding.shape[1]
-        scales = torch.full((2 * width,), self.embedding_scale, device=self.head.device)
+        scales = torch.full((2 * width,), self.embedding_scale, device=self.weights.embedding.device)
         scales[width:] = self.hidden_scale
         return scales
 
@@ -254,8 +192,7 @@ class MtpTrainee(Trainee):
         """Write the checkpoint: config, weights without a head, and the draft vocabulary."""
         self.model.config.save_pretrained(folder)
         save_file(self.tensors(), folder / _WEIGHTS, metadata={"format": "pt"})
-        token_ids = self.draft_vocab.to("cpu", torch.int32)
-        save_file({"token_ids": token_ids}, folder / DRAFT_VOCAB_FILE)
+        self.head.save(folder)
 
     @torch.no_grad()
     def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
@@ -272,8 +209,7 @@ class MtpTrainee(Trainee):
         hidden = self.first_hidden(batch, anchors)
         for distance in range(num_steps):
             states, hidden = self.step(batch, anchors, batch.token_ids[anchors.row + distance], hidden)
-            truth = self.head_index[batch.token_ids[anchors.row + distance + 1]]
-            right = self.logits(states).argmax(-1) == truth
+            right = self.head.is_right(self.head.logits(states), batch.token_ids[anchors.row + distance + 1])
             num_accepted[alive[right]] += 1
             index = (right & batch.has_token(anchors, distance + 2)).nonzero()[:, 0]
             if not len(index):

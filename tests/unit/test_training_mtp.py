@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from drafter_service.drafters.assistant import AssistantLayers
+from drafter_service.training.batch import PackedBatch
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.features import FeatureSource, SequenceFeatures
 from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
-from drafter_service.training.mtp import MtpTrainee, PackedBatch, make_trainee
+from drafter_service.training.mtp import MtpTrainee, make_trainee
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
 from specdec.runtime.loading import LoadedModel, load_causal_lm
@@ -199,7 +200,7 @@ def test_the_saved_drafter_is_the_trained_one(calm: Path, data: TokenData, tmp_p
         parameter.copy_(load_file(tmp_path / "model.safetensors")[name].float())
     trainee.embedding_scale = trainee.hidden_scale = 1.0
     draft_vocab = load_file(tmp_path / "draft_vocab.safetensors")["token_ids"]
-    assert draft_vocab.tolist() == trainee.draft_vocab.tolist()
+    assert draft_vocab.tolist() == trainee.head.draft_vocab.tolist()
 
     (features,) = run.source([data[3]])
     batch = PackedBatch.of([features])
@@ -213,7 +214,7 @@ def test_the_saved_drafter_is_the_trained_one(calm: Path, data: TokenData, tmp_p
         while num_right < 4 and position + num_right + 1 < len(token_ids):
             embedding = trainee.weights.embed(torch.tensor([token])).float()
             states, hidden = layers.step(embedding, hidden, torch.tensor([position]), kv)
-            token = draft_vocab[trainee.logits(states).argmax(-1)].item()
+            token = draft_vocab[trainee.head.logits(states).argmax(-1)].item()
             if token != token_ids[position + num_right + 1]:
                 break
             num_right += 1
