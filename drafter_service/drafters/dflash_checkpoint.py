@@ -25,7 +25,10 @@ from specdec.runtime.target_view import Projection
 
 _INDEX = "model.safetensors.index.json"
 _SLIDING = "sliding_attention"
-_NAMES = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+TRANSFORMERS_NAMES = {
+    "fc.weight": "encoder.fc.weight",
+    "hidden_norm.weight": "encoder.output_norm_enc.weight",
+}
 """Of weights, as z-lab and `speculators` have them and as transformers has."""
 _IGNORED = ("embed_tokens.", "verifier_norm.", "verifier_lm_head.", "t2d")
 """Weights of `speculators` that are the target's, or say what other ones say."""
@@ -246,7 +249,7 @@ def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
         raise InvalidArgumentError(
             f"The weights in {folder} cannot be read: {error}", field="drafter"
         ) from error
-    return {_NAMES.get(name, name): weight for name, weight in weights.items()}
+    return {TRANSFORMERS_NAMES.get(name, name): weight for name, weight in weights.items()}
 
 
 def _take_head(

@@ -189,6 +189,62 @@ def mtp(num_layers: int, num_steps: int, **options: Any) -> None:
     )
 
 
+@train.command("dflash")
+@_shared_options
+@click.option(
+    "--layers",
+    "num_layers",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Decoder layers of the drafter.",
+)
+@click.option(
+    "--context-layers",
+    "num_context_layers",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Layers of the target whose hidden states the drafter reads.",
+)
+@click.option(
+    "--block-size",
+    type=click.IntRange(min=2),
+    default=8,
+    show_default=True,
+    help="Tokens of a block: the anchor, and a mask for every draft.",
+)
+@click.option(
+    "--anchors",
+    "num_anchors",
+    type=click.IntRange(min=1),
+    default=160,
+    show_default=True,
+    help="Blocks of a step.",
+)
+def dflash(
+    num_layers: int, num_context_layers: int, block_size: int, num_anchors: int, **options: Any
+) -> None:
+    """A DFlash drafter: a whole block in one pass, from hidden states of a few of the target's layers."""
+    tune_process()
+    from drafter_service.training.dflash import make_trainee
+
+    _train(
+        "dflash",
+        f"A DFlash drafter with {num_layers} layers and blocks of {block_size}. Its context are the hidden "
+        f"states of {num_context_layers} layers of the target; embedding and LM head are the target's.",
+        functools.partial(
+            make_trainee,
+            num_layers=num_layers,
+            num_context_layers=num_context_layers,
+            block_size=block_size,
+            num_anchors=num_anchors,
+            draft_vocab_size=options["draft_vocab_size"],
+        ),
+        options,
+    )
+
+
 def _train(
     method: str,
     description: str,

@@ -13,6 +13,9 @@ from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
 from specdec.target_state import LAST_HIDDEN, hidden_name, key_name, value_name
 
+POOL_BYTES = 2**28
+"""The target's KV while it reads a batch."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceFeatures:

@@ -23,7 +23,7 @@ from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemm
 from drafter_service.drafters.assistant import AssistantLayers, TargetKv
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
-from drafter_service.training.features import FeatureSource, SequenceFeatures
+from drafter_service.training.features import POOL_BYTES, FeatureSource, SequenceFeatures
 from drafter_service.training.loop import Trainee
 from drafter_service.training.warm_start import warm_start
 from specdec.errors import InvalidArgumentError
@@ -33,8 +33,6 @@ from specdec.runtime.packed_model import PackedModel, attention_types, probe
 from specdec.runtime.target_weights import TargetWeights
 
 _WEIGHTS = "model.safetensors"
-POOL_BYTES = 2**28
-"""The target's KV while it reads a batch."""
 KEEP_REJECTED = 0.25
 """Share of the anchors with a wrong draft that go on to the next step."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,6 +49,69 @@ def warm_start(assistant: PreTrainedModel, target: PreTrainedModel, token_ids: S
     if assistant.post_projection.weight.shape[0] == assistant.post_projection.weight.shape[1]:
         nn.init.eye_(assistant.post_projection.weight).mul_(hidden_scale)
     return hidden_scale
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScales:
+    """What brings the inputs of a block diffusion drafter to the size its first weights expect."""
+
+    hidden: tuple[float, ...]
+    """Of the target's hidden states, layer by layer."""
+    embedding: float
+    """Of the target's embeddings, over what the target scales them with."""
+
+
+@torch.no_grad()
+def warm_start_block(
+    drafter: Any, target: PreTrainedModel, layer_ids: Sequence[int], token_ids: Sequence[int]
+) -> BlockScales:
+    """Start the layers of a DFlash drafter from the target's last ones, its context from the last of
+    `layer_ids`.
+
+    Args:
+        drafter: a MuseGlimmerAssistantModel as wide as the target.
+        layer_ids: target layers whose hidden states are the context, ascending.
+        token_ids: a text to measure sizes on.
+    """
+    decoder: Any = target.get_decoder()
+    layers = list(drafter.layers)
+    sources = list(decoder.layers)[-len(layers) :]
+    before = list(decoder.layers)[-len(layers) - 1]
+    embedding: Any = target.get_input_embeddings()
+    watched = [embedding, before, *(decoder.layers[layer_id] for layer_id in layer_ids)]
+    for source in sources:
+        attention = source.self_attn
+        watched += [getattr(attention, name) for name in ("q_proj", "k_proj") if hasattr(attention, name)]
+    sizes = _output_sizes(target, watched, token_ids)
+    for layer, source in zip(layers, sources, strict=True):
+        for name, parameter in layer.named_parameters():
+            _set(parameter, _block_counterpart(source, name, sizes))
+    _set(drafter.norm.weight, _norm_weight(decoder.norm) * _INITIAL_SHARPNESS)
+    _set(drafter.encoder.output_norm_enc.weight, _norm_weight(sources[0].input_layernorm))
+    width = drafter.config.hidden_size
+    drafter.encoder.fc.weight.zero_()
+    drafter.encoder.fc.weight[:, -width:] = torch.eye(width)
+    return BlockScales(
+        tuple(1.0 / sizes[decoder.layers[layer_id]] for layer_id in layer_ids),
+        _EMBEDDING_SHARE * sizes[before] / sizes[embedding],
+    )
+
+
+def _block_counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tensor | float | None:
+    """What a weight of a DFlash layer starts from: the same of a target's layer; a size; nothing."""
+    path, attention = name.removesuffix(".weight"), source.self_attn
+    if path == "post_attention_layernorm" and hasattr(source, "pre_feedforward_layernorm"):
+        path = "pre_feedforward_layernorm"
+    if path == "self_attn.q_norm" and not hasattr(attention, "q_norm"):
+        # A DFlash layer scales by the root of the dimension itself.
+        return sizes[attention.q_proj] * float(attention.scaling) * math.sqrt(attention.head_dim)
+    if path == "self_attn.k_norm" and not hasattr(attention, "k_norm"):
+        return sizes[attention.k_proj]
+    try:
+        module = source.get_submodule(path)
+    except AttributeError:
+        return None
+    return _norm_weight(module) if path.endswith("norm") else module.weight
 
 
 def _output_sizes(

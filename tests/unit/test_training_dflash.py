@@ -1,0 +1,135 @@
+"""Training of DFlash drafters on a tiny target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from drafter_service.training.batch import PackedBatch
+from drafter_service.training.config import LoopConfig
+from drafter_service.training.data import TokenData, TokenSequence
+from drafter_service.training.dflash import DFlashTrainee, context_layers, make_trainee, unused_token
+from drafter_service.training.loop import Acceptance, Training
+from specdec.client import GenerateOptions
+from specdec.errors import InvalidArgumentError
+from specdec.runtime.loading import load_causal_lm
+from tests.systems import running_system
+from tests.tiny_models import VOCAB_SIZE
+
+BLOCK_SIZE = 5
+
+
+def training(calm: Path, data: TokenData, out: Path, *, steps: int, block_size: int = BLOCK_SIZE) -> Training:
+    torch.manual_seed(0)
+    loaded = load_causal_lm(str(calm), dtype="float32", device="cpu")
+    trainee, source = make_trainee(
+        loaded,
+        data,
+        num_layers=2,
+        num_context_layers=2,
+        block_size=block_size,
+        num_anchors=96,
+        draft_vocab_size=256,
+    )
+    out.mkdir(exist_ok=True)
+    config = LoopConfig(
+        out, steps=steps, warmup_steps=10, learning_rate=3e-3, tokens_per_step=256, num_held_out=32
+    )
+    return Training(trainee, source, data, config, Console(quiet=True))
+
+
+def trainee_of(run: Training) -> DFlashTrainee:
+    assert isinstance(run.trainee, DFlashTrainee)
+    return run.trainee
+
+
+def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    run = training(calm, data, tmp_path, steps=150)
+    before = run.evaluate()
+    after = run.run()
+    assert before.num_rounds > 100
+    assert after.length > before.length + 0.1
+    assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.3
+
+
+async def test_the_saved_drafter_is_the_trained_one(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    """Served, the checkpoint's drafts are accepted as often as training measured on whole batches."""
+    with torch.enable_grad():
+        run = training(calm, data, tmp_path, steps=80)
+        run.run()
+    trainee = trainee_of(run)
+    trainee.save(tmp_path)
+    # bf16 rounds the stored weights.
+    trainee.load(tmp_path)
+    expected, found = [], []
+    async with running_system(calm, f"dflash:{tmp_path}") as system:
+        for index in range(12):
+            sequence = data[index]
+            (accepted,) = trainee.accepted(run.source([sequence]), BLOCK_SIZE - 1)
+            # Served, no draft is asked for where the target's own token will be the last.
+            asked = [min(count, len(accepted) - 1 - anchor) for anchor, count in enumerate(accepted)]
+            expected.append(Acceptance.of([asked], BLOCK_SIZE - 1).num_accepted)
+            answer = sequence.token_ids[sequence.prompt_length :]
+            options = GenerateOptions(method="dflash", max_new_tokens=len(answer), ignore_eos=True)
+            prompt = sequence.token_ids[: sequence.prompt_length]
+            result = await system.client.generate(prompt, options)
+            assert result.token_ids == answer
+            assert result.speculation.fallback_reason == ""
+            found.append(result.speculation.num_accepted_tokens)
+    assert found == expected
+    assert sum(found) > 0
+
+
+def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    first = training(calm, data, tmp_path, steps=80)
+    reached = first.run()
+    first.trainee.save(tmp_path)
+    second = training(calm, data, tmp_path / "more", steps=10)
+    assert second.evaluate().length < reached.length - 0.05
+    second.trainee.load(tmp_path)
+    # Its weights were rounded to bf16.
+    assert second.evaluate().length == pytest.approx(reached.length, abs=0.05)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["dflash_config"]["mask_token_id"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for folder in (tmp_path, tmp_path / "more"):
+        with pytest.raises(InvalidArgumentError, match="no drafter like this one"):
+            second.trainee.load(folder)
+
+
+@torch.no_grad()
+def test_a_block_sees_its_context_and_itself(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    """A block's states do not hang on other blocks, other sequences or what comes after its anchor."""
+    run = training(calm, data, tmp_path, steps=1)
+    trainee = trainee_of(run)
+    sequences = [data[0], data[1]]
+    batch = PackedBatch.of(run.source(sequences))
+    together = trainee.states(batch, batch.anchors, BLOCK_SIZE)
+    for index in range(0, len(batch.anchors.row), 7):
+        sequence = sequences[batch.anchors.sequence[index]]
+        position = int(batch.anchors.position[index])
+        cut = TokenSequence(sequence.token_ids[: position + 2], position)
+        alone = PackedBatch.of(run.source([cut]))
+        states: Tensor = trainee.states(alone, alone.anchors, BLOCK_SIZE)
+        torch.testing.assert_close(states[-1], together[index], atol=1e-4, rtol=1e-4)
+
+
+def test_the_mask_is_a_token_no_text_has() -> None:
+    data = TokenData(numpy.array([VOCAB_SIZE - 1, 3, VOCAB_SIZE - 3]), numpy.array([0, 3]), numpy.array([1]))
+    assert unused_token(data, VOCAB_SIZE) == VOCAB_SIZE - 2
+    with pytest.raises(InvalidArgumentError, match="none is left"):
+        unused_token(TokenData(numpy.arange(4), numpy.array([0, 4]), numpy.array([1])), 4)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "count", "expected"),
+    [(30, 4, [1, 10, 19, 28]), (4, 2, [1, 2]), (4, 1, [2]), (3, 2, [1])],
+)
+def test_context_layers_are_spread(num_layers: int, count: int, expected: list[int]) -> None:
+    assert context_layers(num_layers, count) == expected
