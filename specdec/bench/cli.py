@@ -87,8 +87,10 @@ def bench() -> None:
 )
 @click.option(
     "--num-draft-tokens",
-    type=click.IntRange(min=1),
-    help="Draft tokens per round (K).  [default: the drafter's]",
+    type=_CommaList(int),
+    default="",
+    show_default="the drafter's",
+    help="Draft tokens per round (K); with several, 3,7,15 for one, every method runs with each.",
 )
 @click.option(
     "--concurrency",

@@ -12,7 +12,7 @@ from typing import Any
 
 from specdec.bench.backends import TRANSFORMERS, GatewayBackend, TransformersBackend
 from specdec.bench.provenance import collect
-from specdec.bench.records import PLAIN, Contender, RequestRecord
+from specdec.bench.records import METHOD_SEPARATOR, PLAIN, Contender, RequestRecord
 from specdec.bench.report import REQUESTS_FILE, write_results
 from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
@@ -39,8 +39,9 @@ class BenchConfig:
     """Softmax temperature, >= 0; 0 is greedy."""
     seed: int = 0
     """Seed of the sampling noise, the same for every prompt."""
-    num_draft_tokens: int | None = None
-    """Draft tokens per round (K); None: each drafter's default."""
+    num_draft_tokens: tuple[int, ...] = ()
+    """Draft tokens per round (K); none: each drafter's default. Several: every method runs with each, and is
+    named METHOD@K in the results."""
     concurrencies: tuple[int, ...] = (1,)
     """Requests under way at a time; the workload is run once for each."""
     peers: tuple[str, ...] = ()
@@ -60,14 +61,26 @@ class BenchConfig:
         """`none`, then the others in the order given, each once."""
         return tuple(dict.fromkeys((PLAIN, *self.methods)))
 
-    def options(self, method: str) -> GenerateOptions:
+    def options(self, method: str, num_draft_tokens: int | None = None) -> GenerateOptions:
         """What a request of this method asks for."""
         return GenerateOptions(
             method=method,
-            num_draft_tokens=None if method == PLAIN else self.num_draft_tokens,
+            num_draft_tokens=num_draft_tokens,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
         )
+
+    def contenders(self, client: AsyncClient) -> list[Contender]:
+        """Every method with every K."""
+        made = [Contender(PLAIN, GatewayBackend(client, self.options(PLAIN)))]
+        for method in self.gateway_methods[1:]:
+            for num_draft_tokens in dict.fromkeys(self.num_draft_tokens) or (None,):
+                name = method
+                if len(set(self.num_draft_tokens)) > 1:
+                    name = f"{method}{METHOD_SEPARATOR}{num_draft_tokens}"
+                backend = GatewayBackend(client, self.options(method, num_draft_tokens))
+                made.append(Contender(name, backend))
+        return made
 
     def load_prompts(self) -> list[Prompt]:
         """The prompts of the run, in its order.
@@ -84,6 +97,8 @@ class BenchConfig:
             InvalidArgumentError: naming the value and what it must be.
         """
         self.sampling.validate()
+        if self.num_draft_tokens and min(self.num_draft_tokens) < 1:
+            raise InvalidArgumentError("num-draft-tokens must be integers >= 1, such as 4 or 3,7,15.")
         if not self.concurrencies or min(self.concurrencies) < 1:
             raise InvalidArgumentError("concurrency must be a list of integers >= 1, such as 1,4,8.")
         if unknown := [peer for peer in self.peers if peer != TRANSFORMERS]:
@@ -147,10 +162,7 @@ async def _measure(
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(AsyncClient(gateway))
         target = _check(config, await client.info())
-        contenders = [
-            Contender(method, GatewayBackend(client, config.options(method)))
-            for method in config.gateway_methods
-        ]
+        contenders = config.contenders(client)
         for _ in config.peers:
             peer = await stack.enter_async_context(_peer(config, target))
             contenders.append(Contender(TRANSFORMERS, peer, is_concurrent=False))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.records import METHOD_SEPARATOR
 from specdec.bench.stats import OVERALL, Row
 
 
@@ -19,7 +20,8 @@ def has_matplotlib() -> bool:
 def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Draw speedup.png, acceptance.png and profile.png at the lowest concurrency; returns the files.
 
-    A figure that no method has, acceptance in a run of `none` alone for one, is not drawn.
+    A run with several K gets draft_time.png, too. A figure that no method has, acceptance in a run of `none`
+    alone for one, is not drawn.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -36,6 +38,8 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     rounds = [row for row in at_lowest if row.category == OVERALL and row.verify_ms_p50 is not None]
     if rounds:
         paths.append(_draw_profile(rounds, directory / "profile.png"))
+    if any(METHOD_SEPARATOR in row.method for row in drafts):
+        paths.append(_draw_draft_times(drafts, directory / "draft_time.png"))
     return paths
 
 
@@ -89,6 +93,25 @@ def _draw_profile(rows: Sequence[Row], path: Path) -> Path:
     axes.set_ylabel("one round, median ms")
     axes.set_title(f"Concurrency {rows[0].concurrency}")
     axes.margins(y=0.15)
+    axes.legend()
+    figure.savefig(path)
+    return path
+
+
+def _draw_draft_times(rows: Sequence[Row], path: Path) -> Path:
+    """What a draft costs against its length: a line per method."""
+    figure, axes = new_figure(width_in=6.0)
+    times_ms: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        method, _, num_draft_tokens = row.method.rpartition(METHOD_SEPARATOR)
+        if method and row.draft_ms_p50 is not None:
+            times_ms.setdefault(method, []).append((int(num_draft_tokens), row.draft_ms_p50))
+    for method, points in times_ms.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+    axes.set_xlabel("draft tokens a round (K)")
+    axes.set_ylabel("draft, median ms a round")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path)
     return path

@@ -10,6 +10,8 @@ from specdec.client import Speculation
 
 PLAIN = "none"
 """The method every other is compared with: plain decoding, K = 0."""
+METHOD_SEPARATOR = "@"
+"""Between a method and its K, where a run has several."""
 
 
 @dataclass(frozen=True, slots=True)

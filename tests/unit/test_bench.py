@@ -175,8 +175,8 @@ def test_none_is_always_run_and_first() -> None:
 
 
 def test_options_of_a_method() -> None:
-    config = BenchConfig(num_draft_tokens=4, temperature=0.5, seed=7, max_new_tokens=9)
-    assert config.options("ngram").num_draft_tokens == 4
+    config = BenchConfig(num_draft_tokens=(4,), temperature=0.5, seed=7, max_new_tokens=9)
+    assert config.options("ngram", 4).num_draft_tokens == 4
     assert config.options("ngram").sampling.seed == 7
     assert config.options("ngram").max_new_tokens == 9
     assert config.options("none").num_draft_tokens is None
@@ -187,6 +187,7 @@ def test_options_of_a_method() -> None:
     [
         (BenchConfig(temperature=-1.0), "temperature"),
         (BenchConfig(concurrencies=()), "concurrency"),
+        (BenchConfig(num_draft_tokens=(4, 0)), "num-draft-tokens"),
         (BenchConfig(concurrencies=(0,)), "concurrency"),
         (BenchConfig(peers=("other",)), "no peer 'other'"),
         (BenchConfig(peers=("transformers",), concurrencies=(4,)), "add 1"),
@@ -439,6 +440,19 @@ def test_a_run_writes_its_files(gateway: tuple[str, ScriptedGateway], tmp_path: 
     # One warm-up prompt each, and none at K = 2.
     assert len(servicer.requests) == len(requests) + 2
     assert {(r.method, r.num_draft_tokens) for r in servicer.requests} == {("none", 0), ("ngram", 2)}
+
+
+def test_several_numbers_of_draft_tokens_are_methods_of_their_own(
+    gateway: tuple[str, ScriptedGateway], tmp_path: Path
+) -> None:
+    address, servicer = gateway
+    result = bench_run(address, tmp_path, "--limit", "2", "--num-draft-tokens", "2,3,2", "--warmup", "0")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"none", "ngram@2", "ngram@3"}
+    asked = [(request.method, request.num_draft_tokens) for request in servicer.requests]
+    assert sorted(asked) == [("ngram", 2)] * 2 + [("ngram", 3)] * 2 + [("none", 0)] * 2
+    assert (tmp_path / "draft_time.png").exists() == plots.has_matplotlib()
 
 
 def test_failed_requests_are_counted_and_listed(gateway: tuple[str, ScriptedGateway], tmp_path: Path) -> None:
