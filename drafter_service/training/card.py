@@ -22,6 +22,8 @@ class Card:
     """The drafter's architecture, one sentence."""
     data_source: str
     num_parameters: int
+    started_from: str
+    """Name of the drafter whose weights the run began with; empty: the target's last layers."""
 
 
 def write_card(
@@ -57,8 +59,9 @@ tags: [speculative-decoding, {card.method}]
 | command | `{source["command"]}` |
 | seed | {config.seed} |
 | data | {card.data_source}: {len(data)} sequences, {data.num_response_tokens} answer tokens |
+| started from | {_start(card)} |
 | steps | {history.step} |
-| answer tokens seen | {history.num_tokens} |
+| answer tokens trained on | {history.num_tokens}, in {config.passes} passes over each |
 | time | {history.seconds / 60:.0f} minutes on {hardware["cores"]} cores of {hardware["cpu"]} |
 | learning rate | {config.learning_rate:g}, AdamW, cosine |
 | loss at the end | {loss}, moving average |
@@ -70,6 +73,12 @@ Acceptance length **{acceptance.length:.2f}** tokens a round, the target's own i
 
 {_positions(acceptance.per_position)}
 """
+
+
+def _start(card: Card) -> str:
+    if card.started_from:
+        return f"the drafter `{card.started_from}`, trained before on other steps than these"
+    return "layers of the target"
 
 
 def _positions(shares: Sequence[float]) -> str:

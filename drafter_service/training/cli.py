@@ -275,7 +275,8 @@ def _train(
     acceptance = training.run()
     trainee.save(config.out)
     num_parameters = sum(parameter.numel() for parameter in trainee.parameters())
-    card = Card(method, loaded.model_id, description, data_source, num_parameters)
+    started_from = options["init"].name if options["init"] else ""
+    card = Card(method, loaded.model_id, description, data_source, num_parameters, started_from)
     write_card(card, config, data, training.history, acceptance)
     for path in config.out.iterdir():
         path.chmod(0o644)  # safetensors writes for its owner alone

@@ -257,7 +257,24 @@ def test_a_drafter_from_nothing_by_command(tiny_llama: Path, tmp_path: Path) -> 
     assert "--resume" in output
     code, output = run(*arguments, "--resume", "--layers", "1", "--steps", "5")
     assert code == 0, output
-    assert "| steps | 5 |" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "| steps | 5 |" in card
+    assert "| started from | layers of the target |" in card
+    assert "in 3 passes" in card
+    again = (
+        "--out",
+        str(tmp_path / "again"),
+        *arguments[2:],
+        "--init",
+        str(out),
+        "--layers",
+        "1",
+        "--tokens",
+        str(out / "tokens.safetensors"),
+    )
+    code, output = run(*again)
+    assert code == 0, output
+    assert f"| started from | the drafter `{out.name}`" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_wrong_arguments_of_training(tiny_llama: Path, tmp_path: Path) -> None:

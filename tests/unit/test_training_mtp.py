@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,32 @@ def test_a_resumed_run_is_the_uninterrupted_one(calm: Path, data: TokenData, tmp
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert first.history.step == 5
+    second = training(calm, data, tmp_path / "parts", steps=12)
+    second.resume()
+    second.run()
+    assert second.history.losses == whole.history.losses
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(second)[name]), name
+
+
+def test_a_run_is_resumed_within_a_later_pass(
+    calm: Path, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features that were kept are made again, the same."""
+    monkeypatch.setattr("drafter_service.training.data.REPLAYED_BATCHES", 3)
+    whole = training(calm, data, tmp_path / "whole", steps=12)
+    whole.run()
+    first = training(calm, data, tmp_path / "parts", steps=12)
+    loss, calls = first.trainee.loss, count()
+
+    def interrupted(features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(features, generator)
+
+    first.trainee.loss = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
     second = training(calm, data, tmp_path / "parts", steps=12)
     second.resume()
     second.run()
