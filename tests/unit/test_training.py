@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from itertools import islice
@@ -235,17 +236,19 @@ def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
     assert data.draft_vocab(3).tolist() == [1, 4, 7]
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(train, ["mtp", *arguments])
+def run_training(*arguments: str, method: str = "mtp") -> tuple[int, str]:
+    result = CliRunner().invoke(train, [method, *arguments])
     return result.exit_code, result.output
 
 
-def test_a_drafter_from_nothing_by_command(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mtp", "dflash"])
+def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_path: Path) -> None:
+    run = functools.partial(run_training, method=method)
     out = tmp_path / "drafter"
     arguments = ("--out", str(out), "--model", str(tiny_llama), "--dtype", "float32", "--steps", "3")
     code, output = run(*arguments, "--num-sequences", "12", "--max-new-tokens", "8", "--layers", "1")
     assert code == 0, output
-    assert "specdec up --drafter mtp:" in output
+    assert f"specdec up --drafter {method}:" in output
     assert {"config.json", "model.safetensors", "draft_vocab.safetensors", "README.md"} <= {
         path.name for path in out.iterdir()
     }
@@ -279,10 +282,10 @@ def test_a_drafter_from_nothing_by_command(tiny_llama: Path, tmp_path: Path) -> 
 
 def test_wrong_arguments_of_training(tiny_llama: Path, tmp_path: Path) -> None:
     model = ("--model", str(tiny_llama), "--dtype", "float32")
-    code, output = run("--out", str(tmp_path / "none"), *model, "--resume")
+    code, output = run_training("--out", str(tmp_path / "none"), *model, "--resume")
     assert (code, "to resume from" in output) == (2, True)
     some_data().save(tmp_path / "tokens")
-    code, output = run(
+    code, output = run_training(
         "--out", str(tmp_path / "deep"), *model, "--tokens", str(tmp_path / "tokens"), "--layers", "4"
     )
     assert (code, "fewer" in output) == (2, True)
