@@ -287,7 +287,7 @@ def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_layers(num_layers: int, count: int) -> list[int]:
-    """Target layers to read, spread from the second to the last but one."""
+    """Target layers to read, spread from the second to the last but one; at most all of these."""
     spread = numpy.linspace(1, num_layers - 2, count) if count > 1 else numpy.array([num_layers - 2])
     return sorted({round(layer_id) for layer_id in spread.tolist()})
 
@@ -327,9 +327,9 @@ def make_trainee(
     target = loaded.model
     weights = TargetWeights.of(target)
     decoder_layers = len(target.get_decoder().layers)
-    if decoder_layers < max(num_layers + 1, num_context_layers + 1, 3):
+    if decoder_layers < max(num_layers + 1, 3):
         raise InvalidArgumentError(
-            f"The target has {decoder_layers} layers; a drafter needs fewer, and reads fewer.", field="layers"
+            f"The target has {decoder_layers} layers; a drafter needs fewer.", field="layers"
         )
     shapes = probe(target)[1]
     layer_ids = context_layers(decoder_layers, num_context_layers)
