@@ -103,7 +103,8 @@ class _BatchKv:
         shares = shares.to(queries.dtype)
         of_context = shares[..., : hidden.shape[1]] @ context_values[:, None]
         of_block = shares[..., hidden.shape[1] :].unflatten(2, (-1, self._block_size)) @ own_values
-        return (of_context + of_block.flatten(2, 3)).reshape(queries.shape)
+        attended: Tensor = of_context + of_block.flatten(2, 3)
+        return attended.reshape(queries.shape)
 
 
 class DFlashTrainee(Trainee):
