@@ -140,28 +140,24 @@ def read_made_with(path: Path) -> dict[str, str]:
 
 
 def split(data: TokenData, num_held_out: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out: the sequences whose prompts have the lowest checksums.
+    """Indices to train on and indices held out: the prompts with the lowest checksums, one sequence of each.
 
-    So what is held out hangs on no seed, and of more data only new sequences can join it: a run that starts
-    from an earlier drafter is not measured on what that one saw. Sequences with one prompt stay together.
+    So what is held out hangs on no seed, and of more data only new prompts can join it: a run that starts
+    from an earlier drafter is not measured on what that one saw.
     """
-    checksums = [_checksum(data[index]) for index in range(len(data))]
-    order = sorted(range(len(data)), key=checksums.__getitem__)
+    by_prompt: dict[bytes, list[int]] = {}
+    for index in range(len(data)):
+        by_prompt.setdefault(_checksum(data[index]), []).append(index)
+    order = sorted(by_prompt)
     num_held_out = min(num_held_out, len(order) // 2)
-    while 0 < num_held_out < len(order) and _is_pair(checksums, order[num_held_out - 1 : num_held_out + 1]):
-        num_held_out -= 1
-    return sorted(order[num_held_out:]), order[:num_held_out]
+    kept = [index for checksum in order[num_held_out:] for index in by_prompt[checksum]]
+    return sorted(kept), [by_prompt[checksum][0] for checksum in order[:num_held_out]]
 
 
 def _checksum(sequence: TokenSequence) -> bytes:
     """Of a prompt."""
     prompt = numpy.array(sequence.token_ids[: sequence.prompt_length], numpy.uint32)
     return hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
-
-
-def _is_pair(checksums: Sequence[bytes], indices: Sequence[int]) -> bool:
-    first, second = indices
-    return checksums[first] == checksums[second]
 
 
 class Batch(NamedTuple):
