@@ -14,7 +14,7 @@ from rich.console import Console
 from drafter_service.training.config import LoopConfig
 from specdec.cli_groups import ErrorGroup
 from specdec.errors import InvalidArgumentError
-from specdec.runtime.loading import DTYPES, tune_process
+from specdec.runtime.loading import DTYPES, keep_freed_memory, tune_process
 
 if TYPE_CHECKING:
     from drafter_service.training.data import TokenData
@@ -313,6 +313,7 @@ def _train(
     options: dict[str, Any],
 ) -> None:
     """Data, training, evaluation, and the folder that comes of it."""
+    keep_freed_memory()
     import torch
 
     from drafter_service.training.card import Card, write_card
