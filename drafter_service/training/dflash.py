@@ -25,7 +25,7 @@ from drafter_service.drafters.dflash_checkpoint import TRANSFORMERS_NAMES
 from drafter_service.drafters.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
-from drafter_service.training.features import POOL_BYTES, FeatureSource, SequenceFeatures
+from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
 from drafter_service.training.loop import Trainee
 from drafter_service.training.warm_start import BlockScales, warm_start_block
 from specdec.errors import InvalidArgumentError
@@ -362,6 +362,7 @@ def make_trainee(
     block_size: int,
     num_anchors: int,
     draft_vocab_size: int,
+    pool_tokens: int,
     markov_rank: int = 0,
     init: Path | None = None,
 ) -> tuple[DFlashTrainee, FeatureSource]:
@@ -371,6 +372,7 @@ def make_trainee(
         loaded: the target; it can only be evaluated from here on.
         num_context_layers: target layers whose hidden states are the context.
         num_anchors: blocks of a step.
+        pool_tokens: tokens the target reads in one pass; a sequence must not be longer.
         markov_rank: width of the head by which a draft depends on the one before it; 0: no such head.
         init: the drafter whose weights will be loaded.
 
@@ -408,5 +410,5 @@ def make_trainee(
         markov_rank,
         loaded.vocabulary_fingerprint,
     )
-    packed = PackedModel(target, kv_budget_bytes=POOL_BYTES)
+    packed = PackedModel(target, kv_budget_bytes=pool_bytes(shapes, target.dtype, pool_tokens))
     return trainee, FeatureSource(packed, hidden_layers=layer_ids)

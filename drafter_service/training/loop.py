@@ -24,7 +24,6 @@ CHECKPOINT = "checkpoint.pt"
 Features = Callable[[Sequence[TokenSequence]], list[SequenceFeatures]]
 """Where the features of sequences come from: a FeatureSource."""
 _LOG_EVERY = 25
-_EVALUATION_BATCH = 6
 _FINAL_RATE = 0.02
 """Of the learning rate, at the end of its cosine."""
 
@@ -194,7 +193,7 @@ class Training:
             )
         average = history.losses[-1][1] if history.losses else loss
         history.step += 1
-        history.num_tokens += sum(len(s.token_ids) - s.prompt_length for s in batch)
+        history.num_tokens += _num_answer_tokens(batch)
         history.losses.append((history.step, 0.98 * average + 0.02 * loss))
 
     def _learning_rate(self) -> float:
@@ -217,18 +216,26 @@ class Training:
     def evaluate(self) -> Acceptance:
         """Acceptance on the held-out answers."""
         if not self._held_out_features:
-            held_out = [self._data[index] for index in self._held_out]
-            kept = [s for s in held_out if len(s.token_ids) > s.prompt_length + 2]
-            self._held_out_features = [
-                self.source(kept[first : first + _EVALUATION_BATCH])
-                for first in range(0, len(kept), _EVALUATION_BATCH)
-            ]
+            self._held_out_features = [self.source(group) for group in self._held_out_groups()]
         self.trainee.eval()
         accepted: list[list[int]] = []
         with torch.autocast(self._device.type, torch.bfloat16):
             for features in self._held_out_features:
                 accepted += self.trainee.accepted(features, self.config.num_draft_tokens)
         return Acceptance.of(accepted, self.config.num_draft_tokens)
+
+    def _held_out_groups(self) -> list[list[TokenSequence]]:
+        """Held-out sequences, cut as those trained on, in groups as large as a step: what a step has memory
+        for, an evaluation has."""
+        groups: list[list[TokenSequence]] = []
+        for whole in map(self._data.__getitem__, self._held_out):
+            sequence = TokenSequence(whole.token_ids[: self.config.max_length], whole.prompt_length)
+            if _num_answer_tokens([sequence]) <= 2:
+                continue
+            if not groups or _num_answer_tokens(groups[-1]) >= self.config.tokens_per_step:
+                groups.append([])
+            groups[-1].append(sequence)
+        return groups
 
     def save_checkpoint(self) -> None:
         """Write everything a resumed run needs; the file there was is replaced whole."""
@@ -263,6 +270,10 @@ class Training:
             raise InvalidArgumentError(f"{path} is of another drafter: {error}") from error
         self._generator.set_state(state["generator"])
         self.history = History(**state["history"])
+
+
+def _num_answer_tokens(sequences: Sequence[TokenSequence]) -> int:
+    return sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences)
 
 
 def _identity(config: LoopConfig) -> dict[str, Any]:

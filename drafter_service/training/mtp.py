@@ -23,7 +23,7 @@ from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemm
 from drafter_service.drafters.assistant import AssistantLayers, TargetKv
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
-from drafter_service.training.features import POOL_BYTES, FeatureSource, SequenceFeatures
+from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
 from drafter_service.training.loop import Trainee
 from drafter_service.training.warm_start import warm_start
 from specdec.errors import InvalidArgumentError
@@ -253,13 +253,20 @@ def assistant_config(target: PreTrainedModel, num_layers: int, kv: KvShape) -> G
 
 
 def make_trainee(
-    loaded: LoadedModel, data: TokenData, *, num_layers: int, num_steps: int, draft_vocab_size: int
+    loaded: LoadedModel,
+    data: TokenData,
+    *,
+    num_layers: int,
+    num_steps: int,
+    draft_vocab_size: int,
+    pool_tokens: int,
 ) -> tuple[MtpTrainee, FeatureSource]:
     """An assistant for a target, warm-started from it, and where its features come from.
 
     Args:
         loaded: the target; it can only be evaluated from here on.
         num_steps: draft steps that are unrolled in training.
+        pool_tokens: tokens the target reads in one pass; a sequence must not be longer.
 
     Raises:
         InvalidArgumentError: the target is not one a drafter can be trained for.
@@ -290,5 +297,5 @@ def make_trainee(
         hidden_scale,
         num_steps,
     )
-    packed = PackedModel(target, kv_budget_bytes=POOL_BYTES)
+    packed = PackedModel(target, kv_budget_bytes=pool_bytes(shapes, target.dtype, pool_tokens))
     return trainee, FeatureSource(packed, kv_layers=[kv_layer])

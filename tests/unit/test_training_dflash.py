@@ -36,6 +36,10 @@ def training(
 ) -> Training:
     torch.manual_seed(0)
     loaded = load_causal_lm(str(calm), dtype="float32", device="cpu")
+    out.mkdir(exist_ok=True)
+    config = LoopConfig(
+        out, steps=steps, warmup_steps=10, learning_rate=3e-3, tokens_per_step=256, num_held_out=32
+    )
     trainee, source = make_trainee(
         loaded,
         data,
@@ -44,11 +48,8 @@ def training(
         block_size=block_size,
         num_anchors=96,
         draft_vocab_size=256,
+        pool_tokens=config.pool_tokens,
         markov_rank=markov_rank,
-    )
-    out.mkdir(exist_ok=True)
-    config = LoopConfig(
-        out, steps=steps, warmup_steps=10, learning_rate=3e-3, tokens_per_step=256, num_held_out=32
     )
     return Training(trainee, source, data, config, Console(quiet=True))
 

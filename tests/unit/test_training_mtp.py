@@ -34,19 +34,27 @@ class Interrupted:
 
     def __init__(self, source: FeatureSource, num_batches: float) -> None:
         self.source, self.num_left = source, num_batches
+        self.seen: list[TokenSequence] = []
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
         if not self.num_left:
             raise KeyboardInterrupt
         self.num_left -= 1
+        self.seen += sequences
         return self.source(sequences)
 
 
 def training(
-    calm: Path, data: TokenData, out: Path, *, steps: int, num_batches: float = math.inf, seed: int = 0
+    calm: Path,
+    data: TokenData,
+    out: Path,
+    *,
+    steps: int,
+    num_batches: float = math.inf,
+    seed: int = 0,
+    max_length: int = 512,
 ) -> Training:
     torch.manual_seed(0)
-    trainee, source = make_trainee(load(calm), data, num_layers=1, num_steps=4, draft_vocab_size=256)
     out.mkdir(exist_ok=True)
     config = LoopConfig(
         out,
@@ -54,8 +62,17 @@ def training(
         warmup_steps=10,
         learning_rate=3e-3,
         tokens_per_step=256,
+        max_length=max_length,
         num_held_out=32,
         seed=seed,
+    )
+    trainee, source = make_trainee(
+        load(calm),
+        data,
+        num_layers=1,
+        num_steps=4,
+        draft_vocab_size=256,
+        pool_tokens=config.pool_tokens,
     )
     return Training(trainee, Interrupted(source, num_batches), data, config, Console(quiet=True))
 
@@ -72,6 +89,17 @@ def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) 
     assert after.length > before.length + 0.1
     assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.5
     assert run.history.step == 120
+
+
+def test_held_out_answers_are_cut_as_those_trained_on(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    long = [data[index] for index in range(100)]
+    long += [TokenSequence(data[index].token_ids[:9] * 200, 8) for index in range(100, 160)]
+    run = training(calm, TokenData.of(long), tmp_path, steps=1, max_length=30)
+    assert isinstance(run.source, Interrupted)
+    assert run.evaluate().num_answers == 32
+    assert {len(sequence.token_ids) for sequence in run.source.seen} == {30}
+    nothing_left = training(calm, data, tmp_path, steps=1, max_length=10)
+    assert nothing_left.evaluate().num_answers == 0
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(calm: Path, data: TokenData, tmp_path: Path) -> None:
