@@ -173,24 +173,44 @@ class Training:
     def _step(self, batch: Batch) -> None:
         started = time.perf_counter()
         features = self._features(batch)
+        before = self._generator.get_state()
+        try:
+            loss = self._update(features)
+        except BaseException:
+            # The checkpoint that is saved now is that of the step before.
+            self._generator.set_state(before)
+            raise
+        self._note(loss, batch.sequences)
+        self.history.seconds += time.perf_counter() - started
+
+    def _update(self, features: Sequence[SequenceFeatures]) -> float:
+        """Change the weights by a batch; its loss.
+
+        Raises:
+            InvalidArgumentError: loss or gradient is not finite; the weights are as they were.
+        """
         self.trainee.train()
         with torch.autocast(self._device.type, torch.bfloat16):
             loss = self.trainee.loss(features, self._generator)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+        self._require_finite("loss", loss)
         self._optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._require_finite("gradient", nn.utils.clip_grad_norm_(self._parameters, 1.0))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate()
         self._optimizer.step()
-        self._note(loss.item(), batch.sequences)
-        self.history.seconds += time.perf_counter() - started
+        return loss.item()
+
+    def _require_finite(self, name: str, value: Tensor) -> None:
+        if not math.isfinite(value.item()):
+            raise InvalidArgumentError(
+                f"The {name} is {value.item()} at step {self.history.step}: lower --learning-rate, and go on "
+                "with --resume.",
+                field="learning_rate",
+            )
 
     def _note(self, loss: float, batch: Sequence[TokenSequence]) -> None:
         history = self.history
-        if not math.isfinite(loss):
-            raise InvalidArgumentError(
-                f"The loss is {loss} at step {history.step}: lower --learning-rate.", field="learning_rate"
-            )
         average = history.losses[-1][1] if history.losses else loss
         history.step += 1
         history.num_tokens += _num_answer_tokens(batch)

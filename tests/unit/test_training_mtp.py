@@ -153,13 +153,32 @@ def test_a_run_of_other_settings_is_not_resumed(calm: Path, data: TokenData, tmp
         wider.resume()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(calm: Path, data: TokenData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run_before_it_spoils_the_weights(
+    what: str, calm: Path, data: TokenData, tmp_path: Path
+) -> None:
+    whole = training(calm, data, tmp_path / "whole", steps=5)
+    whole.run()
     run = training(calm, data, tmp_path, steps=5)
-    with torch.no_grad():
-        run.trainee.model.post_projection.weight.fill_(math.inf)
-    with pytest.raises(InvalidArgumentError, match="learning-rate"):
+    loss = run.trainee.loss
+
+    def spoilt(features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
+        value = loss(features, generator)
+        if run.history.step < 3:
+            return value
+        # The root of 0 is finite, its gradient is not.
+        return value * math.nan if what == "loss" else value + value.sub(value.detach()).sqrt()
+
+    run.trainee.loss = spoilt  # type: ignore[method-assign]
+    with pytest.raises(InvalidArgumentError, match=f"{what} is .* at step 3: lower --learning-rate"):
         run.run()
-    assert (tmp_path / CHECKPOINT).is_file()
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert all(bool(weight.isfinite().all()) for weight in saved["trainee"].values())
+    second = training(calm, data, tmp_path, steps=5)
+    second.resume()
+    assert second.history.step == 3
+    second.run()
+    assert second.history.losses == whole.history.losses
 
 
 def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: Path) -> None:
