@@ -120,8 +120,9 @@ class DFlashTrainee(Trainee):
         draft_vocab: Tensor,  # [draft_vocab_size] ascending token ids
         scales: BlockScales,
         num_anchors: int,
-        markov_rank: int = 0,
-        vocabulary_fingerprint: str = "",
+        markov_rank: int,
+        target_id: str,
+        vocabulary_fingerprint: str,
     ) -> None:
         super().__init__()
         self.model: Any = model.to(weights.embedding.device).float()
@@ -131,7 +132,7 @@ class DFlashTrainee(Trainee):
         self.weights, self.scales, self.num_anchors = weights, scales, num_anchors
         self.head = FrozenHead(weights, draft_vocab)
         self.layer_ids = tuple(self.model.config.target_layer_ids)
-        self.fingerprint = vocabulary_fingerprint
+        self.target_id, self.fingerprint = target_id, vocabulary_fingerprint
 
     @property
     def _input_scales(self) -> Tensor:
@@ -208,6 +209,23 @@ class DFlashTrainee(Trainee):
         logits = self.head.logits(self._head_states(states.flatten(0, 1), previous))
         right = self.head.is_right(logits, batch.token_ids[rows].flatten()).view(is_there.shape)
         return (right & is_there).cumprod(1).sum(1)
+
+    def identity(self) -> dict[str, Any]:
+        """What it is besides its weights."""
+        config = self.model.config
+        return {
+            "method": "dflash",
+            "target": self.target_id,
+            "num_layers": config.num_hidden_layers,
+            "block_size": config.block_size,
+            "mask_token_id": config.mask_token_id,
+            "context_layers": list(self.layer_ids),
+            "anchors": self.num_anchors,
+            "markov_rank": self.markov.state.out_features if self.markov else 0,
+            "hidden_scales": list(self.scales.hidden),
+            "embedding_scale": self.scales.embedding,
+            **self.head.identity(),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights as z-lab names them, bf16."""
@@ -408,6 +426,7 @@ def make_trainee(
         scales,
         num_anchors,
         markov_rank,
+        loaded.model_id,
         loaded.vocabulary_fingerprint,
     )
     packed = PackedModel(target, kv_budget_bytes=pool_bytes(shapes, target.dtype, pool_tokens))

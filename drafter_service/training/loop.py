@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from drafter_service.training.checkpoint import read_checkpoint, write_checkpoint
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import Batch, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import SequenceFeatures
@@ -52,6 +53,10 @@ class Trainee(nn.Module, ABC):
     @abstractmethod
     def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
         """Per sequence, for each answer token but the last as anchor, how many drafts would be accepted."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What it is besides its weights, by name, in plain values: a run goes on with the same only."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -108,6 +113,7 @@ class Training:
         self.trainee, self.config = trainee, config
         self.history = History()
         self.source, self._data, self._console = source, data, console
+        self._data_fingerprint = data.fingerprint
         self._train, self._held_out = split(data, config.num_held_out)
         self._parameters = list(trainee.parameters())
         self._device = self._parameters[0].device
@@ -258,45 +264,43 @@ class Training:
         return groups
 
     def save_checkpoint(self) -> None:
-        """Write everything a resumed run needs; the file there was is replaced whole."""
+        """Write everything a resumed run needs."""
         state = {
+            "identity": self._identity(),
             "trainee": self.trainee.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "history": asdict(self.history),
-            "config": _identity(self.config),
         }
-        path = self.config.out / CHECKPOINT
-        scratch = path.with_suffix(".tmp")
-        torch.save(state, scratch)
-        scratch.replace(path)
+        write_checkpoint(self.config.out / CHECKPOINT, state)
 
     def resume(self) -> None:
         """Go on from the checkpoint in the output folder.
 
         Raises:
-            InvalidArgumentError: it is of a run with other settings.
+            InvalidArgumentError: it is damaged, or of a run with other settings.
         """
         path = self.config.out / CHECKPOINT
-        state = torch.load(path, weights_only=True)
-        if state["config"] != _identity(self.config):
-            raise InvalidArgumentError(
-                f"{path} is of a run with other settings ({state['config']}); give these, or another --out."
-            )
+        state = read_checkpoint(path, self._identity())
         try:
             self.trainee.load_state_dict(state["trainee"])
             self._optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise InvalidArgumentError(f"{path} is of another drafter: {error}") from error
-        self._generator.set_state(state["generator"])
-        self.history = History(**state["history"])
+            self._generator.set_state(state["generator"])
+            self.history = History(**state["history"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidArgumentError(
+                f"{path} is of another drafter, or damaged: {error}", field="resume"
+            ) from error
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed: the trainee, its data and their order."""
+        settings = ("tokens_per_step", "max_length", "passes", "num_held_out", "seed")
+        return {
+            **self.trainee.identity(),
+            "data": self._data_fingerprint,
+            **{name: getattr(self.config, name) for name in settings},
+        }
 
 
 def _num_answer_tokens(sequences: Sequence[TokenSequence]) -> int:
     return sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences)
-
-
-def _identity(config: LoopConfig) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: what changes data or order."""
-    names = ("tokens_per_step", "max_length", "passes", "num_held_out", "seed")
-    return {name: getattr(config, name) for name in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -145,12 +146,62 @@ def test_a_run_is_resumed_within_a_later_pass(
 
 def test_a_run_of_other_settings_is_not_resumed(calm: Path, data: TokenData, tmp_path: Path) -> None:
     training(calm, data, tmp_path, steps=1).run()
-    with pytest.raises(InvalidArgumentError, match="other settings"):
-        training(calm, data, tmp_path, steps=2, seed=1).resume()
+    other_data = TokenData.of([data[index] for index in reversed(range(len(data)))])
+    for message, run in {
+        r"other settings \(seed 0, not 1\)": training(calm, data, tmp_path, steps=2, seed=1),
+        r"other settings \(data ": training(calm, other_data, tmp_path, steps=2),
+    }.items():
+        with pytest.raises(InvalidArgumentError, match=message):
+            run.resume()
+    run = training(calm, data, tmp_path, steps=2)
+    trainee = run.trainee
+    assert isinstance(trainee, MtpTrainee)
+    for name, value in {
+        "target_id": "other",
+        "num_steps": 5,
+        "hidden_scale": 9.0,
+        "kv_layers": {"x": 0},
+    }.items():
+        kept = getattr(trainee, name)
+        setattr(trainee, name, value)
+        shown = {"target_id": "target", "num_steps": "unroll"}.get(name, name)
+        with pytest.raises(InvalidArgumentError, match=rf"settings \({shown} .*, not "):
+            run.resume()
+        setattr(trainee, name, kept)
+    # As other threads may round it.
+    trainee.hidden_scale *= 1.0001
+    run.config = replace(run.config, learning_rate=1e-4, minutes=1.0)
+    run.resume()
     wider = training(calm, data, tmp_path, steps=2)
     wider.trainee.model.post_projection = torch.nn.Linear(3, 3)
     with pytest.raises(InvalidArgumentError, match="another drafter"):
         wider.resume()
+
+
+def test_a_damaged_checkpoint_is_refused(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    run = training(calm, data, tmp_path, steps=1)
+    run.run()
+    path = tmp_path / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    whole = path.read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(InvalidArgumentError, match="cannot be read"):
+            run.resume()
+    path.unlink()
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        run.resume()
+    for name in state:
+        torch.save({other: part for other, part in state.items() if other != name}, path)
+        with pytest.raises(InvalidArgumentError, match=f"lacks {name}"):
+            run.resume()
+    for name in ("trainee", "optimizer", "generator", "history"):
+        torch.save(state | {name: {"x": 1}}, path)
+        with pytest.raises(InvalidArgumentError, match="damaged"):
+            run.resume()
+    torch.save([1], path)
+    with pytest.raises(InvalidArgumentError, match="damaged"):
+        run.resume()
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
