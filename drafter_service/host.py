@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
@@ -12,7 +11,6 @@ from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
 from specdec.errors import (
     FailedPreconditionError,
-    InternalError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
@@ -24,8 +22,6 @@ from specdec.target_state import TargetStateRef
 
 if TYPE_CHECKING:
     from specdec.runtime.state_reader import StateReader
-
-logger = logging.getLogger(__name__)
 
 
 class DrafterHost:
@@ -85,6 +81,8 @@ class DrafterHost:
                 f"({request.prompt_length}) at most, the {num_committed} committed tokens.",
                 field="max_length",
             )
+        token_ids = list(request.committed_token_ids)
+        validate_token_ids("committed_token_ids", token_ids, drafter.info.vocab_size)
         request.sampling.validate(drafter.info.vocab_size)
         validate_min_draft_confidence(request.min_draft_confidence)
         if self.num_sessions >= self.config.max_sessions:
@@ -191,6 +189,4 @@ def _propose(drafter: Drafter, items: Sequence[DraftItem]) -> Sequence[list[int]
     try:
         return drafter.propose(items)
     except Exception as error:  # drafters are plug-ins
-        logger.exception("drafter failed", extra={"drafter": drafter.info.name})
-        failure = InternalError(f"{drafter.info.name} failed: {type(error).__name__}: {error}")
-        return [failure] * len(items)
+        return [drafter.failure(error)] * len(items)

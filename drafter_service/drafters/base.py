@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, TypeVar
 
-from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
+from specdec.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
 from specdec.target_state import TargetStateSpec
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from specdec.runtime.state_reader import StateSession
     from specdec.runtime.target_view import Projection, TargetStateView
     from specdec.runtime.target_weights import TargetWeights
+
+logger = logging.getLogger(__name__)
+
+RoundT = TypeVar("RoundT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +139,48 @@ class Drafter(ABC):
     @abstractmethod
     def propose(self, items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
         """At most `num_draft_tokens` tokens per item; none: no guess. An error is that item's alone."""
+
+    def failure(self, error: Exception) -> SpecdecError:
+        """What those are told whose draft raised; a defect is logged."""
+        if isinstance(error, SpecdecError):
+            return error
+        logger.error("drafter failed", extra={"drafter": self.info.name}, exc_info=error)
+        return InternalError(f"{self.info.name} failed: {type(error).__name__}: {error}")
+
+    def propose_by_target(
+        self,
+        items: Sequence[DraftItem],
+        start: Callable[[DraftItem], RoundT | None],
+        draft: Callable[[Sequence[RoundT]], Sequence[list[int]]],
+    ) -> list[list[int] | SpecdecError]:
+        """Drafts of the sessions of one target after the other's.
+
+        What a session raises is its own error, and what the drafts of a target's sessions raise is theirs.
+
+        Args:
+            start: a session's part of the drafts; None: there is nothing to draft.
+            draft: drafts for sessions of one target, side by side.
+        """
+        drafts: list[list[int] | SpecdecError] = [[] for _ in items]
+        started: list[tuple[int, RoundT]] = []
+        for index, item in enumerate(items):
+            try:
+                one = start(item)
+            except Exception as error:  # of this session, whatever it is
+                drafts[index] = self.failure(error)
+            else:
+                started += [] if one is None else [(index, one)]
+
+        def target(entry: tuple[int, RoundT]) -> int:
+            return id(items[entry[0]].session.target_weights)
+
+        for _, group in groupby(sorted(started, key=target), key=target):
+            indices, rounds = zip(*group, strict=True)
+            found: Sequence[list[int] | SpecdecError]
+            try:
+                found = draft(rounds)
+            except Exception as error:  # of these sessions, whatever it is
+                found = [self.failure(error)] * len(indices)
+            for index, outcome in zip(indices, found, strict=True):
+                drafts[index] = outcome
+        return drafts

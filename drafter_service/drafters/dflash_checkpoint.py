@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ class DFlashCheckpoint:
         weights = _read_weights(folder, torch.device(device))
         decoder = MuseGlimmerAssistantModel(decoder_config).to(device, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
-        lm_head, draft_vocab = _take_head(folder, weights, settings)
+        lm_head, draft_vocab = _take_head(folder, weights, settings.vocab_size, decoder_config.hidden_size)
+        if lm_head is not None and draft_vocab is None:
+            settings = replace(settings, vocab_size=len(lm_head))
         if draft_vocab is None:
             draft_vocab = read_draft_vocab(folder, settings.vocab_size, decoder.device)
         markov = _take_markov(folder, weights, decoder)
@@ -258,20 +260,52 @@ def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def _take_head(
-    folder: Path, weights: dict[str, Tensor], settings: DFlashSettings
+    folder: Path, weights: dict[str, Tensor], vocab_size: int, hidden_size: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Take head and draft vocabulary out of the weights; both are in order of token ids."""
+    """Take head and draft vocabulary out of the weights; both are in order of token ids.
+
+    Args:
+        vocab_size: 0: not known.
+    """
     lm_head, offsets = weights.pop("lm_head.weight", None), weights.pop("d2t", None)
-    if lm_head is None or offsets is None:
-        return lm_head, None
-    token_ids = torch.arange(len(offsets), device=offsets.device) + offsets.long()
-    in_range = not settings.vocab_size or bool((token_ids < settings.vocab_size).all())
-    if len(token_ids) != len(lm_head) or token_ids.min() < 0 or not in_range:
+    if lm_head is None:
+        return None, None
+    if lm_head.ndim != 2 or not len(lm_head) or lm_head.shape[1] != hidden_size:
         raise InvalidArgumentError(
-            f"{folder}: d2t does not map the {len(lm_head)} rows of the head to tokens.", field="drafter"
+            f"{folder}: lm_head.weight is {list(lm_head.shape)}; it must have rows of the drafter's "
+            f"{hidden_size} elements.",
+            field="drafter",
         )
-    order = token_ids.argsort()
-    return lm_head[order], token_ids[order]
+    if offsets is not None:
+        token_ids = _mapped_tokens(folder, offsets, len(lm_head), vocab_size)
+        order = token_ids.argsort()
+        return lm_head[order], token_ids[order]
+    if len(lm_head) < vocab_size:
+        raise InvalidArgumentError(
+            f"{folder}: its head has {len(lm_head)} rows for a vocabulary of {vocab_size} tokens, and no d2t "
+            "that says whose they are.",
+            field="drafter",
+        )
+    # More rows than tokens are padding.
+    return lm_head[: vocab_size or None], None
+
+
+def _mapped_tokens(folder: Path, offsets: Tensor, num_rows: int, vocab_size: int) -> Tensor:
+    """The token [num_rows] of each row of a head, from how far it is from the row's index.
+
+    Raises:
+        InvalidArgumentError: they are not different tokens of the vocabulary, one for each row.
+    """
+    right = offsets.shape == (num_rows,)
+    if right:
+        token_ids = torch.arange(num_rows, device=offsets.device) + offsets.long()
+        in_range = token_ids.min() >= 0 and not (vocab_size and token_ids.max() >= vocab_size)
+        right = bool(in_range) and len(token_ids.unique()) == num_rows
+    if not right:
+        raise InvalidArgumentError(
+            f"{folder}: d2t does not map the {num_rows} rows of the head to as many tokens.", field="drafter"
+        )
+    return token_ids
 
 
 def _take_markov(

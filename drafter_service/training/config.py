@@ -34,3 +34,9 @@ class LoopConfig:
     """Sequences held out."""
     seed: int = 0
     """Of the order of sequences and all else that is random."""
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens whose KV the target keeps while it reads sequences: a step's with prompts as long as their
+        answers, and always one sequence; a step with longer prompts takes several passes."""
+        return 2 * (self.tokens_per_step + self.max_length)

@@ -397,6 +397,20 @@ def test_checkpoints_that_cannot_be_used_are_refused(
         DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
 
 
+def test_a_head_has_a_row_for_every_token(tmp_path: Path) -> None:
+    source = save_tiny_dflash(tmp_path / "source")
+    head = {"lm_head.weight": torch.randn(VOCAB_SIZE + 4, 32)}
+    padded = save_as_speculators(source, tmp_path / "padded", head)
+    checkpoint = DFlashCheckpoint.load(str(padded), dtype="float32", device="cpu")
+    assert torch.equal(checkpoint.lm_head, head["lm_head.weight"][:VOCAB_SIZE])  # type: ignore[arg-type]
+    # A config of transformers' names no vocabulary.
+    save_file(load_file(source / "model.safetensors") | head, source / "model.safetensors")
+    assert (
+        DFlashCheckpoint.load(str(source), dtype="float32", device="cpu").settings.vocab_size
+        == VOCAB_SIZE + 4
+    )
+
+
 def test_damaged_speculators_are_refused(tmp_path: Path) -> None:
     source = save_tiny_dflash(tmp_path / "source")
 
@@ -404,10 +418,15 @@ def test_damaged_speculators_are_refused(tmp_path: Path) -> None:
         DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
 
     head = torch.zeros(3, 32)
-    for index, offsets in enumerate(([0, 0], [0, -5, 0], [0, 0, VOCAB_SIZE])):
+    for index, offsets in enumerate(([0, 0], [0, -5, 0], [0, 0, VOCAB_SIZE], [0, 1, 0], [[0], [0], [0]])):
         extra = {"lm_head.weight": head, "d2t": torch.tensor(offsets)}
         with pytest.raises(InvalidArgumentError, match="d2t"):
             load(save_as_speculators(source, tmp_path / str(index), extra))
+    heads = {"no d2t": head, "32 elements": torch.zeros(VOCAB_SIZE, 24), r"\[260\]": torch.zeros(VOCAB_SIZE)}
+    heads[r"\[0, 32\]"] = torch.zeros(0, 32)
+    for index, (message, wrong) in enumerate(heads.items()):
+        with pytest.raises(InvalidArgumentError, match=message):
+            load(save_as_speculators(source, tmp_path / f"head{index}", {"lm_head.weight": wrong}))
     kinds = {"projector_type": "domino", "shift_label": True, "speculators_model_type": "eagle3"}
     for name, value in kinds.items():
         with pytest.raises(InvalidArgumentError, match=name if value is True else str(value)):
