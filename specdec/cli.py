@@ -19,6 +19,7 @@ from specdec.render import (
     AnswerPrinter,
     comparison_table,
     console,
+    fallback_note,
     info_tables,
     print_closing_line,
     report,
@@ -260,9 +261,14 @@ def compare(
         raise click.UsageError("--methods is empty; name at least one, as in --methods none,ngram.")
     options = replace(options, raw=raw)
     with Client(gateway, timeout_s=timeout_s) as client:
-        client.generate(prompt, replace(options, max_new_tokens=WARM_UP_TOKENS, method=names[0]))
+        for name in names:
+            # A method's first use maps weights and packs heads; and a mistyped name shows before any answer.
+            client.generate(prompt, _for_method(replace(options, max_new_tokens=WARM_UP_TOKENS), name))
         answers = [(name, _answer_of(name, client, prompt, options)) for name in names]
     console().print(comparison_table(answers))
+    for name, answer in answers:
+        if note := fallback_note(answer):
+            report(f"{name}: {note}")
 
 
 def _answer_of(method: str, client: Client, prompt: str, options: GenerateOptions) -> Generation:

@@ -67,12 +67,17 @@ def closing_line(generation: Generation) -> str:
         f"TTFT {timing.ttft_ms:.0f} ms",
     ]
     line = " | ".join(parts)
-    if speculation.num_fallback_rounds:
-        line += (
-            f"\nnote: {speculation.num_fallback_rounds} rounds went without a draft: "
-            f"{speculation.fallback_reason or 'the drafter was lost'}"
-        )
-    return line
+    note = fallback_note(generation)
+    return f"{line}\nnote: {note}" if note else line
+
+
+def fallback_note(generation: Generation) -> str:
+    """How often an answer went without a draft it should have had, and why; empty: never."""
+    speculation = generation.speculation
+    if not speculation.num_fallback_rounds:
+        return ""
+    reason = speculation.fallback_reason or "the drafter was lost"
+    return f"{speculation.num_fallback_rounds} rounds went without a draft: {reason}"
 
 
 def print_closing_line(generation: Generation, no_color: bool) -> None:

@@ -317,7 +317,7 @@ def _take_markov(
         return None
     try:
         return MarkovHead.of(own, decoder.config.hidden_size).to(decoder.dtype)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         raise InvalidArgumentError(
             f"{folder}: its {PREFIX}* weights are no head for {decoder.config.hidden_size} elements: {error}",
             field="drafter",

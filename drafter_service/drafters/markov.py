@@ -35,7 +35,7 @@ class MarkovHead(nn.Module):
         """From the weights of a checkpoint, in their dtype and on their device.
 
         Raises:
-            KeyError, RuntimeError: they are not those of such a head.
+            KeyError, RuntimeError, TypeError: they are not those of such a head.
         """
         head = cls(hidden_size, len(weights["state.weight"])).to(weights["state.weight"])
         head.load_state_dict(dict(weights))

@@ -58,7 +58,11 @@ _DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
         help="Longest generated answer, tokens.",
     ),
     click.option(
-        "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Of data, order and weights."
+        "--seed",
+        type=click.IntRange(min=0),
+        default=_DEFAULTS.seed,
+        show_default=True,
+        help="Of data, order and weights.",
     ),
     click.option(
         "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the target."
@@ -187,8 +191,8 @@ def data(out: Path, **options: Any) -> None:
 
     `specdec train mtp --tokens FILE` and `specdec train dflash --tokens FILE` read them.
     """
-    if options["task_share"] == 1 and not options["passages"]:
-        raise InvalidArgumentError("Tasks need texts: give --passages, or a smaller --task-share.")
+    if options["prompts"] and options["passages"]:
+        raise InvalidArgumentError("--prompts are answered as they are; --passages has no part in that.")
     if out.exists():
         raise InvalidArgumentError(f"{out} is there already; choose another --out.", field="out")
     tune_process()
@@ -291,7 +295,8 @@ def dflash(
     _train(
         "dflash",
         f"A DFlash drafter with {num_layers} layers and blocks of {block_size}. Its context are the hidden "
-        f"states of {num_context_layers} layers of the target; embedding and LM head are the target's.",
+        f"states of {num_context_layers} layers of the target; embedding and LM head are the target's."
+        + (f" A Markov head of rank {markov_rank} lets drafts depend on each other." if markov_rank else ""),
         functools.partial(
             make_trainee,
             num_layers=num_layers,
@@ -392,7 +397,7 @@ def _data_files(options: dict[str, Any], console: Console) -> tuple[list[Path], 
 
 
 def _generate(loaded: LoadedModel, options: dict[str, Any], console: Console) -> TokenData:
-    from drafter_service.training.data import TokenData
+    from drafter_service.training.data import TokenData, split
     from drafter_service.training.generate import Decoder, GenerationProgress, generate, room_after
     from drafter_service.training.prompts import PromptMaker
     from drafter_service.training.tasks import make_tasks
@@ -419,13 +424,17 @@ def _generate(loaded: LoadedModel, options: dict[str, Any], console: Console) ->
         if options["prompts"]:
             return answer(maker.read(options["prompts"]))
         num_tasks = round(count * options.get("task_share", _TASK_SHARE))
+        num_openings = max(count - num_tasks, 0 if passages else 1)
         parts = []
-        if num_tasks < count:
-            parts.append(
-                answer(maker.make_up(Decoder(packed, _BATCH_SIZE), count - num_tasks, seed, progress))
-            )
+        if num_openings:
+            parts.append(answer(maker.make_up(Decoder(packed, _BATCH_SIZE), num_openings, seed, progress)))
         about = TokenData.load(passages, packed.vocab_size) if passages else parts[0]
         # At least as much is left for the answer.
         most = min(_MAX_TASK_TOKENS, room_after(packed, (0,)) // 2)
-        tasks = make_tasks(maker, about, num_tasks, seed, max_tokens=most)
-        return TokenData.joined([*parts, answer(tasks)] if tasks else parts)
+        # A task quotes an answer: those that will be held out are left alone.
+        quotable, _ = split(about, _DEFAULTS.num_held_out)
+        if tasks := make_tasks(maker, about, quotable, count - num_openings, seed, max_tokens=most):
+            parts.append(answer(tasks))
+    if not parts:
+        raise InvalidArgumentError(f"The answers in {passages} are too short to ask about.", field="passages")
+    return TokenData.joined(parts)

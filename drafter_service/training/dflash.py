@@ -128,7 +128,10 @@ class DFlashTrainee(Trainee):
         self.model: Any = model.to(weights.embedding.device).float()
         self.encoder = self.model.encoder
         self.layers = BlockLayers(model)
-        self.markov = MarkovHead(model.config.hidden_size, markov_rank) if markov_rank else None
+        self.markov = None
+        if markov_rank:
+            device = weights.embedding.device
+            self.markov = MarkovHead(model.config.hidden_size, markov_rank).to(device)
         self.weights, self.scales, self.num_anchors = weights, scales, num_anchors
         self.head = FrozenHead(weights, draft_vocab)
         self.layer_ids = tuple(self.model.config.target_layer_ids)
@@ -251,9 +254,7 @@ class DFlashTrainee(Trainee):
                 for name, weight in load_file(folder / _WEIGHTS).items()
             }
             weights["encoder.fc.weight"] /= self._input_scales.cpu()
-            markov = split_weights(weights)
-            if self.markov and markov:
-                self.markov.load_state_dict(markov)
+            self._load_markov(split_weights(weights))
             encoder = {name: weights.pop(f"encoder.{name}") for name in list(self.encoder.state_dict())}
             self.encoder.load_state_dict(encoder)
             self.model.load_state_dict(weights)
@@ -263,6 +264,13 @@ class DFlashTrainee(Trainee):
                 f"{folder} is no drafter like this one: {error}", field="init"
             ) from error
         self.scales = given
+
+    def _load_markov(self, weights: dict[str, Tensor]) -> None:
+        """Take the Markov head of a checkpoint; one without leaves ours as it began."""
+        if weights and not self.markov:
+            raise ValueError("it has a Markov head; leave --markov-rank 0 away")
+        if weights and self.markov:
+            self.markov.load_state_dict(weights)
 
     def _own_scale(self, config: dict[str, Any]) -> float:
         """The embedding scale of a checkpoint, which was trained for one target's layers and one mask."""

@@ -25,6 +25,7 @@ CHECKPOINT = "checkpoint.pt"
 Features = Callable[[Sequence[TokenSequence]], list[SequenceFeatures]]
 """Where the features of sequences come from: a FeatureSource."""
 _LOG_EVERY = 25
+_LOG_EVERY_S = 60.0
 _FINAL_RATE = 0.02
 """Of the learning rate, at the end of its cosine."""
 
@@ -123,6 +124,7 @@ class Training:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._held_out_features: list[list[SequenceFeatures]] = []
         self._kept_features: dict[int, list[SequenceFeatures]] = {}
+        self._logged = time.monotonic()
 
     @property
     def progress(self) -> float:
@@ -162,6 +164,7 @@ class Training:
                 self._step(batch)
                 if history.step % _LOG_EVERY == 0:
                     report(self._describe())
+                    self._log()
                 if history.seconds - evaluated >= 60 * config.evaluate_minutes:
                     evaluated = history.seconds
                     self._look()
@@ -232,6 +235,12 @@ class Training:
         rate = history.num_tokens / history.seconds
         length = f", acceptance {history.acceptance[-1][1]:.2f}" if history.acceptance else ""
         return f"step {history.step}, loss {history.losses[-1][1]:.3f}, {rate:.0f} tokens/s{length}"
+
+    def _log(self) -> None:
+        """A line a minute where there is no terminal to draw the bar on."""
+        if not self._console.is_terminal and time.monotonic() - self._logged >= _LOG_EVERY_S:
+            self._logged = time.monotonic()
+            self._console.print(f"{self.progress:.0%}: {self._describe()}")
 
     def _look(self) -> None:
         acceptance = self.evaluate()

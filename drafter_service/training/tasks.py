@@ -6,11 +6,12 @@ A drafter that is to be good at copying must have seen answers that copy.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
 
-from drafter_service.training.data import TokenData
+from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.prompts import PromptMaker
 
 _TASKS = (
@@ -54,18 +55,19 @@ class _Passage:
 
 
 def make_tasks(
-    maker: PromptMaker, data: TokenData, count: int, seed: int, *, max_tokens: int
+    maker: PromptMaker, data: TokenData, indices: Sequence[int], count: int, seed: int, *, max_tokens: int
 ) -> list[list[int]]:
-    """At most `count` prompts, all different, that ask for something about the answers of `data`.
+    """At most `count` prompts, all different, that ask for something about answers.
 
     Args:
+        indices: sequences of `data` whose answers may be quoted.
         max_tokens: longest prompt.
     """
     rng = numpy.random.default_rng(seed)
     prompts: dict[tuple[int, ...], None] = {}
     for _ in range(count):
         for _ in range(_MAX_TRIES):
-            text = _task(maker, data, rng)
+            text = _task(maker, [data[int(rng.choice(indices))] for _ in range(2)], rng)
             prompt = tuple(maker.prompt(text)) if text else ()
             if prompt and len(prompt) <= max_tokens and prompt not in prompts:
                 prompts[prompt] = None
@@ -73,21 +75,20 @@ def make_tasks(
     return [list(prompt) for prompt in prompts]
 
 
-def _task(maker: PromptMaker, data: TokenData, rng: numpy.random.Generator) -> str:
-    """What to ask about a random answer, or about the code in it; empty: it is too short."""
-    passage = _passage(maker, data, rng)
+def _task(maker: PromptMaker, about: Sequence[TokenSequence], rng: numpy.random.Generator) -> str:
+    """What to ask about the first of two answers, or about the code in it; empty: they are too short."""
+    passage, another = (_passage(maker, sequence) for sequence in about)
     code = _CODE.search(passage.text)
     if code and rng.random() < 0.7:
         return str(rng.choice(_CODE_TASKS)).format(text=code.group())
     text = _cut(passage.text, rng)
-    other = _cut(_passage(maker, data, rng).text, rng)
+    other = _cut(another.text, rng)
     if not text or not other:
         return ""
     return str(rng.choice(_TASKS)).format(text=text, other=other, question=passage.question)
 
 
-def _passage(maker: PromptMaker, data: TokenData, rng: numpy.random.Generator) -> _Passage:
-    sequence = data[int(rng.integers(len(data)))]
+def _passage(maker: PromptMaker, sequence: TokenSequence) -> _Passage:
     answer = maker.text(sequence.token_ids[sequence.prompt_length :])
     return _Passage(answer.strip(), maker.question(sequence.token_ids[: sequence.prompt_length]))
 

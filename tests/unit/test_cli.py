@@ -229,11 +229,12 @@ def test_compare_runs_each_method_after_a_warm_up(gateway: ScriptedGateway) -> N
     assert result.exit_code == 0
     assert [(request.method, request.max_new_tokens) for request in gateway.requests] == [
         ("none", 4),
+        ("ngram", 4),
         ("none", 20),
         ("ngram", 20),
     ]
-    assert not gateway.requests[1].HasField("num_draft_tokens")
-    assert gateway.requests[2].num_draft_tokens == 4
+    assert not gateway.requests[2].HasField("num_draft_tokens")
+    assert gateway.requests[3].num_draft_tokens == 4
     for shown in ("Compared with none", "ngram", "1.00x", "2.50", "same"):
         assert shown in result.stdout
 

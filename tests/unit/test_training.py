@@ -120,16 +120,17 @@ def test_tasks_are_about_texts_the_target_wrote(tiny_llama: Path) -> None:
             for question, text in (("Where was the mill?", words), ("Is there code?", code), ("So?", "No."))
         ]
     )
-    prompts = make_tasks(maker, data, 40, 3, max_tokens=600)
-    assert prompts == make_tasks(maker, data, 40, 3, max_tokens=600)
-    assert prompts != make_tasks(maker, data, 40, 4, max_tokens=600)
+    prompts = make_tasks(maker, data, range(3), 40, 3, max_tokens=600)
+    assert prompts == make_tasks(maker, data, range(3), 40, 3, max_tokens=600)
+    assert prompts != make_tasks(maker, data, range(3), 40, 4, max_tokens=600)
     assert len({tuple(prompt) for prompt in prompts}) == len(prompts) > 10
     texts = [maker.question(prompt) for prompt in prompts]
     assert all("The mill stood by the river." in text or "```python" in text for text in texts)
     assert any("Where was the mill?" in text for text in texts)
     assert any("```python\nx = 1\n```" in text and "river" not in text for text in texts)
-    assert all(len(prompt) <= 300 for prompt in make_tasks(maker, data, 40, 3, max_tokens=300))
-    assert make_tasks(maker, data, 40, 3, max_tokens=10) == []
+    assert all(len(prompt) <= 300 for prompt in make_tasks(maker, data, range(3), 40, 3, max_tokens=300))
+    assert make_tasks(maker, data, range(3), 40, 3, max_tokens=10) == []
+    assert make_tasks(maker, data, [2], 40, 3, max_tokens=600) == []
 
 
 def test_prompts_need_a_tokenizer(tmp_path: Path) -> None:
@@ -388,8 +389,13 @@ def test_data_by_command(tiny_llama: Path, tmp_path: Path) -> None:
     assert str(len(TokenData.load(first, VOCAB_SIZE))) in output
     code, output = run_training("--out", str(first), *model, method="data")
     assert (code, "another --out" in output) == (2, True)
-    code, output = run_training("--out", str(second), *model, "--task-share", "1", method="data")
-    assert (code, "--passages" in output) == (2, True)
+    passages = ("--passages", str(first), "--task-share", "1")
+    code, output = run_training("--out", str(second), *model, *passages, method="data")
+    assert (code, "too short to ask about" in output) == (2, True)
+    code, output = run_training(
+        "--out", str(second), *model, "--prompts", str(first), *passages, method="data"
+    )
+    assert (code, "--passages has no part" in output) == (2, True)
     code, output = run_training(
         *("--out", str(tmp_path / "drafter"), *model, "--steps", "2", "--layers", "1"),
         *("--tokens", str(first), "--tokens", str(first)),
