@@ -128,6 +128,14 @@ class ByHand:
         Args:
             masks: by layer type, which keys the block's rows see [num_drafts + 1, num_keys].
         """
+        logits: Tensor = self.target.get_output_embeddings()(self.states(committed, num_drafts, masks))
+        return logits
+
+    @torch.no_grad()
+    def states(
+        self, committed: Sequence[int], num_drafts: int, masks: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What the head reads at the masks [num_drafts, hidden_size]."""
         layer_ids = self.drafter.config.target_layer_ids
         hidden = self.target(torch.tensor([committed[:-1]]), output_hidden_states=True).hidden_states
         context = torch.cat([hidden[layer_id + 1] for layer_id in layer_ids], dim=-1)
@@ -141,8 +149,8 @@ class ByHand:
             position_ids=torch.arange(len(committed) + num_drafts)[None],
             attention_mask={kind: mask[None, None] for kind, mask in masks.items()} if masks else None,
         ).last_hidden_state
-        logits: Tensor = self.target.get_output_embeddings()(states[0, 1:])
-        return logits
+        own: Tensor = states[0, 1:]
+        return own
 
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], num_tokens: int, **options: Any) -> list[int]:
