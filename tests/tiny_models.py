@@ -12,6 +12,8 @@ from transformers import (
     Gemma4TextConfig,
     Gemma4UnifiedTextConfig,
     LlamaConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -49,6 +51,10 @@ def tiny_config(family: str) -> PreTrainedConfig:
         return LlamaConfig(**_COMMON)
     if family == "qwen3":
         return Qwen3Config(**_COMMON)
+    if family == "phi3":
+        return Phi3Config(**_COMMON)
+    if family == "olmo2":
+        return Olmo2Config(**_COMMON)
     if family == "gemma3":
         return Gemma3TextConfig(
             **_COMMON, layer_types=_LAYER_TYPES, sliding_window=16, query_pre_attn_scalar=8

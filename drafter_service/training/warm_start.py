@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,9 @@ def warm_start(assistant: PreTrainedModel, target: PreTrainedModel, token_ids: S
     layers = list(assistant.model.layers)
     sources = list(decoder.layers)[-len(layers) :]
     before = list(decoder.layers)[-len(layers) - 1]
-    watched = [decoder.norm, before, *(m for s in sources for m in (s.self_attn.q_proj, s.self_attn, s.mlp))]
+    watched = [decoder.norm, before]
+    for source in sources:
+        watched += _there(source, "self_attn.q_proj", "self_attn", "mlp")
     sizes = _output_sizes(target, watched, token_ids)
     for layer, source in zip(layers, sources, strict=True):
         for name, parameter in layer.named_parameters():
@@ -80,14 +83,14 @@ def warm_start_block(
     embedding: Any = target.get_input_embeddings()
     watched = [embedding, before, *(decoder.layers[layer_id] for layer_id in layer_ids)]
     for source in sources:
-        attention = source.self_attn
-        watched += [getattr(attention, name) for name in ("q_proj", "k_proj") if hasattr(attention, name)]
+        watched += _there(source, "self_attn.q_proj", "self_attn.k_proj")
     sizes = _output_sizes(target, watched, token_ids)
     for layer, source in zip(layers, sources, strict=True):
         for name, parameter in layer.named_parameters():
             _set(parameter, _block_counterpart(source, name, sizes))
     _set(drafter.norm.weight, _norm_weight(decoder.norm) * _INITIAL_SHARPNESS)
-    _set(drafter.encoder.output_norm_enc.weight, _norm_weight(sources[0].input_layernorm))
+    for norm in _there(sources[0], "input_layernorm"):
+        _set(drafter.encoder.output_norm_enc.weight, _norm_weight(norm))
     width = drafter.config.hidden_size
     drafter.encoder.fc.weight.zero_()
     drafter.encoder.fc.weight[:, -width:] = torch.eye(width)
@@ -104,13 +107,14 @@ def _block_counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) ->
         path = "pre_feedforward_layernorm"
     if path == "self_attn.q_norm" and not hasattr(attention, "q_norm"):
         # A DFlash layer scales by the root of the dimension itself.
-        return sizes[attention.q_proj] * float(attention.scaling) * math.sqrt(attention.head_dim)
+        scale = float(attention.scaling) * math.sqrt(attention.head_dim)
+        return _size(sizes, source, "self_attn.q_proj", scale)
     if path == "self_attn.k_norm" and not hasattr(attention, "k_norm"):
-        return sizes[attention.k_proj]
-    try:
-        module = source.get_submodule(path)
-    except AttributeError:
+        return _size(sizes, source, "self_attn.k_proj")
+    found = _there(source, path)
+    if not found:
         return None
+    (module,) = found
     return _norm_weight(module) if path.endswith("norm") else module.weight
 
 
@@ -139,7 +143,7 @@ def _counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tenso
     has_outer_norms = hasattr(source, "pre_feedforward_layernorm")
     path = name.removesuffix(".weight")
     if path == "self_attn.q_norm" and not hasattr(source.self_attn, "q_norm"):
-        return sizes[source.self_attn.q_proj] * float(source.self_attn.scaling)
+        return _size(sizes, source, "self_attn.q_proj", float(source.self_attn.scaling))
     if not has_outer_norms:
         if path == "post_attention_layernorm":
             return sizes[source.self_attn]
@@ -147,11 +151,25 @@ def _counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tenso
             return sizes[source.mlp]
         if path == "pre_feedforward_layernorm":
             path = "post_attention_layernorm"
-    try:
-        module = source.get_submodule(path)
-    except AttributeError:
+    found = _there(source, path)
+    if not found:
         return None
+    (module,) = found
     return _norm_weight(module) if path.endswith("norm") else module.weight
+
+
+def _there(layer: Any, *paths: str) -> list[nn.Module]:
+    """Those of a layer's modules that it has: families name and fuse them differently."""
+    found = []
+    for path in paths:
+        with suppress(AttributeError):
+            found.append(layer.get_submodule(path))
+    return found
+
+
+def _size(sizes: dict[nn.Module, float], layer: Any, path: str, scale: float = 1.0) -> float | None:
+    """The size of what a module of a layer puts out, scaled; None where there is no such module."""
+    return next((sizes[module] * scale for module in _there(layer, path)), None)
 
 
 def _norm_weight(norm: Any) -> Tensor:

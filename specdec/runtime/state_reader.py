@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +92,7 @@ class StateReader:
         self._on_link = on_link
         self._checkpoint = checkpoint
         self._weights: dict[str, TargetWeights] = {}
+        self._weights_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mirrors = MirrorBudget(config.mirror_bytes)
         self._mappings = Mappings(config.device, config.directory)
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -127,18 +128,23 @@ class StateReader:
             FailedPreconditionError: they cannot be mapped, and no checkpoint was given.
             SpecdecError: the verifier did not answer.
         """
-        if verifier_uri not in self._weights:
-            try:
-                self._weights[verifier_uri] = await self._map_weights(verifier_uri)
-            except FailedPreconditionError as error:
-                if self._checkpoint is None:
-                    raise FailedPreconditionError(
-                        f"The target's embedding and LM head cannot be mapped ({error.message}); start the "
-                        "drafter with --target MODEL, and it reads them from there.",
-                        reason="NO_TARGET_WEIGHTS",
-                    ) from error
-                self._weights[verifier_uri] = self._checkpoint
-        return self._weights[verifier_uri]
+        # One at a time: two first rounds at once would map them twice, and drafters pack a head for each.
+        async with self._weights_locks[verifier_uri]:
+            if verifier_uri not in self._weights:
+                self._weights[verifier_uri] = await self._map_or_read_weights(verifier_uri)
+            return self._weights[verifier_uri]
+
+    async def _map_or_read_weights(self, verifier_uri: str) -> TargetWeights:
+        try:
+            return await self._map_weights(verifier_uri)
+        except FailedPreconditionError as error:
+            if self._checkpoint is None:
+                raise FailedPreconditionError(
+                    f"The target's embedding and LM head cannot be mapped ({error.message}); start the "
+                    "drafter with --target MODEL, and it reads them from there.",
+                    reason="NO_TARGET_WEIGHTS",
+                ) from error
+            return self._checkpoint
 
     async def _map_weights(self, verifier_uri: str) -> TargetWeights:
         if self.config.mode == "stream":
@@ -236,6 +242,8 @@ class StateReader:
         idle = [uri for uri in self._channels if uri not in used]
         for uri in idle:
             self._weights.pop(uri, None)
+            if not self._weights_locks[uri].locked():
+                del self._weights_locks[uri]
         await asyncio.gather(*[self._channels.pop(uri).close() for uri in idle])
 
 

@@ -71,6 +71,19 @@ async def test_hidden_states_and_weights_give_the_targets_own_pick(
         assert torch.equal(seen.weights[0].embedding[5], shared[5]) == (mode == "handle")
 
 
+async def test_first_rounds_at_once_map_the_weights_once(tiny_llama: Path, tmp_path: Path) -> None:
+    seen = Seen()
+    probe = StateProbe(TargetStateSpec(last_hidden_state=True), needs_weights=True, after_reading=seen.look)
+    here = {"shared_dir": str(tmp_path)}
+    async with running_system(
+        tiny_llama, "probe", families=probe.families, verifier_options=here, drafter_options=here
+    ) as system:
+        answers = (system.client.generate(PROMPT, READING) for _ in range(4))
+        assert len({answer.token_ids for answer in await asyncio.gather(*answers)}) == 1
+    assert len(seen.weights) > 10
+    assert len({id(weights) for weights in seen.weights}) == 1
+
+
 async def test_a_drafter_that_can_get_none_says_how_it_could(tiny_llama: Path, tmp_path: Path) -> None:
     probe = StateProbe(TargetStateSpec(last_hidden_state=True), needs_weights=True)
     async with running_system(

@@ -26,7 +26,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel, probe
 from specdec.sampling import SamplingParams
-from tests.tiny_models import EOS, VOCAB_SIZE
+from tests.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 
 PROMPTS = ([5, 6, 7], [9], list(range(40, 60)), [1, 2], [70, 71, 72, 73])
 
@@ -370,6 +370,21 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     code, output = run(*again)
     assert code == 0, output
     assert f"| started from | the drafter `{out.name}`" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["mtp", "dflash"])
+@pytest.mark.parametrize("family", ["phi3", "olmo2"])
+def test_targets_whose_layers_are_named_otherwise(family: str, method: str, tmp_path: Path) -> None:
+    """Phi-3 fuses projections, OLMo 2 has norms elsewhere: what has no counterpart starts at random."""
+    target = save_tiny_model(tmp_path / "target", family)
+    some_data().save(tmp_path / "tokens")
+    code, output = run_training(
+        *("--out", str(tmp_path / "drafter"), "--model", str(target), "--dtype", "float32"),
+        *("--tokens", str(tmp_path / "tokens"), "--steps", "3", "--layers", "1"),
+        method=method,
+    )
+    assert code == 0, output
+    assert "Acceptance length" in output
 
 
 def test_data_by_command(tiny_llama: Path, tmp_path: Path) -> None:
