@@ -344,7 +344,7 @@ def _train(
         path.chmod(0o644)  # they are written for their owner alone
     click.echo(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
-        f"{config.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
+        f"{acceptance.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
     )
 
 

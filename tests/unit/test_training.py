@@ -342,7 +342,7 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     }
     card = (out / "README.md").read_text()
     assert "| steps | 3 |" in card
-    assert "4 answers, greedy" in card
+    assert "4 answers, greedy, K = 4" in card
     code, output = run(*arguments)
     assert code == 2
     assert "--resume" in output
@@ -369,6 +369,18 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     code, output = run(*again)
     assert code == 0, output
     assert f"| started from | the drafter `{out.name}`" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_small_block_says_how_many_drafts_were_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    some_data().save(tmp_path / "tokens")
+    code, output = run_training(
+        *("--out", str(tmp_path / "out"), "--model", str(tiny_llama), "--dtype", "float32", "--steps", "1"),
+        *("--tokens", str(tmp_path / "tokens"), "--layers", "1", "--block-size", "3"),
+        method="dflash",
+    )
+    assert code == 0, output
+    assert "K = 2)" in output
+    assert "greedy, K = 2, " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_data_by_command(tiny_llama: Path, tmp_path: Path) -> None:
