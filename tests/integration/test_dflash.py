@@ -34,6 +34,7 @@ from tests.tiny_dflash import (
     BLOCK_SIZE,
     MASK_TOKEN_ID,
     SLIDING_WINDOW,
+    qwen3_config,
     save_as_speculators,
     save_as_z_lab,
     save_tiny_dflash,
@@ -264,6 +265,22 @@ async def test_windows_as_z_lab_and_speculators_have_them(causal: bool | None, t
             assert record.draft == tuple(expected.argmax(-1).tolist())
 
 
+@pytest.mark.parametrize("off", [{"use_sliding_window": False}, {"use_sliding_window": None}])
+async def test_sliding_layers_whose_window_is_off_see_all_of_the_context(
+    off: dict[str, Any], tmp_path: Path
+) -> None:
+    target, source = save_pair(tmp_path)
+    drafter = save_as_z_lab(source, tmp_path / "off")
+    _change_config(drafter, **off)
+    by_hand = ByHand(target, source)
+    for record in (await drafts_of(target, drafter)).records:
+        keys = torch.arange(len(record.committed) + record.num_wanted)
+        causal = keys[len(record.committed) - 1 :, None] >= keys
+        masks = {"sliding_attention": causal, "full_attention": torch.ones_like(causal)}
+        expected = by_hand.logits(record.committed, record.num_wanted, masks)
+        assert record.draft == tuple(expected.argmax(-1).tolist())
+
+
 async def test_a_speculator_with_a_vocabulary_of_its_own(tmp_path: Path) -> None:
     target, source = save_pair(tmp_path, layer_types=["full_attention"] * 2)
     token_ids = torch.tensor([0, 3, *NARROW, 120, 255])
@@ -395,6 +412,19 @@ def test_checkpoints_that_cannot_be_used_are_refused(
     _change_config(folder, **changes)
     with pytest.raises(InvalidArgumentError, match=message):
         DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("window", [None, 0, -3])
+def test_sliding_layers_without_a_window_are_refused(window: int | None, tmp_path: Path) -> None:
+    source = save_tiny_dflash(tmp_path / "source")
+    layers = qwen3_config(json.loads((source / "config.json").read_text())) | {"sliding_window": window}
+    for folder in (
+        save_as_z_lab(source, tmp_path / "on", sliding_window=window),
+        save_as_z_lab(source, tmp_path / "off", sliding_window=window, use_sliding_window=False),
+        save_as_speculators(source, tmp_path / "speculators", transformer_layer_config=layers),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"sliding_window is {window}"):
+            DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
 
 
 def test_a_head_has_a_row_for_every_token(tmp_path: Path) -> None:
