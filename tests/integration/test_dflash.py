@@ -173,10 +173,14 @@ async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: An
     return list(result.token_ids)
 
 
-async def drafts_of(target: Path, drafter: Path, **options: Any) -> Recorder:
+async def drafts_of(
+    target: Path, drafter: Path, *, drafter_options: Mapping[str, Any] | None = None, **options: Any
+) -> Recorder:
     """What the drafter drafts for the prompt, with a text that is the target's."""
     recorder = Recorder()
-    async with running_system(target, f"dflash:{drafter}", families=recorder.families) as system:
+    async with running_system(
+        target, f"dflash:{drafter}", families=recorder.families, drafter_options=drafter_options
+    ) as system:
         plain = await generate(system, method="none", num_draft_tokens=None)
         assert await generate(system, **options) == plain
     return recorder
@@ -340,11 +344,13 @@ async def test_sessions_drafted_together_get_the_drafts_they_get_alone(
     assert alone.drafts == together.drafts
 
 
-async def test_a_long_context_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_context_is_read_in_parts(tmp_path: Path) -> None:
     target, drafter = save_pair(tmp_path)
-    expected = (await drafts_of(target, drafter)).drafts
-    monkeypatch.setattr("drafter_service.drafters.dflash._MAX_CONTEXT_ROWS", 5)
-    assert (await drafts_of(target, drafter)).drafts == expected
+    whole = await drafts_of(target, drafter)
+    parts = await drafts_of(target, drafter, drafter_options={"prefill_chunk_tokens": 5})
+    assert parts.drafts == whole.drafts
+    assert [record.num_wanted for record in parts.records][:5] == [0, 0, 0, 0, K]
+    assert all(record.num_wanted for record in whole.records)
 
 
 async def test_drafts_end_where_the_drafter_is_not_sure(tmp_path: Path) -> None:
