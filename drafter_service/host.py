@@ -147,9 +147,13 @@ class DrafterHost:
         if drafter.info.needs_target_weights:
             session.target_weights = await self.reader.weights(ref.verifier_uri)
 
-    async def prefill(self, drafter: Drafter, session: DraftSession) -> None:
-        """Read the prompt chunk by chunk, so that other sessions' drafts go between."""
-        while session.num_prefill_tokens:
+    async def prefill(self, drafter: Drafter, session: DraftSession, *, num_left: int = 0) -> None:
+        """Read what is committed chunk by chunk, so that other sessions' drafts go between.
+
+        Args:
+            num_left: tokens that need not be read.
+        """
+        while session.num_prefill_tokens > num_left:
             num_tokens = min(session.num_prefill_tokens, self.config.prefill_chunk_tokens)
             await self._engine.submit(DraftItem(drafter, session, 0, num_tokens))
 
@@ -167,6 +171,8 @@ class DrafterHost:
                 f"{drafter.info.max_num_draft_tokens} tokens a round.",
                 field="num_draft_tokens",
             )
+        # What a drafter reads of the target comes with the first round: a whole prompt.
+        await self.prefill(drafter, session, num_left=self.config.prefill_chunk_tokens)
         num_tokens = session.num_prefill_tokens + 1
         drafted = await self._engine.submit(DraftItem(drafter, session, num_draft_tokens, num_tokens))
         if session.state:

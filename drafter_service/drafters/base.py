@@ -101,7 +101,7 @@ class DraftSession:
 
 @dataclass(frozen=True, slots=True)
 class DraftItem:
-    """One session's work in an engine step: draft up to K tokens, or (K = 0) read a chunk of the prompt."""
+    """One session's work in an engine step: draft up to K tokens, or (K = 0) read some committed ones."""
 
     drafter: Drafter
     session: DraftSession

@@ -30,9 +30,6 @@ from specdec.runtime.target_weights import TargetWeights
 from specdec.sampling import validate_token_ids
 from specdec.target_state import TargetStateSpec
 
-_MAX_CONTEXT_ROWS = 2048
-"""Context positions of a session that join one pass, which bounds its memory; a long prompt takes several."""
-
 
 class DFlashSession(DraftSession):
     """Committed tokens, and how many positions of the context have keys and values."""
@@ -41,6 +38,11 @@ class DFlashSession(DraftSession):
         super().__init__(request)
         self.allocation = allocation
         self.num_cached = 0
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Positions of the context, as far as it is known, without keys and values."""
+        return self.view.length - self.num_cached if self.view else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -181,18 +183,18 @@ class DFlashDrafter(Drafter):
         return self.propose_by_target(items, self._start, self._draft)
 
     def _start(self, item: DraftItem) -> _Round | None:
-        """A session's part of a pass; None: no more fits into the generation.
+        """A session's part of a pass; None: its context was read, or no more fits into the generation.
 
         Raises:
             SpecdecError: what keeps the session without drafts.
         """
         session = _checked(item.session)
         self._check(session)
-        num_drafts = min(item.num_draft_tokens, session.max_length - len(session.token_ids))
-        if num_drafts <= 0:
+        if not item.num_draft_tokens:
+            self._read(session, item.num_tokens)
             return None
-        self._catch_up(session)
-        return self._round(session, num_drafts)
+        num_drafts = min(item.num_draft_tokens, session.max_length - len(session.token_ids))
+        return self._round(session, num_drafts) if num_drafts > 0 else None
 
     def _check(self, session: DFlashSession) -> None:
         """Refuse a session of a target that the drafter cannot follow.
@@ -223,13 +225,11 @@ class DFlashDrafter(Drafter):
             session.sampling.validate(vocab_size)
             validate_token_ids("committed_token_ids", session.token_ids, vocab_size)
 
-    def _catch_up(self, session: DFlashSession) -> None:
-        """Read what of a long context does not fit into the round's pass."""
-        assert session.view is not None
-        while session.view.length - session.num_cached > _MAX_CONTEXT_ROWS:
-            stop = session.num_cached + _MAX_CONTEXT_ROWS
-            # The block is for nothing: what follows is written over it.
-            self._run([_Round(session, self._context(session, stop), session.token_ids[stop : stop + 1], 0)])
+    def _read(self, session: DFlashSession, num_tokens: int) -> None:
+        """Keep keys and values of the next part of a long context."""
+        stop = session.num_cached + min(num_tokens, session.num_prefill_tokens)
+        # The block is for nothing: what follows is written over it.
+        self._run([_Round(session, self._context(session, stop), session.token_ids[stop : stop + 1], 0)])
 
     def _round(self, session: DFlashSession, num_drafts: int) -> _Round:
         assert session.view is not None

@@ -22,6 +22,7 @@ from drafter_service.drafters.head import read_draft_vocab
 from drafter_service.drafters.markov import PREFIX, MarkovHead, split_weights
 from specdec.errors import InvalidArgumentError
 from specdec.model_files import model_id, resolve_model
+from specdec.runtime.loading import usable_device
 from specdec.runtime.target_view import Projection
 
 _INDEX = "model.safetensors.index.json"
@@ -80,14 +81,21 @@ class DFlashCheckpoint:
     """What makes a draft depend on the one before it; None: nothing does."""
 
     @classmethod
-    def load(cls, model: str, *, dtype: str, device: str) -> DFlashCheckpoint:
+    def load(cls, model: str, *, dtype: str, device: str, threads: int = 0) -> DFlashCheckpoint:
         """Load a folder or hub id.
+
+        Args:
+            threads: CPU threads of this process's models; 0: as torch chooses.
 
         Raises:
             NotFoundError: there is no such checkpoint.
-            InvalidArgumentError: it is no DFlash drafter, one of a kind that is not supported, or damaged.
+            InvalidArgumentError: it is no DFlash drafter, one of a kind that is not supported, or damaged; or
+                the device is not there.
         """
         folder = resolve_model(model)
+        target = usable_device(device)
+        if threads:
+            torch.set_num_threads(threads)
         try:
             config = json.loads((folder / "config.json").read_text())
             decoder_config, settings = _read_config(config)
@@ -97,8 +105,8 @@ class DFlashCheckpoint:
             raise InvalidArgumentError(
                 f"{folder}/config.json cannot be used: {type(error).__name__}: {error}", field="drafter"
             ) from error
-        weights = _read_weights(folder, torch.device(device))
-        decoder = MuseGlimmerAssistantModel(decoder_config).to(device, getattr(torch, dtype)).eval()
+        weights = _read_weights(folder, target)
+        decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
         lm_head, draft_vocab = _take_head(folder, weights, settings.vocab_size, decoder_config.hidden_size)
         if lm_head is not None and draft_vocab is None:
@@ -158,7 +166,7 @@ def _read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         _block_size(own.get("block_size", 16)),
         _mask_token(own.get("mask_token_id")),
         layer_ids,
-        _masks(source, own.get("is_causal")),
+        _masks(source, config, own.get("is_causal")),
         embedding_scale=float(own.get("input_embedding_scale", 1.0)),
         logit_scale=float(own.get("output_multiplier", 1.0)),
         logit_softcap=float(own.get("final_logit_softcapping") or 0.0),
@@ -173,14 +181,15 @@ def _read_speculators(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantCo
         raise InvalidArgumentError(f"it holds a speculator of type {kind!r} ({projector}), not dflash.")
     if config.get("shift_label"):
         raise InvalidArgumentError("its labels are shifted (shift_label), which is not supported.")
-    source = Qwen3Config(**config["transformer_layer_config"])
+    layers = config["transformer_layer_config"]
+    source = Qwen3Config(**layers)
     # Counted from the embedding on: 1 is the output of layer 0.
     layer_ids = _layer_ids(config.get("aux_hidden_state_layer_ids"), offset=1)
     return _decoder_config(source, layer_ids), DFlashSettings(
         _block_size(config.get("block_size", 8)),
         _mask_token(config.get("mask_token_id")),
         layer_ids,
-        _masks(source, False if config.get("sliding_window_non_causal") else None),
+        _masks(source, layers, False if config.get("sliding_window_non_causal") else None),
         sample_from_anchor=bool(config.get("sample_from_anchor", False)),
         embedding_scale=1.0,
         vocab_size=source.vocab_size,
@@ -208,14 +217,26 @@ def _block_size(given: Any) -> int:
     return int(given)
 
 
-def _masks(source: Qwen3Config, is_causal: bool | None) -> tuple[LayerMask, ...]:
-    """Of z-lab's and `speculators`' layers: those with a window are causal unless it is said."""
+def _masks(source: Qwen3Config, config: Mapping[str, Any], is_causal: bool | None) -> tuple[LayerMask, ...]:
+    """Of z-lab's and `speculators`' layers: sliding ones are causal unless it is said.
+
+    Args:
+        config: what `source` was made of, which drops the window where there is no use_sliding_window;
+            z-lab's sliding layers then see all of the context.
+    """
+    window = config.get("sliding_window", 1)
+    if _SLIDING in source.layer_types and (window is None or window < 1):
+        raise InvalidArgumentError(
+            f"it has layers of type {_SLIDING}, and its sliding_window is {window}; give them a window of at "
+            "least one token, or the type full_attention."
+        )
+    reach = None if source.sliding_window is None else source.sliding_window - 1
     masks = []
     for kind in source.layer_types:
         slides = kind == _SLIDING
         causal = slides if is_causal is None else is_causal
         # A window counts the query's own position.
-        masks.append(LayerMask(source.sliding_window - 1 if slides else None, causal))
+        masks.append(LayerMask(reach if slides else None, causal))
     return tuple(masks)
 
 

@@ -86,7 +86,7 @@ _TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--minutes",
-        type=float,
+        type=click.FloatRange(min=0, min_open=True),
         default=_DEFAULTS.minutes,
         show_default=True,
         help="Time to train, generation apart.",
@@ -99,7 +99,7 @@ _TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--learning-rate",
-        type=float,
+        type=click.FloatRange(min=0, min_open=True),
         default=_DEFAULTS.learning_rate,
         show_default=True,
         help="Of AdamW, at most.",
@@ -142,7 +142,7 @@ _TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--evaluate-minutes",
-        type=float,
+        type=click.FloatRange(min=0, min_open=True),
         default=_DEFAULTS.evaluate_minutes,
         show_default=True,
         help="Time between looks at held-out acceptance.",
@@ -350,7 +350,7 @@ def _train(
         path.chmod(0o644)  # they are written for their owner alone
     click.echo(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
-        f"{config.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
+        f"{acceptance.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
     )
 
 

@@ -29,7 +29,7 @@ class LoopConfig:
     evaluate_minutes: float = 5.0
     """Time between two looks at held-out acceptance, minutes."""
     num_draft_tokens: int = 4
-    """K of the held-out acceptance."""
+    """K of the held-out acceptance; less where a drafter cannot draft as many."""
     num_held_out: int = 48
     """Sequences held out."""
     seed: int = 0

@@ -138,6 +138,11 @@ class DFlashTrainee(Trainee):
         self.target_id, self.fingerprint = target_id, vocabulary_fingerprint
 
     @property
+    def max_num_draft_tokens(self) -> int:
+        """Masks of a block."""
+        return int(self.model.config.block_size) - 1
+
+    @property
     def _input_scales(self) -> Tensor:
         """Of the columns of the context projection [num_layers * hidden_size]."""
         scales = torch.tensor(self.scales.hidden, device=self.weights.embedding.device)

@@ -47,6 +47,11 @@ class History:
 class Trainee(nn.Module, ABC):
     """A drafter being trained. Its parameters are what is trained."""
 
+    @property
+    def max_num_draft_tokens(self) -> int | None:
+        """Tokens it can draft in a round; None: any number."""
+        return None
+
     @abstractmethod
     def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
         """The loss of a batch, a scalar."""
@@ -81,6 +86,11 @@ class Acceptance:
     num_accepted: int
     per_position: tuple[float, ...]
     """Of the rounds, the share in which the draft's first, second... token was accepted."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """K of the rounds."""
+        return len(self.per_position)
 
     @property
     def length(self) -> float:
@@ -125,6 +135,12 @@ class Training:
         self._held_out_features: list[list[SequenceFeatures]] = []
         self._kept_features: dict[int, list[SequenceFeatures]] = {}
         self._logged = time.monotonic()
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """K of the held-out acceptance: no more than the drafter can make."""
+        wanted = self.config.num_draft_tokens
+        return min(wanted, self.trainee.max_num_draft_tokens or wanted)
 
     @property
     def progress(self) -> float:
@@ -245,7 +261,7 @@ class Training:
     def _look(self) -> None:
         acceptance = self.evaluate()
         self.history.acceptance.append((self.history.step, acceptance.length))
-        self._console.print(f"{self._describe()} (held out, K = {self.config.num_draft_tokens})")
+        self._console.print(f"{self._describe()} (held out, K = {self.num_draft_tokens})")
         self.save_checkpoint()
 
     def evaluate(self) -> Acceptance:
@@ -256,8 +272,8 @@ class Training:
         accepted: list[list[int]] = []
         with torch.autocast(self._device.type, torch.bfloat16):
             for features in self._held_out_features:
-                accepted += self.trainee.accepted(features, self.config.num_draft_tokens)
-        return Acceptance.of(accepted, self.config.num_draft_tokens)
+                accepted += self.trainee.accepted(features, self.num_draft_tokens)
+        return Acceptance.of(accepted, self.num_draft_tokens)
 
     def _held_out_groups(self) -> list[list[TokenSequence]]:
         """Held-out sequences, cut as those trained on, in groups as large as a step: what a step has memory

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, MuseGlimmerAssistantModel
 from transformers.cache_utils import DFlashCache
 from transformers.generation.candidate_generator import DFlashTokenCandidateGenerator
 
+from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem
 from drafter_service.drafters.dflash import DFlashDrafter
 from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
 from drafter_service.drafters.head import DraftHead
-from drafter_service.registry import FAMILIES, DrafterFactory
+from drafter_service.registry import FAMILIES, DrafterFactory, load_drafters
 from specdec.client import GenerateOptions
 from specdec.errors import InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
@@ -34,6 +35,7 @@ from tests.tiny_dflash import (
     BLOCK_SIZE,
     MASK_TOKEN_ID,
     SLIDING_WINDOW,
+    qwen3_config,
     save_as_speculators,
     save_as_z_lab,
     save_tiny_dflash,
@@ -180,10 +182,14 @@ async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: An
     return list(result.token_ids)
 
 
-async def drafts_of(target: Path, drafter: Path, **options: Any) -> Recorder:
+async def drafts_of(
+    target: Path, drafter: Path, *, drafter_options: Mapping[str, Any] | None = None, **options: Any
+) -> Recorder:
     """What the drafter drafts for the prompt, with a text that is the target's."""
     recorder = Recorder()
-    async with running_system(target, f"dflash:{drafter}", families=recorder.families) as system:
+    async with running_system(
+        target, f"dflash:{drafter}", families=recorder.families, drafter_options=drafter_options
+    ) as system:
         plain = await generate(system, method="none", num_draft_tokens=None)
         assert await generate(system, **options) == plain
     return recorder
@@ -272,6 +278,22 @@ async def test_windows_as_z_lab_and_speculators_have_them(causal: bool | None, t
             assert record.draft == tuple(expected.argmax(-1).tolist())
 
 
+@pytest.mark.parametrize("off", [{"use_sliding_window": False}, {"use_sliding_window": None}])
+async def test_sliding_layers_whose_window_is_off_see_all_of_the_context(
+    off: dict[str, Any], tmp_path: Path
+) -> None:
+    target, source = save_pair(tmp_path)
+    drafter = save_as_z_lab(source, tmp_path / "off")
+    _change_config(drafter, **off)
+    by_hand = ByHand(target, source)
+    for record in (await drafts_of(target, drafter)).records:
+        keys = torch.arange(len(record.committed) + record.num_wanted)
+        causal = keys[len(record.committed) - 1 :, None] >= keys
+        masks = {"sliding_attention": causal, "full_attention": torch.ones_like(causal)}
+        expected = by_hand.logits(record.committed, record.num_wanted, masks)
+        assert record.draft == tuple(expected.argmax(-1).tolist())
+
+
 async def test_a_speculator_with_a_vocabulary_of_its_own(tmp_path: Path) -> None:
     target, source = save_pair(tmp_path, layer_types=["full_attention"] * 2)
     token_ids = torch.tensor([0, 3, *NARROW, 120, 255])
@@ -331,11 +353,13 @@ async def test_sessions_drafted_together_get_the_drafts_they_get_alone(
     assert alone.drafts == together.drafts
 
 
-async def test_a_long_context_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_context_is_read_in_parts(tmp_path: Path) -> None:
     target, drafter = save_pair(tmp_path)
-    expected = (await drafts_of(target, drafter)).drafts
-    monkeypatch.setattr("drafter_service.drafters.dflash._MAX_CONTEXT_ROWS", 5)
-    assert (await drafts_of(target, drafter)).drafts == expected
+    whole = await drafts_of(target, drafter)
+    parts = await drafts_of(target, drafter, drafter_options={"prefill_chunk_tokens": 5})
+    assert parts.drafts == whole.drafts
+    assert [record.num_wanted for record in parts.records][:5] == [0, 0, 0, 0, K]
+    assert all(record.num_wanted for record in whole.records)
 
 
 async def test_drafts_end_where_the_drafter_is_not_sure(tmp_path: Path) -> None:
@@ -403,6 +427,30 @@ def test_checkpoints_that_cannot_be_used_are_refused(
     _change_config(folder, **changes)
     with pytest.raises(InvalidArgumentError, match=message):
         DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("window", [None, 0, -3])
+def test_sliding_layers_without_a_window_are_refused(window: int | None, tmp_path: Path) -> None:
+    source = save_tiny_dflash(tmp_path / "source")
+    layers = qwen3_config(json.loads((source / "config.json").read_text())) | {"sliding_window": window}
+    for folder in (
+        save_as_z_lab(source, tmp_path / "on", sliding_window=window),
+        save_as_z_lab(source, tmp_path / "off", sliding_window=window, use_sliding_window=False),
+        save_as_speculators(source, tmp_path / "speculators", transformer_layer_config=layers),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"sliding_window is {window}"):
+            DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
+
+
+def test_the_services_device_and_threads_are_used(tmp_path: Path) -> None:
+    folder, before = save_tiny_dflash(tmp_path / "drafter"), torch.get_num_threads()
+    try:
+        load_drafters(DrafterConfig(drafter=(f"dflash:{folder}",), threads=2, kv_cache_mib=1.0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(InvalidArgumentError, match="'fast' cannot be used"):
+        load_drafters(DrafterConfig(drafter=(f"dflash:{folder}",), device="fast"))
 
 
 def test_a_head_has_a_row_for_every_token(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,31 @@ async def test_tokens_a_drafter_lacks_are_refused_at_the_opening(drafter: Drafte
         await host.open(drafter, OpenDraft((1, VOCAB_SIZE), 2, 8)).__aenter__()
     assert host.num_sessions == 0
     host.close()
+
+
+async def test_drafts_go_between_the_parts_of_a_long_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = dflash(tmp_path)
+    weights, long_prompt = target_weights(drafter), tuple(range(30))
+    expected = propose(drafter, session(drafter, weights, long_prompt), session(drafter, weights))
+    steps: list[list[tuple[bool, int, int]]] = []
+    original = drafter.propose
+
+    def noted(items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
+        steps.append([(item.session is long, item.num_draft_tokens, item.num_tokens) for item in items])
+        return original(items)
+
+    monkeypatch.setattr(drafter, "propose", noted)
+    host = DrafterHost({"it": drafter}, DrafterConfig(prefill_chunk_tokens=8))
+    long, short = session(drafter, weights, long_prompt), session(drafter, weights)
+    drafts = await asyncio.gather(*(host.propose(drafter, one, K) for one in (long, short)))
+    host.close()
+    assert [draft.value for draft in drafts] == expected
+    own = [entry for step in steps for entry in step if entry[0]]
+    assert own == [(True, 0, 8), (True, 0, 8), (True, 0, 8), (True, K, 6)]
+    (turn,) = (index for index, step in enumerate(steps) if (False, K, 6) in step)
+    assert turn < len(steps) - 1
 
 
 def test_a_session_without_the_right_state_fails_alone(drafter: Drafter) -> None:

@@ -343,7 +343,7 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     }
     card = (out / "README.md").read_text()
     assert "| steps | 3 |" in card
-    assert "4 answers, greedy" in card
+    assert "4 answers, greedy, K = 4" in card
     code, output = run(*arguments)
     assert code == 2
     assert "--resume" in output
@@ -387,6 +387,18 @@ def test_targets_whose_layers_are_named_otherwise(family: str, method: str, tmp_
     assert "Acceptance length" in output
 
 
+def test_a_small_block_says_how_many_drafts_were_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    some_data().save(tmp_path / "tokens")
+    code, output = run_training(
+        *("--out", str(tmp_path / "out"), "--model", str(tiny_llama), "--dtype", "float32", "--steps", "1"),
+        *("--tokens", str(tmp_path / "tokens"), "--layers", "1", "--block-size", "3"),
+        method="dflash",
+    )
+    assert code == 0, output
+    assert "K = 2)" in output
+    assert "greedy, K = 2, " in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_data_by_command(tiny_llama: Path, tmp_path: Path) -> None:
     model = (
         "--model",
@@ -423,7 +435,14 @@ def test_wrong_arguments_of_training(tiny_llama: Path, tmp_path: Path) -> None:
     model = ("--model", str(tiny_llama), "--dtype", "float32")
     code, output = run_training("--out", str(tmp_path / "none"), *model, "--resume")
     assert (code, "to resume from" in output) == (2, True)
+    for option in ("--minutes", "--learning-rate", "--evaluate-minutes"):
+        for value in ("0", "-1"):
+            code, output = run_training("--out", str(tmp_path / "none"), *model, option, value)
+            assert (code, f"Invalid value for '{option}'" in output) == (2, True)
     some_data().save(tmp_path / "tokens")
+    tokens = ("--tokens", str(tmp_path / "tokens"))
+    code, output = run_training("--out", str(tmp_path / "none"), *model, *tokens, "--device", "fast")
+    assert (code, "Device 'fast' cannot be used" in output) == (2, True)
     code, output = run_training(
         "--out", str(tmp_path / "deep"), *model, "--tokens", str(tmp_path / "tokens"), "--layers", "4"
     )

@@ -69,6 +69,15 @@ def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) 
     assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.3
 
 
+@pytest.mark.parametrize(("block_size", "num_drafts"), [(2, 1), (4, 3), (8, 4)])
+def test_acceptance_is_measured_on_drafts_a_block_has(
+    block_size: int, num_drafts: int, calm: Path, data: TokenData, tmp_path: Path
+) -> None:
+    acceptance = training(calm, data, tmp_path, steps=1, block_size=block_size).evaluate()
+    assert len(acceptance.per_position) == acceptance.num_draft_tokens == num_drafts
+    assert acceptance.length <= 1 + num_drafts
+
+
 @pytest.mark.parametrize("markov_rank", [0, 16])
 async def test_the_saved_drafter_is_the_trained_one(
     markov_rank: int, calm: Path, data: TokenData, tmp_path: Path
