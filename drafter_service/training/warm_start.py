@@ -111,11 +111,7 @@ def _block_counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) ->
         return _size(sizes, source, "self_attn.q_proj", scale)
     if path == "self_attn.k_norm" and not hasattr(attention, "k_norm"):
         return _size(sizes, source, "self_attn.k_proj")
-    found = _there(source, path)
-    if not found:
-        return None
-    (module,) = found
-    return _norm_weight(module) if path.endswith("norm") else module.weight
+    return _weight(source, path)
 
 
 def _output_sizes(
@@ -151,11 +147,13 @@ def _counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tenso
             return sizes[source.mlp]
         if path == "pre_feedforward_layernorm":
             path = "post_attention_layernorm"
-    found = _there(source, path)
-    if not found:
-        return None
-    (module,) = found
-    return _norm_weight(module) if path.endswith("norm") else module.weight
+    return _weight(source, path)
+
+
+def _weight(layer: Any, path: str) -> Tensor | None:
+    """The weight of a layer's module; None where there is no such module."""
+    modules: list[Any] = list(_there(layer, path))
+    return next((_norm_weight(m) if path.endswith("norm") else m.weight for m in modules), None)
 
 
 def _there(layer: Any, *paths: str) -> list[nn.Module]:
