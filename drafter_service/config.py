@@ -21,8 +21,8 @@ class DrafterConfig(ModelServiceConfig):
     """Address to serve on: host:port or unix:/path."""
     drafter: tuple[str, ...] = ("ngram",)
     """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. "ngram" (prompt lookup),
-    "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target; "mtp" alone is the one for the embedded
-    model), "dflash:FOLDER-OR-HUB-ID" (a block diffusion drafter made for the target),
+    "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target), "dflash:FOLDER-OR-HUB-ID" (a block
+    diffusion drafter made for the target; "mtp" and "dflash" alone are those for the embedded model),
     "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by NAME, which
     is FAMILY where it is left out."""
     ngram_min: int = 2

@@ -92,13 +92,10 @@ def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     from drafter_service.drafters.dflash import DFlashDrafter
     from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
 
-    if not spec.model:
-        raise InvalidArgumentError(
-            "The dflash drafter needs a checkpoint; write --drafter dflash:FOLDER-OR-HUB-ID.", field="drafter"
-        )
+    model = spec.model or pretrained("dflash")
     return DFlashDrafter(
         spec.name,
-        DFlashCheckpoint.load(spec.model, dtype=config.dtype, device=config.device),
+        DFlashCheckpoint.load(model, dtype=config.dtype, device=config.device),
         kv_budget_bytes=int(config.kv_cache_mib * 2**20),
         max_num_draft_tokens=config.max_num_draft_tokens,
     )

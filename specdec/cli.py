@@ -11,7 +11,7 @@ import click
 
 from specdec.chat import Conversation, read_line
 from specdec.cli_groups import ErrorGroup, LazyGroup
-from specdec.client import Client, GenerateOptions, Message, Prompt
+from specdec.client import Client, GenerateOptions, Generation, Message, Prompt
 from specdec.generation_options import NO_COLOR, connection_options, generation_options
 from specdec.launcher import SystemConfig, default_drafters, prepare_models
 from specdec.local_state import SystemState, refuse_if_running
@@ -68,8 +68,8 @@ def main() -> None:
     "--drafter",
     "drafters",
     multiple=True,
-    help="Drafter to load, `ngram`, `mtp[:MODEL]` or `causal-lm:MODEL`; may be repeated.  [default: "
-    "ngram, and mtp for the embedded model]",
+    help="Drafter to load, `ngram`, `mtp[:MODEL]`, `dflash[:MODEL]` or `causal-lm:MODEL`; may be repeated.  "
+    "[default: ngram, and mtp and dflash for the embedded model]",
 )
 @click.option(
     "--target-state",
@@ -203,7 +203,8 @@ def generate(
             _stream_answer(client, full_prompt, options, no_color)
 
 
-def _stream_answer(client: Client, prompt: Prompt, options: GenerateOptions, no_color: bool) -> None:
+def _stream_answer(client: Client, prompt: Prompt, options: GenerateOptions, no_color: bool) -> Generation:
+    """Print an answer as it is made, and the line that closes it."""
     printer = AnswerPrinter(console(no_color))
     with client.stream(prompt, options) as stream:
         try:
@@ -212,6 +213,7 @@ def _stream_answer(client: Client, prompt: Prompt, options: GenerateOptions, no_
         finally:
             printer.end()
         print_closing_line(stream.result, no_color)
+        return stream.result
 
 
 @main.command()
@@ -244,12 +246,14 @@ def compare(
 ) -> None:
     """Answer PROMPT with each method in turn and compare speed and text.
 
+    In a terminal the answers come as they are made, tokens the drafter guessed in green; a table ends them.
     Speedup is the time per output token of `none` (or of the first method) over that of the method. One
     prompt is one sample; `specdec bench run` measures many.
 
     \b
     Example:
       specdec compare "Repeat this list backwards: a b c d e f g" --methods none,ngram -n 100
+      specdec compare "Design a hospital management system." --methods none,mtp,dflash -n 2048
     """
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
@@ -257,8 +261,17 @@ def compare(
     options = replace(options, raw=raw)
     with Client(gateway, timeout_s=timeout_s) as client:
         client.generate(prompt, replace(options, max_new_tokens=WARM_UP_TOKENS, method=names[0]))
-        answers = [(name, client.generate(prompt, _for_method(options, name))) for name in names]
-    console(no_color=False).print(comparison_table(answers))
+        answers = [(name, _answer_of(name, client, prompt, options)) for name in names]
+    console().print(comparison_table(answers))
+
+
+def _answer_of(method: str, client: Client, prompt: str, options: GenerateOptions) -> Generation:
+    """The answer by one method, live where there is a terminal to watch it in."""
+    options, out = _for_method(options, method), console()
+    if not out.is_terminal:
+        return client.generate(prompt, options)
+    out.rule(method)
+    return _stream_answer(client, prompt, options, no_color=False)
 
 
 def _for_method(options: GenerateOptions, method: str) -> GenerateOptions:

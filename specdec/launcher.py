@@ -36,7 +36,7 @@ class SystemConfig:
     device: str = "cpu"
     """Device of the target, "cuda:0" for one."""
     drafters: tuple[str, ...] = ("ngram",)
-    """Drafters to load: "ngram", "mtp", "causal-lm:MODEL"."""
+    """Drafters to load: "ngram", "mtp[:MODEL]", "dflash[:MODEL]", "causal-lm:MODEL"."""
     target_state: str = "auto"
     """How drafters read the target's state: "auto", "handle" or "stream"."""
     kv_cache_mib: float | None = None
@@ -57,7 +57,7 @@ class SystemConfig:
 
 def default_drafters(model: str) -> tuple[str, ...]:
     """Drafters of a system that names none: those that need no model, or have one for this target."""
-    return ("ngram", "mtp") if model == DEFAULT_MODEL else ("ngram",)
+    return ("ngram", "mtp", "dflash") if model == DEFAULT_MODEL else ("ngram",)
 
 
 def prepare_models(config: SystemConfig, report: Report) -> None:

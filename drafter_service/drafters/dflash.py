@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, Draft
 from drafter_service.drafters.block_layers import BlockLayers, LayerMask
 from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
 from drafter_service.drafters.head import DraftHead
+from drafter_service.drafters.markov import MarkovHead
 from specdec.errors import FailedPreconditionError, SpecdecError
 from specdec.runtime.kv_pool import KvAllocation, KvPool, KvShape, join_slots, write_rows
 from specdec.runtime.picks import PickContext
@@ -131,6 +132,9 @@ class DFlashDrafter(Drafter):
         )
         self._layers = BlockLayers(model)
         prepack_linears(model, keep=model.encoder)
+        self._markov = checkpoint.markov
+        if self._markov:
+            prepack_linears(self._markov, keep=model.encoder)
         shape = KvShape(config.num_key_value_heads, config.head_dim, config.head_dim)
         self._pool = KvPool(
             dict.fromkeys(range(config.num_hidden_layers), shape),
@@ -252,6 +256,8 @@ class DFlashDrafter(Drafter):
         counts = [one.num_drafts for one in rounds]
         # The anchor's own place comes first, and drafts nothing unless it is said to.
         states = torch.cat([block[-count:] for block, count in zip(blocks, counts, strict=True)])
+        if self._markov:
+            return self._draft_in_order(rounds, states, self._markov, weights)
         logits = self._head.logits(states, weights)
         contexts = [_pick_context(one.session) for one in rounds]
         vocab_size = self.info.vocab_size or len(weights.lm_head)
@@ -260,6 +266,36 @@ class DFlashDrafter(Drafter):
             draft[: self._num_sure(one.session, rows, draft)]
             for one, rows, draft in zip(rounds, logits.split(counts), picks, strict=True)
         ]
+
+    def _draft_in_order(
+        self, rounds: Sequence[_Round], states: Tensor, markov: MarkovHead, weights: TargetWeights
+    ) -> list[list[int]]:
+        """Token by token, the rounds side by side: each pick corrects the state of the next place.
+
+        Args:
+            states: of the places that draft [num_rows, hidden_size], round after round.
+        """
+        prepared = markov.prepared(states)
+        firsts = list(accumulate((one.num_drafts for one in rounds), initial=0))
+        drafts: list[list[int]] = [[] for _ in rounds]
+        vocab_size = self.info.vocab_size or len(weights.lm_head)
+        running = list(range(len(rounds)))
+        for step in range(max(one.num_drafts for one in rounds)):
+            rows = torch.tensor([firsts[index] + step for index in running], device=self._device)
+            before = [drafts[index][-1] if step else rounds[index].block[0] for index in running]
+            embeddings = weights.embed(torch.tensor(before, device=self._device)).to(self._dtype)
+            logits = self._head.logits(states[rows] + markov.correction(prepared[rows], embeddings), weights)
+            contexts = [_pick_context(rounds[index].session, drafts[index]) for index in running]
+            picks = self._head.pick(logits, [1] * len(running), contexts, vocab_size)
+            running = [
+                index
+                for index, (pick,), row in zip(running, picks, logits, strict=True)
+                if self._head.extend(drafts[index], pick, row, rounds[index].session.min_draft_confidence)
+                and step + 1 < rounds[index].num_drafts
+            ]
+            if not running:
+                break
+        return drafts
 
     def _num_sure(self, session: DFlashSession, logits: Tensor, draft: Sequence[int]) -> int:
         """Tokens of a draft before the first unlikely one, at least one.
@@ -286,8 +322,8 @@ def _num_drafts(item: DraftItem) -> int:
     return max(0, min(item.num_draft_tokens, item.session.max_length - len(item.session.token_ids)))
 
 
-def _pick_context(session: DraftSession) -> PickContext:
-    return PickContext(session.sampling, session.token_ids, session.prompt_length)
+def _pick_context(session: DraftSession, draft: Sequence[int] = ()) -> PickContext:
+    return PickContext(session.sampling, [*session.token_ids, *draft], session.prompt_length)
 
 
 def _positions(runs: Iterator[tuple[int, int]], device: torch.device) -> Tensor:

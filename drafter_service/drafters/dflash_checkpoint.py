@@ -19,6 +19,7 @@ from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel, 
 
 from drafter_service.drafters.block_layers import LayerMask
 from drafter_service.drafters.head import read_draft_vocab
+from drafter_service.drafters.markov import PREFIX, MarkovHead, split_weights
 from specdec.errors import InvalidArgumentError
 from specdec.model_files import model_id, resolve_model
 from specdec.runtime.target_view import Projection
@@ -75,6 +76,8 @@ class DFlashCheckpoint:
     """[draft_vocab_size, hidden_size]; None: the target's."""
     draft_vocab: Tensor | None
     """Token ids [draft_vocab_size] the head covers, ascending; None: all."""
+    markov: MarkovHead | None
+    """What makes a draft depend on the one before it; None: nothing does."""
 
     @classmethod
     def load(cls, model: str, *, dtype: str, device: str) -> DFlashCheckpoint:
@@ -100,6 +103,7 @@ class DFlashCheckpoint:
         lm_head, draft_vocab = _take_head(folder, weights, settings)
         if draft_vocab is None:
             draft_vocab = read_draft_vocab(folder, settings.vocab_size, decoder.device)
+        markov = _take_markov(folder, weights, decoder)
         _fill(folder, decoder, weights)
         encoder = decoder.encoder
         return cls(
@@ -109,6 +113,7 @@ class DFlashCheckpoint:
             Projection(encoder.fc.weight, encoder.output_norm_enc.weight, decoder_config.rms_norm_eps),
             None if lm_head is None else lm_head.to(decoder.dtype),
             draft_vocab,
+            markov,
         )
 
 
@@ -267,6 +272,22 @@ def _take_head(
         )
     order = token_ids.argsort()
     return lm_head[order], token_ids[order]
+
+
+def _take_markov(
+    folder: Path, weights: dict[str, Tensor], decoder: MuseGlimmerAssistantModel
+) -> MarkovHead | None:
+    """Take the weights of a Markov head out of a checkpoint's, where it has one."""
+    own = split_weights(weights)
+    if not own:
+        return None
+    try:
+        return MarkovHead.of(own, decoder.config.hidden_size).to(decoder.dtype)
+    except (KeyError, RuntimeError) as error:
+        raise InvalidArgumentError(
+            f"{folder}: its {PREFIX}* weights are no head for {decoder.config.hidden_size} elements: {error}",
+            field="drafter",
+        ) from error
 
 
 def _fill(folder: Path, decoder: MuseGlimmerAssistantModel, weights: dict[str, Tensor]) -> None:

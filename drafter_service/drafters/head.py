@@ -129,3 +129,15 @@ class DraftHead:
         if self.draft_vocab is not None:
             index = int(torch.searchsorted(self.draft_vocab, token_id))
         return logits.float().softmax(-1)[index].item()
+
+    def extend(self, draft: list[int], pick: int, logits: Tensor, threshold: float) -> bool:
+        """Append a pick to a draft, unless it is unlikely and not the first; whether it was likely.
+
+        Args:
+            logits: those the pick was made from [draft_vocab_size].
+            threshold: least confidence; 0: any.
+        """
+        is_sure = not threshold or self.confidence(logits, pick) >= threshold
+        if is_sure or not draft:
+            draft.append(pick)
+        return is_sure

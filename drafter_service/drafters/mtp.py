@@ -243,9 +243,7 @@ class MtpDrafter(Drafter):
         going_on = []
         for row, (one, (pick,)) in enumerate(zip(rounds, picks, strict=True)):
             threshold = one.session.min_draft_confidence
-            is_sure = not threshold or self._head.confidence(logits[row], pick) >= threshold
-            if is_sure or not one.draft:
-                one.draft.append(pick)
+            is_sure = self._head.extend(one.draft, pick, logits[row], threshold)
             if is_sure and len(one.draft) < one.num_wanted:
                 going_on.append(row)
         return going_on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +25,18 @@ if TYPE_CHECKING:
 _DEFAULTS = LoopConfig(out=Path())
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DATA_FILE = "tokens.safetensors"
+_GENERATION = ("model", "prompts", "num_sequences", "max_new_tokens", "seed", "dtype")
+"""Options that decide what is generated."""
 _BATCH_SIZE = 48
 """Sequences that are generated together."""
 _GENERATION_BYTES = 2**30
 """Their KV."""
+_TASK_SHARE = 0.25
+_MAX_TASK_TOKENS = 384
+"""Longest prompt about a text."""
 
-_SHARED: tuple[Callable[..., Any], ...] = (
-    click.option(
-        "--out",
-        type=click.Path(file_okay=False, path_type=Path),
-        required=True,
-        help="Folder of the drafter. An interrupted run leaves its checkpoint there.",
-    ),
+_DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--model", default="default", show_default=True, help="The target: folder or hub id."),
-    click.option("--tokens", type=_FILE, help="Train on these sequences instead of generating any."),
     click.option(
         "--prompts",
         type=_FILE,
@@ -50,7 +48,7 @@ _SHARED: tuple[Callable[..., Any], ...] = (
         type=click.IntRange(min=2),
         default=4000,
         show_default=True,
-        help="Answers to generate where no --tokens are given.",
+        help="Answers to generate.",
     ),
     click.option(
         "--max-new-tokens",
@@ -58,6 +56,29 @@ _SHARED: tuple[Callable[..., Any], ...] = (
         default=256,
         show_default=True,
         help="Longest generated answer, tokens.",
+    ),
+    click.option(
+        "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Of data, order and weights."
+    ),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the target."
+    ),
+    click.option("--device", default="cpu", show_default=True, help="Where to run."),
+    click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all]"),
+)
+
+_TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        required=True,
+        help="Folder of the drafter. An interrupted run leaves its checkpoint there.",
+    ),
+    click.option(
+        "--tokens",
+        type=_FILE,
+        multiple=True,
+        help="Train on these sequences instead of generating any; may be given several times.",
     ),
     click.option(
         "--minutes",
@@ -123,24 +144,16 @@ _SHARED: tuple[Callable[..., Any], ...] = (
         help="Time between looks at held-out acceptance.",
     ),
     click.option(
-        "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Of data, order and weights."
-    ),
-    click.option(
         "--init",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         help="Start from this drafter, instead of from the target's last layers.",
     ),
     click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out."),
-    click.option(
-        "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of the target."
-    ),
-    click.option("--device", default="cpu", show_default=True, help="Where to train."),
-    click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all]"),
 )
 
 
-def _shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(_SHARED), command)
+def _with_options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda command: functools.reduce(lambda wrapped, add: add(wrapped), reversed(options), command)
 
 
 @click.group(cls=ErrorGroup)
@@ -152,8 +165,41 @@ def train() -> None:
     """
 
 
+@train.command("data")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File of token sequences."
+)
+@click.option(
+    "--task-share",
+    type=click.FloatRange(0, 1),
+    default=_TASK_SHARE,
+    show_default=True,
+    help="Share of prompts that are about a text the target wrote: summaries, corrections, questions.",
+)
+@click.option(
+    "--passages",
+    type=_FILE,
+    help="Take these texts from the answers of this file of token sequences.  [default: from its own]",
+)
+@_with_options(*_DATA_OPTIONS)
+def data(out: Path, **options: Any) -> None:
+    """Token sequences to train on: prompts, and the target's own greedy answers.
+
+    `specdec train mtp --tokens FILE` and `specdec train dflash --tokens FILE` read them.
+    """
+    if options["task_share"] == 1 and not options["passages"]:
+        raise InvalidArgumentError("Tasks need texts: give --passages, or a smaller --task-share.")
+    if out.exists():
+        raise InvalidArgumentError(f"{out} is there already; choose another --out.", field="out")
+    tune_process()
+    sequences = _generate(_load(options), options, Console(stderr=True))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sequences.save(out)
+    click.echo(f"{len(sequences)} sequences, {sequences.num_response_tokens} answer tokens in {out}")
+
+
 @train.command("mtp")
-@_shared_options
+@_with_options(*_TRAINING_OPTIONS, *_DATA_OPTIONS)
 @click.option(
     "--layers",
     "num_layers",
@@ -190,7 +236,7 @@ def mtp(num_layers: int, num_steps: int, **options: Any) -> None:
 
 
 @train.command("dflash")
-@_shared_options
+@_with_options(*_TRAINING_OPTIONS, *_DATA_OPTIONS)
 @click.option(
     "--layers",
     "num_layers",
@@ -222,8 +268,21 @@ def mtp(num_layers: int, num_steps: int, **options: Any) -> None:
     show_default=True,
     help="Blocks of a step.",
 )
+@click.option(
+    "--markov-rank",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Width of a small head by which each draft depends on the one before it; 0: a plain DFlash drafter, "
+    "which other engines load too.",
+)
 def dflash(
-    num_layers: int, num_context_layers: int, block_size: int, num_anchors: int, **options: Any
+    num_layers: int,
+    num_context_layers: int,
+    block_size: int,
+    num_anchors: int,
+    markov_rank: int,
+    **options: Any,
 ) -> None:
     """A DFlash drafter: a whole block in one pass, from hidden states of a few of the target's layers."""
     tune_process()
@@ -240,6 +299,8 @@ def dflash(
             block_size=block_size,
             num_anchors=num_anchors,
             draft_vocab_size=options["draft_vocab_size"],
+            markov_rank=markov_rank,
+            init=options["init"],
         ),
         options,
     )
@@ -262,10 +323,11 @@ def _train(
     config = LoopConfig(**{name: value for name, value in options.items() if name in names})
     _check_folder(config.out / CHECKPOINT, resume=options["resume"])
     console = Console(stderr=True)
-    path, data_source = _data_file(options, console)
+    paths, data_source = _data_files(options, console)
     torch.manual_seed(config.seed)
     loaded = _load(options)
-    data = TokenData.load(path, loaded.model.get_output_embeddings().weight.shape[0])
+    vocab_size = loaded.model.get_output_embeddings().weight.shape[0]
+    data = TokenData.joined([TokenData.load(path, vocab_size) for path in paths])
     trainee, source = make(loaded, data)
     training = Training(trainee, source, data, config, console)
     if options["init"]:
@@ -278,8 +340,8 @@ def _train(
     started_from = options["init"].name if options["init"] else ""
     card = Card(method, loaded.model_id, description, data_source, num_parameters, started_from)
     write_card(card, config, data, training.history, acceptance)
-    for path in config.out.iterdir():
-        path.chmod(0o644)  # safetensors writes for its owner alone
+    for path in config.out.glob("*.safetensors"):
+        path.chmod(0o644)  # they are written for their owner alone
     click.echo(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
         f"{config.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
@@ -305,39 +367,64 @@ def _load(options: dict[str, Any]) -> LoadedModel:
     )
 
 
-def _data_file(options: dict[str, Any], console: Console) -> tuple[Path, str]:
-    """The file of sequences to train on, generated unless it is there, and what to call it."""
-    given: Path | None = options["tokens"]
+def _data_files(options: dict[str, Any], console: Console) -> tuple[list[Path], str]:
+    """The files of sequences to train on, one generated unless it is there, and what to call them."""
+    from drafter_service.training.data import read_made_with
+
+    given: tuple[Path, ...] = options["tokens"]
     if given:
-        return given, f"the sequences of `{given.name}`"
+        return list(given), f"the sequences of {', '.join(f'`{path.name}`' for path in given)}"
     kept: Path = options["out"] / _DATA_FILE
+    made_with = {name: str(options[name]) for name in _GENERATION}
     if not kept.is_file():
-        _generate(_load(options), options, console).save(kept)
+        _generate(_load(options), options, console).save(kept, made_with)
+    elif (found := read_made_with(kept)) != made_with:
+        other = [f"{name} {found.get(name)}" for name in _GENERATION if found.get(name) != made_with[name]]
+        raise InvalidArgumentError(
+            f"{kept} was generated with other options ({', '.join(other)}); delete it, give it as --tokens, "
+            "or choose another --out.",
+            field="out",
+        )
     prompts: Path | None = options["prompts"]
     asked = f"the prompts of `{prompts.name}`" if prompts else "prompts it made up"
-    return kept, f"the target's greedy answers to {asked}"
+    return [kept], f"the target's greedy answers to {asked}"
 
 
 def _generate(loaded: LoadedModel, options: dict[str, Any], console: Console) -> TokenData:
-    from drafter_service.training.generate import Decoder, GenerationProgress, generate
+    from drafter_service.training.data import TokenData
+    from drafter_service.training.generate import Decoder, GenerationProgress, generate, room_after
     from drafter_service.training.prompts import PromptMaker
+    from drafter_service.training.tasks import make_tasks
     from specdec.model_files import resolve_model
     from specdec.runtime.packed_model import PackedModel
 
     maker = PromptMaker(resolve_model(options["model"]), loaded.eos_token_ids)
     packed = PackedModel(loaded.model, kv_budget_bytes=_GENERATION_BYTES)
-    count: int = options["num_sequences"]
+    seed, count, max_new_tokens = options["seed"], options["num_sequences"], options["max_new_tokens"]
+    passages: Path | None = options.get("passages")
     with GenerationProgress(console) as progress:
+
+        def answer(prompts: Sequence[Sequence[int]]) -> TokenData:
+            return generate(
+                packed,
+                prompts,
+                num_sequences=count,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=loaded.eos_token_ids,
+                batch_size=_BATCH_SIZE,
+                progress=progress,
+            )
+
         if options["prompts"]:
-            prompts = maker.read(options["prompts"])
-        else:
-            prompts = maker.make_up(Decoder(packed, _BATCH_SIZE), count, options["seed"], progress)
-        return generate(
-            packed,
-            prompts,
-            num_sequences=count,
-            max_new_tokens=options["max_new_tokens"],
-            eos_token_ids=loaded.eos_token_ids,
-            batch_size=_BATCH_SIZE,
-            progress=progress,
-        )
+            return answer(maker.read(options["prompts"]))
+        num_tasks = round(count * options.get("task_share", _TASK_SHARE))
+        parts = []
+        if num_tasks < count:
+            parts.append(
+                answer(maker.make_up(Decoder(packed, _BATCH_SIZE), count - num_tasks, seed, progress))
+            )
+        about = TokenData.load(passages, packed.vocab_size) if passages else parts[0]
+        # At least as much is left for the answer.
+        most = min(_MAX_TASK_TOKENS, room_after(packed, (0,)) // 2)
+        tasks = make_tasks(maker, about, num_tasks, seed, max_tokens=most)
+        return TokenData.joined([*parts, answer(tasks)] if tasks else parts)

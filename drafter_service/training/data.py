@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import numpy.typing
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from specdec.errors import InvalidArgumentError
@@ -87,14 +88,29 @@ class TokenData:
             numpy.array([s.prompt_length for s in sequences], numpy.int64),
         )
 
-    def save(self, path: Path) -> None:
-        """Write what `load` reads."""
+    @classmethod
+    def joined(cls, parts: Sequence[TokenData]) -> TokenData:
+        """The sequences of several, one after the other."""
+        starts = numpy.cumsum([0, *(len(part.token_ids) for part in parts)])
+        offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+        return cls(
+            numpy.concatenate([part.token_ids for part in parts]),
+            numpy.concatenate([*offsets, starts[-1:]]),
+            numpy.concatenate([part.prompt_lengths for part in parts]),
+        )
+
+    def save(self, path: Path, made_with: Mapping[str, str] | None = None) -> None:
+        """Write what `load` reads.
+
+        Args:
+            made_with: options of the generation, kept in the file's metadata.
+        """
         tensors: dict[str, numpy.typing.NDArray[Any]] = {
             "token_ids": self.token_ids.astype(numpy.uint32),
             "sequence_offsets": self.offsets,
             "prompt_lengths": self.prompt_lengths.astype(numpy.int32),
         }
-        save_file(tensors, path)
+        save_file(tensors, path, metadata=dict(made_with or {}))
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -117,15 +133,35 @@ class TokenData:
         return numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
 
 
-def split(data: TokenData, num_held_out: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out.
+def read_made_with(path: Path) -> dict[str, str]:
+    """The options a file of sequences was generated with."""
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
 
-    The same whatever the seed of a run: one that starts from an earlier drafter must not be measured on what
-    that one saw.
+
+def split(data: TokenData, num_held_out: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out: the sequences whose prompts have the lowest checksums.
+
+    So what is held out hangs on no seed, and of more data only new sequences can join it: a run that starts
+    from an earlier drafter is not measured on what that one saw. Sequences with one prompt stay together.
     """
-    order = numpy.random.default_rng(0).permutation(len(data)).tolist()
+    checksums = [_checksum(data[index]) for index in range(len(data))]
+    order = sorted(range(len(data)), key=checksums.__getitem__)
     num_held_out = min(num_held_out, len(order) // 2)
-    return order[num_held_out:], order[:num_held_out]
+    while 0 < num_held_out < len(order) and _is_pair(checksums, order[num_held_out - 1 : num_held_out + 1]):
+        num_held_out -= 1
+    return sorted(order[num_held_out:]), order[:num_held_out]
+
+
+def _checksum(sequence: TokenSequence) -> bytes:
+    """Of a prompt."""
+    prompt = numpy.array(sequence.token_ids[: sequence.prompt_length], numpy.uint32)
+    return hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
+
+
+def _is_pair(checksums: Sequence[bytes], indices: Sequence[int]) -> bool:
+    first, second = indices
+    return checksums[first] == checksums[second]
 
 
 class Batch(NamedTuple):
@@ -173,12 +209,18 @@ def _fresh_batches(
     max_length: int,
     rng: numpy.random.Generator,
 ) -> Iterator[list[TokenSequence]]:
+    lengths = numpy.minimum(numpy.diff(data.offsets), max_length)
+    fitting = [index for index in indices if lengths[index] >= data.prompt_lengths[index] + 2]
+    if not fitting:
+        raise InvalidArgumentError(
+            f"No sequence has an answer of two tokens within its first {max_length}: raise --max-length or "
+            "--max-new-tokens, or give other --tokens.",
+            field="tokens",
+        )
     batch: list[TokenSequence] = []
     while True:
-        for index in rng.permutation(len(indices)).tolist():
-            sequence = data[indices[index]]
-            if sequence.prompt_length + 2 > min(len(sequence.token_ids), max_length):
-                continue
+        for position in rng.permutation(len(fitting)).tolist():
+            sequence = data[fitting[position]]
             batch.append(TokenSequence(sequence.token_ids[:max_length], sequence.prompt_length))
             if sum(len(s.token_ids) - s.prompt_length for s in batch) >= tokens_per_step:
                 yield batch

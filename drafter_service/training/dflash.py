@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel, PreTrainedModel
 
 from drafter_service.drafters.block_layers import BlockLayers
 from drafter_service.drafters.dflash_checkpoint import TRANSFORMERS_NAMES
+from drafter_service.drafters.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import POOL_BYTES, FeatureSource, SequenceFeatures
@@ -46,43 +47,64 @@ class _BatchKv:
     def __init__(self, batch: PackedBatch, anchors: Anchors, block_size: int) -> None:
         lengths = batch.lengths.tolist()
         counts = torch.bincount(anchors.sequence, minlength=len(lengths)).tolist()
-        self._num_context = sum(lengths)
+        self._block_size, self._num_context = block_size, sum(lengths)
         self._lengths, self._num_rows = lengths, [count * block_size for count in counts]
-        self._masks = [
-            _block_mask(positions, length, block_size)
+        self._hidden = [
+            (torch.arange(length, device=positions.device) >= positions[:, None]).repeat_interleave(
+                block_size, 0
+            )
             for positions, length in zip(anchors.position.split(counts), lengths, strict=True)
         ]
+        """Of each sequence [num_blocks * block_size, length]: the context its blocks do not see."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Attention of the blocks, sequence by sequence."""
-        dtype, repeats = values.dtype, queries.shape[0] // keys.shape[0]
-        keys, values = (part.to(dtype).repeat_interleave(repeats, 0) for part in (keys, values))
         rows = zip(
-            self._masks,
-            queries.to(dtype).split(self._num_rows, 1),
-            *(part[:, : self._num_context].split(self._lengths, 1) for part in (keys, values)),
-            *(part[:, self._num_context :].split(self._num_rows, 1) for part in (keys, values)),
+            self._hidden,
+            (queries.to(values.dtype) * scaling).split(self._num_rows, 1),
+            *(
+                part.to(values.dtype)[:, : self._num_context].split(self._lengths, 1)
+                for part in (keys, values)
+            ),
+            *(
+                part.to(values.dtype)[:, self._num_context :].split(self._num_rows, 1)
+                for part in (keys, values)
+            ),
             strict=True,
         )
-        outputs = [
-            scaled_dot_product_attention(
-                own[None],
-                torch.cat([context_keys, block_keys], 1)[None],
-                torch.cat([context_values, block_values], 1)[None],
-                attn_mask=mask,
-                scale=scaling,
-            )[0]
-            for mask, own, context_keys, context_values, block_keys, block_values in rows
-            if own.shape[1]
-        ]
-        return torch.cat(outputs, dim=1)
+        return torch.cat([self._attend_one(*parts) for parts in rows if parts[1].shape[1]], dim=1)
 
+    def _attend_one(
+        self,
+        hidden: Tensor,
+        queries: Tensor,
+        context_keys: Tensor,
+        context_values: Tensor,
+        block_keys: Tensor,
+        block_values: Tensor,
+    ) -> Tensor:
+        """One softmax over context and own block, but two products: most keys of other blocks cost nothing.
 
-def _block_mask(anchors: Tensor, length: int, block_size: int) -> Tensor:
-    """What the blocks of a sequence see [num_blocks * block_size, length + num_blocks * block_size]."""
-    blocks = torch.arange(len(anchors), device=anchors.device).repeat_interleave(block_size)
-    context = torch.arange(length, device=anchors.device) < anchors.repeat_interleave(block_size)[:, None]
-    return torch.cat([context, blocks[:, None] == blocks], dim=1)
+        Args:
+            hidden: [num_rows, num_context].
+            queries: [num_heads, num_rows, head_dim], the others likewise.
+        """
+        (num_heads, num_rows, _), num_kv_heads = queries.shape, len(block_keys)
+        folded = queries.view(num_kv_heads, num_heads // num_kv_heads, num_rows, -1)
+        # [num_kv_heads, num_heads a KV head, num_blocks, block_size, ...]
+        in_blocks = folded.unflatten(2, (-1, self._block_size))
+        own_keys, own_values = (
+            part.view(num_kv_heads, 1, -1, self._block_size, part.shape[-1])
+            for part in (block_keys, block_values)
+        )
+        to_context = (folded @ context_keys[:, None].mT).masked_fill(hidden, float("-inf"))
+        to_block = (in_blocks @ own_keys.mT).flatten(2, 3)
+        shares = torch.cat([to_context, to_block], dim=-1).softmax(-1, dtype=torch.float32)
+        shares = shares.to(queries.dtype)
+        of_context = shares[..., : hidden.shape[1]] @ context_values[:, None]
+        of_block = shares[..., hidden.shape[1] :].unflatten(2, (-1, self._block_size)) @ own_values
+        attended: Tensor = of_context + of_block.flatten(2, 3)
+        return attended.reshape(queries.shape)
 
 
 class DFlashTrainee(Trainee):
@@ -98,12 +120,14 @@ class DFlashTrainee(Trainee):
         draft_vocab: Tensor,  # [draft_vocab_size] ascending token ids
         scales: BlockScales,
         num_anchors: int,
+        markov_rank: int = 0,
         vocabulary_fingerprint: str = "",
     ) -> None:
         super().__init__()
         self.model: Any = model.to(weights.embedding.device).float()
         self.encoder = self.model.encoder
         self.layers = BlockLayers(model)
+        self.markov = MarkovHead(model.config.hidden_size, markov_rank) if markov_rank else None
         self.weights, self.scales, self.num_anchors = weights, scales, num_anchors
         self.head = FrozenHead(weights, draft_vocab)
         self.layer_ids = tuple(self.model.config.target_layer_ids)
@@ -131,6 +155,16 @@ class DFlashTrainee(Trainee):
         )
         return states.view(len(anchors.row), block_size, -1)[:, 1:]
 
+    def _head_states(self, states: Tensor, previous: Tensor) -> Tensor:
+        """What the head reads of places [num_rows, hidden_size].
+
+        Args:
+            states: of the places [num_rows, hidden_size].
+            previous: tokens before them [num_rows]. That these are the target's own is no loss of truth: a
+                draft counts only where those before it are the same.
+        """
+        return self.markov(states, self.weights.embed(previous).float()) if self.markov else states
+
     def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
         """Weighted mean over the masks of the cross entropy against the target's distribution.
 
@@ -146,7 +180,7 @@ class DFlashTrainee(Trainee):
         rows = (anchors.row[:, None] + distances)[is_there]
         weights = torch.exp(-distances / _DECAY).expand(is_there.shape)[is_there]
         losses = cross_entropy(
-            self.head.logits(states[is_there]).float(),
+            self.head.logits(self._head_states(states[is_there], batch.token_ids[rows])).float(),
             self.head.target(batch.last_hidden[rows]),
             reduction="none",
         )
@@ -170,7 +204,8 @@ class DFlashTrainee(Trainee):
         steps = torch.arange(1, num_draft_tokens + 1, device=states.device)
         is_there = anchors.position[:, None] + steps < batch.lengths[anchors.sequence][:, None]
         rows = (anchors.row[:, None] + steps).clamp(max=len(batch.token_ids) - 1)
-        logits = self.head.logits(states).flatten(0, 1)
+        previous = batch.token_ids[rows - 1].flatten()
+        logits = self.head.logits(self._head_states(states.flatten(0, 1), previous))
         right = self.head.is_right(logits, batch.token_ids[rows].flatten()).view(is_there.shape)
         return (right & is_there).cumprod(1).sum(1)
 
@@ -178,8 +213,12 @@ class DFlashTrainee(Trainee):
         """Weights as z-lab names them, bf16."""
         weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         weights["fc.weight"] = self.encoder.fc.weight.detach() * self._input_scales
+        weights |= {f"{PREFIX}{name}": weight for name, weight in self._markov_weights().items()}
         weights["hidden_norm.weight"] = self.encoder.output_norm_enc.weight.detach()
         return {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
+
+    def _markov_weights(self) -> dict[str, Tensor]:
+        return {} if self.markov is None else self.markov.state_dict()
 
     def load(self, folder: Path) -> None:
         """Start from the weights of a checkpoint that `save` wrote.
@@ -194,6 +233,9 @@ class DFlashTrainee(Trainee):
                 for name, weight in load_file(folder / _WEIGHTS).items()
             }
             weights["encoder.fc.weight"] /= self._input_scales.cpu()
+            markov = split_weights(weights)
+            if self.markov and markov:
+                self.markov.load_state_dict(markov)
             encoder = {name: weights.pop(f"encoder.{name}") for name in list(self.encoder.state_dict())}
             self.encoder.load_state_dict(encoder)
             self.model.load_state_dict(weights)
@@ -292,12 +334,19 @@ def context_layers(num_layers: int, count: int) -> list[int]:
     return sorted({round(layer_id) for layer_id in spread.tolist()})
 
 
-def unused_token(data: TokenData, vocab_size: int) -> int:
-    """The highest token that no sequence has: what masks are.
+def mask_token(data: TokenData, vocab_size: int, init: Path | None = None) -> int:
+    """What masks are: the token of the drafter a run starts from, or the highest that no sequence has.
 
     Raises:
-        InvalidArgumentError: there is none.
+        InvalidArgumentError: there is none, or the drafter's cannot be read.
     """
+    if init:
+        try:
+            return int(json.loads((init / "config.json").read_text())["dflash_config"]["mask_token_id"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"{init} is no drafter like this one: {error!r}", field="init"
+            ) from error
     unused = numpy.flatnonzero(numpy.bincount(data.token_ids, minlength=vocab_size) == 0)
     if not len(unused):
         raise InvalidArgumentError("Every token occurs in the data; none is left to be the mask.")
@@ -313,6 +362,8 @@ def make_trainee(
     block_size: int,
     num_anchors: int,
     draft_vocab_size: int,
+    markov_rank: int = 0,
+    init: Path | None = None,
 ) -> tuple[DFlashTrainee, FeatureSource]:
     """A block diffusion drafter for a target, warm-started from it, and where its features come from.
 
@@ -320,6 +371,8 @@ def make_trainee(
         loaded: the target; it can only be evaluated from here on.
         num_context_layers: target layers whose hidden states are the context.
         num_anchors: blocks of a step.
+        markov_rank: width of the head by which a draft depends on the one before it; 0: no such head.
+        init: the drafter whose weights will be loaded.
 
     Raises:
         InvalidArgumentError: the target is not one a drafter can be trained for.
@@ -333,7 +386,7 @@ def make_trainee(
         )
     shapes = probe(target)[1]
     layer_ids = context_layers(decoder_layers, num_context_layers)
-    mask_token_id = unused_token(data, len(weights.embedding))
+    mask_token_id = mask_token(data, len(weights.embedding), init)
     drafter = MuseGlimmerAssistantModel(
         drafter_config(
             target,
@@ -352,6 +405,7 @@ def make_trainee(
         torch.from_numpy(data.draft_vocab(draft_vocab_size)),
         scales,
         num_anchors,
+        markov_rank,
         loaded.vocabulary_fingerprint,
     )
     packed = PackedModel(target, kv_budget_bytes=POOL_BYTES)

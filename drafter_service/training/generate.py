@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from specdec.sampling import SamplingParams
 
 _MAX_PREFILL_TOKENS = 2048
 """Prompt tokens that may join a pass, to bound its memory and time; a longer prompt joins alone."""
+_LOG_EVERY_S = 30.0
+"""Time between two lines where there is no terminal to draw a bar on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +157,16 @@ class GenerationProgress:
         """All continuations, in the jobs' order, shown as `what`."""
         task_id = self._bar.add_task(what, total=len(jobs), rate="")
         task = self._bar.tasks[self._bar.task_ids.index(task_id)]
-        num_tokens = 0
+        num_tokens, said = 0, time.monotonic()
 
         def count(new: int) -> None:
-            nonlocal num_tokens
+            nonlocal num_tokens, said
             num_tokens += new
-            self._bar.update(task_id, rate=f"{num_tokens / max(task.elapsed or 0.0, 1e-9):.0f} tokens/s")
+            rate = f"{num_tokens / max(task.elapsed or 0.0, 1e-9):.0f} tokens/s"
+            self._bar.update(task_id, rate=rate)
+            if not self._bar.console.is_terminal and time.monotonic() - said > _LOG_EVERY_S:
+                said = time.monotonic()
+                self._bar.console.print(f"{what}: {task.completed:.0f} of {len(jobs)}, {rate}")
 
         outputs: list[list[int]] = [[] for _ in jobs]
         for index, output in decoder.run(jobs, count):

@@ -17,11 +17,23 @@ from specdec.sampling import SamplingParams
 _MARK = "\u2042"
 """Stands for the user's text in a rendered chat template."""
 _MAX_TEXT_TOKENS = 96
+_MAX_CODE_TOKENS = 160
 _OPENINGS = (
     *("", "", "", "Write", "Explain", "How", "What", "Why", "List", "Give", "Describe", "Compare"),
     *("Summarize", "Translate", "Create", "Can you", "Tell me", "Write a Python function", "I have", "If"),
+    *("Who", "When was", "Where", "Which", "Is it true that", "Suggest", "Compose", "Pretend you are"),
+    *("Write a short story about", "Write an email to", "Help me", "Solve", "Translate German to English:"),
+    *("A shop sells", "What is the name of", "Fix the bug in this code:\n```python\ndef "),
 )
 """First words of prompts, for variety: left alone, a model asks for much the same again and again."""
+_UNFINISHED = (
+    "Complete this Python function:\n```python\ndef ",
+    "Complete this Python function:\n```python\nfrom typing import List\n\n\ndef ",
+    "Complete the following function.\n\n```python\ndef ",
+)
+"""Openings of prompts that end with the docstring of the function they begin."""
+_NUM_OPENINGS = len(_OPENINGS) + len(_UNFINISHED)
+_DOCSTRING = '"""'
 
 
 class PromptMaker:
@@ -48,21 +60,22 @@ class PromptMaker:
             turns = [{"role": "user", "content": _MARK}]
             text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         before, _, after = text.partition(_MARK)
-        self._before = self._encode(before) or [self._first_token]
-        self._after = self._encode(after)
+        self._before = self.encode(before) or [self._first_token]
+        self._after = self.encode(after)
 
     @property
     def _first_token(self) -> int:
         start = self._tokenizer.bos_token_id
         return int(start if start is not None else next(iter(sorted(self._eos)), 0))
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without special ones around it."""
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return token_ids
 
     def prompt(self, text: str) -> list[int]:
         """The tokens that ask for an answer to `text`."""
-        return [*self._before, *self._encode(text), *self._after]
+        return [*self._before, *self.encode(text), *self._after]
 
     def read(self, path: Path) -> list[list[int]]:
         """Prompts of a workload file: JSON lines of question_id, category and turns.
@@ -82,19 +95,43 @@ class PromptMaker:
         Raises:
             InvalidArgumentError: the target's context is too short for any.
         """
-        stop_ids = self._eos | set(self._after[:1])
         seeds = numpy.random.SeedSequence(seed).generate_state(count).tolist()
-        jobs = [self._opening(decoder, index, seeds[index], stop_ids) for index in range(count)]
+        openings = [(*_OPENINGS, *_UNFINISHED)[index % _NUM_OPENINGS] for index in range(count)]
+        jobs = [self._opening(decoder, *pair) for pair in zip(openings, seeds, strict=True)]
         texts = progress.run("Making up prompts", decoder, jobs)
         prompts = [
-            (*job.prompt, *(token for token in text if token not in stop_ids), *self._after)
-            for job, text in zip(jobs, texts, strict=True)
+            (*self._before, *self._own_words(opening, job, text), *self._after)
+            for opening, job, text in zip(openings, jobs, texts, strict=True)
         ]
         return [list(prompt) for prompt in dict.fromkeys(prompts)]
 
-    def _opening(self, decoder: Decoder, index: int, seed: int, stop_ids: set[int] | frozenset[int]) -> Job:
-        start = (*self._before, *self._encode(_OPENINGS[index % len(_OPENINGS)]))
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        return self._eos | set(self._after[:1])
+
+    def _opening(self, decoder: Decoder, opening: str, seed: int) -> Job:
+        start = (*self._before, *self.encode(opening))
         # At least as much is left for the answer.
         room = room_after(decoder.packed, (*start, *self._after)) // 2
+        most = _MAX_CODE_TOKENS if opening in _UNFINISHED else _MAX_TEXT_TOKENS
         sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=seed)
-        return Job(start, max(1, min(_MAX_TEXT_TOKENS, room)), frozenset(stop_ids), sampling)
+        return Job(start, max(1, min(most, room)), self._stop_ids, sampling)
+
+    def _own_words(self, opening: str, job: Job, text: Sequence[int]) -> list[int]:
+        """The user's turn: an opening and how the target went on."""
+        token_ids = [*job.prompt[len(self._before) :], *(t for t in text if t not in self._stop_ids)]
+        if opening not in _UNFINISHED:
+            return token_ids
+        signature, *rest = self.text(token_ids).split(_DOCSTRING)
+        docstring = _DOCSTRING.join(["", rest[0], ""]) if rest else ""
+        return self.encode(f"{signature}{docstring}\n```")
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What tokens say, special ones left out."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def question(self, prompt: Sequence[int]) -> str:
+        """The user's turn of a prompt."""
+        stop = len(prompt) - len(self._after)
+        return self.text(prompt[len(self._before) : stop]).strip()

@@ -238,6 +238,19 @@ def test_compare_runs_each_method_after_a_warm_up(gateway: ScriptedGateway) -> N
         assert shown in result.stdout
 
 
+def test_compare_shows_the_answers_as_they_come_in_a_terminal(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = run("compare", "Hi", "--methods", "none,ngram", gateway=gateway).stdout
+    monkeypatch.delenv("FORCE_COLOR")
+    answer = run("generate", "Hi", gateway=gateway).stdout.split()[0].strip(",")
+    assert shown.count(answer) == 2
+    assert answer not in run("compare", "Hi", "--methods", "none,ngram", gateway=gateway).stdout
+    assert shown.index("none") < shown.index(answer) < shown.index("ngram") < shown.rindex(answer)
+    assert shown.rindex(answer) < shown.index("Compared with none")
+
+
 def test_agreement_names_the_first_token_that_differs(gateway: ScriptedGateway) -> None:
     def answers(*token_ids: int) -> Responses:
         yield started()

@@ -20,6 +20,7 @@ from drafter_service.training.cli import train
 from drafter_service.training.data import REPLAYED_BATCHES, TokenData, TokenSequence, batches, split
 from drafter_service.training.generate import Decoder, GenerationProgress, Job, generate
 from drafter_service.training.prompts import PromptMaker
+from drafter_service.training.tasks import make_tasks
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel
@@ -108,6 +109,28 @@ def test_made_up_prompts_leave_room_for_an_answer(tiny_llama: Path, tmp_path: Pa
     assert all(len(prompt) < capacity for prompt in maker.make_up(Decoder(short, 1), 8, 7, QUIET))
 
 
+def test_tasks_are_about_texts_the_target_wrote(tiny_llama: Path) -> None:
+    maker = PromptMaker(tiny_llama, [EOS])
+    words = "The mill stood by the river. " * 20
+    code = "Here it is:\n```python\nx = 1\n```\n" + words
+    data = TokenData.of(
+        [
+            TokenSequence((*maker.prompt(question), *maker.encode(text)), len(maker.prompt(question)))
+            for question, text in (("Where was the mill?", words), ("Is there code?", code), ("So?", "No."))
+        ]
+    )
+    prompts = make_tasks(maker, data, 40, 3, max_tokens=600)
+    assert prompts == make_tasks(maker, data, 40, 3, max_tokens=600)
+    assert prompts != make_tasks(maker, data, 40, 4, max_tokens=600)
+    assert len({tuple(prompt) for prompt in prompts}) == len(prompts) > 10
+    texts = [maker.question(prompt) for prompt in prompts]
+    assert all("The mill stood by the river." in text or "```python" in text for text in texts)
+    assert any("Where was the mill?" in text for text in texts)
+    assert any("```python\nx = 1\n```" in text and "river" not in text for text in texts)
+    assert all(len(prompt) <= 300 for prompt in make_tasks(maker, data, 40, 3, max_tokens=300))
+    assert make_tasks(maker, data, 40, 3, max_tokens=10) == []
+
+
 def test_prompts_need_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"(?s)no tokenizer.*--tokens"):
         PromptMaker(tmp_path, [EOS])
@@ -167,6 +190,14 @@ def test_files_hold_the_sequences(tmp_path: Path) -> None:
     )
 
 
+def test_data_of_several_files() -> None:
+    parts = [some_data(3), some_data(5)]
+    joined = TokenData.joined(parts)
+    assert [joined[index] for index in range(len(joined))] == [
+        part[index] for part in parts for index in range(len(part))
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -200,6 +231,32 @@ def test_held_out_sequences_are_not_trained_on() -> None:
     assert sorted(train_indices + held_out) == list(range(20))
     assert split(some_data(), 6) == (train_indices, held_out)
     assert len(split(some_data(4), 100)[1]) == 2
+
+
+def test_of_more_data_only_new_sequences_join_those_held_out() -> None:
+    data = TokenData.joined([some_data(20), some_data(45)])
+    known = {data[index] for index in range(20)}
+    _, before = split(some_data(20), 10)
+    _, after = split(data, 10)
+    assert len(after) >= 9
+    assert {data[index] for index in after} & known <= {some_data(20)[index] for index in before}
+
+
+def test_sequences_of_one_prompt_stay_together() -> None:
+    prompts = [(index // 3, 1) for index in range(60)]
+    data = TokenData.of([TokenSequence((*prompt, 5, 6, 7), 2) for prompt in prompts])
+    for num_held_out in range(1, 30):
+        train_indices, held_out = split(data, num_held_out)
+        assert not {prompts[index] for index in held_out} & {prompts[index] for index in train_indices}
+        assert num_held_out - 3 < len(held_out) <= num_held_out
+
+
+def test_data_without_answers_is_refused() -> None:
+    data = TokenData.of([TokenSequence((1, 2, 3), 2)] * 4)
+    options = {"tokens_per_step": 12, "passes": 1, "seed": 5, "skip": 0}
+    for sequences, max_length in ((data, 9), (some_data(), 2)):
+        with pytest.raises(InvalidArgumentError, match="--max-length"):
+            next(batches(sequences, range(len(sequences)), max_length=max_length, **options))
 
 
 def test_batches_go_on_where_a_run_was_interrupted() -> None:
@@ -254,11 +311,14 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     }
     card = (out / "README.md").read_text()
     assert "| steps | 3 |" in card
-    assert "6 answers, greedy" in card
+    assert "4 answers, greedy" in card
     code, output = run(*arguments)
     assert code == 2
     assert "--resume" in output
-    code, output = run(*arguments, "--resume", "--layers", "1", "--steps", "5")
+    code, output = run(*arguments, "--resume", "--layers", "1", "--num-sequences", "13")
+    assert (code, "num_sequences 12" in output) == (2, True)
+    resumed = ("--resume", "--layers", "1", "--num-sequences", "12", "--max-new-tokens", "8", "--steps", "5")
+    code, output = run(*arguments, *resumed)
     assert code == 0, output
     card = (out / "README.md").read_text()
     assert "| steps | 5 |" in card
@@ -278,6 +338,33 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     code, output = run(*again)
     assert code == 0, output
     assert f"| started from | the drafter `{out.name}`" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_data_by_command(tiny_llama: Path, tmp_path: Path) -> None:
+    model = (
+        "--model",
+        str(tiny_llama),
+        "--dtype",
+        "float32",
+        "--num-sequences",
+        "12",
+        "--max-new-tokens",
+        "8",
+    )
+    first, second = tmp_path / "first", tmp_path / "second"
+    code, output = run_training("--out", str(first), *model, method="data")
+    assert code == 0, output
+    assert str(len(TokenData.load(first, VOCAB_SIZE))) in output
+    code, output = run_training("--out", str(first), *model, method="data")
+    assert (code, "another --out" in output) == (2, True)
+    code, output = run_training("--out", str(second), *model, "--task-share", "1", method="data")
+    assert (code, "--passages" in output) == (2, True)
+    code, output = run_training(
+        *("--out", str(tmp_path / "drafter"), *model, "--steps", "2", "--layers", "1"),
+        *("--tokens", str(first), "--tokens", str(first)),
+    )
+    assert code == 0, output
+    assert "`first`, `first`: 18 sequences" in (tmp_path / "drafter" / "README.md").read_text()
 
 
 def test_wrong_arguments_of_training(tiny_llama: Path, tmp_path: Path) -> None:

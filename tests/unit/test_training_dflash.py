@@ -14,7 +14,7 @@ from torch import Tensor
 from drafter_service.training.batch import PackedBatch
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
-from drafter_service.training.dflash import DFlashTrainee, context_layers, make_trainee, unused_token
+from drafter_service.training.dflash import DFlashTrainee, context_layers, make_trainee, mask_token
 from drafter_service.training.loop import Acceptance, Training
 from specdec.client import GenerateOptions
 from specdec.errors import InvalidArgumentError
@@ -25,7 +25,15 @@ from tests.tiny_models import VOCAB_SIZE
 BLOCK_SIZE = 5
 
 
-def training(calm: Path, data: TokenData, out: Path, *, steps: int, block_size: int = BLOCK_SIZE) -> Training:
+def training(
+    calm: Path,
+    data: TokenData,
+    out: Path,
+    *,
+    steps: int,
+    block_size: int = BLOCK_SIZE,
+    markov_rank: int = 16,
+) -> Training:
     torch.manual_seed(0)
     loaded = load_causal_lm(str(calm), dtype="float32", device="cpu")
     trainee, source = make_trainee(
@@ -36,6 +44,7 @@ def training(calm: Path, data: TokenData, out: Path, *, steps: int, block_size: 
         block_size=block_size,
         num_anchors=96,
         draft_vocab_size=256,
+        markov_rank=markov_rank,
     )
     out.mkdir(exist_ok=True)
     config = LoopConfig(
@@ -58,10 +67,13 @@ def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) 
     assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.3
 
 
-async def test_the_saved_drafter_is_the_trained_one(calm: Path, data: TokenData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("markov_rank", [0, 16])
+async def test_the_saved_drafter_is_the_trained_one(
+    markov_rank: int, calm: Path, data: TokenData, tmp_path: Path
+) -> None:
     """Served, the checkpoint's drafts are accepted as often as training measured on whole batches."""
     with torch.enable_grad():
-        run = training(calm, data, tmp_path, steps=80)
+        run = training(calm, data, tmp_path, steps=80, markov_rank=markov_rank)
         run.run()
     trainee = trainee_of(run)
     trainee.save(tmp_path)
@@ -122,9 +134,17 @@ def test_a_block_sees_its_context_and_itself(calm: Path, data: TokenData, tmp_pa
 
 def test_the_mask_is_a_token_no_text_has() -> None:
     data = TokenData(numpy.array([VOCAB_SIZE - 1, 3, VOCAB_SIZE - 3]), numpy.array([0, 3]), numpy.array([1]))
-    assert unused_token(data, VOCAB_SIZE) == VOCAB_SIZE - 2
+    assert mask_token(data, VOCAB_SIZE) == VOCAB_SIZE - 2
     with pytest.raises(InvalidArgumentError, match="none is left"):
-        unused_token(TokenData(numpy.arange(4), numpy.array([0, 4]), numpy.array([1])), 4)
+        mask_token(TokenData(numpy.arange(4), numpy.array([0, 4]), numpy.array([1])), 4)
+
+
+def test_a_run_that_starts_from_a_drafter_has_its_mask(tmp_path: Path) -> None:
+    data = TokenData(numpy.arange(4), numpy.array([0, 4]), numpy.array([1]))
+    with pytest.raises(InvalidArgumentError, match="no drafter like this one"):
+        mask_token(data, VOCAB_SIZE, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"dflash_config": {"mask_token_id": 7}}))
+    assert mask_token(data, VOCAB_SIZE, tmp_path) == 7
 
 
 @pytest.mark.parametrize(

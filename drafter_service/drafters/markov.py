@@ -1,0 +1,68 @@
+"""A head that lets the drafts of one block depend on each other.
+
+The places of a block are computed side by side, so each is a guess that does not know what the one before it
+became. This small head corrects the state of a place by the token before it, once that is picked; no more of
+the block is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm, silu
+
+PREFIX = "markov."
+"""Of its weights in a checkpoint; other checkpoints of DFlash drafters have none."""
+
+
+class MarkovHead(nn.Module):
+    """Two layers over a state and the embedding of the token before it; at first it changes nothing.
+
+    Args:
+        rank: width in between.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.state = nn.Linear(hidden_size, rank, bias=False)
+        self.token = nn.Linear(hidden_size, rank, bias=False)
+        self.out = nn.Linear(rank, hidden_size, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], hidden_size: int) -> MarkovHead:
+        """From the weights of a checkpoint, in their dtype and on their device.
+
+        Raises:
+            KeyError, RuntimeError: they are not those of such a head.
+        """
+        head = cls(hidden_size, len(weights["state.weight"])).to(weights["state.weight"])
+        head.load_state_dict(dict(weights))
+        return head.requires_grad_(False)
+
+    def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
+        """What the LM head reads [num_rows, hidden_size].
+
+        Args:
+            states: of the places, as the decoder returns them [num_rows, hidden_size].
+            embeddings: of the tokens before them, in any scale [num_rows, hidden_size].
+        """
+        return states + self.correction(self.prepared(states), embeddings)
+
+    def prepared(self, states: Tensor) -> Tensor:
+        """The part [num_rows, rank] that does not hang on the token before."""
+        prepared: Tensor = self.state(rms_norm(states, states.shape[-1:]))
+        return prepared
+
+    def correction(self, prepared: Tensor, embeddings: Tensor) -> Tensor:
+        """What is added to the states [num_rows, hidden_size]."""
+        token: Tensor = self.token(rms_norm(embeddings, embeddings.shape[-1:]))
+        corrected: Tensor = self.out(silu(prepared + token))
+        return corrected
+
+
+def split_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the head's weights out of a checkpoint's; none where it has no such head."""
+    names = [name for name in weights if name.startswith(PREFIX)]
+    return {name.removeprefix(PREFIX): weights.pop(name) for name in names}
