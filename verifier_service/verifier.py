@@ -143,7 +143,7 @@ class Verifier:
                 retry_after_s=1.0,
             )
         # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
-        with_nodes = max_length + request.max_num_draft_nodes
+        with_nodes = max_length + min(request.max_num_draft_nodes, self.config.max_num_draft_tokens)
         allocation = self.pool.allocate(max(max_length, min(with_nodes, self.pool.capacity_tokens)))
         self.num_sessions += 1
         state: ExportedState | None = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from specdec.draft_tree import DraftTree
 from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
 from specdec.target_state import TargetStateSpec
@@ -36,6 +37,8 @@ class DrafterInfo:
     """What it reads of the target; None: nothing."""
     needs_target_weights: bool = False
     """Whether it uses the target's embedding and LM head."""
+    max_num_draft_nodes: int = 0
+    """Most tokens of a draft tree; 0: it drafts chains only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class DraftItem:
     num_draft_tokens: int
     num_tokens: int
     """Tokens it adds to the first pass of the step."""
+    num_draft_nodes: int = 0
+    """Most tokens of a draft tree, K its depth; 0: a chain is wanted."""
 
     @property
     def is_urgent(self) -> bool:
@@ -131,5 +136,8 @@ class Drafter(ABC):
         """Free what `open` reserved."""
 
     @abstractmethod
-    def propose(self, items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
-        """At most `num_draft_tokens` tokens per item; none: no guess. An error is that item's alone."""
+    def propose(self, items: Sequence[DraftItem]) -> Sequence[list[int] | DraftTree | SpecdecError]:
+        """Per item at most `num_draft_tokens` tokens in a row; none: no guess. An error is that item's alone.
+
+        A tree's likelier tokens come first, as far as parents come before their children.
+        """
