@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
@@ -13,7 +12,6 @@ from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, Open
 from specdec.draft_tree import DraftTree
 from specdec.errors import (
     FailedPreconditionError,
-    InternalError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
@@ -25,8 +23,6 @@ from specdec.target_state import TargetStateRef
 
 if TYPE_CHECKING:
     from specdec.runtime.state_reader import StateReader
-
-logger = logging.getLogger(__name__)
 
 
 class DrafterHost:
@@ -86,6 +82,8 @@ class DrafterHost:
                 f"({request.prompt_length}) at most, the {num_committed} committed tokens.",
                 field="max_length",
             )
+        token_ids = list(request.committed_token_ids)
+        validate_token_ids("committed_token_ids", token_ids, drafter.info.vocab_size)
         request.sampling.validate(drafter.info.vocab_size)
         validate_min_draft_confidence(request.min_draft_confidence)
         if self.num_sessions >= self.config.max_sessions:
@@ -150,9 +148,13 @@ class DrafterHost:
         if drafter.info.needs_target_weights:
             session.target_weights = await self.reader.weights(ref.verifier_uri)
 
-    async def prefill(self, drafter: Drafter, session: DraftSession) -> None:
-        """Read the prompt chunk by chunk, so that other sessions' drafts go between."""
-        while session.num_prefill_tokens:
+    async def prefill(self, drafter: Drafter, session: DraftSession, *, num_left: int = 0) -> None:
+        """Read what is committed chunk by chunk, so that other sessions' drafts go between.
+
+        Args:
+            num_left: tokens that need not be read.
+        """
+        while session.num_prefill_tokens > num_left:
             num_tokens = min(session.num_prefill_tokens, self.config.prefill_chunk_tokens)
             await self._engine.submit(DraftItem(drafter, session, 0, num_tokens))
 
@@ -179,6 +181,8 @@ class DrafterHost:
                 f"{drafter.info.max_num_draft_nodes} tokens.",
                 field="num_draft_nodes",
             )
+        # What a drafter reads of the target comes with the first round: a whole prompt.
+        await self.prefill(drafter, session, num_left=self.config.prefill_chunk_tokens)
         num_tokens = session.num_prefill_tokens + 1
         item = DraftItem(drafter, session, num_draft_tokens, num_tokens, num_draft_nodes)
         drafted = await self._engine.submit(item)
@@ -202,6 +206,4 @@ def _propose(drafter: Drafter, items: Sequence[DraftItem]) -> Sequence[DraftTree
     try:
         return [DraftTree.of(one) if isinstance(one, list) else one for one in drafter.propose(items)]
     except Exception as error:  # drafters are plug-ins
-        logger.exception("drafter failed", extra={"drafter": drafter.info.name})
-        failure = InternalError(f"{drafter.info.name} failed: {type(error).__name__}: {error}")
-        return [failure] * len(items)
+        return [drafter.failure(error)] * len(items)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, TypeVar
 
 from specdec.draft_tree import DraftTree
-from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
+from specdec.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
 from specdec.target_state import TargetStateSpec
 
@@ -17,6 +19,14 @@ if TYPE_CHECKING:
     from specdec.runtime.state_reader import StateSession
     from specdec.runtime.target_view import Projection, TargetStateView
     from specdec.runtime.target_weights import TargetWeights
+
+logger = logging.getLogger(__name__)
+
+RoundT = TypeVar("RoundT")
+
+
+Drafted = list[int] | DraftTree
+"""A draft: a chain's tokens, or a tree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,7 @@ class DraftSession:
 
 @dataclass(frozen=True, slots=True)
 class DraftItem:
-    """One session's work in an engine step: draft up to K tokens, or (K = 0) read a chunk of the prompt."""
+    """One session's work in an engine step: draft up to K tokens, or (K = 0) read some committed ones."""
 
     drafter: Drafter
     session: DraftSession
@@ -107,6 +117,11 @@ class DraftItem:
     """Tokens it adds to the first pass of the step."""
     num_draft_nodes: int = 0
     """Most tokens of a draft tree, K its depth; 0: a chain is wanted."""
+
+    @property
+    def wants_tree(self) -> bool:
+        """Whether more tokens are wanted than a chain has."""
+        return self.num_draft_nodes > self.num_draft_tokens
 
     @property
     def is_urgent(self) -> bool:
@@ -136,8 +151,53 @@ class Drafter(ABC):
         """Free what `open` reserved."""
 
     @abstractmethod
-    def propose(self, items: Sequence[DraftItem]) -> Sequence[list[int] | DraftTree | SpecdecError]:
+    def propose(self, items: Sequence[DraftItem]) -> Sequence[Drafted | SpecdecError]:
         """Per item at most `num_draft_tokens` tokens in a row; none: no guess. An error is that item's alone.
 
         A tree's likelier tokens come first, as far as parents come before their children.
         """
+
+    def failure(self, error: Exception) -> SpecdecError:
+        """What those are told whose draft raised; a defect is logged."""
+        if isinstance(error, SpecdecError):
+            return error
+        logger.error("drafter failed", extra={"drafter": self.info.name}, exc_info=error)
+        return InternalError(f"{self.info.name} failed: {type(error).__name__}: {error}")
+
+    def propose_by_target(
+        self,
+        items: Sequence[DraftItem],
+        start: Callable[[DraftItem], RoundT | None],
+        draft: Callable[[Sequence[RoundT]], Sequence[Drafted]],
+    ) -> list[Drafted | SpecdecError]:
+        """Drafts of the sessions of one target after the other's.
+
+        What a session raises is its own error, and what the drafts of a target's sessions raise is theirs.
+
+        Args:
+            start: a session's part of the drafts; None: there is nothing to draft.
+            draft: drafts for sessions of one target, side by side.
+        """
+        drafts: list[Drafted | SpecdecError] = [[] for _ in items]
+        started: list[tuple[int, RoundT]] = []
+        for index, item in enumerate(items):
+            try:
+                one = start(item)
+            except Exception as error:  # of this session, whatever it is
+                drafts[index] = self.failure(error)
+            else:
+                started += [] if one is None else [(index, one)]
+
+        def target(entry: tuple[int, RoundT]) -> int:
+            return id(items[entry[0]].session.target_weights)
+
+        for _, group in groupby(sorted(started, key=target), key=target):
+            indices, rounds = zip(*group, strict=True)
+            found: Sequence[Drafted | SpecdecError]
+            try:
+                found = draft(rounds)
+            except Exception as error:  # of these sessions, whatever it is
+                found = [self.failure(error)] * len(indices)
+            for index, outcome in zip(indices, found, strict=True):
+                drafts[index] = outcome
+        return drafts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,10 +27,8 @@ from specdec.runtime.picks import PickContext
 from specdec.runtime.prepack import multiplier, prepack_linears
 from specdec.runtime.state_memory import dtype_name
 from specdec.runtime.target_weights import TargetWeights
+from specdec.sampling import validate_token_ids
 from specdec.target_state import TargetStateSpec
-
-_MAX_CONTEXT_ROWS = 2048
-"""Context positions of a session that join one pass, which bounds its memory; a long prompt takes several."""
 
 
 class DFlashSession(DraftSession):
@@ -40,6 +38,11 @@ class DFlashSession(DraftSession):
         super().__init__(request)
         self.allocation = allocation
         self.num_cached = 0
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Positions of the context, as far as it is known, without keys and values."""
+        return self.view.length - self.num_cached if self.view else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -127,6 +130,7 @@ class DFlashDrafter(Drafter):
             checkpoint.draft_vocab,
             own,
             self._dtype,
+            vocab_size=settings.vocab_size,
             scale=settings.logit_scale,
             softcap=settings.logit_softcap,
         )
@@ -176,46 +180,56 @@ class DFlashDrafter(Drafter):
     @torch.inference_mode()
     def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
         """Drafts of up to K tokens; the sessions of one target go through the layers together."""
-        errors = [self._misfit(_checked(item.session)) for item in items]
-        drafts: list[list[int] | SpecdecError] = [error or [] for error in errors]
-        wanted = [index for index, error in enumerate(errors) if not error and _num_drafts(items[index])]
-        for index in wanted:
-            self._catch_up(_checked(items[index].session))
-        wanted.sort(key=lambda index: id(items[index].session.target_weights))
-        for _, group in groupby(wanted, key=lambda index: id(items[index].session.target_weights)):
-            indices = list(group)
-            rounds = [self._round(_checked(items[i].session), _num_drafts(items[i])) for i in indices]
-            for index, draft in zip(indices, self._draft(rounds), strict=True):
-                drafts[index] = draft
-        return drafts
+        return self.propose_by_target(items, self._start, self._draft)
 
-    def _misfit(self, session: DFlashSession) -> SpecdecError | None:
-        """What keeps a session without drafts."""
+    def _start(self, item: DraftItem) -> _Round | None:
+        """A session's part of a pass; None: its context was read, or no more fits into the generation.
+
+        Raises:
+            SpecdecError: what keeps the session without drafts.
+        """
+        session = _checked(item.session)
+        self._check(session)
+        if not item.num_draft_tokens:
+            self._read(session, item.num_tokens)
+            return None
+        num_drafts = min(item.num_draft_tokens, session.max_length - len(session.token_ids))
+        return self._round(session, num_drafts) if num_drafts > 0 else None
+
+    def _check(self, session: DFlashSession) -> None:
+        """Refuse a session of a target that the drafter cannot follow.
+
+        Raises:
+            FailedPreconditionError: its state or weights are not what the drafter reads.
+            InvalidArgumentError: it has tokens the target lacks.
+        """
         view, weights = session.view, session.target_weights
         assert view is not None
         assert weights is not None
         if not view.length:
-            return FailedPreconditionError(
+            raise FailedPreconditionError(
                 f"{self.info.name} drafts from the target's state of at least one position.",
                 reason="NO_TARGET_STATE",
             )
-        width, vocab_size = weights.embedding.shape[1], self.info.vocab_size
-        misfit = self._head.misfit(weights, max(vocab_size, self._settings.mask_token_id + 1))
+        width = weights.embedding.shape[1]
+        misfit = self._head.misfit(weights, self._settings.mask_token_id + 1)
         if width != self._hidden_size:
             misfit = f"it reads embeddings of {self._hidden_size} elements, the target's have {width}"
-        if not misfit:
-            return None
-        return FailedPreconditionError(
-            f"{self.info.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
-        )
+        if misfit:
+            raise FailedPreconditionError(
+                f"{self.info.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
+            )
+        if not self.info.vocab_size:
+            # Of a drafter that names no vocabulary nothing was checked when these came.
+            vocab_size = self._head.vocab_size(weights)
+            session.sampling.validate(vocab_size)
+            validate_token_ids("committed_token_ids", session.token_ids, vocab_size)
 
-    def _catch_up(self, session: DFlashSession) -> None:
-        """Read what of a long context does not fit into the round's pass."""
-        assert session.view is not None
-        while session.view.length - session.num_cached > _MAX_CONTEXT_ROWS:
-            stop = session.num_cached + _MAX_CONTEXT_ROWS
-            # The block is for nothing: what follows is written over it.
-            self._run([_Round(session, self._context(session, stop), session.token_ids[stop : stop + 1], 0)])
+    def _read(self, session: DFlashSession, num_tokens: int) -> None:
+        """Keep keys and values of the next part of a long context."""
+        stop = session.num_cached + min(num_tokens, session.num_prefill_tokens)
+        # The block is for nothing: what follows is written over it.
+        self._run([_Round(session, self._context(session, stop), session.token_ids[stop : stop + 1], 0)])
 
     def _round(self, session: DFlashSession, num_drafts: int) -> _Round:
         assert session.view is not None
@@ -260,8 +274,7 @@ class DFlashDrafter(Drafter):
             return self._draft_in_order(rounds, states, self._markov, weights)
         logits = self._head.logits(states, weights)
         contexts = [_pick_context(one.session) for one in rounds]
-        vocab_size = self.info.vocab_size or len(weights.lm_head)
-        picks = self._head.pick(logits, counts, contexts, vocab_size)
+        picks = self._head.pick(logits, counts, contexts, weights)
         return [
             draft[: self._num_sure(one.session, rows, draft)]
             for one, rows, draft in zip(rounds, logits.split(counts), picks, strict=True)
@@ -278,7 +291,6 @@ class DFlashDrafter(Drafter):
         prepared = markov.prepared(states)
         firsts = list(accumulate((one.num_drafts for one in rounds), initial=0))
         drafts: list[list[int]] = [[] for _ in rounds]
-        vocab_size = self.info.vocab_size or len(weights.lm_head)
         running = list(range(len(rounds)))
         for step in range(max(one.num_drafts for one in rounds)):
             rows = torch.tensor([firsts[index] + step for index in running], device=self._device)
@@ -286,7 +298,7 @@ class DFlashDrafter(Drafter):
             embeddings = weights.embed(torch.tensor(before, device=self._device)).to(self._dtype)
             logits = self._head.logits(states[rows] + markov.correction(prepared[rows], embeddings), weights)
             contexts = [_pick_context(rounds[index].session, drafts[index]) for index in running]
-            picks = self._head.pick(logits, [1] * len(running), contexts, vocab_size)
+            picks = self._head.pick(logits, [1] * len(running), contexts, weights)
             running = [
                 index
                 for index, (pick,), row in zip(running, picks, logits, strict=True)
@@ -315,11 +327,6 @@ class DFlashDrafter(Drafter):
 def _checked(session: DraftSession) -> DFlashSession:
     assert isinstance(session, DFlashSession)
     return session
-
-
-def _num_drafts(item: DraftItem) -> int:
-    """K, less where the generation ends sooner."""
-    return max(0, min(item.num_draft_tokens, item.session.max_length - len(item.session.token_ids)))
 
 
 def _pick_context(session: DraftSession, draft: Sequence[int] = ()) -> PickContext:

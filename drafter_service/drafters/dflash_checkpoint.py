@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,9 @@ class DFlashCheckpoint:
         weights = _read_weights(folder, torch.device(device))
         decoder = MuseGlimmerAssistantModel(decoder_config).to(device, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
-        lm_head, draft_vocab = _take_head(folder, weights, settings)
+        lm_head, draft_vocab = _take_head(folder, weights, settings.vocab_size, decoder_config.hidden_size)
+        if lm_head is not None and draft_vocab is None:
+            settings = replace(settings, vocab_size=len(lm_head))
         if draft_vocab is None:
             draft_vocab = read_draft_vocab(folder, settings.vocab_size, decoder.device)
         markov = _take_markov(folder, weights, decoder)
@@ -156,7 +158,7 @@ def _read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         _block_size(own.get("block_size", 16)),
         _mask_token(own.get("mask_token_id")),
         layer_ids,
-        _masks(source, own.get("is_causal")),
+        _masks(source, config, own.get("is_causal")),
         embedding_scale=float(own.get("input_embedding_scale", 1.0)),
         logit_scale=float(own.get("output_multiplier", 1.0)),
         logit_softcap=float(own.get("final_logit_softcapping") or 0.0),
@@ -171,14 +173,15 @@ def _read_speculators(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantCo
         raise InvalidArgumentError(f"it holds a speculator of type {kind!r} ({projector}), not dflash.")
     if config.get("shift_label"):
         raise InvalidArgumentError("its labels are shifted (shift_label), which is not supported.")
-    source = Qwen3Config(**config["transformer_layer_config"])
+    layers = config["transformer_layer_config"]
+    source = Qwen3Config(**layers)
     # Counted from the embedding on: 1 is the output of layer 0.
     layer_ids = _layer_ids(config.get("aux_hidden_state_layer_ids"), offset=1)
     return _decoder_config(source, layer_ids), DFlashSettings(
         _block_size(config.get("block_size", 8)),
         _mask_token(config.get("mask_token_id")),
         layer_ids,
-        _masks(source, False if config.get("sliding_window_non_causal") else None),
+        _masks(source, layers, False if config.get("sliding_window_non_causal") else None),
         sample_from_anchor=bool(config.get("sample_from_anchor", False)),
         embedding_scale=1.0,
         vocab_size=source.vocab_size,
@@ -206,14 +209,26 @@ def _block_size(given: Any) -> int:
     return int(given)
 
 
-def _masks(source: Qwen3Config, is_causal: bool | None) -> tuple[LayerMask, ...]:
-    """Of z-lab's and `speculators`' layers: those with a window are causal unless it is said."""
+def _masks(source: Qwen3Config, config: Mapping[str, Any], is_causal: bool | None) -> tuple[LayerMask, ...]:
+    """Of z-lab's and `speculators`' layers: sliding ones are causal unless it is said.
+
+    Args:
+        config: what `source` was made of, which drops the window where there is no use_sliding_window;
+            z-lab's sliding layers then see all of the context.
+    """
+    window = config.get("sliding_window", 1)
+    if _SLIDING in source.layer_types and (window is None or window < 1):
+        raise InvalidArgumentError(
+            f"it has layers of type {_SLIDING}, and its sliding_window is {window}; give them a window of at "
+            "least one token, or the type full_attention."
+        )
+    reach = None if source.sliding_window is None else source.sliding_window - 1
     masks = []
     for kind in source.layer_types:
         slides = kind == _SLIDING
         causal = slides if is_causal is None else is_causal
         # A window counts the query's own position.
-        masks.append(LayerMask(source.sliding_window - 1 if slides else None, causal))
+        masks.append(LayerMask(reach if slides else None, causal))
     return tuple(masks)
 
 
@@ -258,20 +273,52 @@ def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def _take_head(
-    folder: Path, weights: dict[str, Tensor], settings: DFlashSettings
+    folder: Path, weights: dict[str, Tensor], vocab_size: int, hidden_size: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Take head and draft vocabulary out of the weights; both are in order of token ids."""
+    """Take head and draft vocabulary out of the weights; both are in order of token ids.
+
+    Args:
+        vocab_size: 0: not known.
+    """
     lm_head, offsets = weights.pop("lm_head.weight", None), weights.pop("d2t", None)
-    if lm_head is None or offsets is None:
-        return lm_head, None
-    token_ids = torch.arange(len(offsets), device=offsets.device) + offsets.long()
-    in_range = not settings.vocab_size or bool((token_ids < settings.vocab_size).all())
-    if len(token_ids) != len(lm_head) or token_ids.min() < 0 or not in_range:
+    if lm_head is None:
+        return None, None
+    if lm_head.ndim != 2 or not len(lm_head) or lm_head.shape[1] != hidden_size:
         raise InvalidArgumentError(
-            f"{folder}: d2t does not map the {len(lm_head)} rows of the head to tokens.", field="drafter"
+            f"{folder}: lm_head.weight is {list(lm_head.shape)}; it must have rows of the drafter's "
+            f"{hidden_size} elements.",
+            field="drafter",
         )
-    order = token_ids.argsort()
-    return lm_head[order], token_ids[order]
+    if offsets is not None:
+        token_ids = _mapped_tokens(folder, offsets, len(lm_head), vocab_size)
+        order = token_ids.argsort()
+        return lm_head[order], token_ids[order]
+    if len(lm_head) < vocab_size:
+        raise InvalidArgumentError(
+            f"{folder}: its head has {len(lm_head)} rows for a vocabulary of {vocab_size} tokens, and no d2t "
+            "that says whose they are.",
+            field="drafter",
+        )
+    # More rows than tokens are padding.
+    return lm_head[: vocab_size or None], None
+
+
+def _mapped_tokens(folder: Path, offsets: Tensor, num_rows: int, vocab_size: int) -> Tensor:
+    """The token [num_rows] of each row of a head, from how far it is from the row's index.
+
+    Raises:
+        InvalidArgumentError: they are not different tokens of the vocabulary, one for each row.
+    """
+    right = offsets.shape == (num_rows,)
+    if right:
+        token_ids = torch.arange(num_rows, device=offsets.device) + offsets.long()
+        in_range = token_ids.min() >= 0 and not (vocab_size and token_ids.max() >= vocab_size)
+        right = bool(in_range) and len(token_ids.unique()) == num_rows
+    if not right:
+        raise InvalidArgumentError(
+            f"{folder}: d2t does not map the {num_rows} rows of the head to as many tokens.", field="drafter"
+        )
+    return token_ids
 
 
 def _take_markov(

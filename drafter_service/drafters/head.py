@@ -48,6 +48,7 @@ class DraftHead:
     Args:
         draft_vocab: token ids [draft_vocab_size] of the head's rows, ascending; None: all.
         own: the drafter's own head; None: the target's is used.
+        vocab_size: tokens the drafter knows; 0: as many as the target has.
         scale: what logits of the target's head are multiplied with.
         softcap: of logits of the target's head, 0 for none; None: the target's.
     """
@@ -58,22 +59,33 @@ class DraftHead:
         own: Logits | None,
         dtype: torch.dtype,
         *,
+        vocab_size: int = 0,
         scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
         self.draft_vocab = draft_vocab
         self.own = own
         self._dtype, self._scale, self._softcap = dtype, scale, softcap
+        self._vocab_size = vocab_size
+        self._least_size = vocab_size if draft_vocab is None else max(vocab_size, int(draft_vocab[-1]) + 1)
         self._heads: WeakKeyDictionary[TargetWeights, Logits] = WeakKeyDictionary()
         self._pickers: dict[int, Picker] = {}
 
-    def misfit(self, weights: TargetWeights, vocab_size: int) -> str:
-        """What of a target's vocabulary is too small for a drafter's; empty: nothing."""
-        known = len(weights.embedding)
+    def vocab_size(self, weights: TargetWeights) -> int:
+        """Tokens that drafter and target both know: what rows a target has beyond them are padding."""
+        return self._vocab_size or min(len(weights.embedding), len(weights.lm_head))
+
+    def misfit(self, weights: TargetWeights, least_size: int = 0) -> str:
+        """What of a target's vocabulary is too small for a drafter's; empty: nothing.
+
+        Args:
+            least_size: tokens the target must know in any case.
+        """
+        known, wanted = len(weights.embedding), max(self._least_size, least_size)
         if not self.own:
             known = min(known, len(weights.lm_head))
-        if known < vocab_size:
-            return f"its vocabulary has {vocab_size} tokens, the target's {known}"
+        if known < wanted:
+            return f"its vocabulary has {wanted} tokens, the target's {known}"
         return ""
 
     def logits(self, states: Tensor, weights: TargetWeights) -> Tensor:
@@ -85,7 +97,8 @@ class DraftHead:
         return self._heads[weights](states)
 
     def _of(self, weights: TargetWeights) -> Logits:
-        rows = weights.lm_head if self.draft_vocab is None else weights.lm_head[self.draft_vocab]
+        drafted = slice(self.vocab_size(weights)) if self.draft_vocab is None else self.draft_vocab
+        rows = weights.lm_head[drafted]
         # Not a method of the weights: the cache would keep them alive.
         multiply, scale = multiplier(rows.to(self._dtype)), self._scale
         cap = weights.final_logit_softcap if self._softcap is None else self._softcap
@@ -94,7 +107,11 @@ class DraftHead:
         return lambda states: softcapped(multiply(states) * scale, cap)
 
     def pick(
-        self, logits: Tensor, counts: Sequence[int], contexts: Sequence[PickContext], vocab_size: int
+        self,
+        logits: Tensor,
+        counts: Sequence[int],
+        contexts: Sequence[PickContext],
+        weights: TargetWeights,
     ) -> list[list[int]]:
         """Tokens picked as the target picks, from rows of several sessions.
 
@@ -102,7 +119,7 @@ class DraftHead:
             logits: [sum(counts), draft_vocab_size].
             counts: rows of each session.
             contexts: of each session.
-            vocab_size: of the target, as far as the drafter knows its tokens.
+            weights: of the target they follow.
 
         Returns:
             Per session, a token per row.
@@ -111,6 +128,7 @@ class DraftHead:
             best = logits.argmax(-1)
             token_ids = best if self.draft_vocab is None else self.draft_vocab[best]
             return [part.tolist() for part in token_ids.split(list(counts))]
+        vocab_size = self.vocab_size(weights)
         logits = self._over_all_tokens(logits, vocab_size)
         if vocab_size not in self._pickers:
             self._pickers[vocab_size] = Picker(vocab_size, logits.device)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from specdec.runtime.picks import PickContext
 from specdec.runtime.prepack import multiplier, prepack_linears
 from specdec.runtime.state_memory import dtype_name
 from specdec.runtime.target_view import TargetStateView
+from specdec.runtime.target_weights import TargetWeights
 from specdec.target_state import TargetStateSpec
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
@@ -147,9 +147,8 @@ class MtpDrafter(Drafter):
             for layer in model.model.layers
         }
         self._offset = MTP_POSITIONS[position]
-        self._vocab_size: int = config.vocab_size
         own_head = None if assistant.uses_target_head else _own_head(model, assistant.draft_vocab)
-        self._head = DraftHead(assistant.draft_vocab, own_head, self._dtype)
+        self._head = DraftHead(assistant.draft_vocab, own_head, self._dtype, vocab_size=config.vocab_size)
         # What is left of the model is its layers and projections.
         model.lm_head = model.model.embed_tokens = nn.Identity()
         prepack_linears(model, keep=model.lm_head)
@@ -161,7 +160,7 @@ class MtpDrafter(Drafter):
             default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
             model_id=assistant.loaded.model_id,
             vocabulary_fingerprint=assistant.loaded.vocabulary_fingerprint,
-            vocab_size=self._vocab_size,
+            vocab_size=config.vocab_size,
             dtype=dtype_name(self._dtype),
             device=str(self._device),
             target_state_spec=TargetStateSpec(last_hidden_state=True, kv_last_of_each_attention_type=True),
@@ -171,31 +170,34 @@ class MtpDrafter(Drafter):
     @torch.inference_mode()
     def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
         """Drafts of up to K tokens; the sessions of one target take their steps together."""
-        rounds = [self._start(item) for item in items]
-        started = [one for one in rounds if isinstance(one, _Round) and one.num_wanted > 0]
-        started.sort(key=lambda one: id(one.session.target_weights))
-        for _, group in groupby(started, key=lambda one: id(one.session.target_weights)):
-            self._draft(list(group))
-        return [one.draft if isinstance(one, _Round) else one for one in rounds]
+        return self.propose_by_target(items, self._start, self._draft)
 
-    def _start(self, item: DraftItem) -> _Round | SpecdecError:
+    def _start(self, item: DraftItem) -> _Round | None:
+        """A session's draft to be; None: no more fits into the generation.
+
+        Raises:
+            FailedPreconditionError: the assistant cannot draft from the target's state.
+        """
         session = item.session
+        num_wanted = min(item.num_draft_tokens, session.max_length - len(session.token_ids))
         assert session.view is not None
         kv = {kind: session.view.kv(_layer_of(session.view, kind)) for kind in self._kv_shapes}
         length = session.view.length
         if not length:
-            return FailedPreconditionError(
+            raise FailedPreconditionError(
                 f"{self.info.name} drafts from the target's state of at least one position.",
                 reason="NO_TARGET_STATE",
             )
         hidden = session.view.last_hidden(length - 1, length)
         if misfit := self._misfit(session, kv, hidden):
-            return FailedPreconditionError(
+            raise FailedPreconditionError(
                 f"{self.info.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
             )
+        if num_wanted <= 0:
+            return None
         return _Round(
             session,
-            min(item.num_draft_tokens, session.max_length - len(session.token_ids)),
+            num_wanted,
             {kind: (keys.to(self._dtype), values.to(self._dtype)) for kind, (keys, values) in kv.items()},
             hidden.to(self._dtype),
         )
@@ -212,11 +214,11 @@ class MtpDrafter(Drafter):
             if tuple(rows.shape[1:]) != (self._backbone_size,):
                 size = "x".join(map(str, rows.shape[1:]))
                 return f"it reads {what} of {self._backbone_size} elements, the target's have {size}"
-        return self._head.misfit(weights, self._vocab_size)
+        return self._head.misfit(weights)
 
-    def _draft(self, running: list[_Round]) -> None:
+    def _draft(self, rounds: Sequence[_Round]) -> list[list[int]]:
         """Step by step; rounds leave when they have their K tokens, or stop being sure."""
-        weights = running[0].session.target_weights
+        running, weights = rounds, rounds[0].session.target_weights
         assert weights is not None
         hidden = torch.cat([one.hidden for one in running])
         while running:
@@ -227,19 +229,20 @@ class MtpDrafter(Drafter):
             states, hidden = self._layers.step(
                 embeddings, hidden, torch.tensor(positions, device=self._device), kv
             )
-            going_on = self._extend(running, self._head.logits(states, weights))
+            going_on = self._extend(running, self._head.logits(states, weights), weights)
             running = [running[row] for row in going_on]
             if len(going_on) < len(hidden):
                 hidden = hidden[going_on]
+        return [one.draft for one in rounds]
 
-    def _extend(self, rounds: Sequence[_Round], logits: Tensor) -> list[int]:
+    def _extend(self, rounds: Sequence[_Round], logits: Tensor, weights: TargetWeights) -> list[int]:
         """Append a pick to each draft; the rows that need another step.
 
         Args:
             logits: [num_rows, draft_vocab_size].
         """
         contexts = [one.context for one in rounds]
-        picks = self._head.pick(logits, [1] * len(rounds), contexts, self._vocab_size)
+        picks = self._head.pick(logits, [1] * len(rounds), contexts, weights)
         going_on = []
         for row, (one, (pick,)) in enumerate(zip(rounds, picks, strict=True)):
             threshold = one.session.min_draft_confidence

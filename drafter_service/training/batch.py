@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -96,6 +97,15 @@ class FrozenHead:
     def is_right(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         """Whether the best of logits [num_rows, draft_vocab_size] are these tokens [num_rows]."""
         return logits.argmax(-1) == self._index[token_ids]
+
+    def identity(self) -> dict[str, Any]:
+        """What says whose head it is: the vocabulary, in plain values."""
+        checksum = hashlib.blake2b(self.draft_vocab.cpu().numpy().tobytes(), digest_size=16)
+        return {
+            "draft_vocab_size": len(self.draft_vocab),
+            "draft_vocab": checksum.hexdigest(),
+            "dtype": str(self._rows.dtype),
+        }
 
     def save(self, folder: Path) -> None:
         """Write the draft vocabulary."""

@@ -309,7 +309,7 @@ def dflash(
 def _train(
     method: str,
     description: str,
-    make: Callable[[LoadedModel, TokenData], tuple[Trainee, FeatureSource]],
+    make: Callable[..., tuple[Trainee, FeatureSource]],
     options: dict[str, Any],
 ) -> None:
     """Data, training, evaluation, and the folder that comes of it."""
@@ -328,7 +328,7 @@ def _train(
     loaded = _load(options)
     vocab_size = loaded.model.get_output_embeddings().weight.shape[0]
     data = TokenData.joined([TokenData.load(path, vocab_size) for path in paths])
-    trainee, source = make(loaded, data)
+    trainee, source = make(loaded, data, pool_tokens=config.pool_tokens)
     training = Training(trainee, source, data, config, console)
     if options["init"]:
         trainee.load(options["init"])
@@ -344,7 +344,7 @@ def _train(
         path.chmod(0o644)  # they are written for their owner alone
     click.echo(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
-        f"{config.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
+        f"{acceptance.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
     )
 
 

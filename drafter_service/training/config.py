@@ -29,8 +29,14 @@ class LoopConfig:
     evaluate_minutes: float = 5.0
     """Time between two looks at held-out acceptance, minutes."""
     num_draft_tokens: int = 4
-    """K of the held-out acceptance."""
+    """K of the held-out acceptance; less where a drafter cannot draft as many."""
     num_held_out: int = 48
     """Sequences held out."""
     seed: int = 0
     """Of the order of sequences and all else that is random."""
+
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens whose KV the target keeps while it reads sequences: a step's with prompts as long as their
+        answers, and always one sequence; a step with longer prompts takes several passes."""
+        return 2 * (self.tokens_per_step + self.max_length)

@@ -124,6 +124,14 @@ class TokenData:
         """Tokens that are answers."""
         return len(self.token_ids) - int(self.prompt_lengths.sum())
 
+    @property
+    def fingerprint(self) -> str:
+        """Checksum of the sequences."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.token_ids, self.offsets, self.prompt_lengths):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
     def draft_vocab(self, size: int) -> numpy.typing.NDArray[numpy.int64]:
         """The `size` most frequent tokens of the answers, ascending; all tokens where there are not more."""
         is_response = numpy.ones(len(self.token_ids), bool)

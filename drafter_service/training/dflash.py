@@ -25,7 +25,7 @@ from drafter_service.drafters.dflash_checkpoint import TRANSFORMERS_NAMES
 from drafter_service.drafters.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
-from drafter_service.training.features import POOL_BYTES, FeatureSource, SequenceFeatures
+from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
 from drafter_service.training.loop import Trainee
 from drafter_service.training.warm_start import BlockScales, warm_start_block
 from specdec.errors import InvalidArgumentError
@@ -120,8 +120,9 @@ class DFlashTrainee(Trainee):
         draft_vocab: Tensor,  # [draft_vocab_size] ascending token ids
         scales: BlockScales,
         num_anchors: int,
-        markov_rank: int = 0,
-        vocabulary_fingerprint: str = "",
+        markov_rank: int,
+        target_id: str,
+        vocabulary_fingerprint: str,
     ) -> None:
         super().__init__()
         self.model: Any = model.to(weights.embedding.device).float()
@@ -131,7 +132,12 @@ class DFlashTrainee(Trainee):
         self.weights, self.scales, self.num_anchors = weights, scales, num_anchors
         self.head = FrozenHead(weights, draft_vocab)
         self.layer_ids = tuple(self.model.config.target_layer_ids)
-        self.fingerprint = vocabulary_fingerprint
+        self.target_id, self.fingerprint = target_id, vocabulary_fingerprint
+
+    @property
+    def max_num_draft_tokens(self) -> int:
+        """Masks of a block."""
+        return int(self.model.config.block_size) - 1
 
     @property
     def _input_scales(self) -> Tensor:
@@ -208,6 +214,23 @@ class DFlashTrainee(Trainee):
         logits = self.head.logits(self._head_states(states.flatten(0, 1), previous))
         right = self.head.is_right(logits, batch.token_ids[rows].flatten()).view(is_there.shape)
         return (right & is_there).cumprod(1).sum(1)
+
+    def identity(self) -> dict[str, Any]:
+        """What it is besides its weights."""
+        config = self.model.config
+        return {
+            "method": "dflash",
+            "target": self.target_id,
+            "num_layers": config.num_hidden_layers,
+            "block_size": config.block_size,
+            "mask_token_id": config.mask_token_id,
+            "context_layers": list(self.layer_ids),
+            "anchors": self.num_anchors,
+            "markov_rank": self.markov.state.out_features if self.markov else 0,
+            "hidden_scales": list(self.scales.hidden),
+            "embedding_scale": self.scales.embedding,
+            **self.head.identity(),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights as z-lab names them, bf16."""
@@ -362,6 +385,7 @@ def make_trainee(
     block_size: int,
     num_anchors: int,
     draft_vocab_size: int,
+    pool_tokens: int,
     markov_rank: int = 0,
     init: Path | None = None,
 ) -> tuple[DFlashTrainee, FeatureSource]:
@@ -371,6 +395,7 @@ def make_trainee(
         loaded: the target; it can only be evaluated from here on.
         num_context_layers: target layers whose hidden states are the context.
         num_anchors: blocks of a step.
+        pool_tokens: tokens the target reads in one pass; a sequence must not be longer.
         markov_rank: width of the head by which a draft depends on the one before it; 0: no such head.
         init: the drafter whose weights will be loaded.
 
@@ -406,7 +431,8 @@ def make_trainee(
         scales,
         num_anchors,
         markov_rank,
+        loaded.model_id,
         loaded.vocabulary_fingerprint,
     )
-    packed = PackedModel(target, kv_budget_bytes=POOL_BYTES)
+    packed = PackedModel(target, kv_budget_bytes=pool_bytes(shapes, target.dtype, pool_tokens))
     return trainee, FeatureSource(packed, hidden_layers=layer_ids)

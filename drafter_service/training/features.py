@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,24 @@ from torch import Tensor
 
 from drafter_service.training.data import TokenSequence
 from specdec.runtime.attention import Segment
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvShape
 from specdec.runtime.packed_model import PackedModel
 from specdec.target_state import LAST_HIDDEN, hidden_name, key_name, value_name
 
-POOL_BYTES = 2**28
-"""The target's KV while it reads a batch."""
+
+def pool_bytes(shapes: Mapping[int, KvShape], dtype: torch.dtype, num_tokens: int) -> int:
+    """Budget of a pool that holds `num_tokens` tokens of a target.
+
+    Args:
+        shapes: geometry of the target's KV, by layer.
+    """
+    token_bytes = dtype.itemsize * sum(shape.num_elements for shape in shapes.values())
+    return _in_blocks(num_tokens) * token_bytes
+
+
+def _in_blocks(num_tokens: int) -> int:
+    """Tokens that a sequence takes up in a pool."""
+    return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,25 +73,45 @@ class FeatureSource:
             target.pool.add_hidden(name, target.model.config.get_text_config().hidden_size)
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
+        """The state of every sequence, in as many passes as the pool makes it.
+
+        Raises:
+            InvalidArgumentError: a sequence is longer than the whole pool.
+        """
+        return [features for part in self._passes(sequences) for features in self._run(part)]
+
+    def _passes(self, sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
+        """As many sequences at a time as there is room for."""
+        part: list[TokenSequence] = []
+        num_left = self._target.pool.free_tokens
+        for sequence in sequences:
+            size = _in_blocks(len(sequence.token_ids))
+            if part and size > num_left:
+                yield part
+                part, num_left = [], self._target.pool.free_tokens
+            part.append(sequence)
+            num_left -= size
+        if part:
+            yield part
+
+    def _run(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
         """The state of every sequence, in one pass."""
         pool = self._target.pool
-        allocations = [pool.allocate(len(sequence.token_ids)) for sequence in sequences]
-        segments = [
-            Segment(allocation, 0, sequence.token_ids, 0)
-            for allocation, sequence in zip(allocations, sequences, strict=True)
-        ]
-        self._target.forward(segments, set(self._hidden))
-        features = [
-            SequenceFeatures(
-                torch.tensor(segment.token_ids, device=pool.device),
-                sequence.prompt_length,
-                {
-                    name: pool.tensor(name)[segment.allocation.slots(0, segment.stop)].clone()
-                    for name in self._names
-                },
-            )
-            for segment, sequence in zip(segments, sequences, strict=True)
-        ]
-        for allocation in allocations:
-            pool.free(allocation)
-        return features
+        with ExitStack() as stack:
+            segments = []
+            for sequence in sequences:
+                allocation = pool.allocate(len(sequence.token_ids))
+                stack.callback(pool.free, allocation)
+                segments.append(Segment(allocation, 0, sequence.token_ids, 0))
+            self._target.forward(segments, set(self._hidden))
+            return [
+                SequenceFeatures(
+                    torch.tensor(segment.token_ids, device=pool.device),
+                    sequence.prompt_length,
+                    {
+                        name: pool.tensor(name)[segment.allocation.slots(0, segment.stop)].clone()
+                        for name in self._names
+                    },
+                )
+                for segment, sequence in zip(segments, sequences, strict=True)
+            ]

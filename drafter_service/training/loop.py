@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from drafter_service.training.checkpoint import read_checkpoint, write_checkpoint
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import Batch, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import SequenceFeatures
@@ -24,7 +25,6 @@ CHECKPOINT = "checkpoint.pt"
 Features = Callable[[Sequence[TokenSequence]], list[SequenceFeatures]]
 """Where the features of sequences come from: a FeatureSource."""
 _LOG_EVERY = 25
-_EVALUATION_BATCH = 6
 _FINAL_RATE = 0.02
 """Of the learning rate, at the end of its cosine."""
 
@@ -46,6 +46,11 @@ class History:
 class Trainee(nn.Module, ABC):
     """A drafter being trained. Its parameters are what is trained."""
 
+    @property
+    def max_num_draft_tokens(self) -> int | None:
+        """Tokens it can draft in a round; None: any number."""
+        return None
+
     @abstractmethod
     def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
         """The loss of a batch, a scalar."""
@@ -53,6 +58,10 @@ class Trainee(nn.Module, ABC):
     @abstractmethod
     def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
         """Per sequence, for each answer token but the last as anchor, how many drafts would be accepted."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What it is besides its weights, by name, in plain values: a run goes on with the same only."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -76,6 +85,11 @@ class Acceptance:
     num_accepted: int
     per_position: tuple[float, ...]
     """Of the rounds, the share in which the draft's first, second... token was accepted."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """K of the rounds."""
+        return len(self.per_position)
 
     @property
     def length(self) -> float:
@@ -109,6 +123,7 @@ class Training:
         self.trainee, self.config = trainee, config
         self.history = History()
         self.source, self._data, self._console = source, data, console
+        self._data_fingerprint = data.fingerprint
         self._train, self._held_out = split(data, config.num_held_out)
         self._parameters = list(trainee.parameters())
         self._device = self._parameters[0].device
@@ -118,6 +133,12 @@ class Training:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._held_out_features: list[list[SequenceFeatures]] = []
         self._kept_features: dict[int, list[SequenceFeatures]] = {}
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """K of the held-out acceptance: no more than the drafter can make."""
+        wanted = self.config.num_draft_tokens
+        return min(wanted, self.trainee.max_num_draft_tokens or wanted)
 
     @property
     def progress(self) -> float:
@@ -174,27 +195,47 @@ class Training:
     def _step(self, batch: Batch) -> None:
         started = time.perf_counter()
         features = self._features(batch)
+        before = self._generator.get_state()
+        try:
+            loss = self._update(features)
+        except BaseException:
+            # The checkpoint that is saved now is that of the step before.
+            self._generator.set_state(before)
+            raise
+        self._note(loss, batch.sequences)
+        self.history.seconds += time.perf_counter() - started
+
+    def _update(self, features: Sequence[SequenceFeatures]) -> float:
+        """Change the weights by a batch; its loss.
+
+        Raises:
+            InvalidArgumentError: loss or gradient is not finite; the weights are as they were.
+        """
         self.trainee.train()
         with torch.autocast(self._device.type, torch.bfloat16):
             loss = self.trainee.loss(features, self._generator)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+        self._require_finite("loss", loss)
         self._optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._require_finite("gradient", nn.utils.clip_grad_norm_(self._parameters, 1.0))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate()
         self._optimizer.step()
-        self._note(loss.item(), batch.sequences)
-        self.history.seconds += time.perf_counter() - started
+        return loss.item()
+
+    def _require_finite(self, name: str, value: Tensor) -> None:
+        if not math.isfinite(value.item()):
+            raise InvalidArgumentError(
+                f"The {name} is {value.item()} at step {self.history.step}: lower --learning-rate, and go on "
+                "with --resume.",
+                field="learning_rate",
+            )
 
     def _note(self, loss: float, batch: Sequence[TokenSequence]) -> None:
         history = self.history
-        if not math.isfinite(loss):
-            raise InvalidArgumentError(
-                f"The loss is {loss} at step {history.step}: lower --learning-rate.", field="learning_rate"
-            )
         average = history.losses[-1][1] if history.losses else loss
         history.step += 1
-        history.num_tokens += sum(len(s.token_ids) - s.prompt_length for s in batch)
+        history.num_tokens += _num_answer_tokens(batch)
         history.losses.append((history.step, 0.98 * average + 0.02 * loss))
 
     def _learning_rate(self) -> float:
@@ -211,61 +252,71 @@ class Training:
     def _look(self) -> None:
         acceptance = self.evaluate()
         self.history.acceptance.append((self.history.step, acceptance.length))
-        self._console.print(f"{self._describe()} (held out, K = {self.config.num_draft_tokens})")
+        self._console.print(f"{self._describe()} (held out, K = {self.num_draft_tokens})")
         self.save_checkpoint()
 
     def evaluate(self) -> Acceptance:
         """Acceptance on the held-out answers."""
         if not self._held_out_features:
-            held_out = [self._data[index] for index in self._held_out]
-            kept = [s for s in held_out if len(s.token_ids) > s.prompt_length + 2]
-            self._held_out_features = [
-                self.source(kept[first : first + _EVALUATION_BATCH])
-                for first in range(0, len(kept), _EVALUATION_BATCH)
-            ]
+            self._held_out_features = [self.source(group) for group in self._held_out_groups()]
         self.trainee.eval()
         accepted: list[list[int]] = []
         with torch.autocast(self._device.type, torch.bfloat16):
             for features in self._held_out_features:
-                accepted += self.trainee.accepted(features, self.config.num_draft_tokens)
-        return Acceptance.of(accepted, self.config.num_draft_tokens)
+                accepted += self.trainee.accepted(features, self.num_draft_tokens)
+        return Acceptance.of(accepted, self.num_draft_tokens)
+
+    def _held_out_groups(self) -> list[list[TokenSequence]]:
+        """Held-out sequences, cut as those trained on, in groups as large as a step: what a step has memory
+        for, an evaluation has."""
+        groups: list[list[TokenSequence]] = []
+        for whole in map(self._data.__getitem__, self._held_out):
+            sequence = TokenSequence(whole.token_ids[: self.config.max_length], whole.prompt_length)
+            if _num_answer_tokens([sequence]) <= 2:
+                continue
+            if not groups or _num_answer_tokens(groups[-1]) >= self.config.tokens_per_step:
+                groups.append([])
+            groups[-1].append(sequence)
+        return groups
 
     def save_checkpoint(self) -> None:
-        """Write everything a resumed run needs; the file there was is replaced whole."""
+        """Write everything a resumed run needs."""
         state = {
+            "identity": self._identity(),
             "trainee": self.trainee.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "history": asdict(self.history),
-            "config": _identity(self.config),
         }
-        path = self.config.out / CHECKPOINT
-        scratch = path.with_suffix(".tmp")
-        torch.save(state, scratch)
-        scratch.replace(path)
+        write_checkpoint(self.config.out / CHECKPOINT, state)
 
     def resume(self) -> None:
         """Go on from the checkpoint in the output folder.
 
         Raises:
-            InvalidArgumentError: it is of a run with other settings.
+            InvalidArgumentError: it is damaged, or of a run with other settings.
         """
         path = self.config.out / CHECKPOINT
-        state = torch.load(path, weights_only=True)
-        if state["config"] != _identity(self.config):
-            raise InvalidArgumentError(
-                f"{path} is of a run with other settings ({state['config']}); give these, or another --out."
-            )
+        state = read_checkpoint(path, self._identity())
         try:
             self.trainee.load_state_dict(state["trainee"])
             self._optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise InvalidArgumentError(f"{path} is of another drafter: {error}") from error
-        self._generator.set_state(state["generator"])
-        self.history = History(**state["history"])
+            self._generator.set_state(state["generator"])
+            self.history = History(**state["history"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidArgumentError(
+                f"{path} is of another drafter, or damaged: {error}", field="resume"
+            ) from error
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed: the trainee, its data and their order."""
+        settings = ("tokens_per_step", "max_length", "passes", "num_held_out", "seed")
+        return {
+            **self.trainee.identity(),
+            "data": self._data_fingerprint,
+            **{name: getattr(self.config, name) for name in settings},
+        }
 
 
-def _identity(config: LoopConfig) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: what changes data or order."""
-    names = ("tokens_per_step", "max_length", "passes", "num_held_out", "seed")
-    return {name: getattr(config, name) for name in names}
+def _num_answer_tokens(sequences: Sequence[TokenSequence]) -> int:
+    return sum(len(sequence.token_ids) - sequence.prompt_length for sequence in sequences)

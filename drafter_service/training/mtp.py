@@ -23,7 +23,7 @@ from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemm
 from drafter_service.drafters.assistant import AssistantLayers, TargetKv
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
-from drafter_service.training.features import POOL_BYTES, FeatureSource, SequenceFeatures
+from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
 from drafter_service.training.loop import Trainee
 from drafter_service.training.warm_start import warm_start
 from specdec.errors import InvalidArgumentError
@@ -86,6 +86,7 @@ class MtpTrainee(Trainee):
         kv_layers: dict[str, int],
         hidden_scale: float,
         num_steps: int,
+        target_id: str,
     ) -> None:
         super().__init__()
         device = weights.lm_head.device
@@ -93,7 +94,7 @@ class MtpTrainee(Trainee):
         # The target's are used.
         self.model.lm_head = self.model.model.embed_tokens = nn.Identity()
         self.layers = AssistantLayers(model)
-        self.weights = weights
+        self.weights, self.target_id = weights, target_id
         self.kv_layers = kv_layers
         self.num_steps = num_steps
         self.head = FrozenHead(weights, draft_vocab)
@@ -156,6 +157,19 @@ class MtpTrainee(Trainee):
         scales = torch.full((2 * width,), self.embedding_scale, device=self.weights.embedding.device)
         scales[width:] = self.hidden_scale
         return scales
+
+    def identity(self) -> dict[str, Any]:
+        """What it is besides its weights."""
+        return {
+            "method": "mtp",
+            "target": self.target_id,
+            "num_layers": len(self.model.model.layers),
+            "unroll": self.num_steps,
+            "kv_layers": dict(self.kv_layers),
+            "embedding_scale": self.embedding_scale,
+            "hidden_scale": self.hidden_scale,
+            **self.head.identity(),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights of the assistant as its checkpoint has them, bf16, by name."""
@@ -253,13 +267,20 @@ def assistant_config(target: PreTrainedModel, num_layers: int, kv: KvShape) -> G
 
 
 def make_trainee(
-    loaded: LoadedModel, data: TokenData, *, num_layers: int, num_steps: int, draft_vocab_size: int
+    loaded: LoadedModel,
+    data: TokenData,
+    *,
+    num_layers: int,
+    num_steps: int,
+    draft_vocab_size: int,
+    pool_tokens: int,
 ) -> tuple[MtpTrainee, FeatureSource]:
     """An assistant for a target, warm-started from it, and where its features come from.
 
     Args:
         loaded: the target; it can only be evaluated from here on.
         num_steps: draft steps that are unrolled in training.
+        pool_tokens: tokens the target reads in one pass; a sequence must not be longer.
 
     Raises:
         InvalidArgumentError: the target is not one a drafter can be trained for.
@@ -289,6 +310,7 @@ def make_trainee(
         {"full_attention": kv_layer},
         hidden_scale,
         num_steps,
+        loaded.model_id,
     )
-    packed = PackedModel(target, kv_budget_bytes=POOL_BYTES)
+    packed = PackedModel(target, kv_budget_bytes=pool_bytes(shapes, target.dtype, pool_tokens))
     return trainee, FeatureSource(packed, kv_layers=[kv_layer])

@@ -34,6 +34,7 @@ from tests.tiny_dflash import (
     BLOCK_SIZE,
     MASK_TOKEN_ID,
     SLIDING_WINDOW,
+    qwen3_config,
     save_as_speculators,
     save_as_z_lab,
     save_tiny_dflash,
@@ -172,10 +173,14 @@ async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: An
     return list(result.token_ids)
 
 
-async def drafts_of(target: Path, drafter: Path, **options: Any) -> Recorder:
+async def drafts_of(
+    target: Path, drafter: Path, *, drafter_options: Mapping[str, Any] | None = None, **options: Any
+) -> Recorder:
     """What the drafter drafts for the prompt, with a text that is the target's."""
     recorder = Recorder()
-    async with running_system(target, f"dflash:{drafter}", families=recorder.families) as system:
+    async with running_system(
+        target, f"dflash:{drafter}", families=recorder.families, drafter_options=drafter_options
+    ) as system:
         plain = await generate(system, method="none", num_draft_tokens=None)
         assert await generate(system, **options) == plain
     return recorder
@@ -264,6 +269,22 @@ async def test_windows_as_z_lab_and_speculators_have_them(causal: bool | None, t
             assert record.draft == tuple(expected.argmax(-1).tolist())
 
 
+@pytest.mark.parametrize("off", [{"use_sliding_window": False}, {"use_sliding_window": None}])
+async def test_sliding_layers_whose_window_is_off_see_all_of_the_context(
+    off: dict[str, Any], tmp_path: Path
+) -> None:
+    target, source = save_pair(tmp_path)
+    drafter = save_as_z_lab(source, tmp_path / "off")
+    _change_config(drafter, **off)
+    by_hand = ByHand(target, source)
+    for record in (await drafts_of(target, drafter)).records:
+        keys = torch.arange(len(record.committed) + record.num_wanted)
+        causal = keys[len(record.committed) - 1 :, None] >= keys
+        masks = {"sliding_attention": causal, "full_attention": torch.ones_like(causal)}
+        expected = by_hand.logits(record.committed, record.num_wanted, masks)
+        assert record.draft == tuple(expected.argmax(-1).tolist())
+
+
 async def test_a_speculator_with_a_vocabulary_of_its_own(tmp_path: Path) -> None:
     target, source = save_pair(tmp_path, layer_types=["full_attention"] * 2)
     token_ids = torch.tensor([0, 3, *NARROW, 120, 255])
@@ -323,11 +344,13 @@ async def test_sessions_drafted_together_get_the_drafts_they_get_alone(
     assert alone.drafts == together.drafts
 
 
-async def test_a_long_context_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_context_is_read_in_parts(tmp_path: Path) -> None:
     target, drafter = save_pair(tmp_path)
-    expected = (await drafts_of(target, drafter)).drafts
-    monkeypatch.setattr("drafter_service.drafters.dflash._MAX_CONTEXT_ROWS", 5)
-    assert (await drafts_of(target, drafter)).drafts == expected
+    whole = await drafts_of(target, drafter)
+    parts = await drafts_of(target, drafter, drafter_options={"prefill_chunk_tokens": 5})
+    assert parts.drafts == whole.drafts
+    assert [record.num_wanted for record in parts.records][:5] == [0, 0, 0, 0, K]
+    assert all(record.num_wanted for record in whole.records)
 
 
 async def test_drafts_end_where_the_drafter_is_not_sure(tmp_path: Path) -> None:
@@ -397,6 +420,33 @@ def test_checkpoints_that_cannot_be_used_are_refused(
         DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
 
 
+@pytest.mark.parametrize("window", [None, 0, -3])
+def test_sliding_layers_without_a_window_are_refused(window: int | None, tmp_path: Path) -> None:
+    source = save_tiny_dflash(tmp_path / "source")
+    layers = qwen3_config(json.loads((source / "config.json").read_text())) | {"sliding_window": window}
+    for folder in (
+        save_as_z_lab(source, tmp_path / "on", sliding_window=window),
+        save_as_z_lab(source, tmp_path / "off", sliding_window=window, use_sliding_window=False),
+        save_as_speculators(source, tmp_path / "speculators", transformer_layer_config=layers),
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"sliding_window is {window}"):
+            DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
+
+
+def test_a_head_has_a_row_for_every_token(tmp_path: Path) -> None:
+    source = save_tiny_dflash(tmp_path / "source")
+    head = {"lm_head.weight": torch.randn(VOCAB_SIZE + 4, 32)}
+    padded = save_as_speculators(source, tmp_path / "padded", head)
+    checkpoint = DFlashCheckpoint.load(str(padded), dtype="float32", device="cpu")
+    assert torch.equal(checkpoint.lm_head, head["lm_head.weight"][:VOCAB_SIZE])  # type: ignore[arg-type]
+    # A config of transformers' names no vocabulary.
+    save_file(load_file(source / "model.safetensors") | head, source / "model.safetensors")
+    assert (
+        DFlashCheckpoint.load(str(source), dtype="float32", device="cpu").settings.vocab_size
+        == VOCAB_SIZE + 4
+    )
+
+
 def test_damaged_speculators_are_refused(tmp_path: Path) -> None:
     source = save_tiny_dflash(tmp_path / "source")
 
@@ -404,10 +454,15 @@ def test_damaged_speculators_are_refused(tmp_path: Path) -> None:
         DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
 
     head = torch.zeros(3, 32)
-    for index, offsets in enumerate(([0, 0], [0, -5, 0], [0, 0, VOCAB_SIZE])):
+    for index, offsets in enumerate(([0, 0], [0, -5, 0], [0, 0, VOCAB_SIZE], [0, 1, 0], [[0], [0], [0]])):
         extra = {"lm_head.weight": head, "d2t": torch.tensor(offsets)}
         with pytest.raises(InvalidArgumentError, match="d2t"):
             load(save_as_speculators(source, tmp_path / str(index), extra))
+    heads = {"no d2t": head, "32 elements": torch.zeros(VOCAB_SIZE, 24), r"\[260\]": torch.zeros(VOCAB_SIZE)}
+    heads[r"\[0, 32\]"] = torch.zeros(0, 32)
+    for index, (message, wrong) in enumerate(heads.items()):
+        with pytest.raises(InvalidArgumentError, match=message):
+            load(save_as_speculators(source, tmp_path / f"head{index}", {"lm_head.weight": wrong}))
     kinds = {"projector_type": "domino", "shift_label": True, "speculators_model_type": "eagle3"}
     for name, value in kinds.items():
         with pytest.raises(InvalidArgumentError, match=name if value is True else str(value)):

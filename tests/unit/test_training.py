@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from drafter_service.training.cli import train
 from drafter_service.training.data import REPLAYED_BATCHES, TokenData, TokenSequence, batches, split
+from drafter_service.training.features import FeatureSource, pool_bytes
 from drafter_service.training.generate import Decoder, GenerationProgress, Job, generate
 from drafter_service.training.prompts import PromptMaker
 from drafter_service.training.tasks import make_tasks
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import load_causal_lm
-from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.packed_model import PackedModel, probe
 from specdec.sampling import SamplingParams
 from tests.tiny_models import EOS, VOCAB_SIZE
 
@@ -287,6 +288,36 @@ def test_batches_come_again_while_their_features_are_kept() -> None:
     assert all(by_number[batch.number] == batch.sequences for batch in shown)
 
 
+def source_of(model: Path, pool_tokens: int) -> tuple[FeatureSource, PackedModel]:
+    loaded = load_causal_lm(str(model), dtype="float32", device="cpu")
+    shapes = probe(loaded.model)[1]
+    packed = PackedModel(loaded.model, kv_budget_bytes=pool_bytes(shapes, loaded.model.dtype, pool_tokens))
+    return FeatureSource(packed, kv_layers=[1], hidden_layers=[0, 2]), packed
+
+
+def test_features_hang_on_no_pools_size(tiny_llama: Path) -> None:
+    sequences = [TokenSequence(tuple(range(length)), 1) for length in (40, 130, 3, 64, 128, 70)]
+    (whole, large), (parts, small) = source_of(tiny_llama, 1024), source_of(tiny_llama, 129)
+    assert (large.pool.capacity_tokens, small.pool.capacity_tokens) == (1024, 192)
+    for one, other in zip(whole(sequences), parts(sequences), strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        for name, states in one.states.items():
+            assert len(states) == len(one.token_ids)
+            torch.testing.assert_close(states, other.states[name], atol=1e-5, rtol=1e-5)
+    assert small.pool.free_tokens == 192
+
+
+def test_features_that_cannot_be_had_leave_the_pool_free(tiny_llama: Path) -> None:
+    source, packed = source_of(tiny_llama, 192)
+    fits, too_long = TokenSequence(tuple(range(70)), 1), TokenSequence(tuple(range(193)), 1)
+    with pytest.raises(InvalidArgumentError, match="193 tokens"):
+        source([fits, too_long])
+    with pytest.raises(IndexError):
+        source([TokenSequence((1, 2, 3), 1), TokenSequence((1, VOCAB_SIZE, 3), 1)])
+    assert packed.pool.free_tokens == 192
+    assert len(source([fits])) == 1
+
+
 def test_the_draft_vocabulary_is_what_answers_use_most() -> None:
     data = TokenData.of([TokenSequence((9, 9, 9, 4, 4, 7, 7, 7, 1), 3), TokenSequence((9, 1, 4), 1)])
     assert data.draft_vocab(2).tolist() == [4, 7]
@@ -311,7 +342,7 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     }
     card = (out / "README.md").read_text()
     assert "| steps | 3 |" in card
-    assert "4 answers, greedy" in card
+    assert "4 answers, greedy, K = 4" in card
     code, output = run(*arguments)
     assert code == 2
     assert "--resume" in output
@@ -338,6 +369,18 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     code, output = run(*again)
     assert code == 0, output
     assert f"| started from | the drafter `{out.name}`" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_small_block_says_how_many_drafts_were_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    some_data().save(tmp_path / "tokens")
+    code, output = run_training(
+        *("--out", str(tmp_path / "out"), "--model", str(tiny_llama), "--dtype", "float32", "--steps", "1"),
+        *("--tokens", str(tmp_path / "tokens"), "--layers", "1", "--block-size", "3"),
+        method="dflash",
+    )
+    assert code == 0, output
+    assert "K = 2)" in output
+    assert "greedy, K = 2, " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_data_by_command(tiny_llama: Path, tmp_path: Path) -> None:

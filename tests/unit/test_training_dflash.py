@@ -15,7 +15,8 @@ from drafter_service.training.batch import PackedBatch
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.dflash import DFlashTrainee, context_layers, make_trainee, mask_token
-from drafter_service.training.loop import Acceptance, Training
+from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
+from drafter_service.training.warm_start import BlockScales
 from specdec.client import GenerateOptions
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import load_causal_lm
@@ -36,6 +37,10 @@ def training(
 ) -> Training:
     torch.manual_seed(0)
     loaded = load_causal_lm(str(calm), dtype="float32", device="cpu")
+    out.mkdir(exist_ok=True)
+    config = LoopConfig(
+        out, steps=steps, warmup_steps=10, learning_rate=3e-3, tokens_per_step=256, num_held_out=32
+    )
     trainee, source = make_trainee(
         loaded,
         data,
@@ -44,11 +49,8 @@ def training(
         block_size=block_size,
         num_anchors=96,
         draft_vocab_size=256,
+        pool_tokens=config.pool_tokens,
         markov_rank=markov_rank,
-    )
-    out.mkdir(exist_ok=True)
-    config = LoopConfig(
-        out, steps=steps, warmup_steps=10, learning_rate=3e-3, tokens_per_step=256, num_held_out=32
     )
     return Training(trainee, source, data, config, Console(quiet=True))
 
@@ -65,6 +67,15 @@ def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) 
     assert before.num_rounds > 100
     assert after.length > before.length + 0.1
     assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.3
+
+
+@pytest.mark.parametrize(("block_size", "num_drafts"), [(2, 1), (4, 3), (8, 4)])
+def test_acceptance_is_measured_on_drafts_a_block_has(
+    block_size: int, num_drafts: int, calm: Path, data: TokenData, tmp_path: Path
+) -> None:
+    acceptance = training(calm, data, tmp_path, steps=1, block_size=block_size).evaluate()
+    assert len(acceptance.per_position) == acceptance.num_draft_tokens == num_drafts
+    assert acceptance.length <= 1 + num_drafts
 
 
 @pytest.mark.parametrize("markov_rank", [0, 16])
@@ -113,6 +124,24 @@ def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: P
     for folder in (tmp_path, tmp_path / "more"):
         with pytest.raises(InvalidArgumentError, match="no drafter like this one"):
             second.trainee.load(folder)
+
+
+def test_another_drafters_run_is_not_resumed(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    training(calm, data, tmp_path, steps=1).run()
+    training(calm, data, tmp_path, steps=1).resume()
+    with pytest.raises(InvalidArgumentError, match=r"other settings \(block_size 5, not 4\)"):
+        training(calm, data, tmp_path, steps=1, block_size=4).resume()
+    run = training(calm, data, tmp_path, steps=1)
+    trainee = trainee_of(run)
+    trainee.scales = BlockScales(trainee.scales.hidden, 2 * trainee.scales.embedding)
+    trainee.layer_ids = (0, 1)
+    with pytest.raises(InvalidArgumentError, match=r"context_layers \[1, 2\], not \[0, 1\]; embedding_scale"):
+        run.resume()
+    checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    checkpoint["identity"] |= {"method": "mtp", "draft_vocab": "another"}
+    torch.save(checkpoint, tmp_path / CHECKPOINT)
+    with pytest.raises(InvalidArgumentError, match="method mtp, not dflash; draft_vocab another"):
+        training(calm, data, tmp_path, steps=1).resume()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -34,19 +35,27 @@ class Interrupted:
 
     def __init__(self, source: FeatureSource, num_batches: float) -> None:
         self.source, self.num_left = source, num_batches
+        self.seen: list[TokenSequence] = []
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
         if not self.num_left:
             raise KeyboardInterrupt
         self.num_left -= 1
+        self.seen += sequences
         return self.source(sequences)
 
 
 def training(
-    calm: Path, data: TokenData, out: Path, *, steps: int, num_batches: float = math.inf, seed: int = 0
+    calm: Path,
+    data: TokenData,
+    out: Path,
+    *,
+    steps: int,
+    num_batches: float = math.inf,
+    seed: int = 0,
+    max_length: int = 512,
 ) -> Training:
     torch.manual_seed(0)
-    trainee, source = make_trainee(load(calm), data, num_layers=1, num_steps=4, draft_vocab_size=256)
     out.mkdir(exist_ok=True)
     config = LoopConfig(
         out,
@@ -54,8 +63,17 @@ def training(
         warmup_steps=10,
         learning_rate=3e-3,
         tokens_per_step=256,
+        max_length=max_length,
         num_held_out=32,
         seed=seed,
+    )
+    trainee, source = make_trainee(
+        load(calm),
+        data,
+        num_layers=1,
+        num_steps=4,
+        draft_vocab_size=256,
+        pool_tokens=config.pool_tokens,
     )
     return Training(trainee, Interrupted(source, num_batches), data, config, Console(quiet=True))
 
@@ -72,6 +90,17 @@ def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) 
     assert after.length > before.length + 0.1
     assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.5
     assert run.history.step == 120
+
+
+def test_held_out_answers_are_cut_as_those_trained_on(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    long = [data[index] for index in range(100)]
+    long += [TokenSequence(data[index].token_ids[:9] * 200, 8) for index in range(100, 160)]
+    run = training(calm, TokenData.of(long), tmp_path, steps=1, max_length=30)
+    assert isinstance(run.source, Interrupted)
+    assert run.evaluate().num_answers == 32
+    assert {len(sequence.token_ids) for sequence in run.source.seen} == {30}
+    nothing_left = training(calm, data, tmp_path, steps=1, max_length=10)
+    assert nothing_left.evaluate().num_answers == 0
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(calm: Path, data: TokenData, tmp_path: Path) -> None:
@@ -117,21 +146,90 @@ def test_a_run_is_resumed_within_a_later_pass(
 
 def test_a_run_of_other_settings_is_not_resumed(calm: Path, data: TokenData, tmp_path: Path) -> None:
     training(calm, data, tmp_path, steps=1).run()
-    with pytest.raises(InvalidArgumentError, match="other settings"):
-        training(calm, data, tmp_path, steps=2, seed=1).resume()
+    other_data = TokenData.of([data[index] for index in reversed(range(len(data)))])
+    for message, run in {
+        r"other settings \(seed 0, not 1\)": training(calm, data, tmp_path, steps=2, seed=1),
+        r"other settings \(data ": training(calm, other_data, tmp_path, steps=2),
+    }.items():
+        with pytest.raises(InvalidArgumentError, match=message):
+            run.resume()
+    run = training(calm, data, tmp_path, steps=2)
+    trainee = run.trainee
+    assert isinstance(trainee, MtpTrainee)
+    for name, value in {
+        "target_id": "other",
+        "num_steps": 5,
+        "hidden_scale": 9.0,
+        "kv_layers": {"x": 0},
+    }.items():
+        kept = getattr(trainee, name)
+        setattr(trainee, name, value)
+        shown = {"target_id": "target", "num_steps": "unroll"}.get(name, name)
+        with pytest.raises(InvalidArgumentError, match=rf"settings \({shown} .*, not "):
+            run.resume()
+        setattr(trainee, name, kept)
+    # As other threads may round it.
+    trainee.hidden_scale *= 1.0001
+    run.config = replace(run.config, learning_rate=1e-4, minutes=1.0)
+    run.resume()
     wider = training(calm, data, tmp_path, steps=2)
     wider.trainee.model.post_projection = torch.nn.Linear(3, 3)
     with pytest.raises(InvalidArgumentError, match="another drafter"):
         wider.resume()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(calm: Path, data: TokenData, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    run = training(calm, data, tmp_path, steps=1)
+    run.run()
+    path = tmp_path / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    whole = path.read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(InvalidArgumentError, match="cannot be read"):
+            run.resume()
+    path.unlink()
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        run.resume()
+    for name in state:
+        torch.save({other: part for other, part in state.items() if other != name}, path)
+        with pytest.raises(InvalidArgumentError, match=f"lacks {name}"):
+            run.resume()
+    for name in ("trainee", "optimizer", "generator", "history"):
+        torch.save(state | {name: {"x": 1}}, path)
+        with pytest.raises(InvalidArgumentError, match="damaged"):
+            run.resume()
+    torch.save([1], path)
+    with pytest.raises(InvalidArgumentError, match="damaged"):
+        run.resume()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run_before_it_spoils_the_weights(
+    what: str, calm: Path, data: TokenData, tmp_path: Path
+) -> None:
+    whole = training(calm, data, tmp_path / "whole", steps=5)
+    whole.run()
     run = training(calm, data, tmp_path, steps=5)
-    with torch.no_grad():
-        run.trainee.model.post_projection.weight.fill_(math.inf)
-    with pytest.raises(InvalidArgumentError, match="learning-rate"):
+    loss = run.trainee.loss
+
+    def spoilt(features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
+        value = loss(features, generator)
+        if run.history.step < 3:
+            return value
+        # The root of 0 is finite, its gradient is not.
+        return value * math.nan if what == "loss" else value + value.sub(value.detach()).sqrt()
+
+    run.trainee.loss = spoilt  # type: ignore[method-assign]
+    with pytest.raises(InvalidArgumentError, match=f"{what} is .* at step 3: lower --learning-rate"):
         run.run()
-    assert (tmp_path / CHECKPOINT).is_file()
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert all(bool(weight.isfinite().all()) for weight in saved["trainee"].values())
+    second = training(calm, data, tmp_path, steps=5)
+    second.resume()
+    assert second.history.step == 3
+    second.run()
+    assert second.history.losses == whole.history.losses
 
 
 def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: Path) -> None:

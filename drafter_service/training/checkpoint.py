@@ -1,0 +1,72 @@
+"""The checkpoint of a training run, and what a run that goes on from it must have in common with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdec.errors import InvalidArgumentError
+
+_PARTS = ("identity", "trainee", "optimizer", "generator", "history")
+_TOLERANCE = 0.01
+"""Relative, of numbers that were measured: other threads and devices round them otherwise."""
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a run's state; the file there was is replaced whole."""
+    scratch = path.with_suffix(".tmp")
+    torch.save(dict(state), scratch)
+    scratch.replace(path)
+
+
+def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that was written.
+
+    Args:
+        identity: what the run that goes on is.
+
+    Raises:
+        InvalidArgumentError: the file is damaged, or of a run that is something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file surfaces as many types
+        raise InvalidArgumentError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged; delete it to begin anew, or "
+            "choose another --out.",
+            field="resume",
+        ) from error
+    missing = [name for name in _PARTS if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise InvalidArgumentError(
+            f"{path} lacks {', '.join(missing)}: it is damaged, or of another version; delete it to begin "
+            "anew, or choose another --out.",
+            field="resume",
+        )
+    if others := _differences(state["identity"], identity):
+        raise InvalidArgumentError(
+            f"{path} is of a run with other settings ({'; '.join(others)}); give the same, --init included, "
+            "or another --out.",
+            field="resume",
+        )
+    return dict(state)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {found.get(name)}, not {wanted.get(name)}"
+        for name in dict.fromkeys([*found, *wanted])
+        if not _is_same(found.get(name), wanted.get(name))
+    ]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=_TOLERANCE)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    return bool(one == other)

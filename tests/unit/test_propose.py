@@ -1,0 +1,211 @@
+"""One engine step of drafters that read the target's state: what is wrong with one session is its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafter_service.config import DrafterConfig
+from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.dflash import DFlashDrafter
+from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
+from drafter_service.drafters.mtp import Assistant, MtpDrafter
+from drafter_service.host import DrafterHost
+from specdec.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.target_view import TargetStateView
+from specdec.runtime.target_weights import TargetWeights
+from specdec.sampling import SamplingParams
+from specdec.target_state import LAST_HIDDEN, TargetStateSpec, TensorRef, hidden_name, key_name, value_name
+from tests.tiny_assistants import save_tiny_assistant
+from tests.tiny_dflash import TARGET_LAYER_IDS, save_as_z_lab, save_tiny_dflash
+from tests.tiny_models import VOCAB_SIZE
+
+HIDDEN_SIZE = 32
+PROMPT = (5, 80, 7, 200, 33, 9)
+K = 3
+SAMPLED = SamplingParams(temperature=1.0, seed=3)
+
+
+def mtp(folder: Path) -> Drafter:
+    """An assistant with the target's head."""
+    path = save_tiny_assistant(folder / "mtp", "llama", specdec_target_head=True)
+    assistant = Assistant.load(str(path), dtype="float32", device="cpu")
+    return MtpDrafter("mtp", assistant, max_num_draft_tokens=8)
+
+
+def dflash(folder: Path) -> Drafter:
+    """A checkpoint that says how large the vocabulary is."""
+    source = save_tiny_dflash(folder / "source", layer_types=["full_attention"] * 2)
+    return loaded_dflash(save_as_z_lab(source, folder / "dflash"))
+
+
+def muse(folder: Path) -> Drafter:
+    """A checkpoint that does not."""
+    return loaded_dflash(save_tiny_dflash(folder / "muse"))
+
+
+def loaded_dflash(path: Path) -> Drafter:
+    checkpoint = DFlashCheckpoint.load(str(path), dtype="float32", device="cpu")
+    return DFlashDrafter("dflash", checkpoint, kv_budget_bytes=2**20, max_num_draft_tokens=8)
+
+
+@pytest.fixture(params=[mtp, dflash, muse])
+def drafter(request: pytest.FixtureRequest, tmp_path: Path) -> Drafter:
+    make: Callable[[Path], Drafter] = request.param
+    return make(tmp_path)
+
+
+def target_weights(drafter: Drafter, num_padding: int = 0, *, head_width: int | None = None) -> TargetWeights:
+    """Those of one target, always the same but for rows of padding, which any state would choose."""
+    generator = torch.Generator().manual_seed(0)
+    width = head_width or (24 if drafter.info.family == "mtp" else HIDDEN_SIZE)
+    embedding = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
+    head = torch.randn(VOCAB_SIZE, width, generator=generator)
+    padding = torch.cat([torch.eye(width), -torch.eye(width)])[:num_padding] * 100
+    return TargetWeights(
+        torch.cat([embedding, torch.zeros(num_padding, HIDDEN_SIZE)]), torch.cat([head, padding])
+    )
+
+
+def state(drafter: Drafter, length: int) -> TargetStateView:
+    """State of a target of the right shape."""
+    generator = torch.Generator().manual_seed(1)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(BLOCK_TOKENS, *shape, generator=generator)
+
+    tensors = {name: rows(HIDDEN_SIZE) for name in (LAST_HIDDEN, *map(hidden_name, TARGET_LAYER_IDS))}
+    refs = []
+    for layer, kind in enumerate(("sliding_attention", "full_attention")):
+        for name in (key_name(layer), value_name(layer)):
+            tensors[name] = rows(2, 8)
+            refs.append(TensorRef(name, "float32", (BLOCK_TOKENS, 2, 8), attention_type=kind))
+    spec = drafter.info.target_state_spec or TargetStateSpec()
+    allocation = KvAllocation.of([0], torch.device("cpu"))
+    return TargetStateView(spec, tensors, refs, allocation, length, drafter.projection)
+
+
+def session(
+    drafter: Drafter,
+    weights: TargetWeights,
+    token_ids: tuple[int, ...] = PROMPT,
+    sampling: SamplingParams = SAMPLED,
+) -> DraftSession:
+    opened = drafter.open(OpenDraft(token_ids, len(token_ids), 40, sampling))
+    opened.view, opened.target_weights = state(drafter, len(token_ids) - 1), weights
+    return opened
+
+
+def propose(drafter: Drafter, *sessions: DraftSession) -> list[list[int] | SpecdecError]:
+    return list(drafter.propose([DraftItem(drafter, one, K, 1) for one in sessions]))
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED])
+@pytest.mark.parametrize("drafter", [mtp, dflash], indirect=True)
+def test_rows_of_the_head_that_no_token_has_change_nothing(
+    sampling: SamplingParams, drafter: Drafter
+) -> None:
+    (plain,) = propose(drafter, session(drafter, target_weights(drafter), sampling=sampling))
+    padded = [session(drafter, target_weights(drafter, 12), sampling=sampling)]
+    padded += [session(drafter, padded[0].target_weights, PROMPT[1:])]  # type: ignore[arg-type]
+    assert isinstance(plain, list)
+    assert len(plain) == K
+    assert propose(drafter, *padded)[0] == plain
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED])
+def test_a_drafter_without_a_vocabulary_has_the_targets(sampling: SamplingParams, tmp_path: Path) -> None:
+    drafter = muse(tmp_path)
+    weights = target_weights(drafter)
+    # More rows than there are embeddings: no token that cannot be embedded is drafted.
+    wide = TargetWeights(weights.embedding, target_weights(drafter, 12).lm_head)
+    (expected,), (draft,) = (
+        propose(drafter, session(drafter, one, sampling=sampling)) for one in (weights, wide)
+    )
+    assert isinstance(expected, list)
+    assert draft == expected
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "sampling", "message"),
+    [
+        ((*PROMPT, VOCAB_SIZE), SAMPLED, "committed_token_ids"),
+        ((VOCAB_SIZE, *PROMPT), SamplingParams(repetition_penalty=1.1), "committed_token_ids"),
+        (PROMPT, SamplingParams(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
+        (PROMPT, SamplingParams(allowed_token_ids=(VOCAB_SIZE,)), "allowed_token_ids"),
+    ],
+)
+def test_tokens_the_target_lacks_are_their_sessions_error(
+    token_ids: tuple[int, ...], sampling: SamplingParams, message: str, tmp_path: Path
+) -> None:
+    drafter = muse(tmp_path)
+    weights = target_weights(drafter)
+    (expected,) = propose(drafter, session(drafter, weights))
+    strange = session(drafter, weights, token_ids, sampling)
+    error, draft = propose(drafter, strange, session(drafter, weights))
+    assert isinstance(error, InvalidArgumentError)
+    assert error.field == message
+    assert draft == expected
+
+
+@pytest.mark.parametrize("drafter", [mtp, dflash], indirect=True)
+async def test_tokens_a_drafter_lacks_are_refused_at_the_opening(drafter: Drafter) -> None:
+    host = DrafterHost({"it": drafter}, DrafterConfig())
+    with pytest.raises(InvalidArgumentError, match=r"committed_token_ids\[1\]"):
+        await host.open(drafter, OpenDraft((1, VOCAB_SIZE), 2, 8)).__aenter__()
+    assert host.num_sessions == 0
+    host.close()
+
+
+async def test_drafts_go_between_the_parts_of_a_long_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = dflash(tmp_path)
+    weights, long_prompt = target_weights(drafter), tuple(range(30))
+    expected = propose(drafter, session(drafter, weights, long_prompt), session(drafter, weights))
+    steps: list[list[tuple[bool, int, int]]] = []
+    original = drafter.propose
+
+    def noted(items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
+        steps.append([(item.session is long, item.num_draft_tokens, item.num_tokens) for item in items])
+        return original(items)
+
+    monkeypatch.setattr(drafter, "propose", noted)
+    host = DrafterHost({"it": drafter}, DrafterConfig(prefill_chunk_tokens=8))
+    long, short = session(drafter, weights, long_prompt), session(drafter, weights)
+    drafts = await asyncio.gather(*(host.propose(drafter, one, K) for one in (long, short)))
+    host.close()
+    assert [draft.value for draft in drafts] == expected
+    own = [entry for step in steps for entry in step if entry[0]]
+    assert own == [(True, 0, 8), (True, 0, 8), (True, 0, 8), (True, K, 6)]
+    (turn,) = (index for index, step in enumerate(steps) if (False, K, 6) in step)
+    assert turn < len(steps) - 1
+
+
+def test_a_session_without_the_right_state_fails_alone(drafter: Drafter) -> None:
+    weights = target_weights(drafter)
+    (expected,) = propose(drafter, session(drafter, weights))
+    empty, bare = (session(drafter, weights) for _ in range(2))
+    empty.view = state(drafter, 0)
+    assert bare.view is not None
+    bare.view = TargetStateView(bare.view.spec, {}, (), KvAllocation.of([0], torch.device("cpu")), 5)
+    outcomes = propose(drafter, empty, session(drafter, weights), bare, session(drafter, weights))
+    assert outcomes[1::2] == [expected, expected]
+    assert isinstance(outcomes[0], FailedPreconditionError)
+    assert isinstance(outcomes[2], InternalError)
+
+
+def test_sessions_of_another_target_keep_their_drafts(drafter: Drafter) -> None:
+    weights, broken = target_weights(drafter), target_weights(drafter, head_width=7)
+    (expected,) = propose(drafter, session(drafter, weights))
+    sessions = [session(drafter, one) for one in (broken, weights, broken, weights)]
+    outcomes = propose(drafter, *sessions)
+    assert outcomes[1::2] == [expected, expected]
+    assert all(isinstance(outcome, InternalError) for outcome in outcomes[0::2])
+    assert "failed" in str(outcomes[0])
