@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
+from specdec.draft_tree import DraftTree
 from specdec.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -42,7 +43,7 @@ class DrafterHost:
         self.reader = reader
         self.config = config
         self.num_sessions = 0
-        self._engine: Engine[DraftItem, list[int]] = Engine(
+        self._engine: Engine[DraftItem, DraftTree] = Engine(
             _step, max_batch_tokens=config.max_batch_tokens, thread=thread
         )
 
@@ -158,12 +159,15 @@ class DrafterHost:
             await self._engine.submit(DraftItem(drafter, session, 0, num_tokens))
 
     async def propose(
-        self, drafter: Drafter, session: DraftSession, num_draft_tokens: int
-    ) -> EngineResult[list[int]]:
-        """Draft up to `num_draft_tokens` tokens after the committed ones.
+        self, drafter: Drafter, session: DraftSession, num_draft_tokens: int, num_draft_nodes: int = 0
+    ) -> EngineResult[DraftTree]:
+        """Draft up to `num_draft_tokens` tokens in a row after the committed ones.
+
+        Args:
+            num_draft_nodes: most tokens of a tree; 0: a chain is wanted.
 
         Raises:
-            InvalidArgumentError: K out of range.
+            InvalidArgumentError: K or the number of nodes out of range.
         """
         if not 1 <= num_draft_tokens <= drafter.info.max_num_draft_tokens:
             raise InvalidArgumentError(
@@ -171,18 +175,25 @@ class DrafterHost:
                 f"{drafter.info.max_num_draft_tokens} tokens a round.",
                 field="num_draft_tokens",
             )
+        if num_draft_nodes > drafter.info.max_num_draft_nodes:
+            raise InvalidArgumentError(
+                f"num_draft_nodes is {num_draft_nodes}; {drafter.info.name} drafts trees of at most "
+                f"{drafter.info.max_num_draft_nodes} tokens.",
+                field="num_draft_nodes",
+            )
         # What a drafter reads of the target comes with the first round: a whole prompt.
         await self.prefill(drafter, session, num_left=self.config.prefill_chunk_tokens)
         num_tokens = session.num_prefill_tokens + 1
-        drafted = await self._engine.submit(DraftItem(drafter, session, num_draft_tokens, num_tokens))
+        item = DraftItem(drafter, session, num_draft_tokens, num_tokens, num_draft_nodes)
+        drafted = await self._engine.submit(item)
         if session.state:
             session.state.check()
         return drafted
 
 
-def _step(items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+def _step(items: Sequence[DraftItem]) -> list[DraftTree | SpecdecError]:
     """Each drafter proposes for its own items, all of them at once; a defect of one is not the others'."""
-    drafts: dict[int, list[int] | SpecdecError] = {}
+    drafts: dict[int, DraftTree | SpecdecError] = {}
     order = sorted(range(len(items)), key=lambda index: id(items[index].drafter))
     for _, group in groupby(order, key=lambda index: id(items[index].drafter)):
         indices = list(group)
@@ -191,8 +202,8 @@ def _step(items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
     return [drafts[index] for index in range(len(items))]
 
 
-def _propose(drafter: Drafter, items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
+def _propose(drafter: Drafter, items: Sequence[DraftItem]) -> Sequence[DraftTree | SpecdecError]:
     try:
-        return drafter.propose(items)
+        return [DraftTree.of(one) if isinstance(one, list) else one for one in drafter.propose(items)]
     except Exception as error:  # drafters are plug-ins
         return [drafter.failure(error)] * len(items)

@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftSession, OpenDraft
 from drafter_service.host import DrafterHost
 from specdec import PROTOCOL_VERSION
+from specdec.draft_tree import DraftTree
 from specdec.errors import FailedPreconditionError, UnavailableError
 from specdec.handshake import check_handshake, make_handshake
 from specdec.runtime.engine import EngineResult
@@ -101,7 +102,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         ref = message.target_state if message.HasField("target_state") else None
         await host.read_state(drafter, session, TargetStateRef.from_proto(ref) if ref else None)
         state_ns = time.monotonic_ns() - arrived_ns
-        drafted = await host.propose(drafter, session, message.num_draft_tokens)
+        drafted = await host.propose(drafter, session, message.num_draft_tokens, message.num_draft_nodes)
         self._rounds.add(1, {"method": drafter.info.name})
         total_ns = time.monotonic_ns() - arrived_ns
         record_span(
@@ -119,7 +120,11 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 **self._describe_state(session, state_ns),
             },
         )
-        return drafter_pb2.DraftResult(draft_token_ids=drafted.value, timings=_timings(drafted, total_ns))
+        return drafter_pb2.DraftResult(
+            draft_token_ids=drafted.value.token_ids,
+            parent_indices=drafted.value.parent_indices,
+            timings=_timings(drafted, total_ns),
+        )
 
     def _describe_state(self, session: DraftSession, state_ns: int) -> dict[str, str | int]:
         """Span attributes of the target state that was read, which is counted, too."""
@@ -170,7 +175,7 @@ def _open_draft(message: drafter_pb2.DraftOpen) -> OpenDraft:
     )
 
 
-def _timings(drafted: EngineResult[list[int]], total_ns: int) -> common_pb2.PhaseTimings:
+def _timings(drafted: EngineResult[DraftTree], total_ns: int) -> common_pb2.PhaseTimings:
     return common_pb2.PhaseTimings(
         total_ns=total_ns,
         queue_ns=drafted.queue_ns,
@@ -194,4 +199,5 @@ def _info(info: DrafterInfo) -> drafter_pb2.DrafterInfo:
         max_num_draft_tokens=info.max_num_draft_tokens,
         default_num_draft_tokens=info.default_num_draft_tokens,
         target_state_spec=info.target_state_spec.to_proto() if info.target_state_spec else None,
+        max_num_draft_nodes=info.max_num_draft_nodes,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.tracing import RequestTrace
+from specdec.draft_tree import DraftTree
 
 TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 """Log probability of a token, and the best (token id, log probability) pairs."""
@@ -14,7 +15,7 @@ TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A drafter's proposal for one round, possibly empty."""
+    """What drafters propose for one round, possibly nothing."""
 
     token_ids: tuple[int, ...] = ()
     server_ns: int = 0
@@ -23,11 +24,31 @@ class Draft:
     """Time until the draft was here, nanoseconds."""
     fallback_reason: str = ""
     """Why there is no draft although one was wanted; empty: nothing went wrong."""
+    parent_indices: tuple[int, ...] = ()
+    """Of a draft tree, see DraftTree; empty: a chain."""
+    proposals: tuple[Proposal, ...] = ()
+    """Who proposed what, if several were asked."""
+
+    @property
+    def tree(self) -> DraftTree:
+        """The tokens as the tree, or chain, they are."""
+        return DraftTree(self.token_ids, self.parent_indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One drafter's part in a round that several drafted for."""
+
+    drafter: str
+    nodes: frozenset[int] = frozenset()
+    """Which of the draft's tokens it proposed."""
+    fallback_reason: str = ""
+    """Why it was left out of the round; empty: it was not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """The target's answer: it commits the accepted prefix of the draft, then the bonus token."""
+    """The target's answer: it commits the accepted path of the draft, then the bonus token."""
 
     num_accepted_tokens: int
     bonus_token_id: int
@@ -40,6 +61,13 @@ class Verified:
     """Time until the answer was here, nanoseconds."""
     target_state: StateHandle | None = None
     """Where the drafter finds the target's state as of this answer."""
+    accepted_node_indices: tuple[int, ...] = ()
+    """The accepted path in the draft; empty: its first num_accepted_tokens tokens."""
+
+    @property
+    def path(self) -> Sequence[int]:
+        """Which of the draft's tokens are accepted, in order."""
+        return self.accepted_node_indices or range(self.num_accepted_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +81,7 @@ class Round:
     @property
     def token_ids(self) -> tuple[int, ...]:
         """What the round commits, all of it the target's picks."""
-        accepted = self.draft.token_ids[: self.verified.num_accepted_tokens]
+        accepted = (self.draft.token_ids[node] for node in self.verified.path)
         return (*accepted, self.verified.bonus_token_id)
 
 
@@ -72,9 +100,13 @@ class VerifierSession(Protocol):
         """Prefill the prompt; the first token is the bonus token."""
 
     async def verify(
-        self, base_committed_length: int, draft_token_ids: Sequence[int], traceparent: str
+        self,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        traceparent: str,
+        parent_indices: Sequence[int] = (),
     ) -> Verified:
-        """Check a draft in one pass."""
+        """Check a draft, chain or tree, in one pass."""
 
 
 class DraftSource(Protocol):
@@ -86,8 +118,10 @@ class DraftSource(Protocol):
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
-        """Guess what follows the committed tokens."""
+        """Guess what follows the committed tokens: at most `num_draft_tokens` in a row, of a tree at most
+        `num_draft_nodes` (0: no tree) in all."""
 
 
 async def decode(
@@ -97,12 +131,14 @@ async def decode(
     prompt_token_ids: Sequence[int],
     max_new_tokens: int,
     num_draft_tokens: int,
+    num_draft_nodes: int = 0,
     trace: RequestTrace,
 ) -> AsyncGenerator[Round]:
     """Generate round by round until the target says it has finished.
 
     Args:
         num_draft_tokens: K; 0 is plain decoding.
+        num_draft_nodes: most tokens of a draft tree; 0: drafts are chains.
 
     Raises:
         SpecdecError: the verifier failed. A drafter cannot fail a generation.
@@ -121,8 +157,10 @@ async def decode(
             draft = Draft()
             if wanted > 0:
                 state = this.verified.target_state
-                draft = await drafter.propose(committed, wanted, span.traceparent, state)
-            verified = await verifier.verify(len(committed), draft.token_ids, span.traceparent)
+                draft = await drafter.propose(committed, wanted, span.traceparent, state, num_draft_nodes)
+            verified = await verifier.verify(
+                len(committed), draft.token_ids, span.traceparent, draft.parent_indices
+            )
             this = Round(draft, verified)
             span.describe(this)
         committed.extend(this.token_ids)

@@ -7,9 +7,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from gateway.decode import Draft, StateHandle
+from specdec.draft_tree import DraftTree
 from specdec.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -39,6 +41,7 @@ class DrafterSession(Protocol):
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
 
@@ -59,6 +62,7 @@ class NoDrafts:
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
         """No guess."""
         return Draft()
@@ -115,12 +119,15 @@ class DraftLink:
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
         """A draft, or an empty one that says why."""
         started_ns = time.monotonic_ns()
         try:
             async with asyncio.timeout(self._timeout_s):
-                draft = await self._propose(committed_token_ids, num_draft_tokens, traceparent, target_state)
+                draft = await self._propose(
+                    committed_token_ids, num_draft_tokens, traceparent, target_state, num_draft_nodes
+                )
         except TimeoutError:
             if self._opening:
                 # Not yet a failure: the rounds go on and it may join later, even if it is done this moment.
@@ -145,7 +152,8 @@ class DraftLink:
         committed_token_ids: Sequence[int],
         num_draft_tokens: int,
         traceparent: str,
-        target_state: StateHandle | None = None,
+        target_state: StateHandle | None,
+        num_draft_nodes: int,
     ) -> Draft | None:
         """A draft; None while there is no drafter to ask."""
         session = await self._ready_session(committed_token_ids)
@@ -154,9 +162,10 @@ class DraftLink:
         new = committed_token_ids[self._num_sent :]
         self._num_sent = len(committed_token_ids)
         num_committed = len(committed_token_ids)
-        draft = await session.propose(new, num_committed, num_draft_tokens, traceparent, target_state)
-        self._check(draft, num_draft_tokens)
-        return draft
+        draft = await session.propose(
+            new, num_committed, num_draft_tokens, traceparent, target_state, num_draft_nodes
+        )
+        return self._checked(draft, num_draft_tokens, num_draft_nodes)
 
     async def _ready_session(self, committed_token_ids: Sequence[int]) -> DrafterSession | None:
         if self._session is None and self._opening is None:
@@ -183,12 +192,15 @@ class DraftLink:
         except TimeoutError:
             raise UnavailableError(f"no session within {self._open_timeout_s:g} s") from None
 
-    def _check(self, draft: Draft, num_draft_tokens: int) -> None:
+    def _checked(self, draft: Draft, num_draft_tokens: int, num_draft_nodes: int) -> Draft:
         """Refuse what the verifier would refuse: a drafter may waste time, never fail a request."""
-        if len(draft.token_ids) > num_draft_tokens:
-            raise InvalidArgumentError(f"the drafter sent more than {num_draft_tokens} tokens")
-        if draft.token_ids and max(draft.token_ids) >= self._vocab_size:
+        tree = DraftTree.of(draft.token_ids, draft.parent_indices)
+        most = num_draft_tokens if tree.is_chain else num_draft_nodes
+        if len(tree) > most or tree.depth > num_draft_tokens:
+            raise InvalidArgumentError(f"the drafter sent more than {most} tokens")
+        if tree.token_ids and max(tree.token_ids) >= self._vocab_size:
             raise InvalidArgumentError("the drafter sent a token the target does not have")
+        return replace(draft, parent_indices=tree.parent_indices)
 
     async def _lose(self, reason: str, *, permanent: bool = False) -> None:
         logger.warning("drafting without a drafter", extra={"reason": reason})

@@ -5,23 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 
 from gateway.decode import DraftSource, Round, decode
 from gateway.drafting import DrafterSession, DraftLink, NoDrafts
-from gateway.plan import Backends, Plan
+from gateway.merging import MergedDrafts, NamedSource
+from gateway.plan import Backends, Plan, Proposer
 from gateway.registry import Replica, find_drafter
 from gateway.remote import FINISH_REASONS, RemoteDrafterSession, RemoteVerifierSession
 from gateway.stats import SpeculationTally
 from gateway.text import TextStream, TextToken
 from gateway.tracing import RequestTrace
 from specdec.handshake import make_handshake
-from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
+from specdec.target_state import TargetStateSpec
+from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, verifier_pb2
 
 VerifierReplica = Replica[verifier_pb2.VerifierServiceGetInfoResponse]
 
 
 class Generation:
-    """Runs one plan on one verifier and, while one is healthy, one drafter."""
+    """Runs one plan on one verifier and, while they are healthy, its drafters."""
 
     def __init__(
         self,
@@ -66,7 +69,8 @@ class Generation:
                 drafter,
                 prompt_token_ids=self._plan.prompt_token_ids,
                 max_new_tokens=self._plan.max_new_tokens,
-                num_draft_tokens=self._plan.num_draft_tokens,
+                num_draft_tokens=self._plan.drafting.num_draft_tokens,
+                num_draft_nodes=self._plan.drafting.num_draft_nodes,
                 trace=self._trace,
             )
             await stack.enter_async_context(aclosing(rounds))
@@ -134,48 +138,67 @@ class Generation:
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
             max_new_tokens=self._plan.max_new_tokens,
-            target_state_spec=self._state_spec,
+            target_state_spec=self._state_spec.to_proto() if self._state_spec else None,
+            max_num_draft_nodes=self._plan.drafting.num_draft_nodes,
         )
         if request.HasField("num_top_logprobs"):
             message.num_top_logprobs = request.num_top_logprobs
         return message
 
     async def _draft_source(self, stack: AsyncExitStack, verifier: VerifierReplica) -> DraftSource:
-        if not self._plan.num_draft_tokens:
-            return NoDrafts()
+        drafting = self._plan.drafting
+        sources = [
+            NamedSource(
+                proposer.drafter,
+                await stack.enter_async_context(self._link(proposer, verifier)),
+                proposer.num_draft_tokens,
+            )
+            for proposer in drafting.proposers
+            if proposer.num_draft_tokens
+        ]
+        if len(sources) > 1:
+            return MergedDrafts(sources, may_branch=drafting.may_branch)
+        return sources[0].source if sources else NoDrafts()
+
+    def _link(self, proposer: Proposer, verifier: VerifierReplica) -> DraftLink:
         assert verifier.info is not None
-        link = DraftLink(
-            self._connect_drafter,
+        return DraftLink(
+            partial(self._connect_drafter, proposer.drafter),
             self._plan.prompt_token_ids,
             vocab_size=verifier.info.model.vocab_size,
             timeout_s=self._backends.config.draft_timeout_s,
         )
-        return await stack.enter_async_context(link)
 
-    def _find_state_spec(self) -> target_state_pb2.TargetStateSpec | None:
-        """What the method's drafter reads of the target; None: nothing, or no such drafter is known yet."""
-        if not self._plan.num_draft_tokens:
-            return None
-        found = (find_drafter(info, self._plan.method) for info in self._backends.drafters.known_infos)
-        drafter = next((drafter for drafter in found if drafter), None)
-        if drafter is None or not drafter.HasField("target_state_spec"):
-            return None
-        return drafter.target_state_spec
+    def _find_state_spec(self) -> TargetStateSpec | None:
+        """What the drafters read of the target; None: nothing, or no such drafters are known yet.
 
-    def _fits(self, info: drafter_pb2.DrafterServiceGetInfoResponse) -> bool:
-        """Whether a drafter service offers the method, reading what this session's verifier exports."""
-        drafter = find_drafter(info, self._plan.method)
+        Of drafters that cannot be served together the first is.
+        """
+        session: TargetStateSpec | None = None
+        for proposer in self._plan.drafting.proposers:
+            infos = self._backends.drafters.known_infos
+            found = (find_drafter(info, proposer.drafter) for info in infos)
+            spec = _state_spec(next((drafter for drafter in found if drafter), None))
+            if spec:
+                session = (session.union(spec) or session) if session else spec
+        return session
+
+    def _fits(self, name: str, info: drafter_pb2.DrafterServiceGetInfoResponse) -> bool:
+        """Whether a drafter service has the drafter, reading what this session's verifier exports."""
+        drafter = find_drafter(info, name)
         if drafter is None:
             return False
-        if not drafter.HasField("target_state_spec"):
-            return True
-        return drafter.target_state_spec == self._state_spec
+        spec, session = _state_spec(drafter), self._state_spec
+        return spec is None or (session is not None and session.union(spec) == session)
 
-    async def _connect_drafter(self, committed_token_ids: Sequence[int]) -> DrafterSession:
-        """Open a session on the least busy replica that offers the method."""
-        method, plan = self._plan.method, self._plan
-        replica = self._backends.drafters.pick(self._fits)
-        session = RemoteDrafterSession(replica.channel, replica.uri, self._timeout_s)
+    async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:
+        """Open a session on the least busy replica that offers the drafter."""
+        plan = self._plan
+        replica = self._backends.drafters.pick(partial(self._fits, name))
+        assert replica.info is not None
+        drafter = find_drafter(replica.info, name)
+        assert drafter is not None
+        session = RemoteDrafterSession(replica.channel, replica.uri, self._timeout_s, drafter)
         leased = LeasedDrafterSession(session, replica)
         try:
             await session.open(
@@ -183,7 +206,7 @@ class Generation:
                     handshake=make_handshake(
                         vocabulary_fingerprint=self._backends.codec.vocabulary_fingerprint
                     ),
-                    drafter=method,
+                    drafter=name,
                     committed_token_ids=committed_token_ids,
                     prompt_length=len(plan.prompt_token_ids),
                     sampling=self._request.sampling,
@@ -212,6 +235,13 @@ class LeasedDrafterSession:
         """End the session."""
         self._lease.__exit__(None, None, None)
         await self._session.close()
+
+
+def _state_spec(drafter: drafter_pb2.DrafterInfo | None) -> TargetStateSpec | None:
+    """What a drafter reads of the target."""
+    if drafter is None or not drafter.HasField("target_state_spec"):
+        return None
+    return TargetStateSpec.from_proto(drafter.target_state_spec)
 
 
 def _token(this: Round, index: int) -> gateway_pb2.Token:

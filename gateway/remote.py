@@ -18,7 +18,6 @@ from specdec.errors import (
     RequestCancelledError,
     SpecdecError,
     UnavailableError,
-    UnimplementedError,
     from_rpc_error,
 )
 from specdec.handshake import check_handshake
@@ -168,11 +167,17 @@ class RemoteVerifierSession:
         return _verified(first, elapsed_ns, self._state)
 
     async def verify(
-        self, base_committed_length: int, draft_token_ids: Sequence[int], traceparent: str
+        self,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        traceparent: str,
+        parent_indices: Sequence[int] = (),
     ) -> Verified:
-        """Check a draft in one pass."""
+        """Check a draft, chain or tree, in one pass."""
         message = verifier_pb2.VerifyRound(
-            base_committed_length=base_committed_length, draft_token_ids=draft_token_ids
+            base_committed_length=base_committed_length,
+            draft_token_ids=draft_token_ids,
+            parent_indices=parent_indices,
         )
         request = verifier_pb2.VerifyRequest(round=message, traceparent=traceparent)
         response, elapsed_ns = await self._stream.exchange(request)
@@ -192,6 +197,7 @@ def _verified(
         server_ns=result.timings.total_ns,
         elapsed_ns=elapsed_ns,
         target_state=target_state,
+        accepted_node_indices=tuple(result.accepted_node_indices),
     )
 
 
@@ -200,11 +206,19 @@ def _logprobs(entry: common_pb2.TokenLogprobs) -> TokenLogprobs:
 
 
 class RemoteDrafterSession:
-    """A session on one drafter replica."""
+    """A session on one drafter replica.
 
-    def __init__(self, channel: grpc.aio.Channel, uri: str, timeout_s: float | None) -> None:
+    Args:
+        drafter: what the replica says of the drafter.
+    """
+
+    def __init__(
+        self, channel: grpc.aio.Channel, uri: str, timeout_s: float | None, drafter: drafter_pb2.DrafterInfo
+    ) -> None:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
         self._stream = _Stream(call, f"Drafter {uri}")
+        self._max_num_draft_nodes = drafter.max_num_draft_nodes
+        self._reads_state = drafter.HasField("target_state_spec")
         self._knows_state = False
 
     async def open(self, message: drafter_pb2.DraftOpen) -> None:
@@ -223,22 +237,25 @@ class RemoteDrafterSession:
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
         message = drafter_pb2.DraftRound(
             committed_token_ids=new_token_ids,
             committed_length=committed_length,
             num_draft_tokens=num_draft_tokens,
-            target_state=self._state_message(target_state),
+            target_state=self._state_message(target_state) if self._reads_state else None,
+            num_draft_nodes=min(num_draft_nodes, self._max_num_draft_nodes),
         )
         request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)
         response, elapsed_ns = await self._stream.exchange(request)
         result = response.result
-        if result.parent_indices:
-            raise UnimplementedError(
-                "The drafter sent a tree; only chains are supported.", reason="DRAFT_TREES"
-            )
-        return Draft(tuple(result.draft_token_ids), result.timings.total_ns, elapsed_ns)
+        return Draft(
+            tuple(result.draft_token_ids),
+            result.timings.total_ns,
+            elapsed_ns,
+            parent_indices=tuple(result.parent_indices),
+        )
 
     def _state_message(self, state: StateHandle | None) -> target_state_pb2.TargetStateRef | None:
         """The handle, with its tensors the first time.

@@ -12,12 +12,13 @@ from opentelemetry.context import attach
 from opentelemetry.trace import set_span_in_context
 
 from gateway.generation import Generation, VerifierReplica
-from gateway.plan import PLAIN, Backends, make_plan
+from gateway.plan import Backends, make_plan
 from gateway.registry import Replica
 from gateway.remote import FINISH_REASONS
 from gateway.tracing import RequestTrace
 from specdec import PROTOCOL_VERSION
 from specdec.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
+from specdec.methods import PLAIN
 from specdec.server import remaining_timeout_s
 from specdec.telemetry import Telemetry
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
@@ -90,7 +91,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         started = gateway_pb2.GenerateStarted(
             input_tokens=len(plan.prompt_token_ids),
             method=plan.method,
-            num_draft_tokens=plan.num_draft_tokens,
+            num_draft_tokens=plan.drafting.num_draft_tokens,
+            num_draft_nodes=plan.drafting.num_draft_nodes,
             trace_id=trace.trace_id,
             model_id=model_id,
         )
@@ -132,7 +134,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             protocol_version=PROTOCOL_VERSION,
             model=known[0].model if known else None,
             methods=backends.methods,
-            default_method=default if default in backends.methods else PLAIN,
+            default_method=default if backends.offers(default) else PLAIN,
             default_max_new_tokens=backends.config.default_max_new_tokens,
             verifiers=[_replica_info(r, verifier=r.info) for r in backends.verifiers.replicas],
             drafters=[_replica_info(r, drafter=r.info) for r in backends.drafters.replicas],

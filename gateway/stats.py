@@ -6,10 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 from opentelemetry.metrics import Meter
 
-from gateway.decode import Round
+from gateway.decode import Proposal, Round
 from specdec.errors import SpecdecError, status_code
 from specdec.v1 import gateway_pb2
 
@@ -26,6 +27,7 @@ class SpeculationTally:
         self.fallback_reason = ""
         self._accepted: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
+        self._proposers: dict[str, _ProposerTally] = {}
         self._draft_ns = 0
         self._verify_ns = 0
         self._transport_ns = 0
@@ -42,7 +44,9 @@ class SpeculationTally:
         self.num_draft_tokens += len(draft.token_ids)
         self.num_accepted_tokens += verified.num_accepted_tokens
         self._accepted[verified.num_accepted_tokens] += 1
-        self._drafted[len(draft.token_ids)] += 1
+        self._drafted[draft.tree.depth] += 1
+        for proposal in draft.proposals:
+            self._proposers.setdefault(proposal.drafter, _ProposerTally()).add(proposal, this)
         if draft.fallback_reason:
             self.num_fallback_rounds += 1
             self.fallback_reason = draft.fallback_reason
@@ -70,7 +74,33 @@ class SpeculationTally:
             gateway_ns=max(0, loop_ns - self._elapsed_ns) if self.num_rounds else 0,
             num_fallback_rounds=self.num_fallback_rounds,
             fallback_reason=self.fallback_reason,
+            proposers=[
+                gateway_pb2.ProposerStats(drafter=drafter, **asdict(tally))
+                for drafter, tally in self._proposers.items()
+            ],
         )
+
+
+@dataclass(slots=True)
+class _ProposerTally:
+    """Sums up what one of several drafters contributed; see specdec.v1.ProposerStats."""
+
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_sole_accepted_tokens: int = 0
+    num_fallback_rounds: int = 0
+    fallback_reason: str = ""
+
+    def add(self, proposal: Proposal, this: Round) -> None:
+        """Count a round."""
+        accepted = proposal.nodes.intersection(this.verified.path)
+        others = (other.nodes for other in this.draft.proposals if other is not proposal)
+        self.num_draft_tokens += len(proposal.nodes)
+        self.num_accepted_tokens += len(accepted)
+        self.num_sole_accepted_tokens += len(accepted.difference(*others))
+        if proposal.fallback_reason:
+            self.num_fallback_rounds += 1
+            self.fallback_reason = proposal.fallback_reason
 
 
 def _survivors(lengths: Counter[int], longest: int) -> list[int]:
@@ -88,6 +118,8 @@ class GatewayMetrics:
         self._accepted_per_position = meter.create_counter(
             "specdec.accepted_tokens_per_position", unit="{token}"
         )
+        self._proposed_tokens = meter.create_counter("specdec.proposer.draft_tokens", unit="{token}")
+        self._won_tokens = meter.create_counter("specdec.proposer.accepted_tokens", unit="{token}")
         self._rounds = meter.create_counter("specdec.rounds", unit="{round}")
         self._fallback_rounds = meter.create_counter("specdec.fallback_rounds", unit="{round}")
         self._requests = meter.create_counter("specdec.requests", unit="{request}")
@@ -110,6 +142,10 @@ class GatewayMetrics:
         self._accepted_tokens.add(this.verified.num_accepted_tokens, labels)
         for position in range(this.verified.num_accepted_tokens):
             self._accepted_per_position.add(1, {**labels, "position": position})
+        for proposal in this.draft.proposals:
+            mine = {**labels, "drafter": proposal.drafter}
+            self._proposed_tokens.add(len(proposal.nodes), mine)
+            self._won_tokens.add(len(proposal.nodes.intersection(this.verified.path)), mine)
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ class RoundSpan:
         self.span.set_attributes(
             {
                 "specdec.num_draft_tokens": len(this.draft.token_ids),
+                "specdec.draft_depth": this.draft.tree.depth,
                 "specdec.num_accepted_tokens": this.verified.num_accepted_tokens,
                 "specdec.fallback_reason": this.draft.fallback_reason,
             }

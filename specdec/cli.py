@@ -15,6 +15,7 @@ from specdec.client import Client, GenerateOptions, Generation, Message, Prompt
 from specdec.generation_options import NO_COLOR, connection_options, generation_options
 from specdec.launcher import SystemConfig, default_drafters, prepare_models
 from specdec.local_state import SystemState, refuse_if_running
+from specdec.methods import PLAIN
 from specdec.render import (
     AnswerPrinter,
     comparison_table,
@@ -281,8 +282,9 @@ def _answer_of(method: str, client: Client, prompt: str, options: GenerateOption
 
 
 def _for_method(options: GenerateOptions, method: str) -> GenerateOptions:
-    num_draft_tokens = None if method == "none" else options.num_draft_tokens
-    return replace(options, method=method, num_draft_tokens=num_draft_tokens)
+    if method == PLAIN:
+        options = replace(options, num_draft_tokens=None, num_draft_nodes=0)
+    return replace(options, method=method)
 
 
 @main.command()

@@ -37,11 +37,13 @@ class DrafterInfo:
     model: ModelInfo | None
     """The draft model; None: the drafter has none."""
     max_num_draft_tokens: int
-    """Most tokens drafted in a round."""
+    """Most tokens drafted in a row."""
     default_num_draft_tokens: int
-    """Tokens drafted in a round when a request does not say."""
+    """Tokens drafted in a row when a request does not say."""
     reads_target_state: bool
     """Whether it reads hidden states or KV of the target."""
+    max_num_draft_nodes: int = 0
+    """Most tokens of a draft tree; 0: it drafts chains only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class VerifierInfo:
     model: ModelInfo | None
     """The target model."""
     max_num_draft_tokens: int
-    """Most draft tokens accepted in one round."""
+    """Most draft tokens taken in one round, all branches of a tree together."""
     kv_capacity_tokens: int
     """Tokens the KV pool holds."""
     kv_free_tokens: int
@@ -192,6 +194,7 @@ def _drafter_service(message: drafter_pb2.DrafterServiceGetInfoResponse) -> Draf
             max_num_draft_tokens=drafter.max_num_draft_tokens,
             default_num_draft_tokens=drafter.default_num_draft_tokens,
             reads_target_state=drafter.HasField("target_state_spec"),
+            max_num_draft_nodes=drafter.max_num_draft_nodes,
         )
         for drafter in message.drafters
     )

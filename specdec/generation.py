@@ -28,9 +28,11 @@ class GenerateOptions:
     """Everything a request may say besides its prompt."""
 
     method: str = ""
-    """Drafter to use, "none" for plain decoding; empty: the gateway's default."""
+    """Drafter to use, several joined by "+", "none" for plain decoding; empty: the gateway's default."""
     num_draft_tokens: int | None = None
-    """Tokens to draft per round (K); None: the drafter's default."""
+    """Tokens to draft per round in a row (K); None: the drafter's default."""
+    num_draft_nodes: int = 0
+    """Most tokens of a round's draft tree, all branches and drafters together; 0: a chain per drafter."""
     min_draft_confidence: float = 0.0
     """End a round's draft before the first token the drafter gives less than this probability; 0: off."""
     max_new_tokens: int | None = None
@@ -83,6 +85,8 @@ class Started:
     """Trace id, 32 hex digits; empty: not traced."""
     model_id: str
     """Model that answers."""
+    num_draft_nodes: int = 0
+    """Most tokens of a round's draft tree; 0: drafts are chains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,24 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class ProposerStats:
+    """What one of several drafters contributed to a generation."""
+
+    drafter: str
+    """Its name."""
+    num_draft_tokens: int
+    """Draft tokens it proposed that were verified."""
+    num_accepted_tokens: int
+    """Accepted draft tokens that it proposed, others perhaps, too."""
+    num_sole_accepted_tokens: int
+    """Accepted draft tokens that it alone proposed."""
+    num_fallback_rounds: int = 0
+    """Rounds it was left out of because it was lost, late or refused."""
+    fallback_reason: str = ""
+    """Why, the last time; empty: it did not happen."""
+
+
+@dataclass(frozen=True, slots=True)
 class Speculation:
     """What the rounds of a generation did; the times are sums over rounds, milliseconds."""
 
@@ -116,15 +138,15 @@ class Speculation:
     num_rounds: int
     """Verify passes after the prefill."""
     num_draft_tokens: int
-    """Draft tokens verified."""
+    """Draft tokens verified, all branches of trees."""
     num_accepted_tokens: int
     """Draft tokens accepted, bonus excluded."""
     acceptance_histogram: tuple[int, ...] = ()
     """Entry i: rounds that accepted exactly i draft tokens."""
     num_draft_tokens_per_position: tuple[int, ...] = ()
-    """Entry i: rounds that drafted a token at position i."""
+    """Entry i: rounds that drafted a token at position i, in a tree at depth i + 1."""
     num_accepted_tokens_per_position: tuple[int, ...] = ()
-    """Entry i: rounds whose draft token at position i was accepted."""
+    """Entry i: rounds in which a draft token at position i was accepted."""
     draft_ms: float = 0.0
     """The drafter's time."""
     verify_ms: float = 0.0
@@ -137,6 +159,20 @@ class Speculation:
     """Rounds that went without a draft because the drafter was lost, late or refused."""
     fallback_reason: str = ""
     """Why, the last time; empty: it did not happen."""
+    proposers: tuple[ProposerStats, ...] = ()
+    """What each of several drafters contributed; empty: there was one, or none."""
+
+    @property
+    def draft_tokens_per_token(self) -> float:
+        """Draft tokens verified per token committed after the first; 0 without rounds."""
+        num_tokens = self.num_accepted_tokens + self.num_rounds
+        return self.num_draft_tokens / num_tokens if num_tokens else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> tuple[float, ...]:
+        """Entry i: of the rounds that drafted a token at position i, the share that accepted one."""
+        accepted, drafted = self.num_accepted_tokens_per_position, self.num_draft_tokens_per_position
+        return tuple(hits / tries for hits, tries in zip(accepted, drafted, strict=True))
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -170,7 +206,8 @@ class Generation:
     def to_json(self) -> dict[str, Any]:
         """The answer as `specdec generate --json` prints it.
 
-        `logprobs` is there if asked for; the number and the reason of fallback rounds if there were any.
+        `logprobs` is there if asked for; the number and the reason of fallback rounds if there were any;
+        `proposers` if several drafters were asked.
         """
         speculation = self.speculation
         result: dict[str, Any] = {
@@ -186,6 +223,8 @@ class Generation:
                 "num_accepted_tokens": speculation.num_accepted_tokens,
                 "mean_acceptance_length": speculation.mean_acceptance_length,
                 "acceptance_histogram": list(speculation.acceptance_histogram),
+                "acceptance_by_depth": list(speculation.acceptance_by_depth),
+                "draft_tokens_per_token": speculation.draft_tokens_per_token,
                 "draft_ms": speculation.draft_ms,
                 "verify_ms": speculation.verify_ms,
                 "transport_ms": speculation.transport_ms,
@@ -195,6 +234,8 @@ class Generation:
         if speculation.num_fallback_rounds:
             result["speculation"]["num_fallback_rounds"] = speculation.num_fallback_rounds
             result["speculation"]["fallback_reason"] = speculation.fallback_reason
+        if speculation.proposers:
+            result["speculation"]["proposers"] = [asdict(proposer) for proposer in speculation.proposers]
         if any(token.logprob is not None for token in self.tokens):
             result["logprobs"] = [
                 {"logprob": token.logprob, "top": [list(pair) for pair in token.top_logprobs]}

@@ -34,7 +34,8 @@ _CONNECTION = (
 _METHOD = click.option(
     "--method",
     default="",
-    help="Drafter, as `specdec info` lists them, or `none` for plain decoding.  [default: the gateway's]",
+    help="Drafter, as `specdec info` lists them, several joined by + (dflash+ngram), or `none` for plain "
+    "decoding.  [default: the gateway's]",
 )
 
 _LENGTH = (
@@ -43,7 +44,14 @@ _LENGTH = (
         "--num-draft-tokens",
         metavar="K",
         type=int,
-        help="Tokens to draft per round; 0 is plain decoding.  [default: the drafter's]",
+        help="Tokens to draft per round in a row; 0 is plain decoding.  [default: the drafter's]",
+    ),
+    click.option(
+        "--num-draft-nodes",
+        metavar="N",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Most tokens of a round's draft tree, all drafters together.  [default: a chain per drafter]",
     ),
     click.option(
         "--min-draft-confidence",
@@ -107,6 +115,7 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
         def wrapper(
             *,
             num_draft_tokens: int | None,
+            num_draft_nodes: int,
             min_draft_confidence: float,
             max_new_tokens: int | None,
             stop: tuple[str, ...],
@@ -118,6 +127,7 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
             options = GenerateOptions(
                 method=method,
                 num_draft_tokens=num_draft_tokens,
+                num_draft_nodes=num_draft_nodes,
                 min_draft_confidence=min_draft_confidence,
                 max_new_tokens=max_new_tokens,
                 stop=stop,

@@ -11,11 +11,21 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
 
-from specdec.client import DrafterServiceInfo, GatewayInfo, Generation, ReplicaInfo, Token, VerifierInfo
+from specdec.client import (
+    DrafterServiceInfo,
+    GatewayInfo,
+    Generation,
+    ReplicaInfo,
+    Speculation,
+    Token,
+    VerifierInfo,
+)
 from specdec.gateway_info import StateLinkInfo
 
 DRAFT_STYLE = Style(color="green")
 """Colour of tokens that the drafter proposed and the target accepted."""
+
+_MAX_SHOWN_DEPTH = 8
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -67,6 +77,8 @@ def closing_line(generation: Generation) -> str:
         f"TTFT {timing.ttft_ms:.0f} ms",
     ]
     line = " | ".join(parts)
+    if _is_tree(speculation):
+        line += f"\n{tree_line(speculation)}"
     note = fallback_note(generation)
     return f"{line}\nnote: {note}" if note else line
 
@@ -78,6 +90,32 @@ def fallback_note(generation: Generation) -> str:
         return ""
     reason = speculation.fallback_reason or "the drafter was lost"
     return f"{speculation.num_fallback_rounds} rounds went without a draft: {reason}"
+
+
+def _is_tree(speculation: Speculation) -> bool:
+    """Whether a round drafted several continuations, or several drafters drafted."""
+    num_deepest = sum(speculation.num_draft_tokens_per_position)
+    return bool(speculation.proposers) or speculation.num_draft_tokens > num_deepest
+
+
+def tree_line(speculation: Speculation) -> str:
+    """What draft trees cost and gave, and who of several drafters it came from."""
+    depths = ", ".join(f"{share:.0%}" for share in speculation.acceptance_by_depth[:_MAX_SHOWN_DEPTH])
+    parts = [f"{speculation.draft_tokens_per_token:.1f} draft tokens per token"]
+    if depths:
+        parts.append(f"accepted by depth {depths}")
+    if speculation.num_accepted_tokens:
+        parts += [
+            f"{proposer.drafter} had {proposer.num_accepted_tokens / speculation.num_accepted_tokens:.0%}, "
+            f"alone {proposer.num_sole_accepted_tokens / speculation.num_accepted_tokens:.0%}"
+            for proposer in speculation.proposers
+        ]
+    parts += [
+        f"without {proposer.drafter} {proposer.num_fallback_rounds} rounds: {proposer.fallback_reason}"
+        for proposer in speculation.proposers
+        if proposer.num_fallback_rounds
+    ]
+    return "trees: " + " | ".join(parts)
 
 
 def print_closing_line(generation: Generation, no_color: bool) -> None:

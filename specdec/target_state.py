@@ -100,6 +100,25 @@ class TargetStateSpec:
         """Names of its layers' hidden states, each once: what a projection takes the place of."""
         return tuple(hidden_name(layer_id) for layer_id in dict.fromkeys(self.hidden_layer_ids))
 
+    def union(self, other: TargetStateSpec) -> TargetStateSpec | None:
+        """What serves drafters of both specs; None: they want hidden states of layers that differ.
+
+        A projection is of all hidden states in the spec, in order, so two such lists cannot be made one.
+        """
+        with_hidden = self if self.hidden_layer_ids else other
+        if other.hidden_layer_ids and (with_hidden.hidden_layer_ids, with_hidden.projection) != (
+            other.hidden_layer_ids,
+            other.projection,
+        ):
+            return None
+        return TargetStateSpec(
+            with_hidden.hidden_layer_ids,
+            self.last_hidden_state or other.last_hidden_state,
+            tuple(dict.fromkeys((*self.kv_layer_ids, *other.kv_layer_ids))),
+            self.kv_last_of_each_attention_type or other.kv_last_of_each_attention_type,
+            with_hidden.projection,
+        )
+
     def to_proto(self) -> pb.TargetStateSpec:
         """The message."""
         return pb.TargetStateSpec(

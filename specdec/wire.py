@@ -12,6 +12,7 @@ from specdec.generation import (
     Generation,
     Message,
     Prompt,
+    ProposerStats,
     Speculation,
     Started,
     Timing,
@@ -44,6 +45,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     fields: dict[str, Any] = {
         "method": options.method,
         "num_draft_tokens": options.num_draft_tokens,
+        "num_draft_nodes": options.num_draft_nodes,
         "min_draft_confidence": options.min_draft_confidence,
         "max_new_tokens": options.max_new_tokens,
         "stop_strings": options.stop,
@@ -154,6 +156,7 @@ def _started(message: gateway_pb2.GenerateStarted) -> Started:
         num_draft_tokens=message.num_draft_tokens,
         trace_id=message.trace_id,
         model_id=message.model_id,
+        num_draft_nodes=message.num_draft_nodes,
     )
 
 
@@ -183,4 +186,15 @@ def _speculation(stats: gateway_pb2.SpeculationStats) -> Speculation:
         gateway_ms=stats.gateway_ns / NS_PER_MS,
         num_fallback_rounds=stats.num_fallback_rounds,
         fallback_reason=stats.fallback_reason,
+        proposers=tuple(
+            ProposerStats(
+                drafter=proposer.drafter,
+                num_draft_tokens=proposer.num_draft_tokens,
+                num_accepted_tokens=proposer.num_accepted_tokens,
+                num_sole_accepted_tokens=proposer.num_sole_accepted_tokens,
+                num_fallback_rounds=proposer.num_fallback_rounds,
+                fallback_reason=proposer.fallback_reason,
+            )
+            for proposer in stats.proposers
+        ),
     )

@@ -60,17 +60,23 @@ class VerifyStream(RawStream):
         self.token_ids, self.opened = list(prompt), answer.opened
         return self._take((), answer.opened.first)
 
-    async def round(self, draft: Sequence[int] = (), base: int | None = None) -> verifier_pb2.VerifyResult:
+    async def round(
+        self, draft: Sequence[int] = (), base: int | None = None, *, parents: Sequence[int] = ()
+    ) -> verifier_pb2.VerifyResult:
         """One round; `base` other than the session's committed length is a mistake to be refused."""
         message = verifier_pb2.VerifyRound(
-            base_committed_length=len(self.token_ids) if base is None else base, draft_token_ids=draft
+            base_committed_length=len(self.token_ids) if base is None else base,
+            draft_token_ids=draft,
+            parent_indices=parents,
         )
         answer = await self.ask(verifier_pb2.VerifyRequest(round=message))
         return self._take(draft, answer.result)
 
     def _take(self, draft: Sequence[int], result: verifier_pb2.VerifyResult) -> verifier_pb2.VerifyResult:
         assert result.num_accepted_tokens <= len(draft)
-        self.token_ids += [*draft[: result.num_accepted_tokens], result.bonus_token_id]
+        path = result.accepted_node_indices or range(result.num_accepted_tokens)
+        assert len(path) == result.num_accepted_tokens
+        self.token_ids += [*(draft[node] for node in path), result.bonus_token_id]
         assert result.committed_length == len(self.token_ids)
         assert result.cached_length == result.committed_length - 1
         return result

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.ngram import NgramSession
 from drafter_service.registry import FAMILIES, DrafterFactory
+from specdec.draft_tree import DraftTree
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
 from specdec.runtime.state_memory import SharedDirectory
 from specdec.runtime.state_reader import ReaderConfig, StateReader
@@ -29,6 +31,7 @@ from specdec.target_state import (
 )
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import VerifyStream, output_of, verify_stream
+from tests.trees import random_tree
 
 
 @dataclass
@@ -175,6 +178,8 @@ class Followed:
     """Per reader, per round, the prefill first."""
     num_refused: int
     num_accepted: int
+    num_moved: int = 0
+    """Rounds that accepted another path than the draft's first tokens."""
 
 
 async def follow(
@@ -185,6 +190,7 @@ async def follow(
     *,
     projection: Projection | None = None,
     max_new_tokens: int = 40,
+    with_trees: bool = False,
 ) -> Followed:
     """A whole session with drafts that are right up to some point, read by every reader in every round."""
     expected = await output_of(address, prompt, max_new_tokens=max_new_tokens, ignore_eos=True)
@@ -200,8 +206,12 @@ async def follow(
             if done == max_new_tokens:
                 break
             draft = partly_right(expected[done : done + 4], num_right % 5)
-            result = await stream.round(draft)
+            tree = DraftTree.of(draft)
+            if with_trees:
+                tree = random_tree(Random(num_right), draft, num_wrong=12, vocab_size=256)
+            result = await stream.round(tree.token_ids, parents=tree.parent_indices)
             ref = ref_of(result)
+            followed.num_moved += bool(result.accepted_node_indices)
             followed.num_accepted += result.num_accepted_tokens
             followed.num_refused += len(draft) - result.num_accepted_tokens
         followed.token_ids = stream.token_ids

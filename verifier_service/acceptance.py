@@ -1,8 +1,8 @@
 """The acceptance rule: a draft token is accepted if and only if it equals the target's own pick.
 
 Because the pick at a position depends on (target, prompt, parameters, seed, position) and on nothing else,
-the output is the same whatever the draft was, greedy or sampled (Daliri, Musco, Suresh 2024). This is not
-speculative sampling's ratio test, and shared noise would be wrong under that.
+the output is the same whatever the draft was, chain or tree, greedy or sampled (Daliri, Musco, Suresh 2024).
+This is not speculative sampling's ratio test, and shared noise would be wrong under that.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from specdec.draft_tree import ANCHOR, DraftTree
 
 
 class FinishReason(Enum):
@@ -21,41 +23,52 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What a round commits: the first `num_accepted_tokens` of the draft, then the bonus token."""
+    """What a round commits: the tokens of the accepted path, then the bonus token."""
 
-    num_accepted_tokens: int
-    """Length of the accepted prefix of the draft, bonus excluded."""
+    path: tuple[int, ...]
+    """Which of the draft's tokens are accepted, from the anchor's child on; of a chain, the first ones."""
     bonus_token_id: int
     """The target's correction or continuation, or the token that ended the generation."""
     finish_reason: FinishReason | None = None
 
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Length of the accepted path, bonus excluded."""
+        return len(self.path)
+
 
 def accept(
-    draft_token_ids: Sequence[int],
+    draft: DraftTree,
     target_picks: Sequence[int],
     *,
     stop_token_ids: Collection[int],
     max_tokens: int,
 ) -> Acceptance:
-    """Walk along the draft while it equals the target's picks.
+    """Walk from the anchor to the child that equals the target's pick, as long as there is one.
 
-    The token that ends the walk is the bonus: the first pick the draft did not foresee, the pick after the
-    whole draft, a stop token, or the last token `max_tokens` allows. A round therefore always commits
+    The token that ends the walk is the bonus: the first pick the draft did not foresee, the pick after a
+    whole path, a stop token, or the last token `max_tokens` allows. A round therefore always commits
     num_accepted_tokens + 1 tokens, all of them the target's picks.
 
     Args:
-        draft_token_ids: K >= 0 tokens.
-        target_picks: K + 1 tokens; entry i is the target's pick after the first i draft tokens.
+        draft: K >= 0 tokens.
+        target_picks: K + 1 tokens; entry 0 is the target's pick after the anchor, entry i + 1 the one after
+            the draft's token i.
         stop_token_ids: tokens that end the generation.
         max_tokens: tokens the round may commit, at least 1.
     """
-    if len(target_picks) != len(draft_token_ids) + 1 or max_tokens < 1:
+    if len(target_picks) != len(draft) + 1 or max_tokens < 1:
         raise ValueError("one pick per draft token and one more, and room for a token, are needed")
-    for index, pick in enumerate(target_picks):
+    nodes = zip(draft.parents, draft.token_ids, strict=True)
+    children = {node: index for index, node in enumerate(nodes)}
+    path: list[int] = []
+    while True:
+        node = path[-1] if path else ANCHOR
+        pick = target_picks[node + 1]
         if pick in stop_token_ids:
-            return Acceptance(index, pick, FinishReason.STOP_TOKEN)
-        if index + 1 == max_tokens:
-            return Acceptance(index, pick, FinishReason.LENGTH)
-        if index == len(draft_token_ids) or draft_token_ids[index] != pick:
-            return Acceptance(index, pick)
-    raise AssertionError("the last pick ends the walk")
+            return Acceptance(tuple(path), pick, FinishReason.STOP_TOKEN)
+        if len(path) + 1 == max_tokens:
+            return Acceptance(tuple(path), pick, FinishReason.LENGTH)
+        if (node, pick) not in children:
+            return Acceptance(tuple(path), pick)
+        path.append(children[node, pick])

@@ -99,11 +99,9 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 "A Verify stream is opened once; send rounds, or start another stream.", reason="SECOND_OPEN"
             )
         message = request.round
-        if message.parent_indices:
-            raise UnimplementedError(
-                "This verifier checks chains only; leave parent_indices unset.", reason="DRAFT_TREES"
-            )
-        timed = await verifier.verify(session, message.base_committed_length, message.draft_token_ids)
+        timed = await verifier.verify(
+            session, message.base_committed_length, message.draft_token_ids, message.parent_indices
+        )
         self._rounds.add(1)
         return self._result(session, timed, arrived_ns, request.traceparent, len(message.draft_token_ids))
 
@@ -118,7 +116,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         is_first: bool = False,
     ) -> verifier_pb2.VerifyResult:
         total_ns = time.monotonic_ns() - arrived_ns
-        acceptance = timed.verdict.acceptance
+        acceptance, path = timed.verdict.acceptance, timed.accepted_node_indices
         record_span(
             self._tracer,
             "specdec.verify",
@@ -136,6 +134,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         )
         return verifier_pb2.VerifyResult(
             num_accepted_tokens=acceptance.num_accepted_tokens,
+            accepted_node_indices=() if path == tuple(range(len(path))) else path,
             bonus_token_id=acceptance.bonus_token_id,
             committed_length=session.committed_length,
             cached_length=session.cached_length,
@@ -252,6 +251,7 @@ def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
         ignore_eos=message.ignore_eos,
         num_resumed_tokens=message.num_resumed_tokens,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
+        max_num_draft_nodes=message.max_num_draft_nodes,
         target_state_spec=TargetStateSpec.from_proto(spec) if spec else None,
     )
 

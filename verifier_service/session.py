@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from specdec.draft_tree import DraftTree
 from specdec.errors import FailedPreconditionError
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
@@ -26,6 +26,7 @@ class OpenRequest:
     num_resumed_tokens: int = 0
     num_top_logprobs: int | None = None
     target_state_spec: TargetStateSpec | None = None
+    max_num_draft_nodes: int = 0
 
 
 class Session:
@@ -34,7 +35,7 @@ class Session:
     Args:
         request: validated.
         stop_token_ids: every token that ends the generation, the model's own included.
-        allocation: KV slots for `max_length` tokens.
+        allocation: KV slots for `max_length` tokens, and for a draft tree's nodes behind them if it has room.
         max_length: most tokens, prompt included.
         state: what the session exports; None: nothing.
         state_refusal: why it exports nothing although something was asked for.
@@ -72,9 +73,14 @@ class Session:
         """Tokens that may still be committed."""
         return self.max_length - self.committed_length
 
-    def pick_context(self, draft_token_ids: Sequence[int] = ()) -> PickContext:
+    @property
+    def num_free_slots(self) -> int:
+        """Slots behind the anchor's, for a draft."""
+        return self.allocation.capacity - self.committed_length
+
+    def pick_context(self, draft: DraftTree) -> PickContext:
         """What the target's picks after the committed tokens depend on."""
-        return PickContext(self.sampling, self.token_ids, self.prompt_length, draft_token_ids)
+        return PickContext(self.sampling, self.token_ids, self.prompt_length, draft)
 
     def check_round(self, base_committed_length: int) -> None:
         """Refuse a round that does not continue this session's state.
@@ -94,11 +100,11 @@ class Session:
                 reason="STALE_BASE",
             )
 
-    def commit(self, draft_token_ids: Sequence[int], acceptance: Acceptance) -> None:
+    def commit(self, draft: DraftTree, acceptance: Acceptance) -> None:
         """Make a round's tokens final. KV of refused draft tokens is forgotten by not being counted."""
-        # The pass wrote KV for the anchor and the draft; what was accepted of it is final.
+        # The pass wrote KV for the anchor and the draft; what was accepted of it is final, and in its place.
         self.cached_length = self.committed_length + acceptance.num_accepted_tokens
-        self.token_ids.extend(draft_token_ids[: acceptance.num_accepted_tokens])
+        self.token_ids.extend(draft.token_ids[index] for index in acceptance.path)
         self.token_ids.append(acceptance.bonus_token_id)
         self.finish_reason = acceptance.finish_reason
         self._assert_invariants()

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from specdec.draft_tree import NO_DRAFT, DraftTree
 from specdec.errors import InternalError, SpecdecError
 from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
@@ -52,18 +54,19 @@ class VerifyItem:
     """A draft of a session to be checked: the anchor and K draft tokens."""
 
     session: Session
-    draft_token_ids: Sequence[int]
+    draft: DraftTree
     is_urgent: bool = True
 
     @property
     def num_tokens(self) -> int:
         """Tokens the round adds to a pass."""
-        return len(self.draft_token_ids) + 1
+        return len(self.draft) + 1
 
     def segment(self) -> Segment:
         """Its part of the pass."""
-        tokens = [self.session.token_ids[-1], *self.draft_token_ids]
-        return Segment(self.session.allocation, self.session.cached_length, tokens, num_logits=len(tokens))
+        tokens = [self.session.token_ids[-1], *self.draft.token_ids]
+        parents = () if self.draft.is_chain else (-1, *(parent + 1 for parent in self.draft.parent_indices))
+        return Segment(self.session.allocation, self.session.cached_length, tokens, len(tokens), parents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,6 @@ class TargetModel:
     def _pass(self, items: Sequence[PassItem]) -> list[Verdict | None]:
         captured = {name for item in items if item.session.state for name in item.session.state.hidden_names}
         logits = self._packed.forward([item.segment() for item in items], captured)
-        self._packed.pool.memory.record()
         deciding = [index for index, rows in enumerate(logits) if len(rows)]
         drafts = {index: _draft_of(items[index]) for index in deciding}
         picks = self._picker.pick(
@@ -119,8 +121,23 @@ class TargetModel:
         )
         verdicts: list[Verdict | None] = [None] * len(items)
         for index, item_picks in zip(deciding, picks, strict=True):
-            verdicts[index] = _judge(items[index].session, drafts[index], item_picks, logits[index])
+            verdict = _judge(items[index].session, drafts[index], item_picks, logits[index])
+            self._compact(items[index].session, verdict.acceptance.path)
+            verdicts[index] = verdict
+        self._packed.pool.memory.record()
         return verdicts
+
+    def _compact(self, session: Session, path: Sequence[int]) -> None:
+        """Put what the pass made of the accepted path where a chain's is, before anyone may read it."""
+        moved = [(node, depth) for depth, node in enumerate(path) if node != depth]
+        if not moved:
+            return
+        device = self._packed.device
+        first = session.committed_length  # of the draft's tokens: the anchor is the last committed one
+        sources, targets = (first + torch.tensor(moved, device=device)).T
+        slots_at = session.allocation.slots_at
+        hidden_names = session.state.hidden_names if session.state else ()
+        self._packed.pool.move(slots_at(sources), slots_at(targets), hidden_names)
 
 
 def _run(work: SideWork) -> Any:
@@ -134,16 +151,16 @@ def _run(work: SideWork) -> Any:
         return InternalError(f"The engine failed: {type(error).__name__}: {error}")
 
 
-def _draft_of(item: PassItem) -> Sequence[int]:
-    return item.draft_token_ids if isinstance(item, VerifyItem) else ()
+def _draft_of(item: PassItem) -> DraftTree:
+    return item.draft if isinstance(item, VerifyItem) else NO_DRAFT
 
 
-def _judge(session: Session, draft: Sequence[int], picks: Sequence[int], logits: Tensor) -> Verdict:
+def _judge(session: Session, draft: DraftTree, picks: Sequence[int], logits: Tensor) -> Verdict:
     acceptance = accept(
         draft, picks, stop_token_ids=session.stop_token_ids, max_tokens=session.num_remaining_tokens
     )
     logprobs: list[TokenLogprobs] = []
     if session.num_top_logprobs is not None:
-        emitted = picks[: acceptance.num_accepted_tokens + 1]
-        logprobs = top_logprobs(logits[: len(emitted)], emitted, session.num_top_logprobs)
+        rows = [0, *(node + 1 for node in acceptance.path)]
+        logprobs = top_logprobs(logits[rows], [picks[row] for row in rows], session.num_top_logprobs)
     return Verdict(acceptance, logprobs)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from specdec.draft_tree import NO_DRAFT, DraftTree
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.runtime.kv_pool import KvAllocation
@@ -43,6 +44,8 @@ class Timed:
     queue_ns: int
     compute_ns: int
     batch_size: int
+    accepted_node_indices: tuple[int, ...] = ()
+    """The accepted path, in the draft as it was sent."""
 
 
 class Verifier:
@@ -139,7 +142,9 @@ class Verifier:
                 reason="NO_SESSION_SLOT",
                 retry_after_s=1.0,
             )
-        allocation = self.pool.allocate(max_length)
+        # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
+        with_nodes = max_length + min(request.max_num_draft_nodes, self.config.max_num_draft_tokens)
+        allocation = self.pool.allocate(max(max_length, min(with_nodes, self.pool.capacity_tokens)))
         self.num_sessions += 1
         state: ExportedState | None = None
         try:
@@ -179,16 +184,23 @@ class Verifier:
         for start in range(0, prompt_length, size):
             chunk = PrefillChunk(session, start, min(start + size, prompt_length))
             results.append(await self._engine.submit(chunk, session.allocation))
-        return self._commit(session, (), results)
+        return self._commit(session, NO_DRAFT, results)
 
     async def verify(
-        self, session: Session, base_committed_length: int, draft_token_ids: Sequence[int]
+        self,
+        session: Session,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        parent_indices: Sequence[int] = (),
     ) -> Timed:
         """Check a draft in one pass and commit what the target says.
 
+        Args:
+            parent_indices: see DraftTree; empty: a chain.
+
         Raises:
             FailedPreconditionError: stale base or finished session; nothing changes.
-            InvalidArgumentError: too many draft tokens, or one outside the vocabulary.
+            InvalidArgumentError: too many draft tokens, one outside the vocabulary, or no tree.
         """
         session.check_round(base_committed_length)
         if len(draft_token_ids) > self.config.max_num_draft_tokens:
@@ -198,15 +210,20 @@ class Verifier:
                 field="draft_token_ids",
             )
         validate_token_ids("draft_token_ids", list(draft_token_ids), self.vocab_size)
+        sent = DraftTree.of(draft_token_ids, parent_indices)
         # A round commits one token more than it accepts: the rest of the draft could never be used.
-        draft = draft_token_ids[: session.num_remaining_tokens - 1]
+        kept = sent.fitting(max_depth=session.num_remaining_tokens - 1, max_num_nodes=session.num_free_slots)
+        draft = sent.select(kept)
         result = await self._engine.submit(VerifyItem(session, draft), session.allocation)
-        return self._commit(session, draft, [result])
+        timed = self._commit(session, draft, [result])
+        return replace(
+            timed, accepted_node_indices=tuple(kept[node] for node in timed.verdict.acceptance.path)
+        )
 
     def _commit(
         self,
         session: Session,
-        draft: Sequence[int],
+        draft: DraftTree,
         results: Sequence[EngineResult[Verdict | None]],
     ) -> Timed:
         verdict = results[-1].value

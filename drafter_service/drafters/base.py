@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
+from specdec.draft_tree import DraftTree
 from specdec.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
 from specdec.target_state import TargetStateSpec
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RoundT = TypeVar("RoundT")
+
+
+Drafted = list[int] | DraftTree
+"""A draft: a chain's tokens, or a tree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class DrafterInfo:
     """What it reads of the target; None: nothing."""
     needs_target_weights: bool = False
     """Whether it uses the target's embedding and LM head."""
+    max_num_draft_nodes: int = 0
+    """Most tokens of a draft tree; 0: it drafts chains only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +115,13 @@ class DraftItem:
     num_draft_tokens: int
     num_tokens: int
     """Tokens it adds to the first pass of the step."""
+    num_draft_nodes: int = 0
+    """Most tokens of a draft tree, K its depth; 0: a chain is wanted."""
+
+    @property
+    def wants_tree(self) -> bool:
+        """Whether more tokens are wanted than a chain has."""
+        return self.num_draft_nodes > self.num_draft_tokens
 
     @property
     def is_urgent(self) -> bool:
@@ -137,8 +151,11 @@ class Drafter(ABC):
         """Free what `open` reserved."""
 
     @abstractmethod
-    def propose(self, items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
-        """At most `num_draft_tokens` tokens per item; none: no guess. An error is that item's alone."""
+    def propose(self, items: Sequence[DraftItem]) -> Sequence[Drafted | SpecdecError]:
+        """Per item at most `num_draft_tokens` tokens in a row; none: no guess. An error is that item's alone.
+
+        A tree's likelier tokens come first, as far as parents come before their children.
+        """
 
     def failure(self, error: Exception) -> SpecdecError:
         """What those are told whose draft raised; a defect is logged."""
@@ -151,8 +168,8 @@ class Drafter(ABC):
         self,
         items: Sequence[DraftItem],
         start: Callable[[DraftItem], RoundT | None],
-        draft: Callable[[Sequence[RoundT]], Sequence[list[int]]],
-    ) -> list[list[int] | SpecdecError]:
+        draft: Callable[[Sequence[RoundT]], Sequence[Drafted]],
+    ) -> list[Drafted | SpecdecError]:
         """Drafts of the sessions of one target after the other's.
 
         What a session raises is its own error, and what the drafts of a target's sessions raise is theirs.
@@ -161,7 +178,7 @@ class Drafter(ABC):
             start: a session's part of the drafts; None: there is nothing to draft.
             draft: drafts for sessions of one target, side by side.
         """
-        drafts: list[list[int] | SpecdecError] = [[] for _ in items]
+        drafts: list[Drafted | SpecdecError] = [[] for _ in items]
         started: list[tuple[int, RoundT]] = []
         for index, item in enumerate(items):
             try:
@@ -176,7 +193,7 @@ class Drafter(ABC):
 
         for _, group in groupby(sorted(started, key=target), key=target):
             indices, rounds = zip(*group, strict=True)
-            found: Sequence[list[int] | SpecdecError]
+            found: Sequence[Drafted | SpecdecError]
             try:
                 found = draft(rounds)
             except Exception as error:  # of these sessions, whatever it is

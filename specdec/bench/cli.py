@@ -17,11 +17,12 @@ from specdec.bench import geometry, noise, plots, transport, verify_pass
 from specdec.bench.backends import TRANSFORMERS
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
-from specdec.bench.records import PLAIN, RequestRecord
+from specdec.bench.records import RequestRecord
 from specdec.bench.report import category_table, parts_table, peer_ratios, read_rows, speed_table
 from specdec.bench.workload import Prompt
 from specdec.cli_groups import ErrorGroup
 from specdec.errors import InvalidArgumentError, UnavailableError
+from specdec.methods import drafters_of
 
 _DEFAULTS = BenchConfig()
 _TRANSPORT_DEFAULTS = transport.TransportConfig(model=_DEFAULTS.model)
@@ -57,7 +58,7 @@ def bench() -> None:
     type=_CommaList(str),
     default="ngram",
     show_default=True,
-    help="Methods to compare, separated by commas; `none` is always run.",
+    help="Methods to compare, separated by commas, dflash+ngram for one; `none` is always run.",
 )
 @click.option(
     "--prompts",
@@ -90,7 +91,14 @@ def bench() -> None:
     type=_CommaList(int),
     default="",
     show_default="the drafter's",
-    help="Draft tokens per round (K); with several, 3,7,15 for one, every method runs with each.",
+    help="Draft tokens per round in a row (K); with several, 3,7,15 for one, every method runs with each.",
+)
+@click.option(
+    "--num-draft-nodes",
+    type=_CommaList(int),
+    default="",
+    show_default="a chain per drafter",
+    help="Most tokens of a draft tree; with several, 0,16,32 for one, every method runs with each.",
 )
 @click.option(
     "--concurrency",
@@ -145,7 +153,8 @@ def run_command(
     config = BenchConfig(**settings)
     config.validate()
     prompts = config.load_prompts()
-    drafters = drafters or tuple(method for method in config.methods if method != PLAIN) or ("ngram",)
+    named = dict.fromkeys(name for method in config.methods for name in drafters_of(method))
+    drafters = drafters or tuple(named) or ("ngram",)
     with _services(gateway, config.model, dtype, device, drafters) as address:
         outcome = _run_with_progress(config, prompts, address, directory)
     _show(outcome, config, directory)

@@ -7,18 +7,20 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from specdec.bench.backends import TRANSFORMERS, GatewayBackend, TransformersBackend
 from specdec.bench.provenance import collect
-from specdec.bench.records import METHOD_SEPARATOR, PLAIN, Contender, RequestRecord
+from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, Contender, RequestRecord
 from specdec.bench.report import REQUESTS_FILE, write_results
 from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
 from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin, sha256_of
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, ModelInfo
 from specdec.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from specdec.methods import PLAIN, drafters_of
 from specdec.model_files import model_id, resolve_model
 from specdec.sampling import SamplingParams
 
@@ -42,6 +44,9 @@ class BenchConfig:
     num_draft_tokens: tuple[int, ...] = ()
     """Draft tokens per round (K); none: each drafter's default. Several: every method runs with each, and is
     named METHOD@K in the results."""
+    num_draft_nodes: tuple[int, ...] = ()
+    """Most tokens of a draft tree; none, or 0: a chain per drafter. Several: every method runs with each, and
+    is named METHOD/N in the results."""
     concurrencies: tuple[int, ...] = (1,)
     """Requests under way at a time; the workload is run once for each."""
     peers: tuple[str, ...] = ()
@@ -61,25 +66,30 @@ class BenchConfig:
         """`none`, then the others in the order given, each once."""
         return tuple(dict.fromkeys((PLAIN, *self.methods)))
 
-    def options(self, method: str, num_draft_tokens: int | None = None) -> GenerateOptions:
+    def options(
+        self, method: str, num_draft_tokens: int | None = None, num_draft_nodes: int = 0
+    ) -> GenerateOptions:
         """What a request of this method asks for."""
         return GenerateOptions(
             method=method,
             num_draft_tokens=num_draft_tokens,
+            num_draft_nodes=num_draft_nodes,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
         )
 
     def contenders(self, client: AsyncClient) -> list[Contender]:
-        """Every method with every K."""
+        """Every method with every node budget and every K."""
         made = [Contender(PLAIN, GatewayBackend(client, self.options(PLAIN)))]
-        for method in self.gateway_methods[1:]:
-            for num_draft_tokens in dict.fromkeys(self.num_draft_tokens) or (None,):
-                name = method
-                if len(set(self.num_draft_tokens)) > 1:
-                    name = f"{method}{METHOD_SEPARATOR}{num_draft_tokens}"
-                backend = GatewayBackend(client, self.options(method, num_draft_tokens))
-                made.append(Contender(name, backend))
+        budgets = dict.fromkeys(self.num_draft_nodes) or (0,)
+        lengths = dict.fromkeys(self.num_draft_tokens) or (None,)
+        for method, num_nodes, num_tokens in product(self.gateway_methods[1:], budgets, lengths):
+            name = method
+            if len(budgets) > 1:
+                name += f"{NODES_SEPARATOR}{num_nodes}"
+            if len(lengths) > 1:
+                name += f"{METHOD_SEPARATOR}{num_tokens}"
+            made.append(Contender(name, GatewayBackend(client, self.options(method, num_tokens, num_nodes))))
         return made
 
     def load_prompts(self) -> list[Prompt]:
@@ -99,6 +109,8 @@ class BenchConfig:
         self.sampling.validate()
         if self.num_draft_tokens and min(self.num_draft_tokens) < 1:
             raise InvalidArgumentError("num-draft-tokens must be integers >= 1, such as 4 or 3,7,15.")
+        if self.num_draft_nodes and min(self.num_draft_nodes) < 0:
+            raise InvalidArgumentError("num-draft-nodes must be integers >= 0, such as 32 or 0,16,32.")
         if not self.concurrencies or min(self.concurrencies) < 1:
             raise InvalidArgumentError("concurrency must be a list of integers >= 1, such as 1,4,8.")
         if unknown := [peer for peer in self.peers if peer != TRANSFORMERS]:
@@ -177,7 +189,8 @@ def _check(config: BenchConfig, info: GatewayInfo) -> ModelInfo:
         raise UnavailableError(
             "No verifier has been ready at this gateway yet; try again when it has loaded."
         )
-    unknown = [method for method in config.methods if method not in (PLAIN, *info.methods)]
+    named = [name for method in config.methods for name in drafters_of(method)]
+    unknown = [name for name in named if name not in info.methods]
     if unknown:
         raise InvalidArgumentError(
             f"The gateway has no method {unknown[0]!r}; it has {', '.join(info.methods)}.", field="method"
@@ -206,4 +219,5 @@ def _describe(config: BenchConfig, num_prompts: int) -> dict[str, Any]:
         "temperature": config.temperature,
         "seed": config.seed,
         "num_draft_tokens": config.num_draft_tokens,
+        "num_draft_nodes": config.num_draft_nodes,
     }

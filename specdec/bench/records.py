@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from specdec.bench.workload import Prompt
 from specdec.client import Speculation
 
-PLAIN = "none"
-"""The method every other is compared with: plain decoding, K = 0."""
 METHOD_SEPARATOR = "@"
 """Between a method and its K, where a run has several."""
+NODES_SEPARATOR = "/"
+"""Between a method and its node budget, where a run has several."""
 
 
 @dataclass(frozen=True, slots=True)

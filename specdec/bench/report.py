@@ -11,9 +11,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from specdec.bench.records import PLAIN, RequestRecord
+from specdec.bench.records import RequestRecord
 from specdec.bench.stats import OVERALL, Row
 from specdec.errors import InvalidArgumentError
+from specdec.methods import PLAIN
 
 RESULTS_FILE = "results.json"
 REQUESTS_FILE = "requests.jsonl"
@@ -139,6 +140,8 @@ def cell(value: object) -> str:
             return f"{value:.2f}"
         case list():
             return " ".join(f"{item:.2f}" for item in value)
+        case dict():
+            return " ".join(f"{name} {item:.2f}" for name, item in value.items()) or "-"
     return str(value)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TypeVar
 
-from specdec.bench.records import PLAIN, Answer, RequestRecord
+from specdec.bench.records import Answer, RequestRecord
 from specdec.client import Speculation
+from specdec.methods import PLAIN
 
 _T = TypeVar("_T")
 
@@ -57,6 +59,11 @@ class Row:
     """Entry i: of the rounds that drafted a token at position i, the share that accepted it."""
     num_errors: int
     """Requests that failed."""
+    draft_tokens_per_token: float | None = None
+    """Draft tokens verified, all branches of trees, per token emitted after the first."""
+    proposer_shares: dict[str, float] = field(default_factory=dict)
+    """Of several drafters, by name: the share of the accepted draft tokens that it proposed, 0 to 1. Shares
+    overlap where several proposed the same."""
 
 
 def compute_rows(records: Sequence[RequestRecord]) -> list[Row]:
@@ -97,6 +104,8 @@ def _row(own: Sequence[RequestRecord], plain: Sequence[RequestRecord], category:
         identical_to_none=_identical_share(own, plain),
         acceptance_per_position=_acceptance_per_position(rounds),
         num_errors=sum(record.answer is None for record in own),
+        draft_tokens_per_token=_draft_tokens_per_token(rounds),
+        proposer_shares=_proposer_shares(rounds),
     )
 
 
@@ -117,6 +126,20 @@ def _tokens_per_s(records: Sequence[RequestRecord]) -> float | None:
 def _mean_acceptance_length(rounds: Sequence[Speculation]) -> float | None:
     num_rounds = sum(stats.num_rounds for stats in rounds)
     return 1.0 + sum(stats.num_accepted_tokens for stats in rounds) / num_rounds if num_rounds else None
+
+
+def _draft_tokens_per_token(rounds: Sequence[Speculation]) -> float | None:
+    num_tokens = sum(stats.num_rounds + stats.num_accepted_tokens for stats in rounds)
+    return sum(stats.num_draft_tokens for stats in rounds) / num_tokens if num_tokens else None
+
+
+def _proposer_shares(rounds: Sequence[Speculation]) -> dict[str, float]:
+    won: Counter[str] = Counter()
+    for stats in rounds:
+        for proposer in stats.proposers:
+            won[proposer.drafter] += proposer.num_accepted_tokens
+    num_accepted = sum(stats.num_accepted_tokens for stats in rounds)
+    return {name: count / num_accepted if num_accepted else 0.0 for name, count in won.items()}
 
 
 def _per_round_p50(rounds: Sequence[Speculation], time_ms: Callable[[Speculation], float]) -> float | None:

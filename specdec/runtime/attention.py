@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -37,11 +37,25 @@ class Segment:
     token_ids: Sequence[int]
     num_logits: int
     """Logits wanted: of the last `num_logits` tokens."""
+    parents: Sequence[int] = ()
+    """Of a tree, the index in token_ids of each token's parent, which comes before it; -1 for the first,
+    the root. Token i is stored where position start + i would be, whatever its own. Empty: each token
+    follows the one before."""
 
     @property
     def stop(self) -> int:
-        """Position after the last token."""
+        """Position after the last token of a sequence; after the last one's place, of a tree."""
         return self.start + len(self.token_ids)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Position of each token: of a tree, by its depth."""
+        if not self.parents:
+            return range(self.start, self.stop)
+        positions: list[int] = []
+        for parent in self.parents:
+            positions.append(self.start if parent < 0 else positions[parent] + 1)
+        return positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +70,21 @@ class _Span:
     """Of its first query."""
     first_key: int
     num_keys: int
+    base: int = 0
+    path: Sequence[int] = ()
+    """Of a tree, which of its tokens are at positions `base` onwards for these queries: their ancestors, and
+    they. Empty: every position's key is in its own place."""
+
+    def key_slots(self, device: torch.device) -> slice | Tensor:
+        """Where the keys are, in order of position."""
+        stop_key = self.first_key + self.num_keys
+        if not self.path:
+            return self.allocation.slots(self.first_key, stop_key)
+        places = torch.arange(self.first_key, stop_key)
+        first = max(self.base, self.first_key)
+        tokens = self.path[first - self.base : stop_key - self.base]
+        places[first - self.first_key :][: len(tokens)] = self.base + torch.tensor(tokens, dtype=torch.long)
+        return self.allocation.slots_at(places.to(device))
 
 
 class _Group:
@@ -108,8 +137,7 @@ class _Group:
 
 
 def _key_slots(spans: Sequence[_Span], device: torch.device) -> slice | Tensor:
-    slots = [span.allocation.slots(span.first_key, span.first_key + span.num_keys) for span in spans]
-    return join_slots(slots, device)
+    return join_slots([span.key_slots(device) for span in spans], device)
 
 
 def _is_hidden(key_positions: Tensor, positions: Tensor, window: int) -> Tensor:
@@ -166,22 +194,64 @@ class Pass:
     def _spans(self, window: int) -> Iterator[_Span]:
         row = 0
         for segment in self.segments:
-            yield from _spans(segment, row, window)
+            if segment.parents:
+                yield from _tree_spans(segment, row, window)
+            else:
+                yield from _spans(segment.allocation, row, segment.start, segment.stop, window)
             row += len(segment.token_ids)
 
 
-def _spans(segment: Segment, row: int, window: int) -> Iterator[_Span]:
-    """Cut a segment, whose first token is `row` of the batch, where the range of key blocks changes."""
+def _spans(
+    allocation: KvAllocation,
+    row: int,
+    start: int,
+    stop: int,
+    window: int,
+    *,
+    base: int = 0,
+    path: Sequence[int] = (),
+) -> Iterator[_Span]:
+    """Cut queries at positions start to stop, the first of them `row` of the batch, where the range of key
+    blocks changes."""
 
     def key_range(position: int) -> tuple[int, int]:
         first = max(0, position - window + 1) if window else 0
         return first // BLOCK_TOKENS * BLOCK_TOKENS, (position // BLOCK_TOKENS + 1) * BLOCK_TOKENS
 
-    for (first_key, stop_key), group in groupby(range(segment.start, segment.stop), key_range):
+    for (first_key, stop_key), group in groupby(range(start, stop), key_range):
         positions = list(group)
-        first_row = row + positions[0] - segment.start
         yield _Span(
-            segment.allocation, first_row, len(positions), positions[0], first_key, stop_key - first_key
+            allocation,
+            row + positions[0] - start,
+            len(positions),
+            positions[0],
+            first_key,
+            stop_key - first_key,
+            base,
+            path,
+        )
+
+
+def _tree_spans(segment: Segment, row: int, window: int) -> Iterator[_Span]:
+    """A tree is a bundle of chains: runs of tokens that follow one another, each with its ancestors' keys.
+
+    So a token's query meets the keys it would meet in a chain, in the same order, and gets the same bits.
+    Every token is in one run; depth first there are as many runs as leaves.
+    """
+    parents, positions = segment.parents, segment.positions
+    heads = [index for index, parent in enumerate(parents) if not index or parent != index - 1]
+    paths: list[list[int]] = []
+    for index, parent in enumerate(parents):
+        paths.append([index] if parent < 0 else [*paths[parent], index])
+    for head, stop in pairwise([*heads, len(parents)]):
+        yield from _spans(
+            segment.allocation,
+            row + head,
+            positions[head],
+            positions[stop - 1] + 1,
+            window,
+            base=segment.start,
+            path=paths[stop - 1],
         )
 
 

@@ -7,7 +7,7 @@ pool's StateMemory from the start, so that exporting them copies nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -64,6 +64,12 @@ class KvAllocation:
             return self.slot_ids[start:stop]
         first = self.blocks[0] * BLOCK_TOKENS
         return slice(first + start, first + stop)
+
+    def slots_at(self, positions: Tensor) -> Tensor:
+        """Slot ids of positions [num_positions] in any order, on the pool's device."""
+        if self.slot_ids is not None:
+            return self.slot_ids[positions]
+        return positions + self.blocks[0] * BLOCK_TOKENS
 
     def runs(self, start: int, stop: int) -> Iterator[slice]:
         """Positions start to stop as slices into a layer's pool, in order."""
@@ -216,6 +222,15 @@ class KvPool:
         slots = allocation.slots(0, allocation.capacity)
         for tensor in (*self.keys.values(), *self.values.values()):
             tensor[slots] = 0
+
+    def move(self, sources: Tensor, targets: Tensor, hidden_names: Iterable[str]) -> None:
+        """Copy KV, and hidden states of those names, of slots [num_slots] to others, on the engine thread.
+
+        A slot may be both a source and a target: all are read before one is written.
+        """
+        hidden = (self.hidden[name] for name in hidden_names)
+        for tensor in (*self.keys.values(), *self.values.values(), *hidden):
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def free(self, allocation: KvAllocation) -> None:
         """Give the blocks back."""

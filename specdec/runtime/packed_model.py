@@ -82,7 +82,7 @@ class PackedModel:
     def _forward(self, current: Pass) -> list[Tensor]:
         segments = current.segments
         token_ids = [token_id for segment in segments for token_id in segment.token_ids]
-        positions = [p for segment in segments for p in range(segment.start, segment.stop)]
+        positions = [position for segment in segments for position in segment.positions]
         padding = max(0, _MIN_PASS_TOKENS - len(token_ids))
         token_ids += token_ids[-1:] * padding
         positions += positions[-1:] * padding

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specdec.draft_tree import NO_DRAFT, DraftTree
 from specdec.runtime.noise import GumbelNoise
 from specdec.sampling import SamplingParams
 
@@ -30,12 +31,22 @@ class PickContext:
     """All tokens before the first row's position: prompt and output."""
     prompt_length: int
     """How many of them are the prompt."""
-    draft_token_ids: Sequence[int] = ()
-    """Row i follows the first i of these."""
+    draft: DraftTree = NO_DRAFT
+    """Row 0 follows none of its tokens, row i + 1 its token i and that one's ancestors."""
 
     def tokens_before(self, row: int) -> list[int]:
         """Every token before the position a row picks for."""
-        return [*self.token_ids, *self.draft_token_ids[:row]]
+        if self.draft.is_chain:
+            return [*self.token_ids, *self.draft.token_ids[:row]]
+        path = self.draft.path_to(row - 1)
+        return [*self.token_ids, *(self.draft.token_ids[index] for index in path)]
+
+    def positions(self, num_rows: int) -> Sequence[int]:
+        """Position each of the first rows picks for: rows of a tree at one depth have the same."""
+        first = len(self.token_ids)
+        if self.draft.is_chain:
+            return range(first, first + num_rows)
+        return [first, *(first + depth for depth in self.draft.depths)][:num_rows]
 
 
 class Picker:
@@ -48,7 +59,7 @@ class Picker:
         """The target's pick for every row of every session.
 
         Args:
-            logits: per session [num_rows, vocab_size]; row i follows `draft_token_ids[:i]`.
+            logits: per session [num_rows, vocab_size]; what each row follows is in its context.
             contexts: per session.
 
         Returns:
@@ -78,8 +89,16 @@ class Picker:
         # Relative to the best: dividing by a temperature near 0 then cannot overflow to infinity.
         scores.sub_(scores.amax(-1, keepdim=True)).div_(sampling.temperature)
         truncate(scores, sampling)
-        first = len(context.token_ids)
-        return scores.add_(self._noise(sampling.seed, range(first, first + len(scores))))
+        return scores.add_(self._noise_at(sampling.seed, context.positions(len(scores))))
+
+    def _noise_at(self, seed: int, positions: Sequence[int]) -> Tensor:
+        """Noise [num_positions, vocab_size] of positions, some of them equal. Valid until the next call."""
+        if isinstance(positions, range):
+            return self._noise(seed, positions)
+        distinct = sorted(set(positions))
+        rows = torch.tensor([distinct.index(position) for position in positions])
+        noise = self._noise(seed, distinct)
+        return noise.index_select(0, rows.to(noise.device))
 
 
 def process_logits(logits: Tensor, context: PickContext) -> None:

@@ -37,16 +37,18 @@ class DraftOpen(_message.Message):
     def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., drafter: _Optional[str] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_length: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ...) -> None: ...
 
 class DraftRound(_message.Message):
-    __slots__ = ("committed_token_ids", "committed_length", "num_draft_tokens", "target_state")
+    __slots__ = ("committed_token_ids", "committed_length", "num_draft_tokens", "target_state", "num_draft_nodes")
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     committed_length: int
     num_draft_tokens: int
     target_state: _target_state_pb2.TargetStateRef
-    def __init__(self, committed_token_ids: _Optional[_Iterable[int]] = ..., committed_length: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ...) -> None: ...
+    num_draft_nodes: int
+    def __init__(self, committed_token_ids: _Optional[_Iterable[int]] = ..., committed_length: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., num_draft_nodes: _Optional[int] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
     __slots__ = ("opened", "result")
@@ -79,20 +81,22 @@ class DrafterServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DrafterInfo(_message.Message):
-    __slots__ = ("name", "family", "model", "max_num_draft_tokens", "default_num_draft_tokens", "target_state_spec")
+    __slots__ = ("name", "family", "model", "max_num_draft_tokens", "default_num_draft_tokens", "target_state_spec", "max_num_draft_nodes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_SPEC_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     model: _common_pb2.ModelInfo
     max_num_draft_tokens: int
     default_num_draft_tokens: int
     target_state_spec: _target_state_pb2.TargetStateSpec
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., default_num_draft_tokens: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ...) -> None: ...
+    max_num_draft_nodes: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., default_num_draft_tokens: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., max_num_draft_nodes: _Optional[int] = ...) -> None: ...
 
 class DrafterServiceGetInfoResponse(_message.Message):
     __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions", "state_links")

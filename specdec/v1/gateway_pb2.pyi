@@ -40,7 +40,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "num_draft_tokens", "num_top_logprobs", "min_draft_confidence")
+    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "num_draft_tokens", "num_top_logprobs", "min_draft_confidence", "num_draft_nodes")
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class GenerateRequest(_message.Message):
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MIN_DRAFT_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     chat: Chat
     text: str
     token_ids: TokenIds
@@ -65,7 +66,8 @@ class GenerateRequest(_message.Message):
     num_draft_tokens: int
     num_top_logprobs: int
     min_draft_confidence: float
-    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ...) -> None: ...
+    num_draft_nodes: int
+    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ..., num_draft_nodes: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "chunk", "finished")
@@ -78,18 +80,20 @@ class GenerateResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[GenerateStarted, _Mapping]] = ..., chunk: _Optional[_Union[GenerateChunk, _Mapping]] = ..., finished: _Optional[_Union[GenerateFinished, _Mapping]] = ...) -> None: ...
 
 class GenerateStarted(_message.Message):
-    __slots__ = ("input_tokens", "method", "num_draft_tokens", "trace_id", "model_id")
+    __slots__ = ("input_tokens", "method", "num_draft_tokens", "trace_id", "model_id", "num_draft_nodes")
     INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     input_tokens: int
     method: str
     num_draft_tokens: int
     trace_id: str
     model_id: str
-    def __init__(self, input_tokens: _Optional[int] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., trace_id: _Optional[str] = ..., model_id: _Optional[str] = ...) -> None: ...
+    num_draft_nodes: int
+    def __init__(self, input_tokens: _Optional[int] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., trace_id: _Optional[str] = ..., model_id: _Optional[str] = ..., num_draft_nodes: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "text", "origin", "logprobs")
@@ -128,7 +132,7 @@ class GenerateTiming(_message.Message):
     def __init__(self, ttft_ns: _Optional[int] = ..., tpot_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
 
 class SpeculationStats(_message.Message):
-    __slots__ = ("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "acceptance_histogram", "num_draft_tokens_per_position", "num_accepted_tokens_per_position", "draft_ns", "verify_ns", "transport_ns", "gateway_ns", "num_fallback_rounds", "fallback_reason")
+    __slots__ = ("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "acceptance_histogram", "num_draft_tokens_per_position", "num_accepted_tokens_per_position", "draft_ns", "verify_ns", "transport_ns", "gateway_ns", "num_fallback_rounds", "fallback_reason", "proposers")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     NUM_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +146,7 @@ class SpeculationStats(_message.Message):
     GATEWAY_NS_FIELD_NUMBER: _ClassVar[int]
     NUM_FALLBACK_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    PROPOSERS_FIELD_NUMBER: _ClassVar[int]
     method: str
     num_rounds: int
     num_draft_tokens: int
@@ -155,7 +160,24 @@ class SpeculationStats(_message.Message):
     gateway_ns: int
     num_fallback_rounds: int
     fallback_reason: str
-    def __init__(self, method: _Optional[str] = ..., num_rounds: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., acceptance_histogram: _Optional[_Iterable[int]] = ..., num_draft_tokens_per_position: _Optional[_Iterable[int]] = ..., num_accepted_tokens_per_position: _Optional[_Iterable[int]] = ..., draft_ns: _Optional[int] = ..., verify_ns: _Optional[int] = ..., transport_ns: _Optional[int] = ..., gateway_ns: _Optional[int] = ..., num_fallback_rounds: _Optional[int] = ..., fallback_reason: _Optional[str] = ...) -> None: ...
+    proposers: _containers.RepeatedCompositeFieldContainer[ProposerStats]
+    def __init__(self, method: _Optional[str] = ..., num_rounds: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., acceptance_histogram: _Optional[_Iterable[int]] = ..., num_draft_tokens_per_position: _Optional[_Iterable[int]] = ..., num_accepted_tokens_per_position: _Optional[_Iterable[int]] = ..., draft_ns: _Optional[int] = ..., verify_ns: _Optional[int] = ..., transport_ns: _Optional[int] = ..., gateway_ns: _Optional[int] = ..., num_fallback_rounds: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., proposers: _Optional[_Iterable[_Union[ProposerStats, _Mapping]]] = ...) -> None: ...
+
+class ProposerStats(_message.Message):
+    __slots__ = ("drafter", "num_draft_tokens", "num_accepted_tokens", "num_sole_accepted_tokens", "num_fallback_rounds", "fallback_reason")
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SOLE_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FALLBACK_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    drafter: str
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_sole_accepted_tokens: int
+    num_fallback_rounds: int
+    fallback_reason: str
+    def __init__(self, drafter: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_sole_accepted_tokens: _Optional[int] = ..., num_fallback_rounds: _Optional[int] = ..., fallback_reason: _Optional[str] = ...) -> None: ...
 
 class GenerateFinished(_message.Message):
     __slots__ = ("finish_reason", "usage", "timing", "speculation")

@@ -31,7 +31,7 @@ class VerifyRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[VerifyOpen, _Mapping]] = ..., round: _Optional[_Union[VerifyRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class VerifyOpen(_message.Message):
-    __slots__ = ("handshake", "prompt_token_ids", "num_resumed_tokens", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec")
+    __slots__ = ("handshake", "prompt_token_ids", "num_resumed_tokens", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "max_num_draft_nodes")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class VerifyOpen(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_SPEC_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_resumed_tokens: int
@@ -50,7 +51,8 @@ class VerifyOpen(_message.Message):
     max_new_tokens: int
     num_top_logprobs: int
     target_state_spec: _target_state_pb2.TargetStateSpec
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ...) -> None: ...
+    max_num_draft_nodes: int
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., max_num_draft_nodes: _Optional[int] = ...) -> None: ...
 
 class VerifyRound(_message.Message):
     __slots__ = ("base_committed_length", "draft_token_ids", "parent_indices")
@@ -81,7 +83,7 @@ class VerifyOpened(_message.Message):
     def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ..., target_state_refusal: _Optional[str] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
-    __slots__ = ("num_accepted_tokens", "bonus_token_id", "committed_length", "cached_length", "finish_reason", "logprobs", "target_state", "timings")
+    __slots__ = ("num_accepted_tokens", "bonus_token_id", "committed_length", "cached_length", "finish_reason", "logprobs", "target_state", "timings", "accepted_node_indices")
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BONUS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +92,7 @@ class VerifyResult(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_NODE_INDICES_FIELD_NUMBER: _ClassVar[int]
     num_accepted_tokens: int
     bonus_token_id: int
     committed_length: int
@@ -98,7 +101,8 @@ class VerifyResult(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
     target_state: _target_state_pb2.TargetStateRef
     timings: _common_pb2.PhaseTimings
-    def __init__(self, num_accepted_tokens: _Optional[int] = ..., bonus_token_id: _Optional[int] = ..., committed_length: _Optional[int] = ..., cached_length: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ...) -> None: ...
+    accepted_node_indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_accepted_tokens: _Optional[int] = ..., bonus_token_id: _Optional[int] = ..., committed_length: _Optional[int] = ..., cached_length: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ..., accepted_node_indices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class VerifierServiceGetInfoRequest(_message.Message):
     __slots__ = ()

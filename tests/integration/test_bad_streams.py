@@ -15,7 +15,6 @@ from specdec.errors import (
     NotFoundError,
     ResourceExhaustedError,
     SpecdecError,
-    UnimplementedError,
     from_rpc_error,
 )
 from specdec.handshake import make_handshake
@@ -55,10 +54,22 @@ OPEN = verifier_pb2.VerifyRequest(
         ),
         ({"base_committed_length": 10**9}, FailedPreconditionError, "STALE_BASE", "nothing was changed"),
         (
-            {"base_committed_length": len(PROMPT) + 1, "draft_token_ids": [5], "parent_indices": [-1]},
-            UnimplementedError,
-            "DRAFT_TREES",
-            "leave parent_indices unset",
+            {"base_committed_length": len(PROMPT) + 1, "draft_token_ids": [5, 6], "parent_indices": [-1, 1]},
+            InvalidArgumentError,
+            "NO_DRAFT_TREE",
+            "earlier token",
+        ),
+        (
+            {"base_committed_length": len(PROMPT) + 1, "draft_token_ids": [5, 5], "parent_indices": [-1, -1]},
+            InvalidArgumentError,
+            "NO_DRAFT_TREE",
+            "same token",
+        ),
+        (
+            {"base_committed_length": len(PROMPT) + 1, "draft_token_ids": [5, 6], "parent_indices": [-1]},
+            InvalidArgumentError,
+            "NO_DRAFT_TREE",
+            "one for each",
         ),
         (
             {"base_committed_length": len(PROMPT) + 1, "draft_token_ids": [VOCAB_SIZE]},
@@ -73,7 +84,16 @@ OPEN = verifier_pb2.VerifyRequest(
             "at most 64",
         ),
     ],
-    ids=["second open", "stale base", "base ahead", "tree", "token id", "K above the limit"],
+    ids=[
+        "second open",
+        "stale base",
+        "base ahead",
+        "parent",
+        "siblings",
+        "parents",
+        "token id",
+        "K above the limit",
+    ],
 )
 async def test_verify_stream_refuses_a_second_message(
     request_: Any, error: type[SpecdecError], reason: str, fragment: str, small: System

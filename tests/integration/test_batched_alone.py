@@ -14,10 +14,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from specdec.draft_tree import DraftTree
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from specdec.sampling import SamplingParams
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
+from tests.trees import random_tree
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest
 from verifier_service.target_model import PrefillChunk, TargetModel, VerifyItem
@@ -103,8 +105,8 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 async def decode(verifier: Verifier, plan: Plan, expected: Sequence[int] | None) -> list[int]:
-    """A session's output. With the expected one at hand, drafts are made of it, right up to some point, and
-    pauses are made between the rounds; without, there is neither."""
+    """A session's output. With the expected one at hand, drafts are made of it, chains and trees, right up to
+    some point, and pauses are made between the rounds; without, there is neither."""
     random = Random(plan.seed)
     if expected is not None:
         await asyncio.sleep(random.choice([0, 0.002, 0.01]))
@@ -119,7 +121,10 @@ async def decode(verifier: Verifier, plan: Plan, expected: Sequence[int] | None)
                     right = random.randint(0, len(draft))
                     draft[right:] = [random.randrange(VOCAB_SIZE) for _ in range(random.randint(1, 9))]
                 await asyncio.sleep(random.choice([0, 0, 0.001, 0.004]))
-            await verifier.verify(session, session.committed_length, draft)
+            tree = DraftTree.of(draft)
+            if expected is not None and random.random() < 0.5:
+                tree = random_tree(random, draft, num_wrong=random.choice([1, 5, 30]), vocab_size=VOCAB_SIZE)
+            await verifier.verify(session, session.committed_length, tree.token_ids, tree.parent_indices)
         return session.token_ids[plan.prompt_length :]
 
 

@@ -101,9 +101,10 @@ def assert_right(reading: Reading, model: PreTrainedModel, token_ids: list[int])
 
 @shared
 @pytest.mark.parametrize("is_scattered", [False, True], ids=["run", "scattered"])
+@pytest.mark.parametrize("with_trees", [False, True], ids=["chains", "trees"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 async def test_handle_and_stream_give_the_same_bits_and_they_are_right(
-    target: Target, prompt: list[int], is_scattered: bool
+    target: Target, prompt: list[int], with_trees: bool, is_scattered: bool
 ) -> None:
     verifier = target.server.servicer.verifier
     assert verifier is not None
@@ -113,7 +114,10 @@ async def test_handle_and_stream_give_the_same_bits_and_they_are_right(
         state_reader("stream", target.shared_dir) as by_stream,
     ):
         with scattered(verifier.pool) if is_scattered else nullcontext():
-            followed = await follow(target.address, prompt, spec, [by_handle, by_stream])
+            followed = await follow(
+                target.address, prompt, spec, [by_handle, by_stream], with_trees=with_trees
+            )
+    assert bool(followed.num_moved) == with_trees
     mapped, streamed = followed.readings
     assert followed.num_accepted > 0
     assert followed.num_refused > 0

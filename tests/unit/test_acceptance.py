@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specdec.draft_tree import ANCHOR, DraftTree
+from tests.trees import random_tree
 from verifier_service.acceptance import Acceptance, FinishReason, accept
 
 tokens = st.integers(0, 3)
@@ -24,7 +28,7 @@ def test_commits_the_targets_picks_as_far_as_the_draft_foresaw_them(
     round_: tuple[list[int], list[int]], stop_token_ids: frozenset[int], max_tokens: int
 ) -> None:
     draft, picks = round_
-    result = accept(draft, picks, stop_token_ids=stop_token_ids, max_tokens=max_tokens)
+    result = accept(DraftTree.of(draft), picks, stop_token_ids=stop_token_ids, max_tokens=max_tokens)
     committed = [*draft[: result.num_accepted_tokens], result.bonus_token_id]
 
     assert committed == picks[: len(committed)], "every committed token is the target's own pick"
@@ -52,7 +56,7 @@ def test_the_draft_changes_how_much_is_committed_never_what(
     # Past the first wrong draft token the picks belong to another text: only the common prefix counts.
     other = other_draft[: len(draft)]
     results = [
-        accept(d, picks[: len(d) + 1], stop_token_ids=stop_token_ids, max_tokens=max_tokens)
+        accept(DraftTree.of(d), picks[: len(d) + 1], stop_token_ids=stop_token_ids, max_tokens=max_tokens)
         for d in (draft, other)
     ]
     texts = [
@@ -62,23 +66,59 @@ def test_the_draft_changes_how_much_is_committed_never_what(
     assert texts[0][:shorter] == texts[1][:shorter]
 
 
+@given(
+    st.integers(0, 2**32),
+    st.lists(tokens, min_size=1, max_size=9),
+    st.integers(0, 8),
+    st.integers(0, 20),
+    st.frozensets(tokens, max_size=1),
+    st.integers(1, 10),
+)
+def test_a_tree_commits_what_the_chain_of_its_right_path_commits(
+    seed: int,
+    text: list[int],
+    num_right: int,
+    num_wrong: int,
+    stop_token_ids: frozenset[int],
+    max_tokens: int,
+) -> None:
+    """The target picks along `text`, and something of its own after what is not in it."""
+    random = Random(seed)
+    tree = random_tree(random, text[:num_right], num_wrong=num_wrong, vocab_size=4)
+    paths = [[tree.token_ids[node] for node in tree.path_to(index)] for index in range(len(tree))]
+    goes_on = [*text, 3, 3, 3]
+    picks = [
+        goes_on[len(path)] if path == goes_on[: len(path)] else random.randrange(4) for path in [[], *paths]
+    ]
+    result = accept(tree, picks, stop_token_ids=stop_token_ids, max_tokens=max_tokens)
+
+    right = max((path for path in paths if path == goes_on[: len(path)]), key=len, default=[])
+    chain = accept(
+        DraftTree.of(right), goes_on[: len(right) + 1], stop_token_ids=stop_token_ids, max_tokens=max_tokens
+    )
+    accepted = [tree.token_ids[node] for node in result.path]
+    assert accepted == right[: chain.num_accepted_tokens]
+    assert (result.bonus_token_id, result.finish_reason) == (chain.bonus_token_id, chain.finish_reason)
+    assert [tree.parents[node] for node in result.path] == [ANCHOR, *result.path][: len(result.path)]
+
+
 @pytest.mark.parametrize(
     ("draft", "picks", "expected"),
     [
-        ([], [7], Acceptance(0, 7)),
-        ([1, 2], [1, 2, 3], Acceptance(2, 3)),
-        ([1, 2], [1, 9, 3], Acceptance(1, 9)),
-        ([5, 2], [1, 2, 3], Acceptance(0, 1)),
-        ([0, 2], [0, 2, 3], Acceptance(0, 0, FinishReason.STOP_TOKEN)),
-        ([1, 0], [1, 4, 0], Acceptance(1, 4)),
-        ([1, 2, 3, 4], [1, 2, 3, 4, 5], Acceptance(3, 4, FinishReason.LENGTH)),
+        ([], [7], Acceptance((), 7)),
+        ([1, 2], [1, 2, 3], Acceptance((0, 1), 3)),
+        ([1, 2], [1, 9, 3], Acceptance((0,), 9)),
+        ([5, 2], [1, 2, 3], Acceptance((), 1)),
+        ([0, 2], [0, 2, 3], Acceptance((), 0, FinishReason.STOP_TOKEN)),
+        ([1, 0], [1, 4, 0], Acceptance((0,), 4)),
+        ([1, 2, 3, 4], [1, 2, 3, 4, 5], Acceptance((0, 1, 2), 4, FinishReason.LENGTH)),
     ],
 )
 def test_examples(draft: list[int], picks: list[int], expected: Acceptance) -> None:
-    assert accept(draft, picks, stop_token_ids={0}, max_tokens=4) == expected
+    assert accept(DraftTree.of(draft), picks, stop_token_ids={0}, max_tokens=4) == expected
 
 
 @pytest.mark.parametrize(("num_picks", "max_tokens"), [(1, 5), (3, 5), (2, 0)])
 def test_misuse_is_refused(num_picks: int, max_tokens: int) -> None:
     with pytest.raises(ValueError, match="one pick per draft token"):
-        accept([1], [1] * num_picks, stop_token_ids=(), max_tokens=max_tokens)
+        accept(DraftTree.of([1]), [1] * num_picks, stop_token_ids=(), max_tokens=max_tokens)

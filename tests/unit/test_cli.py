@@ -72,7 +72,8 @@ def test_generate_json_is_one_object(gateway: ScriptedGateway) -> None:
     ]
     assert set(answer["speculation"]) == {
         *("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "mean_acceptance_length"),
-        *("acceptance_histogram", "draft_ms", "verify_ms", "transport_ms"),
+        *("acceptance_histogram", "acceptance_by_depth", "draft_tokens_per_token"),
+        *("draft_ms", "verify_ms", "transport_ms"),
     }
     assert answer["token_ids"] == [11, 12, 13, 14, 2]
 

@@ -122,6 +122,8 @@ def test_to_json_has_the_documented_keys(client: Client) -> None:
         "num_accepted_tokens": 3,
         "mean_acceptance_length": 2.5,
         "acceptance_histogram": [0, 1, 1],
+        "acceptance_by_depth": [1.0, 0.5, 0.0],
+        "draft_tokens_per_token": 1.0,
         "draft_ms": 0.1,
         "verify_ms": 1.5,
         "transport_ms": 0.3,

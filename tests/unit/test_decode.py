@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from gateway.decode import Draft, Round, StateHandle, Verified, decode
 from gateway.tracing import RequestTrace
+from specdec.draft_tree import DraftTree
 from specdec.errors import UnavailableError
 from specdec.telemetry import Telemetry, make_telemetry
 
@@ -34,7 +35,11 @@ class FakeVerifier:
         return self._answer((), traceparent)
 
     async def verify(
-        self, base_committed_length: int, draft_token_ids: Sequence[int], traceparent: str
+        self,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        traceparent: str,
+        parent_indices: Sequence[int] = (),
     ) -> Verified:
         self.bases.append(base_committed_length)
         self.drafts.append(tuple(draft_token_ids))
@@ -66,6 +71,7 @@ class FakeDrafter:
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
         self.calls.append((list(committed_token_ids), num_draft_tokens, traceparent))
         start = len(committed_token_ids) - len(PROMPT)
@@ -83,6 +89,7 @@ class NoGuess(FakeDrafter):
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
         await super().propose(committed_token_ids, num_draft_tokens, traceparent, target_state)
         return Draft(fallback_reason="no idea")
@@ -108,6 +115,66 @@ async def run(
             trace=trace,
         )
     ]
+
+
+async def test_a_tree_commits_its_accepted_path() -> None:
+    class TreeDrafter(FakeDrafter):
+        async def propose(
+            self,
+            committed_token_ids: Sequence[int],
+            num_draft_tokens: int,
+            traceparent: str,
+            target_state: StateHandle | None = None,
+            num_draft_nodes: int = 0,
+        ) -> Draft:
+            assert num_draft_nodes == 9
+            done = len(committed_token_ids) - len(PROMPT)
+            right = self.output[done : done + num_draft_tokens]
+            nodes, tip = [(-1, WRONG)], -1
+            for token in right:
+                nodes += [(tip, token), (tip, WRONG - 1)]
+                tip = len(nodes) - 2
+            return Draft(
+                tuple(token for _, token in nodes), parent_indices=tuple(parent for parent, _ in nodes)
+            )
+
+    class TreeVerifier(FakeVerifier):
+        async def verify(
+            self,
+            base_committed_length: int,
+            draft_token_ids: Sequence[int],
+            traceparent: str,
+            parent_indices: Sequence[int] = (),
+        ) -> Verified:
+            tree = DraftTree.of(draft_token_ids, parent_indices)
+            wanted, path, node = self.output[self.num_committed :], list[int](), -1
+            while (node, wanted[len(path)]) in (
+                nodes := list(zip(tree.parents, tree.token_ids, strict=True))
+            ):
+                if len(path) + 1 == len(wanted):
+                    break
+                node = nodes.index((node, wanted[len(path)]))
+                path.append(node)
+            self.num_committed += len(path) + 1
+            finish_reason = "length" if self.num_committed == len(self.output) else ""
+            bonus = wanted[len(path)]
+            return Verified(len(path), bonus, finish_reason, accepted_node_indices=tuple(path))
+
+    output = list(range(30))
+    rounds = [
+        this
+        async for this in decode(
+            TreeVerifier(output),
+            TreeDrafter(output),
+            prompt_token_ids=PROMPT,
+            max_new_tokens=30,
+            num_draft_tokens=4,
+            num_draft_nodes=9,
+            trace=RequestTrace(make_telemetry("test").tracer, ""),
+        )
+    ]
+    assert [token_id for this in rounds for token_id in this.token_ids] == output
+    assert [this.verified.num_accepted_tokens for this in rounds] == [0, 4, 4, 4, 4, 4, 3]
 
 
 @given(

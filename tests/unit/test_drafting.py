@@ -45,9 +45,9 @@ def failing(error: SpecdecError) -> Callable[[], Awaitable[Draft]]:
     return fail
 
 
-def drafting(*token_ids: int) -> Callable[[], Awaitable[Draft]]:
+def drafting(*token_ids: int, parents: tuple[int, ...] = ()) -> Callable[[], Awaitable[Draft]]:
     async def draft() -> Draft:
-        return Draft(token_ids)
+        return Draft(token_ids, parent_indices=parents)
 
     return draft
 
@@ -68,6 +68,7 @@ class FakeSession:
         num_draft_tokens: int,
         traceparent: str,
         target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
     ) -> Draft:
         self.rounds.append((list(new_token_ids), committed_length, num_draft_tokens, traceparent))
         return await (self.script.pop(0) if self.script else answer)()
@@ -165,6 +166,45 @@ class TestAWorkingDrafter:
 
     async def test_no_drafts_is_the_source_of_plain_decoding(self) -> None:
         assert await NoDrafts().propose(PROMPT, 4, "") == Draft()
+
+
+class TestADraftTree:
+    async def test_is_passed_on_and_one_path_is_a_chain(self) -> None:
+        tree = drafting(7, 8, 7, parents=(-1, -1, 1))
+        drafters = FakeDrafters([tree, drafting(7, 8, parents=(-1, 0))])
+        async with drafters.link() as link:
+            draft = await link.propose(PROMPT, 2, "", None, 3)
+            assert draft == Draft((7, 8, 7), parent_indices=(-1, -1, 1))
+            assert await link.propose(PROMPT, 2, "", None, 3) == Draft((7, 8))
+        assert drafters.num_attempts == 1
+
+    @pytest.mark.parametrize(
+        ("draft", "fragment"),
+        [
+            (drafting(7, 8, 9, 9, parents=(-1, -1, 1, 0)), "more than 3 tokens"),
+            (drafting(7, 8, 9, parents=(-1, -1, -1)), ""),
+            (drafting(7, 7, parents=(-1, -1)), "same token"),
+            (drafting(7, 8, parents=(-1, 1)), "earlier token"),
+            (drafting(7, 8, parents=(-1,)), "parent_indices"),
+            (drafting(7, 8, 9, 1, parents=(-1, 0, 1, -1)), "more than"),
+            (drafting(7, 8, 9, parents=(-1, 0, 1)), "more than 2 tokens"),
+            (drafting(7, VOCAB_SIZE, parents=(-1, -1)), "target does not have"),
+        ],
+    )
+    async def test_is_checked_as_the_verifier_would(
+        self, draft: Callable[[], Awaitable[Draft]], fragment: str
+    ) -> None:
+        drafters = FakeDrafters([draft])
+        async with drafters.link() as link:
+            checked = await link.propose(PROMPT, 2, "", None, 3)
+            assert fragment in checked.fallback_reason
+            assert bool(checked.token_ids) == (not fragment)
+        drafters.assert_all_closed_once()
+
+    async def test_that_nobody_asked_for_is_refused(self) -> None:
+        drafters = FakeDrafters([drafting(7, 8, parents=(-1, -1))])
+        async with drafters.link() as link:
+            assert (await link.propose(PROMPT, 2, "")).fallback_reason
 
 
 class TestASlowOpening:

@@ -17,6 +17,7 @@ from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.packed_model import PackedModel
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
+from tests.trees import random_tree
 
 TEXTS = [torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
 TOLERANCE = 2e-3
@@ -85,6 +86,48 @@ def test_what_another_session_left_is_not_seen(pair: tuple[PackedModel, list[Ten
     text, allocation = TEXTS[0], packed.pool.allocate(len(TEXTS[0]))
     logits = packed.forward([Segment(allocation, 0, text[:40], 40)])[0]
     assert torch.allclose(logits, expected[0][:40], atol=TOLERANCE, rtol=TOLERANCE)
+    packed.pool.free(allocation)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(seed=st.integers(0, 2**32), start=st.sampled_from([1, 13, 16, 40, 58, 63, 64, 65, 80]))
+def test_a_tree_gives_every_path_what_it_gets_as_a_chain(
+    pair: tuple[PackedModel, list[Tensor]], seed: int, start: int
+) -> None:
+    packed, expected = pair
+    random = Random(seed)
+    text = TEXTS[0]
+    right = text[start + 1 : start + 1 + random.choice([0, 3, 9])]
+    tree = random_tree(random, right, num_wrong=random.choice([2, 25]), vocab_size=VOCAB_SIZE)
+    allocation = packed.pool.allocate(len(text) + len(tree))
+    packed.forward([Segment(allocation, 0, text[:start], 0)])
+    parents = [-1, *(parent + 1 for parent in tree.parents)]
+    segment = Segment(allocation, start, [text[start], *tree.token_ids], len(tree) + 1, parents)
+    # Another session shares the pass.
+    other = packed.pool.allocate(70)
+    logits, _ = packed.forward([segment, Segment(other, 0, TEXTS[1][:70], 1)])
+    for index in range(len(tree)):
+        path = tree.path_to(index)
+        tokens = [text[start], *(tree.token_ids[node] for node in path)]
+        wanted = packed.forward([Segment(allocation, start, tokens, len(tokens))])[0]
+        rows = [0, *(node + 1 for node in path)]
+        assert torch.allclose(logits[rows], wanted, atol=TOLERANCE, rtol=TOLERANCE)
+        if tokens == text[start : start + len(tokens)]:
+            stop = start + len(tokens)
+            assert torch.allclose(wanted, expected[0][start:stop], atol=TOLERANCE, rtol=TOLERANCE)
+    packed.pool.free(allocation)
+    packed.pool.free(other)
+
+
+def test_a_tree_with_one_path_is_computed_bit_for_bit_as_the_chain(
+    pair: tuple[PackedModel, list[Tensor]],
+) -> None:
+    packed, _ = pair
+    text, allocation = TEXTS[0], packed.pool.allocate(len(TEXTS[0]))
+    packed.forward([Segment(allocation, 0, text[:50], 0)])
+    chain = packed.forward([Segment(allocation, 50, text[50:80], 30)])[0]
+    tree = packed.forward([Segment(allocation, 50, text[50:80], 30, range(-1, 29))])[0]
+    assert torch.equal(tree, chain)
     packed.pool.free(allocation)
 
 

@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from specdec.draft_tree import DraftTree
 from specdec.runtime.picks import PickContext, Picker, process_logits, top_logprobs, truncate
 from specdec.sampling import SamplingParams
 
@@ -130,7 +131,7 @@ def test_repetition_penalty_is_transformers() -> None:
 def test_presence_and_frequency_count_the_output_and_the_draft_before_a_row() -> None:
     logits = torch.zeros(3, VOCAB_SIZE)
     sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    process_logits(logits, PickContext(sampling, [1, 2, 3, 3], 2, draft_token_ids=[4, 3]))
+    process_logits(logits, PickContext(sampling, [1, 2, 3, 3], 2, DraftTree((4, 3))))
     assert logits[0, [1, 2, 3, 4]].tolist() == [0, 0, -1.0, 0]
     assert logits[1, [1, 2, 3, 4]].tolist() == [0, 0, -1.0, -0.75]
     assert logits[2, [1, 2, 3, 4]].tolist() == [0, 0, -1.25, -0.75]

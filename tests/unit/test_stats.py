@@ -7,7 +7,7 @@ from typing import Any
 
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from gateway.decode import Draft, Round, Verified
+from gateway.decode import Draft, Proposal, Round, Verified
 from gateway.stats import GatewayMetrics, SpeculationTally
 from specdec.telemetry import make_telemetry
 from specdec.v1 import gateway_pb2
@@ -56,6 +56,48 @@ def test_sums_and_histograms() -> None:
     assert stats.transport_ns == 5 + 20 + 2 + 3 + 1 + 10 + 4 + 1
     assert stats.num_fallback_rounds == 1
     assert stats.fallback_reason == "lost"
+
+
+TREE = Round(
+    Draft(
+        (4, 5, 6, 7, 8),
+        parent_indices=(-1, 0, -1, 2, 2),
+        proposals=(
+            Proposal("a", frozenset({0, 1, 2})),
+            Proposal("b", frozenset({2, 3, 4})),
+            Proposal("c", fallback_reason="late"),
+        ),
+    ),
+    Verified(2, 9, accepted_node_indices=(2, 4)),
+)
+"""Two paths of the drafter a, three of b, which share a beginning; one of b's is accepted."""
+
+
+def test_positions_of_a_tree_are_depths_and_proposers_have_their_shares() -> None:
+    stats = tally_of(PREFILL, TREE, TREE, make_round(3, 1), method="a+b+c")
+    assert TREE.token_ids == (6, 8, 9)
+    assert (stats.num_rounds, stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 13, 5)
+    assert list(stats.acceptance_histogram) == [0, 1, 2, 0]
+    assert list(stats.num_draft_tokens_per_position) == [3, 3, 1]
+    assert list(stats.num_accepted_tokens_per_position) == [3, 2, 0]
+    assert stats.num_fallback_rounds == 0, "the rounds had a draft"
+    shares = [
+        (one.drafter, one.num_draft_tokens, one.num_accepted_tokens, one.num_sole_accepted_tokens)
+        for one in stats.proposers
+    ]
+    assert shares == [("a", 6, 2, 0), ("b", 6, 4, 2), ("c", 0, 0, 0)]
+    assert [(one.num_fallback_rounds, one.fallback_reason) for one in stats.proposers] == [
+        *((0, ""), (0, ""), (2, "late"))
+    ]
+
+
+def test_what_each_drafter_proposed_is_counted() -> None:
+    reader = InMemoryMetricReader()
+    metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
+    metrics.add_round("a+b+c", TREE)
+    assert sums(reader, "specdec.proposer.draft_tokens", "drafter") == {"a": 3, "b": 3, "c": 0}
+    assert sums(reader, "specdec.proposer.accepted_tokens", "drafter") == {"a": 1, "b": 2, "c": 0}
+    assert sums(reader, "specdec.draft_tokens") == {"a+b+c": 5}
 
 
 def test_a_prefill_alone_is_no_round() -> None:

@@ -1,0 +1,89 @@
+"""Requests with several drafters: the target's text, whoever of them is there, and who it came from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from specdec.client import AsyncClient, GenerateOptions
+from specdec.sampling import SamplingParams
+from tests.integration.gated_drafter import Gate, eventually
+from tests.integration.test_lossless import PROMPTS, SAMPLINGS, TEST_FAMILIES
+from tests.systems import running_drafter, running_gateway, running_system, running_verifier
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), *SAMPLINGS[:5]], ids=str)
+async def test_merged_drafts_give_the_same_text(
+    sampling: SamplingParams, tiny_llama: Path, noisy_llama: Path
+) -> None:
+    drafters = ("ngram", "wrong", f"noisy=causal-lm:{noisy_llama}", f"same=causal-lm:{tiny_llama}")
+    options = {"max_new_tokens": 70, "sampling": sampling, "ignore_eos": True}
+    async with running_system(tiny_llama, *drafters, families=TEST_FAMILIES) as system:
+        for prompt in PROMPTS:
+            plain = await system.client.generate(prompt, GenerateOptions(method="none", **options))
+            for method in ("ngram+noisy", "wrong+ngram+noisy", "same+wrong"):
+                for num_draft_nodes in (0, 6):
+                    answer = await system.client.generate(
+                        prompt, GenerateOptions(method=method, num_draft_nodes=num_draft_nodes, **options)
+                    )
+                    assert answer.token_ids == plain.token_ids, (method, num_draft_nodes)
+                    speculation = answer.speculation
+                    assert speculation.method == method
+                    assert [one.drafter for one in speculation.proposers] == method.split("+")
+                    assert not any(one.fallback_reason for one in speculation.proposers)
+
+
+async def test_the_merged_tree_accepts_what_the_best_drafter_does(
+    tiny_llama: Path, noisy_llama: Path
+) -> None:
+    drafters = ("wrong", f"same=causal-lm:{tiny_llama}")
+    options = {"max_new_tokens": 41, "num_draft_tokens": 4, "ignore_eos": True}
+    async with running_system(tiny_llama, *drafters, families=TEST_FAMILIES) as system:
+        alone = await system.client.generate(PROMPTS[0], GenerateOptions(method="same", **options))
+        merged = await system.client.generate(PROMPTS[0], GenerateOptions(method="wrong+same", **options))
+    assert alone.token_ids == merged.token_ids
+    wrong, same = merged.speculation.proposers
+    assert alone.speculation.num_rounds == merged.speculation.num_rounds == 8
+    assert same.num_accepted_tokens == merged.speculation.num_accepted_tokens == 32
+    assert same.num_sole_accepted_tokens >= 31
+    assert wrong.num_draft_tokens == 4 * 8
+    assert merged.speculation.draft_tokens_per_token > 1.5
+    assert merged.speculation.acceptance_by_depth == (1.0,) * 4
+    document = merged.to_json()["speculation"]
+    assert [one["drafter"] for one in document["proposers"]] == ["wrong", "same"]
+
+
+async def test_a_drafter_that_is_late_is_left_out(tiny_llama: Path) -> None:
+    gate = Gate()
+    options = GenerateOptions(max_new_tokens=60, ignore_eos=True)
+    async with (
+        running_verifier(tiny_llama) as (verifier, _),
+        running_drafter("gated", families=gate.families) as (gated_at, _),
+        running_drafter(f"same=causal-lm:{tiny_llama}") as (same_at, _),
+        running_gateway(
+            tiny_llama, verifier=verifier, drafter=f"{gated_at},{same_at}", draft_timeout_s=0.3
+        ) as (gateway, _),
+        AsyncClient(gateway, timeout_s=60) as client,
+    ):
+        await eventually_offers(client, "gated", "same")
+        plain = await client.generate(PROMPTS[0], replace(options, method="none"))
+        answer = await client.generate(PROMPTS[0], replace(options, method="gated+same"))
+        gate.open()
+    assert answer.token_ids == plain.token_ids
+    gated, same = answer.speculation.proposers
+    assert "no draft within 0.3 s" in gated.fallback_reason
+    # The last token of all needs no draft.
+    assert gated.num_fallback_rounds >= answer.speculation.num_rounds - 1
+    assert (same.num_fallback_rounds, same.fallback_reason) == (0, "")
+    assert same.num_draft_tokens == answer.speculation.num_draft_tokens > 0
+
+
+async def eventually_offers(client: AsyncClient, *methods: str) -> None:
+    """Return once the gateway knows these drafters."""
+
+    async def are_there() -> bool:
+        return set(methods) <= set((await client.info()).methods)
+
+    await eventually(are_there)

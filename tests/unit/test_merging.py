@@ -1,0 +1,95 @@
+"""Several drafters for one round: asked at once, merged within a budget, not missed when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from gateway.decode import Draft, Proposal, StateHandle
+from gateway.merging import MergedDrafts, NamedSource
+
+PROMPT = [1, 2, 3]
+
+
+class Source:
+    """Proposes the same every round, after a while."""
+
+    def __init__(self, draft: Draft, *, delay_s: float = 0.0) -> None:
+        self.draft = draft
+        self.delay_s = delay_s
+        self.asked: list[tuple[int, int]] = []
+
+    async def propose(
+        self,
+        committed_token_ids: Sequence[int],
+        num_draft_tokens: int,
+        traceparent: str,
+        target_state: StateHandle | None = None,
+        num_draft_nodes: int = 0,
+    ) -> Draft:
+        assert (list(committed_token_ids), traceparent) == (PROMPT, "trace")
+        self.asked.append((num_draft_tokens, num_draft_nodes))
+        await asyncio.sleep(self.delay_s)
+        return self.draft
+
+
+def merged(*sources: Source, may_branch: bool = False) -> MergedDrafts:
+    """Sources named a, b, ..., which draft at most 2, 3, ... tokens."""
+    named = [
+        NamedSource(name, one, 2 + at) for at, (name, one) in enumerate(zip("abc", sources, strict=False))
+    ]
+    return MergedDrafts(named, may_branch=may_branch)
+
+
+async def test_proposals_become_one_tree() -> None:
+    left, right = Source(Draft((7, 8))), Source(Draft((7, 9, 5), parent_indices=(-1, 0, -1)))
+    draft = await merged(left, right).propose(PROMPT, 4, "trace", None, 8)
+    assert (draft.token_ids, draft.parent_indices) == ((7, 8, 9, 5), (-1, 0, 0, -1))
+    assert draft.proposals == (Proposal("a", frozenset({0, 1})), Proposal("b", frozenset({0, 2, 3})))
+    assert draft.fallback_reason == ""
+
+
+async def test_equal_proposals_are_a_chain() -> None:
+    draft = await merged(Source(Draft((7, 8))), Source(Draft((7, 8, 9)))).propose(PROMPT, 4, "trace", None, 8)
+    assert (draft.token_ids, draft.parent_indices) == ((7, 8, 9), ())
+
+
+async def test_each_is_asked_for_what_it_can_and_trees_only_where_they_are_wanted() -> None:
+    left, right = Source(Draft()), Source(Draft())
+    await merged(left, right).propose(PROMPT, 4, "trace", None, 8)
+    await merged(left, right, may_branch=True).propose(PROMPT, 1, "trace", None, 8)
+    assert (left.asked, right.asked) == ([(2, 0), (1, 8)], [(3, 0), (1, 8)])
+
+
+async def test_the_budget_is_shared() -> None:
+    draft = await merged(Source(Draft((1, 2, 3))), Source(Draft((4, 5, 6)))).propose(
+        PROMPT, 4, "trace", None, 4
+    )
+    assert (draft.token_ids, draft.parent_indices) == ((1, 4, 2, 5), (-1, -1, 0, 1))
+
+
+async def test_they_are_asked_at_once() -> None:
+    started = time.monotonic()
+    slow = [Source(Draft((at,), server_ns=10**7), delay_s=0.2) for at in (7, 8, 9)]
+    draft = await merged(*slow).propose(PROMPT, 4, "trace", None, 8)
+    assert time.monotonic() - started < 0.4
+    assert draft.token_ids == (7, 8, 9)
+    assert draft.server_ns == 10**7 < 2 * 10**8 <= draft.elapsed_ns
+
+
+async def test_whoever_has_nothing_is_left_out_and_its_reason_kept() -> None:
+    draft = await merged(Source(Draft(fallback_reason="late")), Source(Draft((7,)))).propose(
+        PROMPT, 4, "trace", None, 8
+    )
+    assert draft.token_ids == (7,)
+    assert draft.fallback_reason == ""
+    assert draft.proposals == (Proposal("a", fallback_reason="late"), Proposal("b", frozenset({0})))
+
+
+async def test_without_any_proposal_all_reasons_are_given() -> None:
+    lost = [Source(Draft(fallback_reason=reason)) for reason in ("late", "gone")]
+    draft = await merged(*lost).propose(PROMPT, 4, "trace", None, 8)
+    assert (draft.token_ids, draft.fallback_reason) == ((), "a: late; b: gone")
+    draft = await merged(Source(Draft()), Source(Draft())).propose(PROMPT, 4, "trace", None, 8)
+    assert (draft.token_ids, draft.fallback_reason) == ((), "")
