@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.block_layers import BlockLayers, LayerMask
 from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
 from drafter_service.drafters.head import DraftHead
@@ -178,7 +178,7 @@ class DFlashDrafter(Drafter):
         self._pool.free(_checked(session).allocation)
 
     @torch.inference_mode()
-    def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+    def propose(self, items: Sequence[DraftItem]) -> list[Drafted | SpecdecError]:
         """Drafts of up to K tokens; the sessions of one target go through the layers together."""
         return self.propose_by_target(items, self._start, self._draft)
 

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from drafter_service.config import MTP_POSITIONS
 from drafter_service.drafters.assistant import AssistantLayers
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession
+from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, DraftSession
 from drafter_service.drafters.head import DraftHead, Logits, read_draft_vocab
 from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
 from specdec.model_files import resolve_model
@@ -168,7 +168,7 @@ class MtpDrafter(Drafter):
         )
 
     @torch.inference_mode()
-    def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+    def propose(self, items: Sequence[DraftItem]) -> list[Drafted | SpecdecError]:
         """Drafts of up to K tokens; the sessions of one target take their steps together."""
         return self.propose_by_target(items, self._start, self._draft)
 
