@@ -24,6 +24,7 @@ from specdec.sampling import SamplingParams
 from tests.integration import test_dflash, test_mtp
 from tests.systems import running_system
 from tests.tiny_assistants import save_narrow_pair
+from tests.tiny_dflash import save_tiny_dflash
 
 K, NUM_NODES, NUM_TOKENS = 4, 14, 60
 SAMPLINGS = [
@@ -212,6 +213,26 @@ async def test_the_tree_of_a_markov_head_has_its_chain(tmp_path: Path) -> None:
                 for committed, num_wanted, tree in both:
                     best = along_the_best(tree)
                     assert best == recorder.chains[committed, num_wanted][: len(best)]
+
+
+@pytest.mark.parametrize("mode", ["handle", "stream"])
+async def test_drafters_that_read_different_state_draft_together(mode: str, tmp_path: Path) -> None:
+    case, block = mtp_case(tmp_path, "gemma4"), save_tiny_dflash(tmp_path / "dflash", seed=1)
+    options = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    async with running_system(
+        case.target,
+        *(case.drafter, f"dflash:{block}", "ngram"),
+        drafter_options={"target_state": mode, "target": str(case.target)},
+    ) as system:
+        plain = await system.client.generate(test_mtp.PROMPT, GenerateOptions(**options, method="none"))
+        for num_nodes in (0, 24):
+            answer = await system.client.generate(
+                test_mtp.PROMPT,
+                GenerateOptions(**options, method="mtp+dflash+ngram", num_draft_nodes=num_nodes),
+            )
+            assert answer.token_ids == plain.token_ids
+            assert [one.fallback_reason for one in answer.speculation.proposers] == [""] * 3
+            assert all(one.num_draft_tokens for one in answer.speculation.proposers)
 
 
 async def test_a_tree_accepts_more_than_a_chain(tmp_path: Path) -> None:
