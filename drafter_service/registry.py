@@ -95,7 +95,7 @@ def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     model = spec.model or pretrained("dflash")
     return DFlashDrafter(
         spec.name,
-        DFlashCheckpoint.load(model, dtype=config.dtype, device=config.device),
+        DFlashCheckpoint.load(model, dtype=config.dtype, device=config.device, threads=config.threads),
         kv_budget_bytes=int(config.kv_cache_mib * 2**20),
         max_num_draft_tokens=config.max_num_draft_tokens,
     )

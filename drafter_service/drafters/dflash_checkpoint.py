@@ -22,6 +22,7 @@ from drafter_service.drafters.head import read_draft_vocab
 from drafter_service.drafters.markov import PREFIX, MarkovHead, split_weights
 from specdec.errors import InvalidArgumentError
 from specdec.model_files import model_id, resolve_model
+from specdec.runtime.loading import usable_device
 from specdec.runtime.target_view import Projection
 
 _INDEX = "model.safetensors.index.json"
@@ -80,14 +81,21 @@ class DFlashCheckpoint:
     """What makes a draft depend on the one before it; None: nothing does."""
 
     @classmethod
-    def load(cls, model: str, *, dtype: str, device: str) -> DFlashCheckpoint:
+    def load(cls, model: str, *, dtype: str, device: str, threads: int = 0) -> DFlashCheckpoint:
         """Load a folder or hub id.
+
+        Args:
+            threads: CPU threads of this process's models; 0: as torch chooses.
 
         Raises:
             NotFoundError: there is no such checkpoint.
-            InvalidArgumentError: it is no DFlash drafter, one of a kind that is not supported, or damaged.
+            InvalidArgumentError: it is no DFlash drafter, one of a kind that is not supported, or damaged; or
+                the device is not there.
         """
         folder = resolve_model(model)
+        target = usable_device(device)
+        if threads:
+            torch.set_num_threads(threads)
         try:
             config = json.loads((folder / "config.json").read_text())
             decoder_config, settings = _read_config(config)
@@ -97,8 +105,8 @@ class DFlashCheckpoint:
             raise InvalidArgumentError(
                 f"{folder}/config.json cannot be used: {type(error).__name__}: {error}", field="drafter"
             ) from error
-        weights = _read_weights(folder, torch.device(device))
-        decoder = MuseGlimmerAssistantModel(decoder_config).to(device, getattr(torch, dtype)).eval()
+        weights = _read_weights(folder, target)
+        decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
         lm_head, draft_vocab = _take_head(folder, weights, settings.vocab_size, decoder_config.hidden_size)
         if lm_head is not None and draft_vocab is None:

@@ -82,7 +82,7 @@ _TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--minutes",
-        type=float,
+        type=click.FloatRange(min=0, min_open=True),
         default=_DEFAULTS.minutes,
         show_default=True,
         help="Time to train, generation apart.",
@@ -95,7 +95,7 @@ _TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--learning-rate",
-        type=float,
+        type=click.FloatRange(min=0, min_open=True),
         default=_DEFAULTS.learning_rate,
         show_default=True,
         help="Of AdamW, at most.",
@@ -138,7 +138,7 @@ _TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--evaluate-minutes",
-        type=float,
+        type=click.FloatRange(min=0, min_open=True),
         default=_DEFAULTS.evaluate_minutes,
         show_default=True,
         help="Time between looks at held-out acceptance.",

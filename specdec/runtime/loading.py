@@ -100,15 +100,17 @@ def usable_device(name: str) -> torch.device:
     """The device of that name.
 
     Raises:
-        InvalidArgumentError: it is not there.
+        InvalidArgumentError: it is not there, or holds no values.
     """
     import torch
 
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"Device {name!r} cannot be used: {error}", field="device") from error
+        torch.empty(1, device=device).fill_(0).item()
+    except Exception as error:  # each backend has a type of its own for its absence
+        raise InvalidArgumentError(
+            f"Device {name!r} cannot be used; give cpu, or a GPU such as cuda:0. ({error})", field="device"
+        ) from error
     return device
 
 

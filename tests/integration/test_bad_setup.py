@@ -162,9 +162,10 @@ async def test_a_pool_without_room_for_a_block_is_refused(tiny_llama: Path) -> N
 
 
 async def test_a_device_that_is_not_there_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="'cuda:99'") as raised:
-        await load_verifier(tiny_llama, device="cuda:99")
-    assert raised.value.field == "device"
+    for device in ("cuda:99", "hpu", "meta", "fast"):
+        with pytest.raises(InvalidArgumentError, match=f"'{device}'") as raised:
+            await load_verifier(tiny_llama, device=device)
+        assert raised.value.field == "device"
 
 
 async def test_a_port_in_use_is_refused_and_its_owner_unharmed(tiny_llama: Path) -> None:

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM, MuseGlimmerAssistantModel
 from transformers.cache_utils import DFlashCache
 from transformers.generation.candidate_generator import DFlashTokenCandidateGenerator
 
+from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem
 from drafter_service.drafters.dflash import DFlashDrafter
 from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
 from drafter_service.drafters.head import DraftHead
-from drafter_service.registry import FAMILIES, DrafterFactory
+from drafter_service.registry import FAMILIES, DrafterFactory, load_drafters
 from specdec.client import GenerateOptions
 from specdec.errors import InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
@@ -431,6 +432,17 @@ def test_sliding_layers_without_a_window_are_refused(window: int | None, tmp_pat
     ):
         with pytest.raises(InvalidArgumentError, match=f"sliding_window is {window}"):
             DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
+
+
+def test_the_services_device_and_threads_are_used(tmp_path: Path) -> None:
+    folder, before = save_tiny_dflash(tmp_path / "drafter"), torch.get_num_threads()
+    try:
+        load_drafters(DrafterConfig(drafter=(f"dflash:{folder}",), threads=2, kv_cache_mib=1.0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(InvalidArgumentError, match="'fast' cannot be used"):
+        load_drafters(DrafterConfig(drafter=(f"dflash:{folder}",), device="fast"))
 
 
 def test_a_head_has_a_row_for_every_token(tmp_path: Path) -> None:

@@ -414,7 +414,14 @@ def test_wrong_arguments_of_training(tiny_llama: Path, tmp_path: Path) -> None:
     model = ("--model", str(tiny_llama), "--dtype", "float32")
     code, output = run_training("--out", str(tmp_path / "none"), *model, "--resume")
     assert (code, "to resume from" in output) == (2, True)
+    for option in ("--minutes", "--learning-rate", "--evaluate-minutes"):
+        for value in ("0", "-1"):
+            code, output = run_training("--out", str(tmp_path / "none"), *model, option, value)
+            assert (code, f"Invalid value for '{option}'" in output) == (2, True)
     some_data().save(tmp_path / "tokens")
+    tokens = ("--tokens", str(tmp_path / "tokens"))
+    code, output = run_training("--out", str(tmp_path / "none"), *model, *tokens, "--device", "fast")
+    assert (code, "Device 'fast' cannot be used" in output) == (2, True)
     code, output = run_training(
         "--out", str(tmp_path / "deep"), *model, "--tokens", str(tmp_path / "tokens"), "--layers", "4"
     )
