@@ -8,7 +8,7 @@ equals the pick, as far as there is one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from specdec.errors import InvalidArgumentError
@@ -116,6 +116,24 @@ def depths_of(parent_indices: Sequence[int]) -> list[int]:
 
 def _no_tree(message: str) -> InvalidArgumentError:
     return InvalidArgumentError(message, field="parent_indices", reason="NO_DRAFT_TREE")
+
+
+def from_chains(chains: Iterable[Sequence[int]], max_num_nodes: int) -> DraftTree:
+    """The tree of several chains, the first ones whole, until it has `max_num_nodes` nodes.
+
+    No more chains are taken than are needed for that.
+    """
+    nodes: dict[tuple[int, int], int] = {}
+    """Index by (parent, token id)."""
+    for chain in chains:
+        parent = ANCHOR
+        for token_id in chain:
+            if len(nodes) == max_num_nodes and (parent, token_id) not in nodes:
+                break
+            parent = nodes.setdefault((parent, token_id), len(nodes))
+        if len(nodes) == max_num_nodes:
+            break
+    return DraftTree.of([token_id for _, token_id in nodes], [parent for parent, _ in nodes])
 
 
 def merge(trees: Sequence[DraftTree], max_num_nodes: int) -> tuple[DraftTree, list[list[int]]]:

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.base import (
+    Drafted,
+    Drafter,
+    DrafterInfo,
+    DraftItem,
+    DraftSession,
+    OpenDraft,
+)
 from drafter_service.drafters.block_layers import BlockLayers, LayerMask
 from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
+from drafter_service.drafters.growing import MAX_CHILDREN, GrowingTree, growing_tree
 from drafter_service.drafters.head import DraftHead
 from drafter_service.drafters.markov import MarkovHead
 from specdec.errors import FailedPreconditionError, SpecdecError
@@ -54,6 +62,8 @@ class _Round:
     block: Sequence[int]
     """Token ids: the anchor and the masks."""
     num_drafts: int
+    tree: GrowingTree | None = None
+    """The draft where a tree is wanted."""
 
     @property
     def start(self) -> int:
@@ -151,6 +161,7 @@ class DFlashDrafter(Drafter):
             name=name,
             family="dflash",
             max_num_draft_tokens=most,
+            max_num_draft_nodes=max_num_draft_tokens,
             default_num_draft_tokens=most,
             model_id=checkpoint.model_id,
             vocabulary_fingerprint=settings.vocabulary_fingerprint,
@@ -179,7 +190,7 @@ class DFlashDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self, items: Sequence[DraftItem]) -> list[Drafted | SpecdecError]:
-        """Drafts of up to K tokens; the sessions of one target go through the layers together."""
+        """Drafts of up to K tokens in a row; the sessions of one target go through the layers together."""
         return self.propose_by_target(items, self._start, self._draft)
 
     def _start(self, item: DraftItem) -> _Round | None:
@@ -194,7 +205,9 @@ class DFlashDrafter(Drafter):
             self._read(session, item.num_tokens)
             return None
         num_drafts = min(item.num_draft_tokens, session.max_length - len(session.token_ids))
-        return self._round(session, num_drafts) if num_drafts > 0 else None
+        if num_drafts <= 0:
+            return None
+        return self._round(session, num_drafts, growing_tree(item, num_drafts) if item.wants_tree else None)
 
     def _check(self, session: DFlashSession) -> None:
         """Refuse a session of a target that the drafter cannot follow.
@@ -231,11 +244,11 @@ class DFlashDrafter(Drafter):
         # The block is for nothing: what follows is written over it.
         self._run([_Round(session, self._context(session, stop), session.token_ids[stop : stop + 1], 0)])
 
-    def _round(self, session: DFlashSession, num_drafts: int) -> _Round:
+    def _round(self, session: DFlashSession, num_drafts: int, tree: GrowingTree | None) -> _Round:
         assert session.view is not None
         num_masks = num_drafts - 1 if self._settings.sample_from_anchor else num_drafts
         block = [session.token_ids[-1], *[self._settings.mask_token_id] * num_masks]
-        return _Round(session, self._context(session, session.view.length), block, num_drafts)
+        return _Round(session, self._context(session, session.view.length), block, num_drafts, tree)
 
     def _context(self, session: DFlashSession, stop: int) -> Tensor:
         assert session.view is not None
@@ -263,15 +276,34 @@ class DFlashDrafter(Drafter):
             return weights.embed(token_ids).to(self._dtype)
         return embedding(token_ids, weights.embedding).to(self._dtype) * scale
 
-    def _draft(self, rounds: Sequence[_Round]) -> list[list[int]]:
+    def _draft(self, rounds: Sequence[_Round]) -> list[Drafted]:
+        """One pass over the blocks; then chains and trees apart."""
         weights = rounds[0].session.target_weights
         assert weights is not None
         blocks = self._run(rounds).split([len(one.block) for one in rounds])
-        counts = [one.num_drafts for one in rounds]
         # The anchor's own place comes first, and drafts nothing unless it is said to.
-        states = torch.cat([block[-count:] for block, count in zip(blocks, counts, strict=True)])
+        places = [block[-one.num_drafts :] for one, block in zip(rounds, blocks, strict=True)]
+        drafts: list[Drafted] = [[] for _ in rounds]
+        for draft, is_tree in ((self._draft_chains, False), (self._draft_trees, True)):
+            chosen = [index for index, one in enumerate(rounds) if (one.tree is not None) == is_tree]
+            if chosen:
+                states = torch.cat([places[index] for index in chosen])
+                found = draft([rounds[index] for index in chosen], states, weights)
+                for index, one in zip(chosen, found, strict=True):
+                    drafts[index] = one
+        return drafts
+
+    def _draft_chains(
+        self, rounds: Sequence[_Round], states: Tensor, weights: TargetWeights
+    ) -> Sequence[Drafted]:
+        """The likeliest token of every place.
+
+        Args:
+            states: of the places that draft [num_rows, hidden_size], round after round.
+        """
         if self._markov:
             return self._draft_in_order(rounds, states, self._markov, weights)
+        counts = [one.num_drafts for one in rounds]
         logits = self._head.logits(states, weights)
         contexts = [_pick_context(one.session) for one in rounds]
         picks = self._head.pick(logits, counts, contexts, weights)
@@ -279,6 +311,54 @@ class DFlashDrafter(Drafter):
             draft[: self._num_sure(one.session, rows, draft)]
             for one, rows, draft in zip(rounds, logits.split(counts), picks, strict=True)
         ]
+
+    def _draft_trees(
+        self, rounds: Sequence[_Round], states: Tensor, weights: TargetWeights
+    ) -> Sequence[Drafted]:
+        """The likeliest paths, by the product of what their places say; arguments as of _draft_chains."""
+        trees = [one.tree for one in rounds if one.tree]
+        if self._markov:
+            self._grow_trees(rounds, trees, states, self._markov, weights)
+            return [tree.tree() for tree in trees]
+        logits = self._head.logits(states, weights)
+        contexts = [_pick_context(one.session) for one in rounds]
+        counts = [one.num_drafts for one in rounds]
+        found = self._head.candidates(logits, counts, contexts, weights, MAX_CHILDREN)
+        return [tree.best_paths(places) for tree, places in zip(trees, found, strict=True)]
+
+    def _grow_trees(
+        self,
+        rounds: Sequence[_Round],
+        trees: Sequence[GrowingTree],
+        states: Tensor,
+        markov: MarkovHead,
+        weights: TargetWeights,
+    ) -> None:
+        """Each step expands every tree's likeliest leaves, whose tokens correct the next places' states.
+
+        Args:
+            states: as of _draft_chains.
+        """
+        prepared = markov.prepared(states)
+        firsts = list(accumulate((one.num_drafts for one in rounds), initial=0))
+        for _ in range(max(one.num_drafts for one in rounds)):
+            leaves = [(at, node) for at, tree in enumerate(trees) for node in tree.frontier()]
+            if not leaves:
+                return
+            paths = [trees[at].path(node) for at, node in leaves]
+            contexts = [
+                _pick_context(rounds[at].session, path) for (at, _), path in zip(leaves, paths, strict=True)
+            ]
+            rows = torch.tensor(
+                [firsts[at] + len(path) for (at, _), path in zip(leaves, paths, strict=True)],
+                device=self._device,
+            )
+            before = torch.tensor([context.token_ids[-1] for context in contexts], device=self._device)
+            embeddings = weights.embed(before).to(self._dtype)
+            logits = self._head.logits(states[rows] + markov.correction(prepared[rows], embeddings), weights)
+            found = self._head.candidates(logits, [1] * len(leaves), contexts, weights, MAX_CHILDREN)
+            for (at, node), (candidates,) in zip(leaves, found, strict=True):
+                trees[at].expand(node, candidates)
 
     def _draft_in_order(
         self, rounds: Sequence[_Round], states: Tensor, markov: MarkovHead, weights: TargetWeights

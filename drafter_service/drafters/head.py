@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drafter_service.drafters.growing import Candidates
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.picks import PickContext, Picker
 from specdec.runtime.prepack import multiplier
@@ -130,9 +132,49 @@ class DraftHead:
             return [part.tolist() for part in token_ids.split(list(counts))]
         vocab_size = self.vocab_size(weights)
         logits = self._over_all_tokens(logits, vocab_size)
+        return self._picker(vocab_size, logits.device).pick(list(logits.split(list(counts))), contexts)
+
+    def candidates(
+        self,
+        logits: Tensor,
+        counts: Sequence[int],
+        contexts: Sequence[PickContext],
+        weights: TargetWeights,
+        num_candidates: int,
+    ) -> list[list[Candidates]]:
+        """The likeliest picks of the target, for the same arguments as `pick`.
+
+        Above temperature 0 they are in the order of the shared noise: by log draft_probs + gumbel(seed,
+        position), whose softmax stands for the probability that a token is the pick.
+
+        Returns:
+            Per session and row at most `num_candidates` (log probability, token id) pairs, best first.
+        """
+        return [
+            self._candidates(rows, context, self.vocab_size(weights), num_candidates)
+            for rows, context in zip(logits.split(list(counts)), contexts, strict=True)
+        ]
+
+    def _candidates(
+        self, logits: Tensor, context: PickContext, vocab_size: int, num_candidates: int
+    ) -> list[Candidates]:
+        token_ids = self.draft_vocab
+        if context.sampling.is_plain:
+            scores = logits.float()
+        else:
+            picker, token_ids = self._picker(vocab_size, logits.device), None
+            scores = picker.scores(self._over_all_tokens(logits, vocab_size), context)
+        log_probs, indices = scores.log_softmax(-1).topk(min(num_candidates, scores.shape[-1]))
+        found = indices if token_ids is None else token_ids[indices]
+        return [
+            [pair for pair in zip(*row, strict=True) if pair[0] > -math.inf]
+            for row in zip(log_probs.tolist(), found.tolist(), strict=True)
+        ]
+
+    def _picker(self, vocab_size: int, device: torch.device) -> Picker:
         if vocab_size not in self._pickers:
-            self._pickers[vocab_size] = Picker(vocab_size, logits.device)
-        return self._pickers[vocab_size].pick(list(logits.split(list(counts))), contexts)
+            self._pickers[vocab_size] = Picker(vocab_size, device)
+        return self._pickers[vocab_size]
 
     def _over_all_tokens(self, logits: Tensor, vocab_size: int) -> Tensor:
         """Logits [num_rows, vocab_size] that are -inf where the draft vocabulary has no token."""

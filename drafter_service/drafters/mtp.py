@@ -19,7 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from drafter_service.config import MTP_POSITIONS
 from drafter_service.drafters.assistant import AssistantLayers
 from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, DraftSession
+from drafter_service.drafters.growing import MAX_CHILDREN, GrowingTree, growing_tree
 from drafter_service.drafters.head import DraftHead, Logits, read_draft_vocab
+from specdec.draft_tree import ANCHOR
 from specdec.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
 from specdec.model_files import resolve_model
 from specdec.runtime.loading import LoadedModel, load_causal_lm
@@ -83,24 +85,28 @@ class Assistant:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SessionKv:
-    """Committed keys and values of one attention type, session by session; one row of queries each."""
+    """Committed keys and values of one attention type, session by session."""
 
     kv: Sequence[tuple[Tensor, Tensor]]  # per session [length, num_kv_heads, head_dim]
+    counts: Sequence[int]
+    """Rows of queries of each session."""
 
     def attend(self, queries: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
         """Attention of queries [num_heads, num_rows, head_dim], over views of the target's memory."""
         # As transformers masks it: the window reaches back from the last committed key, that one included.
         first = 0 if sliding_window is None else -sliding_window - 1
         rows = []
-        for row, (keys, values) in enumerate(self.kv):
-            num_kv_heads = keys.shape[1]
-            # Heads that share keys are queries of one attention.
-            own = queries[:, row].view(1, num_kv_heads, -1, queries.shape[-1])
+        for (keys, values), own in zip(self.kv, queries.split(list(self.counts), dim=1), strict=True):
+            # Rows of a session, and heads that share keys, are queries of one attention.
+            folded = own.reshape(1, keys.shape[1], -1, queries.shape[-1])
             attended = scaled_dot_product_attention(
-                own, keys[first:].transpose(0, 1)[None], values[first:].transpose(0, 1)[None], scale=scaling
+                folded,
+                keys[first:].transpose(0, 1)[None],
+                values[first:].transpose(0, 1)[None],
+                scale=scaling,
             )
-            rows.append(attended.reshape(queries.shape[0], -1))
-        return torch.stack(rows, dim=1)
+            rows.append(attended.reshape(*own.shape[:2], -1))
+        return torch.cat(rows, dim=1)
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +118,8 @@ class _Round:
     kv: Mapping[str, tuple[Tensor, Tensor]]
     """By attention type [length, num_kv_heads, head_dim]."""
     hidden: Tensor  # [1, backbone_hidden_size]
+    tree: GrowingTree | None = None
+    """The draft where a tree is wanted."""
     draft: list[int] = field(default_factory=list)
 
     @property
@@ -157,6 +165,7 @@ class MtpDrafter(Drafter):
             name=name,
             family="mtp",
             max_num_draft_tokens=max_num_draft_tokens,
+            max_num_draft_nodes=max_num_draft_tokens,
             default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
             model_id=assistant.loaded.model_id,
             vocabulary_fingerprint=assistant.loaded.vocabulary_fingerprint,
@@ -169,7 +178,7 @@ class MtpDrafter(Drafter):
 
     @torch.inference_mode()
     def propose(self, items: Sequence[DraftItem]) -> list[Drafted | SpecdecError]:
-        """Drafts of up to K tokens; the sessions of one target take their steps together."""
+        """Drafts of up to K tokens in a row; the sessions of one target take their steps together."""
         return self.propose_by_target(items, self._start, self._draft)
 
     def _start(self, item: DraftItem) -> _Round | None:
@@ -200,6 +209,7 @@ class MtpDrafter(Drafter):
             num_wanted,
             {kind: (keys.to(self._dtype), values.to(self._dtype)) for kind, (keys, values) in kv.items()},
             hidden.to(self._dtype),
+            growing_tree(item, num_wanted) if item.wants_tree else None,
         )
 
     def _misfit(self, session: DraftSession, kv: Mapping[str, tuple[Tensor, Tensor]], hidden: Tensor) -> str:
@@ -216,24 +226,81 @@ class MtpDrafter(Drafter):
                 return f"it reads {what} of {self._backbone_size} elements, the target's have {size}"
         return self._head.misfit(weights)
 
-    def _draft(self, rounds: Sequence[_Round]) -> list[list[int]]:
-        """Step by step; rounds leave when they have their K tokens, or stop being sure."""
-        running, weights = rounds, rounds[0].session.target_weights
+    def _draft(self, rounds: Sequence[_Round]) -> list[Drafted]:
+        """Step by step, chains and trees apart: a chain's bits are what they are without any tree."""
+        weights = rounds[0].session.target_weights
         assert weights is not None
-        hidden = torch.cat([one.hidden for one in running])
+        self._draft_chains([one for one in rounds if one.tree is None], weights)
+        self._grow_trees([(one, one.tree) for one in rounds if one.tree], weights)
+        return [one.tree.tree() if one.tree else one.draft for one in rounds]
+
+    def _draft_chains(self, running: Sequence[_Round], weights: TargetWeights) -> None:
+        """A row each; rounds leave when they have their K tokens, or stop being sure."""
+        hidden = torch.cat([one.hidden for one in running]) if running else torch.empty(0)
         while running:
-            token_ids = torch.tensor([one.last_token for one in running], device=self._device)
-            positions = [len(one.session.token_ids) - 1 + self._offset for one in running]
-            kv = {kind: _SessionKv([one.kv[kind] for one in running]) for kind in self._kv_shapes}
-            embeddings = weights.embed(token_ids).to(self._dtype)
-            states, hidden = self._layers.step(
-                embeddings, hidden, torch.tensor(positions, device=self._device), kv
-            )
-            going_on = self._extend(running, self._head.logits(states, weights), weights)
+            token_ids = [one.last_token for one in running]
+            logits, hidden = self._step(running, [1] * len(running), token_ids, hidden, weights)
+            going_on = self._extend(running, logits, weights)
             running = [running[row] for row in going_on]
             if len(going_on) < len(hidden):
                 hidden = hidden[going_on]
-        return [one.draft for one in rounds]
+
+    def _grow_trees(self, growing: Sequence[tuple[_Round, GrowingTree]], weights: TargetWeights) -> None:
+        """Each step expands the likeliest leaves of every tree: a branch is just a row."""
+        after: list[dict[int, Tensor]] = [{} for _ in growing]
+        """Per round, what the step that expanded a node returned [backbone_hidden_size]."""
+        for _ in range(max((one.num_wanted for one, _ in growing), default=0)):
+            frontiers = [tree.frontier() for _, tree in growing]
+            going_on = [at for at, nodes in enumerate(frontiers) if nodes]
+            if not going_on:
+                return
+            rows = [(at, node) for at in going_on for node in frontiers[at]]
+            contexts = [_context_of(*growing[at], node) for at, node in rows]
+            hidden = [
+                growing[at][0].hidden[0] if node == ANCHOR else after[at][growing[at][1].parent(node)]
+                for at, node in rows
+            ]
+            logits, returned = self._step(
+                [growing[at][0] for at in going_on],
+                [len(frontiers[at]) for at in going_on],
+                [context.token_ids[-1] for context in contexts],
+                torch.stack(hidden),
+                weights,
+            )
+            found = self._head.candidates(logits, [1] * len(rows), contexts, weights, MAX_CHILDREN)
+            for (at, node), (candidates,), state in zip(rows, found, returned, strict=True):
+                growing[at][1].expand(node, candidates)
+                after[at][node] = state
+
+    def _step(
+        self,
+        rounds: Sequence[_Round],
+        counts: Sequence[int],
+        token_ids: Sequence[int],
+        hidden: Tensor,
+        weights: TargetWeights,
+    ) -> tuple[Tensor, Tensor]:
+        """One draft step.
+
+        Args:
+            counts: rows of each round.
+            token_ids: each row's last token.
+            hidden: what each row's last step returned [num_rows, backbone_hidden_size].
+
+        Returns:
+            Logits [num_rows, draft_vocab_size] and hidden states [num_rows, backbone_hidden_size].
+        """
+        positions = [
+            len(one.session.token_ids) - 1 + self._offset
+            for one, count in zip(rounds, counts, strict=True)
+            for _ in range(count)
+        ]
+        kv = {kind: _SessionKv([one.kv[kind] for one in rounds], counts) for kind in self._kv_shapes}
+        embeddings = weights.embed(torch.tensor(token_ids, device=self._device)).to(self._dtype)
+        states, hidden = self._layers.step(
+            embeddings, hidden, torch.tensor(positions, device=self._device), kv
+        )
+        return self._head.logits(states, weights), hidden
 
     def _extend(self, rounds: Sequence[_Round], logits: Tensor, weights: TargetWeights) -> list[int]:
         """Append a pick to each draft; the rows that need another step.
@@ -250,6 +317,12 @@ class MtpDrafter(Drafter):
             if is_sure and len(one.draft) < one.num_wanted:
                 going_on.append(row)
         return going_on
+
+
+def _context_of(one: _Round, tree: GrowingTree, node: int) -> PickContext:
+    """What picks after a node depend on."""
+    session = one.session
+    return PickContext(session.sampling, [*session.token_ids, *tree.path(node)], session.prompt_length)
 
 
 def _own_head(model: Any, draft_vocab: Tensor | None) -> Logits:

@@ -5,20 +5,33 @@ Sources: Saxena 2023, "Prompt Lookup Decoding"; n-gram speculation as in vLLM an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.base import (
+    Drafted,
+    Drafter,
+    DrafterInfo,
+    DraftItem,
+    DraftSession,
+    OpenDraft,
+)
+from specdec.draft_tree import DraftTree, from_chains
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
+_MAX_MATCHES = 64
+"""Occurrences looked at for a tree; many say the same."""
 
 
 class NgramSession(DraftSession):
-    """Committed tokens and, per n-gram in them, the position after its last occurrence."""
+    """Committed tokens and, per n-gram in them, the positions after its occurrences, the last one first."""
 
     def __init__(self, request: OpenDraft, sizes: range) -> None:
         super().__init__(request)
         self._sizes = sizes
         self._next_position: dict[tuple[int, ...], int] = {}
+        self._earlier: dict[tuple[int, int], int] = {}
+        """By (size, position after an n-gram of that size), the position after its occurrence before."""
         self._num_indexed = 0
 
     def propose(self, num_draft_tokens: int) -> list[int]:
@@ -32,12 +45,29 @@ class NgramSession(DraftSession):
                 return self._continuation(start, num_draft_tokens)
         return []
 
+    def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
+        """What followed earlier occurrences of the last tokens, of longer n-grams first, the latest first."""
+        self._index()
+        chains = (self._continuation(start, num_draft_tokens) for start in self._matches())
+        return from_chains(islice(chains, _MAX_MATCHES), num_draft_nodes)
+
+    def _matches(self) -> Iterator[int]:
+        """Positions after earlier occurrences of the last tokens."""
+        for size in reversed(self._sizes):
+            start = self._next_position.get(tuple(self.token_ids[-size:]))
+            while start is not None and size <= len(self.token_ids):
+                yield start
+                start = self._earlier.get((size, start))
+
     def _index(self) -> None:
         # An n-gram is entered once a token follows it, so the current suffix never finds itself.
         for position in range(self._num_indexed, len(self.token_ids)):
             for size in self._sizes:
                 if size <= position:
-                    self._next_position[tuple(self.token_ids[position - size : position])] = position
+                    ngram = tuple(self.token_ids[position - size : position])
+                    if ngram in self._next_position:
+                        self._earlier[size, position] = self._next_position[ngram]
+                    self._next_position[ngram] = position
         self._num_indexed = len(self.token_ids)
 
     def _continuation(self, start: int, num_draft_tokens: int) -> list[int]:
@@ -59,17 +89,20 @@ class NgramDrafter(Drafter):
             family="ngram",
             max_num_draft_tokens=max_num_draft_tokens,
             default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
+            max_num_draft_nodes=max_num_draft_tokens,
         )
 
     def open(self, request: OpenDraft) -> NgramSession:
         """A session with an empty index; the first round fills it."""
         return NgramSession(request, self._sizes)
 
-    def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
+    def propose(self, items: Sequence[DraftItem]) -> list[Drafted]:
         """One lookup per item."""
-        return [_session(item).propose(item.num_draft_tokens) for item in items]
+        return [_draft(item) for item in items]
 
 
-def _session(item: DraftItem) -> NgramSession:
+def _draft(item: DraftItem) -> Drafted:
     assert isinstance(item.session, NgramSession)
-    return item.session
+    if item.wants_tree:
+        return item.session.propose_tree(item.num_draft_tokens, item.num_draft_nodes)
+    return item.session.propose(item.num_draft_tokens)

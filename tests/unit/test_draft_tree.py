@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.draft_tree import ANCHOR, DraftTree, merge
+from specdec.draft_tree import ANCHOR, DraftTree, from_chains, merge
 from specdec.errors import InvalidArgumentError
 from tests.trees import one_path, random_tree
 
@@ -78,6 +78,13 @@ def test_what_fits_is_a_tree_of_the_same_guesses_depth_first(
         parent != index - 1 for index, parent in enumerate(fitting.parents) if parent != ANCHOR or index
     )
     assert runs + 1 == max(len(leaves), 1), "a path's new nodes follow one another"
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=6), st.integers(0, 12))
+def test_chains_make_a_tree_the_first_ones_whole(chains: list[list[int]], max_num_nodes: int) -> None:
+    tree = from_chains(chains, max_num_nodes)
+    beginnings = [tuple(chain[: stop + 1]) for chain in chains for stop in range(len(chain))]
+    assert texts(tree) == set(list(dict.fromkeys(beginnings))[:max_num_nodes])
 
 
 @given(st.lists(trees, max_size=4))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from drafter_service.drafters.base import DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.ngram import NgramDrafter
+from specdec.draft_tree import DraftTree, from_chains
 from specdec.errors import FailedPreconditionError
 
 
@@ -23,6 +24,7 @@ def open_session(drafter: NgramDrafter, token_ids: Sequence[int]) -> DraftSessio
 
 def draft(drafter: NgramDrafter, session: DraftSession, num_draft_tokens: int) -> list[int]:
     (tokens,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1)])
+    assert isinstance(tokens, list)
     return tokens
 
 
@@ -84,6 +86,32 @@ def test_no_match_no_guess(token_ids: list[int]) -> None:
 
 def test_a_shorter_minimum_finds_more() -> None:
     assert draft_after([1, 2, 3, 1], 2, min_size=1) == [2, 3]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 20), st.data())
+def test_a_tree_has_what_followed_earlier_occurrences_the_best_match_whole(
+    token_ids: list[int], num_draft_tokens: int, num_draft_nodes: int, data: st.DataObject
+) -> None:
+    drafter = make_drafter()
+    cut = data.draw(st.integers(1, len(token_ids)))
+    session = open_session(drafter, token_ids[:cut])
+    draft(drafter, session, num_draft_tokens)
+    session.commit(token_ids[cut:], len(token_ids))
+    (found,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1, num_draft_nodes)])
+    if num_draft_nodes <= num_draft_tokens:
+        assert found == search(token_ids, num_draft_tokens, 2, 4)
+        return
+    chains = [
+        [following[index % len(following)] for index in range(num_draft_tokens)]
+        for size in (4, 3, 2)
+        for start in range(len(token_ids) - size - 1, -1, -1)
+        if token_ids[start : start + size] == token_ids[-size:]
+        for following in [token_ids[start + size :]]
+    ]
+    assert found == from_chains(chains, num_draft_nodes)
+    assert isinstance(found, DraftTree)
+    assert len(found) <= num_draft_nodes
+    assert list(found.token_ids[:num_draft_tokens]) == search(token_ids, num_draft_tokens, 2, 4)
 
 
 def test_a_missed_commit_is_refused_and_changes_nothing() -> None:

@@ -1,0 +1,146 @@
+"""How drafters that know probabilities grow a tree: the likeliest guesses first.
+
+A node's worth is the probability that its whole path is right, as the drafter sees it: the product along the
+path. (EAGLE-2, arXiv 2406.16858, for drafters that go step by step; for a block's marginals the products are
+known at once, and a heap finds the best.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush, nlargest
+
+from drafter_service.drafters.base import DraftItem
+from specdec.draft_tree import ANCHOR, DraftTree
+
+MAX_CHILDREN = 8
+"""Continuations of a node that are looked at."""
+MAX_STEP_NODES = 8
+"""Nodes of a session that are expanded in one step."""
+
+Candidates = Sequence[tuple[float, int]]
+"""(log probability, token id) pairs, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    parent: int
+    token_id: int
+    depth: int
+    log_prob: float
+    """Of the whole path."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sibling:
+    """A candidate to be a child of a node."""
+
+    parent: int
+    depth: int
+    """Of its parent."""
+    rank: int
+    """Among the candidates."""
+    parent_cost: float
+    cost: float = 0.0
+    """Negative log probability of its path."""
+
+    def __lt__(self, other: _Sibling) -> bool:
+        return (self.cost, self.parent, self.rank) < (other.cost, other.parent, other.rank)
+
+
+class GrowingTree:
+    """One session's tree in the making.
+
+    Args:
+        max_depth: most tokens in a row.
+        max_num_nodes: most tokens.
+        min_confidence: probability, 0 to 1, below which a token does not follow another one.
+    """
+
+    def __init__(self, *, max_depth: int, max_num_nodes: int, min_confidence: float = 0.0) -> None:
+        self._max_depth = max_depth
+        self._max_num_nodes = max_num_nodes
+        self._threshold = math.log(min_confidence) if min_confidence else -math.inf
+        self._nodes: list[_Node] = []
+        self._expanded: set[int] = set()
+
+    def frontier(self) -> list[int]:
+        """The nodes to expand next, ANCHOR at first; none: nothing would come of it."""
+        if ANCHOR not in self._expanded:
+            return [ANCHOR]
+        open_nodes = [
+            index
+            for index in self._best()
+            if index not in self._expanded and self._nodes[index].depth < self._max_depth
+        ]
+        return open_nodes[:MAX_STEP_NODES]
+
+    def expand(self, parent: int, candidates: Candidates) -> None:
+        """Add what may follow a node of the frontier."""
+        self._expanded.add(parent)
+        depth = 1 + (0 if parent == ANCHOR else self._nodes[parent].depth)
+        log_prob = 0.0 if parent == ANCHOR else self._nodes[parent].log_prob
+        for own, token_id in candidates:
+            if own >= self._threshold or not self._nodes:  # the first token is proposed in any case
+                self._nodes.append(_Node(parent, token_id, depth, log_prob + own))
+
+    def parent(self, index: int) -> int:
+        """A node's parent."""
+        return self._nodes[index].parent
+
+    def path(self, index: int) -> list[int]:
+        """Tokens from the anchor's child to a node, none for ANCHOR."""
+        token_ids: list[int] = []
+        while index != ANCHOR:
+            token_ids.append(self._nodes[index].token_id)
+            index = self._nodes[index].parent
+        return token_ids[::-1]
+
+    def tree(self) -> DraftTree:
+        """The best of the nodes, best first; a parent is never worse than its child, and older."""
+        best = self._best()
+        places = {index: place for place, index in enumerate(best)} | {ANCHOR: ANCHOR}
+        nodes = [self._nodes[index] for index in best]
+        return DraftTree.of([node.token_id for node in nodes], [places[node.parent] for node in nodes])
+
+    def _best(self) -> list[int]:
+        """The nodes that would be the tree now, best first."""
+        indices = range(len(self._nodes))
+        return nlargest(self._max_num_nodes, indices, key=lambda index: (self._nodes[index].log_prob, -index))
+
+    def best_paths(self, places: Sequence[Candidates]) -> DraftTree:
+        """The tree where what follows a node hangs on its depth only: no step by step is needed.
+
+        Args:
+            places: candidates for every depth.
+        """
+        token_ids: list[int] = []
+        parents: list[int] = []
+        waiting: list[_Sibling] = []
+
+        def enter(sibling: _Sibling) -> None:
+            if sibling.depth < len(places) and sibling.rank < len(places[sibling.depth]):
+                own = places[sibling.depth][sibling.rank][0]
+                if own >= self._threshold or not token_ids:
+                    heappush(waiting, replace(sibling, cost=sibling.parent_cost - own))
+
+        # Of each family of siblings only the best that is no node yet waits.
+        enter(_Sibling(parent=ANCHOR, depth=0, rank=0, parent_cost=0.0))
+        while waiting and len(token_ids) < self._max_num_nodes:
+            best = heappop(waiting)
+            token_ids.append(places[best.depth][best.rank][1])
+            parents.append(best.parent)
+            enter(replace(best, rank=best.rank + 1))
+            enter(_Sibling(len(token_ids) - 1, best.depth + 1, 0, best.cost))
+        return DraftTree.of(token_ids, parents)
+
+
+def growing_tree(item: DraftItem, max_depth: int) -> GrowingTree:
+    """The tree an item asks for, of at most `max_depth` tokens in a row."""
+    return GrowingTree(
+        max_depth=max_depth,
+        max_num_nodes=item.num_draft_nodes,
+        min_confidence=item.session.min_draft_confidence,
+    )

@@ -1,0 +1,78 @@
+"""Trees of the likeliest guesses, against all the guesses there are."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drafter_service.drafters.growing import MAX_STEP_NODES, Candidates, GrowingTree
+from specdec.draft_tree import DraftTree
+
+
+def candidates(random: Random, num: int) -> Candidates:
+    """The best of a random distribution, best first."""
+    weights = sorted((random.random() ** 3 for _ in range(num)), reverse=True)
+    total = sum(weights) * 1.3
+    token_ids = random.sample(range(9), num)
+    return [(math.log(weight / total), token_id) for weight, token_id in zip(weights, token_ids, strict=True)]
+
+
+def worths(tree: DraftTree, places: list[Candidates]) -> list[float]:
+    """Log probability of every node's path, in the tree's order."""
+    by_token = [{token_id: log_prob for log_prob, token_id in place} for place in places]
+    paths = [[tree.token_ids[node] for node in tree.path_to(index)] for index in range(len(tree))]
+    return [sum(by_token[depth][token_id] for depth, token_id in enumerate(path)) for path in paths]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40))
+def test_the_best_paths_of_a_block_are_the_likeliest_of_all(
+    seed: int, num_places: int, num_candidates: int, max_num_nodes: int
+) -> None:
+    places = [candidates(Random(seed + place), num_candidates) for place in range(num_places)]
+    growing = GrowingTree(max_depth=num_places, max_num_nodes=max_num_nodes)
+    found = worths(growing.best_paths(places), places)
+    everything = [
+        sum(log_prob for log_prob, _ in path)
+        for length in range(1, num_places + 1)
+        for path in product(*places[:length])
+    ]
+    assert found == sorted(found, reverse=True)
+    assert found == pytest.approx(sorted(everything, reverse=True)[:max_num_nodes])
+
+
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 40))
+def test_a_grown_tree_keeps_to_its_limits_and_has_the_likeliest_it_saw(
+    seed: int, max_depth: int, max_num_nodes: int
+) -> None:
+    random = Random(seed)
+    growing = GrowingTree(max_depth=max_depth, max_num_nodes=max_num_nodes)
+    seen: dict[tuple[int, ...], float] = {(): 0.0}
+    for _ in range(max_depth):
+        frontier = growing.frontier()
+        assert len(frontier) <= MAX_STEP_NODES
+        for node in frontier:
+            path = tuple(growing.path(node))
+            found = candidates(random, 4)
+            growing.expand(node, found)
+            seen |= {(*path, token_id): seen[path] + log_prob for log_prob, token_id in found}
+    tree = growing.tree()
+    paths = [tuple(tree.token_ids[node] for node in tree.path_to(index)) for index in range(len(tree))]
+    best = sorted((log_prob for path, log_prob in seen.items() if path), reverse=True)[:max_num_nodes]
+    assert [seen[path] for path in paths] == best
+    assert tree.depth <= max_depth
+
+
+def test_unlikely_tokens_follow_nothing_but_the_first_is_there_in_any_case() -> None:
+    sure, unsure = (math.log(0.8), 1), (math.log(0.1), 2)
+    growing = GrowingTree(max_depth=3, max_num_nodes=9, min_confidence=0.5)
+    growing.expand(-1, [sure, unsure])
+    growing.expand(0, [unsure])
+    assert growing.tree() == DraftTree((1,))
+    assert GrowingTree(max_depth=3, max_num_nodes=9, min_confidence=0.5).best_paths(
+        [[unsure, unsure], [sure]]
+    ) == DraftTree((2, 1))
