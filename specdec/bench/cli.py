@@ -183,6 +183,7 @@ def run_command(
     help="Tokens in the KV cache at the start.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=50, show_default=True, help="Rounds per size.")
+@click.option("--trees", "with_trees", is_flag=True, help="Measure each size as a draft tree, too.")
 @click.option(
     "--peers",
     type=_CommaList(str),
@@ -194,7 +195,7 @@ def run_command(
     "directory",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="Folder for pass.json.",
+    help="Folder for pass.json and pass.png.",
 )
 def pass_command(
     verifier: str | None,

@@ -21,6 +21,7 @@ from typing import Any, Self
 import grpc
 from rich.table import Table
 
+from specdec.bench import plots
 from specdec.bench.backends import TransformersBackend
 from specdec.bench.provenance import collect
 from specdec.channel import sync_channel
@@ -31,6 +32,10 @@ from specdec.model_files import model_id, resolve_model
 from specdec.v1 import common_pb2, verifier_pb2, verifier_pb2_grpc
 
 RESULTS_FILE = "pass.json"
+FIGURE_FILE = "pass.png"
+CHAIN, TREE = "chain", "tree"
+_LEAST_TREE_TOKENS = 3
+"""The anchor and two children: less has no branches."""
 _NUM_WARMUP_ROUNDS = 5
 
 
@@ -51,6 +56,8 @@ class PassRow:
     """Median time of the peer's forward pass and arg max, milliseconds; None: it was not asked for."""
     relative_to_transformers: float | None = None
     """Median over the rounds of compute time over the peer's time, each in the same turn."""
+    shape: str = CHAIN
+    """CHAIN, or TREE for a random draft tree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,7 @@ def measure(
     context_tokens: int,
     repeats: int,
     peer_model: str | None = None,
+    with_trees: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[PassRow]:
     """Send rounds of random drafts of each size in turn, so that drift hits all sizes alike.
@@ -81,12 +89,16 @@ def measure(
         repeats: measured rounds per size.
         peer_model: the verifier's model, as its command line names it, to be run by transformers too; None:
             no peer is measured.
+        with_trees: whether each size comes as a random tree, too.
 
     Raises:
         SpecdecError: the verifier refused, runs another model, or the peer failed.
     """
     generator = random.Random(0)
-    samples: dict[int, list[Sample]] = {size: [] for size in sizes}
+    drafts = [(size, CHAIN) for size in sizes]
+    if with_trees:
+        drafts += [(size, TREE) for size in sizes if size >= _LEAST_TREE_TOKENS]
+    samples: dict[tuple[int, str], list[Sample]] = {draft: [] for draft in drafts}
     try:
         with ExitStack() as stack:
             channel = stack.enter_context(sync_channel(verifier))
@@ -94,25 +106,25 @@ def measure(
             info = stub.GetInfo(verifier_pb2.VerifierServiceGetInfoRequest(), timeout=10)
             passes = stack.enter_context(_PeerPasses(peer_model, info.model)) if peer_model else None
             rounds = _Rounds(stub, info.model.vocab_size, generator)
-            num_rounds = (repeats + _NUM_WARMUP_ROUNDS) * len(sizes)
-            rounds.open(context_tokens, max_new_tokens=num_rounds * max(sizes))
+            num_rounds = (repeats + _NUM_WARMUP_ROUNDS) * len(drafts)
+            rounds.open(context_tokens, max_new_tokens=num_rounds * max(sizes), max_draft_nodes=max(sizes))
             if passes:
                 passes.open(rounds.tokens(context_tokens))
             for index in range(repeats + _NUM_WARMUP_ROUNDS):
-                for size in sizes:
+                for size, shape in drafts:
                     # Either goes first as often: what ran last left the caches its own.
                     first = passes.run(rounds.tokens(size)) if passes and index % 2 else 0
-                    sample = rounds.run(size - 1)
+                    sample = rounds.run(size - 1, shape)
                     if passes:
                         peer_ns = first or passes.run(rounds.tokens(size))
                         sample = replace(sample, transformers_ns=peer_ns)
                     if index >= _NUM_WARMUP_ROUNDS:
-                        samples[size].append(sample)
+                        samples[size, shape].append(sample)
                 on_progress(index + 1, repeats + _NUM_WARMUP_ROUNDS)
             rounds.close()
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
-    return _rows(samples, sizes)
+    return _rows(samples)
 
 
 class _Rounds:
@@ -124,7 +136,7 @@ class _Rounds:
         self._generator = generator
         self._committed_length = 0
 
-    def open(self, num_tokens: int, *, max_new_tokens: int) -> None:
+    def open(self, num_tokens: int, *, max_new_tokens: int, max_draft_nodes: int) -> None:
         self._requests: queue.SimpleQueue[verifier_pb2.VerifyRequest | None] = queue.SimpleQueue()
         self._responses = self._stub.Verify(iter(self._requests.get, None))
         message = verifier_pb2.VerifyOpen(
@@ -132,14 +144,22 @@ class _Rounds:
             prompt_token_ids=self.tokens(num_tokens),
             max_new_tokens=max_new_tokens,
             ignore_eos=True,
+            max_num_draft_nodes=max_draft_nodes,
         )
         response, _ = self._exchange(verifier_pb2.VerifyRequest(open=message))
         self._committed_length = response.opened.first.committed_length
 
-    def run(self, num_draft_tokens: int) -> Sample:
+    def run(self, num_draft_tokens: int, shape: str) -> Sample:
         """One round."""
+        parents: Sequence[int] = ()
+        if shape == TREE:
+            # Any earlier node may be the parent: about half of the nodes are leaves.
+            parents = [self._generator.randrange(-1, index) for index in range(num_draft_tokens)]
         message = verifier_pb2.VerifyRound(
-            base_committed_length=self._committed_length, draft_token_ids=self.tokens(num_draft_tokens)
+            base_committed_length=self._committed_length,
+            # All different: siblings must be.
+            draft_token_ids=self._generator.sample(range(self._vocab_size), num_draft_tokens),
+            parent_indices=parents,
         )
         response, elapsed_ns = self._exchange(verifier_pb2.VerifyRequest(round=message))
         self._committed_length = response.result.committed_length
@@ -194,11 +214,12 @@ class _PeerPasses:
         return self._runner.run(self._backend.time_pass(token_ids))
 
 
-def _rows(samples: dict[int, list[Sample]], sizes: Sequence[int]) -> list[PassRow]:
-    return [_row(size, samples[size], samples[sizes[0]]) for size in sizes]
+def _rows(samples: dict[tuple[int, str], list[Sample]]) -> list[PassRow]:
+    first = next(iter(samples.values()))
+    return [_row(size, shape, mine, first) for (size, shape), mine in samples.items()]
 
 
-def _row(size: int, mine: Sequence[Sample], first: Sequence[Sample]) -> PassRow:
+def _row(size: int, shape: str, mine: Sequence[Sample], first: Sequence[Sample]) -> PassRow:
     with_peer = [sample for sample in mine if sample.transformers_ns]
     return PassRow(
         size,
@@ -208,6 +229,7 @@ def _row(size: int, mine: Sequence[Sample], first: Sequence[Sample]) -> PassRow:
         statistics.median(a.compute_ns / b.compute_ns for a, b in zip(mine, first, strict=True)),
         statistics.median(s.transformers_ns for s in with_peer) / 1e6 if with_peer else None,
         statistics.median(s.compute_ns / s.transformers_ns for s in with_peer) if with_peer else None,
+        shape,
     )
 
 
@@ -216,6 +238,21 @@ def write(directory: Path, rows: Sequence[PassRow], settings: dict[str, Any]) ->
     directory.mkdir(parents=True, exist_ok=True)
     result = {"provenance": collect() | settings, "rows": [asdict(row) for row in rows]}
     (directory / RESULTS_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if plots.has_matplotlib():
+        _draw(rows, directory / FIGURE_FILE)
+
+
+def _draw(rows: Sequence[PassRow], path: Path) -> None:
+    figure, axes = plots.new_figure(width_in=6.0)
+    for shape in dict.fromkeys(row.shape for row in rows):
+        points = [(row.num_tokens, row.relative_to_first) for row in rows if row.shape == shape]
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=shape)
+    axes.set_xlabel("tokens in the pass")
+    axes.set_ylabel(f"cost over a pass of {rows[0].num_tokens}")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path)
 
 
 def table(rows: Sequence[PassRow]) -> Table:
@@ -224,11 +261,11 @@ def table(rows: Sequence[PassRow]) -> Table:
     base = f"x {rows[0].num_tokens} token"
     has_peer = rows[0].transformers_ms_p50 is not None
     peer_columns = ("transformers ms", "step x transformers") if has_peer else ()
-    for column in ("tokens", "engine step ms", "verifier ms", "round trip ms", base, *peer_columns):
+    for column in ("tokens", "draft", "engine step ms", "verifier ms", "round trip ms", base, *peer_columns):
         result.add_column(column, justify="right")
     for row in rows:
         times = (row.compute_ms_p50, row.total_ms_p50, row.round_trip_ms_p50, row.relative_to_first)
         peer_times = (row.transformers_ms_p50, row.relative_to_transformers)
         values = (f"{value:.2f}" for value in (*times, *peer_times) if value is not None)
-        result.add_row(str(row.num_tokens), *values)
+        result.add_row(str(row.num_tokens), row.shape, *values)
     return result

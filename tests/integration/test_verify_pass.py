@@ -32,7 +32,7 @@ async def test_rows_are_measured_in_the_order_asked_for(tiny_llama: Path, tmp_pa
     assert [row.num_tokens for row in rows] == [1, 5, 3]
     assert rows[0].relative_to_first == 1.0
     assert rows[0].relative_to_transformers is None
-    assert len(verify_pass.table(rows).columns) == 5
+    assert len(verify_pass.table(rows).columns) == 6
     for row in rows:
         assert 0 < row.compute_ms_p50 <= row.total_ms_p50 <= row.round_trip_ms_p50
     assert progress[-1][0] == progress[-1][1] == len(progress)
@@ -41,6 +41,16 @@ async def test_rows_are_measured_in_the_order_asked_for(tiny_llama: Path, tmp_pa
     written = json.loads((tmp_path / "out" / verify_pass.RESULTS_FILE).read_text())
     assert written["provenance"]["model"] == "tiny"
     assert [row["num_tokens"] for row in written["rows"]] == [1, 5, 3]
+
+
+async def test_sizes_as_trees_too(tiny_llama: Path, tmp_path: Path) -> None:
+    async with running_verifier(tiny_llama) as (address, _):
+        rows = await asyncio.to_thread(
+            verify_pass.measure, address, sizes=[1, 9], context_tokens=40, repeats=3, with_trees=True
+        )
+    assert [(row.num_tokens, row.shape) for row in rows] == [(1, "chain"), (9, "chain"), (9, "tree")]
+    verify_pass.write(tmp_path, rows, {})
+    assert (tmp_path / verify_pass.FIGURE_FILE).stat().st_size > 0
 
 
 async def test_transformers_runs_the_same_passes_by_turns(tiny_llama: Path) -> None:
