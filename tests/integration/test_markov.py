@@ -116,7 +116,7 @@ async def test_a_draft_ends_where_it_is_not_sure(tmp_path: Path) -> None:
         assert await generate(system, min_draft_confidence=1.0) == text
     lengths = [len(draft) for draft in recorder.drafts.values()]
     assert min(lengths) == 1
-    assert sum(lengths) / len(lengths) < K / 2
+    assert lengths.count(1) >= 5
     for committed, draft in recorder.drafts.items():
         assert committed not in whole or whole[committed][: len(draft)] == draft
 
