@@ -162,7 +162,7 @@ class DFlashDrafter(Drafter):
             family="dflash",
             max_num_draft_tokens=most,
             max_num_draft_nodes=max_num_draft_tokens,
-            default_num_draft_tokens=most,
+            default_num_draft_tokens=min(settings.default_num_draft_tokens or most, most),
             model_id=checkpoint.model_id,
             vocabulary_fingerprint=settings.vocabulary_fingerprint,
             vocab_size=settings.vocab_size,

@@ -56,6 +56,8 @@ class DFlashSettings:
     """Of the logits, 0 for none; None: the target's."""
     vocab_size: int = 0
     """0: not said."""
+    default_num_draft_tokens: int = 0
+    """Drafts of a round that does not say how many; 0: a whole block."""
     vocabulary_fingerprint: str = ""
 
     @property
@@ -171,6 +173,7 @@ def _read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         logit_scale=float(own.get("output_multiplier", 1.0)),
         logit_softcap=float(own.get("final_logit_softcapping") or 0.0),
         vocab_size=source.vocab_size,
+        default_num_draft_tokens=int(own.get("default_num_draft_tokens", 0)),
         vocabulary_fingerprint=config.get("specdec_vocabulary_fingerprint", ""),
     )
 

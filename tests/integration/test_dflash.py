@@ -257,6 +257,17 @@ async def test_formats_hold_the_same_drafter(kind: str, tmp_path: Path) -> None:
     assert (await drafts_of(target, other)).drafts == (await drafts_of(target, drafter)).drafts
 
 
+async def test_a_checkpoint_may_say_how_much_it_drafts(tmp_path: Path) -> None:
+    target, drafter = save_pair(tmp_path, layer_types=["full_attention"] * 2)
+    config = {"block_size": BLOCK_SIZE, "mask_token_id": MASK_TOKEN_ID, "target_layer_ids": [0, 2]}
+    usual = save_as_z_lab(drafter, tmp_path / "usual", dflash_config=config)
+    short = save_as_z_lab(drafter, tmp_path / "short", dflash_config=config | {"default_num_draft_tokens": 2})
+    for folder, expected in ((usual, K), (short, 2)):
+        records = (await drafts_of(target, folder, num_draft_tokens=None)).records
+        assert {record.num_wanted for record in records[:5]} == {expected}
+    assert max(map(len, (await drafts_of(target, short)).drafts.values())) == K
+
+
 @pytest.mark.parametrize("causal", [None, False])
 async def test_windows_as_z_lab_and_speculators_have_them(causal: bool | None, tmp_path: Path) -> None:
     """A window counts the query's own position, and makes a block causal unless the config says otherwise."""
