@@ -51,12 +51,19 @@ def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:
     for index, method in enumerate(methods):
         own = {row.category: row.speedup for row in rows if row.method == method}
         places = [i + (index - (len(methods) - 1) / 2) * width for i in range(len(categories))]
-        axes.bar(places, [own.get(category) or 0.0 for category in categories], width, label=method)
+        axes.bar(
+            places,
+            [own.get(category) or 0.0 for category in categories],
+            width,
+            label=method,
+            color=f"C{index}" if index < 10 else "black",
+        )
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(categories)), [name.replace("_", "\n") for name in categories])
     axes.set_ylabel("speedup over none (TPOT)")
     axes.set_title(f"Concurrency {rows[0].concurrency}")
-    axes.legend()
+    # Beside the bars: many methods would hide them.
+    figure.legend(loc="outside right upper")
     figure.savefig(path)
     return path
 
