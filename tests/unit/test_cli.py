@@ -293,6 +293,15 @@ def test_chat_survives_an_error_and_forgets_the_turn(gateway: ScriptedGateway) -
     assert conversation.history == []
 
 
+@pytest.fixture
+def children_heed_ctrl_c() -> Iterator[None]:
+    """A shell starts what runs in its background with the signal ignored, and so would we our children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("children_heed_ctrl_c")
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(gateway: ScriptedGateway) -> None:
     gateway.script = hang
     command = [sys.executable, "-m", "specdec", "chat", "--gateway", gateway.address]
