@@ -83,7 +83,7 @@ class _BatchKv:
         block_keys: Tensor,
         block_values: Tensor,
     ) -> Tensor:
-        """One softmax over context and own block, but two products: most keys of other blocks cost nothing.
+        """One softmax over context and own block, but two products: keys of other blocks cost nothing.
 
         Args:
             hidden: [num_rows, num_context].
