@@ -181,6 +181,7 @@ def _timings(drafted: EngineResult[DraftTree], total_ns: int) -> common_pb2.Phas
         queue_ns=drafted.queue_ns,
         compute_ns=drafted.compute_ns,
         batch_size=drafted.batch_size,
+        batch_tokens=drafted.batch_tokens,
     )
 
 

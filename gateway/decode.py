@@ -14,6 +14,16 @@ TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class DraftSize:
+    """How much a round drafts."""
+
+    num_draft_tokens: int
+    """K: most tokens in a row; 0: nothing is drafted."""
+    num_draft_nodes: int = 0
+    """Most tokens of a draft tree; 0: each drafter drafts a chain."""
+
+
+@dataclass(frozen=True, slots=True)
 class Draft:
     """What drafters propose for one round, possibly nothing."""
 
@@ -59,6 +69,12 @@ class Verified:
     """Time the verifier itself took, nanoseconds."""
     elapsed_ns: int = 0
     """Time until the answer was here, nanoseconds."""
+    compute_ns: int = 0
+    """Time of the target's pass, shared by all its items, nanoseconds."""
+    batch_size: int = 1
+    """Items of that pass."""
+    batch_tokens: int = 1
+    """Tokens of all of them."""
     target_state: StateHandle | None = None
     """Where the drafter finds the target's state as of this answer."""
     accepted_node_indices: tuple[int, ...] = ()
@@ -124,21 +140,29 @@ class DraftSource(Protocol):
         `num_draft_nodes` (0: no tree) in all."""
 
 
+class SizeControl(Protocol):
+    """Decides how much a generation drafts."""
+
+    def choose(self, most: int) -> DraftSize:
+        """Size of the next round's draft, K no more than `most`."""
+
+    def observe(self, size: DraftSize, this: Round) -> None:
+        """Learn from a round whose draft had that size."""
+
+
 async def decode(
     verifier: VerifierSession,
     drafter: DraftSource,
     *,
     prompt_token_ids: Sequence[int],
     max_new_tokens: int,
-    num_draft_tokens: int,
-    num_draft_nodes: int = 0,
+    control: SizeControl,
     trace: RequestTrace,
 ) -> AsyncGenerator[Round]:
     """Generate round by round until the target says it has finished.
 
     Args:
-        num_draft_tokens: K; 0 is plain decoding.
-        num_draft_nodes: most tokens of a draft tree; 0: drafts are chains.
+        control: how much each round drafts.
 
     Raises:
         SpecdecError: the verifier failed. A drafter cannot fail a generation.
@@ -153,15 +177,21 @@ async def decode(
     while not this.verified.finish_reason:
         with trace.round() as span:
             # A round commits one token more than it accepts, so the last remaining token needs no draft.
-            wanted = min(num_draft_tokens, max_length - len(committed) - 1)
+            size = control.choose(max_length - len(committed) - 1)
             draft = Draft()
-            if wanted > 0:
-                state = this.verified.target_state
-                draft = await drafter.propose(committed, wanted, span.traceparent, state, num_draft_nodes)
+            if size.num_draft_tokens > 0:
+                draft = await drafter.propose(
+                    committed,
+                    size.num_draft_tokens,
+                    span.traceparent,
+                    this.verified.target_state,
+                    size.num_draft_nodes,
+                )
             verified = await verifier.verify(
                 len(committed), draft.token_ids, span.traceparent, draft.parent_indices
             )
             this = Round(draft, verified)
             span.describe(this)
+        control.observe(size, this)
         committed.extend(this.token_ids)
         yield this

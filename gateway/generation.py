@@ -69,8 +69,7 @@ class Generation:
                 drafter,
                 prompt_token_ids=self._plan.prompt_token_ids,
                 max_new_tokens=self._plan.max_new_tokens,
-                num_draft_tokens=self._plan.drafting.num_draft_tokens,
-                num_draft_nodes=self._plan.drafting.num_draft_nodes,
+                control=self._plan.drafting.control(self._backends.controller, verifier),
                 trace=self._trace,
             )
             await stack.enter_async_context(aclosing(rounds))
@@ -139,7 +138,7 @@ class Generation:
             ignore_eos=request.ignore_eos,
             max_new_tokens=self._plan.max_new_tokens,
             target_state_spec=self._state_spec.to_proto() if self._state_spec else None,
-            max_num_draft_nodes=self._plan.drafting.num_draft_nodes,
+            max_num_draft_nodes=self._plan.drafting.num_reserved_nodes,
         )
         if request.HasField("num_top_logprobs"):
             message.num_top_logprobs = request.num_top_logprobs
@@ -157,7 +156,7 @@ class Generation:
             if proposer.num_draft_tokens
         ]
         if len(sources) > 1:
-            return MergedDrafts(sources, may_branch=drafting.may_branch)
+            return MergedDrafts(sources, drafting.num_draft_nodes)
         return sources[0].source if sources else NoDrafts()
 
     def _link(self, proposer: Proposer, verifier: VerifierReplica) -> DraftLink:

@@ -28,13 +28,12 @@ class MergedDrafts:
     own; the round's draft is what the others propose.
 
     Args:
-        may_branch: whether drafters are asked for trees, each as large as the merged one may be, or for
-            chains.
+        max_num_nodes: most tokens of the merged tree, where a round names no budget.
     """
 
-    def __init__(self, sources: Sequence[NamedSource], *, may_branch: bool) -> None:
+    def __init__(self, sources: Sequence[NamedSource], max_num_nodes: int) -> None:
         self._sources = sources
-        self._may_branch = may_branch
+        self._max_num_nodes = max_num_nodes
 
     async def propose(
         self,
@@ -44,7 +43,10 @@ class MergedDrafts:
         target_state: StateHandle | None = None,
         num_draft_nodes: int = 0,
     ) -> Draft:
-        """A tree of everyone's proposals, or an empty draft that says why there are none."""
+        """A tree of everyone's proposals, or an empty draft that says why there are none.
+
+        With a budget of nodes each may propose a tree as large as the merged one, without one a chain.
+        """
         started_ns = time.monotonic_ns()
         drafts = await asyncio.gather(
             *(
@@ -53,13 +55,13 @@ class MergedDrafts:
                     min(num_draft_tokens, one.num_draft_tokens),
                     traceparent,
                     target_state,
-                    num_draft_nodes if self._may_branch else 0,
+                    num_draft_nodes,
                 )
                 for one in self._sources
             )
         )
         elapsed_ns = time.monotonic_ns() - started_ns
-        tree, nodes = merge([draft.tree for draft in drafts], num_draft_nodes)
+        tree, nodes = merge([draft.tree for draft in drafts], num_draft_nodes or self._max_num_nodes)
         proposals = tuple(
             Proposal(one.drafter, frozenset(mine), draft.fallback_reason)
             for one, draft, mine in zip(self._sources, drafts, nodes, strict=True)

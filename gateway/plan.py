@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from gateway.config import GatewayConfig
+from gateway.controller import PLAIN_SIZE, Controller, FixedSize
+from gateway.decode import DraftSize, SizeControl
 from gateway.registry import DrafterSet, VerifierSet
 from gateway.stats import GatewayMetrics
 from gateway.text import TextCodec, validate_stop_strings
@@ -19,6 +21,8 @@ from specdec.sampling import (
 )
 from specdec.v1 import drafter_pb2, gateway_pb2, verifier_pb2
 
+_NODE_BUDGETS = (8, 16)
+"""Sizes of draft trees the controller tries."""
 _UNKNOWN_DRAFTER = drafter_pb2.DrafterInfo(default_num_draft_tokens=4)
 """Stands for a drafter whose service was never reached: it may come up while the request runs."""
 
@@ -32,6 +36,7 @@ class Backends:
     verifiers: VerifierSet
     drafters: DrafterSet
     metrics: GatewayMetrics
+    controller: Controller = field(default_factory=Controller)
 
     @property
     def methods(self) -> list[str]:
@@ -60,14 +65,23 @@ class DraftPlan:
     method: str = PLAIN
     proposers: tuple[Proposer, ...] = ()
     num_draft_nodes: int = 0
-    """Most tokens of a draft tree; 0: drafts are chains."""
-    may_branch: bool = False
-    """Whether a drafter is asked for several continuations."""
+    """Most tokens of a draft that is a tree, of one drafter or merged; 0: there are none."""
+    size: DraftSize = PLAIN_SIZE
+    """What every round asks for, or the first one where sizes are chosen round by round."""
+    budgets: tuple[int, ...] = ()
+    """Node budgets to choose from round by round, 0 being chains; empty: `size` stays."""
 
     @property
-    def num_draft_tokens(self) -> int:
-        """K, the longest any drafter drafts in a row; 0 is plain decoding."""
-        return max((proposer.num_draft_tokens for proposer in self.proposers), default=0)
+    def num_reserved_nodes(self) -> int:
+        """Tokens of KV kept free for trees to a session's very end; chosen sizes make do with what is."""
+        return 0 if self.budgets else self.num_draft_nodes
+
+    def control(self, controller: Controller, verifier: object) -> SizeControl:
+        """What decides the size of each round's draft, on that verifier."""
+        if not self.budgets:
+            return FixedSize(self.size)
+        longest = max(proposer.num_draft_tokens for proposer in self.proposers)
+        return controller.session(verifier, self.method, self.size, longest=longest, budgets=self.budgets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +158,65 @@ def _plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_n
             "tokens a round.",
             field="num_draft_nodes",
         )
-    proposers = _proposers(request, backends, method, max_num_nodes)
-    if not any(proposer.num_draft_tokens for proposer in proposers):
+    known = {drafter.name: drafter for info in backends.drafters.known_infos for drafter in info.drafters}
+    drafters = {name: known.get(name, _UNKNOWN_DRAFTER) for name in names}
+    if request.HasField("num_draft_tokens"):
+        return _fixed_drafts(request, method, drafters, max_num_nodes)
+    return _chosen_drafts(request, method, drafters, max_num_nodes)
+
+
+def _fixed_drafts(
+    request: gateway_pb2.GenerateRequest,
+    method: str,
+    drafters: Mapping[str, drafter_pb2.DrafterInfo],
+    max_num_nodes: int,
+) -> DraftPlan:
+    """Every round asks for what the request says."""
+    limits = _limits(drafters, max_num_nodes)
+    if limits and request.num_draft_tokens > max(limits):
+        raise InvalidArgumentError(
+            f"num_draft_tokens is {request.num_draft_tokens}; {method} drafts at most "
+            f"{max(limits)} tokens a round.",
+            field="num_draft_tokens",
+        )
+    budget = request.num_draft_nodes or max_num_nodes
+    counts = [min(request.num_draft_tokens, limit, budget) for limit in limits]
+    if not any(counts):
         return DraftPlan(method)
     num_nodes = request.num_draft_nodes
-    if not num_nodes and len(proposers) > 1:
-        num_nodes = min(sum(proposer.num_draft_tokens for proposer in proposers), max_num_nodes)
-    return DraftPlan(method, proposers, num_nodes, may_branch=request.num_draft_nodes > 0)
+    if not num_nodes and len(counts) > 1:
+        num_nodes = min(sum(counts), max_num_nodes)
+    return DraftPlan(
+        method, _proposers(drafters, counts), num_nodes, DraftSize(max(counts), request.num_draft_nodes)
+    )
+
+
+def _chosen_drafts(
+    request: gateway_pb2.GenerateRequest,
+    method: str,
+    drafters: Mapping[str, drafter_pb2.DrafterInfo],
+    max_num_nodes: int,
+) -> DraftPlan:
+    """The controller chooses, round by round, within the limits of drafters, verifier and request."""
+    if not drafters:
+        return DraftPlan(method)
+    most = request.num_draft_nodes or max_num_nodes
+    limits = [min(limit, most) for limit in _limits(drafters, max_num_nodes)]
+    start = max(
+        min(drafter.default_num_draft_tokens, limit)
+        for drafter, limit in zip(drafters.values(), limits, strict=True)
+    )
+    can_branch = all(drafter.max_num_draft_nodes for drafter in drafters.values())
+    trees = [nodes for nodes in _NODE_BUDGETS if nodes < most]
+    if request.num_draft_nodes:
+        trees.append(request.num_draft_nodes)
+    return DraftPlan(
+        method,
+        _proposers(drafters, limits),
+        most if can_branch or len(drafters) > 1 else 0,
+        DraftSize(start, request.num_draft_nodes),
+        budgets=(0, *trees) if can_branch else (0,),
+    )
 
 
 def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> str:
@@ -168,25 +234,15 @@ def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> 
     )
 
 
-def _proposers(
-    request: gateway_pb2.GenerateRequest, backends: Backends, method: str, max_num_nodes: int
-) -> tuple[Proposer, ...]:
-    """The drafters of a method, each with its K."""
-    names = drafters_of(method)
-    known = {drafter.name: drafter for info in backends.drafters.known_infos for drafter in info.drafters}
-    drafters = [known.get(name, _UNKNOWN_DRAFTER) for name in names]
-    limits = [min(max_num_nodes, drafter.max_num_draft_tokens or max_num_nodes) for drafter in drafters]
-    wanted = [drafter.default_num_draft_tokens for drafter in drafters]
-    if request.HasField("num_draft_tokens"):
-        if limits and request.num_draft_tokens > max(limits):
-            raise InvalidArgumentError(
-                f"num_draft_tokens is {request.num_draft_tokens}; {method} drafts at most "
-                f"{max(limits)} tokens a round.",
-                field="num_draft_tokens",
-            )
-        wanted = [request.num_draft_tokens] * len(names)
-    budget = request.num_draft_nodes or max_num_nodes
-    counts = [min(count, limit, budget) for count, limit in zip(wanted, limits, strict=True)]
+def _limits(drafters: Mapping[str, drafter_pb2.DrafterInfo], max_num_nodes: int) -> list[int]:
+    """Most tokens each drafter may draft in a row."""
+    return [
+        min(max_num_nodes, drafter.max_num_draft_tokens or max_num_nodes) for drafter in drafters.values()
+    ]
+
+
+def _proposers(names: Iterable[str], counts: Iterable[int]) -> tuple[Proposer, ...]:
+    """Drafters and the most each drafts in a row."""
     return tuple(Proposer(name, count) for name, count in zip(names, counts, strict=True))
 
 

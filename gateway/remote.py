@@ -196,6 +196,9 @@ def _verified(
         logprobs=tuple(_logprobs(entry) for entry in result.logprobs),
         server_ns=result.timings.total_ns,
         elapsed_ns=elapsed_ns,
+        compute_ns=result.timings.compute_ns,
+        batch_size=result.timings.batch_size,
+        batch_tokens=result.timings.batch_tokens,
         target_state=target_state,
         accepted_node_indices=tuple(result.accepted_node_indices),
     )

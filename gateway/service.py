@@ -91,7 +91,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         started = gateway_pb2.GenerateStarted(
             input_tokens=len(plan.prompt_token_ids),
             method=plan.method,
-            num_draft_tokens=plan.drafting.num_draft_tokens,
+            num_draft_tokens=plan.drafting.size.num_draft_tokens,
             num_draft_nodes=plan.drafting.num_draft_nodes,
             trace_id=trace.trace_id,
             model_id=model_id,

@@ -151,6 +151,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 queue_ns=timed.queue_ns,
                 compute_ns=timed.compute_ns,
                 batch_size=timed.batch_size,
+                batch_tokens=timed.batch_tokens,
             ),
         )
 

@@ -44,6 +44,7 @@ class Timed:
     queue_ns: int
     compute_ns: int
     batch_size: int
+    batch_tokens: int
     accepted_node_indices: tuple[int, ...] = ()
     """The accepted path, in the draft as it was sent."""
 
@@ -234,6 +235,7 @@ class Verifier:
             queue_ns=sum(result.queue_ns for result in results),
             compute_ns=sum(result.compute_ns for result in results),
             batch_size=results[-1].batch_size,
+            batch_tokens=results[-1].batch_tokens,
         )
 
     def _validate(self, request: OpenRequest) -> int:

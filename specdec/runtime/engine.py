@@ -59,6 +59,8 @@ class EngineResult(Generic[ResultT]):
     """The step, shared by its whole batch, nanoseconds."""
     batch_size: int
     """Items in the step."""
+    batch_tokens: int
+    """Tokens of all of them."""
 
 
 @dataclass(slots=True)
@@ -257,12 +259,13 @@ class Engine(Generic[ItemT, ResultT]):
         ended_ns = time.monotonic_ns()
         compute_ns = ended_ns - started_ns
         self._expect(batch, ended_ns, int(compute_ns * _LINGER_SHARE))
+        num_tokens = _num_tokens(batch)
         for pending, value in zip(batch, values, strict=True):
             if isinstance(value, SpecdecError):
                 _post(pending, value)
             else:
                 queue_ns = started_ns - pending.submitted_ns
-                _post(pending, EngineResult(value, queue_ns, compute_ns, len(batch)))
+                _post(pending, EngineResult(value, queue_ns, compute_ns, len(batch), num_tokens))
 
     def _expect(self, batch: Sequence[_Pending[ItemT, ResultT]], ended_ns: int, linger_ns: int) -> None:
         """Note whose next items may be waited for: of sources that were back in time the last time, too."""

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from gateway.decode import Draft, Round, StateHandle, Verified, decode
+from gateway.controller import FixedSize
+from gateway.decode import Draft, DraftSize, Round, StateHandle, Verified, decode
 from gateway.tracing import RequestTrace
 from specdec.draft_tree import DraftTree
 from specdec.errors import UnavailableError
@@ -111,7 +112,7 @@ async def run(
             drafter,
             prompt_token_ids=PROMPT,
             max_new_tokens=len(verifier.output),
-            num_draft_tokens=num_draft_tokens,
+            control=FixedSize(DraftSize(num_draft_tokens)),
             trace=trace,
         )
     ]
@@ -168,8 +169,7 @@ async def test_a_tree_commits_its_accepted_path() -> None:
             TreeDrafter(output),
             prompt_token_ids=PROMPT,
             max_new_tokens=30,
-            num_draft_tokens=4,
-            num_draft_nodes=9,
+            control=FixedSize(DraftSize(4, 9)),
             trace=RequestTrace(make_telemetry("test").tracer, ""),
         )
     ]

@@ -34,12 +34,12 @@ class Source:
         return self.draft
 
 
-def merged(*sources: Source, may_branch: bool = False) -> MergedDrafts:
+def merged(*sources: Source, max_num_nodes: int = 8) -> MergedDrafts:
     """Sources named a, b, ..., which draft at most 2, 3, ... tokens."""
     named = [
         NamedSource(name, one, 2 + at) for at, (name, one) in enumerate(zip("abc", sources, strict=False))
     ]
-    return MergedDrafts(named, may_branch=may_branch)
+    return MergedDrafts(named, max_num_nodes)
 
 
 async def test_proposals_become_one_tree() -> None:
@@ -57,16 +57,17 @@ async def test_equal_proposals_are_a_chain() -> None:
 
 async def test_each_is_asked_for_what_it_can_and_trees_only_where_they_are_wanted() -> None:
     left, right = Source(Draft()), Source(Draft())
-    await merged(left, right).propose(PROMPT, 4, "trace", None, 8)
-    await merged(left, right, may_branch=True).propose(PROMPT, 1, "trace", None, 8)
-    assert (left.asked, right.asked) == ([(2, 0), (1, 8)], [(3, 0), (1, 8)])
+    await merged(left, right).propose(PROMPT, 4, "trace")
+    await merged(left, right).propose(PROMPT, 1, "trace", None, 6)
+    assert (left.asked, right.asked) == ([(2, 0), (1, 6)], [(3, 0), (1, 6)])
 
 
 async def test_the_budget_is_shared() -> None:
-    draft = await merged(Source(Draft((1, 2, 3))), Source(Draft((4, 5, 6)))).propose(
-        PROMPT, 4, "trace", None, 4
-    )
+    sources = Source(Draft((1, 2, 3))), Source(Draft((4, 5, 6)))
+    draft = await merged(*sources, max_num_nodes=4).propose(PROMPT, 4, "trace")
     assert (draft.token_ids, draft.parent_indices) == ((1, 4, 2, 5), (-1, -1, 0, 1))
+    draft = await merged(*sources).propose(PROMPT, 4, "trace", None, 3)
+    assert (draft.token_ids, draft.parent_indices) == ((1, 4, 2), (-1, -1, 0))
 
 
 async def test_they_are_asked_at_once() -> None:

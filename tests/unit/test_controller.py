@@ -1,0 +1,187 @@
+"""The choice of draft sizes, over simulated verifiers and drafters whose costs are known."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from gateway.controller import Controller, Curve, FixedSize, SizeControl
+from gateway.decode import Draft, DraftSize, Round, Verified
+
+MS = 1_000_000
+
+
+class Replica:
+    """Stands for a verifier."""
+
+
+class World:
+    """Rounds whose times and acceptance follow known laws.
+
+    Args:
+        pass_ms: time of a pass by its tokens.
+        draft_ms: time of a draft by K.
+        rate: chance that a draft token is accepted after the one before was.
+        batch_size: sessions in every pass, all drafting as this one does.
+        gain: by how much a tree raises the rate.
+    """
+
+    def __init__(
+        self,
+        pass_ms: Callable[[float], float],
+        draft_ms: Callable[[int], float],
+        rate: float,
+        *,
+        batch_size: int = 1,
+        gain: float = 0.0,
+    ) -> None:
+        self.pass_ms, self.draft_ms, self.rate = pass_ms, draft_ms, rate
+        self.batch_size, self.gain = batch_size, gain
+        self._random = random.Random(0)
+
+    def round(self, size: DraftSize) -> Round:
+        """One round of that size."""
+        num_nodes = size.num_draft_nodes or size.num_draft_tokens
+        rate = self.rate + (self.gain if size.num_draft_nodes else 0)
+        accepted = 0
+        while accepted < size.num_draft_tokens and self._random.random() < rate:
+            accepted += 1
+        num_tokens = self.batch_size * (num_nodes + 1)
+        noise = self._random.uniform(0.9, 1.1)
+        compute_ns = int(self.pass_ms(num_tokens) * MS * noise)
+        draft = Draft(tuple(range(num_nodes)), elapsed_ns=int(self.draft_ms(size.num_draft_tokens) * MS))
+        verified = Verified(
+            accepted,
+            0,
+            elapsed_ns=compute_ns + MS,
+            compute_ns=compute_ns,
+            batch_size=self.batch_size,
+            batch_tokens=num_tokens,
+        )
+        return Round(draft, verified)
+
+
+def run(control: SizeControl, world: World, num_rounds: int) -> list[DraftSize]:
+    """The sizes of that many rounds."""
+    sizes = []
+    for _ in range(num_rounds):
+        size = control.choose(1000)
+        control.observe(size, world.round(size))
+        sizes.append(size)
+    return sizes
+
+
+def session(controller: Controller, replica: Replica, budgets: Sequence[int] = (0,)) -> SizeControl:
+    """A generation that may draft up to 16 in a row and starts with 4."""
+    return controller.session(replica, "mtp", DraftSize(4), longest=16, budgets=budgets)
+
+
+def usual(sizes: Sequence[DraftSize]) -> DraftSize:
+    """What is chosen most."""
+    return Counter(sizes).most_common(1)[0][0]
+
+
+def learned(world: World, *, num_rounds: int = 400, budgets: Sequence[int] = (0,)) -> DraftSize:
+    """What is chosen once the world is known."""
+    return usual(run(session(Controller(), Replica(), budgets), world, num_rounds)[num_rounds // 2 :])
+
+
+def flat(num_tokens: float) -> float:
+    return 40.0
+
+
+def steep(num_tokens: float) -> float:
+    return 20.0 + 5.0 * num_tokens
+
+
+def test_cheap_passes_and_good_drafts_make_long_drafts() -> None:
+    assert learned(World(flat, lambda k: 1.0, 0.9)).num_draft_tokens >= 12
+
+
+def test_drafts_that_are_never_accepted_end() -> None:
+    assert learned(World(flat, lambda k: 2.0 * k, 0.0)) == DraftSize(0)
+
+
+def test_drafts_end_where_a_busy_verifier_pays_for_every_token() -> None:
+    alone = World(steep, lambda k: 2.0, 0.6)
+    busy = World(steep, lambda k: 2.0, 0.4, batch_size=8)
+    assert learned(alone).num_draft_tokens > 0
+    assert learned(busy) == DraftSize(0)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 0.85])
+def test_the_choice_is_nearly_the_best(rate: float) -> None:
+    world = World(lambda n: 35 + 1.0 * n, lambda k: 2.5 * k, rate)
+
+    def tokens_per_ms(k: int) -> float:
+        expected = sum(rate**depth for depth in range(k + 1))
+        return expected / (world.pass_ms(k + 1) + 1 + (world.draft_ms(k) if k else 0))
+
+    best = max(map(tokens_per_ms, range(17)))
+    assert tokens_per_ms(learned(world).num_draft_tokens) > 0.95 * best
+
+
+def test_trees_are_taken_where_passes_are_cheap_and_left_where_they_are_not() -> None:
+    assert learned(World(flat, lambda k: 2.0, 0.4, gain=0.3), budgets=(0, 8, 16)).num_draft_nodes > 0
+    assert learned(World(steep, lambda k: 2.0, 0.5, gain=0.05), budgets=(0, 8, 16)).num_draft_nodes == 0
+
+
+def test_a_new_session_starts_with_what_others_learned() -> None:
+    controller, replica = Controller(), Replica()
+    run(session(controller, replica), World(flat, lambda k: 1.0, 0.95), 400)
+    assert usual(run(session(controller, replica), World(flat, lambda k: 1.0, 0.95), 8)).num_draft_tokens > 8
+
+
+def test_each_session_follows_its_own_text() -> None:
+    controller, replica = Controller(), Replica()
+    easy, hard = World(flat, lambda k: 2.0 * k, 0.9), World(flat, lambda k: 2.0 * k, 0.1)
+    first, second = session(controller, replica), session(controller, replica)
+    for _ in range(10):
+        easy_sizes, hard_sizes = run(first, easy, 20), run(second, hard, 20)
+    assert usual(easy_sizes).num_draft_tokens > usual(hard_sizes).num_draft_tokens + 2
+
+
+def test_the_load_is_followed() -> None:
+    control = session(Controller(), Replica())
+    quiet = World(steep, lambda k: 2.0, 0.6)
+    busy = World(steep, lambda k: 2.0, 0.4, batch_size=8)
+    assert usual(run(control, quiet, 300)[100:]).num_draft_tokens > 0
+    assert usual(run(control, busy, 600)[300:]).num_draft_tokens == 0
+    assert usual(run(control, quiet, 600)[300:]).num_draft_tokens > 0
+
+
+def test_a_lost_drafter_says_nothing_of_drafts() -> None:
+    controller, replica = Controller(), Replica()
+    world = World(flat, lambda k: 1.0, 0.9)
+    control = session(controller, replica)
+    run(control, world, 200)
+    for _ in range(50):
+        size = control.choose(1000)
+        lost = Draft(elapsed_ns=2_000 * MS, fallback_reason="no draft within 2 s")
+        control.observe(size, Round(lost, world.round(DraftSize(0)).verified))
+    assert usual(run(control, world, 20)).num_draft_tokens > 8
+
+
+def test_a_draft_is_no_longer_than_there_is_room_for() -> None:
+    control = session(Controller(), Replica())
+    assert control.choose(2) == DraftSize(2)
+    assert control.choose(0) == DraftSize(0)
+    assert FixedSize(DraftSize(4, 9)).choose(1) == DraftSize(1, 9)
+
+
+def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
+    curve = Curve()
+    assert curve(5) == 0
+    curve.add(1, 10)
+    assert curve(1) == curve(50) == 10
+    for size, value in ((9, 18), (33, 12)):
+        curve.add(size, value)
+    assert curve(0) == 10
+    assert curve(5) == pytest.approx(14)
+    assert curve(33) == curve(100) == 18
+    rising = Curve(through_origin=True)
+    rising.add(4, 8)
+    assert [rising(k) for k in (0, 2, 8)] == [0, 4, 16]
