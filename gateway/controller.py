@@ -226,9 +226,9 @@ class AdaptiveSize:
         return FixedSize(best).choose(most)
 
     def observe(self, size: DraftSize, this: Round) -> None:
-        """Learn what the round cost and brought; a drafter that is lost or late says nothing of drafts."""
+        """Learn what the round cost and brought; while a drafter is lost or late, nothing of drafts."""
         self._load.observe(this)
-        if size.num_draft_tokens and not this.draft.fallback_reason:
+        if size.num_draft_tokens and this.draft.is_complete:
             self._stats[size.num_draft_nodes].observe(size, this)
             self._mine[size.num_draft_nodes].add(size.num_draft_tokens, this.verified.num_accepted_tokens)
 

@@ -40,6 +40,11 @@ class Draft:
     """Who proposed what, if several were asked."""
 
     @property
+    def is_complete(self) -> bool:
+        """Whether everyone who was asked answered in time."""
+        return not (self.fallback_reason or any(one.fallback_reason for one in self.proposals))
+
+    @property
     def tree(self) -> DraftTree:
         """The tokens as the tree, or chain, they are."""
         return DraftTree(self.token_ids, self.parent_indices)

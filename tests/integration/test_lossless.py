@@ -3,7 +3,9 @@ alone. fp32 throughout, where passes of different shapes agree."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,7 @@ def reference(model: Path, prompt: Sequence[int], max_new_tokens: int) -> list[i
 
 async def generate(system: System, prompt: Sequence[int], **options: object) -> list[int]:
     """The output, of which it is certain that the method asked for had its part in it."""
+    options = {"num_draft_tokens": 4, **options}
     result = await system.client.generate(prompt, GenerateOptions(**options))  # type: ignore[arg-type]
     speculation = result.speculation
     assert speculation.method == options["method"]
@@ -79,6 +82,31 @@ async def test_any_draft_length_gives_the_same_text(
         expected = reference(tiny_llama, PROMPTS[0], 50)
         options = {"method": "noisy", "num_draft_tokens": num_draft_tokens, "max_new_tokens": 50}
         assert await generate(system, PROMPTS[0], **options) == expected
+
+
+async def test_sizes_chosen_round_by_round_give_the_same_text(tiny_llama: Path, noisy_llama: Path) -> None:
+    drafters = ("ngram", "wrong", f"noisy=causal-lm:{noisy_llama}")
+    options = GenerateOptions(max_new_tokens=120, ignore_eos=True)
+    async with running_system(tiny_llama, *drafters, families=TEST_FAMILIES) as system:
+        for prompt in PROMPTS[:2]:
+            plain = await system.client.generate(prompt, replace(options, method="none"))
+            methods = ("ngram", "wrong", "noisy", "noisy+ngram", "wrong+noisy") * 2
+            answers = await asyncio.gather(
+                *(system.client.generate(prompt, replace(options, method=method)) for method in methods)
+            )
+            for method, answer in zip(methods, answers, strict=True):
+                assert answer.token_ids == plain.token_ids, method
+                assert answer.speculation.fallback_reason == "", method
+            assert any(answer.speculation.num_draft_tokens for answer in answers)
+
+
+async def test_drafts_that_are_never_accepted_are_given_up(tiny_llama: Path) -> None:
+    async with running_system(tiny_llama, "wrong", families=TEST_FAMILIES) as system:
+        options = GenerateOptions(method="wrong", max_new_tokens=200, ignore_eos=True)
+        first = await system.client.generate(PROMPTS[0], options)
+        second = await system.client.generate(PROMPTS[0], options)
+    assert 0 < first.speculation.num_draft_tokens_per_position[0] < 100
+    assert second.speculation.num_draft_tokens_per_position[0] < 30, "what was learned is kept"
 
 
 SAMPLINGS = [

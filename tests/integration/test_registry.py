@@ -121,7 +121,7 @@ class TestSpreading:
 
     async def test_a_session_stays_with_its_pair(self, tiny_llama: Path) -> None:
         async with running_cluster(tiny_llama) as cluster:
-            options = GenerateOptions(method="ngram", max_new_tokens=40, ignore_eos=True)
+            options = GenerateOptions(method="ngram", num_draft_tokens=4, max_new_tokens=40, ignore_eos=True)
             result = await cluster.client.generate([5, 6, 7, 5, 6, 7, 5, 6], options)
             for readers, name in (
                 (cluster.verifier_rounds, "specdec.verifier.rounds"),

@@ -33,7 +33,7 @@ from tests.tiny_models import save_tiny_model
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 SPEC = all_of("llama")
 PLAIN = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="none")
-READING = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="probe")
+READING = replace(PLAIN, method="probe", num_draft_tokens=4)
 MODES = ("auto", "handle", "stream")
 BY_HANDLE, BY_STREAM = StateStorage.SHARED_MEMORY, StateStorage.STREAM
 

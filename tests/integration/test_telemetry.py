@@ -346,7 +346,7 @@ async def test_drafts_say_how_target_state_was_read(
         verifier_options=here,
         drafter_options={**here, "target_state": mode},
     ) as system:
-        options = GenerateOptions(method="probe", max_new_tokens=24, ignore_eos=True)
+        options = GenerateOptions(method="probe", num_draft_tokens=4, max_new_tokens=24, ignore_eos=True)
         result = await system.client.generate(PROMPT, options)
         await recorded.request()
         drafts = recorded.named("specdec.draft")
