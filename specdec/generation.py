@@ -30,9 +30,10 @@ class GenerateOptions:
     method: str = ""
     """Drafter to use, several joined by "+", "none" for plain decoding; empty: the gateway's default."""
     num_draft_tokens: int | None = None
-    """Tokens to draft per round in a row (K); None: the drafter's default."""
+    """Tokens to draft per round in a row (K); None: the gateway chooses round by round, by what pays."""
     num_draft_nodes: int = 0
-    """Most tokens of a round's draft tree, all branches and drafters together; 0: a chain per drafter."""
+    """Most tokens of a round's draft tree, all branches and drafters together; 0: with a K a chain
+    per drafter, without one chosen, too."""
     min_draft_confidence: float = 0.0
     """End a round's draft before the first token the drafter gives less than this probability; 0: off."""
     max_new_tokens: int | None = None
@@ -80,7 +81,7 @@ class Started:
     method: str
     """Method in effect."""
     num_draft_tokens: int
-    """Draft tokens asked for per round (K)."""
+    """Draft tokens asked for per round (K); of the first round where the gateway chooses."""
     trace_id: str
     """Trace id, 32 hex digits; empty: not traced."""
     model_id: str

@@ -44,14 +44,16 @@ _LENGTH = (
         "--num-draft-tokens",
         metavar="K",
         type=int,
-        help="Tokens to draft per round in a row; 0 is plain decoding.  [default: the drafter's]",
+        help="Tokens to draft per round in a row; 0 is plain decoding.  [default: chosen round by round by "
+        "what pays]",
     ),
     click.option(
         "--num-draft-nodes",
         metavar="N",
         type=click.IntRange(min=0),
         default=0,
-        help="Most tokens of a round's draft tree, all drafters together.  [default: a chain per drafter]",
+        help="Most tokens of a round's draft tree, all drafters together.  [default: with -k a chain per "
+        "drafter, else chosen, too]",
     ),
     click.option(
         "--min-draft-confidence",
