@@ -31,6 +31,8 @@ class GatewayConfig:
     """How long a round waits for its draft, seconds; a later draft counts as lost."""
     drafter_wait_s: float = 5.0
     """How long a starting gateway waits for a drafter before it serves without, seconds."""
+    failover_wait_s: float = 10.0
+    """How long a request whose verifier was lost waits for another to go on with, seconds; then it fails."""
     drain_grace_s: float = 30.0
     """How long running requests may go on after SIGTERM, seconds."""
     log_level: str = "info"
@@ -43,7 +45,7 @@ class GatewayConfig:
             "max_requests",
             "draft_timeout_s",
         )
-        require_not_negative(self, "drain_grace_s", "drafter_wait_s")
+        require_not_negative(self, "drain_grace_s", "drafter_wait_s", "failover_wait_s")
         parse_uris(self.verifier)
         if self.drafter:
             parse_uris(self.drafter)

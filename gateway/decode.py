@@ -110,6 +110,10 @@ class StateHandle(Protocol):
     """Target state as the gateway sees it: something one service hands out and the other takes."""
 
     @property
+    def session_id(self) -> str:
+        """Whose state it is; another one after the verifier was lost."""
+
+    @property
     def cached_length(self) -> int:
         """Positions that may be read."""
 

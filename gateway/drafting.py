@@ -34,6 +34,10 @@ _PERMANENT = (FailedPreconditionError, InvalidArgumentError, NotFoundError, Unim
 class DrafterSession(Protocol):
     """One generation on one drafter."""
 
+    @property
+    def reads_target_state(self) -> bool:
+        """Whether it reads the state of the verifier's session it began with."""
+
     async def propose(
         self,
         new_token_ids: Sequence[int],
@@ -100,6 +104,7 @@ class DraftLink:
         self._retry_s = retry_s
         self._retry_at = 0.0
         self._reason = ""
+        self._state_session_id = ""
 
     async def __aenter__(self) -> DraftLink:
         self._open(self._prompt)
@@ -156,6 +161,7 @@ class DraftLink:
         num_draft_nodes: int,
     ) -> Draft | None:
         """A draft; None while there is no drafter to ask."""
+        await self._follow(target_state)
         session = await self._ready_session(committed_token_ids)
         if session is None:
             return None
@@ -166,6 +172,18 @@ class DraftLink:
             new, num_committed, num_draft_tokens, traceparent, target_state, num_draft_nodes
         )
         return self._checked(draft, num_draft_tokens, num_draft_nodes)
+
+    async def _follow(self, target_state: StateHandle | None) -> None:
+        """After a verifier was lost, leave the session that read its state for one that reads the next's."""
+        session_id = target_state.session_id if target_state else ""
+        if session_id == self._state_session_id:
+            return
+        self._state_session_id = session_id
+        self._retry_at = 0.0  # what failed may have failed for want of the lost one's state
+        if self._session and self._session.reads_target_state:
+            session, self._session = self._session, None
+            self._may_wait_for_opening = True
+            await session.close()
 
     async def _ready_session(self, committed_token_ids: Sequence[int]) -> DrafterSession | None:
         if self._session is None and self._opening is None:

@@ -9,6 +9,7 @@ from functools import partial
 
 from gateway.decode import DraftSource, Round, decode
 from gateway.drafting import DrafterSession, DraftLink, NoDrafts
+from gateway.failover import LastingVerifierSession, VerifierReplica
 from gateway.merging import MergedDrafts, NamedSource
 from gateway.plan import Backends, Plan, Proposer
 from gateway.registry import Replica, find_drafter
@@ -19,8 +20,6 @@ from gateway.tracing import RequestTrace
 from specdec.handshake import make_handshake
 from specdec.target_state import TargetStateSpec
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, verifier_pb2
-
-VerifierReplica = Replica[verifier_pb2.VerifierServiceGetInfoResponse]
 
 
 class Generation:
@@ -41,6 +40,8 @@ class Generation:
         self._backends = backends
         self._trace = trace
         self._timeout_s = timeout_s
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._num_failovers = 0
         self._arrived_ns = arrived_ns
         self._first_ns = 0
         self._last_ns = 0
@@ -59,11 +60,7 @@ class Generation:
         async with AsyncExitStack() as stack:
             # Closed in reverse order: the verifier's slot is freed first, a drafter may be slow to go.
             drafter = await self._draft_source(stack, verifier)
-            session = await stack.enter_async_context(
-                RemoteVerifierSession(
-                    verifier.channel, verifier.uri, self._open_message(verifier), self._timeout_s
-                )
-            )
+            session = await stack.enter_async_context(self._verifier_session(verifier))
             rounds = decode(
                 session,
                 drafter,
@@ -123,20 +120,48 @@ class Generation:
             ),
             timing=self.timing(),
             speculation=self._tally.to_proto(),
+            num_failovers=self._num_failovers,
         )
 
-    def _open_message(self, verifier: VerifierReplica) -> verifier_pb2.VerifyOpen:
+    def _verifier_session(self, first: VerifierReplica) -> LastingVerifierSession:
+        assert first.info is not None
+        model_id = first.info.model.model_id
+        return LastingVerifierSession(
+            first,
+            self._connect_verifier,
+            partial(self._backends.verifiers.pick, lambda info: info.model.model_id == model_id),
+            prompt_token_ids=self._plan.prompt_token_ids,
+            wait_s=self._backends.config.failover_wait_s,
+            on_lost=self._count_failover,
+        )
+
+    def _count_failover(self, reason: str) -> None:
+        self._num_failovers += 1
+        self._backends.metrics.add_failover(self._plan.method)
+
+    def _connect_verifier(
+        self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
+    ) -> RemoteVerifierSession:
+        timeout_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        message = self._open_message(verifier, committed_token_ids)
+        return RemoteVerifierSession(verifier.channel, verifier.uri, message, timeout_s)
+
+    def _open_message(
+        self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
+    ) -> verifier_pb2.VerifyOpen:
         request = self._request
+        num_resumed = len(committed_token_ids) - len(self._plan.prompt_token_ids)
         assert verifier.info is not None
         message = verifier_pb2.VerifyOpen(
             handshake=make_handshake(
                 verifier.info.model.model_id, self._backends.codec.vocabulary_fingerprint
             ),
-            prompt_token_ids=self._plan.prompt_token_ids,
+            prompt_token_ids=committed_token_ids,
+            num_resumed_tokens=num_resumed,
             sampling=request.sampling,
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
-            max_new_tokens=self._plan.max_new_tokens,
+            max_new_tokens=self._plan.max_new_tokens - num_resumed,
             target_state_spec=self._state_spec.to_proto() if self._state_spec else None,
             max_num_draft_nodes=self._plan.drafting.num_reserved_nodes,
         )
@@ -228,6 +253,7 @@ class LeasedDrafterSession:
         self._lease = replica.lease()
         self._lease.__enter__()
         self.propose = session.propose
+        self.reads_target_state = session.reads_target_state
         self._session = session
 
     async def close(self) -> None:

@@ -54,6 +54,11 @@ class RemoteState:
     refusal: str = ""
     """Why the session exports none although it was asked to."""
 
+    @property
+    def session_id(self) -> str:
+        """Of the verifier's session; empty: it exports none."""
+        return self.opened.session_id if self.opened else ""
+
     def message(self, *, with_tensors: bool) -> target_state_pb2.TargetStateRef | None:
         """What a drafter is sent."""
         if self.opened is None:
@@ -221,7 +226,7 @@ class RemoteDrafterSession:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
         self._stream = _Stream(call, f"Drafter {uri}")
         self._max_num_draft_nodes = drafter.max_num_draft_nodes
-        self._reads_state = drafter.HasField("target_state_spec")
+        self.reads_target_state = drafter.HasField("target_state_spec")
         self._knows_state = False
 
     async def open(self, message: drafter_pb2.DraftOpen) -> None:
@@ -247,7 +252,7 @@ class RemoteDrafterSession:
             committed_token_ids=new_token_ids,
             committed_length=committed_length,
             num_draft_tokens=num_draft_tokens,
-            target_state=self._state_message(target_state) if self._reads_state else None,
+            target_state=self._state_message(target_state) if self.reads_target_state else None,
             num_draft_nodes=min(num_draft_nodes, self._max_num_draft_nodes),
         )
         request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)

@@ -11,7 +11,8 @@ import grpc
 from opentelemetry.context import attach
 from opentelemetry.trace import set_span_in_context
 
-from gateway.generation import Generation, VerifierReplica
+from gateway.failover import VerifierReplica
+from gateway.generation import Generation
 from gateway.plan import Backends, make_plan
 from gateway.registry import Replica
 from gateway.remote import FINISH_REASONS

@@ -122,6 +122,9 @@ class GatewayMetrics:
         self._won_tokens = meter.create_counter("specdec.proposer.accepted_tokens", unit="{token}")
         self._rounds = meter.create_counter("specdec.rounds", unit="{round}")
         self._fallback_rounds = meter.create_counter("specdec.fallback_rounds", unit="{round}")
+        self._failovers = meter.create_counter(
+            "specdec.failovers", unit="{failover}", description="Verifiers lost in mid-generation"
+        )
         self._requests = meter.create_counter("specdec.requests", unit="{request}")
         self._duration = meter.create_histogram("gen_ai.server.request.duration", unit="s")
         self._ttft = meter.create_histogram("gen_ai.server.time_to_first_token", unit="s")
@@ -146,6 +149,10 @@ class GatewayMetrics:
             mine = {**labels, "drafter": proposal.drafter}
             self._proposed_tokens.add(len(proposal.nodes), mine)
             self._won_tokens.add(len(proposal.nodes.intersection(this.verified.path)), mine)
+
+    def add_failover(self, method: str) -> None:
+        """Count a verifier that was lost in mid-generation."""
+        self._failovers.add(1, {"method": method})
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:

@@ -198,6 +198,8 @@ class Generation:
     """Trace id, 32 hex digits; empty: not traced."""
     model_id: str
     """Model that answered."""
+    num_failovers: int = 0
+    """Times a verifier was lost and the answer went on with another."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -231,6 +233,7 @@ class Generation:
                 "transport_ms": speculation.transport_ms,
             },
             "trace_id": self.trace_id,
+            "num_failovers": self.num_failovers,
         }
         if speculation.num_fallback_rounds:
             result["speculation"]["num_fallback_rounds"] = speculation.num_fallback_rounds

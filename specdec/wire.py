@@ -146,6 +146,7 @@ class ResponseFold:
             speculation=_speculation(finished.speculation),
             trace_id=self.started.trace_id,
             model_id=self.started.model_id,
+            num_failovers=finished.num_failovers,
         )
 
 

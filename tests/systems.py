@@ -52,7 +52,7 @@ async def running_gateway(
     model: Path, *, verifier: str, drafter: str = "", telemetry: Telemetry | None = None, **options: Any
 ) -> AsyncIterator[tuple[str, GatewayServer]]:
     """A gateway with the tokenizer of `model`; its address and itself."""
-    defaults = {"listen": ANY_PORT}
+    defaults = {"listen": ANY_PORT, "failover_wait_s": 0.0}
     config = GatewayConfig(verifier=verifier, drafter=drafter, tokenizer=str(model), **(defaults | options))
     async with _running(GatewayServer(config, telemetry or make_telemetry("gateway"))) as started:
         yield started

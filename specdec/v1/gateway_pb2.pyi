@@ -180,16 +180,18 @@ class ProposerStats(_message.Message):
     def __init__(self, drafter: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., num_sole_accepted_tokens: _Optional[int] = ..., num_fallback_rounds: _Optional[int] = ..., fallback_reason: _Optional[str] = ...) -> None: ...
 
 class GenerateFinished(_message.Message):
-    __slots__ = ("finish_reason", "usage", "timing", "speculation")
+    __slots__ = ("finish_reason", "usage", "timing", "speculation", "num_failovers")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILOVERS_FIELD_NUMBER: _ClassVar[int]
     finish_reason: _verifier_pb2.FinishReason
     usage: Usage
     timing: GenerateTiming
     speculation: SpeculationStats
-    def __init__(self, finish_reason: _Optional[_Union[_verifier_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[GenerateTiming, _Mapping]] = ..., speculation: _Optional[_Union[SpeculationStats, _Mapping]] = ...) -> None: ...
+    num_failovers: int
+    def __init__(self, finish_reason: _Optional[_Union[_verifier_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timing: _Optional[_Union[GenerateTiming, _Mapping]] = ..., speculation: _Optional[_Union[SpeculationStats, _Mapping]] = ..., num_failovers: _Optional[int] = ...) -> None: ...
 
 class GatewayServiceGetInfoRequest(_message.Message):
     __slots__ = ()

@@ -12,6 +12,7 @@ from typing import Any
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
 from drafter_service.registry import FAMILIES, DrafterFactory, DrafterSpec
+from specdec.client import AsyncClient
 from tests.systems import System, running_system
 
 WAIT_S = 20.0
@@ -73,3 +74,12 @@ async def eventually(condition: Callable[[], bool] | Callable[[], Awaitable[bool
             if outcome if isinstance(outcome, bool) else await outcome:
                 return
             await asyncio.sleep(0.01)
+
+
+async def eventually_offers(client: AsyncClient, *methods: str) -> None:
+    """Return once the gateway knows these drafters."""
+
+    async def are_there() -> bool:
+        return set(methods) <= set((await client.info()).methods)
+
+    await eventually(are_there)

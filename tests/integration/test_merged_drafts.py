@@ -9,7 +9,7 @@ import pytest
 
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.sampling import SamplingParams
-from tests.integration.gated_drafter import Gate, eventually
+from tests.integration.gated_drafter import Gate, eventually_offers
 from tests.integration.test_lossless import PROMPTS, SAMPLINGS, TEST_FAMILIES
 from tests.systems import running_drafter, running_gateway, running_system, running_verifier
 
@@ -78,12 +78,3 @@ async def test_a_drafter_that_is_late_is_left_out(tiny_llama: Path) -> None:
     assert gated.num_fallback_rounds >= answer.speculation.num_rounds - 1
     assert (same.num_fallback_rounds, same.fallback_reason) == (0, "")
     assert same.num_draft_tokens == answer.speculation.num_draft_tokens > 0
-
-
-async def eventually_offers(client: AsyncClient, *methods: str) -> None:
-    """Return once the gateway knows these drafters."""
-
-    async def are_there() -> bool:
-        return set(methods) <= set((await client.info()).methods)
-
-    await eventually(are_there)

@@ -1,0 +1,125 @@
+"""A verifier that is lost in mid-generation: the client sees a pause, and the text it would have seen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from specdec.client import AsyncClient, GenerateOptions, Generation
+from specdec.errors import UnavailableError
+from specdec.sampling import SamplingParams
+from specdec.target_state import TargetStateSpec
+from tests.integration.gated_drafter import eventually_offers
+from tests.raw_streams import until
+from tests.state_probe import StateProbe
+from tests.systems import running_drafter, running_gateway, running_verifier
+from verifier_service.server import VerifierServer
+
+PROMPT = [5, 6, 7, 5, 6, 7, 5]
+LONG = GenerateOptions(max_new_tokens=250, ignore_eos=True, num_draft_tokens=3)
+GREEDY = SamplingParams()
+PENALISED = SamplingParams(
+    temperature=0.9, presence_penalty=0.7, frequency_penalty=0.5, repetition_penalty=1.2, seed=11
+)
+
+
+def num_sessions(server: VerifierServer) -> int:
+    verifier = server.servicer.verifier
+    assert verifier is not None
+    return verifier.num_sessions
+
+
+async def lose_one(
+    client: AsyncClient, options: GenerateOptions, servers: Sequence[VerifierServer], after: int
+) -> Generation:
+    """An answer whose verifier is stopped after some tokens."""
+    async with client.stream(PROMPT, options) as stream:
+        async for token in stream:
+            after -= 1
+            if after == 0:
+                (busy,) = [server for server in servers if num_sessions(server)]
+                await busy.host.stop(0)
+            assert token.token_id >= 0
+        return stream.result
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PENALISED], ids=["greedy", "penalised"])
+@pytest.mark.parametrize("method", ["none", "ngram", "noisy", "probe", "probe+noisy"])
+async def test_another_verifier_goes_on_with_the_same_text(
+    method: str, sampling: SamplingParams, tiny_llama: Path, noisy_llama: Path
+) -> None:
+    probe = StateProbe(TargetStateSpec((0, 1), True))
+    options = replace(LONG, method=method, sampling=sampling)
+    async with (
+        running_verifier(tiny_llama) as (one, first),
+        running_verifier(tiny_llama) as (other, second),
+        running_drafter("ngram", f"noisy=causal-lm:{noisy_llama}", "probe", families=probe.families) as (
+            drafter,
+            drafter_server,
+        ),
+        running_gateway(tiny_llama, verifier=f"{one},{other}", drafter=drafter, failover_wait_s=20.0) as (
+            gateway,
+            _,
+        ),
+        AsyncClient(gateway, timeout_s=100) as client,
+    ):
+        await eventually_offers(client, "ngram", "noisy", "probe")
+        expected = await client.generate(PROMPT, replace(options, method="none"))
+        answer = await lose_one(client, options, (first, second), after=60)
+        assert answer.token_ids == expected.token_ids
+        assert (answer.text, answer.finish_reason) == (expected.text, "length")
+        assert (expected.num_failovers, answer.num_failovers) == (0, 1)
+        assert answer.speculation.num_fallback_rounds < 5
+        if "noisy" in method:
+            assert answer.speculation.num_draft_tokens > answer.speculation.num_rounds
+        if "probe" in method:
+            # Before and after: the drafter reads the next verifier's state as it did the lost one's.
+            before, after = probe.sessions
+            assert len(before.readings) > 5
+            assert len(after.readings) > 20
+        host = drafter_server.servicer.host
+        assert host is not None
+        await until(lambda: not num_sessions(first) and not num_sessions(second) and not host.num_sessions)
+
+
+async def test_the_same_verifier_goes_on_once_it_is_back(tiny_llama: Path) -> None:
+    options = replace(LONG, method="none")
+    async with (
+        running_verifier(tiny_llama) as (address, server),
+        running_gateway(tiny_llama, verifier=address, failover_wait_s=30.0) as (gateway, _),
+        AsyncClient(gateway, timeout_s=100) as client,
+    ):
+        expected = await client.generate(PROMPT, options)
+        lost = asyncio.create_task(lose_one(client, options, (server,), after=60))
+        await until(lambda: num_sessions(server) == 1)
+        await until(lambda: num_sessions(server) == 0)
+        async with running_verifier(tiny_llama, listen=address):
+            answer = await lost
+    assert answer.token_ids == expected.token_ids
+    assert answer.num_failovers == 1
+
+
+async def test_nobody_to_go_on_with_is_unavailable(tiny_llama: Path) -> None:
+    async with (
+        running_verifier(tiny_llama) as (address, server),
+        running_gateway(tiny_llama, verifier=address, failover_wait_s=1.0) as (gateway, _),
+        AsyncClient(gateway, timeout_s=100) as client,
+    ):
+        with pytest.raises(UnavailableError, match="was lost") as raised:
+            await lose_one(client, replace(LONG, method="none"), (server,), after=20)
+        assert raised.value.reason == "PEER_LOST"
+
+
+async def test_a_verifier_of_another_model_does_not_go_on(tiny_llama: Path, noisy_llama: Path) -> None:
+    async with (
+        running_verifier(tiny_llama) as (one, first),
+        running_verifier(noisy_llama) as (other, second),
+        running_gateway(tiny_llama, verifier=f"{one},{other}", failover_wait_s=1.0) as (gateway, _),
+        AsyncClient(gateway, timeout_s=100) as client,
+    ):
+        with pytest.raises(UnavailableError, match="was lost"):
+            await lose_one(client, replace(LONG, method="none"), (first, second), after=20)
