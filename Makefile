@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/specdec down; exit $$status
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

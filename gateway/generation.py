@@ -181,7 +181,7 @@ class Generation:
             if proposer.num_draft_tokens
         ]
         if len(sources) > 1:
-            return MergedDrafts(sources, drafting.num_draft_nodes)
+            return await stack.enter_async_context(MergedDrafts(sources, drafting.num_draft_nodes))
         return sources[0].source if sources else NoDrafts()
 
     def _link(self, proposer: Proposer, verifier: VerifierReplica) -> DraftLink:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from gateway.controller import Mean
 from gateway.decode import Draft, DraftSource, Proposal, StateHandle
 from specdec.draft_tree import merge
 
+_PATIENCE = 3.0
+"""How many times as long as it usually takes a draft may take, when others have theirs ready or not."""
+_LEAST_PATIENCE_S = 0.05
+_ROUNDS_TO_KNOW = 3
+"""Drafts after which it is known what is usual; until then only the link's own timeout ends the wait."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(eq=False, slots=True)
 class NamedSource:
     """One drafter among several."""
 
@@ -19,13 +26,25 @@ class NamedSource:
     source: DraftSource
     num_draft_tokens: int
     """Most tokens it drafts in a row."""
+    pending: asyncio.Task[Draft] | None = None
+    """The draft under way, perhaps one of an earlier round, which nobody waits for any more."""
+    usual_s: Mean = field(default_factory=Mean)
+    """Time a draft takes, late ones included."""
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long a round waits for its draft; None: as long as it takes."""
+        if self.usual_s.count < _ROUNDS_TO_KNOW:
+            return None
+        return max(_LEAST_PATIENCE_S, _PATIENCE * self.usual_s.value)
 
 
 class MergedDrafts:
-    """Asks several drafters at once and merges what they propose.
+    """Asks several drafters at once and merges what they propose. Use as `async with`.
 
     They err in different places: what one misses another may have. Each may be late, lost or wrong on its
-    own; the round's draft is what the others propose.
+    own; the round's draft is what the others propose. One that is late is not asked again until it is done,
+    and what it drafted for an earlier round is thrown away.
 
     Args:
         max_num_nodes: most tokens of the merged tree, where a round names no budget.
@@ -34,6 +53,15 @@ class MergedDrafts:
     def __init__(self, sources: Sequence[NamedSource], max_num_nodes: int) -> None:
         self._sources = sources
         self._max_num_nodes = max_num_nodes
+
+    async def __aenter__(self) -> MergedDrafts:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pending = [one.pending for one in self._sources if one.pending]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
 
     async def propose(
         self,
@@ -48,15 +76,10 @@ class MergedDrafts:
         With a budget of nodes each may propose a tree as large as the merged one, without one a chain.
         """
         started_ns = time.monotonic_ns()
+        committed = tuple(committed_token_ids)  # a late drafter reads it while the rounds go on
         drafts = await asyncio.gather(
             *(
-                one.source.propose(
-                    committed_token_ids,
-                    min(num_draft_tokens, one.num_draft_tokens),
-                    traceparent,
-                    target_state,
-                    num_draft_nodes,
-                )
+                _ask(one, committed, num_draft_tokens, traceparent, target_state, num_draft_nodes)
                 for one in self._sources
             )
         )
@@ -76,3 +99,29 @@ class MergedDrafts:
             parent_indices=tree.parent_indices,
             proposals=proposals,
         )
+
+
+async def _ask(
+    one: NamedSource,
+    committed_token_ids: Sequence[int],
+    num_draft_tokens: int,
+    traceparent: str,
+    target_state: StateHandle | None,
+    num_draft_nodes: int,
+) -> Draft:
+    """One drafter's draft, or an empty one if it is late."""
+    if one.pending and not one.pending.done():
+        return Draft(fallback_reason="it still drafts for an earlier round")
+    started = time.monotonic()
+    length = min(num_draft_tokens, one.num_draft_tokens)
+    one.pending = task = asyncio.ensure_future(
+        one.source.propose(committed_token_ids, length, traceparent, target_state, num_draft_nodes)
+    )
+    task.add_done_callback(lambda _: one.usual_s.add(time.monotonic() - started))
+    patience_s = one.patience_s
+    await asyncio.wait({task}, timeout=patience_s)
+    if task.done():
+        return task.result()
+    waited_ns = int((time.monotonic() - started) * 1e9)
+    reason = f"no draft within {patience_s:.3g} s, three times what it usually takes"
+    return Draft(server_ns=waited_ns, elapsed_ns=waited_ns, fallback_reason=reason)

@@ -79,6 +79,29 @@ async def test_they_are_asked_at_once() -> None:
     assert draft.server_ns == 10**7 < 2 * 10**8 <= draft.elapsed_ns
 
 
+async def test_one_that_stalls_is_left_out_until_it_is_done() -> None:
+    quick, slow = Source(Draft((7,))), Source(Draft((8,)))
+    async with merged(quick, slow) as drafts:
+        for _ in range(3):
+            assert (await drafts.propose(PROMPT, 4, "trace")).token_ids == (7, 8)
+        slow.delay_s = 0.4
+        slow.draft = Draft((9,))
+        late = await drafts.propose(PROMPT, 4, "trace")
+        assert late.token_ids == (7,)
+        assert "no draft within 0.05 s" in late.proposals[1].fallback_reason
+        assert late.elapsed_ns < 3 * 10**8
+        num_asked = len(slow.asked)
+        busy = await drafts.propose(PROMPT, 4, "trace")
+        assert busy.proposals[1].fallback_reason == "it still drafts for an earlier round"
+        assert (busy.token_ids, len(slow.asked)) == ((7,), num_asked)
+        await asyncio.sleep(0.6)
+        slow.delay_s = 0.0
+        assert (await drafts.propose(PROMPT, 4, "trace")).token_ids == (7, 9)
+        slow.delay_s = 60.0
+        await drafts.propose(PROMPT, 4, "trace")
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "what was under way ends with the block"
+
+
 async def test_whoever_has_nothing_is_left_out_and_its_reason_kept() -> None:
     draft = await merged(Source(Draft(fallback_reason="late")), Source(Draft((7,)))).propose(
         PROMPT, 4, "trace", None, 8
