@@ -68,7 +68,7 @@ def test_generate_json_is_one_object(gateway: ScriptedGateway) -> None:
     answer = json.loads(result.stdout)
     assert (result.exit_code, result.stderr) == (0, "")
     assert list(answer) == [
-        *("text", "token_ids", "finish_reason", "usage", "timing", "speculation", "trace_id")
+        *("text", "token_ids", "finish_reason", "usage", "timing", "speculation", "trace_id", "num_failovers")
     ]
     assert set(answer["speculation"]) == {
         *("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "mean_acceptance_length"),

@@ -112,6 +112,7 @@ def test_to_json_has_the_documented_keys(client: Client) -> None:
         "timing",
         "speculation",
         "trace_id",
+        "num_failovers",
     }
     assert result["usage"] == {"input_tokens": 5, "output_tokens": 5}
     assert result["timing"] == {"ttft_ms": 2.0, "tpot_ms": 0.5, "total_ms": 4.0}

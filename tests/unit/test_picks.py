@@ -103,7 +103,7 @@ def test_a_batch_gives_each_session_what_it_gets_alone() -> None:
         (SamplingParams(top_p=0.999), TopPLogitsWarper(0.999)),
         (SamplingParams(min_p=0.2), MinPLogitsWarper(0.2)),
     ],
-    ids=str,
+    ids=["top_k", "top_p 0.4", "top_p 0.95", "top_p 0.999", "min_p"],
 )
 def test_truncation_keeps_what_transformers_keeps(
     sampling: SamplingParams, warper: TopKLogitsWarper, vocab_size: int

@@ -99,7 +99,12 @@ async def test_the_saved_drafter_is_the_trained_one(
             asked = [min(count, len(accepted) - 1 - anchor) for anchor, count in enumerate(accepted)]
             expected.append(Acceptance.of([asked], BLOCK_SIZE - 1).num_accepted)
             answer = sequence.token_ids[sequence.prompt_length :]
-            options = GenerateOptions(method="dflash", max_new_tokens=len(answer), ignore_eos=True)
+            options = GenerateOptions(
+                method="dflash",
+                num_draft_tokens=BLOCK_SIZE - 1,
+                max_new_tokens=len(answer),
+                ignore_eos=True,
+            )
             prompt = sequence.token_ids[: sequence.prompt_length]
             result = await system.client.generate(prompt, options)
             assert result.token_ids == answer
