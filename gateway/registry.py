@@ -13,8 +13,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specdec.channel import aio_channel
-from specdec.errors import SpecdecError, UnavailableError
+from specdec.errors import InvalidArgumentError, SpecdecError, UnavailableError
 from specdec.handshake import check_protocol_version, check_vocabulary
+from specdec.methods import is_drafter_name
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ _RETRY_S = 0.2
 _NOT_YET = "not serving yet"
 _INFO_TIMEOUT_S = 5.0
 _RESOLVE_INTERVAL_S = 5.0
+_MAX_INFO_BYTES = 64 * 1024
+"""Most a drafter service may say of itself: clients are told all of it."""
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 """Addresses of a `dns:` URI, as gRPC URIs; OSError if it cannot be resolved."""
@@ -181,13 +184,15 @@ class ReplicaSet(Generic[InfoT]):
             await self._changed.wait_for(lambda: any(replica.is_ready for replica in self.replicas))
 
     async def refresh(self) -> None:
-        """Ask every ready replica anew how busy it is; one that does not answer keeps what it said."""
+        """Ask every ready replica anew how busy it is; one without a right answer keeps what it said."""
         ready = [replica for replica in self.replicas if replica.is_ready]
         await asyncio.gather(*(self._refresh(replica) for replica in ready))
 
     async def _refresh(self, replica: Replica[InfoT]) -> None:
-        with suppress(grpc.aio.AioRpcError):
-            replica.info = await self._get_info(replica.channel)
+        with suppress(grpc.aio.AioRpcError, SpecdecError):
+            info = await self._get_info(replica.channel)
+            self._check(info)
+            replica.info = info
 
     @property
     def known_infos(self) -> list[InfoT]:
@@ -209,6 +214,8 @@ class ReplicaSet(Generic[InfoT]):
                 stub: Any = health_pb2_grpc.HealthStub(replica.channel)
                 async for response in stub.Watch(request, wait_for_ready=True):
                     await self._update(replica, response.status)
+                    if replica.is_ready:
+                        await asyncio.sleep(_RETRY_S)  # one that goes up and down all the time is let wait
                 await self._mark(replica, "the server ended the health watch")
             except grpc.aio.AioRpcError as error:
                 await self._mark(replica, f"{error.code().name}: {error.details()}")
@@ -279,6 +286,13 @@ def make_drafter_set(uris: Sequence[str]) -> DrafterSet:
 
     def check(info: drafter_pb2.DrafterServiceGetInfoResponse) -> None:
         check_protocol_version(info.protocol_version)
+        if info.ByteSize() > _MAX_INFO_BYTES:
+            raise InvalidArgumentError(
+                f"It describes itself in {info.ByteSize()} bytes; at most {_MAX_INFO_BYTES} are taken."
+            )
+        for drafter in info.drafters:
+            if not is_drafter_name(drafter.name):
+                raise InvalidArgumentError(f"{drafter.name[:80]!r} is no name of a drafter.")
 
     async def get_info(channel: grpc.aio.Channel) -> drafter_pb2.DrafterServiceGetInfoResponse:
         request = drafter_pb2.DrafterServiceGetInfoRequest()
