@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 InfoT = TypeVar("InfoT")
 
 _RETRY_S = 0.2
+_REFUSED_RETRY_S = 2.0
+"""Until a replica is asked again that cannot be used: reading what it says of itself may be work."""
 _NOT_YET = "not serving yet"
 _INFO_TIMEOUT_S = 5.0
 _RESOLVE_INTERVAL_S = 5.0
@@ -190,9 +192,21 @@ class ReplicaSet(Generic[InfoT]):
 
     async def _refresh(self, replica: Replica[InfoT]) -> None:
         with suppress(grpc.aio.AioRpcError, SpecdecError):
-            info = await self._get_info(replica.channel)
-            self._check(info)
-            replica.info = info
+            replica.info = await self._ask(replica)
+
+    async def _ask(self, replica: Replica[InfoT]) -> InfoT:
+        """What a replica says of itself.
+
+        Raises:
+            SpecdecError: it makes no sense, or is of a replica that cannot be used.
+            AioRpcError: it does not answer.
+        """
+        info: InfoT | None = await self._get_info(replica.channel)
+        if info is None:
+            # What grpc.aio makes of bytes that are no message of the type.
+            raise UnavailableError("Its answer to GetInfo cannot be read.", reason="MALFORMED_REPLY")
+        self._check(info)
+        return info
 
     @property
     def known_infos(self) -> list[InfoT]:
@@ -209,6 +223,7 @@ class ReplicaSet(Generic[InfoT]):
         """Follow a replica's health for as long as the gateway runs."""
         request = health_pb2.HealthCheckRequest(service=self.service)
         while True:
+            retry_s = _RETRY_S
             try:
                 # Waiting for ready: the call starts when the server is there and serving.
                 stub: Any = health_pb2_grpc.HealthStub(replica.channel)
@@ -220,19 +235,18 @@ class ReplicaSet(Generic[InfoT]):
             except grpc.aio.AioRpcError as error:
                 await self._mark(replica, f"{error.code().name}: {error.details()}")
             except SpecdecError as error:
+                retry_s = _REFUSED_RETRY_S
                 await self._mark(replica, error.message)
             except Exception as error:  # a replica that answers nonsense must not end its watch
                 logger.exception("watching a replica failed", extra={"uri": replica.uri})
                 await self._mark(replica, f"{type(error).__name__}: {error}")
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(retry_s)
 
     async def _update(self, replica: Replica[InfoT], status: int) -> None:
         if status != health_pb2.HealthCheckResponse.SERVING:
             await self._mark(replica, health_pb2.HealthCheckResponse.ServingStatus.Name(status))
             return
-        info = await self._get_info(replica.channel)
-        self._check(info)
-        replica.info = info
+        replica.info = await self._ask(replica)
         await self._mark(replica, "")
 
     async def _mark(self, replica: Replica[InfoT], reason: str) -> None:
