@@ -33,7 +33,7 @@ from verifier_service.verifier import Timed, Verifier
 
 SERVICE_NAME = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
 
-_UPLOAD_TIMEOUT_S = 60.0
+UPLOAD_TIMEOUT_S = 60.0
 """Longest a projection may take to arrive."""
 
 _FINISH_REASONS = {
@@ -51,6 +51,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     def __init__(self, telemetry: Telemetry) -> None:
         self.verifier: Verifier | None = None
         self.write_timeout_s = WRITE_TIMEOUT_S
+        self.upload_timeout_s = UPLOAD_TIMEOUT_S
         self._tracer = telemetry.tracer
         self._rounds = telemetry.meter.create_counter(
             "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
@@ -199,13 +200,12 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         export.expect_projection(info)
         async with self._projection_upload:  # one at a time: they may be large
             try:
-                async with asyncio.timeout(
-                    _UPLOAD_TIMEOUT_S
-                ):  # whoever stops sending must not hold the others up
+                # Whoever stops sending must not hold the others up.
+                async with asyncio.timeout(self.upload_timeout_s):
                     data = await _receive(info, first.data, requests)
             except TimeoutError:
                 raise DeadlineExceededError(
-                    f"The projection was not here within {_UPLOAD_TIMEOUT_S:g} s; send it again."
+                    f"The projection was not here within {self.upload_timeout_s:g} s; send it again."
                 ) from None
             # Hashing a large one takes a while; no torch operation runs on that thread.
             projection = await asyncio.to_thread(Projection.from_bytes, info, data)
