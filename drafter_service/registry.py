@@ -10,6 +10,7 @@ from pathlib import Path
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter
 from specdec.errors import InvalidArgumentError
+from specdec.methods import is_drafter_name
 
 _SPEC = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<family>[\w-]+)(?::(?P<model>.+))?")
 
@@ -35,7 +36,7 @@ class DrafterSpec:
                 f"--drafter {text!r} is not of the form [NAME=]FAMILY[:MODEL].", field="drafter"
             )
         name = match["name"] or match["family"]
-        if name in ("none", "auto"):
+        if not is_drafter_name(name):
             raise InvalidArgumentError(f"A drafter cannot be named {name!r}; choose another name.")
         return cls(name, match["family"], match["model"] or "")
 

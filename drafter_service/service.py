@@ -18,6 +18,7 @@ from specdec.errors import FailedPreconditionError, UnavailableError
 from specdec.handshake import check_handshake, make_handshake
 from specdec.runtime.engine import EngineResult
 from specdec.sampling import SamplingParams
+from specdec.server import send
 from specdec.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
@@ -84,10 +85,10 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 handshake=make_handshake(drafter.info.model_id, drafter.info.vocabulary_fingerprint),
                 timings=common_pb2.PhaseTimings(total_ns=time.monotonic_ns() - arrived_ns),
             )
-            await context.write(drafter_pb2.DraftResponse(opened=opened))
+            await send(context, drafter_pb2.DraftResponse(opened=opened))
             async for request in requests:
                 result = await self._round(host, drafter, session, request)
-                await context.write(drafter_pb2.DraftResponse(result=result))
+                await send(context, drafter_pb2.DraftResponse(result=result))
 
     async def _round(
         self, host: DrafterHost, drafter: Drafter, session: DraftSession, request: drafter_pb2.DraftRequest

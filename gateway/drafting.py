@@ -27,6 +27,7 @@ _OPEN_TIMEOUT_S = 60.0
 """A drafter may have to read a long prompt before it can draft."""
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
+_MAX_REASON_LENGTH = 500
 _PERMANENT = (FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError)
 """Errors another try would meet again."""
 
@@ -221,10 +222,15 @@ class DraftLink:
         return replace(draft, parent_indices=tree.parent_indices)
 
     async def _lose(self, reason: str, *, permanent: bool = False) -> None:
-        logger.warning("drafting without a drafter", extra={"reason": reason})
-        self._reason = reason
+        self._reason = _readable(reason)
+        logger.warning("drafting without a drafter", extra={"reason": self._reason})
         session, self._session, self._opening = self._session, None, None
         self._retry_at = float("inf") if permanent else time.monotonic() + self._retry_s
         self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
         if session:
             await session.close()
+
+
+def _readable(reason: str) -> str:
+    """A short line for logs, clients and their terminals, of what a peer may have made up."""
+    return "".join(c if c.isprintable() else " " for c in reason[:_MAX_REASON_LENGTH])

@@ -13,8 +13,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specdec.channel import aio_channel
-from specdec.errors import SpecdecError, UnavailableError
+from specdec.errors import InvalidArgumentError, SpecdecError, UnavailableError
 from specdec.handshake import check_protocol_version, check_vocabulary
+from specdec.methods import is_drafter_name
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -22,9 +23,13 @@ logger = logging.getLogger(__name__)
 InfoT = TypeVar("InfoT")
 
 _RETRY_S = 0.2
+_REFUSED_RETRY_S = 2.0
+"""Until a replica is asked again that cannot be used: reading what it says of itself may be work."""
 _NOT_YET = "not serving yet"
 _INFO_TIMEOUT_S = 5.0
 _RESOLVE_INTERVAL_S = 5.0
+_MAX_INFO_BYTES = 64 * 1024
+"""Most a drafter service may say of itself: clients are told all of it."""
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 """Addresses of a `dns:` URI, as gRPC URIs; OSError if it cannot be resolved."""
@@ -181,13 +186,27 @@ class ReplicaSet(Generic[InfoT]):
             await self._changed.wait_for(lambda: any(replica.is_ready for replica in self.replicas))
 
     async def refresh(self) -> None:
-        """Ask every ready replica anew how busy it is; one that does not answer keeps what it said."""
+        """Ask every ready replica anew how busy it is; one without a right answer keeps what it said."""
         ready = [replica for replica in self.replicas if replica.is_ready]
         await asyncio.gather(*(self._refresh(replica) for replica in ready))
 
     async def _refresh(self, replica: Replica[InfoT]) -> None:
-        with suppress(grpc.aio.AioRpcError):
-            replica.info = await self._get_info(replica.channel)
+        with suppress(grpc.aio.AioRpcError, SpecdecError):
+            replica.info = await self._ask(replica)
+
+    async def _ask(self, replica: Replica[InfoT]) -> InfoT:
+        """What a replica says of itself.
+
+        Raises:
+            SpecdecError: it makes no sense, or is of a replica that cannot be used.
+            AioRpcError: it does not answer.
+        """
+        info: InfoT | None = await self._get_info(replica.channel)
+        if info is None:
+            # What grpc.aio makes of bytes that are no message of the type.
+            raise UnavailableError("Its answer to GetInfo cannot be read.", reason="MALFORMED_REPLY")
+        self._check(info)
+        return info
 
     @property
     def known_infos(self) -> list[InfoT]:
@@ -204,28 +223,30 @@ class ReplicaSet(Generic[InfoT]):
         """Follow a replica's health for as long as the gateway runs."""
         request = health_pb2.HealthCheckRequest(service=self.service)
         while True:
+            retry_s = _RETRY_S
             try:
                 # Waiting for ready: the call starts when the server is there and serving.
                 stub: Any = health_pb2_grpc.HealthStub(replica.channel)
                 async for response in stub.Watch(request, wait_for_ready=True):
                     await self._update(replica, response.status)
+                    if replica.is_ready:
+                        await asyncio.sleep(_RETRY_S)  # one that goes up and down all the time is let wait
                 await self._mark(replica, "the server ended the health watch")
             except grpc.aio.AioRpcError as error:
                 await self._mark(replica, f"{error.code().name}: {error.details()}")
             except SpecdecError as error:
+                retry_s = _REFUSED_RETRY_S
                 await self._mark(replica, error.message)
             except Exception as error:  # a replica that answers nonsense must not end its watch
                 logger.exception("watching a replica failed", extra={"uri": replica.uri})
                 await self._mark(replica, f"{type(error).__name__}: {error}")
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(retry_s)
 
     async def _update(self, replica: Replica[InfoT], status: int) -> None:
         if status != health_pb2.HealthCheckResponse.SERVING:
             await self._mark(replica, health_pb2.HealthCheckResponse.ServingStatus.Name(status))
             return
-        info = await self._get_info(replica.channel)
-        self._check(info)
-        replica.info = info
+        replica.info = await self._ask(replica)
         await self._mark(replica, "")
 
     async def _mark(self, replica: Replica[InfoT], reason: str) -> None:
@@ -279,6 +300,13 @@ def make_drafter_set(uris: Sequence[str]) -> DrafterSet:
 
     def check(info: drafter_pb2.DrafterServiceGetInfoResponse) -> None:
         check_protocol_version(info.protocol_version)
+        if info.ByteSize() > _MAX_INFO_BYTES:
+            raise InvalidArgumentError(
+                f"It describes itself in {info.ByteSize()} bytes; at most {_MAX_INFO_BYTES} are taken."
+            )
+        for drafter in info.drafters:
+            if not is_drafter_name(drafter.name):
+                raise InvalidArgumentError(f"{drafter.name[:80]!r} is no name of a drafter.")
 
     async def get_info(channel: grpc.aio.Channel) -> drafter_pb2.DrafterServiceGetInfoResponse:
         request = drafter_pb2.DrafterServiceGetInfoRequest()

@@ -199,7 +199,7 @@ def _verified(
         bonus_token_id=result.bonus_token_id,
         finish_reason=FINISH_REASONS[result.finish_reason],
         logprobs=tuple(_logprobs(entry) for entry in result.logprobs),
-        server_ns=result.timings.total_ns,
+        server_ns=min(result.timings.total_ns, elapsed_ns),
         elapsed_ns=elapsed_ns,
         compute_ns=result.timings.compute_ns,
         batch_size=result.timings.batch_size,
@@ -258,11 +258,13 @@ class RemoteDrafterSession:
         request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)
         response, elapsed_ns = await self._stream.exchange(request)
         result = response.result
+        # One token too many is refused as a million are, which would only take memory and time.
+        most = max(num_draft_tokens, num_draft_nodes) + 1
         return Draft(
-            tuple(result.draft_token_ids),
-            result.timings.total_ns,
+            tuple(result.draft_token_ids[:most]),
+            min(result.timings.total_ns, elapsed_ns),
             elapsed_ns,
-            parent_indices=tuple(result.parent_indices),
+            parent_indices=tuple(result.parent_indices[:most]),
         )
 
     def _state_message(self, state: StateHandle | None) -> target_state_pb2.TargetStateRef | None:

@@ -20,7 +20,7 @@ from gateway.tracing import RequestTrace
 from specdec import PROTOCOL_VERSION
 from specdec.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
 from specdec.methods import PLAIN
-from specdec.server import remaining_timeout_s
+from specdec.server import remaining_timeout_s, send
 from specdec.telemetry import Telemetry
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 
@@ -97,7 +97,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             trace_id=trace.trace_id,
             model_id=model_id,
         )
-        await context.write(gateway_pb2.GenerateResponse(started=started))
+        await send(context, gateway_pb2.GenerateResponse(started=started))
         generation = Generation(
             request,
             plan,
@@ -110,7 +110,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         try:
             async with aclosing(generation.run(verifier)) as responses:
                 async for response in responses:
-                    await context.write(response)
+                    await send(context, response)
             trace.finish(response.finished)
             outcome = FINISH_REASONS[response.finished.finish_reason]
         except SpecdecError as error:

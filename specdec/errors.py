@@ -15,12 +15,13 @@ SpecdecError
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -157,6 +158,10 @@ def to_status(error: SpecdecError) -> grpc.Status:
 
 def _shortened(message: str) -> str:
     """Beginning and end of a message too long to send: what is wrong comes first, what to do last."""
+    if (
+        len(message) > 2 * _MAX_MESSAGE_BYTES
+    ):  # megabytes of it need not be looked at: none of the middle is kept
+        message = message[:_MAX_MESSAGE_BYTES] + message[-_MAX_MESSAGE_BYTES:]
     # A character that is not printable ASCII is percent-encoded in a header, three bytes for each of its own.
     sizes = [1 if " " <= c <= "~" else 3 * len(c.encode(errors="replace")) for c in message]
     if sum(sizes) <= _MAX_MESSAGE_BYTES:
@@ -181,7 +186,8 @@ def from_rpc_error(error: grpc.RpcError) -> SpecdecError:
     metadata: Any = error.trailing_metadata() or ()  # pairs on either stack; the stubs disagree
     for key, value in metadata:
         if key == "grpc-status-details-bin":
-            _read_details(result, value)
+            with suppress(DecodeError):  # the code stands whatever a peer adds to it
+                _read_details(result, value)
     return result
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 PLAIN = "none"
 """Plain decoding: no drafter, K = 0."""
 _SEPARATOR = "+"
 """Between the drafters of a method that merges their proposals; no drafter's name contains it."""
+
+_DRAFTER_NAME = re.compile(r"[\w.-]{1,64}")
+_RESERVED = (PLAIN, "auto")
+
+
+def is_drafter_name(name: str) -> bool:
+    """Whether a drafter may be called that: 1 to 64 letters, digits, dots, hyphens and underscores."""
+    return bool(_DRAFTER_NAME.fullmatch(name)) and name not in _RESERVED
 
 
 def drafters_of(method: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from specdec.channel import server_options
-from specdec.errors import InternalError, InvalidArgumentError, SpecdecError, to_status
+from specdec.errors import DeadlineExceededError, InternalError, InvalidArgumentError, SpecdecError, to_status
 from specdec.telemetry import Telemetry, setup_logging, telemetry_from_environment
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,10 @@ _Message = TypeVar("_Message")
 ConfigT = TypeVar("ConfigT")
 _OUR_METHODS = "/specdec.v1."
 _METHOD_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+WRITE_TIMEOUT_S = 60.0
+"""How long a peer may leave unread what it is sent; it holds memory and a session until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,9 @@ def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: boo
             await _abort(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
+        except grpc.aio.InternalError:
+            # A write that broke, for the peer is gone; gRPC's own ending of the call finds that out, too.
+            logger.info("the peer went away in a write", extra={"peer": context.peer()})
         except Exception as error:
             logger.exception("request failed")
             await _abort(context, InternalError(f"Defect in the server: {type(error).__name__}: {error}"))
@@ -305,6 +312,24 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+async def send(
+    context: grpc.aio.ServicerContext[Any, Any], message: Any, timeout_s: float = WRITE_TIMEOUT_S
+) -> None:
+    """Write a message of a stream.
+
+    Raises:
+        DeadlineExceededError: the peer does not read.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(message)
+    except TimeoutError:
+        raise DeadlineExceededError(
+            f"What was sent has not been read for {timeout_s:g} s, so the call has ended.",
+            reason="NOT_READ",
+        ) from None
 
 
 def remaining_timeout_s(context: grpc.aio.ServicerContext[Any, Any], margin_s: float = 0.05) -> float | None:

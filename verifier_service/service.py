@@ -13,6 +13,7 @@ from opentelemetry.trace import SpanKind
 
 from specdec import PROTOCOL_VERSION
 from specdec.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     UnavailableError,
@@ -21,6 +22,7 @@ from specdec.errors import (
 from specdec.handshake import check_handshake, make_handshake
 from specdec.runtime.target_view import Projection, num_projection_bytes
 from specdec.sampling import SamplingParams
+from specdec.server import WRITE_TIMEOUT_S, send
 from specdec.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
@@ -30,6 +32,9 @@ from verifier_service.state_export import StateChunk
 from verifier_service.verifier import Timed, Verifier
 
 SERVICE_NAME = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
+
+UPLOAD_TIMEOUT_S = 60.0
+"""Longest a projection may take to arrive."""
 
 _FINISH_REASONS = {
     None: verifier_pb2.FINISH_REASON_UNSPECIFIED,
@@ -45,6 +50,8 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
 
     def __init__(self, telemetry: Telemetry) -> None:
         self.verifier: Verifier | None = None
+        self.write_timeout_s = WRITE_TIMEOUT_S
+        self.upload_timeout_s = UPLOAD_TIMEOUT_S
         self._tracer = telemetry.tracer
         self._rounds = telemetry.meter.create_counter(
             "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
@@ -85,10 +92,10 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             opened = verifier_pb2.VerifyOpened(
                 handshake=handshake, first=result, target_state_refusal=session.state_refusal
             )
-            await context.write(verifier_pb2.VerifyResponse(opened=opened))
+            await send(context, verifier_pb2.VerifyResponse(opened=opened), self.write_timeout_s)
             async for request in requests:
                 result = await self._round(verifier, session, request)
-                await context.write(verifier_pb2.VerifyResponse(result=result))
+                await send(context, verifier_pb2.VerifyResponse(result=result), self.write_timeout_s)
 
     async def _round(
         self, verifier: Verifier, session: Session, request: verifier_pb2.VerifyRequest
@@ -175,7 +182,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         async with aclosing(export.stream(state, request.start_position, projection)) as chunks:
             async for chunk in chunks:
                 self._state_bytes.add(sum(map(len, chunk.rows.values())))
-                await context.write(_chunk(chunk))
+                await send(context, _chunk(chunk), self.write_timeout_s)
 
     async def PutProjection(  # noqa: N802
         self,
@@ -186,16 +193,20 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     ) -> target_state_pb2.PutProjectionResponse:
         """Take a projection's weights."""
         export = self._loaded().export
+        first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("projection"):
+            raise InvalidArgumentError("No projection was sent.", field="projection")
+        info = ProjectionInfo.from_proto(first.projection)
+        export.expect_projection(info)
         async with self._projection_upload:  # one at a time: they may be large
-            first = await anext(aiter(requests), None)
-            if first is None or not first.HasField("projection"):
-                raise InvalidArgumentError("No projection was sent.", field="projection")
-            info, data = ProjectionInfo.from_proto(first.projection), bytearray(first.data)
-            export.expect_projection(info)
-            async for request in requests:
-                if len(data) + len(request.data) > num_projection_bytes(info):
-                    raise InvalidArgumentError("More data than the projection's sizes say.", field="data")
-                data += request.data
+            try:
+                # Whoever stops sending must not hold the others up.
+                async with asyncio.timeout(self.upload_timeout_s):
+                    data = await _receive(info, first.data, requests)
+            except TimeoutError:
+                raise DeadlineExceededError(
+                    f"The projection was not here within {self.upload_timeout_s:g} s; send it again."
+                ) from None
             # Hashing a large one takes a while; no torch operation runs on that thread.
             projection = await asyncio.to_thread(Projection.from_bytes, info, data)
             export.put_projection(projection)
@@ -240,6 +251,18 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             num_state_sessions=verifier.export.num_sessions,
             num_state_streams=verifier.export.num_streams,
         )
+
+
+async def _receive(
+    info: ProjectionInfo, first: bytes, requests: AsyncIterator[target_state_pb2.PutProjectionRequest]
+) -> bytearray:
+    """A projection's weights, from its messages."""
+    data = bytearray(first)
+    async for request in requests:
+        if len(data) + len(request.data) > num_projection_bytes(info):
+            raise InvalidArgumentError("More data than the projection's sizes say.", field="data")
+        data += request.data
+    return data
 
 
 def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:

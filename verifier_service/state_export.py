@@ -14,7 +14,12 @@ from typing import Protocol, TypeVar
 from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
-from specdec.runtime.target_view import Projection, TargetStateView, tensor_bytes
+from specdec.runtime.target_view import (
+    Projection,
+    TargetStateView,
+    num_projection_bytes,
+    tensor_bytes,
+)
 from specdec.target_state import (
     GENERATIONS,
     LAST_HIDDEN,
@@ -39,6 +44,8 @@ _MAX_PROJECTIONS = 4
 _PROJECTION_DTYPES = ("bfloat16", "float16", "float32")
 _MAX_PROJECTION_GROWTH = 4
 """Most a projection's output may be, in hidden sizes."""
+_MAX_PROJECTION_BYTES = 2**30
+"""Most a projection's weights may be: several times those of the largest known drafter."""
 
 
 class RunOnEngine(Protocol):
@@ -299,6 +306,12 @@ class StateExport:
         return tensor_bytes(projected)
 
     def _hidden_names(self, spec: TargetStateSpec) -> list[str]:
+        if len(spec.hidden_layer_ids) > self._max_hidden_layers:
+            raise InvalidArgumentError(
+                f"The spec lists hidden states of {len(spec.hidden_layer_ids)} layers; this verifier keeps "
+                f"at most {self._max_hidden_layers}; raise --max-hidden-layers.",
+                field="target_state_spec",
+            )
         names = list(spec.hidden_names)
         if spec.last_hidden_state:
             names.append(LAST_HIDDEN)
@@ -307,6 +320,12 @@ class StateExport:
         return names
 
     def _kv_names(self, spec: TargetStateSpec) -> list[str]:
+        if len(spec.kv_layer_ids) > len(self._attention_types):
+            raise InvalidArgumentError(
+                f"The spec lists KV of {len(spec.kv_layer_ids)} layers; the target has that of "
+                f"{len(self._attention_types)}.",
+                field="target_state_spec",
+            )
         layer_ids = set(spec.kv_layer_ids)
         for layer_id in spec.kv_layer_ids:
             if layer_id not in self._attention_types:
@@ -335,6 +354,12 @@ class StateExport:
                 f"A {info.dtype} projection to {info.output_size} values does not fit this target: at most "
                 f"{_MAX_PROJECTION_GROWTH} times its hidden size of {hidden_size}, "
                 f"{' or '.join(_PROJECTION_DTYPES)}.",
+                field="target_state_spec",
+            )
+        if num_projection_bytes(info) > _MAX_PROJECTION_BYTES:
+            raise InvalidArgumentError(
+                f"The projection's weights are {num_projection_bytes(info) / 2**20:.0f} MiB; at most "
+                f"{_MAX_PROJECTION_BYTES // 2**20} MiB are taken.",
                 field="target_state_spec",
             )
 

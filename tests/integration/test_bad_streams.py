@@ -133,7 +133,9 @@ def projecting(**fields: Any) -> target_state_pb2.TargetStateSpec:
 BAD_SPECS = [
     (target_state_pb2.TargetStateSpec(), "names nothing"),
     (target_state_pb2.TargetStateSpec(hidden_layer_ids=[99]), "no 'hidden.99'"),
+    (target_state_pb2.TargetStateSpec(hidden_layer_ids=[0] * 17), "at most 16"),
     (target_state_pb2.TargetStateSpec(kv_layer_ids=[99]), "Layer 99"),
+    (target_state_pb2.TargetStateSpec(kv_layer_ids=[0] * 5), "that of 4"),
     (projecting(input_size=33), "takes 33 values"),
     (projecting(output_size=2**31), "does not fit"),
     (projecting(output_size=0), "does not fit"),

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from specdec.errors import InvalidArgumentError
 from specdec.runtime.packed_model import PackedModel
-from specdec.target_state import TargetStateSpec
+from specdec.target_state import ProjectionInfo, TargetStateSpec
 from tests.state_probe import random_projection
 from verifier_service.state_export import StateChunk, StateExport
 
@@ -67,3 +68,30 @@ async def test_rows_projected_after_the_session_ended_are_not_sent(ends: bool, t
         assert len(chunk.rows["projected"]) == 8 * 48 * 4
     await chunks.aclose()
     assert export.num_streams == 0
+
+
+class WideCapture:
+    """Hidden states of a target far wider than tests can run."""
+
+    hidden_size = 16384
+
+    def check(self, name: str) -> None:
+        """It has every layer."""
+
+
+async def test_a_projection_too_large_to_keep_is_refused_with_the_session(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    packed, capture = PackedModel(model, kv_budget_bytes=1 << 20), WideCapture()
+    export = StateExport(
+        packed.pool,
+        capture,  # type: ignore[arg-type]
+        dict.fromkeys(packed.pool.keys, "full_attention"),
+        uri="",
+        max_hidden_layers=2,
+        run_on_engine=BusyEngine(),
+    )
+    size = WideCapture.hidden_size
+    wide = ProjectionInfo("0" * 64, 2 * size, 4 * size, 1e-6, "float32")
+    with pytest.raises(InvalidArgumentError, match="8192 MiB; at most 1024 MiB"):
+        await export.open(TargetStateSpec((0, 2), projection=wide), packed.pool.allocate(8))
+    assert export.num_sessions == 0

@@ -1,0 +1,132 @@
+"""A drafter service that lies: a real gRPC server whose every answer a test makes up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from specdec import PROTOCOL_VERSION
+from specdec.channel import server_options
+from specdec.handshake import make_handshake
+from specdec.v1 import common_pb2, drafter_pb2
+
+SERVICE = "specdec.v1.DrafterService"
+NAME = "liar"
+
+DraftContext = grpc.aio.ServicerContext[Any, Any]
+Requests = AsyncIterator[drafter_pb2.DraftRequest]
+
+
+class Liar:
+    """An honest drafter without a guess. A kind of lie overrides what it lies about.
+
+    Answers may be bytes: they are sent as they are.
+    """
+
+    def __init__(self) -> None:
+        self.num_streams = 0
+        """Draft streams open now."""
+        self.num_drafts = 0
+        """Rounds answered, or not answered, so far."""
+        self.committed: list[int] = []
+        """Tokens of the session that was told last."""
+        self.expected: list[int] = []
+        """Prompt and output of the request under way, where a lie needs to know them."""
+
+    def info(self) -> Any:
+        """The answer to GetInfo."""
+        return drafter_pb2.DrafterServiceGetInfoResponse(
+            protocol_version=PROTOCOL_VERSION, drafters=[self.drafter()], max_sessions=64
+        )
+
+    def drafter(self, **fields: Any) -> drafter_pb2.DrafterInfo:
+        """What it says of its one drafter, but for `fields`."""
+        right = {"name": NAME, "family": NAME, "max_num_draft_tokens": 8, "default_num_draft_tokens": 4}
+        return drafter_pb2.DrafterInfo(**(right | {"max_num_draft_nodes": 32} | fields))
+
+    async def open(self, message: drafter_pb2.DraftOpen) -> Any:
+        """The answer to an open."""
+        return drafter_pb2.DraftResponse(opened=drafter_pb2.DraftOpened(handshake=make_handshake()))
+
+    async def round(self, message: drafter_pb2.DraftRound) -> Any:
+        """The answer to a round."""
+        return drafter_pb2.DraftResponse(result=self.draft(message))
+
+    def draft(self, message: drafter_pb2.DraftRound) -> drafter_pb2.DraftResult:
+        """The draft of a round."""
+        return drafter_pb2.DraftResult()
+
+    async def session(self, requests: Requests, context: DraftContext) -> None:
+        """A whole Draft stream."""
+        async for request in requests:
+            if request.WhichOneof("message") == "open":
+                self.committed = list(request.open.committed_token_ids)
+                await context.write(await self.open(request.open))
+            else:
+                self.num_drafts += 1
+                self.committed += request.round.committed_token_ids
+                await context.write(await self.round(request.round))
+
+    def health(self) -> health_pb2_grpc.HealthServicer:
+        """The health service."""
+        return health_aio.HealthServicer()
+
+    async def _draft(self, requests: Requests, context: DraftContext) -> None:
+        self.num_streams += 1
+        try:
+            await self.session(requests, context)
+        finally:
+            self.num_streams -= 1
+
+    async def _get_info(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return self.info()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """The service's methods."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Draft": grpc.stream_stream_rpc_method_handler(
+                    self._draft,
+                    request_deserializer=drafter_pb2.DraftRequest.FromString,
+                    response_serializer=_serialise,
+                ),
+                "GetInfo": grpc.unary_unary_rpc_method_handler(
+                    self._get_info,
+                    request_deserializer=drafter_pb2.DrafterServiceGetInfoRequest.FromString,
+                    response_serializer=_serialise,
+                ),
+            },
+        )
+
+
+def _serialise(message: Any) -> bytes:
+    return message if isinstance(message, bytes) else bytes(message.SerializeToString())
+
+
+def lying_timings() -> common_pb2.PhaseTimings:
+    """A drafter that was busy since long before the universe began."""
+    most = 2**64 - 1
+    return common_pb2.PhaseTimings(total_ns=most, queue_ns=most, compute_ns=most, batch_size=2**32 - 1)
+
+
+@asynccontextmanager
+async def running_liar(liar: Liar) -> AsyncIterator[str]:
+    """The liar's server, SERVING; its address."""
+    server = grpc.aio.server(options=[*server_options(), ("grpc.max_metadata_size", 64 * 2**20)])
+    server.add_generic_rpc_handlers((liar.handlers(),))
+    health = liar.health()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    if isinstance(health, health_aio.HealthServicer):
+        await health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)

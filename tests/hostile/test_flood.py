@@ -1,0 +1,135 @@
+"""A gigabyte of drafts, seen by real processes: no memory is taken, and the output stays the target's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from specdec.channel import MAX_MESSAGE_BYTES
+from specdec.client import AsyncClient, GenerateOptions
+from specdec.launcher import LocalSystem
+from specdec.v1 import drafter_pb2
+from tests.hostile.liar import NAME, DraftContext, Liar, Requests, running_liar
+from tests.refusals import PROMPT
+
+GIGABYTE = 2**30
+MAX_GROWTH_BYTES = 16 * MAX_MESSAGE_BYTES
+"""A few messages in the hands of gRPC and of the allocator, however many come."""
+PADDING_FIELD = b"\xfa\x3f"
+"""Key of a field nobody knows, of bytes."""
+
+
+def padded(message: drafter_pb2.DraftResponse, num_bytes: int) -> bytes:
+    """A message of just that size: what it says is followed by a field nobody knows."""
+    said: bytes = message.SerializeToString()
+    size = num_bytes - len(said) - len(PADDING_FIELD) - 4
+    varint = bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128, size >> 21])
+    return said + PADDING_FIELD + varint + bytes(size)
+
+
+class Floods(Liar):
+    """Answers every round with a wrong draft in a message as large as is taken, and says on unasked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draft = drafter_pb2.DraftResult(draft_token_ids=[1])
+        self._answer = padded(drafter_pb2.DraftResponse(result=draft), MAX_MESSAGE_BYTES)
+        self.num_bytes = 0
+        """Bytes that were taken."""
+
+    async def session(self, requests: Requests, context: DraftContext) -> None:
+        async for request in requests:
+            await context.write(await self.open(request.open))
+            while True:
+                await context.write(self._answer)
+                self.num_bytes += len(self._answer)
+
+
+class SendsTooMuch(Liar):
+    """Answers a round with one message of many times the limit."""
+
+    async def round(self, message: drafter_pb2.DraftRound) -> Any:
+        return bytes(16 * MAX_MESSAGE_BYTES)
+
+
+@asynccontextmanager
+async def flooded_system(model: Path, liar: Liar) -> AsyncIterator[tuple[LocalSystem, AsyncClient]]:
+    """A gateway and a verifier in processes of their own, with a liar as their drafter."""
+    async with running_liar(liar) as liar_at:
+        system = LocalSystem(
+            str(model),
+            dtype="float32",
+            extra_args={
+                "gateway": ["--drafter", liar_at, "--draft-timeout-s", "20"],
+                "verifier": ["--kv-cache-mib", "4"],
+            },
+            env={"OMP_NUM_THREADS": "1"},
+        )
+        await asyncio.to_thread(system.__enter__)  # the gateway asks the liar while it starts
+        try:
+            async with AsyncClient(system.gateway, timeout_s=120) as client:
+                yield system, client
+        finally:
+            await asyncio.to_thread(system.__exit__)
+
+
+@asynccontextmanager
+async def memory_of(system: LocalSystem, *names: str) -> AsyncIterator[dict[str, int]]:
+    """By service, how many bytes its resident memory grew at most while the block ran."""
+    processes = {name: psutil.Process(system.pids[name]) for name in names}
+    before = {name: process.memory_info().rss for name, process in processes.items()}
+    growth = dict.fromkeys(names, 0)
+
+    async def watch() -> None:
+        while True:
+            for name, process in processes.items():
+                growth[name] = max(growth[name], process.memory_info().rss - before[name])
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield growth
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+
+def options(method: str, num_tokens: int) -> GenerateOptions:
+    return GenerateOptions(
+        max_new_tokens=num_tokens,
+        ignore_eos=True,
+        method=method,
+        num_draft_tokens=None if method == "none" else 4,
+    )
+
+
+async def test_a_gigabyte_of_drafts_takes_no_memory(tiny_llama: Path) -> None:
+    liar = Floods()
+    async with flooded_system(tiny_llama, liar) as (system, client):
+        num_tokens = GIGABYTE // MAX_MESSAGE_BYTES + 20
+        expected = await client.generate(PROMPT, options("none", num_tokens))
+        async with memory_of(system, "gateway", "verifier") as growth:
+            result = await client.generate(PROMPT, options(NAME, num_tokens))
+        assert result.token_ids == expected.token_ids
+        assert liar.num_bytes >= GIGABYTE
+        assert result.speculation.num_draft_tokens >= num_tokens - 3
+        assert max(growth.values()) < MAX_GROWTH_BYTES, growth
+        info = await client.info()
+        assert info.verifiers[0].info is not None
+        assert info.verifiers[0].info.num_sessions == 0
+
+
+async def test_a_message_far_above_the_limit_is_refused_unread(tiny_llama: Path) -> None:
+    async with flooded_system(tiny_llama, SendsTooMuch()) as (system, client):
+        expected = await client.generate(PROMPT, options("none", 20))
+        async with memory_of(system, "gateway", "verifier") as growth:
+            result = await client.generate(PROMPT, options(NAME, 20))
+        assert result.token_ids == expected.token_ids
+        assert "larger than max" in result.speculation.fallback_reason
+        assert max(growth.values()) < MAX_GROWTH_BYTES, growth
