@@ -210,7 +210,7 @@ async def test_a_full_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path
 @shared
 async def test_a_generation_longer_than_the_pool_is_refused_whatever_drafts(small: System) -> None:
     prompt = [i % 250 for i in range(100)]
-    options = GenerateOptions(max_new_tokens=10_000, ignore_eos=True, method="model")
+    options = GenerateOptions(max_new_tokens=10_000, ignore_eos=True, method="model", num_draft_tokens=4)
     with pytest.raises(InvalidArgumentError, match=str(POOL_TOKENS)):
         await small.client.generate(prompt, options)
     await assert_healthy(small)
@@ -219,7 +219,7 @@ async def test_a_generation_longer_than_the_pool_is_refused_whatever_drafts(smal
 async def test_max_new_tokens_beyond_the_context_is_cut_and_drafted(tiny_llama: Path) -> None:
     prompt = [i % 250 for i in range(CONTEXT - 20)]
     async with running_system(tiny_llama, f"model=causal-lm:{tiny_llama}") as system:
-        options = GenerateOptions(max_new_tokens=100_000, ignore_eos=True, method="model")
+        options = GenerateOptions(max_new_tokens=100_000, ignore_eos=True, method="model", num_draft_tokens=4)
         result = await system.client.generate(prompt, options)
         assert len(result.token_ids) == 20
         assert result.finish_reason == "length"

@@ -204,7 +204,7 @@ async def test_a_drafter_with_a_shorter_context_drafts_within_it(
     byte_tokenizer().save_pretrained(tmp_path)
     async with running_system(tiny_llama, "ngram", f"short=causal-lm:{tmp_path}") as system:
         prompt = [(7 * i) % 250 for i in range(prompt_length)]
-        options = {"max_new_tokens": 80, "ignore_eos": True}
+        options = {"max_new_tokens": 80, "ignore_eos": True, "num_draft_tokens": 4}
         expected = await system.client.generate(prompt, GenerateOptions(method="none", **options))
         result = await system.client.generate(prompt, GenerateOptions(method="short", **options))
         assert result.token_ids == expected.token_ids
@@ -223,7 +223,7 @@ async def test_a_hanging_drafter_costs_a_request_its_draft_timeout(
         families={**FAMILIES, "hanging": Hanging},
         gateway_options={"draft_timeout_s": 0.2},
     ) as system:
-        options = {"max_new_tokens": 20, "ignore_eos": True}
+        options = {"max_new_tokens": 20, "ignore_eos": True, "num_draft_tokens": 4}
         expected = await system.client.generate(PROMPT, GenerateOptions(method="none", **options))
         result = await system.client.generate(PROMPT, GenerateOptions(method="hanging", **options))
         assert result.token_ids == expected.token_ids

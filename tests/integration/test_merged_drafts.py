@@ -57,7 +57,7 @@ async def test_the_merged_tree_accepts_what_the_best_drafter_does(
 
 async def test_a_drafter_that_is_late_is_left_out(tiny_llama: Path) -> None:
     gate = Gate()
-    options = GenerateOptions(max_new_tokens=60, ignore_eos=True)
+    options = GenerateOptions(num_draft_tokens=4, max_new_tokens=60, ignore_eos=True)
     async with (
         running_verifier(tiny_llama) as (verifier, _),
         running_drafter("gated", families=gate.families) as (gated_at, _),

@@ -289,7 +289,9 @@ class TestFitting:
         ):
             await eventually(lambda: all_ready(client))
             for method in ("ngram", "lookup", "ngram"):
-                options = GenerateOptions(method=method, max_new_tokens=12, ignore_eos=True)
+                options = GenerateOptions(
+                    method=method, num_draft_tokens=4, max_new_tokens=12, ignore_eos=True
+                )
                 result = await client.generate(EVERY_BYTE, options)
                 assert result.speculation.method == method
                 assert result.speculation.num_draft_tokens > 0
@@ -307,7 +309,9 @@ class TestFitting:
                 running_gateway(tiny_llama, verifier=verifier_uri, drafter=drafter_uri, listen=gateway_uri),
                 AsyncClient(gateway_uri) as client,
             ):
-                options = GenerateOptions(method="ngram", max_new_tokens=12, ignore_eos=True)
+                options = GenerateOptions(
+                    method="ngram", num_draft_tokens=4, max_new_tokens=12, ignore_eos=True
+                )
                 result = await client.generate(EVERY_BYTE, options)
                 assert len(result.token_ids) == 12
                 assert result.speculation.num_draft_tokens > 0

@@ -249,7 +249,7 @@ class TestTraceContext:
 
     async def test_concurrent_requests_do_not_mix(self, recorded: Recorded, tiny_llama: Path) -> None:
         async with running_system(tiny_llama, telemetry=recorded.telemetry) as system:
-            options = GenerateOptions(max_new_tokens=10, ignore_eos=True)
+            options = GenerateOptions(num_draft_tokens=4, max_new_tokens=10, ignore_eos=True)
             results = await asyncio.gather(*(system.client.generate(PROMPT, options) for _ in range(3)))
             await eventually(lambda: len(recorded.named("specdec.generate")) == 3)
             assert len({result.trace_id for result in results}) == 3
@@ -299,7 +299,9 @@ class TestMetrics:
             tiny_llama, "ngram", f"noisy=causal-lm:{noisy_llama}", telemetry=telemetry
         ) as system:
             results = [
-                await system.client.generate(prompt, GenerateOptions(method=method, max_new_tokens=24))
+                await system.client.generate(
+                    prompt, GenerateOptions(method=method, num_draft_tokens=4, max_new_tokens=24)
+                )
                 for method in ("noisy", "ngram", "none")
                 for prompt in (PROMPT, [40, 41, 42])
             ]
