@@ -9,7 +9,7 @@ from specdec.config import config_options
 from specdec.runtime.loading import DTYPES, tune_process
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_DRAFTER"})
 @config_options(DrafterConfig, choices={"dtype": DTYPES, "stream_features": STREAM_FEATURES})
 def main(**options: object) -> None:
     """Serve drafters: each round, guess the tokens the target will pick next.

@@ -8,7 +8,7 @@ from gateway.config import GatewayConfig
 from specdec.config import config_options
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_GATEWAY"})
 @config_options(GatewayConfig)
 def main(**options: object) -> None:
     """Serve clients: tokenise, run the draft-verify loop over the services, stream text.

