@@ -79,13 +79,13 @@ class World:
         """Start the services; one of their drafters reads all of the target's state."""
         self.shared_dir = shared_dir
         self.probe = StateProbe(all_of("llama"))
-        shared = {"shared_dir": str(shared_dir), "max_sessions": 8}
+        shared = {"shared_dir": str(shared_dir)}
         self.system = await self._stack.enter_async_context(
             running_system(
                 model,
                 *("ngram", f"model=causal-lm:{model}", "probe"),
                 families=self.probe.families,
-                verifier_options={**shared, "kv_cache_mib": 1.0},
+                verifier_options={**shared, "kv_cache_mib": 8.0},
                 drafter_options=shared,
                 gateway_options={"draft_timeout_s": 5.0},
             )
