@@ -42,6 +42,11 @@ class Peer:
         """Whether the call has ended."""
         return bool(self.call.done())
 
+    @property
+    def may_be_answered(self) -> bool:
+        """Whether nothing but a defect would be a reason not to answer what is right."""
+        return not self.has_closed
+
     def right(self) -> Message | None:
         """What would be right to say next; None: nothing more."""
         raise NotImplementedError
@@ -150,6 +155,10 @@ class DraftPeer(Peer):
         super().__init__(world)
         self._drafter, self.followed = drafter, followed
         self._num_sent = 0
+
+    @property
+    def may_be_answered(self) -> bool:
+        return self.followed.is_honest and not self.followed.is_over
 
     def right(self) -> Message | None:
         followed = self.followed

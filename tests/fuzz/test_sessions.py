@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from hypothesis import strategies as st
@@ -12,6 +12,7 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     consumes,
     initialize,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -20,6 +21,10 @@ from specdec.v1 import target_state_pb2
 from tests.fuzz.messages import wrong
 from tests.fuzz.peers import DraftPeer, Peer, VerifyPeer
 from tests.fuzz.world import PROPER, World, fuzzing
+
+MAX_PEERS = 5
+
+PeerT = TypeVar("PeerT", bound=Peer)
 
 
 class Sessions(RuleBasedStateMachine):
@@ -37,56 +42,57 @@ class Sessions(RuleBasedStateMachine):
 
     @initialize(target=verifying)
     def begin(self) -> VerifyPeer:
-        return self.verify()
+        return self._add(VerifyPeer(self.world), num_messages=2)
 
-    @rule(target=verifying)
-    def verify(self) -> VerifyPeer:
-        peer = VerifyPeer(self.world)
-        self._peers.append(peer)
-        return peer
+    @precondition(lambda self: len(self._peers) < MAX_PEERS)
+    @rule(target=verifying, num_messages=st.integers(0, 3))
+    def verify(self, num_messages: int) -> VerifyPeer:
+        return self._add(VerifyPeer(self.world), num_messages)
 
-    @rule(target=drafting, drafter=st.sampled_from(("ngram", "model", "probe")), followed=verifying)
-    def draft(self, drafter: str, followed: VerifyPeer) -> DraftPeer:
-        peer = DraftPeer(self.world, drafter, followed)
+    @precondition(lambda self: len(self._peers) < MAX_PEERS)
+    @rule(
+        target=drafting,
+        drafter=st.sampled_from(("probe", "model", "ngram")),
+        followed=verifying,
+        num_messages=st.integers(0, 3),
+    )
+    def draft(self, drafter: str, followed: VerifyPeer, num_messages: int) -> DraftPeer:
+        return self._add(DraftPeer(self.world, drafter, followed), num_messages)
+
+    def _add(self, peer: PeerT, num_messages: int) -> PeerT:
         self._peers.append(peer)
+        self.converse(peer, num_messages)
         return peer
 
     @rule(peer=peers, num_messages=st.integers(1, 4))
     def converse(self, peer: Peer, num_messages: int) -> None:
-        """Say what is right, and hear the answer."""
-        while peer.num_unanswered and not peer.is_over:
-            peer.read()
+        """Say what is right, and hear the answers."""
         for _ in range(num_messages):
-            if peer.is_over or peer.has_closed or (right := peer.right()) is None:
+            while peer.num_unanswered and not peer.is_over:
+                peer.read()
+            right = None if peer.is_over else peer.right()
+            if right is None:
                 return
-            peer.say(right.SerializeToString(), is_right=self._may_be_answered(peer))
+            peer.say(right.SerializeToString(), is_right=peer.may_be_answered)
             peer.read()
 
-    def _may_be_answered(self, peer: Peer) -> bool:
-        """Whether nothing but a defect would be a reason not to answer."""
-        followed = peer.followed if isinstance(peer, DraftPeer) else peer
-        return followed.is_honest and not followed.is_over
-
-    @rule(peer=peers, data=st.data())
-    def mislead(self, peer: Peer, data: st.DataObject) -> None:
-        """Say something wrong, and do not wait for what comes of it."""
-        right = peer.right()
-        if right is not None and not peer.has_closed and not peer.is_over:
+    @rule(peer=peers, hears=st.booleans(), data=st.data())
+    def mislead(self, peer: Peer, hears: bool, data: st.DataObject) -> None:
+        """Say something wrong; wait for what comes of it, or not."""
+        right = None if peer.is_over else peer.right()
+        if right is not None:
             peer.say(data.draw(wrong(right)), is_right=False)
+            if hears:
+                peer.read()
 
-    @rule(peer=peers)
-    def hear(self, peer: Peer) -> None:
-        if peer.num_unanswered:
-            peer.read()
-
-    @rule(peer=peers)
-    def close(self, peer: Peer) -> None:
-        peer.close()
-
-    @rule(peer=consumes(verifying) | consumes(drafting))
-    def leave(self, peer: Peer) -> None:
-        self._peers.remove(peer)
-        assert peer.leave() in PROPER
+    @rule(peer=consumes(verifying) | consumes(drafting), how=st.sampled_from(("close", "leave", "forget")))
+    def finish(self, peer: Peer, how: str) -> None:
+        """Say that nothing more will be said, or go, or say nothing any more."""
+        if how == "close":
+            peer.close()
+        if how == "leave":
+            self._peers.remove(peer)
+            assert peer.leave() in PROPER
 
     @rule(peer=verifying, start=st.integers(0, 60) | st.integers(0, 2**32 - 1), reads=st.booleans())
     def follow_state(self, peer: VerifyPeer, start: int, reads: bool) -> None:
