@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from specdec.handshake import make_handshake
 from specdec.v1 import drafter_pb2, verifier_pb2
-from tests.fuzz.world import NUM_TOKENS, World
+from tests.fuzz.world import NUM_TOKENS, World, code_of
 from tests.refusals import PROMPT
 from tests.state_probe import all_of
 
@@ -100,8 +100,7 @@ class Peer:
 
     async def _leave(self) -> grpc.StatusCode:
         self.call.cancel()
-        code: grpc.StatusCode = await self.call.code()
-        return code
+        return await code_of(self.call)
 
 
 class VerifyPeer(Peer):

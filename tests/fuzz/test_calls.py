@@ -17,7 +17,7 @@ from specdec.sampling import SamplingParams
 from specdec.target_state import ProjectionInfo
 from specdec.v1 import drafter_pb2, target_state_pb2, verifier_pb2
 from tests.fuzz.messages import wrong
-from tests.fuzz.world import PROPER, World, fuzzing
+from tests.fuzz.world import PROPER, World, code_of, fuzzing
 from tests.refusals import generate_request
 
 SAMPLING = SamplingParams(
@@ -76,8 +76,7 @@ async def ask(
         pass
     if num_read is not None:
         call.cancel()
-    code: grpc.StatusCode = await call.code()
-    return code
+    return await code_of(call)
 
 
 @pytest.mark.parametrize("method", METHODS)

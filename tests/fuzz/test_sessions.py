@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from specdec.v1 import target_state_pb2
 from tests.fuzz.messages import wrong
 from tests.fuzz.peers import DraftPeer, Peer, VerifyPeer
-from tests.fuzz.world import PROPER, World, fuzzing
+from tests.fuzz.world import PROPER, World, code_of, fuzzing
 
 MAX_PEERS = 5
 
@@ -123,8 +123,7 @@ class Sessions(RuleBasedStateMachine):
 
     async def _end(self, call: Any) -> grpc.StatusCode:
         call.cancel()
-        code: grpc.StatusCode = await call.code()
-        return code
+        return await code_of(call)
 
 
 def test_sessions_survive_anything(world: World) -> None:

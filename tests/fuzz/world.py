@@ -39,7 +39,16 @@ PROPER = {
 }
 """What a call may end with, whatever is sent: never UNKNOWN or INTERNAL."""
 
+_BROKEN_WRITE = "Internal error from Core"
+"""What grpc.aio says of a call that ended while a message was written; the status it ended with is lost."""
+
 ResultT = TypeVar("ResultT")
+
+
+async def code_of(call: Any) -> grpc.StatusCode:
+    """What a call ended with, once it has."""
+    code: grpc.StatusCode = await call.code()
+    return Code.CANCELLED if await call.details() == _BROKEN_WRITE else code
 
 
 def fuzzing(few: int, **options: Any) -> settings:
@@ -49,6 +58,7 @@ def fuzzing(few: int, **options: Any) -> settings:
         derandomize=not EXAMPLES,
         database=None,
         deadline=None,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         **options,
     )
