@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -86,39 +87,54 @@ def _fill(draw: st.DrawFn, message: Message, field: FieldDescriptor, depth: int)
 
 
 @st.composite
-def wrong(draw: st.DrawFn, right: Message) -> bytes:
-    """Bytes to send in the place of a right message: something like it, or nothing like it."""
-    how = draw(st.sampled_from(("right", "merged", "field", "random", "bent", "cut", "noise")))
-    said = bytes(right.SerializeToString())
-    descriptor: Descriptor = right.DESCRIPTOR
-    match how:
-        case "right":
-            return said
-        case "merged":
-            return said + bytes(draw(messages(descriptor)).SerializeToString())
-        case "field":
-            return bytes(_with_one_wrong_field(draw, right).SerializeToString())
-        case "random":
-            return bytes(draw(messages(descriptor)).SerializeToString())
-        case "bent" if said:
-            index = draw(st.integers(0, len(said) - 1))
-            return said[:index] + draw(st.binary(min_size=1, max_size=3)) + said[index + 1 :]
-        case "cut":
-            return said[: draw(st.integers(0, len(said)))]
-    return draw(st.binary(max_size=60))
-
-
-def _with_one_wrong_field(draw: st.DrawFn, right: Message) -> Message:
-    """The message, but for one field of it or of a message in it."""
-    message = type(right)()
-    message.CopyFrom(right)
-    inner = message
-    while inner.DESCRIPTOR.fields:
-        field = draw(st.sampled_from(list(inner.DESCRIPTOR.fields)))
-        is_single = field.message_type and not field.is_repeated
-        if not (is_single and inner.HasField(field.name)):
-            inner.ClearField(field.name)
-            _fill(draw, inner, field, 2)
+def _one_field(draw: st.DrawFn, descriptor: Descriptor) -> Message:
+    """A message with one field set, or one field of a message in it."""
+    outer = message = GetMessageClass(descriptor)()
+    while descriptor.fields:
+        field = draw(st.sampled_from(list(descriptor.fields)))
+        if field.message_type is None or field.is_repeated:
+            _fill(draw, message, field, 2)
             break
-        inner = getattr(inner, field.name)
-    return message
+        message, descriptor = getattr(message, field.name), field.message_type
+        message.SetInParent()
+    return outer
+
+
+Mistake = Callable[[bytes], bytes]
+"""What is sent in the place of a right message."""
+
+
+@st.composite
+def mistakes(draw: st.DrawFn, descriptor: Descriptor) -> Mistake:
+    """Ways to get a message wrong, a little or wholly. What is drawn does not hang on the message."""
+    how = draw(st.sampled_from(("right", "field", "fields", "random", "bent", "cut", "noise")))
+    place, noise = draw(st.integers(0, 300)), draw(st.binary(max_size=60))
+    other = b""
+    if how == "field":
+        other = bytes(draw(_one_field(descriptor)).SerializeToString())
+    if how in ("fields", "random"):
+        other = bytes(draw(messages(descriptor)).SerializeToString())
+
+    def apply(right: bytes) -> bytes:
+        match how:
+            case "right":
+                return right
+            case "field" | "fields":  # one message after another is both of them merged
+                return right + other
+            case "random":
+                return other
+            case "bent":
+                index = place % (len(right) + 1)
+                return right[:index] + noise[:3] + right[index + 1 :]
+            case "cut":
+                return right[: place % (len(right) + 1)]
+        return noise
+
+    return apply
+
+
+@st.composite
+def wrong(draw: st.DrawFn, right: Message) -> bytes:
+    """Bytes to send in the place of a right message."""
+    mistake: Mistake = draw(mistakes(right.DESCRIPTOR))
+    return mistake(right.SerializeToString())

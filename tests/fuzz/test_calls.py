@@ -93,8 +93,6 @@ def test_a_method_survives_any_request(method: str, world: World) -> None:
         timeout_s = data.draw(st.sampled_from((30.0, 30.0, 0.02)))
         code = world.run(ask(world.channels[name], path, requests, num_read=num_read, timeout_s=timeout_s))
         assert code in PROPER
-        if num_read is None and timeout_s > 1:
-            assert code is not grpc.StatusCode.CANCELLED
         world.run(world.assert_whole())
 
     survives()

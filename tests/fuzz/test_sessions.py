@@ -17,12 +17,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from specdec.v1 import target_state_pb2
-from tests.fuzz.messages import wrong
+from specdec.v1 import drafter_pb2, target_state_pb2, verifier_pb2
+from tests.fuzz.messages import Mistake, mistakes
 from tests.fuzz.peers import DraftPeer, Peer, VerifyPeer
 from tests.fuzz.world import PROPER, World, code_of, fuzzing
 
 MAX_PEERS = 5
+VERIFY_REQUEST = verifier_pb2.VerifyRequest.DESCRIPTOR
+DRAFT_REQUEST = drafter_pb2.DraftRequest.DESCRIPTOR
 
 PeerT = TypeVar("PeerT", bound=Peer)
 
@@ -76,12 +78,19 @@ class Sessions(RuleBasedStateMachine):
             peer.say(right.SerializeToString(), is_right=peer.may_be_answered)
             peer.read()
 
-    @rule(peer=peers, hears=st.booleans(), data=st.data())
-    def mislead(self, peer: Peer, hears: bool, data: st.DataObject) -> None:
+    @rule(peer=verifying, mistake=mistakes(VERIFY_REQUEST), hears=st.booleans())
+    def mislead_verifier(self, peer: VerifyPeer, mistake: Mistake, hears: bool) -> None:
+        self._mislead(peer, mistake, hears)
+
+    @rule(peer=drafting, mistake=mistakes(DRAFT_REQUEST), hears=st.booleans())
+    def mislead_drafter(self, peer: DraftPeer, mistake: Mistake, hears: bool) -> None:
+        self._mislead(peer, mistake, hears)
+
+    def _mislead(self, peer: Peer, mistake: Mistake, hears: bool) -> None:
         """Say something wrong; wait for what comes of it, or not."""
         right = None if peer.is_over else peer.right()
         if right is not None:
-            peer.say(data.draw(wrong(right)), is_right=False)
+            peer.say(mistake(right.SerializeToString()), is_right=False)
             if hears:
                 peer.read()
 
