@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
@@ -60,6 +61,8 @@ class Replica(Generic[InfoT]):
         self.num_sessions = 0
         self.reason = _NOT_YET
         """Why it gets no sessions; empty: it does."""
+        self.asked_at = 0.0
+        """When it was last asked what it is after a change of its health; monotonic, seconds."""
         self.info: InfoT | None = None
         """What it said of itself when it was last ready; kept while it is not."""
 
@@ -229,8 +232,6 @@ class ReplicaSet(Generic[InfoT]):
                 stub: Any = health_pb2_grpc.HealthStub(replica.channel)
                 async for response in stub.Watch(request, wait_for_ready=True):
                     await self._update(replica, response.status)
-                    if replica.is_ready:
-                        await asyncio.sleep(_RETRY_S)  # one that goes up and down all the time is let wait
                 await self._mark(replica, "the server ended the health watch")
             except grpc.aio.AioRpcError as error:
                 await self._mark(replica, f"{error.code().name}: {error.details()}")
@@ -246,6 +247,9 @@ class ReplicaSet(Generic[InfoT]):
         if status != health_pb2.HealthCheckResponse.SERVING:
             await self._mark(replica, health_pb2.HealthCheckResponse.ServingStatus.Name(status))
             return
+        # One that goes up and down all the time is asked now and then, not as often as it says so.
+        await asyncio.sleep(replica.asked_at + _RETRY_S - time.monotonic())
+        replica.asked_at = time.monotonic()
         replica.info = await self._ask(replica)
         await self._mark(replica, "")
 
