@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -61,8 +62,8 @@ class Replica(Generic[InfoT]):
         self.num_sessions = 0
         self.reason = _NOT_YET
         """Why it gets no sessions; empty: it does."""
-        self.asked_at = 0.0
-        """When it was last asked what it is after a change of its health; monotonic, seconds."""
+        self.asked_at = -math.inf
+        """When it was last asked what it is, by time.monotonic."""
         self.info: InfoT | None = None
         """What it said of itself when it was last ready; kept while it is not."""
 
@@ -247,8 +248,8 @@ class ReplicaSet(Generic[InfoT]):
         if status != health_pb2.HealthCheckResponse.SERVING:
             await self._mark(replica, health_pb2.HealthCheckResponse.ServingStatus.Name(status))
             return
-        # One that goes up and down all the time is asked now and then, not as often as it says so.
-        await asyncio.sleep(replica.asked_at + _RETRY_S - time.monotonic())
+        # One that goes up and down all the time is let wait before it is up, never before it is down.
+        await asyncio.sleep(max(0.0, replica.asked_at + _RETRY_S - time.monotonic()))
         replica.asked_at = time.monotonic()
         replica.info = await self._ask(replica)
         await self._mark(replica, "")
