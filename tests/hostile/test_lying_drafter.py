@@ -37,6 +37,8 @@ async def test_the_output_is_the_targets_whatever_a_drafter_says(lie: str, hones
             assert lied_to.token_ids == expected.token_ids
             assert lied_to.text == expected.text
             assert lied_to.finish_reason == "length"
+            assert lied_to.speculation.fallback_reason.isprintable()
+            assert len(lied_to.speculation.fallback_reason) < 600
             assert len(beside.token_ids) == NUM_TOKENS
         assert scene.liar.num_drafts or lie in STREAMS
         await scene.assert_clean()

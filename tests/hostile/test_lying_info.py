@@ -14,6 +14,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.v1 import drafter_pb2, target_state_pb2
 from tests.hostile.liar import NAME, Liar
 from tests.hostile.scene import Honest, scene_of
+from tests.raw_streams import until
 from tests.refusals import shared
 
 Info = drafter_pb2.DrafterServiceGetInfoResponse
@@ -59,11 +60,10 @@ class SaysNothing(Liar):
 
 
 class Health(health_pb2_grpc.HealthServicer):
-    """Reports `statuses` over and over, as fast as they are taken."""
+    """Reports `statuses` over and over, hundreds of times a second."""
 
     def __init__(self, *statuses: int) -> None:
         self._statuses = statuses
-        self.num_told = 0
 
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -71,7 +71,7 @@ class Health(health_pb2_grpc.HealthServicer):
         while True:
             for status in self._statuses:
                 await context.write(health_pb2.HealthCheckResponse(status=status))  # type: ignore[arg-type]
-                self.num_told += 1
+                await asyncio.sleep(0.005)
 
 
 class Unhealthy(Liar):
@@ -187,15 +187,14 @@ async def test_a_service_that_goes_up_and_down_all_the_time_is_let_wait(honest: 
     status = health_pb2.HealthCheckResponse
     liar = Unhealthy(status.SERVING, status.NOT_SERVING)
     async with scene_of(liar, honest) as scene:
+        replica = scene.gateway.servicer.backends.drafters.replicas[0]
+        await until(lambda: replica.info is not None, timeout_s=20)
         expected = await scene.generate("none")
         assert (await scene.generate(NAME)).token_ids == expected.token_ids
-        assert isinstance(liar.health(), Health)
-        before = scene.gateway.servicer.backends.drafters.replicas[0]
-        changes = 0
-        ready = before.is_ready
+        changes, ready = 0, replica.is_ready
         for _ in range(100):
             await asyncio.sleep(0.01)
-            changes += before.is_ready != ready
-            ready = before.is_ready
+            changes += replica.is_ready != ready
+            ready = replica.is_ready
         assert changes <= 12, "it is listened to five times a second"
         await scene.assert_clean()

@@ -1,0 +1,123 @@
+"""Single calls with anything in them, on methods of every service, read to the end or left at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdec.sampling import SamplingParams
+from specdec.target_state import ProjectionInfo
+from specdec.v1 import drafter_pb2, target_state_pb2, verifier_pb2
+from tests.fuzz.messages import wrong
+from tests.fuzz.world import PROPER, World, code_of, fuzzing
+from tests.refusals import generate_request
+
+SAMPLING = SamplingParams(
+    temperature=0.8,
+    top_k=20,
+    top_p=0.9,
+    min_p=0.05,
+    repetition_penalty=1.1,
+    presence_penalty=0.5,
+    logit_bias={5: 1.0},
+    seed=7,
+)
+PROJECTION = ProjectionInfo("0" * 64, 32, 32, 1e-6, "float32")
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+METHODS: dict[str, tuple[str, str, Sequence[Message]]] = {
+    "Generate": (
+        "gateway",
+        "GatewayService",
+        [
+            generate_request(method=method, sampling=SAMPLING.to_proto())
+            for method in ("ngram", "model", "probe")
+        ],
+    ),
+    "StreamTargetState": (
+        "verifier",
+        "VerifierService",
+        [target_state_pb2.StreamTargetStateRequest(session_id="0" * 32, projection_sha256="0" * 64)],
+    ),
+    "PutProjection": (
+        "verifier",
+        "VerifierService",
+        [target_state_pb2.PutProjectionRequest(projection=PROJECTION.to_proto(), data=b"1234")],
+    ),
+    "GetTargetWeights": ("verifier", "VerifierService", [target_state_pb2.GetTargetWeightsRequest()]),
+    "GetInfo": ("verifier", "VerifierService", [verifier_pb2.VerifierServiceGetInfoRequest()]),
+    "GetInfo of the drafter": ("drafter", "DrafterService", [drafter_pb2.DrafterServiceGetInfoRequest()]),
+}
+"""By method: who has it, and requests that are right."""
+
+
+async def ask(
+    channel: grpc.aio.Channel, path: str, requests: Sequence[bytes], *, num_read: int | None, timeout_s: float
+) -> grpc.StatusCode:
+    """Send messages, read some answers (None: all), leave; what the call ended with."""
+    call: Any = channel.stream_stream(path)(timeout=timeout_s)
+    try:
+        for request in requests:
+            await call.write(request)
+        await call.done_writing()
+        while num_read is None or num_read > 0:
+            if await call.read() is grpc.aio.EOF:
+                break
+            num_read = None if num_read is None else num_read - 1
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        pass
+    if num_read is not None:
+        call.cancel()
+    return await code_of(call)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_survives_any_request(method: str, world: World) -> None:
+    name, service, right = METHODS[method]
+    path = f"/specdec.v1.{service}/{method.partition(' ')[0]}"
+
+    @fuzzing(60 if method == "Generate" else 15)
+    @given(st.data())
+    def survives(data: st.DataObject) -> None:
+        messages = st.sampled_from(right).flatmap(wrong)
+        requests = data.draw(st.lists(messages, min_size=1, max_size=3 if method == "PutProjection" else 1))
+        num_read = data.draw(st.none() | st.integers(0, 3))
+        timeout_s = data.draw(st.sampled_from((30.0, 30.0, 0.02)))
+        code = world.run(ask(world.channels[name], path, requests, num_read=num_read, timeout_s=timeout_s))
+        assert code in PROPER
+        world.run(world.assert_whole())
+
+    survives()
+
+
+@pytest.mark.parametrize("name", ["gateway", "verifier", "drafter"])
+def test_a_port_survives_bytes_that_are_no_http(name: str, world: World) -> None:
+    address = str(
+        {
+            "gateway": world.system.address,
+            "verifier": world.system.verifier_address,
+            "drafter": world.system.drafter_address,
+        }[name]
+    )
+    host, _, port = address.rpartition(":")
+
+    @fuzzing(10)
+    @given(st.lists(st.binary(max_size=200), max_size=4), st.booleans())
+    def survives(parts: list[bytes], is_http2: bool) -> None:
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            try:
+                for part in [HTTP2, *parts] if is_http2 else parts:
+                    connection.sendall(part)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # the server has had enough of it
+        world.run(world.assert_whole())
+
+    survives()
