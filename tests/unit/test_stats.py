@@ -8,7 +8,8 @@ from typing import Any
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from gateway.decode import Draft, Proposal, Round, Verified
-from gateway.stats import GatewayMetrics, SpeculationTally
+from gateway.metrics import GatewayMetrics
+from gateway.stats import SpeculationTally
 from specdec.telemetry import make_telemetry
 from specdec.v1 import gateway_pb2
 
