@@ -485,7 +485,10 @@ class TestEnvironment:
             spans = [span for spans in collector.spans.values() for span in spans]
             assert {span.trace_id.hex() for span in spans} == {result.trace_id}
             assert collector.metrics["gateway"] >= {"specdec.rounds", "specdec.requests"}
-            assert collector.metrics["verifier"] >= {"specdec.verifier.rounds", "specdec.verifier.step_duration"}
+            assert collector.metrics["verifier"] >= {
+                "specdec.verifier.rounds",
+                "specdec.verifier.step_duration",
+            }
 
 
 LOGGING_SCRIPT = """
