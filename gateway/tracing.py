@@ -84,6 +84,11 @@ class RequestTrace:
                 "specdec.num_rounds": speculation.num_rounds,
                 "specdec.num_draft_tokens": speculation.num_draft_tokens,
                 "specdec.num_accepted_tokens": speculation.num_accepted_tokens,
+                "specdec.num_fallback_rounds": speculation.num_fallback_rounds,
+                "specdec.num_draft_tokens_per_position": list(speculation.num_draft_tokens_per_position),
+                "specdec.num_accepted_tokens_per_position": list(
+                    speculation.num_accepted_tokens_per_position
+                ),
             }
         )
 
