@@ -56,7 +56,7 @@ class TelemetryConfig:
     max_new_tokens: int = 64
     """Tokens of an answer at most."""
     restarts: int = 4
-    """How often all systems are started anew: processes with the same code differ by where their memory is."""
+    """How often all systems are started anew: processes of the same code differ by where their memory is."""
     scrape_interval_s: float = 15.0
     """Time between two scrapes of each endpoint, seconds."""
 
