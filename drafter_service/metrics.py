@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import Meter
 
-from specdec.instruments import EngineMetrics
+from specdec.instruments import EngineMetrics, observe_values
 
 if TYPE_CHECKING:
     from drafter_service.host import DrafterHost
@@ -17,6 +17,7 @@ class DrafterMetrics:
     """Counters of drafts and of target state, and gauges of a host. docs/metrics.md explains each."""
 
     def __init__(self, meter: Meter) -> None:
+        self._meter = meter
         self.engine = EngineMetrics(meter, "specdec.drafter")
         self._rounds = meter.create_counter(
             "specdec.drafter.rounds", unit="{round}", description="Drafts answered"
@@ -32,6 +33,23 @@ class DrafterMetrics:
         """Report the load of a host whenever metrics are collected."""
         self.engine.observe_queue(lambda: host.num_waiting)
         self.engine.observe_sessions(lambda: host.num_sessions, host.config.max_sessions)
+        pools = {name: drafter.kv_pool for name, drafter in host.drafters.items() if drafter.kv_pool}
+        observe_values(
+            self._meter,
+            "specdec.drafter.kv_used_tokens",
+            lambda: {name: pool.capacity_tokens - pool.free_tokens for name, pool in pools.items()},
+            label="drafter",
+            unit="{token}",
+            description="Tokens of a drafter's own KV that sessions hold",
+        )
+        observe_values(
+            self._meter,
+            "specdec.drafter.kv_capacity_tokens",
+            lambda: {name: pool.capacity_tokens for name, pool in pools.items()},
+            label="drafter",
+            unit="{token}",
+            description="Tokens of a drafter's own KV in all",
+        )
 
     def add_round(self, drafter: str) -> None:
         """Count a draft that was answered."""
