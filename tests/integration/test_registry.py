@@ -289,9 +289,7 @@ class TestFitting:
         ):
             await eventually(lambda: all_ready(client))
             for method in ("ngram", "lookup", "ngram"):
-                options = GenerateOptions(
-                    method=method, max_new_tokens=12, ignore_eos=True, num_draft_tokens=4
-                )
+                options = GenerateOptions(method=method, max_new_tokens=12, ignore_eos=True)
                 result = await client.generate(EVERY_BYTE, options)
                 assert result.speculation.method == method
                 assert result.speculation.num_draft_tokens > 0
