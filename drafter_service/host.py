@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ class DrafterHost:
 
     Args:
         reader: of target state; None: no drafter needs any.
+        on_step: see Engine.
     """
 
     def __init__(
@@ -38,14 +39,20 @@ class DrafterHost:
         config: DrafterConfig,
         thread: ModelThread | None = None,
         reader: StateReader | None = None,
+        on_step: Callable[[int, int, int], None] = lambda batch_size, batch_tokens, duration_ns: None,
     ) -> None:
         self.drafters = drafters
         self.reader = reader
         self.config = config
         self.num_sessions = 0
         self._engine: Engine[DraftItem, DraftTree] = Engine(
-            _step, max_batch_tokens=config.max_batch_tokens, thread=thread
+            _step, max_batch_tokens=config.max_batch_tokens, thread=thread, on_step=on_step
         )
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that wait for an engine step."""
+        return self._engine.num_waiting
 
     def close(self) -> None:
         """Stop the engine thread."""

@@ -44,9 +44,12 @@ class DrafterServer:
             from drafter_service.state import load_reader
 
             reader = await asyncio.wrap_future(
-                self._thread.submit(lambda: load_reader(self._config, self.servicer.count_link))
+                self._thread.submit(lambda: load_reader(self._config, self.servicer.metrics.add_link))
             )
-        self.servicer.host = DrafterHost(drafters, self._config, self._thread, reader)
+        metrics = self.servicer.metrics
+        host = DrafterHost(drafters, self._config, self._thread, reader, on_step=metrics.engine.add_step)
+        metrics.observe(host)
+        self.servicer.host = host
 
     async def close(self) -> None:
         """Stop the engine and send what telemetry is buffered."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
 
 import grpc
 from opentelemetry.context import attach
@@ -12,6 +11,7 @@ from opentelemetry.trace import SpanKind
 
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftSession, OpenDraft
 from drafter_service.host import DrafterHost
+from drafter_service.metrics import DrafterMetrics
 from specdec import PROTOCOL_VERSION
 from specdec.draft_tree import DraftTree
 from specdec.errors import FailedPreconditionError, UnavailableError
@@ -22,9 +22,6 @@ from specdec.server import send
 from specdec.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
-
-if TYPE_CHECKING:
-    from specdec.runtime.state_reader import Link
 
 SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 
@@ -37,21 +34,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
     def __init__(self, telemetry: Telemetry) -> None:
         self.host: DrafterHost | None = None
         self._tracer = telemetry.tracer
-        self._rounds = telemetry.meter.create_counter(
-            "specdec.drafter.rounds", unit="{round}", description="Drafts answered"
-        )
-        self._state_sessions = telemetry.meter.create_counter(
-            "specdec.drafter.state_sessions", unit="{session}", description="Sessions that read target state"
-        )
-        self._state_bytes = telemetry.meter.create_counter(
-            "specdec.drafter.target_state", unit="By", description="Target state read, by storage"
-        )
-
-    def count_link(self, link: Link) -> None:
-        """Count a session that begins to read target state."""
-        self._state_sessions.add(
-            1, {"storage": link.storage.value, "is_fallback": bool(link.fallback_reason)}
-        )
+        self.metrics = DrafterMetrics(telemetry.meter)
 
     def _loaded(self) -> DrafterHost:
         if self.host is None:
@@ -104,7 +87,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         await host.read_state(drafter, session, TargetStateRef.from_proto(ref) if ref else None)
         state_ns = time.monotonic_ns() - arrived_ns
         drafted = await host.propose(drafter, session, message.num_draft_tokens, message.num_draft_nodes)
-        self._rounds.add(1, {"method": drafter.info.name})
+        self.metrics.add_round(drafter.info.name)
         total_ns = time.monotonic_ns() - arrived_ns
         record_span(
             self._tracer,
@@ -133,7 +116,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             return {}
         storage = session.state.link.storage.value
         num_bytes = session.state.take_num_new_bytes()
-        self._state_bytes.add(num_bytes, {"storage": storage})
+        self.metrics.add_state_bytes(storage, num_bytes)
         return {
             "specdec.target_state.storage": storage,
             "specdec.target_state.bytes": num_bytes,

@@ -34,6 +34,9 @@ class Draft:
     """Time until the draft was here, nanoseconds."""
     fallback_reason: str = ""
     """Why there is no draft although one was wanted; empty: nothing went wrong."""
+    fallback_code: str = "unavailable"
+    """Kind of reason, one of a few: "opening", "busy", or a status code's name in lower case; means something
+    with a reason only."""
     parent_indices: tuple[int, ...] = ()
     """Of a draft tree, see DraftTree; empty: a chain."""
     proposals: tuple[Proposal, ...] = ()
@@ -59,6 +62,8 @@ class Proposal:
     """Which of the draft's tokens it proposed."""
     fallback_reason: str = ""
     """Why it was left out of the round; empty: it was not."""
+    fallback_code: str = "unavailable"
+    """Kind of reason, see Draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,18 @@ class Round:
     draft: Draft
     verified: Verified
     is_prefill: bool = False
+
+    @property
+    def transport_ns(self) -> int:
+        """Time on the wire and in gRPC, nanoseconds: what was waited for less what the services took."""
+        draft, verified = self.draft, self.verified
+        return max(0, draft.elapsed_ns + verified.elapsed_ns - draft.server_ns - verified.server_ns)
+
+    @property
+    def phases_ns(self) -> dict[str, int]:
+        """Time of each phase, nanoseconds; of "draft" only where a drafter was asked."""
+        phases = {"verify": self.verified.server_ns, "transport": self.transport_ns}
+        return {"draft": self.draft.server_ns, **phases} if self.draft.elapsed_ns else phases
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -13,12 +13,15 @@ from typing import Protocol
 from gateway.decode import Draft, StateHandle
 from specdec.draft_tree import DraftTree
 from specdec.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
+    InternalError,
     InvalidArgumentError,
     NotFoundError,
     SpecdecError,
     UnavailableError,
     UnimplementedError,
+    status_code,
 )
 
 logger = logging.getLogger(__name__)
@@ -105,6 +108,7 @@ class DraftLink:
         self._retry_s = retry_s
         self._retry_at = 0.0
         self._reason = ""
+        self._code = ""
         self._state_session_id = ""
 
     async def __aenter__(self) -> DraftLink:
@@ -137,21 +141,26 @@ class DraftLink:
         except TimeoutError:
             if self._opening:
                 # Not yet a failure: the rounds go on and it may join later, even if it is done this moment.
-                self._reason = "the drafter is still opening"
+                self._note_opening()
             else:
-                await self._lose(f"no draft within {self._timeout_s:g} s")
+                await self._lose(DeadlineExceededError(f"no draft within {self._timeout_s:g} s"))
         except SpecdecError as error:
-            await self._lose(error.message, permanent=isinstance(error, _PERMANENT))
+            await self._lose(error, permanent=isinstance(error, _PERMANENT))
         except Exception as error:  # no defect around a drafter may fail a request
             logger.exception("drafting failed")
-            await self._lose(f"{type(error).__name__}: {error}")
+            await self._lose(InternalError(f"{type(error).__name__}: {error}"))
         else:
             if draft:
                 self._retry_s = self._first_retry_s
                 return draft
         # Time spent waiting for a draft is the drafter's, not the wire's.
         waited_ns = time.monotonic_ns() - started_ns
-        return Draft(server_ns=waited_ns, elapsed_ns=waited_ns, fallback_reason=self._reason)
+        return Draft(
+            server_ns=waited_ns,
+            elapsed_ns=waited_ns,
+            fallback_reason=self._reason,
+            fallback_code=self._code,
+        )
 
     async def _propose(
         self,
@@ -197,8 +206,11 @@ class DraftLink:
             opening = asyncio.shield(self._opening)
             self._session, self._opening = await opening, None
         if self._opening:
-            self._reason = "the drafter is still opening"
+            self._note_opening()
         return self._session
+
+    def _note_opening(self) -> None:
+        self._reason, self._code = "the drafter is still opening", "opening"
 
     def _open(self, committed_token_ids: Sequence[int]) -> None:
         self._num_sent = len(committed_token_ids)
@@ -221,8 +233,8 @@ class DraftLink:
             raise InvalidArgumentError("the drafter sent a token the target does not have")
         return replace(draft, parent_indices=tree.parent_indices)
 
-    async def _lose(self, reason: str, *, permanent: bool = False) -> None:
-        self._reason = _readable(reason)
+    async def _lose(self, error: SpecdecError, *, permanent: bool = False) -> None:
+        self._reason, self._code = _readable(error.message), status_code(error).name.lower()
         logger.warning("drafting without a drafter", extra={"reason": self._reason})
         session, self._session, self._opening = self._session, None, None
         self._retry_at = float("inf") if permanent else time.monotonic() + self._retry_s

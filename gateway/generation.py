@@ -45,9 +45,12 @@ class Generation:
         self._arrived_ns = arrived_ns
         self._first_ns = 0
         self._last_ns = 0
-        self._num_output_tokens = 0
+        self.num_output_tokens = 0
+        """Tokens of the text so far."""
         self._text = TextStream(backends.codec, request.stop_strings)
         self._tally = SpeculationTally(plan.method)
+        self.label = backends.label(plan.method)
+        """The method in metrics."""
         self._emitted: list[gateway_pb2.Token] = []
         self._state_spec = self._find_state_spec()
 
@@ -82,19 +85,23 @@ class Generation:
 
     def timing(self) -> gateway_pb2.GenerateTiming:
         """Times so far."""
-        num_later = self._num_output_tokens - 1
+        num_later = self.num_output_tokens - 1
         return gateway_pb2.GenerateTiming(
             ttft_ns=self._first_ns - self._arrived_ns if self._first_ns else 0,
             tpot_ns=(self._last_ns - self._first_ns) // num_later if num_later > 0 else 0,
             total_ns=(self._last_ns or time.monotonic_ns()) - self._arrived_ns,
         )
 
+    def speculation(self) -> gateway_pb2.SpeculationStats:
+        """What its rounds did so far."""
+        return self._tally.to_proto()
+
     def _take(self, this: Round) -> gateway_pb2.GenerateChunk:
         """Count a round and turn its tokens into text."""
         self._last_ns = time.monotonic_ns()
         self._first_ns = self._first_ns or self._last_ns
         self._tally.add(this)
-        self._backends.metrics.add_round(self._plan.method, this)
+        self._backends.metrics.add_round(self.label, this)
         released: list[TextToken] = []
         for index, token_id in enumerate(this.token_ids):
             self._emitted.append(_token(this, index))
@@ -103,7 +110,7 @@ class Generation:
                 break
         if this.verified.finish_reason and not self._text.stopped:
             released += self._text.flush()
-        self._num_output_tokens = self._text.num_tokens
+        self.num_output_tokens = self._text.num_tokens
         return gateway_pb2.GenerateChunk(tokens=[self._with_text(token) for token in released])
 
     def _with_text(self, released: TextToken) -> gateway_pb2.Token:
@@ -116,10 +123,10 @@ class Generation:
         return gateway_pb2.GenerateFinished(
             finish_reason=number,
             usage=gateway_pb2.Usage(
-                input_tokens=len(self._plan.prompt_token_ids), output_tokens=self._num_output_tokens
+                input_tokens=len(self._plan.prompt_token_ids), output_tokens=self.num_output_tokens
             ),
             timing=self.timing(),
-            speculation=self._tally.to_proto(),
+            speculation=self.speculation(),
             num_failovers=self._num_failovers,
         )
 
@@ -137,7 +144,7 @@ class Generation:
 
     def _count_failover(self, reason: str) -> None:
         self._num_failovers += 1
-        self._backends.metrics.add_failover(self._plan.method)
+        self._backends.metrics.add_failover(self.label)
 
     def _connect_verifier(
         self, verifier: VerifierReplica, committed_token_ids: Sequence[int]

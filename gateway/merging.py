@@ -86,16 +86,18 @@ class MergedDrafts:
         elapsed_ns = time.monotonic_ns() - started_ns
         tree, nodes = merge([draft.tree for draft in drafts], num_draft_nodes or self._max_num_nodes)
         proposals = tuple(
-            Proposal(one.drafter, frozenset(mine), draft.fallback_reason)
+            Proposal(one.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)
             for one, draft, mine in zip(self._sources, drafts, nodes, strict=True)
         )
-        reasons = [f"{one.drafter}: {one.fallback_reason}" for one in proposals if one.fallback_reason]
+        missing = [one for one in proposals if one.fallback_reason]
+        reason = "; ".join(f"{one.drafter}: {one.fallback_reason}" for one in missing)
         return Draft(
             tree.token_ids,
             # They work side by side: the slowest is what the round waits for.
             server_ns=min(elapsed_ns, max(draft.server_ns for draft in drafts)),
             elapsed_ns=elapsed_ns,
-            fallback_reason="" if tree.token_ids else "; ".join(reasons),
+            fallback_reason="" if tree.token_ids else reason,
+            fallback_code=missing[0].fallback_code if missing else "",
             parent_indices=tree.parent_indices,
             proposals=proposals,
         )
@@ -111,7 +113,7 @@ async def _ask(
 ) -> Draft:
     """One drafter's draft, or an empty one if it is late."""
     if one.pending and not one.pending.done():
-        return Draft(fallback_reason="it still drafts for an earlier round")
+        return Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
     started = time.monotonic()
     length = min(num_draft_tokens, one.num_draft_tokens)
     one.pending = task = asyncio.ensure_future(
@@ -124,4 +126,9 @@ async def _ask(
         return task.result()
     waited_ns = int((time.monotonic() - started) * 1e9)
     reason = f"no draft within {patience_s:.3g} s, three times what it usually takes"
-    return Draft(server_ns=waited_ns, elapsed_ns=waited_ns, fallback_reason=reason)
+    return Draft(
+        server_ns=waited_ns,
+        elapsed_ns=waited_ns,
+        fallback_reason=reason,
+        fallback_code="deadline_exceeded",
+    )

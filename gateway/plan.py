@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from gateway.config import GatewayConfig
 from gateway.controller import PLAIN_SIZE, Controller, FixedSize
 from gateway.decode import DraftSize, SizeControl
+from gateway.metrics import OTHER, GatewayMetrics
 from gateway.registry import DrafterSet, VerifierSet
-from gateway.stats import GatewayMetrics
 from gateway.text import TextCodec, validate_stop_strings
 from specdec.errors import InvalidArgumentError
-from specdec.methods import PLAIN, drafters_of
+from specdec.methods import PLAIN, drafters_of, method_of
 from specdec.sampling import (
     SamplingParams,
     validate_min_draft_confidence,
@@ -47,6 +47,13 @@ class Backends:
     def offers(self, method: str) -> bool:
         """Whether a request may name that method, several drafters perhaps."""
         return set(drafters_of(method)) <= set(self.methods[1:])
+
+    def label(self, method: str) -> str:
+        """A method as label of metrics: of the drafters of a merged method the order does not matter, and one
+        that may be a client's invention, since no drafter service was reached yet, is OTHER."""
+        if method != self.config.default_method and not self.offers(method):
+            return OTHER
+        return method_of(sorted(drafters_of(method)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,11 @@ class ReplicaSet(Generic[InfoT]):
         """The replicas, ready or not."""
         return [replica for replica, _ in self._watched.values()]
 
+    @property
+    def num_ready(self) -> int:
+        """Replicas that can be picked; may be read by any thread."""
+        return sum(replica.is_ready for replica, _ in list(self._watched.values()))
+
     async def close(self) -> None:
         """Stop watching and close the channels."""
         for task in self._resolving:

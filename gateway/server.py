@@ -8,10 +8,10 @@ from contextlib import suppress
 from functools import partial
 
 from gateway.config import GatewayConfig
+from gateway.metrics import GatewayMetrics
 from gateway.plan import Backends
 from gateway.registry import VerifierSet, make_drafter_set, make_verifier_set
 from gateway.service import SERVICE_NAME, GatewayServicer
-from gateway.stats import GatewayMetrics
 from gateway.text import TextCodec
 from specdec.server import ServiceHost, run_service
 from specdec.telemetry import Telemetry
@@ -35,12 +35,20 @@ class GatewayServer:
     async def load(self) -> None:
         """Load the tokenizer and wait for a verifier, without which no request can be answered."""
         codec = await asyncio.to_thread(TextCodec.load, self._config.tokenizer)
-        self.servicer.backends = Backends(
+        self.servicer.backends = backends = Backends(
             self._config,
             codec,
             make_verifier_set(self._config.verifier_uris, codec.vocabulary_fingerprint),
             make_drafter_set(self._config.drafter_uris),
             GatewayMetrics(self._telemetry.meter),
+        )
+        backends.metrics.observe(
+            num_requests=lambda: self.servicer.num_requests,
+            max_requests=self._config.max_requests,
+            num_ready_replicas=lambda: {
+                "verifier": backends.verifiers.num_ready,
+                "drafter": backends.drafters.num_ready,
+            },
         )
         await self._wait_for_a_verifier(self.servicer.backends.verifiers)
         # Drafters are welcome but not waited for for long: their absence only costs speed.

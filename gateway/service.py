@@ -35,7 +35,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     def __init__(self, telemetry: Telemetry) -> None:
         self.backends: Backends | None = None
         self._tracer = telemetry.tracer
-        self._num_requests = 0
+        self.num_requests = 0
+        """Requests under way."""
 
     def _loaded(self) -> Backends:
         if self.backends is None:
@@ -52,7 +53,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         trace = RequestTrace(self._tracer, str(metadata.get("traceparent", "")))
         # The call's task has this context to itself; log lines of the request carry its trace id.
         attach(set_span_in_context(trace.span))
-        self._num_requests += 1
+        self.num_requests += 1
         try:
             with backends.metrics.counting_refusals():
                 self._require_room(backends)
@@ -64,11 +65,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             trace.fail(error)
             raise
         finally:
-            self._num_requests -= 1
+            self.num_requests -= 1
             trace.span.end()
 
     def _require_room(self, backends: Backends) -> None:
-        if self._num_requests > backends.config.max_requests:
+        if self.num_requests > backends.config.max_requests:
             raise ResourceExhaustedError(
                 f"The gateway runs {backends.config.max_requests} requests already; try again later.",
                 reason="TOO_MANY_REQUESTS",
@@ -111,13 +112,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             async with aclosing(generation.run(verifier)) as responses:
                 async for response in responses:
                     await send(context, response)
-            trace.finish(response.finished)
             outcome = FINISH_REASONS[response.finished.finish_reason]
         except SpecdecError as error:
             outcome = status_code(error).name.lower()
             raise
         finally:
-            backends.metrics.add_request(model_id, plan.method, outcome, generation.timing())
+            trace.finish(generation.num_output_tokens, generation.speculation())
+            backends.metrics.add_request(model_id, generation.label, outcome, generation.timing())
 
     async def GetInfo(  # noqa: N802
         self,

@@ -1,17 +1,12 @@
-"""What a request did: rounds, acceptance by position, times; and the counters of all requests."""
+"""What a request did: rounds, acceptance by position, times."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from opentelemetry.metrics import Meter
-
 from gateway.decode import Proposal, Round
-from specdec.errors import SpecdecError, status_code
 from specdec.v1 import gateway_pb2
 
 
@@ -52,9 +47,8 @@ class SpeculationTally:
             self.fallback_reason = draft.fallback_reason
         self._draft_ns += draft.server_ns
         self._verify_ns += verified.server_ns
-        elapsed_ns = draft.elapsed_ns + verified.elapsed_ns
-        self._elapsed_ns += elapsed_ns
-        self._transport_ns += max(0, elapsed_ns - draft.server_ns - verified.server_ns)
+        self._elapsed_ns += draft.elapsed_ns + verified.elapsed_ns
+        self._transport_ns += this.transport_ns
 
     def to_proto(self) -> gateway_pb2.SpeculationStats:
         """The sums, as of now."""
@@ -106,75 +100,3 @@ class _ProposerTally:
 def _survivors(lengths: Counter[int], longest: int) -> list[int]:
     """Entry i: how many of the lengths are greater than i."""
     return [sum(count for length, count in lengths.items() if length > i) for i in range(longest)]
-
-
-class GatewayMetrics:
-    """Counters of all requests. Counters, not ratios: rates and means are for whoever reads them."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._drafts = meter.create_counter("specdec.drafts", unit="{draft}")
-        self._draft_tokens = meter.create_counter("specdec.draft_tokens", unit="{token}")
-        self._accepted_tokens = meter.create_counter("specdec.accepted_tokens", unit="{token}")
-        self._accepted_per_position = meter.create_counter(
-            "specdec.accepted_tokens_per_position", unit="{token}"
-        )
-        self._proposed_tokens = meter.create_counter("specdec.proposer.draft_tokens", unit="{token}")
-        self._won_tokens = meter.create_counter("specdec.proposer.accepted_tokens", unit="{token}")
-        self._rounds = meter.create_counter("specdec.rounds", unit="{round}")
-        self._fallback_rounds = meter.create_counter("specdec.fallback_rounds", unit="{round}")
-        self._failovers = meter.create_counter(
-            "specdec.failovers", unit="{failover}", description="Verifiers lost in mid-generation"
-        )
-        self._requests = meter.create_counter("specdec.requests", unit="{request}")
-        self._duration = meter.create_histogram("gen_ai.server.request.duration", unit="s")
-        self._ttft = meter.create_histogram("gen_ai.server.time_to_first_token", unit="s")
-        self._tpot = meter.create_histogram("gen_ai.server.time_per_output_token", unit="s")
-
-    def add_round(self, method: str, this: Round) -> None:
-        """Count a round after the prefill."""
-        if this.is_prefill:
-            return
-        labels = {"method": method}
-        self._rounds.add(1, labels)
-        if this.draft.fallback_reason:
-            self._fallback_rounds.add(1, labels)
-        if not this.draft.token_ids:
-            return
-        self._drafts.add(1, labels)
-        self._draft_tokens.add(len(this.draft.token_ids), labels)
-        self._accepted_tokens.add(this.verified.num_accepted_tokens, labels)
-        for position in range(this.verified.num_accepted_tokens):
-            self._accepted_per_position.add(1, {**labels, "position": position})
-        for proposal in this.draft.proposals:
-            mine = {**labels, "drafter": proposal.drafter}
-            self._proposed_tokens.add(len(proposal.nodes), mine)
-            self._won_tokens.add(len(proposal.nodes.intersection(this.verified.path)), mine)
-
-    def add_failover(self, method: str) -> None:
-        """Count a verifier that was lost in mid-generation."""
-        self._failovers.add(1, {"method": method})
-
-    @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
-        """Count a request that is refused in the block, before it has a method: its label is empty."""
-        try:
-            yield
-        except SpecdecError as error:
-            self._requests.add(1, {"method": "", "outcome": status_code(error).name.lower()})
-            raise
-
-    def add_request(
-        self, model_id: str, method: str, outcome: str, timing: gateway_pb2.GenerateTiming
-    ) -> None:
-        """Count a request that ended, `outcome` its finish reason or its error's status code."""
-        labels = {
-            "gen_ai.operation.name": "chat",
-            "gen_ai.provider.name": "specdec",
-            "gen_ai.request.model": model_id,
-        }
-        self._requests.add(1, {"method": method, "outcome": outcome})
-        self._duration.record(timing.total_ns / 1e9, labels)
-        if timing.ttft_ns:
-            self._ttft.record(timing.ttft_ns / 1e9, labels)
-        if timing.tpot_ns:
-            self._tpot.record(timing.tpot_ns / 1e9, labels)

@@ -76,14 +76,19 @@ class RequestTrace:
             }
         )
 
-    def finish(self, finished: gateway_pb2.GenerateFinished) -> None:
-        """Record what came out."""
+    def finish(self, num_output_tokens: int, speculation: gateway_pb2.SpeculationStats) -> None:
+        """Record what came out, up to an error or a cancellation perhaps."""
         self.span.set_attributes(
             {
-                "gen_ai.usage.output_tokens": finished.usage.output_tokens,
-                "specdec.num_rounds": finished.speculation.num_rounds,
-                "specdec.num_draft_tokens": finished.speculation.num_draft_tokens,
-                "specdec.num_accepted_tokens": finished.speculation.num_accepted_tokens,
+                "gen_ai.usage.output_tokens": num_output_tokens,
+                "specdec.num_rounds": speculation.num_rounds,
+                "specdec.num_draft_tokens": speculation.num_draft_tokens,
+                "specdec.num_accepted_tokens": speculation.num_accepted_tokens,
+                "specdec.num_fallback_rounds": speculation.num_fallback_rounds,
+                "specdec.num_draft_tokens_per_position": list(speculation.num_draft_tokens_per_position),
+                "specdec.num_accepted_tokens_per_position": list(
+                    speculation.num_accepted_tokens_per_position
+                ),
             }
         )
 

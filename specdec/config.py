@@ -19,7 +19,20 @@ TARGET_STATE_MODES = ("auto", "handle", "stream")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelServiceConfig:
+class MetricsConfig:
+    """Where a service's metrics can be scraped."""
+
+    metrics_listen: str = ""
+    """Address of the Prometheus endpoint, host:port, with path /metrics; empty: there is none. OTLP, by the
+    OTEL_* variables, does not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.metrics_listen:
+            parse_address(self.metrics_listen, "metrics_listen")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelServiceConfig(MetricsConfig):
     """What the two services that run models have in common."""
 
     dtype: str = "bfloat16"
@@ -52,6 +65,7 @@ class ModelServiceConfig:
     """Least severe log level written."""
 
     def __post_init__(self) -> None:
+        super(ModelServiceConfig, self).__post_init__()  # the two-argument form, for slots
         require_positive(
             self,
             "kv_cache_mib",
@@ -99,6 +113,24 @@ def config_options(
         return command
 
     return decorate
+
+
+def parse_address(address: str, name: str) -> tuple[str, int]:
+    """Host and port of host:port or [IPv6 host]:port.
+
+    Args:
+        name: the field it is the value of.
+
+    Raises:
+        InvalidArgumentError: naming the option.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        option = f"--{name.replace('_', '-')}"
+        raise InvalidArgumentError(
+            f"{option} is {address!r}; it must be host:port, such as 127.0.0.1:9464.", field=name
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def require_positive(config: object, *names: str) -> None:

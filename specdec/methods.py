@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 PLAIN = "none"
 """Plain decoding: no drafter, K = 0."""
@@ -21,3 +22,8 @@ def is_drafter_name(name: str) -> bool:
 def drafters_of(method: str) -> tuple[str, ...]:
     """The drafters a method names, none for plain decoding."""
     return () if method == PLAIN else tuple(method.split(_SEPARATOR))
+
+
+def method_of(drafters: Sequence[str]) -> str:
+    """The method that merges these drafters' proposals; with none, plain decoding."""
+    return _SEPARATOR.join(drafters) if drafters else PLAIN

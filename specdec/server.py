@@ -292,7 +292,8 @@ def serve_from_command_line(
 
     async def serve() -> None:
         # Made on the loop it serves on.
-        await make_server(config, telemetry_from_environment(name)).run()
+        telemetry = telemetry_from_environment(name, str(options["metrics_listen"]))
+        await make_server(config, telemetry).run()
 
     try:
         asyncio.run(serve())

@@ -1,7 +1,8 @@
 """Traces, metrics and logs of a service, by OpenTelemetry's standard environment variables.
 
-Without an OTLP endpoint in the environment nothing is exported and spans cost next to nothing. Contexts are
-passed by hand: one stream carries many rounds, so the context travels in its messages as a W3C traceparent.
+Without an OTLP endpoint in the environment, or a Prometheus endpoint asked for on the command line, nothing
+is exported and spans and metrics cost next to nothing. Contexts are passed by hand: one stream carries many
+rounds, so the context travels in its messages as a W3C traceparent.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
@@ -24,6 +26,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import NoOpTracerProvider, Span, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from pythonjsonlogger.json import JsonFormatter
+
+from specdec.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from specdec.prometheus import PrometheusEndpoint
 
 AttributeValue = str | bool | int | float
 Attributes = Mapping[str, AttributeValue]
@@ -40,12 +47,16 @@ class Telemetry:
     meter: Meter
     tracer_provider: trace.TracerProvider
     meter_provider: metrics.MeterProvider
+    prometheus: PrometheusEndpoint | None = None
+    """Where metrics can be scraped; None: nowhere."""
 
     def shutdown(self) -> None:
-        """Send what is buffered."""
+        """Send what is buffered, then close the Prometheus endpoint."""
         for provider in (self.tracer_provider, self.meter_provider):
             if isinstance(provider, TracerProvider | MeterProvider):
                 provider.shutdown()
+        if self.prometheus:
+            self.prometheus.close()
 
 
 def make_telemetry(
@@ -53,36 +64,72 @@ def make_telemetry(
     *,
     span_processor: SpanProcessor | None = None,
     metric_reader: MetricReader | None = None,
+    metrics_listen: str = "",
 ) -> Telemetry:
-    """Telemetry with the given sinks; without one, spans or metrics go nowhere."""
+    """Telemetry with the given sinks; without one, spans or metrics go nowhere.
+
+    Args:
+        metrics_listen: host:port of a Prometheus endpoint, besides the reader; empty: none.
+
+    Raises:
+        InvalidArgumentError: the Prometheus endpoint cannot listen there.
+    """
     resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", service_name)})
     tracer_provider: trace.TracerProvider = NoOpTracerProvider()
     if span_processor:
         sdk_tracer_provider = TracerProvider(resource=resource)
         sdk_tracer_provider.add_span_processor(span_processor)
         tracer_provider = sdk_tracer_provider
+    readers = [metric_reader] if metric_reader else []
+    endpoint = _prometheus_endpoint(metrics_listen) if metrics_listen else None
+    if endpoint:
+        readers.append(endpoint.reader)
     meter_provider: metrics.MeterProvider = NoOpMeterProvider()
-    if metric_reader:
-        meter_provider = MeterProvider([metric_reader], resource=resource)
+    if readers:
+        meter_provider = MeterProvider(readers, resource=resource)
     return Telemetry(
         tracer_provider.get_tracer(_SCOPE),
         meter_provider.get_meter(_SCOPE),
         tracer_provider,
         meter_provider,
+        endpoint,
     )
 
 
-def telemetry_from_environment(service_name: str) -> Telemetry:
-    """Telemetry as OTEL_EXPORTER_OTLP_ENDPOINT and its relatives ask for; off when they are unset."""
+def telemetry_from_environment(service_name: str, metrics_listen: str = "") -> Telemetry:
+    """Telemetry as OTEL_EXPORTER_OTLP_ENDPOINT and its relatives ask for; off when they are unset.
+
+    Args:
+        metrics_listen: host:port of a Prometheus endpoint besides; empty: none.
+
+    Raises:
+        InvalidArgumentError: the Prometheus endpoint cannot listen there, or the SDK is disabled.
+    """
+    if metrics_listen and _is_disabled():
+        raise InvalidArgumentError(
+            "--metrics-listen asks for metrics and OTEL_SDK_DISABLED for none; drop one of the two.",
+            field="metrics_listen",
+        )
     return make_telemetry(
         service_name,
         span_processor=_otlp_span_processor() if _endpoint_is_set("TRACES") else None,
         metric_reader=_otlp_metric_reader() if _endpoint_is_set("METRICS") else None,
+        metrics_listen=metrics_listen,
     )
 
 
+def _prometheus_endpoint(listen: str) -> PrometheusEndpoint:
+    from specdec.prometheus import PrometheusEndpoint
+
+    return PrometheusEndpoint(listen)
+
+
+def _is_disabled() -> bool:
+    return os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
+
+
 def _endpoint_is_set(signal: str) -> bool:
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    if _is_disabled():
         return False
     if os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp") != "otlp":
         return False

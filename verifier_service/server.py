@@ -32,9 +32,16 @@ class VerifierServer:
         """Load the model off the event loop, so that health checks are answered meanwhile."""
         uri = self._config.advertise or _reachable(self.host.address)
         self._memory = memory = make_memory(self._config)
-        self.servicer.verifier = await asyncio.wrap_future(
-            self._thread.submit(lambda: Verifier.load(self._config, self._thread, memory=memory, uri=uri))
+        metrics = self.servicer.metrics
+        verifier = await asyncio.wrap_future(
+            self._thread.submit(
+                lambda: Verifier.load(
+                    self._config, self._thread, memory=memory, uri=uri, on_step=metrics.engine.add_step
+                )
+            )
         )
+        metrics.observe(verifier)
+        self.servicer.verifier = verifier
 
     async def close(self) -> None:
         """Stop the engine and send what telemetry is buffered."""

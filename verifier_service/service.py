@@ -27,6 +27,7 @@ from specdec.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSp
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from verifier_service.acceptance import FinishReason
+from verifier_service.metrics import VerifierMetrics
 from verifier_service.session import OpenRequest, Session
 from verifier_service.state_export import StateChunk
 from verifier_service.verifier import Timed, Verifier
@@ -53,13 +54,8 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         self.write_timeout_s = WRITE_TIMEOUT_S
         self.upload_timeout_s = UPLOAD_TIMEOUT_S
         self._tracer = telemetry.tracer
-        self._rounds = telemetry.meter.create_counter(
-            "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
-        )
+        self.metrics = VerifierMetrics(telemetry.meter)
         self._projection_upload = asyncio.Lock()
-        self._state_bytes = telemetry.meter.create_counter(
-            "specdec.verifier.streamed_state", unit="By", description="Target state sent to drafters"
-        )
 
     def _loaded(self) -> Verifier:
         if self.verifier is None:
@@ -109,7 +105,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         timed = await verifier.verify(
             session, message.base_committed_length, message.draft_token_ids, message.parent_indices
         )
-        self._rounds.add(1)
+        self.metrics.rounds.add(1)
         return self._result(session, timed, arrived_ns, request.traceparent, len(message.draft_token_ids))
 
     def _result(
@@ -181,7 +177,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         projection = export.projection(request.projection_sha256) if request.projection_sha256 else None
         async with aclosing(export.stream(state, request.start_position, projection)) as chunks:
             async for chunk in chunks:
-                self._state_bytes.add(sum(map(len, chunk.rows.values())))
+                self.metrics.state_bytes.add(sum(map(len, chunk.rows.values())))
                 await send(context, _chunk(chunk), self.write_timeout_s)
 
     async def PutProjection(  # noqa: N802

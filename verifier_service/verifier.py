@@ -55,6 +55,7 @@ class Verifier:
     Args:
         memory: where target state lives; None: nobody can map it. Whoever made it closes it.
         uri: where drafters reach it.
+        on_step: see Engine.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Verifier:
         *,
         memory: StateMemory | None = None,
         uri: str = "",
+        on_step: Callable[[int, int, int], None] = lambda batch_size, batch_tokens, duration_ns: None,
     ) -> None:
         self.config = config
         self.loaded = loaded
@@ -79,6 +81,7 @@ class Verifier:
             max_batch_tokens=config.max_batch_tokens,
             max_background_tokens=config.prefill_chunk_tokens,
             thread=thread,
+            on_step=on_step,
         )
         self.export = StateExport(
             packed.pool,
@@ -90,7 +93,15 @@ class Verifier:
         )
 
     @classmethod
-    def load(cls, config: VerifierConfig, thread: ModelThread, *, memory: StateMemory, uri: str) -> Verifier:
+    def load(
+        cls,
+        config: VerifierConfig,
+        thread: ModelThread,
+        *,
+        memory: StateMemory,
+        uri: str,
+        on_step: Callable[[int, int, int], None],
+    ) -> Verifier:
         """Load the model and allocate the pool; takes seconds. To be called on `thread`.
 
         Raises:
@@ -102,7 +113,13 @@ class Verifier:
             thread,
             memory=memory,
             uri=uri,
+            on_step=on_step,
         )
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that wait for an engine step."""
+        return self._engine.num_waiting
 
     def close(self) -> None:
         """Stop the engine thread."""

@@ -16,6 +16,7 @@ from specdec.target_state import TargetStateSpec
 
 if TYPE_CHECKING:
     # For types only: drafters that need no target state run without torch.
+    from specdec.runtime.kv_pool import KvPool
     from specdec.runtime.state_reader import StateSession
     from specdec.runtime.target_view import Projection, TargetStateView
     from specdec.runtime.target_weights import TargetWeights
@@ -138,6 +139,8 @@ class Drafter(ABC):
     info: DrafterInfo
     projection: Projection | None = None
     """The projection of its target state spec."""
+    kv_pool: KvPool | None = None
+    """Where it keeps KV of its own; None: it has none."""
 
     def open(self, request: OpenDraft) -> DraftSession:
         """Start a session and reserve its memory.

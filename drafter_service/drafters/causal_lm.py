@@ -71,6 +71,7 @@ class CausalLmDrafter(Drafter):
         max_num_draft_tokens: int,
     ) -> None:
         self._packed = PackedModel(loaded.model, kv_budget_bytes=kv_budget_bytes)
+        self.kv_pool = self._packed.pool
         self._picker = Picker(self._packed.vocab_size, self._packed.device)
         self.info = DrafterInfo(
             name=name,

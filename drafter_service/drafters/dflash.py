@@ -150,7 +150,7 @@ class DFlashDrafter(Drafter):
         if self._markov:
             prepack_linears(self._markov, keep=model.encoder)
         shape = KvShape(config.num_key_value_heads, config.head_dim, config.head_dim)
-        self._pool = KvPool(
+        self.kv_pool = self._pool = KvPool(
             dict.fromkeys(range(config.num_hidden_layers), shape),
             budget_bytes=kv_budget_bytes,
             dtype=self._dtype,

@@ -19,6 +19,7 @@ from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
 from specdec.bench.records import RequestRecord
 from specdec.bench.report import category_table, parts_table, peer_ratios, read_rows, speed_table
+from specdec.bench.telemetry_cli import telemetry_command
 from specdec.bench.workload import Prompt
 from specdec.cli_groups import ErrorGroup
 from specdec.errors import InvalidArgumentError, UnavailableError
@@ -50,6 +51,9 @@ class _CommaList(click.ParamType[Any]):
 @click.group(cls=ErrorGroup)
 def bench() -> None:
     """Measure methods against plain decoding."""
+
+
+bench.add_command(telemetry_command)
 
 
 @bench.command("run")

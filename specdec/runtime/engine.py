@@ -124,6 +124,8 @@ class Engine(Generic[ItemT, ResultT]):
         thread: the one that loaded the model. Every thread that ever ran a parallel operation keeps OpenMP
             workers of its own, and with more workers than cores none of them spins and each operation waits
             for the scheduler (measured: a pass takes 1.5 times as long). None: a new one.
+        on_step: called on the engine's thread after each step, when its results are on their way, with items,
+            tokens and nanoseconds.
     """
 
     def __init__(
@@ -134,8 +136,10 @@ class Engine(Generic[ItemT, ResultT]):
         max_background_tokens: int | None = None,
         max_queued: int = 1024,
         thread: ModelThread | None = None,
+        on_step: Callable[[int, int, int], None] = lambda batch_size, batch_tokens, duration_ns: None,
     ) -> None:
         self._step = step
+        self._on_step = on_step
         self._max_batch_tokens = max_batch_tokens
         self._max_background_tokens = max_background_tokens or max_batch_tokens
         self._max_queued = max_queued
@@ -148,6 +152,11 @@ class Engine(Generic[ItemT, ResultT]):
         self._closed = False
         self._thread = thread or ModelThread("engine")
         self._thread.submit(self._run)
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that wait for a step; may be read by any thread."""
+        return len(self._waiting)
 
     async def submit(self, item: ItemT, source: Hashable = None) -> EngineResult[ResultT]:
         """Run one item. Cancelling the caller drops an item that waits, and the result of one that runs.
@@ -266,6 +275,7 @@ class Engine(Generic[ItemT, ResultT]):
             else:
                 queue_ns = started_ns - pending.submitted_ns
                 _post(pending, EngineResult(value, queue_ns, compute_ns, len(batch), num_tokens))
+        self._on_step(len(batch), num_tokens, compute_ns)
 
     def _expect(self, batch: Sequence[_Pending[ItemT, ResultT]], ended_ns: int, linger_ns: int) -> None:
         """Note whose next items may be waited for: of sources that were back in time the last time, too."""

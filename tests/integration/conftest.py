@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 
+from tests.exposition import Exposition, expose_everything
 from tests.refusals import small_system
 from tests.systems import System
 
@@ -14,3 +17,9 @@ async def small(tiny_llama: Path) -> AsyncIterator[System]:
     """All services over a pool smaller than the model's context, for a module's `shared` tests."""
     async with small_system(tiny_llama) as system:
         yield system
+
+
+@pytest.fixture(scope="session")
+def exposition(tiny_llama: Path, noisy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exposition:
+    """What services expose once every kind of request was made."""
+    return asyncio.run(expose_everything(tiny_llama, noisy_llama, tmp_path_factory.mktemp("shared")))

@@ -217,6 +217,7 @@ class TestASlowOpening:
                 draft = await link.propose(committed, 2, "")
                 assert draft.token_ids == ()
                 assert draft.fallback_reason == "the drafter is still opening"
+                assert draft.fallback_code == "opening"
                 assert draft.server_ns == draft.elapsed_ns, "waiting is not transport"
                 waited_ns.append(draft.elapsed_ns)
             assert waited_ns[0] >= 0.2e9
@@ -286,6 +287,7 @@ class TestALostDrafter:
         async with drafters.link(timeout_s=0.02) as link:
             draft = await link.propose(PROMPT, 2, "")
             assert draft.fallback_reason == "no draft within 0.02 s"
+            assert draft.fallback_code == "deadline_exceeded"
             drafters.assert_all_closed_once()
             assert (await link.propose(PROMPT, 2, "")).token_ids == ()
         assert drafters.num_attempts == 1

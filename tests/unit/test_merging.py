@@ -89,10 +89,12 @@ async def test_one_that_stalls_is_left_out_until_it_is_done() -> None:
         late = await drafts.propose(PROMPT, 4, "trace")
         assert late.token_ids == (7,)
         assert "no draft within 0.05 s" in late.proposals[1].fallback_reason
+        assert late.proposals[1].fallback_code == "deadline_exceeded"
         assert late.elapsed_ns < 3 * 10**8
         num_asked = len(slow.asked)
         busy = await drafts.propose(PROMPT, 4, "trace")
         assert busy.proposals[1].fallback_reason == "it still drafts for an earlier round"
+        assert busy.proposals[1].fallback_code == "busy"
         assert (busy.token_ids, len(slow.asked)) == ((7,), num_asked)
         await asyncio.sleep(0.6)
         slow.delay_s = 0.0

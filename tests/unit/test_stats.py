@@ -8,7 +8,8 @@ from typing import Any
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from gateway.decode import Draft, Proposal, Round, Verified
-from gateway.stats import GatewayMetrics, SpeculationTally
+from gateway.metrics import OTHER, GatewayMetrics
+from gateway.stats import SpeculationTally
 from specdec.telemetry import make_telemetry
 from specdec.v1 import gateway_pb2
 
@@ -182,6 +183,51 @@ def test_counters_sum_up_the_requests() -> None:
         }
         expected = stats[name].num_accepted_tokens_per_position
         assert by_position == {at: count for at, count in enumerate(expected) if count}
+
+
+def test_a_fallback_is_counted_by_its_code_never_by_its_text() -> None:
+    reader = InMemoryMetricReader()
+    metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
+    for text in ("no draft within 0.2 s", "no draft within 0.3 s"):
+        draft = Draft(fallback_reason=text, fallback_code="deadline_exceeded")
+        metrics.add_round("ngram", Round(draft, Verified(0, 7)))
+    assert sums(reader, "specdec.fallback_rounds", "reason") == {"deadline_exceeded": 2}
+
+
+def test_drafts_are_counted_at_every_position_they_reach() -> None:
+    reader = InMemoryMetricReader()
+    metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
+    for this in (make_round(4, 2), make_round(2, 2), make_round(0, 0), TREE):
+        metrics.add_round("ngram", this)
+    assert sums(reader, "specdec.draft_tokens_per_position", "position") == {0: 3, 1: 3, 2: 1, 3: 1}
+    assert sums(reader, "specdec.accepted_tokens_per_position", "position") == {0: 3, 1: 3}
+
+
+def test_a_drafter_a_client_made_up_is_no_label() -> None:
+    reader = InMemoryMetricReader()
+    metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
+    metrics.add_round(OTHER, TREE)
+    assert sums(reader, "specdec.proposer.draft_tokens", "drafter") == {OTHER: 6}
+
+
+def test_buckets_of_genai_histograms_are_those_of_the_conventions() -> None:
+    reader = InMemoryMetricReader()
+    metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
+    timing = gateway_pb2.GenerateTiming(ttft_ns=1, tpot_ns=1, total_ns=1)
+    metrics.add_request("tiny", "ngram", "length", timing)
+    bounds = {
+        name: list(points(reader, f"gen_ai.server.{name}")[0].explicit_bounds)
+        for name in ("request.duration", "time_to_first_token", "time_per_output_token")
+    }
+    assert bounds == {
+        "request.duration": [
+            *(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+        ],
+        "time_to_first_token": [
+            *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+        ],
+        "time_per_output_token": [*(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)],
+    }
 
 
 def test_requests_are_counted_by_outcome_and_timed() -> None:

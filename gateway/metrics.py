@@ -1,0 +1,163 @@
+"""The counters of all requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from opentelemetry.metrics import Histogram, Meter
+
+from gateway.decode import Round
+from specdec.errors import SpecdecError, status_code
+from specdec.instruments import SHORT_TIMES_S, observe_value, observe_values
+from specdec.v1 import gateway_pb2
+
+OTHER = "other"
+"""Label of methods and drafters that no known drafter service offers: clients cannot make up series."""
+
+# As the OpenTelemetry semantic conventions of GenAI metrics give them, seconds.
+_REQUEST_DURATIONS_S = tuple(0.01 * 2**exponent for exponent in range(14))
+_FIRST_TOKEN_TIMES_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1),
+    *(0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+)
+_TOKEN_TIMES_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+
+
+class GatewayMetrics:
+    """Counters, not ratios: rates and means are for whoever reads them. docs/metrics.md explains each.
+
+    Labels are bounded: a `method` is one that is offered, or OTHER; a `position` is less than the verifier's
+    most draft tokens; a `reason` or `outcome` is one of a few codes.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._requests = meter.create_counter("specdec.requests", unit="{request}")
+        self._failovers = meter.create_counter(
+            "specdec.failovers", unit="{failover}", description="Verifiers lost in mid-generation"
+        )
+        self._rounds = meter.create_counter("specdec.rounds", unit="{round}")
+        self._fallback_rounds = meter.create_counter(
+            "specdec.fallback_rounds", unit="{round}", description="Rounds whose draft is missing, by reason"
+        )
+        self._count_drafting(meter)
+        self._count_proposers(meter)
+        self._phase = self._times("specdec.round.phase_duration", SHORT_TIMES_S)
+        self._duration = self._times("gen_ai.server.request.duration", _REQUEST_DURATIONS_S)
+        self._ttft = self._times("gen_ai.server.time_to_first_token", _FIRST_TOKEN_TIMES_S)
+        self._tpot = self._times("gen_ai.server.time_per_output_token", _TOKEN_TIMES_S)
+
+    def _count_drafting(self, meter: Meter) -> None:
+        self._drafts = meter.create_counter("specdec.drafts", unit="{draft}")
+        self._draft_tokens = meter.create_counter("specdec.draft_tokens", unit="{token}")
+        self._accepted_tokens = meter.create_counter("specdec.accepted_tokens", unit="{token}")
+        self._drafted_per_position = meter.create_counter(
+            "specdec.draft_tokens_per_position", unit="{draft}", description="Drafts that reach a position"
+        )
+        self._accepted_per_position = meter.create_counter(
+            "specdec.accepted_tokens_per_position", unit="{token}"
+        )
+
+    def _count_proposers(self, meter: Meter) -> None:
+        self._proposed_tokens = meter.create_counter("specdec.proposer.draft_tokens", unit="{token}")
+        self._won_tokens = meter.create_counter("specdec.proposer.accepted_tokens", unit="{token}")
+        self._missed_rounds = meter.create_counter("specdec.proposer.fallback_rounds", unit="{round}")
+
+    def _times(self, name: str, boundaries_s: tuple[float, ...]) -> Histogram:
+        return self._meter.create_histogram(name, unit="s", explicit_bucket_boundaries_advisory=boundaries_s)
+
+    def observe(
+        self,
+        *,
+        num_requests: Callable[[], int],
+        max_requests: int,
+        num_ready_replicas: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """Report the load whenever metrics are collected.
+
+        Args:
+            num_ready_replicas: by service, "verifier" and "drafter".
+        """
+        observe_value(
+            self._meter,
+            "specdec.gateway.running_requests",
+            num_requests,
+            unit="{request}",
+            description="Requests under way",
+        )
+        observe_value(
+            self._meter,
+            "specdec.gateway.max_requests",
+            lambda: max_requests,
+            unit="{request}",
+            description="Most requests at a time",
+        )
+        observe_values(
+            self._meter,
+            "specdec.gateway.ready_replicas",
+            num_ready_replicas,
+            label="service",
+            unit="{replica}",
+            description="Replicas that are ready, by service",
+        )
+
+    def add_round(self, method: str, this: Round) -> None:
+        """Count a round after the prefill."""
+        if this.is_prefill:
+            return
+        labels = {"method": method}
+        self._rounds.add(1, labels)
+        for phase, duration_ns in this.phases_ns.items():
+            self._phase.record(duration_ns / 1e9, {**labels, "phase": phase})
+        if this.draft.fallback_reason:
+            self._fallback_rounds.add(1, {**labels, "reason": this.draft.fallback_code})
+        if this.draft.token_ids:
+            self._add_draft(labels, this)
+        self._add_proposals(labels, this)
+
+    def _add_draft(self, labels: Mapping[str, str], this: Round) -> None:
+        self._drafts.add(1, labels)
+        self._draft_tokens.add(len(this.draft.token_ids), labels)
+        self._accepted_tokens.add(this.verified.num_accepted_tokens, labels)
+        for position in range(this.draft.tree.depth):
+            self._drafted_per_position.add(1, {**labels, "position": position})
+        for position in range(this.verified.num_accepted_tokens):
+            self._accepted_per_position.add(1, {**labels, "position": position})
+
+    def _add_proposals(self, labels: Mapping[str, str], this: Round) -> None:
+        for proposal in this.draft.proposals:
+            mine = {**labels, "drafter": OTHER if labels["method"] == OTHER else proposal.drafter}
+            self._proposed_tokens.add(len(proposal.nodes), mine)
+            self._won_tokens.add(len(proposal.nodes.intersection(this.verified.path)), mine)
+            if proposal.fallback_reason:
+                self._missed_rounds.add(1, {**mine, "reason": proposal.fallback_code})
+
+    def add_failover(self, method: str) -> None:
+        """Count a verifier that was lost in mid-generation."""
+        self._failovers.add(1, {"method": method})
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Count a request that is refused in the block, before it has a method: its label is empty."""
+        try:
+            yield
+        except SpecdecError as error:
+            self._requests.add(1, {"method": "", "outcome": status_code(error).name.lower()})
+            raise
+
+    def add_request(
+        self, model_id: str, method: str, outcome: str, timing: gateway_pb2.GenerateTiming
+    ) -> None:
+        """Count a request that ended, `outcome` its finish reason or its error's status code."""
+        labels = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.provider.name": "specdec",
+            "gen_ai.request.model": model_id,
+        }
+        self._requests.add(1, {"method": method, "outcome": outcome})
+        self._duration.record(timing.total_ns / 1e9, labels)
+        if timing.ttft_ns:
+            self._ttft.record(timing.ttft_ns / 1e9, labels)
+        if timing.tpot_ns:
+            self._tpot.record(timing.tpot_ns / 1e9, labels)

@@ -1,0 +1,88 @@
+"""`specdec bench telemetry`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from specdec.bench import telemetry
+from specdec.bench.telemetry import CONTROL, ON, TelemetryConfig
+from specdec.bench.workload import load_prompts, select_round_robin
+from specdec.launcher import SystemConfig, prepare_models
+
+_DEFAULTS = TelemetryConfig()
+
+
+@click.command("telemetry")
+@click.option("--model", default=_DEFAULTS.model, show_default=True, help="Model to start.")
+@click.option("--dtype", default=_DEFAULTS.dtype, show_default=True, help="Data type of the model.")
+@click.option("--device", default=_DEFAULTS.device, show_default=True, help="Device of the model.")
+@click.option("--method", default=_DEFAULTS.method, show_default=True, help="Method of the requests.")
+@click.option(
+    "--num-draft-tokens",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.num_draft_tokens,
+    show_default=True,
+    help="Draft tokens per round (K).",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=2),
+    default=_DEFAULTS.max_new_tokens,
+    show_default=True,
+    help="Tokens per answer.",
+)
+@click.option(
+    "--prompts",
+    "num_prompts",
+    type=click.IntRange(min=1),
+    default=12,
+    show_default=True,
+    help="Prompts per start, round-robin over the categories.",
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.restarts,
+    show_default=True,
+    help="Starts of all systems.",
+)
+@click.option(
+    "--scrape-interval-s",
+    type=click.FloatRange(min=0.1),
+    default=_DEFAULTS.scrape_interval_s,
+    show_default=True,
+    help="Time between two scrapes, seconds.",
+)
+@click.option(
+    "--out",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for telemetry.json.",
+)
+def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> None:
+    """Measure what telemetry costs: TPOT with traces and metrics by OTLP and scrapes, over TPOT without.
+
+    Three systems run side by side and answer the same prompts in turn, one request at a time: one with
+    telemetry, two without, whose ratio to each other shows what is chance. On a busy machine nothing is
+    learnt.
+    """
+    config = TelemetryConfig(**settings)
+    prepare_models(SystemConfig(model=config.model, drafters=config.drafters), _report)
+    prompts = select_round_robin(load_prompts(), num_prompts)
+    samples = telemetry.measure(config, prompts, lambda done, total: _report(f"Start {done} of {total} done"))
+    telemetry.write(directory, samples, asdict(config) | {"num_prompts": len(prompts)})
+    for arm, name in ((CONTROL, "off again"), (ON, "on")):
+        one = telemetry.ratio(samples, arm)
+        click.echo(
+            f"TPOT, telemetry {name} / off: {one.median:.4f} (95 % interval {one.low:.4f} to {one.high:.4f}, "
+            f"{one.num_pairs} pairs)"
+        )
+
+
+def _report(line: str) -> None:
+    click.echo(line, err=True)

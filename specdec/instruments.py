@@ -1,0 +1,100 @@
+"""Instruments that several services have: gauges read when somebody looks, and those of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+SHORT_TIMES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Bucket boundaries of parts of a round and of engine steps, seconds."""
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+def observe_values(
+    meter: Meter,
+    name: str,
+    read: Callable[[], Mapping[str, int]],
+    *,
+    label: str,
+    unit: str,
+    description: str,
+) -> None:
+    """A gauge with one series per value of `label`; `read` is called by the thread that collects."""
+
+    def observe(options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(value, {label: key}) for key, value in read().items()]
+
+    meter.create_observable_gauge(name, [observe], unit=unit, description=description)
+
+
+def observe_value(meter: Meter, name: str, read: Callable[[], int], *, unit: str, description: str) -> None:
+    """A gauge of one series; see `observe_values`."""
+
+    def observe(options: CallbackOptions) -> Sequence[Observation]:
+        return [Observation(read())]
+
+    meter.create_observable_gauge(name, [observe], unit=unit, description=description)
+
+
+class EngineMetrics:
+    """What the engine of a service does, step by step.
+
+    Args:
+        prefix: the service's, such as "specdec.verifier".
+    """
+
+    def __init__(self, meter: Meter, prefix: str) -> None:
+        self._meter, self._prefix = meter, prefix
+        self._batch_size = meter.create_histogram(
+            f"{prefix}.batch_size",
+            unit="{item}",
+            description="Items of an engine step",
+            explicit_bucket_boundaries_advisory=_BATCH_SIZES,
+        )
+        self._batch_tokens = meter.create_histogram(
+            f"{prefix}.batch_tokens",
+            unit="{token}",
+            description="Tokens of an engine step",
+            explicit_bucket_boundaries_advisory=_BATCH_TOKENS,
+        )
+        self._step_duration = meter.create_histogram(
+            f"{prefix}.step_duration",
+            unit="s",
+            description="Time of an engine step",
+            explicit_bucket_boundaries_advisory=SHORT_TIMES_S,
+        )
+
+    def add_step(self, batch_size: int, batch_tokens: int, duration_ns: int) -> None:
+        """Count a step that ended; called by the engine's own thread."""
+        self._batch_size.record(batch_size)
+        self._batch_tokens.record(batch_tokens)
+        self._step_duration.record(duration_ns / 1e9)
+
+    def observe_queue(self, num_waiting: Callable[[], int]) -> None:
+        """Report how many items wait for a step."""
+        observe_value(
+            self._meter,
+            f"{self._prefix}.queue_depth",
+            num_waiting,
+            unit="{item}",
+            description="Items that wait for an engine step",
+        )
+
+    def observe_sessions(self, num_sessions: Callable[[], int], max_sessions: int) -> None:
+        """Report the session slots in use, and how many there are."""
+        observe_value(
+            self._meter,
+            f"{self._prefix}.sessions",
+            num_sessions,
+            unit="{session}",
+            description="Session slots in use",
+        )
+        observe_value(
+            self._meter,
+            f"{self._prefix}.session_slots",
+            lambda: max_sessions,
+            unit="{session}",
+            description="Session slots in all",
+        )

@@ -1,0 +1,46 @@
+"""What a verifier counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from opentelemetry.metrics import Meter
+
+from specdec.instruments import EngineMetrics, observe_value
+
+if TYPE_CHECKING:
+    from verifier_service.verifier import Verifier
+
+
+class VerifierMetrics:
+    """Counters of rounds, and gauges of a verifier once it is loaded. docs/metrics.md explains each."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self.engine = EngineMetrics(meter, "specdec.verifier")
+        self.rounds = meter.create_counter(
+            "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
+        )
+        self.state_bytes = meter.create_counter(
+            "specdec.verifier.streamed_state", unit="By", description="Target state sent to drafters"
+        )
+
+    def observe(self, verifier: Verifier) -> None:
+        """Report the load of a verifier whenever metrics are collected."""
+        self.engine.observe_queue(lambda: verifier.num_waiting)
+        self.engine.observe_sessions(lambda: verifier.num_sessions, verifier.config.max_sessions)
+        pool = verifier.pool
+        observe_value(
+            self._meter,
+            "specdec.verifier.kv_used_tokens",
+            lambda: pool.capacity_tokens - pool.free_tokens,
+            unit="{token}",
+            description="Tokens of KV that sessions hold",
+        )
+        observe_value(
+            self._meter,
+            "specdec.verifier.kv_capacity_tokens",
+            lambda: pool.capacity_tokens,
+            unit="{token}",
+            description="Tokens of KV in all",
+        )
