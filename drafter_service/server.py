@@ -29,9 +29,10 @@ class DrafterServer:
         self._telemetry = telemetry
         self._thread = ModelThread(SERVICE_NAME)
         self._families = families
+        self._outgoing_tls = config.outgoing_tls()
         self.servicer = DrafterServicer(telemetry)
         register = partial(drafter_pb2_grpc.add_DrafterServiceServicer_to_server, self.servicer)
-        self.host = ServiceHost(SERVICE_NAME, register, config.listen)
+        self.host = ServiceHost(SERVICE_NAME, register, config.listen, tls=config.server_tls)
 
     async def load(self) -> None:
         """Load the drafters off the event loop, so that health checks are answered meanwhile."""
@@ -44,7 +45,9 @@ class DrafterServer:
             from drafter_service.state import load_reader
 
             reader = await asyncio.wrap_future(
-                self._thread.submit(lambda: load_reader(self._config, self.servicer.metrics.add_link))
+                self._thread.submit(
+                    lambda: load_reader(self._config, self._outgoing_tls, self.servicer.metrics.add_link)
+                )
             )
         metrics = self.servicer.metrics
         host = DrafterHost(drafters, self._config, self._thread, reader, on_step=metrics.engine.add_step)

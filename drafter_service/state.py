@@ -15,14 +15,18 @@ from specdec.runtime.loading import usable_device
 from specdec.runtime.state_memory import SharedDirectory
 from specdec.runtime.state_reader import Link, ReaderConfig, StateReader
 from specdec.runtime.target_weights import read_weights
+from specdec.tls import OutgoingTls
 
 logger = logging.getLogger(__name__)
 
 
-def load_reader(config: DrafterConfig, on_link: Callable[[Link], None]) -> StateReader:
+def load_reader(
+    config: DrafterConfig, tls: OutgoingTls | None, on_link: Callable[[Link], None]
+) -> StateReader:
     """A reader, and the target's weights if a checkpoint is named.
 
     Args:
+        tls: credentials for verifiers; None: no encryption.
         on_link: called for every session that begins to read.
 
     Raises:
@@ -40,7 +44,7 @@ def load_reader(config: DrafterConfig, on_link: Callable[[Link], None]) -> State
         mirror_bytes=int(config.mirror_mib * 2**20),
         stream_projected=config.stream_features == "projected",
     )
-    return StateReader(reader_config, weights, on_link)
+    return StateReader(reader_config, weights, on_link, tls=tls)
 
 
 def _shared_directory(config: DrafterConfig) -> SharedDirectory | None:

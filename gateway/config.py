@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdec.channel import parse_uris
-from specdec.config import MetricsConfig, require_not_negative, require_positive
+from specdec.config import ServiceConfig, require_not_negative, require_positive
 from specdec.runtime.embedded import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, slots=True)
-class GatewayConfig(MetricsConfig):
+class GatewayConfig(ServiceConfig):
     """Which services a gateway uses and how."""
 
     listen: str = "127.0.0.1:50050"
@@ -39,7 +39,8 @@ class GatewayConfig(MetricsConfig):
     """Least severe log level written."""
 
     def __post_init__(self) -> None:
-        super(GatewayConfig, self).__post_init__()  # the two-argument form, for slots
+        # The two-argument form: slots make another class object than the one super() would look for.
+        super(GatewayConfig, self).__post_init__()
         require_positive(
             self,
             "default_max_new_tokens",

@@ -14,10 +14,11 @@ from typing import Any, Generic, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from specdec.channel import aio_channel
+from specdec.channel import ServiceChannel
 from specdec.errors import InvalidArgumentError, SpecdecError, UnavailableError
 from specdec.handshake import check_protocol_version, check_vocabulary
 from specdec.methods import is_drafter_name
+from specdec.tls import OutgoingTls
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ _INFO_TIMEOUT_S = 5.0
 _RESOLVE_INTERVAL_S = 5.0
 _MAX_INFO_BYTES = 64 * 1024
 """Most a drafter service may say of itself: clients are told all of it."""
+_TLS_CHECK_S = 1.0
+"""How often a health watch over TLS looks whether certificates changed, seconds."""
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
 """Addresses of a `dns:` URI, as gRPC URIs; OSError if it cannot be resolved."""
@@ -43,9 +46,9 @@ async def resolve_name(uri: str) -> list[str]:
     Raises:
         OSError: the name is unknown, or the name server does not answer.
     """
-    host, _, port = uri.removeprefix("dns:").rpartition("/")[2].rpartition(":")
+    port = uri.rpartition(":")[2]
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    found = await loop.getaddrinfo(_host_of(uri), int(port), type=socket.SOCK_STREAM)
     addresses = {(family, address[0]) for family, _, _, _, address in found}
     return sorted(
         f"ipv6:[{ip}]:{port}" if family == socket.AF_INET6 else f"ipv4:{ip}:{port}"
@@ -53,12 +56,21 @@ async def resolve_name(uri: str) -> list[str]:
     )
 
 
-class Replica(Generic[InfoT]):
-    """One address of a service and what is known of it."""
+def _host_of(uri: str) -> str:
+    """The host of `dns:[//authority/]host:port`."""
+    return uri.removeprefix("dns:").rpartition("/")[2].rpartition(":")[0].strip("[]")
 
-    def __init__(self, uri: str, service: str) -> None:
+
+class Replica(Generic[InfoT]):
+    """One address of a service and what is known of it.
+
+    Args:
+        server_name: name its certificate must carry; empty: the address's.
+    """
+
+    def __init__(self, uri: str, service: str, tls: OutgoingTls | None = None, server_name: str = "") -> None:
         self.uri = uri
-        self.channel = aio_channel(uri, service=service)
+        self._channel = ServiceChannel(uri, service=service, tls=tls, server_name=server_name)
         self.num_sessions = 0
         self.reason = _NOT_YET
         """Why it gets no sessions; empty: it does."""
@@ -66,6 +78,15 @@ class Replica(Generic[InfoT]):
         """When it was last asked what it is, by time.monotonic."""
         self.info: InfoT | None = None
         """What it said of itself when it was last ready; kept while it is not."""
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The channel for a new call; another one once certificates changed."""
+        return self._channel.current()
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
 
     @property
     def is_ready(self) -> bool:
@@ -99,8 +120,10 @@ class ReplicaSet(Generic[InfoT]):
         check: Callable[[InfoT], None],
         resolve: Resolve = resolve_name,
         resolve_interval_s: float = _RESOLVE_INTERVAL_S,
+        tls: OutgoingTls | None = None,
     ) -> None:
         self.service = service
+        self._tls = tls
         self._get_info = get_info
         self._check = check
         self._resolve = resolve
@@ -132,15 +155,15 @@ class ReplicaSet(Generic[InfoT]):
         for uri in list(self._watched):
             await self._remove(uri)
 
-    def _add(self, uri: str) -> None:
-        replica: Replica[InfoT] = Replica(uri, self.service)
+    def _add(self, uri: str, server_name: str = "") -> None:
+        replica: Replica[InfoT] = Replica(uri, self.service, self._tls, server_name)
         self._watched[uri] = replica, asyncio.ensure_future(self._watch(replica))
 
     async def _remove(self, uri: str) -> None:
         replica, task = self._watched.pop(uri)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await replica.channel.close()
+        await replica.close()
 
     async def _follow_name(self, uri: str) -> None:
         """Keep the replicas of a name in step with its addresses."""
@@ -153,7 +176,8 @@ class ReplicaSet(Generic[InfoT]):
                 found = mine  # a failing name server does not make replicas go away
                 self._unresolved[uri] = f"the name cannot be resolved: {error}"
             for address in found - self._watched.keys():
-                self._add(address)
+                # The certificate is made out to the name, not to each address it has.
+                self._add(address, server_name=_host_of(uri))
             for address in mine - found:
                 # Not while it is in use or answers health checks: it may only have left the name to drain.
                 if (replica := self._watched[address][0]).num_sessions or replica.is_ready:
@@ -230,24 +254,50 @@ class ReplicaSet(Generic[InfoT]):
 
     async def _watch(self, replica: Replica[InfoT]) -> None:
         """Follow a replica's health for as long as the gateway runs."""
-        request = health_pb2.HealthCheckRequest(service=self.service)
         while True:
-            retry_s = _RETRY_S
+            channel = replica.channel
+            heard = asyncio.Event()
+            following = asyncio.ensure_future(self._follow(replica, channel, heard))
             try:
-                # Waiting for ready: the call starts when the server is there and serving.
-                stub: Any = health_pb2_grpc.HealthStub(replica.channel)
-                async for response in stub.Watch(request, wait_for_ready=True):
-                    await self._update(replica, response.status)
-                await self._mark(replica, "the server ended the health watch")
-            except grpc.aio.AioRpcError as error:
+                while not following.done() and replica.channel is channel:
+                    await asyncio.wait((following,), timeout=_TLS_CHECK_S if self._tls else None)
+                    if not heard.is_set() and not following.done():
+                        await self._explain_silence(replica, channel, heard)
+            finally:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+
+    async def _follow(self, replica: Replica[InfoT], channel: grpc.aio.Channel, heard: asyncio.Event) -> None:
+        """Follow a replica's health until the watch ends, which is told after a pause."""
+        request = health_pb2.HealthCheckRequest(service=self.service)
+        retry_s = _RETRY_S
+        try:
+            # Waiting for ready: the call starts when the server is there and serving.
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            async for response in stub.Watch(request, wait_for_ready=True):
+                heard.set()
+                await self._update(replica, response.status)
+            await self._mark(replica, "the server ended the health watch")
+        except grpc.aio.AioRpcError as error:
+            await self._mark(replica, f"{error.code().name}: {error.details()}")
+        except SpecdecError as error:
+            retry_s = _REFUSED_RETRY_S
+            await self._mark(replica, error.message)
+        except Exception as error:  # a replica that answers nonsense must not end its watch
+            logger.exception("watching a replica failed", extra={"uri": replica.uri})
+            await self._mark(replica, f"{type(error).__name__}: {error}")
+        await asyncio.sleep(retry_s)
+
+    async def _explain_silence(
+        self, replica: Replica[InfoT], channel: grpc.aio.Channel, heard: asyncio.Event
+    ) -> None:
+        """Say why a watch over TLS does not begin: one that waits never tells of a certificate refused."""
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=_INFO_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if not heard.is_set():
                 await self._mark(replica, f"{error.code().name}: {error.details()}")
-            except SpecdecError as error:
-                retry_s = _REFUSED_RETRY_S
-                await self._mark(replica, error.message)
-            except Exception as error:  # a replica that answers nonsense must not end its watch
-                logger.exception("watching a replica failed", extra={"uri": replica.uri})
-                await self._mark(replica, f"{type(error).__name__}: {error}")
-            await asyncio.sleep(retry_s)
 
     async def _update(self, replica: Replica[InfoT], status: int) -> None:
         if status != health_pb2.HealthCheckResponse.SERVING:
@@ -281,6 +331,7 @@ def make_verifier_set(
     *,
     resolve: Resolve = resolve_name,
     resolve_interval_s: float = _RESOLVE_INTERVAL_S,
+    tls: OutgoingTls | None = None,
 ) -> VerifierSet:
     """Verifiers, of which those with the gateway's vocabulary are used."""
 
@@ -302,10 +353,11 @@ def make_verifier_set(
         check=check,
         resolve=resolve,
         resolve_interval_s=resolve_interval_s,
+        tls=tls,
     )
 
 
-def make_drafter_set(uris: Sequence[str]) -> DrafterSet:
+def make_drafter_set(uris: Sequence[str], *, tls: OutgoingTls | None = None) -> DrafterSet:
     """Drafter services; whether a drafter fits the vocabulary is each session's question."""
 
     def check(info: drafter_pb2.DrafterServiceGetInfoResponse) -> None:
@@ -325,7 +377,7 @@ def make_drafter_set(uris: Sequence[str]) -> DrafterSet:
         info = await stub.GetInfo(request, timeout=_INFO_TIMEOUT_S)
         return info
 
-    return ReplicaSet(DRAFTER_SERVICE, uris, get_info=get_info, check=check)
+    return ReplicaSet(DRAFTER_SERVICE, uris, get_info=get_info, check=check, tls=tls)
 
 
 def find_drafter(

@@ -28,9 +28,10 @@ class GatewayServer:
     def __init__(self, config: GatewayConfig, telemetry: Telemetry) -> None:
         self._config = config
         self._telemetry = telemetry
+        self._outgoing_tls = config.outgoing_tls()
         self.servicer = GatewayServicer(telemetry)
         register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, self.servicer)
-        self.host = ServiceHost(SERVICE_NAME, register, config.listen)
+        self.host = ServiceHost(SERVICE_NAME, register, config.listen, tls=config.server_tls)
 
     async def load(self) -> None:
         """Load the tokenizer and wait for a verifier, without which no request can be answered."""
@@ -38,8 +39,10 @@ class GatewayServer:
         self.servicer.backends = backends = Backends(
             self._config,
             codec,
-            make_verifier_set(self._config.verifier_uris, codec.vocabulary_fingerprint),
-            make_drafter_set(self._config.drafter_uris),
+            make_verifier_set(
+                self._config.verifier_uris, codec.vocabulary_fingerprint, tls=self._outgoing_tls
+            ),
+            make_drafter_set(self._config.drafter_uris, tls=self._outgoing_tls),
             GatewayMetrics(self._telemetry.meter),
         )
         backends.metrics.observe(

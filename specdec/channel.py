@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import grpc
 
 from specdec.errors import InvalidArgumentError
+from specdec.tls import OutgoingTls, Pem, PemFiles, channel_credentials
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Largest message either side accepts; larger tensors travel in chunks."""
@@ -17,7 +20,10 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 KEEPALIVE_TIME_S = 30
 """A silent connection is pinged this often, so that a dead peer is noticed within a minute."""
 
-_LOCAL_PREFIXES = ("unix:", "unix-abstract:", "127.", "localhost:", "[::1]:", "ipv4:127.", "ipv6:[::1]")
+_RETIRE_AFTER_S = 10.0
+"""Seconds a channel with outdated credentials still takes the calls of those that were handed it."""
+_RETIRED_GRACE_S = 24 * 3600.0
+"""Seconds the calls on it may go on after that."""
 URI_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
 
 
@@ -38,17 +44,10 @@ class TlsConfig:
         """Channel credentials from the files, read now.
 
         Raises:
-            InvalidArgumentError: a file cannot be read.
+            InvalidArgumentError: a file cannot be read, or key and certificate do not match.
         """
-        try:
-            return grpc.ssl_channel_credentials(
-                *(
-                    path.read_bytes() if path else None
-                    for path in (self.root_certificates, self.private_key, self.certificate_chain)
-                )
-            )
-        except OSError as error:
-            raise InvalidArgumentError(f"A TLS file cannot be read: {error}", field="tls") from error
+        files = PemFiles(self.root_certificates, self.private_key, self.certificate_chain)
+        return channel_credentials(files.read())
 
 
 def client_options(uri: str, service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
@@ -73,11 +72,25 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.service_config", json.dumps(service_config)),
     ]
-    if uri.startswith(_LOCAL_PREFIXES):
+    if is_local(uri):
         options.append(("grpc.enable_http_proxy", 0))
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
     return options
+
+
+def is_local(uri: str) -> bool:
+    """Whether an address can only be this host: a unix socket, "localhost" or a loopback address."""
+    if uri.startswith(("unix:", "unix-abstract:")):
+        return True
+    scheme = next((scheme for scheme in URI_SCHEMES if uri.startswith(scheme)), "")
+    host = uri.removeprefix(scheme).rpartition("/")[2].rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def server_options() -> list[tuple[str, Any]]:
@@ -120,10 +133,68 @@ def parse_uris(text: str) -> tuple[str, ...]:
 
 def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
     """An asyncio channel; must be created on the event loop that uses it."""
-    options = client_options(uri, service, tls.server_name if tls else "")
-    if tls:
-        return grpc.aio.secure_channel(uri, tls.credentials(), options=options)
+    server_name = tls.server_name if tls else ""
+    return _aio_channel(uri, service, tls.credentials() if tls else None, server_name)
+
+
+def _aio_channel(
+    uri: str, service: str, credentials: grpc.ChannelCredentials | None, server_name: str
+) -> grpc.aio.Channel:
+    options = client_options(uri, service, server_name)
+    if credentials:
+        return grpc.aio.secure_channel(uri, credentials, options=options)
     return grpc.aio.insecure_channel(uri, options=options)
+
+
+class ServiceChannel:
+    """A service's channel to another, replaced by a new one once its certificates change.
+
+    Args:
+        uri: one address of the service.
+        service: see `client_options`.
+        tls: credentials; None: no encryption.
+        server_name: name the peer's certificate must carry where `tls` names none; empty: the address's.
+    """
+
+    def __init__(
+        self, uri: str, *, service: str = "", tls: OutgoingTls | None = None, server_name: str = ""
+    ) -> None:
+        self._uri = uri
+        self._service = service
+        self._tls = tls
+        self._server_name = (tls.server_name if tls else "") or server_name
+        self._pem = tls.latest() if tls else None
+        self._channel = self._connect(self._pem)
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    def current(self) -> grpc.aio.Channel:
+        """The channel for a new call. Calls on the one before it go on until they end."""
+        if self._tls and (pem := self._tls.latest()) is not self._pem:
+            task = asyncio.ensure_future(_retire(self._channel))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+            self._pem, self._channel = pem, self._connect(pem)
+        return self._channel
+
+    async def close(self) -> None:
+        """Close all its channels; calls under way are cancelled."""
+        for task in list(self._retiring):
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await self._channel.close()
+
+    def _connect(self, pem: Pem | None) -> grpc.aio.Channel:
+        credentials = channel_credentials(pem) if pem else None
+        return _aio_channel(self._uri, self._service, credentials, self._server_name)
+
+
+async def _retire(channel: grpc.aio.Channel) -> None:
+    try:
+        await asyncio.sleep(_RETIRE_AFTER_S)
+        await channel.close(grace=_RETIRED_GRACE_S)
+    except asyncio.CancelledError:
+        await channel.close()
+        raise
 
 
 def sync_channel(uri: str, *, tls: TlsConfig | None = None) -> grpc.Channel:

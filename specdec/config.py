@@ -9,19 +9,34 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from specdec.errors import InvalidArgumentError
+from specdec.tls import OutgoingTls, PemFiles
 
 TARGET_STATE_MODES = ("auto", "handle", "stream")
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsConfig:
-    """Where a service's metrics can be scraped."""
+class ServiceConfig:
+    """What all services have in common."""
 
+    tls_certificate: str = ""
+    """PEM file of this service's certificate, and of those between it and an authority: turns TLS on for its
+    port, and is shown to the services it calls. Changed files are used without a restart."""
+    tls_private_key: str = ""
+    """PEM file of the certificate's private key."""
+    tls_authorities: str = ""
+    """PEM file of who may have signed the certificates of the services this one calls; calls then go over
+    TLS. Empty: they are plaintext."""
+    tls_client_authorities: str = ""
+    """PEM file of who may have signed callers' certificates, which they then must show (mutual TLS); empty:
+    none is demanded."""
+    tls_server_name: str = ""
+    """Name the certificates of the services it calls must carry; empty: the one of their address."""
     metrics_listen: str = ""
     """Address of the Prometheus endpoint, host:port, with path /metrics; empty: there is none. OTLP, by the
     OTEL_* variables, does not depend on it."""
@@ -29,10 +44,43 @@ class MetricsConfig:
     def __post_init__(self) -> None:
         if self.metrics_listen:
             parse_address(self.metrics_listen, "metrics_listen")
+        if bool(self.tls_certificate) != bool(self.tls_private_key):
+            raise InvalidArgumentError(
+                "--tls-certificate and --tls-private-key go together; give both or neither.",
+                field="tls_certificate",
+            )
+        if self.tls_client_authorities and not self.tls_certificate:
+            raise InvalidArgumentError(
+                "--tls-client-authorities needs a port with TLS; give it a --tls-certificate and its key.",
+                field="tls_client_authorities",
+            )
+        if self.tls_server_name and not self.tls_authorities:
+            raise InvalidArgumentError(
+                "--tls-server-name needs calls over TLS; give --tls-authorities.", field="tls_server_name"
+            )
+
+    @property
+    def server_tls(self) -> PemFiles | None:
+        """Files of the own port; None: it is plaintext."""
+        return self._files(self.tls_client_authorities) if self.tls_certificate else None
+
+    def outgoing_tls(self) -> OutgoingTls | None:
+        """Credentials for the services it calls; None: calls are plaintext.
+
+        Raises:
+            InvalidArgumentError: a file is missing or no good.
+        """
+        if not self.tls_authorities:
+            return None
+        return OutgoingTls(self._files(self.tls_authorities), self.tls_server_name)
+
+    def _files(self, authorities: str) -> PemFiles:
+        paths = (authorities, self.tls_private_key, self.tls_certificate)
+        return PemFiles(*(Path(path) if path else None for path in paths))
 
 
 @dataclass(frozen=True, slots=True)
-class ModelServiceConfig(MetricsConfig):
+class ModelServiceConfig(ServiceConfig):
     """What the two services that run models have in common."""
 
     dtype: str = "bfloat16"
@@ -65,7 +113,8 @@ class ModelServiceConfig(MetricsConfig):
     """Least severe log level written."""
 
     def __post_init__(self) -> None:
-        super(ModelServiceConfig, self).__post_init__()  # the two-argument form, for slots
+        # The two-argument form: slots make another class object than the one super() would look for.
+        super(ModelServiceConfig, self).__post_init__()
         require_positive(
             self,
             "kv_cache_mib",

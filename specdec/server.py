@@ -19,15 +19,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from specdec.auth import CALLER, Authenticator
 from specdec.channel import server_options
 from specdec.errors import DeadlineExceededError, InternalError, InvalidArgumentError, SpecdecError, to_status
 from specdec.telemetry import Telemetry, setup_logging, telemetry_from_environment
+from specdec.tls import PemFiles, server_credentials
 
 logger = logging.getLogger(__name__)
 
 _Message = TypeVar("_Message")
 ConfigT = TypeVar("ConfigT")
 _OUR_METHODS = "/specdec.v1."
+_HEALTH_METHODS = "/grpc.health.v1.Health/"
 _METHOD_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -57,6 +60,40 @@ class _HouseInterceptor(grpc.aio.ServerInterceptor):
         wrapped = _with_errors(getattr(handler, kind), handler.request_streaming)
         decode = _tolerant(handler.request_deserializer)
         return handler._replace(**{kind: wrapped, "request_deserializer": decode})  # type: ignore[no-any-return]
+
+
+class _AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses every call without credentials, reflection and unknown methods too; health is open to all."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if not handler_call_details.method.startswith(_HEALTH_METHODS):
+            metadata = dict(handler_call_details.invocation_metadata or ())
+            try:
+                # The call's task has this context to itself.
+                CALLER.set(await self._authenticator.authenticate(metadata))
+            except SpecdecError as error:
+                return _refusing(error)
+            except Exception:
+                logger.exception("the authenticator failed")
+                return _refusing(InternalError("The authenticator failed; its log says why."))
+        return await continuation(handler_call_details)
+
+
+def _refusing(error: SpecdecError) -> grpc.RpcMethodHandler[Any, Any]:
+    """Answers any call, whatever it streams, with an error, and reads nothing of it."""
+
+    async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await _abort(context, error)
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
+    return handler
 
 
 def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: bool) -> Callable[..., Any]:
@@ -163,14 +200,31 @@ class ServiceHost:
         service: full name of the service, whose health is reported besides the server's own ("").
         register: adds the servicer to the server.
         listen: host:port (port 0: a free one) or unix:/path.
+        tls: certificate and key of the port, and who may sign callers'; None: plaintext.
+        authenticator: who may call; None: everyone that can connect.
+
+    Raises:
+        InvalidArgumentError: the TLS files are no good.
     """
 
-    def __init__(self, service: str, register: Callable[[grpc.aio.Server], None], listen: str) -> None:
+    def __init__(
+        self,
+        service: str,
+        register: Callable[[grpc.aio.Server], None],
+        listen: str,
+        *,
+        tls: PemFiles | None = None,
+        authenticator: Authenticator | None = None,
+    ) -> None:
         self.address = listen
         """Where it listens, with the real port once it does."""
         self._service = service
         self._listen = listen
-        self._server = grpc.aio.server(interceptors=[_HouseInterceptor()], options=server_options())
+        self._credentials = server_credentials(tls) if tls else None
+        interceptors: list[grpc.aio.ServerInterceptor] = [_HouseInterceptor()]
+        if authenticator:
+            interceptors.insert(0, _AuthInterceptor(authenticator))
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options())
         self._health = _Health()
         register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -188,7 +242,10 @@ class ServiceHost:
         await self._set_health(serving=False)
         try:
             _require_unused(self._listen)
-            port = self._server.add_insecure_port(self._listen)
+            if self._credentials:
+                port = self._server.add_secure_port(self._listen, self._credentials)
+            else:
+                port = self._server.add_insecure_port(self._listen)
         except (RuntimeError, FileExistsError) as error:
             raise InvalidArgumentError(
                 f"Cannot listen on {self._listen}: the port is in use or the address is not this host's. "

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import torch
 
-from specdec.channel import aio_channel
+from specdec.channel import ServiceChannel
 from specdec.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -37,6 +37,7 @@ from specdec.target_state import (
     storage_kind,
     value_name,
 )
+from specdec.tls import OutgoingTls
 from specdec.v1 import target_state_pb2 as pb
 from specdec.v1 import verifier_pb2_grpc
 
@@ -79,6 +80,7 @@ class StateReader:
 
     Args:
         checkpoint: the target's weights, for where a verifier's own cannot be mapped.
+        tls: credentials for verifiers; None: no encryption.
         on_link: called for every session that begins to read.
     """
 
@@ -87,15 +89,18 @@ class StateReader:
         config: ReaderConfig,
         checkpoint: TargetWeights | None = None,
         on_link: Callable[[Link], None] = lambda link: None,
+        *,
+        tls: OutgoingTls | None = None,
     ) -> None:
         self.config = config
+        self._tls = tls
         self._on_link = on_link
         self._checkpoint = checkpoint
         self._weights: dict[str, TargetWeights] = {}
         self._weights_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mirrors = MirrorBudget(config.mirror_bytes)
         self._mappings = Mappings(config.device, config.directory)
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, ServiceChannel] = {}
         self._links: Counter[Link] = Counter()
 
     @property
@@ -162,8 +167,8 @@ class StateReader:
     def stub(self, uri: str) -> Any:
         """A verifier's methods."""
         if uri not in self._channels:
-            self._channels[uri] = aio_channel(uri)
-        return verifier_pb2_grpc.VerifierServiceStub(self._channels[uri])
+            self._channels[uri] = ServiceChannel(uri, tls=self._tls)
+        return verifier_pb2_grpc.VerifierServiceStub(self._channels[uri].current())
 
     def attach(
         self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None

@@ -1,0 +1,295 @@
+"""TLS and mutual TLS between all services and to clients, with real certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import replace as with_
+from pathlib import Path
+
+import pytest
+
+from gateway.config import GatewayConfig
+from gateway.registry import VerifierSet, make_verifier_set
+from specdec.channel import TlsConfig
+from specdec.client import AsyncClient, Client, GenerateOptions
+from specdec.errors import InvalidArgumentError, SpecdecError, UnavailableError
+from specdec.target_state import StateStorage
+from specdec.telemetry import make_telemetry
+from specdec.tls import OutgoingTls, PemFiles, PemWatch
+from tests.certificates import Authority, Folder, Issued, replace
+from tests.state_probe import StateProbe, all_of
+from tests.systems import running_drafter, running_gateway, running_verifier
+from verifier_service.config import VerifierConfig
+from verifier_service.server import VerifierServer
+
+PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
+OPTIONS = GenerateOptions(max_new_tokens=16, ignore_eos=True, method="probe", num_draft_tokens=3)
+REFUSED = "CERTIFICATE_VERIFY_FAILED"
+
+
+@pytest.fixture
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture
+def files(tmp_path: Path, authority: Authority) -> Folder:
+    """A certificate of `authority`, which alone is trusted."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    return Folder(folder).write(authority.issue(), authority)
+
+
+def client_tls(files: Folder) -> TlsConfig:
+    return TlsConfig(files.path / "ca.pem", files.path / "key.pem", files.path / "cert.pem")
+
+
+def outgoing(folder: Path, authority: Authority, issued: Issued | None) -> OutgoingTls:
+    """Credentials of a caller that trusts `authority` and shows `issued`."""
+    folder.mkdir()
+    replace(folder / "ca.pem", authority.pem)
+    if issued is None:
+        return OutgoingTls(PemFiles(folder / "ca.pem"))
+    Folder(folder).write(issued, authority)
+    return OutgoingTls(PemFiles(folder / "ca.pem", folder / "key.pem", folder / "cert.pem"))
+
+
+class SecureSystem:
+    """All services over mutual TLS; the drafter reads target state by stream."""
+
+    def __init__(self, model: Path, files: Folder) -> None:
+        self.model, self.files = model, files
+        self.probe = StateProbe(all_of("llama"))
+        self.address = ""
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> SecureSystem:
+        enter, options = self._stack.enter_async_context, self.files.options
+        verifier, _ = await enter(running_verifier(self.model, **options))
+        drafter, _ = await enter(
+            running_drafter("probe", families=self.probe.families, target_state="stream", **options)
+        )
+        self.address, self.gateway = await enter(
+            running_gateway(self.model, verifier=verifier, drafter=drafter, drafter_wait_s=60, **options)
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def client(self, tls: TlsConfig | None = None) -> AsyncClient:
+        return AsyncClient(self.address, tls=tls or client_tls(self.files), timeout_s=60)
+
+
+async def test_a_generation_with_streamed_state_over_mutual_tls(tiny_llama: Path, files: Folder) -> None:
+    async with SecureSystem(tiny_llama, files) as system, system.client() as client:
+        plain = await client.generate(PROMPT, with_(OPTIONS, method="none", num_draft_tokens=None))
+        async with client.stream(PROMPT, OPTIONS) as stream:
+            links = [
+                link
+                async for _ in stream
+                for replica in (await client.info()).drafters
+                for link in replica.info.state_links  # type: ignore[union-attr]
+            ]
+            answer = stream.result
+    assert answer.token_ids == plain.token_ids
+    assert answer.speculation.num_draft_tokens > 0
+    assert {link.storage for link in links} == {StateStorage.STREAM.value}
+
+
+async def test_a_blocking_client_over_mutual_tls(tiny_llama: Path, files: Folder) -> None:
+    async with SecureSystem(tiny_llama, files) as system:
+        with Client(system.address, tls=client_tls(files), timeout_s=60) as client:
+            assert (await asyncio.to_thread(client.info)).verifiers[0].ready
+
+
+async def test_clients_that_are_refused(
+    tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
+) -> None:
+    stranger = Authority("stranger")
+    async with SecureSystem(tiny_llama, files) as system:
+
+        async def error_of(tls: TlsConfig | None) -> str:
+            async with AsyncClient(system.address, tls=tls, timeout_s=20) as client:
+                with pytest.raises(UnavailableError) as caught:
+                    await client.info()
+            return caught.value.message
+
+        def party(name: str, issued: Issued, trusted: Authority) -> TlsConfig:
+            (tmp_path / name).mkdir()
+            return client_tls(Folder(tmp_path / name).write(issued, trusted))
+
+        assert REFUSED in await error_of(party("trusts another", authority.issue(), stranger))
+        for tls in (
+            party("signed by another", stranger.issue(), authority),
+            party("expired", authority.issue(days=-1), authority),
+            TlsConfig(files.path / "ca.pem"),
+            None,
+        ):
+            assert "check" in await error_of(tls)
+        async with system.client() as client:
+            assert (await client.info()).verifiers[0].ready
+
+
+@pytest.mark.parametrize("fault", ["authority", "expired", "name"])
+async def test_a_gateway_says_why_it_refuses_a_verifier(
+    fault: str, tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
+) -> None:
+    trusted = Authority("stranger") if fault == "authority" else authority
+    if fault == "expired":
+        files.write(authority.issue(days=-1), authority)
+    tls = outgoing(tmp_path / "caller", trusted, authority.issue())
+    tls.server_name = "elsewhere" if fault == "name" else ""
+    async with running_verifier(tiny_llama, **files.options) as (address, _):
+        verifiers = make_verifier_set([address], "", tls=tls)
+        try:
+            await until_described(verifiers, lambda text: REFUSED in text or "elsewhere" in text)
+            with pytest.raises(UnavailableError, match="No VerifierService replica is ready"):
+                verifiers.pick()
+        finally:
+            await verifiers.close()
+
+
+async def test_a_verifier_refuses_a_gateway_without_certificate(
+    tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
+) -> None:
+    async with running_verifier(tiny_llama, **files.options) as (address, _):
+        verifiers = make_verifier_set([address], "", tls=outgoing(tmp_path / "caller", authority, None))
+        try:
+            await until_described(verifiers, lambda text: "UNAVAILABLE" in text)
+        finally:
+            await verifiers.close()
+
+
+async def until_described(verifiers: VerifierSet, is_right: Callable[[str], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not is_right(verifiers.describe()):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+
+async def test_rotation_under_load_fails_no_request(tiny_llama: Path, files: Folder) -> None:
+    """Certificates of a new authority replace the old ones, in three steps: trust, issue, distrust."""
+    old, new = Authority("old"), Authority("new")
+    files.write(old.issue(), old)
+    async with SecureSystem(tiny_llama, files) as system:
+        first = system.client()
+        done = asyncio.Event()
+        num_answers = 0
+
+        async def ask(reconnects: bool) -> None:
+            nonlocal num_answers
+            while not done.is_set():
+                client = system.client() if reconnects else first
+                answer = await client.generate(PROMPT, OPTIONS)
+                assert len(answer.token_ids) == OPTIONS.max_new_tokens
+                num_answers += 1
+                if reconnects:
+                    await client.close()
+
+        async with first, asyncio.TaskGroup() as group:
+            group.create_task(ask(reconnects=False))
+            group.create_task(ask(reconnects=True))
+            for issued, trusted in (
+                (old.issue(), (old, new)),
+                (new.issue(), (old, new)),
+                (new.issue(), (new,)),
+            ):
+                await asyncio.sleep(3)
+                before = num_answers
+                files.write(issued, *trusted)
+                async with asyncio.timeout(60):
+                    while num_answers < before + 6:  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
+            done.set()
+        stale = TlsConfig(*_party(files.path.parent / "stale", old.issue(), old))
+        async with AsyncClient(system.address, tls=stale, timeout_s=20) as client:
+            with pytest.raises(UnavailableError, match=REFUSED):
+                await client.info()
+        assert all(replica.is_ready for replica in system.gateway.servicer.backends.verifiers.replicas)
+
+
+def _party(folder: Path, issued: Issued, trusted: Authority) -> tuple[Path, Path, Path]:
+    folder.mkdir()
+    Folder(folder).write(issued, trusted)
+    return folder / "ca.pem", folder / "key.pem", folder / "cert.pem"
+
+
+async def test_a_bad_file_keeps_the_last_good_certificate(
+    tiny_llama: Path, files: Folder, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    tls = TlsConfig(*_party(files.path.parent / "client", authority.issue(), authority))
+    async with SecureSystem(tiny_llama, files) as system:
+        for name, content in (
+            ("cert.pem", b"no certificate"),
+            ("cert.pem", authority.issue().certificate),
+            ("ca.pem", b""),
+        ):
+            good = (files.path / name).read_bytes()
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, "specdec.tls"):
+                replace(files.path / name, content)
+                async with system.client(tls) as client:
+                    await client.generate(PROMPT, OPTIONS)
+            assert "changed TLS files are not used" in caplog.text
+            replace(files.path / name, good)
+        (files.path / "key.pem").unlink()
+        async with system.client(tls) as client:
+            await client.generate(PROMPT, OPTIONS)
+
+
+def test_a_changed_pair_is_taken_as_one(files: Folder, authority: Authority) -> None:
+    watch = PemWatch(PemFiles(None, files.path / "key.pem", files.path / "cert.pem"))
+    first, second = watch.latest(), authority.issue()
+    assert watch.latest() is first
+    replace(files.path / "key.pem", second.private_key)
+    assert watch.latest() is first
+    replace(files.path / "cert.pem", second.certificate)
+    assert watch.latest() == with_(first, private_key=second.private_key, certificate=second.certificate)
+
+
+BAD_FILES = {
+    "missing": ("tls_certificate", None, "No such file"),
+    "no certificate": ("tls_certificate", b"text", "no PEM certificate and its unencrypted private key"),
+    "another key": ("tls_private_key", Authority().issue().private_key, "KEY_VALUES_MISMATCH|mismatch"),
+    "no authorities": ("tls_client_authorities", b"", "no PEM certificate authorities"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_a_service_does_not_start_with_bad_files(fault: str, files: Folder) -> None:
+    option, content, message = BAD_FILES[fault]
+    path = Path(files.options[option])
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match=message):
+        VerifierServer(VerifierConfig(**files.options), make_telemetry("verifier"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tls_certificate": "cert.pem"}, "go together"),
+        ({"tls_private_key": "key.pem"}, "go together"),
+        ({"tls_client_authorities": "ca.pem"}, "needs a port with TLS"),
+        ({"tls_server_name": "name"}, "needs calls over TLS"),
+    ],
+)
+def test_options_that_lack_another(options: dict[str, str], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        GatewayConfig(**options)
+
+
+def test_a_client_says_what_is_wrong_with_its_files(files: Folder) -> None:
+    missing = files.path / "nowhere.pem"
+    for tls in (
+        TlsConfig(missing),
+        TlsConfig(None, files.path / "key.pem"),
+        TlsConfig(None, missing, missing),
+    ):
+        with pytest.raises(SpecdecError) as caught:
+            Client("127.0.0.1:1", tls=tls)
+        assert isinstance(caught.value, InvalidArgumentError)
