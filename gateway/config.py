@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from specdec.channel import parse_uris
 from specdec.config import ServiceConfig, require_not_negative, require_positive
+from specdec.errors import InvalidArgumentError
 from specdec.runtime.embedded import DEFAULT_MODEL
 
 
@@ -33,6 +34,11 @@ class GatewayConfig(ServiceConfig):
     """How long a starting gateway waits for a drafter before it serves without, seconds."""
     failover_wait_s: float = 10.0
     """How long a request whose verifier was lost waits for another to go on with, seconds; then it fails."""
+    auth_tokens: str = ""
+    """TOML file of who may call, one [[tokens]] table each, as `specdec token` makes them; read anew when it
+    changes. Health checks stay open to all. Empty: everyone that can connect may call."""
+    authenticator: str = ""
+    """MODULE:NAME of a callable that returns a specdec.auth.Authenticator, in place of --auth-tokens."""
     drain_grace_s: float = 30.0
     """How long running requests may go on after SIGTERM, seconds."""
     log_level: str = "info"
@@ -48,6 +54,10 @@ class GatewayConfig(ServiceConfig):
             "draft_timeout_s",
         )
         require_not_negative(self, "drain_grace_s", "drafter_wait_s", "failover_wait_s")
+        if self.auth_tokens and self.authenticator:
+            raise InvalidArgumentError(
+                "--auth-tokens and --authenticator exclude each other; give one.", field="authenticator"
+            )
         parse_uris(self.verifier)
         if self.drafter:
             parse_uris(self.drafter)

@@ -7,12 +7,14 @@ import logging
 from contextlib import suppress
 from functools import partial
 
+from gateway.callers import make_authenticator
 from gateway.config import GatewayConfig
 from gateway.metrics import GatewayMetrics
 from gateway.plan import Backends
 from gateway.registry import VerifierSet, make_drafter_set, make_verifier_set
 from gateway.service import SERVICE_NAME, GatewayServicer
 from gateway.text import TextCodec
+from specdec.channel import is_local
 from specdec.server import ServiceHost, run_service
 from specdec.telemetry import Telemetry
 from specdec.v1 import gateway_pb2_grpc
@@ -29,9 +31,14 @@ class GatewayServer:
         self._config = config
         self._telemetry = telemetry
         self._outgoing_tls = config.outgoing_tls()
+        authenticator = make_authenticator(config)
+        if authenticator and not config.tls_certificate and not is_local(config.listen):
+            logger.warning("tokens travel in plain text; give --tls-certificate and --tls-private-key")
         self.servicer = GatewayServicer(telemetry)
         register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, self.servicer)
-        self.host = ServiceHost(SERVICE_NAME, register, config.listen, tls=config.server_tls)
+        self.host = ServiceHost(
+            SERVICE_NAME, register, config.listen, tls=config.server_tls, authenticator=authenticator
+        )
 
     async def load(self) -> None:
         """Load the tokenizer and wait for a verifier, without which no request can be answered."""

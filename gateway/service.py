@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import grpc
 from opentelemetry.context import attach
 from opentelemetry.trace import set_span_in_context
 
+from gateway.callers import CallerLimits
 from gateway.failover import VerifierReplica
 from gateway.generation import Generation
 from gateway.plan import Backends, make_plan
@@ -36,6 +37,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self.backends: Backends | None = None
         self._tracer = telemetry.tracer
         self.num_requests = 0
+        self._callers = CallerLimits()
         """Requests under way."""
 
     def _loaded(self) -> Backends:
@@ -54,9 +56,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         # The call's task has this context to itself; log lines of the request carry its trace id.
         attach(set_span_in_context(trace.span))
         self.num_requests += 1
+        admission = ExitStack()
         try:
             with backends.metrics.counting_refusals():
                 self._require_room(backends)
+                admission.enter_context(self._callers.admitted(request, backends.config))
                 verifier = backends.verifiers.pick()
             # Counted from the pick on: requests that come together must not all take the same replica.
             with verifier.lease():
@@ -65,6 +69,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             trace.fail(error)
             raise
         finally:
+            admission.close()
             self.num_requests -= 1
             trace.span.end()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ class TlsConfig:
     """Client certificate, for mutual TLS."""
     server_name: str = ""
     """Name the server's certificate must carry, if it is not the address's."""
+
+    @classmethod
+    def from_environment(cls) -> TlsConfig | None:
+        """What SPECDEC_TLS_AUTHORITIES, _PRIVATE_KEY, _CERTIFICATE and _SERVER_NAME say; None: nothing."""
+        names = ("AUTHORITIES", "PRIVATE_KEY", "CERTIFICATE")
+        values = [os.environ.get(f"SPECDEC_TLS_{name}", "") for name in names]
+        server_name = os.environ.get("SPECDEC_TLS_SERVER_NAME", "")
+        if not any((*values, server_name)):
+            return None
+        authorities, key, certificate = (Path(value) if value else None for value in values)
+        return cls(authorities, key, certificate, server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Channel credentials from the files, read now.

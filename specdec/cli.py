@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -302,6 +304,22 @@ def chat(
     opening = [] if system is None else [Message("system", system)]
     with Client(gateway, timeout_s=timeout_s) as client:
         Conversation(client, options, opening, no_color).run(read_line)
+
+
+@main.command()
+@click.argument("name")
+def token(name: str) -> None:
+    """Make a bearer token for a gateway that is run with --auth-tokens FILE.
+
+    The token is shown once, on the error output; the table that goes into FILE, on the output, holds its
+    checksum only: specdec token alice >> tokens.toml
+    """
+    secret = secrets.token_urlsafe(32)
+    click.echo(f"[[tokens]]\nname = {json.dumps(name)}")
+    click.echo(f'sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"')
+    click.echo("# max_concurrent_requests = 4\n# max_new_tokens = 1024\n# requests_per_minute = 60")
+    click.echo("# expires = 2030-01-31T00:00:00Z\n")
+    click.echo(f"The token of {name}, for SPECDEC_TOKEN: {secret}", err=True)
 
 
 main.add_command(

@@ -19,7 +19,7 @@ from typing import Any, Self
 import grpc
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from specdec.channel import TlsConfig, aio_channel, parse_uris, sync_channel
+from specdec.channel import TlsConfig, aio_channel, is_local, parse_uris, sync_channel
 from specdec.errors import (
     InvalidArgumentError,
     RequestCancelledError,
@@ -84,6 +84,9 @@ __all__ = [
 GATEWAY_VARIABLE = "SPECDEC_GATEWAY"
 """Environment variable that names the gateway's address."""
 
+TOKEN_VARIABLE = "SPECDEC_TOKEN"
+"""Environment variable of the bearer token."""
+
 DEFAULT_TIMEOUT_S = 300.0
 """Seconds a call may take when neither the client nor the call says."""
 
@@ -128,10 +131,23 @@ def find_gateway(target: str = "") -> str:
 class _Base:
     """What the two clients share: the address, the default deadline and the naming of failures."""
 
-    def __init__(self, target: str, tls: TlsConfig | None, timeout_s: float | None) -> None:
+    def __init__(self, target: str, tls: TlsConfig | None, timeout_s: float | None, token: str) -> None:
         self.target = find_gateway(target)
-        self._tls = tls
+        self._tls = tls or TlsConfig.from_environment()
         self._timeout_s = _checked_timeout(timeout_s)
+        self._token = token or os.environ.get(TOKEN_VARIABLE, "")
+        if self._token and not self._tls and not is_local(self.target):
+            raise InvalidArgumentError(
+                f"A token is not sent to {self.target} in plain text, where others can read it: set "
+                "SPECDEC_TLS_AUTHORITIES, or pass tls=TlsConfig().",
+                field="token",
+            )
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call."""
+        token = (("authorization", f"Bearer {self._token}"),) if self._token else ()
+        return (*_trace_context(), *token)
 
     def _timeout(self, timeout_s: Timeout) -> float | None:
         return self._timeout_s if isinstance(timeout_s, _ClientDefault) else _checked_timeout(timeout_s)
@@ -178,8 +194,9 @@ class Client(_Base):
 
     Args:
         target: address of the gateway, HOST:PORT or a gRPC URI; empty: see `find_gateway`.
-        tls: PEM files for TLS; None: no encryption.
+        tls: PEM files for TLS; None: those of the SPECDEC_TLS_* variables, no encryption without them.
         timeout_s: deadline of every call that names none, seconds; None: no deadline.
+        token: bearer token for the gateway; empty: $SPECDEC_TOKEN. Sent over TLS or within this host only.
 
     Raises:
         InvalidArgumentError: an argument is malformed.
@@ -187,10 +204,15 @@ class Client(_Base):
     """
 
     def __init__(
-        self, target: str = "", *, tls: TlsConfig | None = None, timeout_s: float | None = DEFAULT_TIMEOUT_S
+        self,
+        target: str = "",
+        *,
+        tls: TlsConfig | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        token: str = "",
     ) -> None:
-        super().__init__(target, tls, timeout_s)
-        self._channel = sync_channel(self.target, tls=tls)
+        super().__init__(target, tls, timeout_s, token)
+        self._channel = sync_channel(self.target, tls=self._tls)
         self._stub = _stub(self._channel)
 
     def generate(
@@ -223,14 +245,16 @@ class Client(_Base):
             InvalidArgumentError: the request cannot be sent; later failures are raised by the iteration.
         """
         request = build_request(prompt, options)
-        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=_trace_context())
+        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
         return GenerationStream(call, self._error)
 
     def info(self, *, timeout_s: Timeout = _CLIENT_DEFAULT) -> GatewayInfo:
         """What the gateway and the services behind it are and how loaded they are."""
         try:
             request = gateway_pb2.GatewayServiceGetInfoRequest()
-            return GatewayInfo.from_proto(self._stub.GetInfo(request, timeout=self._timeout(timeout_s)))
+            return GatewayInfo.from_proto(
+                self._stub.GetInfo(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise self._error(error) from error
 
@@ -249,9 +273,14 @@ class AsyncClient(_Base):
     """Asyncio client of a gateway; belongs to the event loop of its first call. Arguments as `Client`."""
 
     def __init__(
-        self, target: str = "", *, tls: TlsConfig | None = None, timeout_s: float | None = DEFAULT_TIMEOUT_S
+        self,
+        target: str = "",
+        *,
+        tls: TlsConfig | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        token: str = "",
     ) -> None:
-        super().__init__(target, tls, timeout_s)
+        super().__init__(target, tls, timeout_s, token)
         self._channel: grpc.aio.Channel | None = None
         self._lazy_stub: Any = None
 
@@ -293,14 +322,16 @@ class AsyncClient(_Base):
             InvalidArgumentError: the request cannot be sent; later failures are raised by the iteration.
         """
         request = build_request(prompt, options)
-        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=_trace_context())
+        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
         return AsyncGenerationStream(call, self._error)
 
     async def info(self, *, timeout_s: Timeout = _CLIENT_DEFAULT) -> GatewayInfo:
         """What the gateway and the services behind it are and how loaded they are."""
         try:
             request = gateway_pb2.GatewayServiceGetInfoRequest()
-            return GatewayInfo.from_proto(await self._stub.GetInfo(request, timeout=self._timeout(timeout_s)))
+            return GatewayInfo.from_proto(
+                await self._stub.GetInfo(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise self._error(error) from error
 

@@ -146,7 +146,7 @@ async def test_a_gateway_says_why_it_refuses_a_verifier(
     async with running_verifier(tiny_llama, **files.options) as (address, _):
         verifiers = make_verifier_set([address], "", tls=tls)
         try:
-            await until_described(verifiers, lambda text: REFUSED in text or "elsewhere" in text)
+            await until_described(verifiers, lambda text: REFUSED in text or "Hostname" in text)
             with pytest.raises(UnavailableError, match="No VerifierService replica is ready"):
                 verifiers.pick()
         finally:
@@ -252,7 +252,7 @@ def test_a_changed_pair_is_taken_as_one(files: Folder, authority: Authority) -> 
 
 BAD_FILES = {
     "missing": ("tls_certificate", None, "No such file"),
-    "no certificate": ("tls_certificate", b"text", "no PEM certificate and its unencrypted private key"),
+    "no certificate": ("tls_certificate", b"text", "no PEM certificate and its plain private key"),
     "another key": ("tls_private_key", Authority().issue().private_key, "KEY_VALUES_MISMATCH|mismatch"),
     "no authorities": ("tls_client_authorities", b"", "no PEM certificate authorities"),
 }

@@ -1,0 +1,198 @@
+"""Who may call a gateway, by bearer tokens in a file, and what each caller may ask for."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import hmac
+import importlib
+import logging
+import re
+import time
+import tomllib
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gateway.config import GatewayConfig
+from specdec.auth import CALLER, Authenticator, Caller, Limits
+from specdec.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
+from specdec.v1 import gateway_pb2
+
+logger = logging.getLogger(__name__)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SCHEME = "bearer "
+_MINUTE_S = 60.0
+_REFUSAL = "This gateway wants a valid token: send it as `authorization: Bearer TOKEN` ($SPECDEC_TOKEN)."
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    caller: Caller
+    digest: bytes
+    expires: dt.datetime | None
+
+
+class TokenFile:
+    """Callers by the SHA-256 of their tokens, from a TOML file; a change that is no good is not taken.
+
+    Raises:
+        InvalidArgumentError: the file is no good to begin with.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._now()
+        self._entries = _read(path)
+
+    async def authenticate(self, metadata: Mapping[str, str | bytes]) -> Caller:
+        """Whose token the call has; how long it takes does not tell how nearly right a token is.
+
+        Raises:
+            UnauthenticatedError: none, or nobody's, or one that has expired.
+        """
+        self._follow()
+        header = str(metadata.get("authorization", ""))
+        token = header[len(_SCHEME) :] if header[: len(_SCHEME)].lower() == _SCHEME else ""
+        digest = hashlib.sha256(token.encode()).digest()
+        found = [entry for entry in self._entries if hmac.compare_digest(entry.digest, digest)]
+        now = dt.datetime.now(dt.UTC)
+        valid = [entry for entry in found if entry.expires is None or now < entry.expires]
+        if not token or not valid:
+            raise UnauthenticatedError(_REFUSAL)
+        return valid[0].caller
+
+    def _now(self) -> object:
+        status = self._path.stat() if self._path.exists() else None
+        return status and (status.st_ino, status.st_mtime_ns, status.st_size)
+
+    def _follow(self) -> None:
+        stamp = self._now()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._entries = _read(self._path)
+            logger.info("tokens changed", extra={"num_tokens": len(self._entries)})
+        except InvalidArgumentError as error:
+            logger.warning("a changed token file is not used", extra={"reason": error.message})
+
+
+def _read(path: Path) -> list[_Entry]:
+    try:
+        tables = tomllib.loads(path.read_text()).get("tokens", [])
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidArgumentError(f"{path} cannot be read as TOML: {error}", field="auth_tokens") from error
+    try:
+        return [_entry(table) for table in tables]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"{path} has a [[tokens]] table that is not as `specdec token NAME` makes them: {error}",
+            field="auth_tokens",
+        ) from error
+
+
+def _entry(table: Mapping[str, Any]) -> _Entry:
+    names = {one.name for one in fields(Limits)}
+    unknown = table.keys() - names - {"name", "sha256", "expires"}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} is nothing a token has")
+    limits = {name: table[name] for name in names & table.keys()}
+    for name, value in limits.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+    if not _SHA256.fullmatch(table["sha256"]):
+        raise ValueError("sha256 must be 64 hexadecimal digits")
+    expires = table.get("expires")
+    if expires is not None and (not isinstance(expires, dt.datetime) or expires.tzinfo is None):
+        raise ValueError("expires must be a time with its offset, 2027-01-31T00:00:00Z for one")
+    if not isinstance(table["name"], str) or not table["name"]:
+        raise ValueError("name must be some text")
+    return _Entry(Caller(table["name"], Limits(**limits)), bytes.fromhex(table["sha256"]), expires)
+
+
+def make_authenticator(config: GatewayConfig) -> Authenticator | None:
+    """What the configuration asks for; None: everyone may call.
+
+    Raises:
+        InvalidArgumentError: the file is no good, or there is no such authenticator.
+    """
+    if config.auth_tokens:
+        return TokenFile(Path(config.auth_tokens))
+    if not config.authenticator:
+        return None
+    module, _, name = config.authenticator.partition(":")
+    try:
+        made: Authenticator = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"--authenticator {config.authenticator!r} is no MODULE:NAME of a callable without arguments: "
+            f"{error}",
+            field="authenticator",
+        ) from error
+    return made
+
+
+class CallerLimits:
+    """Counts what each caller does, by name, over all its tokens."""
+
+    def __init__(self) -> None:
+        self._running: Counter[str] = Counter()
+        self._begun: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    @contextmanager
+    def admitted(self, request: gateway_pb2.GenerateRequest, config: GatewayConfig) -> Iterator[None]:
+        """Around a caller's generation. A request that names no length gets no more than its caller may have.
+
+        Raises:
+            InvalidArgumentError: it asks for more tokens than its caller may have.
+            ResourceExhaustedError: the caller has too many requests, now or within a minute.
+        """
+        caller = CALLER.get()
+        if caller is None:
+            yield
+            return
+        _limit_length(request, caller.limits.max_new_tokens, config.default_max_new_tokens)
+        self._require_room(caller)
+        self._running[caller.name] += 1
+        try:
+            yield
+        finally:
+            self._running[caller.name] -= 1
+            if not self._running[caller.name]:
+                del self._running[caller.name]
+
+    def _require_room(self, caller: Caller) -> None:
+        limits, begun, now = caller.limits, self._begun[caller.name], time.monotonic()
+        while begun and begun[0] <= now - _MINUTE_S:
+            begun.popleft()
+        most = limits.max_concurrent_requests
+        if most is not None and self._running[caller.name] >= most:
+            raise ResourceExhaustedError(
+                f"This token's {most} requests at a time are under way; try again later.",
+                reason="TOO_MANY_REQUESTS_OF_CALLER",
+                retry_after_s=1.0,
+            )
+        if limits.requests_per_minute is not None and len(begun) >= limits.requests_per_minute:
+            raise ResourceExhaustedError(
+                f"This token's {limits.requests_per_minute} requests a minute are used up; try again later.",
+                reason="TOO_MANY_REQUESTS_A_MINUTE",
+                retry_after_s=round(begun[0] + _MINUTE_S - now, 3),
+            )
+        if limits.requests_per_minute is not None:
+            begun.append(now)
+
+
+def _limit_length(request: gateway_pb2.GenerateRequest, most: int | None, default: int) -> None:
+    if most is None:
+        return
+    if not request.HasField("max_new_tokens"):
+        request.max_new_tokens = min(most, default)
+    if request.max_new_tokens > most:
+        raise InvalidArgumentError(
+            f"max_new_tokens is {request.max_new_tokens}; this token may have {most}.", field="max_new_tokens"
+        )

@@ -1,0 +1,209 @@
+"""Who may call a gateway, and how much: bearer tokens in a file, and authenticators of one's own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from click.testing import CliRunner
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from gateway.callers import TokenFile
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
+from specdec.auth import Caller
+from specdec.cli import main
+from specdec.client import AsyncClient, GenerateOptions
+from specdec.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
+from specdec.telemetry import make_telemetry
+from tests.integration.gated_drafter import Gate, eventually_offers
+from tests.systems import running_drafter, running_gateway, running_verifier
+
+PROMPT = [5, 6, 7]
+SHORT = GenerateOptions(method="none", max_new_tokens=3, ignore_eos=True)
+
+
+def entry(token: str, *, name: str = "someone", more: str = "") -> str:
+    """A caller's table."""
+    return f'[[tokens]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n{more}\n'
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file at once, as those do who change one that is in use."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """A file with one token, "open-sesame"."""
+    path = tmp_path / "tokens.toml"
+    path.write_text(entry("open-sesame"))
+    return path
+
+
+@asynccontextmanager
+async def guarded(model: Path, tokens: Path) -> AsyncIterator[tuple[str, Gate]]:
+    """A gateway that wants a token, and the gate of its drafter "gated"."""
+    gate = Gate()
+    async with (
+        running_verifier(model) as (verifier, _),
+        running_drafter("gated", families=gate.families) as (drafter, _),
+        running_gateway(model, verifier=verifier, drafter=drafter, auth_tokens=str(tokens)) as (gateway, _),
+    ):
+        try:
+            yield gateway, gate
+        finally:
+            gate.open()
+
+
+async def test_nothing_but_health_works_without_a_token(tiny_llama: Path, tokens: Path) -> None:
+    expired = entry("yesterday", more="expires = 2020-01-01T00:00:00Z")
+    write(tokens, entry("open-sesame") + expired)
+    async with guarded(tiny_llama, tokens) as (address, _):
+        messages = set()
+        for token in ("", "wrong", "yesterday", "open-sesame "):
+            async with AsyncClient(address, token=token) as client:
+                for call in (client.generate(PROMPT, SHORT), client.info()):
+                    with pytest.raises(UnauthenticatedError) as caught:
+                        await call
+                    messages.add((caught.value.message, caught.value.reason))
+        assert len(messages) == 1, "what is wrong with a token is not told"
+
+        async with grpc.aio.insecure_channel(address) as channel:
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert health.status == health_pb2.HealthCheckResponse.SERVING
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            listing = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await listing.read()
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+        async with AsyncClient(address, token="open-sesame") as client:
+            assert len((await client.generate(PROMPT, SHORT)).token_ids) == 3
+            assert "none" in (await client.info()).methods
+
+
+async def test_limits_are_each_callers_own(tiny_llama: Path, tokens: Path) -> None:
+    limits = "max_concurrent_requests = 1\nmax_new_tokens = 8\nrequests_per_minute = 4"
+    write(tokens, entry("small", name="small", more=limits) + entry("large", name="large"))
+    gated = GenerateOptions(method="gated", max_new_tokens=5, ignore_eos=True, num_draft_tokens=2)
+    async with (
+        guarded(tiny_llama, tokens) as (address, gate),
+        AsyncClient(address, token="small", timeout_s=60) as small,
+        AsyncClient(address, token="large", timeout_s=60) as large,
+    ):
+        await eventually_offers(large, "gated")
+        first = asyncio.create_task(small.generate(PROMPT, gated))
+        await gate.reached()
+        with pytest.raises(ResourceExhaustedError, match="at a time") as busy:
+            await small.generate(PROMPT, SHORT)
+        assert busy.value.retry_after_s == 1.0
+        assert len((await large.generate(PROMPT, SHORT)).token_ids) == 3
+        gate.open()
+        assert len((await first).token_ids) == 5
+
+        with pytest.raises(InvalidArgumentError, match="this token may have 8") as long:
+            await small.generate(PROMPT, GenerateOptions(max_new_tokens=9))
+        assert long.value.field == "max_new_tokens"
+        unsaid = await small.generate(PROMPT, GenerateOptions(method="none", ignore_eos=True))
+        assert len(unsaid.token_ids) == 8
+        for _ in range(2):
+            await small.generate(PROMPT, SHORT)
+        with pytest.raises(ResourceExhaustedError, match="a minute") as used_up:
+            await small.generate(PROMPT, SHORT)
+        assert used_up.value.retry_after_s is not None
+        assert 0 < used_up.value.retry_after_s <= 60
+        assert len((await large.generate(PROMPT, SHORT)).token_ids) == 3
+
+
+async def test_a_changed_file_is_followed_and_a_bad_one_is_not(tiny_llama: Path, tokens: Path) -> None:
+    async with guarded(tiny_llama, tokens) as (address, _):
+        for text, good, bad in (
+            (entry("second"), "second", "open-sesame"),
+            ("no toml [[", "second", "open-sesame"),
+            ("", None, "second"),
+        ):
+            write(tokens, text)
+            if good:
+                async with AsyncClient(address, token=good) as client:
+                    await client.info()
+            async with AsyncClient(address, token=bad) as client:
+                with pytest.raises(UnauthenticatedError):
+                    await client.info()
+
+
+class OnlyTuesdays:
+    """Knows callers by a header of its own."""
+
+    async def authenticate(self, metadata: Mapping[str, str | bytes]) -> Caller:
+        if metadata.get("x-day") != "tuesday":
+            raise UnauthenticatedError("Come back on Tuesday.")
+        return Caller("tuesday's child")
+
+
+async def test_an_authenticator_of_ones_own(tiny_llama: Path) -> None:
+    name = f"{__name__}:OnlyTuesdays"
+    async with (
+        running_verifier(tiny_llama) as (verifier, _),
+        running_gateway(tiny_llama, verifier=verifier, authenticator=name) as (address, _),
+        AsyncClient(address, token="whatever") as client,
+    ):
+        with pytest.raises(UnauthenticatedError, match="Come back on Tuesday"):
+            await client.info()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[[", "cannot be read as TOML"),
+        ('[[tokens]]\nname = "a"', "sha256"),
+        ('[[tokens]]\nname = "a"\nsha256 = "abc"', "64 hexadecimal digits"),
+        (entry("x", more="max_new_tokens = 0"), "1 or more"),
+        (entry("x", more="max_tokens = 5"), "max_tokens is nothing a token has"),
+        (entry("x", more="expires = 2030-01-01T00:00:00"), "with its offset"),
+        (entry("x", name=""), "name must be some text"),
+        ("tokens = 5", "not as"),
+    ],
+)
+def test_a_bad_file_is_refused_at_the_start(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(content)
+    with pytest.raises(InvalidArgumentError, match=message):
+        TokenFile(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere:At", "specdec.auth", "specdec.auth:Nothing", "specdec.auth:CALLER"]
+)
+def test_an_authenticator_that_is_none_is_refused_at_the_start(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="--authenticator"):
+        GatewayServer(GatewayConfig(authenticator=name), make_telemetry("gateway"))
+
+
+async def test_the_command_makes_a_token_that_is_taken(tmp_path: Path) -> None:
+    made = CliRunner().invoke(main, ["token", "alice"])
+    path = tmp_path / "tokens.toml"
+    path.write_text(made.stdout)
+    secret = made.stderr.split()[-1]
+    assert secret not in made.stdout
+    caller = await TokenFile(path).authenticate({"authorization": f"Bearer {secret}"})
+    assert caller.name == "alice"
+
+
+@pytest.mark.parametrize("target", ["example.org:50050", "dns:///gateway:50050", "10.0.0.1:50050"])
+def test_a_token_is_not_sent_in_plain_text_to_another_host(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_TOKEN", "secret")
+    with pytest.raises(InvalidArgumentError, match="plain text"):
+        AsyncClient(target)
+    AsyncClient("127.0.0.1:50050")
+    AsyncClient("unix:/tmp/gateway.sock")
