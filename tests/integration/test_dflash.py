@@ -263,8 +263,9 @@ async def test_a_checkpoint_may_say_how_much_it_drafts(tmp_path: Path) -> None:
     usual = save_as_z_lab(drafter, tmp_path / "usual", dflash_config=config)
     short = save_as_z_lab(drafter, tmp_path / "short", dflash_config=config | {"default_num_draft_tokens": 2})
     for folder, expected in ((usual, K), (short, 2)):
+        # Later rounds ask for what has paid until then.
         records = (await drafts_of(target, folder, num_draft_tokens=None)).records
-        assert {record.num_wanted for record in records[:5]} == {expected}
+        assert records[0].num_wanted == expected
     assert max(map(len, (await drafts_of(target, short)).drafts.values())) == K
 
 
