@@ -13,7 +13,7 @@ from specdec.draft_tree import merge
 
 _PATIENCE = 3.0
 """How many times as long as it usually takes a draft may take, when others have theirs ready or not."""
-_LEAST_PATIENCE_S = 0.05
+_LEAST_PATIENCE_S = 0.25
 _ROUNDS_TO_KNOW = 3
 """Drafts after which it is known what is usual; until then only the link's own timeout ends the wait."""
 

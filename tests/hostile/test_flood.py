@@ -18,7 +18,7 @@ from tests.hostile.liar import NAME, DraftContext, Liar, Requests, running_liar
 from tests.refusals import PROMPT
 
 GIGABYTE = 2**30
-MAX_GROWTH_BYTES = 16 * MAX_MESSAGE_BYTES
+MAX_GROWTH_BYTES = 256 * 2**20
 """A few messages in the hands of gRPC and of the allocator, however many come."""
 PADDING_FIELD = b"\xfa\x3f"
 """Key of a field nobody knows, of bytes."""

@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from gateway import merging
 from tests.exposition import Exposition, expose_everything
 from tests.refusals import small_system
 from tests.systems import System
+
+
+@pytest.fixture(autouse=True)
+def patient_merging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a draft may take many times as long as usual, which is not the matter here."""
+    monkeypatch.setattr(merging, "_LEAST_PATIENCE_S", 5.0)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

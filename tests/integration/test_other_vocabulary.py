@@ -36,7 +36,9 @@ async def test_a_gateway_with_another_vocabulary_never_serves(
     tiny_llama: Path, other_vocabulary: Path
 ) -> None:
     async with running_verifier(tiny_llama) as (verifier_address, _):
-        config = GatewayConfig(ANY_PORT, verifier_address, "", tokenizer=str(other_vocabulary))
+        config = GatewayConfig(
+            listen=ANY_PORT, verifier=verifier_address, drafter="", tokenizer=str(other_vocabulary)
+        )
         server = GatewayServer(config, make_telemetry("gateway"))
         address = await server.host.start()
         loading = asyncio.ensure_future(server.load())

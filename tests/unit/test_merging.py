@@ -84,19 +84,19 @@ async def test_one_that_stalls_is_left_out_until_it_is_done() -> None:
     async with merged(quick, slow) as drafts:
         for _ in range(3):
             assert (await drafts.propose(PROMPT, 4, "trace")).token_ids == (7, 8)
-        slow.delay_s = 0.4
+        slow.delay_s = 1.0
         slow.draft = Draft((9,))
         late = await drafts.propose(PROMPT, 4, "trace")
         assert late.token_ids == (7,)
-        assert "no draft within 0.05 s" in late.proposals[1].fallback_reason
+        assert "no draft within 0.25 s" in late.proposals[1].fallback_reason
         assert late.proposals[1].fallback_code == "deadline_exceeded"
-        assert late.elapsed_ns < 3 * 10**8
+        assert late.elapsed_ns < 9 * 10**8
         num_asked = len(slow.asked)
         busy = await drafts.propose(PROMPT, 4, "trace")
         assert busy.proposals[1].fallback_reason == "it still drafts for an earlier round"
         assert busy.proposals[1].fallback_code == "busy"
         assert (busy.token_ids, len(slow.asked)) == ((7,), num_asked)
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1.2)
         slow.delay_s = 0.0
         assert (await drafts.propose(PROMPT, 4, "trace")).token_ids == (7, 9)
         slow.delay_s = 60.0
