@@ -31,7 +31,13 @@ class GatewayServer:
         self._outgoing_tls = config.outgoing_tls()
         self.servicer = GatewayServicer(telemetry)
         register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, self.servicer)
-        self.host = ServiceHost(SERVICE_NAME, register, config.listen, tls=config.server_tls)
+        self.host = ServiceHost(
+            SERVICE_NAME,
+            register,
+            config.listen,
+            tls=config.server_tls,
+            health_listen=config.health_listen,
+        )
 
     async def load(self) -> None:
         """Load the tokenizer and wait for a verifier, without which no request can be answered."""
