@@ -1,4 +1,4 @@
-"""Write prometheus-rule.yaml from deploy/prometheus/rules.yaml: kustomize cannot put one document into another."""
+"""Write prometheus-rule.yaml from deploy/prometheus/rules.yaml: kustomize puts no document into another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ spec:
 
 
 def render() -> str:
-    """The manifest: the rules' lines as they are, two columns further in, without the comments before them."""
+    """The manifest: the rules as they are, two columns further in, without the comments before them."""
     text = RULES.read_text()
     body = text[text.index("groups:") :]
     return HEAD + "".join(f"  {line}" if line.strip() else line for line in body.splitlines(keepends=True))
