@@ -32,7 +32,13 @@ class DrafterServer:
         self._outgoing_tls = config.outgoing_tls()
         self.servicer = DrafterServicer(telemetry)
         register = partial(drafter_pb2_grpc.add_DrafterServiceServicer_to_server, self.servicer)
-        self.host = ServiceHost(SERVICE_NAME, register, config.listen, tls=config.server_tls)
+        self.host = ServiceHost(
+            SERVICE_NAME,
+            register,
+            config.listen,
+            tls=config.server_tls,
+            health_listen=config.health_listen,
+        )
 
     async def load(self) -> None:
         """Load the drafters off the event loop, so that health checks are answered meanwhile."""

@@ -53,6 +53,7 @@ class Generation:
         """The method in metrics."""
         self._emitted: list[gateway_pb2.Token] = []
         self._state_spec = self._find_state_spec()
+        self._verifier_uri = ""
 
     async def run(self, verifier: VerifierReplica) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
         """Chunks, then the closing message.
@@ -60,6 +61,7 @@ class Generation:
         Raises:
             SpecdecError: the verifier refused or was lost.
         """
+        self._verifier_uri = verifier.uri
         async with AsyncExitStack() as stack:
             # Closed in reverse order: the verifier's slot is freed first, a drafter may be slow to go.
             drafter = await self._draft_source(stack, verifier)
@@ -151,6 +153,7 @@ class Generation:
     ) -> RemoteVerifierSession:
         timeout_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
         message = self._open_message(verifier, committed_token_ids)
+        self._verifier_uri = verifier.uri
         return RemoteVerifierSession(verifier.channel, verifier.uri, message, timeout_s)
 
     def _open_message(
@@ -223,9 +226,9 @@ class Generation:
         return spec is None or (session is not None and session.union(spec) == session)
 
     async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:
-        """Open a session on the least busy replica that offers the drafter."""
+        """Open a session on a replica that offers the drafter, best one beside the verifier."""
         plan = self._plan
-        replica = self._backends.drafters.pick(partial(self._fits, name))
+        replica = self._backends.drafters.pick(partial(self._fits, name), near=self._verifier_uri)
         assert replica.info is not None
         drafter = find_drafter(replica.info, name)
         assert drafter is not None

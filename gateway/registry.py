@@ -187,8 +187,13 @@ class ReplicaSet(Generic[InfoT]):
             mine = found
             await asyncio.sleep(self._resolve_interval_s)
 
-    def pick(self, suits: Callable[[InfoT], bool] = lambda _: True) -> Replica[InfoT]:
+    def pick(self, suits: Callable[[InfoT], bool] = lambda _: True, *, near: str = "") -> Replica[InfoT]:
         """The least busy ready replica that suits.
+
+        Args:
+            suits: whether what a replica says of itself will do.
+            near: URI of another service; a replica at its address, in its pod that is, goes before all
+                others: it may map what they would have to stream.
 
         Raises:
             UnavailableError: there is none; the message says why for each.
@@ -206,7 +211,7 @@ class ReplicaSet(Generic[InfoT]):
                 reason="NO_REPLICA",
                 retry_after_s=1.0,
             )
-        return min(fitting, key=lambda replica: replica.num_sessions)
+        return min(fitting, key=lambda replica: (_host(replica.uri) != _host(near), replica.num_sessions))
 
     def describe(self) -> str:
         """Why each replica that is not used is not."""
@@ -316,6 +321,11 @@ class ReplicaSet(Generic[InfoT]):
         replica.reason = reason
         async with self._changed:
             self._changed.notify_all()
+
+
+def _host(uri: str) -> str:
+    """A URI without its port; that of every Unix socket is the same."""
+    return uri.rpartition(":")[0]
 
 
 VerifierSet = ReplicaSet[verifier_pb2.VerifierServiceGetInfoResponse]

@@ -37,7 +37,12 @@ class GatewayServer:
         self.servicer = GatewayServicer(telemetry)
         register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(
-            SERVICE_NAME, register, config.listen, tls=config.server_tls, authenticator=authenticator
+            SERVICE_NAME,
+            register,
+            config.listen,
+            tls=config.server_tls,
+            authenticator=authenticator,
+            health_listen=config.health_listen,
         )
 
     async def load(self) -> None:

@@ -40,10 +40,14 @@ class ServiceConfig:
     metrics_listen: str = ""
     """Address of the Prometheus endpoint, host:port, with path /metrics; empty: there is none. OTLP, by the
     OTEL_* variables, does not depend on it."""
+    health_listen: str = ""
+    """Address of a second port, host:port, that answers health checks and nothing else, always in plaintext,
+    for probes that know neither TLS nor tokens; empty: there is none."""
 
     def __post_init__(self) -> None:
-        if self.metrics_listen:
-            parse_address(self.metrics_listen, "metrics_listen")
+        for name in ("metrics_listen", "health_listen"):
+            if address := getattr(self, name):
+                parse_address(address, name)
         if bool(self.tls_certificate) != bool(self.tls_private_key):
             raise InvalidArgumentError(
                 "--tls-certificate and --tls-private-key go together; give both or neither.",

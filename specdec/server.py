@@ -34,6 +34,10 @@ _HEALTH_METHODS = "/grpc.health.v1.Health/"
 _METHOD_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
+LIVENESS = "liveness"
+"""Health service name that is SERVING from the start until the drain, whatever is loaded or reachable: a
+process that does not answer for it is to be started anew."""
+
 WRITE_TIMEOUT_S = 60.0
 """How long a peer may leave unread what it is sent; it holds memory and a session until then."""
 
@@ -202,6 +206,7 @@ class ServiceHost:
         listen: host:port (port 0: a free one) or unix:/path.
         tls: certificate and key of the port, and who may sign callers'; None: plaintext.
         authenticator: who may call; None: everyone that can connect.
+        health_listen: host:port of a plaintext port with health alone; empty: none.
 
     Raises:
         InvalidArgumentError: the TLS files are no good.
@@ -215,9 +220,12 @@ class ServiceHost:
         *,
         tls: PemFiles | None = None,
         authenticator: Authenticator | None = None,
+        health_listen: str = "",
     ) -> None:
         self.address = listen
         """Where it listens, with the real port once it does."""
+        self.health_address = health_listen
+        """Where health alone is answered, likewise; empty: nowhere."""
         self._service = service
         self._listen = listen
         self._credentials = server_credentials(tls) if tls else None
@@ -232,30 +240,22 @@ class ServiceHost:
             (service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
             self._server,
         )
+        self._health_server = grpc.aio.server(options=server_options())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
 
     async def start(self) -> str:
         """Bind and answer, NOT_SERVING until `set_serving`. Returns the address with its real port.
 
         Raises:
-            InvalidArgumentError: the address cannot be bound.
+            InvalidArgumentError: an address cannot be bound.
         """
         await self._set_health(serving=False)
-        try:
-            _require_unused(self._listen)
-            if self._credentials:
-                port = self._server.add_secure_port(self._listen, self._credentials)
-            else:
-                port = self._server.add_insecure_port(self._listen)
-        except (RuntimeError, FileExistsError) as error:
-            raise InvalidArgumentError(
-                f"Cannot listen on {self._listen}: the port is in use or the address is not this host's. "
-                "Pass another one with --listen.",
-                field="listen",
-                reason="ADDRESS_IN_USE",
-            ) from error
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        self.address = _bind(self._server, self._listen, "listen", self._credentials)
+        if self.health_address:
+            self.health_address = _bind(self._health_server, self.health_address, "health_listen")
+            await self._health_server.start()
         await self._server.start()
-        if not self._listen.startswith("unix"):
-            self.address = f"{self._listen.rpartition(':')[0]}:{port}"
         return self.address
 
     async def set_serving(self) -> None:
@@ -271,6 +271,28 @@ class ServiceHost:
         """Report NOT_SERVING, refuse new calls, give running ones `grace_s` seconds, then cancel them."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        if self.health_address:
+            await self._health_server.stop(0)
+
+
+def _bind(
+    server: grpc.aio.Server, listen: str, option: str, credentials: grpc.ServerCredentials | None = None
+) -> str:
+    """Give a server its port. Returns the address with the real one."""
+    try:
+        _require_unused(listen)
+        if credentials:
+            port = server.add_secure_port(listen, credentials)
+        else:
+            port = server.add_insecure_port(listen)
+    except (RuntimeError, FileExistsError) as error:
+        raise InvalidArgumentError(
+            f"Cannot listen on {listen}: the port is in use or the address is not this host's. "
+            f"Pass another one with --{option.replace('_', '-')}.",
+            field=option,
+            reason="ADDRESS_IN_USE",
+        ) from error
+    return listen if listen.startswith("unix") else f"{listen.rpartition(':')[0]}:{port}"
 
 
 def _require_unused(listen: str) -> None:

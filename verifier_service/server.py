@@ -26,7 +26,13 @@ class VerifierServer:
         self._memory: StateMemory | None = None
         self.servicer = VerifierServicer(telemetry)
         register = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, self.servicer)
-        self.host = ServiceHost(SERVICE_NAME, register, config.listen, tls=config.server_tls)
+        self.host = ServiceHost(
+            SERVICE_NAME,
+            register,
+            config.listen,
+            tls=config.server_tls,
+            health_listen=config.health_listen,
+        )
 
     async def load(self) -> None:
         """Load the model off the event loop, so that health checks are answered meanwhile."""

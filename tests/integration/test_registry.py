@@ -119,6 +119,32 @@ class TestSpreading:
 
             await eventually(are_none)
 
+    async def test_the_drafter_beside_the_verifier_goes_first(self, tiny_llama: Path) -> None:
+        gate = Gate()
+        options = GenerateOptions(method="gated", max_new_tokens=6, ignore_eos=True)
+        async with (
+            running_verifier(tiny_llama, listen="127.0.0.2:0") as (verifier_at, _),
+            running_drafter("gated", families=gate.families) as (far_at, _),
+            running_drafter("gated", families=gate.families, listen="127.0.0.2:0") as (near_at, near),
+            running_gateway(
+                tiny_llama, verifier=verifier_at, drafter=f"{far_at},{near_at}", draft_timeout_s=WAIT_S
+            ) as (gateway_at, _),
+            AsyncClient(gateway_at, timeout_s=60) as client,
+        ):
+            await eventually(lambda: all_ready(client))
+
+            async def sessions_are(far: int, near: int) -> bool:
+                return [drafter.num_sessions for drafter in (await client.info()).drafters] == [far, near]
+
+            first = [asyncio.create_task(client.generate([5, 6, 7], options)) for _ in range(3)]
+            await eventually(lambda: sessions_are(0, 3))
+            await near.host.stop(grace_s=0)
+            more = asyncio.create_task(client.generate([5, 6, 7], options))
+            await eventually(lambda: sessions_are(1, 0))
+            gate.open()
+            for result in await asyncio.gather(*first, more):
+                assert result.usage.output_tokens == 6
+
     async def test_a_session_stays_with_its_pair(self, tiny_llama: Path) -> None:
         async with running_cluster(tiny_llama) as cluster:
             options = GenerateOptions(method="ngram", num_draft_tokens=4, max_new_tokens=40, ignore_eos=True)

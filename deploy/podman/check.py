@@ -1,0 +1,217 @@
+"""Runs the rendered overlay podman and checks it; run.sh makes images and manifests, and calls this.
+
+Needs Python alone: the client is the gateway's image, in a container of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NETWORK = "specdec"
+GATEWAY = "specdec-gateway:50050"
+CLIENT_IMAGE = "specdec-gateway:0.1.0"
+PROMPT = "Write a long story about a lighthouse keeper, her daughter and the sea."
+NUM_TOKENS = 600
+READY_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 150
+"""As terminationGracePeriodSeconds."""
+
+
+def say(text: str) -> None:
+    """A line of the report, with seconds since the start."""
+    print(f"[{time.monotonic() - STARTED:5.1f} s] {text}", flush=True)
+
+
+def check(is_right: bool, what: str) -> None:
+    """Report what was found; end with an error if it is not as it must be."""
+    say(f"{'ok  ' if is_right else 'FAIL'} {what}")
+    if not is_right:
+        sys.exit(1)
+
+
+def podman(*arguments: str) -> str:
+    """Standard output of a podman command; its failure is ours."""
+    done = subprocess.run(["podman", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"podman {' '.join(arguments)} failed ({done.returncode}): {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def client(*arguments: str) -> list[str]:
+    """Command line of a client in a container."""
+    run = ["podman", "run", "--rm", "--network", NETWORK, "--read-only", "--cap-drop", "all"]
+    return [*run, "--entrypoint", "specdec", CLIENT_IMAGE, *arguments, "--gateway", GATEWAY]
+
+
+class Generation:
+    """A generation that runs in the background."""
+
+    def __init__(self) -> None:
+        size = ("--max-new-tokens", str(NUM_TOKENS), "--ignore-eos", "--timeout", "600")
+        command = client("generate", PROMPT, *size, "--json")
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its last token has not come yet."""
+        return self._process.poll() is None
+
+    def result(self) -> dict[str, Any]:
+        """The answer, once it is complete."""
+        out, _ = self._process.communicate()
+        check(self._process.returncode == 0, f"the client ended with {self._process.returncode}")
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+
+
+def info() -> dict[str, Any]:
+    """What `specdec info` shows; empty while no gateway answers."""
+    done = subprocess.run(client("info", "--json"), capture_output=True, text=True, check=False)
+    return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+
+def wait_for(condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+    """The system's info once it meets the condition."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        found = info()
+        if found and condition(found):
+            say(f"ok   {what}")
+            return found
+        time.sleep(0.5)
+    sys.exit(f"Not seen in {READY_TIMEOUT_S:g} s: {what}. Last: {json.dumps(found, indent=1)}")
+
+
+def num_ready(count: int) -> Callable[[dict[str, Any]], bool]:
+    """Whether that many verifiers and as many drafters are ready."""
+
+    def is_met(found: dict[str, Any]) -> bool:
+        return all(sum(one["ready"] for one in found[kind]) == count for kind in ("verifiers", "drafters"))
+
+    return is_met
+
+
+def sessions(found: dict[str, Any], kind: str) -> list[int]:
+    """Sessions of the gateway on each replica that is ready, in ascending order."""
+    return sorted(one["num_sessions"] for one in found[kind] if one["ready"])
+
+
+def storages(found: dict[str, Any]) -> list[str]:
+    """How running sessions read target state, of all drafters."""
+    return [
+        link["storage"] for one in found["drafters"] if one["info"] for link in one["info"]["state_links"]
+    ]
+
+
+class Pod:
+    """A Deployment of the manifests, with the maps it uses, as one pod."""
+
+    def __init__(self, manifests: Path, deployment: str, suffix: str = "") -> None:
+        documents = manifests.read_text().split("\n---\n")
+        pod = next(d for d in documents if re.search(rf"kind: Deployment\n(.*\n)*?  name: {deployment}\n", d))
+        maps = [d for d in documents if "kind: ConfigMap" in d]
+        self._path = manifests.with_name(f"{deployment}{suffix}.yaml")
+        pod = re.sub(rf"(  name: {deployment})\n", rf"\1{suffix}\n", pod)
+        self._path.write_text("\n---\n".join([*maps, pod]))
+        self._alias = deployment
+        self.name = f"{deployment}{suffix}-pod-0"
+
+    def start(self) -> None:
+        """Play it; its alias in the network is the Deployment's name, as a Service's would be."""
+        podman("kube", "play", "--network", f"{NETWORK}:alias={self._alias}", str(self._path))
+        say(f"     {self.name} started")
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL at the end of the grace; all containers must have drained by themselves."""
+        started = time.monotonic()
+        podman("pod", "stop", "--time", str(STOP_TIMEOUT_S), self.name)
+        form = "{{.Names}} {{.ExitCode}}"
+        listing = podman("ps", "--all", "--filter", f"pod={self.name}", "--format", form).split("\n")
+        codes = dict(line.rsplit(" ", 1) for line in listing if line and "-infra" not in line)
+        say(f"     {self.name} stopped after {time.monotonic() - started:.1f} s")
+        check(set(codes.values()) == {"0"}, f"exit codes {codes}")
+
+    def remove(self) -> None:
+        """Be rid of it, whatever state it is in."""
+        remove = ["podman", "pod", "rm", "--force", "--time", "0", self.name]
+        subprocess.run(remove, capture_output=True, check=False)
+
+
+def same_text(answer: dict[str, Any], undisturbed: dict[str, Any], when: str) -> None:
+    """Nothing may be lost or said twice."""
+    same = answer["token_ids"] == undisturbed["token_ids"] and answer["text"] == undisturbed["text"]
+    detail = f"{len(answer['token_ids'])} tokens, {answer['num_failovers']} failovers"
+    check(same, f"the answer {when} is the undisturbed one ({detail})")
+
+
+def run(gateway: Pod, first: Pod, second: Pod) -> None:
+    """The whole course."""
+    first.start()
+    gateway.start()
+    found = wait_for(num_ready(1), "a verifier and a drafter are ready")
+    say(f"     methods: {', '.join(found['methods'])}")
+
+    undisturbed = Generation().result()
+    speculation = undisturbed["speculation"]
+    say(f"     method {speculation['method']}, acceptance length {speculation['mean_acceptance_length']:.2f}")
+    say(f"     answer: {undisturbed['text'][:160]!r} ...")
+
+    say("== Target state")
+    live = Generation()
+    found = wait_for(lambda found: bool(storages(found)), "a session reads target state")
+    check(storages(found) == ["shared_memory"], f"it is read by handle: {storages(found)}")
+
+    say("== Out: a second pod of verifier and drafter, while the session lives")
+    second.start()
+    wait_for(num_ready(2), "two verifiers and two drafters are ready")
+    check(live.is_running, "the session on the first is still live")
+    other = Generation()
+    found = wait_for(
+        lambda found: sessions(found, "verifiers") == [1, 1] and len(storages(found)) == 2,
+        "the new session is on the new verifier",
+    )
+    check(sessions(found, "drafters") == [1, 1], "each has the drafter of its own pod")
+    check(storages(found) == ["shared_memory"] * 2, f"both are read by handle: {storages(found)}")
+
+    say("== In: the first pod gets SIGTERM, while its session lives")
+    check(live.is_running and other.is_running, "both sessions are live")
+    first.stop()
+    same_text(live.result(), undisturbed, "that went on through the drain of verifier and drafter")
+    same_text(other.result(), undisturbed, "beside it")
+    wait_for(num_ready(1), "one verifier and one drafter are left")
+
+    say("== The gateway gets SIGTERM, while a session lives")
+    live = Generation()
+    wait_for(lambda found: sessions(found, "verifiers") == [1], "a session is live")
+    gateway.stop()
+    same_text(live.result(), undisturbed, "that went on through the drain of the gateway")
+    check(not info(), "no new request is taken")
+
+
+def main(manifests: Path) -> None:
+    """Run, and leave nothing behind."""
+    pods = (
+        Pod(manifests, "specdec-gateway"),
+        Pod(manifests, "specdec-verifier"),
+        Pod(manifests, "specdec-verifier", "-b"),
+    )
+    for pod in pods:
+        pod.remove()
+    try:
+        run(*pods)
+    finally:
+        for pod in pods:
+            pod.remove()
+    say("All as it must be.")
+
+
+if __name__ == "__main__":
+    STARTED = time.monotonic()
+    main(Path(sys.argv[1]))

@@ -1,0 +1,106 @@
+"""Rendered manifests, and questions about them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+OVERLAYS = tuple(sorted(path.name for path in (KUBERNETES / "overlays").iterdir()))
+CLUSTER_OVERLAYS = tuple(name for name in OVERLAYS if name != "podman")
+SERVICES = ("gateway", "verifier", "drafter")
+
+Object = dict[str, Any]
+
+
+def tool(name: str) -> str:
+    """Path of a program that pip installed beside this Python."""
+    return str(Path(sys.executable).with_name(name))
+
+
+@cache
+def render(folder: Path) -> str:
+    """What kustomize makes of a folder."""
+    done = subprocess.run([tool("kubectl"), "kustomize", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of a Deployment's pods."""
+
+    spec: Object
+    pod: Object
+    options: Mapping[str, str]
+    """Environment, that of its map included; a value of the pod's own is its path."""
+
+    @property
+    def service(self) -> str:
+        """Which of the three it runs."""
+        return str(self.spec["name"])
+
+    def option(self, name: str) -> str:
+        """Value of an option, `--drain-grace-s` being DRAIN_GRACE_S; empty: not given."""
+        return self.options.get(f"SPECDEC_{self.service.upper()}_{name}", "")
+
+    def port(self, name: str) -> int:
+        """Port of an address option."""
+        return int(self.option(name).rpartition(":")[2])
+
+
+class Manifests:
+    """Everything one overlay makes."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.objects: list[Object] = [one for one in yaml.safe_load_all(text) if one]
+
+    def of(self, kind: str) -> list[Object]:
+        """The objects of a kind."""
+        return [one for one in self.objects if one["kind"] == kind]
+
+    def get(self, kind: str, name: str) -> Object:
+        """One object."""
+        return next(one for one in self.of(kind) if one["metadata"]["name"] == name)
+
+    def names(self, kind: str) -> set[str]:
+        """Names of a kind's objects."""
+        return {one["metadata"]["name"] for one in self.of(kind)}
+
+    def pod_specs(self) -> Iterator[Object]:
+        """Pods of Deployments and Jobs."""
+        for one in (*self.of("Deployment"), *self.of("Job")):
+            yield one["spec"]["template"]["spec"]
+
+    def containers(self) -> Iterator[Container]:
+        """Containers of services."""
+        maps = {one["metadata"]["name"]: one["data"] for one in self.of("ConfigMap")}
+        for deployment in self.of("Deployment"):
+            pod = deployment["spec"]["template"]["spec"]
+            for spec in pod["containers"]:
+                options: dict[str, str] = {}
+                for source in spec.get("envFrom", []):
+                    options |= maps[source["configMapRef"]["name"]]
+                options |= {one["name"]: str(one.get("value", "")) for one in spec.get("env", [])}
+                yield Container(spec, pod, options)
+
+    def matching_pods(self, selector: Mapping[str, str]) -> list[Object]:
+        """Pod templates with these labels."""
+        templates = [one["spec"]["template"] for one in (*self.of("Deployment"), *self.of("Job"))]
+        return [one for one in templates if selector.items() <= one["metadata"]["labels"].items()]
+
+
+@cache
+def overlay(name: str) -> Manifests:
+    """An overlay as it is in the repository."""
+    return Manifests(render(KUBERNETES / "overlays" / name))

@@ -1,0 +1,290 @@
+"""What manifests say of each other: labels and selectors, networks, security, scaling, certificates."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.manifests import DEPLOY, KUBERNETES, ROOT, Manifests
+from tests.deploy.policies import Peer, is_allowed
+
+METRICS = {
+    name.replace(".", "_")
+    for name in re.findall(
+        r"^\| `(specdec\.[\w.]+)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE
+    )
+}
+UNITS = {"Mi": 1, "Gi": 1024}
+
+
+def mib(quantity: str) -> int:
+    """A quantity of memory."""
+    return int(quantity[:-2]) * UNITS[quantity[-2:]]
+
+
+def pod_of(manifests: Manifests, service: str) -> dict[str, Any]:
+    """The pod template that runs a service."""
+    (template,) = manifests.matching_pods({f"specdec/{service}": "true"})
+    return template
+
+
+class TestSelectors:
+    def test_each_finds_the_pods_it_means(self, manifests: Manifests) -> None:
+        for deployment in manifests.of("Deployment"):
+            selector = deployment["spec"]["selector"]["matchLabels"]
+            assert manifests.matching_pods(selector) == [deployment["spec"]["template"]]
+            for spread in deployment["spec"]["template"]["spec"].get("topologySpreadConstraints", []):
+                assert spread["labelSelector"]["matchLabels"] == selector
+        for budget in manifests.of("PodDisruptionBudget"):
+            pods = manifests.matching_pods(budget["spec"]["selector"]["matchLabels"])
+            deployment = manifests.get("Deployment", budget["metadata"]["name"])
+            assert pods == [deployment["spec"]["template"]]
+
+    def test_services_reach_the_container_that_listens(self, cluster: Manifests) -> None:
+        assert len(cluster.of("Service")) == 3
+        for service in cluster.of("Service"):
+            name = service["metadata"]["name"].removeprefix("specdec-")
+            pod = pod_of(cluster, name)
+            assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+            (container,) = (one for one in pod["spec"]["containers"] if one["name"] == name)
+            (port,) = service["spec"]["ports"]
+            assert {"name": name, "containerPort": port["targetPort"]} in container["ports"]
+
+    def test_nothing_names_what_is_not_there(self, cluster: Manifests) -> None:
+        for pod in cluster.pod_specs():
+            assert pod.get("serviceAccountName", "specdec-gateway") in cluster.names("ServiceAccount")
+            for container in pod["containers"]:
+                mounted = {mount["name"] for mount in container["volumeMounts"]}
+                assert mounted <= {volume["name"] for volume in pod["volumes"]}
+            for volume in pod["volumes"]:
+                claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+                assert claim is None or claim in cluster.names("PersistentVolumeClaim")
+            for claim in pod.get("resourceClaims", []):
+                assert claim["resourceClaimTemplateName"] in cluster.names("ResourceClaimTemplate")
+
+    def test_all_is_in_one_namespace(self, cluster: Manifests) -> None:
+        assert cluster.names("Namespace") == {"specdec"}
+        places = {one["metadata"].get("namespace") for one in cluster.objects if one["kind"] != "Namespace"}
+        assert places == {"specdec"}
+
+
+class TestNetwork:
+    def test_what_must_pass_passes_and_nothing_else(self, cluster: Manifests) -> None:
+        pods = {
+            name: Peer(pod_of(cluster, name)["metadata"]["labels"])
+            for name in ("gateway", "verifier", "drafter")
+        }
+        ports = {one.service: one.port("LISTEN") for one in cluster.containers()}
+        client = Peer({"specdec/client": "true"}, "somewhere")
+        stranger = Peer({}, "somewhere")
+        assert is_allowed(cluster, client, pods["gateway"], ports["gateway"])
+        assert not is_allowed(cluster, stranger, pods["gateway"], ports["gateway"])
+        needed = {("gateway", "verifier"), ("gateway", "drafter"), ("drafter", "verifier")}
+        for source, source_pod in pods.items():
+            for target, target_pod in pods.items():
+                wanted = any(
+                    (by, target) in needed and source_pod == pods[by]
+                    for by in ("gateway", "verifier", "drafter")
+                )
+                assert is_allowed(cluster, source_pod, target_pod, ports[target]) is wanted, (source, target)
+        for service in ("verifier", "drafter"):
+            assert not is_allowed(cluster, client, pods[service], ports[service])
+
+    def test_metrics_are_for_monitoring(self, cluster: Manifests) -> None:
+        for one in cluster.containers():
+            pod = Peer(pod_of(cluster, one.service)["metadata"]["labels"])
+            port = one.port("METRICS_LISTEN")
+            assert is_allowed(cluster, Peer({}, "monitoring"), pod, port)
+            assert not is_allowed(cluster, Peer({}, "somewhere"), pod, port)
+
+    def test_pods_may_ask_for_names_and_little_else(self, cluster: Manifests) -> None:
+        names = Peer({"k8s-app": "kube-dns"}, "kube-system")
+        web = Peer({}, "internet")
+        for template in (one["spec"]["template"] for one in (*cluster.of("Deployment"), *cluster.of("Job"))):
+            pod = Peer(template["metadata"]["labels"])
+            assert is_allowed(cluster, pod, names, 53, "UDP")
+            assert is_allowed(cluster, pod, names, 53)
+            fetches = "specdec/fetch-models" in pod.labels
+            assert is_allowed(cluster, pod, web, 443) is fetches
+
+
+class TestSecurity:
+    def test_pods_are_restricted(self, manifests: Manifests) -> None:
+        user = re.search(r"^USER (\d+):(\d+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+        assert user
+        for pod in manifests.pod_specs():
+            assert pod["automountServiceAccountToken"] is False
+            assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+            context = pod["securityContext"]
+            assert context["runAsNonRoot"] is True
+            assert (context["runAsUser"], context["runAsGroup"]) == (int(user[1]), int(user[2]))
+            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+            assert not any("hostPath" in volume for volume in pod["volumes"])
+            for container in pod["containers"]:
+                assert container["securityContext"] == {
+                    "allowPrivilegeEscalation": False,
+                    "readOnlyRootFilesystem": True,
+                    "capabilities": {"drop": ["ALL"]},
+                }
+                assert container["resources"].keys() >= {"requests", "limits"}
+                assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
+
+    def test_no_variables_of_service_links(self, manifests: Manifests) -> None:
+        assert all(pod["enableServiceLinks"] is False for pod in manifests.pod_specs())
+
+
+class TestTls:
+    def test_each_service_has_the_files_it_is_told_of(self, complete: Manifests) -> None:
+        for one in complete.containers():
+            (mount,) = (m for m in one.spec["volumeMounts"] if m["name"] == f"{one.service}-tls")
+            (volume,) = (v for v in one.pod["volumes"] if v["name"] == mount["name"])
+            issued = complete.get("Certificate", f"specdec-{one.service}")["spec"]
+            assert volume["secret"]["secretName"] == issued["secretName"]
+            given = {
+                name: value for name, value in one.options.items() if re.search(r"_TLS_.*(?<!NAME)$", name)
+            }
+            assert {Path(path).parent for path in given.values()} == {Path(mount["mountPath"])}
+            assert {Path(path).name for path in given.values()} == {"tls.crt", "tls.key", "ca.crt"}
+
+    def test_every_port_has_tls_and_services_show_certificates(self, complete: Manifests) -> None:
+        for one in complete.containers():
+            assert one.option("TLS_CERTIFICATE")
+            assert one.option("TLS_PRIVATE_KEY")
+            assert bool(one.option("TLS_CLIENT_AUTHORITIES")) is (one.service != "gateway")
+            assert bool(one.option("TLS_AUTHORITIES")) is (one.service != "verifier")
+        assert {s["spec"]["ports"][0]["appProtocol"] for s in complete.of("Service")} == {"https"}
+
+    def test_certificates_carry_the_names_that_are_called(self, complete: Manifests) -> None:
+        names = {
+            one["metadata"]["name"]: one["spec"].get("dnsNames", []) for one in complete.of("Certificate")
+        }
+        for one in complete.containers():
+            if one.service == "gateway":
+                for service in ("verifier", "drafter"):
+                    called = one.option(service.upper()).removeprefix("dns:///").partition(":")[0]
+                    assert called in names[f"specdec-{service}"]
+            if one.service == "drafter":
+                # It calls verifiers by address.
+                assert one.option("TLS_SERVER_NAME") in names["specdec-verifier"]
+        issuers = complete.names("Issuer")
+        assert all(one["spec"]["issuerRef"]["name"] in issuers for one in complete.of("Certificate"))
+
+
+class TestHandles:
+    def test_state_goes_by_handle_only_within_a_pod(self, manifests: Manifests) -> None:
+        services = {one.service: one for one in manifests.containers()}
+        verifier, drafter = services["verifier"], services["drafter"]
+        one_pod = verifier.pod is drafter.pod
+        assert verifier.option("TARGET_STATE") == drafter.option("TARGET_STATE")
+        assert verifier.option("TARGET_STATE") == ("auto" if one_pod else "stream")
+        if not one_pod:
+            return
+        assert verifier.pod["shareProcessNamespace"] is True
+        shared = [
+            {m["name"] for m in one.spec["volumeMounts"] if m["mountPath"] == "/dev/shm"}
+            for one in (verifier, drafter)
+        ]
+        assert shared == [{"shared"}, {"shared"}]
+        (volume,) = (one for one in verifier.pod["volumes"] if one["name"] == "shared")
+        assert volume["emptyDir"]["medium"] == "Memory"
+        size = mib(volume["emptyDir"]["sizeLimit"])
+        if not verifier.option("DEVICE").startswith("cuda"):
+            assert float(verifier.option("KV_CACHE_MIB")) < size
+        assert size < mib(verifier.spec["resources"]["limits"]["memory"])
+
+    def test_one_gpu_is_shared_by_one_claim(self, manifests: Manifests) -> None:
+        for pod in manifests.pod_specs():
+            claims = {one["name"] for one in pod.get("resourceClaims", [])}
+            for container in pod["containers"] if claims else []:
+                assert {one["name"] for one in container["resources"]["claims"]} == claims
+                assert "nvidia.com/gpu" not in container["resources"]["limits"]
+
+    def test_whoever_computes_on_a_gpu_has_one(self, manifests: Manifests) -> None:
+        for one in manifests.containers():
+            resources = one.spec["resources"]
+            has_gpu = "claims" in resources or "nvidia.com/gpu" in resources["limits"]
+            assert has_gpu is one.option("DEVICE").startswith("cuda")
+
+
+class TestScaling:
+    def test_autoscalers_ask_for_metrics_that_exist(self, cluster: Manifests) -> None:
+        slots = {
+            f"specdec_{one.service}_sessions": one.option("MAX_SESSIONS") for one in cluster.containers()
+        }
+        scalers = cluster.of("HorizontalPodAutoscaler")
+        for scaler in scalers:
+            target = scaler["spec"]["scaleTargetRef"]["name"]
+            assert "replicas" not in cluster.get("Deployment", target)["spec"], "it would be reset each time"
+            wanted = {
+                metric["pods"]["metric"]["name"]: float(metric["pods"]["target"]["averageValue"])
+                for metric in scaler["spec"]["metrics"]
+            }
+            prefix = target.replace("-", "_")
+            assert wanted.keys() == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
+            assert wanted.keys() <= METRICS
+            assert wanted[f"{prefix}_sessions"] == 0.75 * float(slots[f"{prefix}_sessions"])
+        assert scalers or cluster.of("ScaledObject")
+
+    def test_scaled_objects_take_their_place(self, complete: Manifests) -> None:
+        assert not complete.of("HorizontalPodAutoscaler")
+        scaled = complete.of("ScaledObject")
+        # Each model service's pods, whether the two are in one pod or not.
+        targets = {one["spec"]["scaleTargetRef"]["name"] for one in scaled}
+        assert targets == complete.names("Deployment") - {"specdec-gateway"}
+        for one in scaled:
+            queries = [trigger["metadata"]["query"] for trigger in one["spec"]["triggers"]]
+            used = {name for query in queries for name in re.findall(r"specdec_\w+", query)}
+            prefix = one["spec"]["scaleTargetRef"]["name"].replace("-", "_")
+            assert used == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
+            assert used <= METRICS
+
+    def test_the_adapter_knows_what_autoscalers_ask_for(self) -> None:
+        rules = yaml.safe_load((DEPLOY / "prometheus" / "adapter-rules.yaml").read_text())["rules"]
+        pattern = re.search(r'__name__=~"([^"]+)"', rules[0]["seriesQuery"])
+        assert pattern
+        known = {name for name in METRICS if re.fullmatch(pattern[1], name)}
+        assert known == {
+            f"specdec_{service}_{what}"
+            for service in ("verifier", "drafter")
+            for what in ("queue_depth", "sessions")
+        }
+
+    def test_drafters_and_verifiers_of_split_are_on_different_nodes(self, cluster: Manifests) -> None:
+        for name, other in (("verifier", "drafter"), ("drafter", "verifier")):
+            affinity = pod_of(cluster, name)["spec"].get("affinity")
+            if affinity is None:
+                continue
+            (rule,) = affinity["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+            assert rule["topologyKey"] == "kubernetes.io/hostname"
+            assert cluster.matching_pods(rule["labelSelector"]["matchLabels"]) == [pod_of(cluster, other)]
+
+
+class TestMonitoring:
+    def test_every_metrics_port_is_scraped(self, complete: Manifests) -> None:
+        (monitor,) = complete.of("PodMonitor")
+        scraped = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+        for one in complete.containers():
+            labels = pod_of(complete, one.service)["metadata"]["labels"]
+            assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+            names = {port["containerPort"]: port["name"] for port in one.spec["ports"]}
+            assert names[one.port("METRICS_LISTEN")] in scraped
+
+    def test_the_rules_are_those_of_the_repository(self, complete: Manifests) -> None:
+        (rule,) = complete.of("PrometheusRule")
+        rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yaml").read_text())
+        assert rule["spec"] == rules, "run `make prometheus-rule`"
+
+    def test_telemetry_may_leave(self, complete: Manifests) -> None:
+        for one in complete.containers():
+            pod = Peer(pod_of(complete, one.service)["metadata"]["labels"])
+            assert is_allowed(complete, pod, Peer({}, "monitoring"), 4317)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (KUBERNETES / "components").iterdir()))
+def test_every_component_is_used(name: str, extended: Path) -> None:
+    kustomizations = (path.read_text() for path in extended.glob("overlays/*/kustomization.yaml"))
+    assert any(f"../../components/{name}" in text for text in kustomizations)
