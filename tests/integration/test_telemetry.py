@@ -529,3 +529,29 @@ def test_logs_are_one_json_object_per_line_with_trace_ids() -> None:
     assert (traced["trace_id"], traced["span_id"]) == (trace_id, span_id)
     assert traced["message"] == "traced\nover two lines"
     assert "ValueError: broken" in failed["exc_info"]
+
+
+DROPPED_SERVER_SCRIPT = """
+import asyncio, gc, logging
+import grpc.aio
+from specdec.telemetry import setup_logging
+setup_logging("specdec-test", "debug")
+records = []
+logging.getLogger().handlers[0].addFilter(lambda record: records.append(record) or True)
+async def main():
+    server = grpc.aio.server()
+    del server
+    gc.collect()
+asyncio.run(main())
+print(len(records))
+records.clear()
+"""
+
+
+def test_a_server_freed_while_records_are_kept_is_freed_once() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", DROPPED_SERVER_SCRIPT], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Exception ignored" not in result.stderr
+    assert int(result.stdout) > 0
