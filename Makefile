@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PROTOS := $(wildcard protos/specdec/v1/*.proto)
+CHECKOV := .venv/checkov/bin/checkov --config-file .ci/checkov.yaml
 DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
-.PHONY: demo test lint proto clean
+.PHONY: demo test lint proto manifests clean
 
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
@@ -29,6 +30,20 @@ lint: .venv/installed
 
 proto: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+# Every overlay rendered and checked; checkov has an environment of its own, for it pins what we need otherwise.
+manifests: .venv/installed .venv/checkov/installed
+	$(BIN)/pytest -n 2 tests/deploy
+	rm -rf .venv/manifests && mkdir .venv/manifests
+	for overlay in deploy/kubernetes/overlays/*; do \
+		$(BIN)/kubectl kustomize $$overlay > .venv/manifests/$${overlay##*/}.yaml || exit 1; done
+	$(CHECKOV) --framework kubernetes --directory .venv/manifests
+	$(CHECKOV) --framework dockerfile --file deploy/Dockerfile
+
+.venv/checkov/installed: .venv/installed
+	$(PYTHON) -m venv .venv/checkov
+	.venv/checkov/bin/python -m pip install --quiet checkov==3.3.30
+	touch $@
 
 .venv/installed: pyproject.toml .ci/constraints.txt
 	@echo "Installing into .venv: 1.6 GB, two to three minutes"

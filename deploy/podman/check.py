@@ -18,7 +18,8 @@ NETWORK = "specdec"
 GATEWAY = "specdec-gateway:50050"
 CLIENT_IMAGE = "specdec-gateway:0.1.0"
 PROMPT = "Write a long story about a lighthouse keeper, her daughter and the sea."
-NUM_TOKENS = 600
+NUM_TOKENS = 2000
+"""So many that a session lives longer than another pod takes to become ready."""
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 150
 """As terminationGracePeriodSeconds."""
@@ -119,6 +120,8 @@ class Pod:
         maps = [d for d in documents if "kind: ConfigMap" in d]
         self._path = manifests.with_name(f"{deployment}{suffix}.yaml")
         pod = re.sub(rf"(  name: {deployment})\n", rf"\1{suffix}\n", pod)
+        # What has ended stays so, and can be looked at.
+        pod = pod.replace("\n    spec:\n", "\n    spec:\n      restartPolicy: Never\n", 1)
         self._path.write_text("\n---\n".join([*maps, pod]))
         self._alias = deployment
         self.name = f"{deployment}{suffix}-pod-0"
@@ -129,14 +132,21 @@ class Pod:
         say(f"     {self.name} started")
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL at the end of the grace; all containers must have drained by themselves."""
+        """SIGTERM; within the grace all containers must have drained and ended."""
         started = time.monotonic()
-        podman("pod", "stop", "--time", str(STOP_TIMEOUT_S), self.name)
-        form = "{{.Names}} {{.ExitCode}}"
-        listing = podman("ps", "--all", "--filter", f"pod={self.name}", "--format", form).split("\n")
-        codes = dict(line.rsplit(" ", 1) for line in listing if line and "-infra" not in line)
+        # To the containers alone, as a kubelet does. `podman stop` (4.3) ends the one that holds the pod's
+        # processes, and so all, as soon as one of two has ended.
+        listing = podman("ps", "--filter", f"pod={self.name}", "--format", "{{.Names}}").split()
+        containers = [name for name in listing if not name.endswith("-infra")]
+        podman("kill", "--signal", "TERM", *containers)
+        form = "{{.State.Status}} {{.State.ExitCode}}"
+        while time.monotonic() < started + STOP_TIMEOUT_S:
+            ends = {name: podman("inspect", "--format", form, name).strip() for name in containers}
+            if not any(end.startswith("running") for end in ends.values()):
+                break
+            time.sleep(0.2)
         say(f"     {self.name} stopped after {time.monotonic() - started:.1f} s")
-        check(set(codes.values()) == {"0"}, f"exit codes {codes}")
+        check(set(ends.values()) == {"exited 0"}, f"all have ended by themselves: {ends}")
 
     def remove(self) -> None:
         """Be rid of it, whatever state it is in."""
@@ -177,7 +187,9 @@ def run(gateway: Pod, first: Pod, second: Pod) -> None:
         lambda found: sessions(found, "verifiers") == [1, 1] and len(storages(found)) == 2,
         "the new session is on the new verifier",
     )
-    check(sessions(found, "drafters") == [1, 1], "each has the drafter of its own pod")
+    drafters = sessions(found, "drafters")
+    # As many each as the method has drafters.
+    check(drafters[0] == drafters[-1] > 0, f"each has the drafter of its own pod: {drafters}")
     check(storages(found) == ["shared_memory"] * 2, f"both are read by handle: {storages(found)}")
 
     say("== In: the first pod gets SIGTERM, while its session lives")
