@@ -60,6 +60,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 while not stopped.wait(0.05):
     pass
+server.stop(0).wait()
 """
 
 FAKE_UP = """
