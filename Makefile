@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/specdec/v1/*.proto)
 CHECKOV := .venv/checkov/bin/checkov --config-file .ci/checkov.yaml
 DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
-.PHONY: demo test lint proto manifests clean
+.PHONY: demo test lint proto prometheus-rule manifests clean
 
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
@@ -30,6 +30,9 @@ lint: .venv/installed
 
 proto: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+prometheus-rule: .venv/installed
+	$(BIN)/python deploy/kubernetes/components/monitoring/make_prometheus_rule.py
 
 # Every overlay rendered and checked; checkov has an environment of its own, for it pins what we need otherwise.
 manifests: .venv/installed .venv/checkov/installed

@@ -125,28 +125,37 @@ class Pod:
         self._path.write_text("\n---\n".join([*maps, pod]))
         self._alias = deployment
         self.name = f"{deployment}{suffix}-pod-0"
+        self._containers: list[str] = []
+        self._terminated_at = 0.0
 
     def start(self) -> None:
         """Play it; its alias in the network is the Deployment's name, as a Service's would be."""
         podman("kube", "play", "--network", f"{NETWORK}:alias={self._alias}", str(self._path))
         say(f"     {self.name} started")
 
-    def stop(self) -> None:
-        """SIGTERM; within the grace all containers must have drained and ended."""
-        started = time.monotonic()
-        # To the containers alone, as a kubelet does. `podman stop` (4.3) ends the one that holds the pod's
-        # processes, and so all, as soon as one of two has ended.
+    def terminate(self) -> None:
+        """SIGTERM to the containers alone, as a kubelet does.
+
+        `podman stop` (4.3) ends the one that holds the pod's processes, and so all, as soon as one of two
+        has ended.
+        """
         listing = podman("ps", "--filter", f"pod={self.name}", "--format", "{{.Names}}").split()
-        containers = [name for name in listing if not name.endswith("-infra")]
-        podman("kill", "--signal", "TERM", *containers)
-        form = "{{.State.Status}} {{.State.ExitCode}}"
-        while time.monotonic() < started + STOP_TIMEOUT_S:
-            ends = {name: podman("inspect", "--format", form, name).strip() for name in containers}
-            if not any(end.startswith("running") for end in ends.values()):
-                break
+        self._containers = [name for name in listing if not name.endswith("-infra")]
+        self._terminated_at = time.monotonic()
+        podman("kill", "--signal", "TERM", *self._containers)
+
+    def wait_until_ended(self) -> None:
+        """Within the grace all containers must have drained and ended by themselves."""
+        deadline = self._terminated_at + STOP_TIMEOUT_S
+        while "running 0" in (ends := self._ends()).values() and time.monotonic() < deadline:
             time.sleep(0.2)
-        say(f"     {self.name} stopped after {time.monotonic() - started:.1f} s")
+        say(f"     {self.name} stopped after {time.monotonic() - self._terminated_at:.1f} s")
         check(set(ends.values()) == {"exited 0"}, f"all have ended by themselves: {ends}")
+
+    def _ends(self) -> dict[str, str]:
+        form = "{{.State.Status}} {{.State.ExitCode}}"
+        states = podman("inspect", "--format", form, *self._containers).splitlines()
+        return dict(zip(self._containers, states, strict=True))
 
     def remove(self) -> None:
         """Be rid of it, whatever state it is in."""
@@ -188,13 +197,14 @@ def run(gateway: Pod, first: Pod, second: Pod) -> None:
         "the new session is on the new verifier",
     )
     drafters = sessions(found, "drafters")
-    # As many each as the method has drafters.
-    check(drafters[0] == drafters[-1] > 0, f"each has the drafter of its own pod: {drafters}")
+    num_proposers = len(speculation["method"].split("+"))
+    check(drafters == [num_proposers] * 2, f"each has the drafter of its own pod: {drafters}")
     check(storages(found) == ["shared_memory"] * 2, f"both are read by handle: {storages(found)}")
 
     say("== In: the first pod gets SIGTERM, while its session lives")
     check(live.is_running and other.is_running, "both sessions are live")
-    first.stop()
+    first.terminate()
+    first.wait_until_ended()
     same_text(live.result(), undisturbed, "that went on through the drain of verifier and drafter")
     same_text(other.result(), undisturbed, "beside it")
     wait_for(num_ready(1), "one verifier and one drafter are left")
@@ -202,9 +212,11 @@ def run(gateway: Pod, first: Pod, second: Pod) -> None:
     say("== The gateway gets SIGTERM, while a session lives")
     live = Generation()
     wait_for(lambda found: sessions(found, "verifiers") == [1], "a session is live")
-    gateway.stop()
+    gateway.terminate()
+    is_refused = not info()
+    check(is_refused and live.is_running, "no new request is taken, while the session is still live")
+    gateway.wait_until_ended()
     same_text(live.result(), undisturbed, "that went on through the drain of the gateway")
-    check(not info(), "no new request is taken")
 
 
 def main(manifests: Path) -> None:

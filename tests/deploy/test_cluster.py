@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.manifests import DEPLOY, KUBERNETES, ROOT, Manifests
+from tests.deploy.manifests import DEPLOY, KUBERNETES, ROOT, Manifests, overlay
 from tests.deploy.policies import Peer, is_allowed
 
 METRICS = {
@@ -24,6 +24,12 @@ UNITS = {"Mi": 1, "Gi": 1024}
 def mib(quantity: str) -> int:
     """A quantity of memory."""
     return int(quantity[:-2]) * UNITS[quantity[-2:]]
+
+
+def host_paths(manifests: Manifests) -> list[str]:
+    """Folders of the node that pods see."""
+    volumes = (volume for pod in manifests.pod_specs() for volume in pod["volumes"])
+    return [volume["hostPath"]["path"] for volume in volumes if "hostPath" in volume]
 
 
 def pod_of(manifests: Manifests, service: str) -> dict[str, Any]:
@@ -114,7 +120,10 @@ class TestNetwork:
 
 class TestSecurity:
     def test_no_pod_sees_folders_of_its_node(self, cluster: Manifests) -> None:
-        assert not any("hostPath" in volume for pod in cluster.pod_specs() for volume in pod["volumes"])
+        assert not host_paths(cluster)
+
+    def test_podman_sees_its_shared_memory_alone(self) -> None:
+        assert host_paths(overlay("podman")) == ["/dev/shm"]
 
     def test_pods_are_restricted(self, manifests: Manifests) -> None:
         user = re.search(r"^USER (\d+):(\d+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)

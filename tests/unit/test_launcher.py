@@ -139,14 +139,6 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     stop_running()
 
 
-def has_ended(pid: int) -> bool:
-    try:
-        # Until its parent, perhaps one that adopted it, has asked after it.
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-
-
 def eventually(condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -164,7 +156,7 @@ def test_services_start_and_stop_gateway_first(fakes: Fakes) -> None:
         assert set(pids) == set(NAMES)
         assert all(service.is_serving() for service in group.services)
     assert fakes.stop_order == ["gateway", "drafter", "verifier"]
-    assert all(map(has_ended, pids.values()))
+    assert not any(psutil.pid_exists(pid) for pid in pids.values())
 
 
 def test_a_service_that_fails_at_start_shows_its_log(fakes: Fakes) -> None:
@@ -238,7 +230,7 @@ def test_services_do_not_outlive_a_killed_supervisor(fakes: Fakes, state: Path) 
         running = read_live_state()
         assert running is not None
         supervisor.kill()
-    eventually(lambda: all(map(has_ended, running.pids.values())))
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in running.pids.values()))
     assert (state / "system.json").exists()
     assert read_live_state() is None
     assert not (state / "system.json").exists()
@@ -253,7 +245,7 @@ def test_detached_system_is_found_refused_twice_and_stopped(fakes: Fakes, state:
     assert running.gateway in str(caught.value)
     assert stop_running() == running
     assert fakes.stop_order == ["gateway", "drafter", "verifier"]
-    assert all(map(has_ended, running.pids.values()))
+    assert not any(psutil.pid_exists(pid) for pid in running.pids.values())
     assert list(state.glob("system.json*")) == []
     assert stop_running() is None
 
