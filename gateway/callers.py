@@ -10,8 +10,8 @@ import logging
 import re
 import time
 import tomllib
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -142,7 +142,13 @@ class CallerLimits:
 
     def __init__(self) -> None:
         self._running: Counter[str] = Counter()
-        self._begun: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._begun: dict[str, deque[float]] = {}
+        """When the requests of the last minute began, by caller."""
+
+    @property
+    def num_known(self) -> int:
+        """Callers something is kept of."""
+        return len(self._running.keys() | self._begun.keys())
 
     @contextmanager
     def admitted(self, request: gateway_pb2.GenerateRequest, config: GatewayConfig) -> Iterator[None]:
@@ -167,9 +173,9 @@ class CallerLimits:
                 del self._running[caller.name]
 
     def _require_room(self, caller: Caller) -> None:
-        limits, begun, now = caller.limits, self._begun[caller.name], time.monotonic()
-        while begun and begun[0] <= now - _MINUTE_S:
-            begun.popleft()
+        limits, now = caller.limits, time.monotonic()
+        self._forget_until(now - _MINUTE_S)
+        begun: Sequence[float] = self._begun.get(caller.name, ())
         most = limits.max_concurrent_requests
         if most is not None and self._running[caller.name] >= most:
             raise ResourceExhaustedError(
@@ -184,7 +190,14 @@ class CallerLimits:
                 retry_after_s=round(begun[0] + _MINUTE_S - now, 3),
             )
         if limits.requests_per_minute is not None:
-            begun.append(now)
+            self._begun.setdefault(caller.name, deque()).append(now)
+
+    def _forget_until(self, then: float) -> None:
+        for name, begun in list(self._begun.items()):
+            while begun and begun[0] <= then:
+                begun.popleft()
+            if not begun:
+                del self._begun[name]
 
 
 def _limit_length(request: gateway_pb2.GenerateRequest, most: int | None, default: int) -> None:

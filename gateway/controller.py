@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
+from statistics import median_low
 from weakref import WeakKeyDictionary
 
 from gateway.decode import DraftSize, Round, SizeControl
@@ -23,7 +25,17 @@ from gateway.decode import DraftSize, Round, SizeControl
 _NEW_SHARE = 0.1
 """Weight of a new observation once there are many."""
 _PROBE_EVERY = 24
-"""A session tries another size than the best once in so many rounds: what is never tried is never known."""
+"""Another size than the best is tried once in so many rounds of a method: what nobody tries nobody knows."""
+_EXPLORE_EVERY = 4
+"""The same while there is a node budget that was hardly tried yet."""
+_DRAFTS_TO_KNOW = 3
+"""Drafts after which a node budget's cost is known."""
+_WORTH_GROWING = 0.8
+"""A larger tree is tried once the next smaller one comes so near to the best rate."""
+_WINDOW = 15
+"""Latest observations a usual value is of."""
+_FORGOTTEN_AFTER = 200
+"""Observations at other sizes after which what was seen at one says nothing any more."""
 _FIRST_GUESS = 0.6
 """Acceptance at any depth before anything is known."""
 _GUESS_ROUNDS = 4.0
@@ -65,26 +77,62 @@ class Mean:
         self.value += max(_NEW_SHARE, 1 / self.count) * (value - self.value)
 
 
+class Median:
+    """Of the latest values: what was slow for a reason of its own, once, does not count."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=_WINDOW)
+
+    def add(self, value: float) -> None:
+        """Take one observation in."""
+        self._values.append(value)
+
+    @property
+    def value(self) -> float:
+        """The median; 0 while nothing is known."""
+        return median_low(self._values) if self._values else 0.0
+
+    @property
+    def count(self) -> int:
+        """Values it is of."""
+        return len(self._values)
+
+
 class Curve:
     """A quantity by size, learned at the sizes that occur: linear between them, on with the last slope
     beyond.
 
-    Sizes are grouped, about three groups to a doubling. Costs do not fall with size, and are read so.
+    Sizes are grouped, about three groups to a doubling; one long out of use is forgotten, lest a bad moment
+    keeps it so. What the curve tells does not fall with size: where observations do, it is the mean of both.
+
+    Args:
+        value: what to make of a group's observations.
+        through_origin: whether it is 0 at 0.
     """
 
-    def __init__(self, *, through_origin: bool = False) -> None:
+    def __init__(self, value: Callable[[], Mean | Median] = Median, *, through_origin: bool = False) -> None:
+        self._value = value
         self._through_origin = through_origin
-        self._groups: dict[int, tuple[Mean, Mean]] = {}
+        self._groups: dict[int, tuple[Mean, Mean | Median]] = {}
+        self._last_seen: dict[int, int] = {}
+        self._count = 0
         self._points: list[tuple[float, float]] = []
 
     def add(self, size: float, value: float) -> None:
         """Observe a value at a size."""
-        sizes, values = self._groups.setdefault(round(3 * math.log2(size + 1)), (Mean(), Mean()))
+        group = round(3 * math.log2(size + 1))
+        sizes, values = self._groups.setdefault(group, (Mean(), self._value()))
         sizes.add(size)
         values.add(value)
-        points = sorted((sizes.value, values.value) for sizes, values in self._groups.values())
-        heights = accumulate((value for _, value in points), max)
-        self._points = [(size, height) for (size, _), height in zip(points, heights, strict=True)]
+        self._count += 1
+        self._last_seen[group] = self._count
+        for other, seen in list(self._last_seen.items()):
+            if self._count - seen > _FORGOTTEN_AFTER:
+                del self._groups[other], self._last_seen[other]
+        groups = self._groups.values()
+        self._points = _rising(
+            sorted((sizes.value, values.value, min(values.count, _WINDOW)) for sizes, values in groups)
+        )
         if self._through_origin and self._points[0][0] > 0:
             self._points.insert(0, (0.0, 0.0))
 
@@ -98,6 +146,19 @@ class Curve:
         if size <= points[0][0]:
             return points[0][1]
         return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+
+
+def _rising(points: Iterable[tuple[float, float, int]]) -> list[tuple[float, float]]:
+    """The nearest curve, in squares, through (size, value, weight) by size that does not fall."""
+    pools: list[tuple[float, int, list[float]]] = []
+    for size, value, weight in points:
+        height, mass, sizes = value, weight, [size]
+        while pools and pools[-1][0] > height:
+            above, its_mass, its_sizes = pools.pop()
+            height = (above * its_mass + height * mass) / (its_mass + mass)
+            mass, sizes = its_mass + mass, its_sizes + sizes
+        pools.append((height, mass, sizes))
+    return [(size, height) for height, _, sizes in pools for size in sizes]
 
 
 class Survival:
@@ -135,7 +196,7 @@ class VerifierLoad:
         self.pass_ns = Curve()
         """Compute time by tokens of a pass."""
         self.batch_size = Mean(1.0)
-        self.overhead_ns = Mean()
+        self.overhead_ns = Median()
         """Queue, transport, and whatever else an answer waits for."""
 
     def observe(self, this: Round) -> None:
@@ -156,17 +217,29 @@ class VerifierLoad:
 class MethodStats:
     """What drafts of one method with one node budget cost and bring, over all sessions."""
 
+    num_nodes: Curve
+    """Tokens drafted, by K."""
     draft_ns: Curve = field(default_factory=lambda: Curve(through_origin=True))
     """Time until a draft is here, by K."""
-    num_nodes: Curve = field(default_factory=lambda: Curve(through_origin=True))
-    """Tokens drafted, by K."""
     survival: Survival = field(default_factory=lambda: Survival(_METHOD_MEMORY))
-    is_known: bool = False
+    num_timed: int = 0
+    """Drafts whose time was taken."""
+
+    @classmethod
+    def of(cls, budget: int) -> MethodStats:
+        """Of a node budget, 0 being chains. A tree uses its budget at any depth, a chain has K tokens."""
+        return cls(Curve(Mean, through_origin=not budget))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether what they cost is more than a first impression."""
+        return self.num_timed >= _DRAFTS_TO_KNOW
 
     def observe(self, size: DraftSize, this: Round) -> None:
         """Take a round in that asked for such a draft."""
-        self.is_known = True
-        self.draft_ns.add(size.num_draft_tokens, this.draft.elapsed_ns)
+        if not this.draft.is_first:
+            self.num_timed += 1
+            self.draft_ns.add(size.num_draft_tokens, this.draft.elapsed_ns)
         self.num_nodes.add(size.num_draft_tokens, len(this.draft.token_ids))
         self.survival.add(size.num_draft_tokens, this.verified.num_accepted_tokens)
 
@@ -175,12 +248,22 @@ class MethodStats:
         return self.survival.rates(depth, [_FIRST_GUESS] * depth, _GUESS_ROUNDS)
 
 
+@dataclass(slots=True)
+class Method:
+    """A method, over all sessions: each is short, and what one has tried the others need not."""
+
+    stats: dict[int, MethodStats] = field(default_factory=dict)
+    """By node budget."""
+    num_rounds: int = 0
+    num_probes: int = 0
+
+
 class Controller:
     """What a gateway knows of its verifiers and methods; makes the control of each session."""
 
     def __init__(self) -> None:
         self._loads: WeakKeyDictionary[object, VerifierLoad] = WeakKeyDictionary()
-        self._methods: dict[str, dict[int, MethodStats]] = {}
+        self._methods: dict[str, Method] = {}
 
     def session(
         self, verifier: object, method: str, start: DraftSize, *, longest: int, budgets: Sequence[int]
@@ -195,35 +278,37 @@ class Controller:
             budgets: node budgets to choose from; 0: chains.
         """
         load = self._loads.setdefault(verifier, VerifierLoad())
-        known = self._methods.setdefault(method, {})
-        stats = {budget: known.setdefault(budget, MethodStats()) for budget in budgets}
-        return AdaptiveSize(load, stats, start, longest)
+        known = self._methods.setdefault(method, Method())
+        for budget in budgets:
+            known.stats.setdefault(budget, MethodStats.of(budget))
+        return AdaptiveSize(load, known, start, longest, sorted(budgets))
 
 
 class AdaptiveSize:
     """Chooses the size with the most tokens per second, round by round."""
 
     def __init__(
-        self, load: VerifierLoad, stats: dict[int, MethodStats], start: DraftSize, longest: int
+        self, load: VerifierLoad, method: Method, start: DraftSize, longest: int, budgets: Sequence[int]
     ) -> None:
-        self._load, self._stats, self._start = load, stats, start
-        self._mine = {budget: Survival(_SESSION_MEMORY) for budget in stats}
+        self._load, self._method, self._start, self._budgets = load, method, start, budgets
+        self._stats = {budget: method.stats[budget] for budget in budgets}
+        self._mine = {budget: Survival(_SESSION_MEMORY) for budget in budgets}
         self._lengths = [k for k in _LENGTHS if k < longest] + [longest]
-        self._num_rounds = 0
-        self._num_probes = 0
 
     def choose(self, most: int) -> DraftSize:
         """The best size, or now and then another one."""
         if most <= 0:
             return PLAIN_SIZE
-        self._num_rounds += 1
+        self._method.num_rounds += 1
+        return FixedSize(self._wanted(self._method.num_rounds)).choose(most)
+
+    def _wanted(self, num_rounds: int) -> DraftSize:
         if not any(stats.is_known for stats in self._stats.values()):
-            best = self._start
-        elif self._num_rounds % _PROBE_EVERY == 0:
-            best = self._probe(self._best())
-        else:
-            best = self._best()
-        return FixedSize(best).choose(most)
+            return self._start
+        best, rate = self._best()
+        if num_rounds % _EXPLORE_EVERY == 0 and (unknown := self._unknown(best, rate)):
+            return unknown
+        return self._probe(best) if num_rounds % _PROBE_EVERY == 0 else best
 
     def observe(self, size: DraftSize, this: Round) -> None:
         """Learn what the round cost and brought; while a drafter is lost or late, nothing of drafts."""
@@ -232,18 +317,37 @@ class AdaptiveSize:
             self._stats[size.num_draft_nodes].observe(size, this)
             self._mine[size.num_draft_nodes].add(size.num_draft_tokens, this.verified.num_accepted_tokens)
 
-    def _best(self) -> DraftSize:
+    def _best(self) -> tuple[DraftSize, float]:
+        """The size with the most tokens per nanosecond, and how many."""
         best, best_rate = PLAIN_SIZE, 1.0 / self._cost_ns(PLAIN_SIZE)
-        for budget, stats in self._stats.items():
-            if not stats.is_known:
-                continue  # until a probe has tried it
-            expected = self._expected_lengths(budget, self._lengths[-1])
-            for length in self._lengths:
-                size = DraftSize(length, budget)
-                rate = expected[length] / self._cost_ns(size)
+        for budget in self._budgets:
+            if self._stats[budget].is_known:
+                length, rate = self._best_length(budget)
                 if rate > best_rate:
-                    best, best_rate = size, rate
-        return best
+                    best, best_rate = DraftSize(length, budget), rate
+        return best, best_rate
+
+    def _best_length(self, budget: int) -> tuple[int, float]:
+        """The best K with that budget, which is deeper in no tree, and its tokens per nanosecond."""
+        lengths = [length for length in self._lengths if not budget or length <= budget]
+        expected = self._expected_lengths(budget, lengths[-1])
+        rates = [expected[length] / self._cost_ns(DraftSize(length, budget)) for length in lengths]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return lengths[best], rates[best]
+
+    def _unknown(self, best: DraftSize, best_rate: float) -> DraftSize | None:
+        """A draft with a budget that was hardly tried yet; None: all were, or trees have grown enough."""
+        for smaller, budget in zip([None, *self._budgets], self._budgets, strict=False):
+            if self._stats[budget].is_known:
+                continue
+            if smaller and self._best_length(smaller)[1] < _WORTH_GROWING * best_rate:
+                return None
+            return DraftSize(self._usual_length(best, budget), budget)
+        return None
+
+    def _usual_length(self, best: DraftSize, budget: int) -> int:
+        length = max(best.num_draft_tokens, self._start.num_draft_tokens)
+        return min(length, budget) if budget else length
 
     def _expected_lengths(self, budget: int, longest: int) -> list[float]:
         """Acceptance length by K, from 0."""
@@ -259,12 +363,18 @@ class AdaptiveSize:
         return max(1.0, stats.draft_ns(size.num_draft_tokens) + self._load.round_ns(num_nodes))
 
     def _probe(self, best: DraftSize) -> DraftSize:
-        """In turn: the next longer draft, the next shorter, none, and as long a one with other budgets."""
+        """In turn: the next longer draft, the next shorter, none, and the next larger and smaller budget."""
         index = bisect_left(self._lengths, best.num_draft_tokens) if best.num_draft_tokens else -1
         longer = self._lengths[min(index + 1, len(self._lengths) - 1)]
         shorter = self._lengths[max(index - 1, 0)]
-        budget, length = best.num_draft_nodes, max(best.num_draft_tokens, self._start.num_draft_tokens)
-        others = [DraftSize(length, other) for other in self._stats if other != budget]
-        sizes = [DraftSize(longer, budget), DraftSize(shorter, budget), PLAIN_SIZE, *others]
-        self._num_probes += 1
-        return sizes[self._num_probes % len(sizes)]
+        budget = best.num_draft_nodes
+        place = self._budgets.index(budget)
+        others = [*self._budgets[place + 1 : place + 2], *self._budgets[max(0, place - 1) : place]]
+        sizes = [
+            DraftSize(min(longer, budget or longer), budget),
+            DraftSize(shorter, budget),
+            PLAIN_SIZE,
+            *(DraftSize(self._usual_length(best, other), other) for other in others),
+        ]
+        self._method.num_probes += 1
+        return sizes[self._method.num_probes % len(sizes)]

@@ -41,6 +41,8 @@ class Draft:
     """Of a draft tree, see DraftTree; empty: a chain."""
     proposals: tuple[Proposal, ...] = ()
     """Who proposed what, if several were asked."""
+    is_first: bool = False
+    """Whether it is a drafter session's first, which reads all that was before: its time is not the usual."""
 
     @property
     def is_complete(self) -> bool:

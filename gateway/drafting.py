@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gateway.decode import Draft, StateHandle
 from specdec.draft_tree import DraftTree
@@ -21,13 +21,16 @@ from specdec.errors import (
     SpecdecError,
     UnavailableError,
     UnimplementedError,
+    kind_of,
+    place_of,
     status_code,
 )
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _OPEN_TIMEOUT_S = 60.0
-"""A drafter may have to read a long prompt before it can draft."""
+"""A drafter may have to read a long prompt, and the target's state of it, before it can draft."""
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _MAX_REASON_LENGTH = 500
@@ -79,10 +82,11 @@ class NoDrafts:
 class DraftLink:
     """Keeps a request supplied with a drafter as long as one is healthy.
 
-    Opening runs beside the target's prefill; only the first round waits for it. What goes wrong - no drafter,
-    an error, a draft later than `timeout_s`, token ids the target does not have - costs the round its draft
-    and is tried again, elsewhere perhaps, after a pause of `retry_s`, which grows while it fails. Use as
-    `async with`.
+    Opening runs beside the target's prefill; only the first round waits for it. A first draft, which may
+    have much to read, may take until `open_timeout_s`, the rounds after `timeout_s` going on without it. What
+    goes wrong - no drafter, an error, another draft later than `timeout_s`, token ids the target does not
+    have - costs the round its draft and is tried again, elsewhere perhaps, after a pause of `retry_s`, which
+    grows while it fails. Use as `async with`.
     """
 
     def __init__(
@@ -103,6 +107,8 @@ class DraftLink:
         self._may_wait_for_opening = True
         self._session: DrafterSession | None = None
         self._opening: asyncio.Task[DrafterSession] | None = None
+        self._is_new = False
+        self._first_draft: asyncio.Task[Draft] | None = None
         self._num_sent = 0
         self._first_retry_s = retry_s
         self._retry_s = retry_s
@@ -120,8 +126,7 @@ class DraftLink:
             self._opening.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 self._session = await self._opening
-        if self._session:
-            await self._session.close()
+        await self._leave()
 
     async def propose(
         self,
@@ -139,7 +144,7 @@ class DraftLink:
                     committed_token_ids, num_draft_tokens, traceparent, target_state, num_draft_nodes
                 )
         except TimeoutError:
-            if self._opening:
+            if self._opening or self._first_draft:
                 # Not yet a failure: the rounds go on and it may join later, even if it is done this moment.
                 self._note_opening()
             else:
@@ -147,7 +152,7 @@ class DraftLink:
         except SpecdecError as error:
             await self._lose(error, permanent=isinstance(error, _PERMANENT))
         except Exception as error:  # no defect around a drafter may fail a request
-            logger.exception("drafting failed")
+            logger.error("drafting failed", extra={"error": kind_of(error), "traceback": place_of(error)})
             await self._lose(InternalError(f"{type(error).__name__}: {error}"))
         else:
             if draft:
@@ -175,12 +180,25 @@ class DraftLink:
         session = await self._ready_session(committed_token_ids)
         if session is None:
             return None
+        if self._first_draft:
+            if not self._first_draft.done():
+                self._note_opening()
+                return None
+            await self._first_draft  # for its failure; what it drafted is for a round long past
+            self._first_draft = None
         new = committed_token_ids[self._num_sent :]
         self._num_sent = len(committed_token_ids)
         num_committed = len(committed_token_ids)
-        draft = await session.propose(
+        coming = session.propose(
             new, num_committed, num_draft_tokens, traceparent, target_state, num_draft_nodes
         )
+        if self._is_new:
+            self._is_new = False
+            self._first_draft = asyncio.ensure_future(self._in_time(coming, "first draft"))
+            draft = replace(await asyncio.shield(self._first_draft), is_first=True)
+            self._first_draft = None
+        else:
+            draft = await coming
         return self._checked(draft, num_draft_tokens, num_draft_nodes)
 
     async def _follow(self, target_state: StateHandle | None) -> None:
@@ -191,9 +209,8 @@ class DraftLink:
         self._state_session_id = session_id
         self._retry_at = 0.0  # what failed may have failed for want of the lost one's state
         if self._session and self._session.reads_target_state:
-            session, self._session = self._session, None
             self._may_wait_for_opening = True
-            await session.close()
+            await self._leave()
 
     async def _ready_session(self, committed_token_ids: Sequence[int]) -> DrafterSession | None:
         if self._session is None and self._opening is None:
@@ -205,6 +222,7 @@ class DraftLink:
             # A slow opening must outlive the round that waits for it.
             opening = asyncio.shield(self._opening)
             self._session, self._opening = await opening, None
+            self._is_new = True
         if self._opening:
             self._note_opening()
         return self._session
@@ -214,14 +232,25 @@ class DraftLink:
 
     def _open(self, committed_token_ids: Sequence[int]) -> None:
         self._num_sent = len(committed_token_ids)
-        self._opening = asyncio.ensure_future(self._connect_in_time(list(committed_token_ids)))
+        connecting = self._connect(list(committed_token_ids))
+        self._opening = asyncio.ensure_future(self._in_time(connecting, "session"))
 
-    async def _connect_in_time(self, committed_token_ids: Sequence[int]) -> DrafterSession:
+    async def _in_time(self, coming: Awaitable[_T], what: str) -> _T:
         try:
             async with asyncio.timeout(self._open_timeout_s):
-                return await self._connect(committed_token_ids)
+                return await coming
         except TimeoutError:
-            raise UnavailableError(f"no session within {self._open_timeout_s:g} s") from None
+            raise UnavailableError(f"no {what} within {self._open_timeout_s:g} s") from None
+
+    async def _leave(self) -> None:
+        """End the session, if there is one."""
+        session, self._session = self._session, None
+        reading, self._first_draft = self._first_draft, None
+        if reading:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        if session:
+            await session.close()
 
     def _checked(self, draft: Draft, num_draft_tokens: int, num_draft_nodes: int) -> Draft:
         """Refuse what the verifier would refuse: a drafter may waste time, never fail a request."""
@@ -236,11 +265,10 @@ class DraftLink:
     async def _lose(self, error: SpecdecError, *, permanent: bool = False) -> None:
         self._reason, self._code = _readable(error.message), status_code(error).name.lower()
         logger.warning("drafting without a drafter", extra={"reason": self._reason})
-        session, self._session, self._opening = self._session, None, None
+        self._opening = None
         self._retry_at = float("inf") if permanent else time.monotonic() + self._retry_s
         self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
-        if session:
-            await session.close()
+        await self._leave()
 
 
 def _readable(reason: str) -> str:

@@ -100,6 +100,7 @@ class MergedDrafts:
             fallback_code=missing[0].fallback_code if missing else "",
             parent_indices=tree.parent_indices,
             proposals=proposals,
+            is_first=any(draft.is_first for draft in drafts),
         )
 
 

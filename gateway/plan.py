@@ -21,7 +21,7 @@ from specdec.sampling import (
 )
 from specdec.v1 import drafter_pb2, gateway_pb2, verifier_pb2
 
-_NODE_BUDGETS = (8, 16)
+_NODE_BUDGETS = (8, 16, 32, 64)
 """Sizes of draft trees the controller tries."""
 _UNKNOWN_DRAFTER = drafter_pb2.DrafterInfo(default_num_draft_tokens=4)
 """Stands for a drafter whose service was never reached: it may come up while the request runs."""
@@ -118,7 +118,9 @@ async def make_plan(
     Raises:
         InvalidArgumentError: naming the field at fault.
     """
-    SamplingParams.from_proto(request.sampling).validate()
+    # Token ids are the verifier's to check; here they only must not be more than it could take.
+    sampling = await asyncio.to_thread(SamplingParams.from_proto, request.sampling)
+    sampling.validate(verifier.model.vocab_size)
     validate_num_top_logprobs(request.num_top_logprobs if request.HasField("num_top_logprobs") else None)
     validate_stop_strings(request.stop_strings)
     validate_min_draft_confidence(request.min_draft_confidence)

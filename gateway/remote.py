@@ -225,7 +225,7 @@ class RemoteDrafterSession:
     ) -> None:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
         self._stream = _Stream(call, f"Drafter {uri}")
-        self._max_num_draft_nodes = drafter.max_num_draft_nodes
+        self._drafter = drafter
         self.reads_target_state = drafter.HasField("target_state_spec")
         self._knows_state = False
 
@@ -251,9 +251,10 @@ class RemoteDrafterSession:
         message = drafter_pb2.DraftRound(
             committed_token_ids=new_token_ids,
             committed_length=committed_length,
-            num_draft_tokens=num_draft_tokens,
+            # The plan may have been made when no replica had told its limits.
+            num_draft_tokens=min(num_draft_tokens, self._drafter.max_num_draft_tokens or num_draft_tokens),
             target_state=self._state_message(target_state) if self.reads_target_state else None,
-            num_draft_nodes=min(num_draft_nodes, self._max_num_draft_nodes),
+            num_draft_nodes=min(num_draft_nodes, self._drafter.max_num_draft_nodes),
         )
         request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)
         response, elapsed_ns = await self._stream.exchange(request)

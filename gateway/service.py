@@ -94,7 +94,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         with backends.metrics.counting_refusals():
             plan = await make_plan(request, backends, verifier.info)
         model_id = verifier.info.model.model_id
-        trace.describe(model_id, plan.method, len(plan.prompt_token_ids))
+        trace.describe(model_id, backends.label(plan.method), len(plan.prompt_token_ids))
         started = gateway_pb2.GenerateStarted(
             input_tokens=len(plan.prompt_token_ids),
             method=plan.method,

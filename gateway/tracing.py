@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
+from specdec.errors import kind_of
 from specdec.telemetry import context_of, record_span, trace_id_of, traceparent_of
 from specdec.v1 import gateway_pb2
 
@@ -34,7 +35,7 @@ class RoundSpan:
                 "specdec.num_draft_tokens": len(this.draft.token_ids),
                 "specdec.draft_depth": this.draft.tree.depth,
                 "specdec.num_accepted_tokens": this.verified.num_accepted_tokens,
-                "specdec.fallback_reason": this.draft.fallback_reason,
+                "specdec.fallback_code": this.draft.fallback_code if this.draft.fallback_reason else "",
             }
         )
         context = set_span_in_context(self.span)
@@ -106,7 +107,7 @@ class RequestTrace:
 
     def fail(self, error: BaseException) -> None:
         """Mark the request as failed."""
-        self.span.set_status(Status(StatusCode.ERROR, str(error)))
+        self.span.set_status(Status(StatusCode.ERROR, kind_of(error)))
 
     @contextmanager
     def _child(self, name: str) -> Iterator[RoundSpan]:
@@ -114,7 +115,7 @@ class RequestTrace:
         try:
             yield child
         except BaseException as error:
-            child.span.set_status(Status(StatusCode.ERROR, str(error)))
+            child.span.set_status(Status(StatusCode.ERROR, kind_of(error)))
             raise
         finally:
             child.span.end()

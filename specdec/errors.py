@@ -15,6 +15,7 @@ SpecdecError
 
 from __future__ import annotations
 
+import traceback
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any
@@ -130,6 +131,16 @@ STATUS_CODES: dict[type[SpecdecError], grpc.StatusCode] = {
     InternalError: grpc.StatusCode.INTERNAL,
 }
 _ERROR_TYPES = {code: error_type for error_type, code in STATUS_CODES.items()}
+
+
+def kind_of(error: BaseException) -> str:
+    """What went wrong without what was said of it, which may quote a prompt: for spans and logs."""
+    return error.reason if isinstance(error, SpecdecError) else type(error).__name__
+
+
+def place_of(error: BaseException) -> str:
+    """Where it was raised, for logs: a traceback's lines without its last, the message."""
+    return "".join(traceback.format_tb(error.__traceback__))
 
 
 def status_code(error: SpecdecError) -> grpc.StatusCode:

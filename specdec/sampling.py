@@ -11,6 +11,7 @@ from specdec.v1 import common_pb2
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,12 @@ class SamplingParams:
         _require("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
         if not 0 <= self.seed < 2**64:
             _refuse("seed", self.seed, "an integer in [0, 2**64)")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            _refuse("logit_bias", len(self.logit_bias), f"of at most {MAX_LOGIT_BIASES} token ids")
+        if vocab_size and len(self.allowed_token_ids) > vocab_size:
+            _refuse(
+                "allowed_token_ids", len(self.allowed_token_ids), f"no more ids than there are, {vocab_size}"
+            )
         for token_id, bias in self.logit_bias.items():
             _require("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "in [-100, 100]")
             validate_token_ids("logit_bias", [token_id], vocab_size)

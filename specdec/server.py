@@ -21,7 +21,15 @@ from grpc_reflection.v1alpha import reflection
 
 from specdec.auth import CALLER, Authenticator
 from specdec.channel import server_options
-from specdec.errors import DeadlineExceededError, InternalError, InvalidArgumentError, SpecdecError, to_status
+from specdec.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    SpecdecError,
+    kind_of,
+    place_of,
+    to_status,
+)
 from specdec.telemetry import Telemetry, setup_logging, telemetry_from_environment
 from specdec.tls import PemFiles, server_credentials
 
@@ -112,7 +120,7 @@ def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: boo
             # A write that broke, for the peer is gone; gRPC's own ending of the call finds that out, too.
             logger.info("the peer went away in a write", extra={"peer": context.peer()})
         except Exception as error:
-            logger.exception("request failed")
+            logger.error("request failed", extra={"error": kind_of(error), "traceback": place_of(error)})
             await _abort(context, InternalError(f"Defect in the server: {type(error).__name__}: {error}"))
 
     return call

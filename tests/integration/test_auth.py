@@ -14,14 +14,15 @@ from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from gateway.callers import TokenFile
+from gateway.callers import CallerLimits, TokenFile
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
-from specdec.auth import Caller
+from specdec.auth import CALLER, Caller, Limits
 from specdec.cli import main
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
 from specdec.telemetry import make_telemetry
+from specdec.v1 import gateway_pb2
 from tests.integration.gated_drafter import Gate, eventually_offers
 from tests.systems import running_drafter, running_gateway, running_verifier
 
@@ -122,6 +123,21 @@ async def test_limits_are_each_callers_own(tiny_llama: Path, tokens: Path) -> No
         assert used_up.value.retry_after_s is not None
         assert 0 < used_up.value.retry_after_s <= 60
         assert len((await large.generate(PROMPT, SHORT)).token_ids) == 3
+
+
+def test_callers_that_ask_no_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, limits = [0.0], CallerLimits()
+    monkeypatch.setattr("gateway.callers.time.monotonic", lambda: now[0])
+    config = GatewayConfig(verifier="localhost:1", drafter="", tokenizer="x")
+    for number in range(100):
+        token = CALLER.set(Caller(f"caller {number}", Limits(requests_per_minute=1)))
+        with limits.admitted(gateway_pb2.GenerateRequest(), config):
+            pass
+        with pytest.raises(ResourceExhaustedError), limits.admitted(gateway_pb2.GenerateRequest(), config):
+            raise AssertionError("a second request within the minute")
+        CALLER.reset(token)
+        now[0] += 10
+    assert limits.num_known == 6
 
 
 async def test_a_changed_file_is_followed_and_a_bad_one_is_not(tiny_llama: Path, tokens: Path) -> None:

@@ -1,35 +1,114 @@
-"""What clients send and get stays out of logs and spans."""
+"""What clients send and get stays out of logs and spans, also where something goes wrong."""
 
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
-from specdec.client import GenerateOptions
-from specdec.errors import SpecdecError
-from specdec.telemetry import make_telemetry
-from tests.systems import running_system
+from specdec.client import AsyncClient, GenerateOptions, Message
+from specdec.errors import InternalError, InvalidArgumentError, SpecdecError
+from specdec.telemetry import Telemetry, make_telemetry
+from tests.systems import running_gateway, running_system, running_verifier
 
 SECRET = "the password is swordfish"
+REFUSING_TEMPLATE = "{{ raise_exception('nobody may say ' ~ messages[0]['content']) }}"
 
 
-async def test_no_text_in_logs_and_spans(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+class Witness:
+    """All that services tell of their work."""
+
+    def __init__(self, log: pytest.LogCaptureFixture) -> None:
+        self._log = log
+        self._spans = InMemorySpanExporter()
+
+    def telemetry(self) -> Telemetry:
+        """For the services to be watched."""
+        return make_telemetry("test", span_processor=SimpleSpanProcessor(self._spans))
+
+    @property
+    def failures(self) -> list[str]:
+        """What spans say of why they failed."""
+        spans = self._spans.get_finished_spans()
+        return [str(span.status.description) for span in spans if span.status.status_code is StatusCode.ERROR]
+
+    def lines_with(self, *texts: str) -> list[str]:
+        """Spans and log records a text stands in."""
+        formatter = logging.Formatter()
+        told = [span.to_json() for span in self._spans.get_finished_spans()]
+        told += [f"{formatter.format(record)} {record.__dict__}" for record in self._log.records]
+        assert told
+        return [line for line in told if any(text in line for text in texts)]
+
+
+@pytest.fixture
+def witness(caplog: pytest.LogCaptureFixture) -> Witness:
     caplog.set_level(logging.DEBUG)
-    spans = InMemorySpanExporter()
-    telemetry = make_telemetry("test", span_processor=SimpleSpanProcessor(spans))
-    async with running_system(tiny_llama, "ngram", telemetry=telemetry) as system:
+    return Witness(caplog)
+
+
+async def test_no_text_in_logs_and_spans(tiny_llama: Path, witness: Witness) -> None:
+    async with running_system(tiny_llama, "ngram", telemetry=witness.telemetry()) as system:
         options = GenerateOptions(max_new_tokens=24, ignore_eos=True, stop=(SECRET,), num_draft_tokens=4)
         answer = await system.client.generate(SECRET, options)
+        chat = await system.client.generate([Message("user", SECRET)], options)
         with pytest.raises(SpecdecError):
             await system.client.generate(SECRET * 100, options)
-    finished = spans.get_finished_spans()
-    assert finished
-    assert caplog.records
-    told = [span.to_json() for span in finished]
-    told += [f"{record.getMessage()} {record.__dict__}" for record in caplog.records]
-    for text in (SECRET, "swordfish", answer.text[4:20]):
-        assert not [line for line in told if text in line]
+    assert not witness.lines_with(SECRET, "swordfish", answer.text[4:20], chat.text[4:20])
+
+
+async def test_no_text_of_what_is_refused(tiny_llama: Path, tmp_path: Path, witness: Witness) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (model / "chat_template.jinja").write_text(REFUSING_TEMPLATE)
+    async with running_system(model, "ngram", telemetry=witness.telemetry()) as system:
+        refused = (
+            ([Message(SECRET, "hello")], GenerateOptions()),
+            ([Message("user", SECRET)], GenerateOptions()),
+            ("hello", GenerateOptions(method=SECRET)),
+        )
+        for prompt, options in refused:
+            with pytest.raises(InvalidArgumentError, match="swordfish"):  # the client itself is told
+                await system.client.generate(prompt, options)
+    assert witness.failures == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "UNKNOWN_METHOD"]
+    assert not witness.lines_with("swordfish")
+
+
+async def test_no_text_of_a_defect(
+    tiny_llama: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(messages: Sequence[tuple[str, str]]) -> list[int]:
+        raise KeyError(messages[0][1])
+
+    async with running_system(tiny_llama, "ngram", telemetry=witness.telemetry()) as system:
+        backends = system.gateway.servicer.backends
+        assert backends is not None
+        monkeypatch.setattr(backends.codec, "encode_chat", fail)
+        with pytest.raises(InternalError):
+            await system.client.generate(SECRET)
+    assert witness.failures == ["KeyError"]
+    assert witness.lines_with("request failed"), "a defect is reported"
+    assert witness.lines_with("in fail"), "and where it is"
+    assert not witness.lines_with("swordfish")
+
+
+async def test_no_method_a_client_made_up_in_spans(tiny_llama: Path, witness: Witness) -> None:
+    """As long as no drafter was reached, any method may be one."""
+    telemetry = witness.telemetry()
+    nobody = "127.0.0.1:1"
+    async with (
+        running_verifier(tiny_llama, telemetry=telemetry) as (verifier, _),
+        running_gateway(
+            tiny_llama, verifier=verifier, drafter=nobody, drafter_wait_s=0.0, telemetry=telemetry
+        ) as (address, _),
+        AsyncClient(address, timeout_s=60) as client,
+    ):
+        answer = await client.generate("hello", GenerateOptions(max_new_tokens=4, method="swordfish"))
+    assert answer.speculation.method == "swordfish"
+    assert not witness.lines_with("swordfish")

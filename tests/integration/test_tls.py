@@ -9,7 +9,9 @@ from contextlib import AsyncExitStack
 from dataclasses import replace as with_
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.config import GatewayConfig
 from gateway.registry import VerifierSet, make_verifier_set
@@ -60,21 +62,26 @@ def outgoing(folder: Path, authority: Authority, issued: Issued | None) -> Outgo
 class SecureSystem:
     """All services over mutual TLS; the drafter reads target state by stream."""
 
-    def __init__(self, model: Path, files: Folder) -> None:
+    def __init__(self, model: Path, files: Folder, *, drafter_options: dict[str, str] | None = None) -> None:
         self.model, self.files = model, files
+        self.drafter_options = drafter_options or files.options
         self.probe = StateProbe(all_of("llama"))
         self.address = ""
+        self.addresses: dict[str, str] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> SecureSystem:
         enter, options = self._stack.enter_async_context, self.files.options
         verifier, _ = await enter(running_verifier(self.model, **options))
         drafter, _ = await enter(
-            running_drafter("probe", families=self.probe.families, target_state="stream", **options)
+            running_drafter(
+                "probe", families=self.probe.families, target_state="stream", **self.drafter_options
+            )
         )
         self.address, self.gateway = await enter(
             running_gateway(self.model, verifier=verifier, drafter=drafter, drafter_wait_s=60, **options)
         )
+        self.addresses = {"verifier": verifier, "drafter": drafter, "gateway": self.address}
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -132,6 +139,53 @@ async def test_clients_that_are_refused(
             assert "check" in await error_of(tls)
         async with system.client() as client:
             assert (await client.info()).verifiers[0].ready
+
+
+async def test_each_service_refuses_callers_without_a_right_certificate(
+    tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
+) -> None:
+    def shows(name: str, issued: Issued) -> TlsConfig:
+        (tmp_path / name).mkdir()
+        return client_tls(Folder(tmp_path / name).write(issued, authority))
+
+    async def status_of(address: str, tls: TlsConfig | None) -> object:
+        """What the health check answers, or the code it fails with."""
+        credentials = tls.credentials() if tls else grpc.local_channel_credentials()
+        async with grpc.aio.secure_channel(address, credentials) as channel:
+            try:
+                check = health_pb2_grpc.HealthStub(channel).Check
+                return (await check(health_pb2.HealthCheckRequest(), timeout=20)).status
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+
+    wrong = {
+        "signed by another": shows("signed by another", Authority("stranger").issue()),
+        "expired": shows("expired", authority.issue(days=-1)),
+        "none": TlsConfig(files.path / "ca.pem"),
+        "no TLS": None,
+    }
+    async with SecureSystem(tiny_llama, files) as system:
+        for service, address in system.addresses.items():
+            for fault, tls in wrong.items():
+                assert await status_of(address, tls) is grpc.StatusCode.UNAVAILABLE, (service, fault)
+            served = await status_of(address, client_tls(files))
+            assert served == health_pb2.HealthCheckResponse.SERVING, service
+
+
+async def test_a_drafter_reads_no_state_from_a_verifier_it_does_not_trust(
+    tiny_llama: Path, tmp_path: Path, files: Folder
+) -> None:
+    replace(tmp_path / "others.pem", Authority("stranger").pem)
+    suspicious = files.options | {"tls_authorities": str(tmp_path / "others.pem")}
+    async with (
+        SecureSystem(tiny_llama, files, drafter_options=suspicious) as system,
+        system.client() as client,
+    ):
+        plain = await client.generate(PROMPT, with_(OPTIONS, method="none", num_draft_tokens=None))
+        answer = await client.generate(PROMPT, OPTIONS)
+    assert answer.token_ids == plain.token_ids
+    assert answer.speculation.num_draft_tokens == 0
+    assert REFUSED in answer.speculation.fallback_reason
 
 
 @pytest.mark.parametrize("fault", ["authority", "expired", "name"])

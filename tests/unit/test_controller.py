@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -135,6 +136,63 @@ def test_a_new_session_starts_with_what_others_learned() -> None:
     assert usual(run(session(controller, replica), World(flat, lambda k: 1.0, 0.95), 8)).num_draft_tokens > 8
 
 
+def short_answers(
+    controller: Controller, world: World, *, first_ms: int, budgets: Sequence[int]
+) -> list[DraftSize]:
+    """Forty answers of twelve rounds, whose first drafts take `first_ms` longer; sizes of the last ten."""
+    replica, sizes = Replica(), []
+    for _ in range(40):
+        control, is_first = session(controller, replica, budgets), True
+        for _ in range(12):
+            size = control.choose(1000)
+            this = world.round(size)
+            if size.num_draft_tokens and is_first:
+                elapsed_ns = this.draft.elapsed_ns + first_ms * MS
+                this = replace(this, draft=replace(this.draft, elapsed_ns=elapsed_ns, is_first=True))
+                is_first = False
+            control.observe(size, this)
+            sizes.append(size)
+    return sizes[-120:]
+
+
+def test_the_first_draft_of_a_session_is_not_what_drafts_cost() -> None:
+    """It maps the target's state, reads the prompt, and may load the target's embedding."""
+    sizes = short_answers(Controller(), World(flat, lambda k: 1.0, 0.8), first_ms=400, budgets=(0,))
+    assert usual(sizes).num_draft_tokens >= 6
+
+
+def test_a_draft_that_was_slow_once_is_forgotten() -> None:
+    control, world = session(Controller(), Replica()), World(flat, lambda k: 1.0, 0.8)
+    run(control, world, 2)
+    for _ in range(2):
+        size = control.choose(1000)
+        this = world.round(size)
+        control.observe(size, replace(this, draft=replace(this.draft, elapsed_ns=900 * MS)))
+    assert usual(run(control, world, 600)[300:]).num_draft_tokens >= 12
+
+
+def test_short_answers_find_out_about_trees_together() -> None:
+    world = World(flat, lambda k: 1.0, 0.4, gain=0.3)
+    assert usual(short_answers(Controller(), world, first_ms=0, budgets=(0, 8, 16))).num_draft_nodes > 0
+
+
+def test_trees_grow_only_while_it_pays() -> None:
+    def tried(world: World) -> set[int]:
+        control = session(Controller(), Replica(), (0, 8, 16, 32, 64))
+        return {size.num_draft_nodes for size in run(control, world, 400)}
+
+    assert 64 in tried(World(flat, lambda k: 2.0, 0.4, gain=0.3))
+    assert max(tried(World(steep, lambda k: 2.0, 0.5, gain=0.05))) <= 16
+
+
+def test_no_tree_is_deeper_than_it_has_nodes() -> None:
+    control = session(Controller(), Replica(), (0, 8))
+    sizes = run(control, World(flat, lambda k: 0.1, 0.6, gain=0.38), 400)
+    trees = [size for size in sizes if size.num_draft_nodes]
+    assert trees
+    assert all(size.num_draft_tokens <= 8 for size in trees)
+
+
 def test_each_session_follows_its_own_text() -> None:
     controller, replica = Controller(), Replica()
     easy, hard = World(flat, lambda k: 2.0 * k, 0.9), World(flat, lambda k: 2.0 * k, 0.1)
@@ -180,8 +238,12 @@ def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
     for size, value in ((9, 18), (33, 12)):
         curve.add(size, value)
     assert curve(0) == 10
-    assert curve(5) == pytest.approx(14)
-    assert curve(33) == curve(100) == 18
+    assert curve(5) == pytest.approx(12.5)
+    assert curve(33) == curve(100) == 15
+    for _ in range(8):
+        curve.add(9, 18)
+        curve.add(33, 24)
+    assert (curve(9), curve(33)) == (18, 24)
     rising = Curve(through_origin=True)
     rising.add(4, 8)
     assert [rising(k) for k in (0, 2, 8)] == [0, 4, 16]

@@ -25,6 +25,8 @@ from specdec.errors import (
 VOCAB_SIZE = 100
 PROMPT = [1, 2, 3]
 NEVER_S = 3600.0
+FIRST = Draft((7, 8), is_first=True)
+"""What a session's first round gets, unless told otherwise."""
 
 
 async def answer() -> Draft:
@@ -144,7 +146,7 @@ class TestAWorkingDrafter:
     async def test_sends_what_was_committed_since_the_last_round(self) -> None:
         drafters = FakeDrafters()
         async with drafters.link() as link:
-            assert await link.propose([*PROMPT, 4], 2, "a") == Draft((7, 8))
+            assert await link.propose([*PROMPT, 4], 2, "a") == FIRST
             assert await link.propose([*PROMPT, 4, 7, 9], 3, "b") == Draft((7, 8))
             (session,) = drafters.sessions
             assert session.opened_with == PROMPT
@@ -160,7 +162,7 @@ class TestAWorkingDrafter:
     async def test_an_empty_draft_is_no_failure(self) -> None:
         drafters = FakeDrafters([drafting()])
         async with drafters.link() as link:
-            assert await link.propose(PROMPT, 2, "") == Draft()
+            assert await link.propose(PROMPT, 2, "") == Draft(is_first=True)
             assert await link.propose(PROMPT, 2, "") == Draft((7, 8))
         assert drafters.num_attempts == 1
 
@@ -174,7 +176,7 @@ class TestADraftTree:
         drafters = FakeDrafters([tree, drafting(7, 8, parents=(-1, 0))])
         async with drafters.link() as link:
             draft = await link.propose(PROMPT, 2, "", None, 3)
-            assert draft == Draft((7, 8, 7), parent_indices=(-1, -1, 1))
+            assert draft == Draft((7, 8, 7), parent_indices=(-1, -1, 1), is_first=True)
             assert await link.propose(PROMPT, 2, "", None, 3) == Draft((7, 8))
         assert drafters.num_attempts == 1
 
@@ -224,7 +226,7 @@ class TestASlowOpening:
             assert sum(waited_ns[1:]) < 0.2e9
             drafters.may_open.set()
             await settled()
-            assert await link.propose([*PROMPT, 4, 5, 6], 2, "") == Draft((7, 8))
+            assert await link.propose([*PROMPT, 4, 5, 6], 2, "") == FIRST
             (session,) = drafters.sessions
             assert session.opened_with == PROMPT
             assert session.rounds == [([4, 5, 6], 6, 2, "")]
@@ -241,7 +243,7 @@ class TestASlowOpening:
             loop.call_later(0.04, time.sleep, 0.1)
             await link.propose(PROMPT, 2, "")
             await settled()
-            assert await link.propose(PROMPT, 2, "") == Draft((7, 8))
+            assert await link.propose(PROMPT, 2, "") == FIRST
         assert drafters.num_attempts == 1
         drafters.assert_all_closed_once()
 
@@ -255,7 +257,7 @@ class TestASlowOpening:
                     await asyncio.sleep(0.005)
             drafters.may_open.set()
             await settled()
-            assert await link.propose(PROMPT, 2, "") == Draft((7, 8))
+            assert await link.propose(PROMPT, 2, "") == FIRST
         drafters.assert_all_closed_once()
 
     async def test_an_opening_that_fails_late_counts_as_lost(self) -> None:
@@ -268,6 +270,79 @@ class TestASlowOpening:
             assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
             assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
         assert drafters.num_attempts == 1
+
+
+class TestALongFirstDraft:
+    """A session's first draft reads all the text and state so far."""
+
+    async def test_the_first_round_waits_and_it_joins_later(self) -> None:
+        done = asyncio.Event()
+
+        async def slow() -> Draft:
+            await done.wait()
+            return Draft((1, 1))
+
+        drafters = FakeDrafters([slow])
+        async with drafters.link(timeout_s=0.2) as link:
+            waited_ns = []
+            for committed in ([*PROMPT, 4], [*PROMPT, 4, 5], [*PROMPT, 4, 5]):
+                draft = await link.propose(committed, 2, "")
+                assert (draft.token_ids, draft.fallback_code) == ((), "opening")
+                waited_ns.append(draft.elapsed_ns)
+            assert waited_ns[0] >= 0.2e9
+            assert sum(waited_ns[1:]) < 0.2e9
+            done.set()
+            await settled()
+            # What it drafted at last was for the first round; the time of this one is the usual.
+            assert await link.propose([*PROMPT, 4, 5, 6], 2, "") == Draft((7, 8))
+            (session,) = drafters.sessions
+            assert session.rounds == [([4], 4, 2, ""), ([5, 6], 6, 2, "")]
+        drafters.assert_all_closed_once()
+
+    async def test_that_hangs_is_given_up_and_another_session_tried(self) -> None:
+        drafters = FakeDrafters([hang])
+        async with drafters.link(timeout_s=0.01, open_timeout_s=0.05, retry_s=0.0) as link:
+            async with asyncio.timeout(5):
+                while drafters.num_attempts < 2:
+                    assert (await link.propose(PROMPT, 2, "")).token_ids == ()
+                    await asyncio.sleep(0.005)
+            await settled()
+            assert await link.propose(PROMPT, 2, "") == FIRST
+        drafters.assert_all_closed_once()
+
+    async def test_that_fails_late_counts_as_lost(self) -> None:
+        done = asyncio.Event()
+
+        async def late() -> Draft:
+            await done.wait()
+            raise UnavailableError("gone")
+
+        drafters = FakeDrafters([late])
+        async with drafters.link(timeout_s=0.02) as link:
+            await link.propose(PROMPT, 2, "")
+            done.set()
+            await settled()
+            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
+            drafters.assert_all_closed_once()
+            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    async def test_that_is_left_is_cancelled(self) -> None:
+        cancelled = asyncio.Event()
+
+        async def forever() -> Draft:
+            try:
+                return await hang()
+            finally:
+                cancelled.set()
+
+        drafters = FakeDrafters([forever])
+        async with drafters.link(timeout_s=0.02) as link:
+            await link.propose(PROMPT, 2, "")
+            assert not cancelled.is_set()
+        assert cancelled.is_set()
+        drafters.assert_all_closed_once()
 
 
 class TestALostDrafter:
@@ -283,8 +358,9 @@ class TestALostDrafter:
         drafters.assert_all_closed_once()
 
     async def test_a_late_draft_counts_as_lost(self) -> None:
-        drafters = FakeDrafters([hang])
+        drafters = FakeDrafters([answer, hang])
         async with drafters.link(timeout_s=0.02) as link:
+            await link.propose(PROMPT, 2, "")
             draft = await link.propose(PROMPT, 2, "")
             assert draft.fallback_reason == "no draft within 0.02 s"
             assert draft.fallback_code == "deadline_exceeded"
