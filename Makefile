@@ -38,8 +38,7 @@ prometheus-rule: .venv/installed
 manifests: .venv/installed .venv/checkov/installed
 	$(BIN)/pytest -n 2 tests/deploy
 	rm -rf .venv/manifests && mkdir .venv/manifests
-	for overlay in deploy/kubernetes/overlays/*; do \
-		$(BIN)/kubectl kustomize $$overlay > .venv/manifests/$${overlay##*/}.yaml || exit 1; done
+	$(BIN)/python -m tests.deploy.manifests .venv/manifests
 	$(CHECKOV) --framework kubernetes --directory .venv/manifests
 	$(CHECKOV) --framework dockerfile --file deploy/Dockerfile
 

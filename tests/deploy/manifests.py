@@ -1,9 +1,14 @@
-"""Rendered manifests, and questions about them."""
+"""Rendered manifests, and questions about them.
+
+python -m tests.deploy.manifests FOLDER writes all of them into a folder, for checkers.
+"""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +23,10 @@ KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = tuple(sorted(path.name for path in (KUBERNETES / "overlays").iterdir()))
 CLUSTER_OVERLAYS = tuple(name for name in OVERLAYS if name != "podman")
 SERVICES = ("gateway", "verifier", "drafter")
+MORE_COMPONENTS = ("auth", "keda", "monitoring", "tls")
+"""Those a cluster may add to any overlay."""
+VARIANTS = (*OVERLAYS, *(f"{name}+all" for name in CLUSTER_OVERLAYS))
+"""Overlays as they are, and those for clusters with all components."""
 
 Object = dict[str, Any]
 
@@ -104,3 +113,31 @@ class Manifests:
 def overlay(name: str) -> Manifests:
     """An overlay as it is in the repository."""
     return Manifests(render(KUBERNETES / "overlays" / name))
+
+
+def extend(folder: Path) -> None:
+    """Copy the manifests into a new folder, each overlay with all components before its own."""
+    shutil.copytree(KUBERNETES, folder)
+    for path in folder.glob("overlays/*/kustomization.yaml"):
+        kustomization = yaml.safe_load(path.read_text())
+        if "../../base" in kustomization["resources"]:
+            more = [f"../../components/{name}" for name in MORE_COMPONENTS]
+            kustomization["components"] = [*more, *kustomization.get("components", [])]
+            path.write_text(yaml.safe_dump(kustomization))
+
+
+def variant(name: str, extended: Path) -> Manifests:
+    """One of VARIANTS; `extended` is what `extend` made."""
+    name, _, more = name.partition("+")
+    return Manifests(render(extended / "overlays" / name)) if more else overlay(name)
+
+
+def _write_all(target: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        extend(extended := Path(scratch) / "kubernetes")
+        for name in VARIANTS:
+            (target / f"{name}.yaml").write_text(variant(name, extended).text)
+
+
+if __name__ == "__main__":
+    _write_all(Path(sys.argv[1]))

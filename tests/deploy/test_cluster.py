@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import math
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
-from tests.deploy.manifests import DEPLOY, KUBERNETES, ROOT, Manifests, overlay
+from gateway.callers import TokenFile
+from specdec.cli import main
+from tests.deploy.manifests import (
+    CLUSTER_OVERLAYS,
+    DEPLOY,
+    KUBERNETES,
+    ROOT,
+    Container,
+    Manifests,
+    overlay,
+    tool,
+    variant,
+)
 from tests.deploy.policies import Peer, is_allowed
 
 METRICS = {
@@ -36,6 +53,38 @@ def pod_of(manifests: Manifests, service: str) -> dict[str, Any]:
     """The pod template that runs a service."""
     (template,) = manifests.matching_pods({f"specdec/{service}": "true"})
     return template
+
+
+def hours(duration: str) -> float:
+    """A duration of cert-manager's."""
+    assert duration.endswith("h")
+    return float(duration[:-1])
+
+
+def cpus(quantity: str) -> float:
+    """A quantity of CPUs."""
+    return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
+
+
+def mounted_secrets(container: Container) -> dict[str, dict[str, Any]]:
+    """Secrets a container sees, by folder."""
+    secrets = {one["name"]: one["secret"] for one in container.pod["volumes"] if "secret" in one}
+    mounts = container.spec["volumeMounts"]
+    return {one["mountPath"]: secrets[one["name"]] for one in mounts if one["name"] in secrets}
+
+
+def replica_limits(manifests: Manifests) -> dict[str, tuple[int, int]]:
+    """Least and most replicas by Deployment; each has one autoscaler, of either kind, at most."""
+    limits = [
+        (one["spec"]["scaleTargetRef"]["name"], (one["spec"][least], one["spec"][most]))
+        for kind, least, most in (
+            ("HorizontalPodAutoscaler", "minReplicas", "maxReplicas"),
+            ("ScaledObject", "minReplicaCount", "maxReplicaCount"),
+        )
+        for one in manifests.of(kind)
+    ]
+    assert len(dict(limits)) == len(limits)
+    return dict(limits)
 
 
 class TestSelectors:
@@ -184,6 +233,47 @@ class TestTls:
         issuers = complete.names("Issuer")
         assert all(one["spec"]["issuerRef"]["name"] in issuers for one in complete.of("Certificate"))
 
+    def test_certificates_are_renewed_in_time(self, complete: Manifests) -> None:
+        certificates = [one["spec"] for one in complete.of("Certificate")]
+        (authority,) = (one for one in certificates if one.get("isCA"))
+        leaves = [one for one in certificates if one is not authority]
+        assert len(leaves) == 3
+        for one in certificates:
+            assert hours(one["renewBefore"]) < hours(one["duration"])
+        # It signs until it is renewed; nothing it signed may outlive it, or not fit its successor's key.
+        assert all(hours(one["duration"]) < hours(authority["renewBefore"]) for one in leaves)
+        assert authority["privateKey"]["rotationPolicy"] == "Never"
+
+
+class TestAuth:
+    def test_the_gateway_takes_the_secret_the_readme_makes(self, complete: Manifests, tmp_path: Path) -> None:
+        (gateway,) = (one for one in complete.containers() if one.service == "gateway")
+        made = CliRunner().invoke(main, ["token", "alice"])
+        (tmp_path / "tokens.toml").write_text(made.stdout)
+        (line,) = re.findall(
+            r"^kubectl (create secret .*?) \|", (DEPLOY / "README.md").read_text(), re.MULTILINE
+        )
+        command = [tool("kubectl"), *line.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        secret = yaml.safe_load(done.stdout)
+        assert complete.names("Namespace") == {secret["metadata"]["namespace"]}
+        path = Path(gateway.option("AUTH_TOKENS"))
+        wanted = {"secretName": secret["metadata"]["name"]}
+        # Not optional: without its tokens a gateway must not start.
+        assert mounted_secrets(gateway)[str(path.parent)] == wanted
+        assert all(
+            wanted not in mounted_secrets(one).values()
+            for one in complete.containers()
+            if one.service != "gateway"
+        )
+        file = tmp_path / "mounted.toml"
+        file.write_bytes(base64.b64decode(secret["data"][path.name]))
+        caller = asyncio.run(
+            TokenFile(file).authenticate({"authorization": f"Bearer {made.stderr.split()[-1]}"})
+        )
+        assert caller.name == "alice"
+
 
 class TestHandles:
     def test_state_goes_by_handle_only_within_a_pod(self, manifests: Manifests) -> None:
@@ -258,6 +348,25 @@ class TestScaling:
             assert used == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
             assert used <= METRICS
 
+    @pytest.mark.parametrize("name", CLUSTER_OVERLAYS)
+    def test_limits_are_the_overlays_with_either(self, name: str, extended: Path) -> None:
+        limits = replica_limits(overlay(name))
+        assert limits
+        assert replica_limits(variant(f"{name}+all", extended)) == limits
+
+    @pytest.mark.parametrize("name", ["cpu", "cpu+all"])
+    def test_cpu_and_its_rollout_fit_a_node_of_four(self, name: str, extended: Path) -> None:
+        manifests = variant(name, extended)
+        limits = replica_limits(manifests)
+        total = 0.0
+        for deployment in manifests.of("Deployment"):
+            spec = deployment["spec"]
+            num_replicas = spec.get("replicas") or limits[deployment["metadata"]["name"]][0]
+            requests = [one["resources"]["requests"] for one in spec["template"]["spec"]["containers"]]
+            num_pods = num_replicas + spec["strategy"]["rollingUpdate"]["maxSurge"]
+            total += num_pods * sum(cpus(one["cpu"]) for one in requests)
+        assert total <= 3, "a node keeps some for itself"
+
     def test_the_adapter_knows_what_autoscalers_ask_for(self) -> None:
         rules = yaml.safe_load((DEPLOY / "prometheus" / "adapter-rules.yaml").read_text())["rules"]
         pattern = re.search(r'__name__=~"([^"]+)"', rules[0]["seriesQuery"])
@@ -298,6 +407,12 @@ class TestMonitoring:
         for one in complete.containers():
             pod = Peer(pod_of(complete, one.service)["metadata"]["labels"])
             assert is_allowed(complete, pod, Peer({}, "monitoring"), 4317)
+
+
+def test_jobs_do_not_stay_in_the_way_of_the_next_apply(cluster: Manifests) -> None:
+    """A Job's pods cannot be changed; it can be applied again once it is gone."""
+    for job in cluster.of("Job"):
+        assert job["spec"].get("ttlSecondsAfterFinished", math.inf) <= 3600
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (KUBERNETES / "components").iterdir()))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from drafter_service.config import DrafterConfig
 from gateway.config import GatewayConfig
 from specdec.channel import parse_uris
 from specdec.runtime.embedded import DEFAULT_MODEL
-from specdec.server import LIVENESS
+from specdec.server import LIVENESS, ServiceHost
 from tests.deploy.manifests import DEPLOY, SERVICES, Container, Manifests
 from verifier_service.config import VerifierConfig
 
@@ -198,3 +201,32 @@ class TestCompose:
         assert verifier["environment"]["SPECDEC_VERIFIER_KV_CACHE_MIB"] < 1024 * math.floor(
             int(verifier["shm_size"].removesuffix("gb"))
         )
+
+    async def test_health_checks_tell_who_serves(self, services: dict[str, Any]) -> None:
+        for name, service in services.items():
+            kind, program, *arguments, address = service["healthcheck"]["test"]
+            assert (kind, program) == ("CMD", "python")
+            listen = service["environment"][f"SPECDEC_{name.upper()}_LISTEN"]
+            assert address == listen.replace("0.0.0.0", "127.0.0.1")
+
+            async def is_healthy(address: str, arguments: list[str] = arguments) -> bool:
+                command = [sys.executable, *arguments, address]
+                done = await asyncio.to_thread(subprocess.run, command, capture_output=True, check=False)
+                return done.returncode == 0
+
+            host = ServiceHost(COMMANDS[name][2], lambda server: None, "127.0.0.1:0")
+            address = await host.start()
+            try:
+                assert not await is_healthy(address)
+                await host.set_serving()
+                assert await is_healthy(address)
+            finally:
+                await host.stop(grace_s=0)
+            assert not await is_healthy(address)
+
+    def test_the_drafter_starts_anew_with_the_namespaces_it_shares(self, services: dict[str, Any]) -> None:
+        assert services["drafter"]["depends_on"]["verifier"]["restart"] is True
+
+    def test_the_gateway_starts_with_all_it_calls(self, services: dict[str, Any]) -> None:
+        wanted = {name: {"condition": "service_healthy"} for name in services if name != "gateway"}
+        assert services["gateway"]["depends_on"] == wanted
