@@ -228,7 +228,8 @@ class DraftLink:
         return self._session
 
     def _note_opening(self) -> None:
-        self._reason, self._code = "the drafter is still opening", "opening"
+        still = "its first draft takes longer" if self._first_draft else "the drafter is still opening"
+        self._reason, self._code = still, "opening"
 
     def _open(self, committed_token_ids: Sequence[int]) -> None:
         self._num_sent = len(committed_token_ids)

@@ -20,12 +20,13 @@ from transformers.cache_utils import DFlashCache
 from transformers.generation.candidate_generator import DFlashTokenCandidateGenerator
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafter, DraftItem
+from drafter_service.drafters.base import Drafted, Drafter, DraftItem
 from drafter_service.drafters.dflash import DFlashDrafter
 from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
 from drafter_service.drafters.head import DraftHead
 from drafter_service.registry import FAMILIES, DrafterFactory, load_drafters
 from specdec.client import GenerateOptions
+from specdec.draft_tree import DraftTree
 from specdec.errors import InvalidArgumentError, SpecdecError
 from specdec.sampling import SamplingParams
 from specdec.target_state import StateStorage
@@ -71,7 +72,7 @@ class RecordedDFlash(DFlashDrafter):
 
     records: list[DraftRecord]
 
-    def propose(self, items: Sequence[DraftItem]) -> list[list[int] | SpecdecError]:
+    def propose(self, items: Sequence[DraftItem]) -> list[Drafted | SpecdecError]:
         head, seen = self._head, []
 
         def logits(states: Tensor, weights: Any) -> Tensor:
@@ -81,7 +82,9 @@ class RecordedDFlash(DFlashDrafter):
         head.logits = logits  # type: ignore[method-assign]
         drafts = super().propose(items)
         for item, draft in zip(items, drafts, strict=True):
-            assert isinstance(draft, list), draft
+            assert isinstance(draft, list | DraftTree), draft
+            if isinstance(draft, DraftTree):  # the gateway tries trees, where the size is its choice
+                continue
             assert item.session.state is not None
             assert item.session.state.link is not None
             committed = tuple(item.session.token_ids)

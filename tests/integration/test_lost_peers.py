@@ -228,7 +228,7 @@ async def test_a_hanging_drafter_costs_a_request_its_draft_timeout(
         result = await system.client.generate(PROMPT, GenerateOptions(method="hanging", **options))
         assert result.token_ids == expected.token_ids
         assert result.speculation.num_fallback_rounds > 0
-        assert "no draft within 0.2 s" in result.speculation.fallback_reason
+        assert "first draft takes longer" in result.speculation.fallback_reason
         assert 200 <= result.timing.total_ms < 1000
         release.set()
         await assert_healthy(system)

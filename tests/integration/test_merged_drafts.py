@@ -73,7 +73,7 @@ async def test_a_drafter_that_is_late_is_left_out(tiny_llama: Path) -> None:
         gate.open()
     assert answer.token_ids == plain.token_ids
     gated, same = answer.speculation.proposers
-    assert "no draft within 0.3 s" in gated.fallback_reason
+    assert "first draft takes longer" in gated.fallback_reason
     # The last token of all needs no draft.
     assert gated.num_fallback_rounds >= answer.speculation.num_rounds - 1
     assert (same.num_fallback_rounds, same.fallback_reason) == (0, "")

@@ -276,7 +276,7 @@ class TestUnhappyEnds:
                 await system.client.generate(PROMPT, REFUSED)
             request = await recorded.request()
             assert request.status.status_code is StatusCode.ERROR
-            assert request.status.description == caught.value.message
+            assert request.status.description == caught.value.reason
             (prefill,) = recorded.children(request)
             assert prefill.status.status_code is StatusCode.ERROR
 
