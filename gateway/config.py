@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from specdec.channel import parse_uris
 from specdec.config import ServiceConfig, require_not_negative, require_positive
 from specdec.errors import InvalidArgumentError
+from specdec.methods import AUTO
 from specdec.runtime.embedded import DEFAULT_MODEL
 
 
@@ -22,8 +23,9 @@ class GatewayConfig(ServiceConfig):
     """Drafter replicas, likewise; empty: no drafters."""
     tokenizer: str = DEFAULT_MODEL
     """Whose tokenizer and chat template to use: "default", the target's folder, or its hub id."""
-    default_method: str = "ngram"
-    """Drafter of requests that name none; "none" for plain decoding."""
+    default_method: str = AUTO
+    """Drafter of requests that name none, or several joined by +; "none": plain decoding; "auto": the first
+    that reads the target's state, or else has a model, together with n-gram if there is one."""
     default_max_new_tokens: int = 256
     """Most tokens to emit when a request does not say."""
     max_requests: int = 256

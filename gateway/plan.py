@@ -13,7 +13,7 @@ from gateway.metrics import OTHER, GatewayMetrics
 from gateway.registry import DrafterSet, VerifierSet
 from gateway.text import TextCodec, validate_stop_strings
 from specdec.errors import InvalidArgumentError
-from specdec.methods import PLAIN, drafters_of, method_of
+from specdec.methods import AUTO, NGRAM, PLAIN, drafters_of, method_of
 from specdec.sampling import (
     SamplingParams,
     validate_min_draft_confidence,
@@ -39,10 +39,25 @@ class Backends:
     controller: Controller = field(default_factory=Controller)
 
     @property
+    def known_drafters(self) -> dict[str, drafter_pb2.DrafterInfo]:
+        """Drafters by name, in the order their services have them."""
+        return {drafter.name: drafter for info in self.drafters.known_infos for drafter in info.drafters}
+
+    @property
     def methods(self) -> list[str]:
         """What a request's `method` may be."""
-        names = {drafter.name for info in self.drafters.known_infos for drafter in info.drafters}
-        return [PLAIN, *sorted(names)]
+        return [PLAIN, *sorted(self.known_drafters)]
+
+    @property
+    def default_method(self) -> str:
+        """Method of requests that name none."""
+        method = self.config.default_method
+        if method != AUTO:
+            return method if self.offers(method) or not self.drafters.is_known else PLAIN
+        # What knows most of the target guesses best; what only copies errs elsewhere and costs nothing.
+        drafters = sorted(self.known_drafters.values(), key=_ignorance)
+        copying = [drafter for drafter in drafters[1:] if drafter.family == NGRAM]
+        return method_of([drafter.name for drafter in (*drafters[:1], *copying[:1])])
 
     def offers(self, method: str) -> bool:
         """Whether a request may name that method, several drafters perhaps."""
@@ -51,7 +66,7 @@ class Backends:
     def label(self, method: str) -> str:
         """A method as label of metrics: of the drafters of a merged method the order does not matter, and one
         that may be a client's invention, since no drafter service was reached yet, is OTHER."""
-        if method != self.config.default_method and not self.offers(method):
+        if method != self.default_method and not self.offers(method):
             return OTHER
         return method_of(sorted(drafters_of(method)))
 
@@ -141,6 +156,13 @@ async def make_plan(
     return Plan(token_ids, max_new_tokens, drafting)
 
 
+def _ignorance(drafter: drafter_pb2.DrafterInfo) -> int:
+    """Rank of a drafter by what it drafts from: the target's state, a model of its own, the text alone."""
+    if drafter.HasField("target_state_spec"):
+        return 0
+    return 1 if drafter.model.model_id else 2
+
+
 def _require_shorter(token_ids: Sequence[int], context: int) -> None:
     """Refuse a prompt the verifier would refuse, before a message is made of it that is too large to send."""
     if len(token_ids) >= context:
@@ -166,7 +188,7 @@ def _plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_n
             "tokens a round.",
             field="num_draft_nodes",
         )
-    known = {drafter.name: drafter for info in backends.drafters.known_infos for drafter in info.drafters}
+    known = backends.known_drafters
     drafters = {name: known.get(name, _UNKNOWN_DRAFTER) for name in names}
     if request.HasField("num_draft_tokens"):
         return _fixed_drafts(request, method, drafters, max_num_nodes)
@@ -229,11 +251,9 @@ def _chosen_drafts(
 
 def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> str:
     """Method in effect."""
-    method = request.method or backends.config.default_method
-    if not backends.drafters.is_known or backends.offers(method):
+    method = request.method or backends.default_method
+    if not request.method or not backends.drafters.is_known or backends.offers(method):
         return method
-    if not request.method:
-        return PLAIN
     unknown = next(name for name in drafters_of(method) if name not in backends.methods[1:])
     raise InvalidArgumentError(
         f"Unknown method {unknown!r}; this gateway offers {', '.join(backends.methods)}.",

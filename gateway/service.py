@@ -136,7 +136,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         backends = self._loaded()
         await asyncio.gather(backends.verifiers.refresh(), backends.drafters.refresh())
         known = backends.verifiers.known_infos
-        default = backends.config.default_method
+        default = backends.default_method
         return gateway_pb2.GatewayServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION,
             model=known[0].model if known else None,

@@ -56,8 +56,8 @@ class SystemConfig:
 
 
 def default_drafters(model: str) -> tuple[str, ...]:
-    """Drafters of a system that names none: those that need no model, or have one for this target."""
-    return ("ngram", "mtp", "dflash") if model == DEFAULT_MODEL else ("ngram",)
+    """Drafters of a system that names none, the best first: those that need no model, or come with one."""
+    return ("dflash", "mtp", "ngram") if model == DEFAULT_MODEL else ("ngram",)
 
 
 def prepare_models(config: SystemConfig, report: Report) -> None:

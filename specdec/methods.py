@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 PLAIN = "none"
 """Plain decoding: no drafter, K = 0."""
+NGRAM = "ngram"
+"""Family of the drafter that copies from the text so far."""
+AUTO = "auto"
+"""As a default: the best of what there is."""
 _SEPARATOR = "+"
 """Between the drafters of a method that merges their proposals; no drafter's name contains it."""
 
 _DRAFTER_NAME = re.compile(r"[\w.-]{1,64}")
-_RESERVED = (PLAIN, "auto")
+_RESERVED = (PLAIN, AUTO)
 
 
 def is_drafter_name(name: str) -> bool:
