@@ -21,6 +21,10 @@ MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 KEEPALIVE_TIME_S = 30
 """A silent connection is pinged this often, so that a dead peer is noticed within a minute."""
 
+MAX_CONNECTION_AGE_S = 1800
+"""A server sends its clients away from a connection that old: they look names up again and find new replicas.
+Calls under way go on over it."""
+
 _RETIRE_AFTER_S = 10.0
 """Seconds a channel with outdated credentials still takes the calls of those that were handed it."""
 _RETIRED_GRACE_S = 24 * 3600.0
@@ -118,6 +122,7 @@ def server_options() -> list[tuple[str, Any]]:
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_S * 1000 // 2),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_concurrent_streams", 1024),
+        ("grpc.max_connection_age_ms", int(MAX_CONNECTION_AGE_S * 1000)),
     ]
 
 

@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -113,6 +115,13 @@ async def call_streaming(channel: grpc.aio.Channel, service: str) -> None:
     method = getattr(stub_type(channel), name)
     call = method(message_type()) if service == GATEWAY else method(iter([message_type()]))
     await call.read()
+
+
+def connections_to(address: str) -> set[int]:
+    """Local ports of this process's connections to a server."""
+    port = int(address.rpartition(":")[2])
+    connections = psutil.Process().net_connections("tcp")
+    return {one.laddr.port for one in connections if one.raddr and one.raddr.port == port}
 
 
 async def is_idle(system: System) -> bool:
@@ -457,6 +466,26 @@ class TestTransport:
         for local in ("127.0.0.1:1", "unix:/tmp/x"):
             assert dict(client_options(local))["grpc.enable_http_proxy"] == 0
         assert "grpc.enable_http_proxy" not in ours
+
+    async def test_connections_that_are_replaced_cost_no_request(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A server sends its clients away from an old connection; calls under way stay on it."""
+        monkeypatch.setattr("specdec.channel.MAX_CONNECTION_AGE_S", 0.3)
+        async with gated_system(tiny_llama) as (system, gate), aio_channel(system.address) as channel:
+            expected = await system.client.generate(PROMPT, replace(GATED, method="none"))
+            long = asyncio.create_task(system.client.generate(PROMPT, GATED))
+            await gate.reached()
+            connections: set[int] = set()
+            generate = gateway_pb2_grpc.GatewayServiceStub(channel).Generate
+            async with asyncio.timeout(30):
+                while len(connections) < 5:
+                    call = generate(gateway_pb2.GenerateRequest(text="a", method="none", max_new_tokens=2))
+                    assert [message async for message in call][-1].HasField("finished")
+                    connections |= connections_to(system.address)
+            assert not long.done()
+            gate.open()
+            assert (await long).token_ids == expected.token_ids
 
     async def test_messages_past_the_default_limit_pass_and_huge_ones_are_refused(
         self, tiny_llama: Path
