@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from specdec.sampling import SamplingParams
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import output_of, run_session, until, verify_stream
 from tests.systems import running_verifier
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 from tests.trees import one_path, random_tree
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -29,10 +30,13 @@ SAMPLINGS = [
 ]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def address(tiny_llama: Path) -> AsyncIterator[str]:
-    """A verifier's address; its pool must be whole when the module is done."""
-    async with running_verifier(tiny_llama) as (address, server):
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["llama", "gemma3", "gemma4"])
+async def address(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[str]:
+    """A verifier's address, two with windows of 16 tokens; its pool must be whole when the module is done."""
+    model = save_tiny_model(tmp_path_factory.mktemp("target"), request.param)
+    async with running_verifier(model) as (address, server):
         yield address
         verifier = server.servicer.verifier
         assert verifier is not None
@@ -63,6 +67,29 @@ async def test_any_tree_commits_the_same_tokens(sampling: SamplingParams, addres
     for ours, theirs in zip(logprobs, (one for result in plain for one in result.logprobs), strict=True):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert [top.token_id for top in ours.top] == [top.token_id for top in theirs.top]
+
+
+async def test_trees_of_many_sessions_share_passes(address: str) -> None:
+    batch_sizes: list[int] = []
+
+    async def session(sampling: SamplingParams, prompt: list[int]) -> None:
+        options = {"max_new_tokens": 60, "ignore_eos": True, "sampling": sampling.to_proto()}
+        output = await output_of(address, prompt, **options)
+        rng = random.Random(str(sampling))
+        async with verify_stream(address) as stream:
+            result = await stream.open(prompt, max_num_draft_nodes=12, **options)
+            while not result.finish_reason:
+                done = len(stream.token_ids) - len(prompt)
+                right = output[done : done + rng.randrange(4)]
+                tree = random_tree(rng, right, num_wrong=rng.choice([0, 3, 8]), vocab_size=VOCAB_SIZE)
+                result = await stream.round(tree.token_ids, parents=tree.parent_indices)
+                batch_sizes.append(result.timings.batch_size)
+            assert stream.token_ids[len(prompt) :] == output
+
+    # Prompts of different lengths: their blocks and windows end at different depths of the trees.
+    prompts = [PROMPT * (1 + index) for index in range(len(SAMPLINGS))]
+    await asyncio.gather(*map(session, SAMPLINGS, prompts))
+    assert max(batch_sizes) > 1
 
 
 async def test_a_tree_with_one_path_equals_the_chain_bit_for_bit(address: str) -> None:
