@@ -137,6 +137,19 @@ class StateHandle(Protocol):
         """Positions that may be read."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """What one round asks a drafter for."""
+
+    committed_token_ids: Sequence[int]
+    """Prompt and output so far."""
+    size: DraftSize
+    traceparent: str = ""
+    """Of the round's span; empty: it is not traced."""
+    target_state: StateHandle | None = None
+    """The target's, as of the last committed token but one; None: none is exported."""
+
+
 class VerifierSession(Protocol):
     """One generation on one verifier."""
 
@@ -156,16 +169,8 @@ class VerifierSession(Protocol):
 class DraftSource(Protocol):
     """Where drafts come from. Never raises: without a guess the draft is empty."""
 
-    async def propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
-        """Guess what follows the committed tokens: at most `num_draft_tokens` in a row, of a tree at most
-        `num_draft_nodes` (0: no tree) in all."""
+    async def propose(self, request: DraftRequest) -> Draft:
+        """Guess what follows the committed tokens, no more than was asked for."""
 
 
 class SizeControl(Protocol):
@@ -208,13 +213,8 @@ async def decode(
             size = control.choose(max_length - len(committed) - 1)
             draft = Draft()
             if size.num_draft_tokens > 0:
-                draft = await drafter.propose(
-                    committed,
-                    size.num_draft_tokens,
-                    span.traceparent,
-                    this.verified.target_state,
-                    size.num_draft_nodes,
-                )
+                request = DraftRequest(committed, size, span.traceparent, this.verified.target_state)
+                draft = await drafter.propose(request)
             verified = await verifier.verify(
                 len(committed), draft.token_ids, span.traceparent, draft.parent_indices
             )

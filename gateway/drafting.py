@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from gateway.decode import Draft, StateHandle
+from gateway.decode import Draft, DraftRequest, DraftSize, StateHandle
 from specdec.draft_tree import DraftTree
 from specdec.errors import (
     DeadlineExceededError,
@@ -45,15 +45,7 @@ class DrafterSession(Protocol):
     def reads_target_state(self) -> bool:
         """Whether it reads the state of the verifier's session it began with."""
 
-    async def propose(
-        self,
-        new_token_ids: Sequence[int],
-        committed_length: int,
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
+    async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
 
     async def close(self) -> None:
@@ -67,14 +59,7 @@ Connect = Callable[[Sequence[int]], Awaitable[DrafterSession]]
 class NoDrafts:
     """The draft source of plain decoding."""
 
-    async def propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
+    async def propose(self, request: DraftRequest) -> Draft:
         """No guess."""
         return Draft()
 
@@ -128,21 +113,12 @@ class DraftLink:
                 self._session = await self._opening
         await self._leave()
 
-    async def propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
+    async def propose(self, request: DraftRequest) -> Draft:
         """A draft, or an empty one that says why."""
         started_ns = time.monotonic_ns()
         try:
             async with asyncio.timeout(self._timeout_s):
-                draft = await self._propose(
-                    committed_token_ids, num_draft_tokens, traceparent, target_state, num_draft_nodes
-                )
+                draft = await self._propose(request)
         except TimeoutError:
             if self._opening or self._first_draft:
                 # Not yet a failure: the rounds go on and it may join later, even if it is done this moment.
@@ -167,17 +143,11 @@ class DraftLink:
             fallback_code=self._code,
         )
 
-    async def _propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None,
-        num_draft_nodes: int,
-    ) -> Draft | None:
+    async def _propose(self, request: DraftRequest) -> Draft | None:
         """A draft; None while there is no drafter to ask."""
-        await self._follow(target_state)
-        session = await self._ready_session(committed_token_ids)
+        await self._follow(request.target_state)
+        committed = request.committed_token_ids
+        session = await self._ready_session(committed)
         if session is None:
             return None
         if self._first_draft:
@@ -186,12 +156,8 @@ class DraftLink:
                 return None
             await self._first_draft  # for its failure; what it drafted is for a round long past
             self._first_draft = None
-        new = committed_token_ids[self._num_sent :]
-        self._num_sent = len(committed_token_ids)
-        num_committed = len(committed_token_ids)
-        coming = session.propose(
-            new, num_committed, num_draft_tokens, traceparent, target_state, num_draft_nodes
-        )
+        coming = session.propose(committed[self._num_sent :], request)
+        self._num_sent = len(committed)
         if self._is_new:
             self._is_new = False
             self._first_draft = asyncio.ensure_future(self._in_time(coming, "first draft"))
@@ -199,7 +165,7 @@ class DraftLink:
             self._first_draft = None
         else:
             draft = await coming
-        return self._checked(draft, num_draft_tokens, num_draft_nodes)
+        return self._checked(draft, request.size)
 
     async def _follow(self, target_state: StateHandle | None) -> None:
         """After a verifier was lost, leave the session that read its state for one that reads the next's."""
@@ -253,11 +219,11 @@ class DraftLink:
         if session:
             await session.close()
 
-    def _checked(self, draft: Draft, num_draft_tokens: int, num_draft_nodes: int) -> Draft:
+    def _checked(self, draft: Draft, size: DraftSize) -> Draft:
         """Refuse what the verifier would refuse: a drafter may waste time, never fail a request."""
         tree = DraftTree.of(draft.token_ids, draft.parent_indices)
-        most = num_draft_tokens if tree.is_chain else num_draft_nodes
-        if len(tree) > most or tree.depth > num_draft_tokens:
+        most = size.num_draft_tokens if tree.is_chain else size.num_draft_nodes
+        if len(tree) > most or tree.depth > size.num_draft_tokens:
             raise InvalidArgumentError(f"the drafter sent more than {most} tokens")
         if tree.token_ids and max(tree.token_ids) >= self._vocab_size:
             raise InvalidArgumentError("the drafter sent a token the target does not have")

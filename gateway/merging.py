@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gateway.controller import Mean
-from gateway.decode import Draft, DraftSource, Proposal, StateHandle
+from gateway.decode import Draft, DraftRequest, DraftSource, Proposal
 from specdec.draft_tree import merge
 
 _PATIENCE = 3.0
@@ -63,28 +63,18 @@ class MergedDrafts:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
 
-    async def propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
+    async def propose(self, request: DraftRequest) -> Draft:
         """A tree of everyone's proposals, or an empty draft that says why there are none.
 
         With a budget of nodes each may propose a tree as large as the merged one, without one a chain.
         """
         started_ns = time.monotonic_ns()
-        committed = tuple(committed_token_ids)  # a late drafter reads it while the rounds go on
-        drafts = await asyncio.gather(
-            *(
-                _ask(one, committed, num_draft_tokens, traceparent, target_state, num_draft_nodes)
-                for one in self._sources
-            )
-        )
+        # A late drafter reads them while the rounds go on.
+        request = replace(request, committed_token_ids=tuple(request.committed_token_ids))
+        drafts = await asyncio.gather(*(_ask(one, request) for one in self._sources))
         elapsed_ns = time.monotonic_ns() - started_ns
-        tree, nodes = merge([draft.tree for draft in drafts], num_draft_nodes or self._max_num_nodes)
+        budget = request.size.num_draft_nodes or self._max_num_nodes
+        tree, nodes = merge([draft.tree for draft in drafts], budget)
         proposals = tuple(
             Proposal(one.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)
             for one, draft, mine in zip(self._sources, drafts, nodes, strict=True)
@@ -104,22 +94,14 @@ class MergedDrafts:
         )
 
 
-async def _ask(
-    one: NamedSource,
-    committed_token_ids: Sequence[int],
-    num_draft_tokens: int,
-    traceparent: str,
-    target_state: StateHandle | None,
-    num_draft_nodes: int,
-) -> Draft:
+async def _ask(one: NamedSource, request: DraftRequest) -> Draft:
     """One drafter's draft, or an empty one if it is late."""
     if one.pending and not one.pending.done():
         return Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
     started = time.monotonic()
-    length = min(num_draft_tokens, one.num_draft_tokens)
-    one.pending = task = asyncio.ensure_future(
-        one.source.propose(committed_token_ids, length, traceparent, target_state, num_draft_nodes)
-    )
+    length = min(request.size.num_draft_tokens, one.num_draft_tokens)
+    own = replace(request, size=replace(request.size, num_draft_tokens=length))
+    one.pending = task = asyncio.ensure_future(one.source.propose(own))
     task.add_done_callback(lambda _: one.usual_s.add(time.monotonic() - started))
     patience_s = one.patience_s
     await asyncio.wait({task}, timeout=patience_s)

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from gateway.decode import Draft, StateHandle, TokenLogprobs, Verified
+from gateway.decode import Draft, DraftRequest, StateHandle, TokenLogprobs, Verified
 from specdec.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -238,26 +238,19 @@ class RemoteDrafterSession:
             vocabulary_fingerprint=message.handshake.vocabulary_fingerprint,
         )
 
-    async def propose(
-        self,
-        new_token_ids: Sequence[int],
-        committed_length: int,
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
+    async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
+        num_draft_tokens, num_draft_nodes = request.size.num_draft_tokens, request.size.num_draft_nodes
         message = drafter_pb2.DraftRound(
             committed_token_ids=new_token_ids,
-            committed_length=committed_length,
+            committed_length=len(request.committed_token_ids),
             # The plan may have been made when no replica had told its limits.
             num_draft_tokens=min(num_draft_tokens, self._drafter.max_num_draft_tokens or num_draft_tokens),
-            target_state=self._state_message(target_state) if self.reads_target_state else None,
+            target_state=self._state_message(request.target_state) if self.reads_target_state else None,
             num_draft_nodes=min(num_draft_nodes, self._drafter.max_num_draft_nodes),
         )
-        request = drafter_pb2.DraftRequest(round=message, traceparent=traceparent)
-        response, elapsed_ns = await self._stream.exchange(request)
+        round_message = drafter_pb2.DraftRequest(round=message, traceparent=request.traceparent)
+        response, elapsed_ns = await self._stream.exchange(round_message)
         result = response.result
         # One token too many is refused as a million are, which would only take memory and time.
         most = max(num_draft_tokens, num_draft_nodes) + 1

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from gateway.controller import FixedSize
-from gateway.decode import Draft, DraftSize, Round, StateHandle, Verified, decode
+from gateway.decode import Draft, DraftRequest, DraftSize, Round, Verified, decode
 from gateway.tracing import RequestTrace
 from specdec.draft_tree import DraftTree
 from specdec.errors import UnavailableError
@@ -66,16 +66,10 @@ class FakeDrafter:
         self.is_right = is_right
         self.calls: list[tuple[list[int], int, str]] = []
 
-    async def propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
-        self.calls.append((list(committed_token_ids), num_draft_tokens, traceparent))
-        start = len(committed_token_ids) - len(PROMPT)
+    async def propose(self, request: DraftRequest) -> Draft:
+        num_draft_tokens = request.size.num_draft_tokens
+        self.calls.append((list(request.committed_token_ids), num_draft_tokens, request.traceparent))
+        start = len(request.committed_token_ids) - len(PROMPT)
         stop = min(start + num_draft_tokens, len(self.output))
         right = [*self.is_right, *[True] * len(self.output)]
         return Draft(tuple(self.output[at] if right[at] else WRONG for at in range(start, stop)))
@@ -84,15 +78,8 @@ class FakeDrafter:
 class NoGuess(FakeDrafter):
     """Never has one."""
 
-    async def propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
-        await super().propose(committed_token_ids, num_draft_tokens, traceparent, target_state)
+    async def propose(self, request: DraftRequest) -> Draft:
+        await super().propose(request)
         return Draft(fallback_reason="no idea")
 
 
@@ -120,17 +107,10 @@ async def run(
 
 async def test_a_tree_commits_its_accepted_path() -> None:
     class TreeDrafter(FakeDrafter):
-        async def propose(
-            self,
-            committed_token_ids: Sequence[int],
-            num_draft_tokens: int,
-            traceparent: str,
-            target_state: StateHandle | None = None,
-            num_draft_nodes: int = 0,
-        ) -> Draft:
-            assert num_draft_nodes == 9
-            done = len(committed_token_ids) - len(PROMPT)
-            right = self.output[done : done + num_draft_tokens]
+        async def propose(self, request: DraftRequest) -> Draft:
+            assert request.size.num_draft_nodes == 9
+            done = len(request.committed_token_ids) - len(PROMPT)
+            right = self.output[done : done + request.size.num_draft_tokens]
             nodes, tip = [(-1, WRONG)], -1
             for token in right:
                 nodes += [(tip, token), (tip, WRONG - 1)]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.decode import Draft, StateHandle
+from gateway.decode import Draft, DraftRequest, DraftSize
 from gateway.drafting import DraftLink, NoDrafts
 from specdec.errors import (
     FailedPreconditionError,
@@ -27,6 +27,13 @@ PROMPT = [1, 2, 3]
 NEVER_S = 3600.0
 FIRST = Draft((7, 8), is_first=True)
 """What a session's first round gets, unless told otherwise."""
+
+
+def ask(
+    committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str = "", num_draft_nodes: int = 0
+) -> DraftRequest:
+    """What a round asks for."""
+    return DraftRequest(committed_token_ids, DraftSize(num_draft_tokens, num_draft_nodes), traceparent)
 
 
 async def answer() -> Draft:
@@ -63,16 +70,9 @@ class FakeSession:
         self.rounds: list[tuple[list[int], int, int, str]] = []
         self.num_closed = 0
 
-    async def propose(
-        self,
-        new_token_ids: Sequence[int],
-        committed_length: int,
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
-        self.rounds.append((list(new_token_ids), committed_length, num_draft_tokens, traceparent))
+    async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
+        length, size = len(request.committed_token_ids), request.size
+        self.rounds.append((list(new_token_ids), length, size.num_draft_tokens, request.traceparent))
         return await (self.script.pop(0) if self.script else answer)()
 
     async def close(self) -> None:
@@ -146,8 +146,8 @@ class TestAWorkingDrafter:
     async def test_sends_what_was_committed_since_the_last_round(self) -> None:
         drafters = FakeDrafters()
         async with drafters.link() as link:
-            assert await link.propose([*PROMPT, 4], 2, "a") == FIRST
-            assert await link.propose([*PROMPT, 4, 7, 9], 3, "b") == Draft((7, 8))
+            assert await link.propose(ask([*PROMPT, 4], 2, "a")) == FIRST
+            assert await link.propose(ask([*PROMPT, 4, 7, 9], 3, "b")) == Draft((7, 8))
             (session,) = drafters.sessions
             assert session.opened_with == PROMPT
             assert session.rounds == [([4], 4, 2, "a"), ([7, 9], 6, 3, "b")]
@@ -162,12 +162,12 @@ class TestAWorkingDrafter:
     async def test_an_empty_draft_is_no_failure(self) -> None:
         drafters = FakeDrafters([drafting()])
         async with drafters.link() as link:
-            assert await link.propose(PROMPT, 2, "") == Draft(is_first=True)
-            assert await link.propose(PROMPT, 2, "") == Draft((7, 8))
+            assert await link.propose(ask(PROMPT, 2)) == Draft(is_first=True)
+            assert await link.propose(ask(PROMPT, 2)) == Draft((7, 8))
         assert drafters.num_attempts == 1
 
     async def test_no_drafts_is_the_source_of_plain_decoding(self) -> None:
-        assert await NoDrafts().propose(PROMPT, 4, "") == Draft()
+        assert await NoDrafts().propose(ask(PROMPT, 4)) == Draft()
 
 
 class TestADraftTree:
@@ -175,9 +175,9 @@ class TestADraftTree:
         tree = drafting(7, 8, 7, parents=(-1, -1, 1))
         drafters = FakeDrafters([tree, drafting(7, 8, parents=(-1, 0))])
         async with drafters.link() as link:
-            draft = await link.propose(PROMPT, 2, "", None, 3)
+            draft = await link.propose(ask(PROMPT, 2, num_draft_nodes=3))
             assert draft == Draft((7, 8, 7), parent_indices=(-1, -1, 1), is_first=True)
-            assert await link.propose(PROMPT, 2, "", None, 3) == Draft((7, 8))
+            assert await link.propose(ask(PROMPT, 2, num_draft_nodes=3)) == Draft((7, 8))
         assert drafters.num_attempts == 1
 
     @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ class TestADraftTree:
     ) -> None:
         drafters = FakeDrafters([draft])
         async with drafters.link() as link:
-            checked = await link.propose(PROMPT, 2, "", None, 3)
+            checked = await link.propose(ask(PROMPT, 2, num_draft_nodes=3))
             assert fragment in checked.fallback_reason
             assert bool(checked.token_ids) == (not fragment)
         drafters.assert_all_closed_once()
@@ -206,7 +206,7 @@ class TestADraftTree:
     async def test_that_nobody_asked_for_is_refused(self) -> None:
         drafters = FakeDrafters([drafting(7, 8, parents=(-1, -1))])
         async with drafters.link() as link:
-            assert (await link.propose(PROMPT, 2, "")).fallback_reason
+            assert (await link.propose(ask(PROMPT, 2))).fallback_reason
 
 
 class TestASlowOpening:
@@ -216,7 +216,7 @@ class TestASlowOpening:
         async with drafters.link(timeout_s=0.2) as link:
             waited_ns = []
             for committed in ([*PROMPT, 4], [*PROMPT, 4, 5], [*PROMPT, 4, 5]):
-                draft = await link.propose(committed, 2, "")
+                draft = await link.propose(ask(committed, 2))
                 assert draft.token_ids == ()
                 assert draft.fallback_reason == "the drafter is still opening"
                 assert draft.fallback_code == "opening"
@@ -226,7 +226,7 @@ class TestASlowOpening:
             assert sum(waited_ns[1:]) < 0.2e9
             drafters.may_open.set()
             await settled()
-            assert await link.propose([*PROMPT, 4, 5, 6], 2, "") == FIRST
+            assert await link.propose(ask([*PROMPT, 4, 5, 6], 2)) == FIRST
             (session,) = drafters.sessions
             assert session.opened_with == PROMPT
             assert session.rounds == [([4, 5, 6], 6, 2, "")]
@@ -241,9 +241,9 @@ class TestASlowOpening:
             # A busy loop finds both due at once: first the opening, then the timeout.
             loop.call_later(0.05, drafters.may_open.set)
             loop.call_later(0.04, time.sleep, 0.1)
-            await link.propose(PROMPT, 2, "")
+            await link.propose(ask(PROMPT, 2))
             await settled()
-            assert await link.propose(PROMPT, 2, "") == FIRST
+            assert await link.propose(ask(PROMPT, 2)) == FIRST
         assert drafters.num_attempts == 1
         drafters.assert_all_closed_once()
 
@@ -253,22 +253,22 @@ class TestASlowOpening:
         async with drafters.link(timeout_s=0.01, open_timeout_s=0.05, retry_s=0.0) as link:
             async with asyncio.timeout(5):
                 while drafters.num_attempts < 2:
-                    assert (await link.propose(PROMPT, 2, "")).token_ids == ()
+                    assert (await link.propose(ask(PROMPT, 2))).token_ids == ()
                     await asyncio.sleep(0.005)
             drafters.may_open.set()
             await settled()
-            assert await link.propose(PROMPT, 2, "") == FIRST
+            assert await link.propose(ask(PROMPT, 2)) == FIRST
         drafters.assert_all_closed_once()
 
     async def test_an_opening_that_fails_late_counts_as_lost(self) -> None:
         drafters = FakeDrafters(UnavailableError("gone"))
         drafters.may_open.clear()
         async with drafters.link(timeout_s=0.02) as link:
-            await link.propose(PROMPT, 2, "")
+            await link.propose(ask(PROMPT, 2))
             drafters.may_open.set()
             await settled()
-            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
-            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
+            assert (await link.propose(ask(PROMPT, 2))).fallback_reason == "gone"
+            assert (await link.propose(ask(PROMPT, 2))).fallback_reason == "gone"
         assert drafters.num_attempts == 1
 
 
@@ -286,7 +286,7 @@ class TestALongFirstDraft:
         async with drafters.link(timeout_s=0.2) as link:
             waited_ns = []
             for committed in ([*PROMPT, 4], [*PROMPT, 4, 5], [*PROMPT, 4, 5]):
-                draft = await link.propose(committed, 2, "")
+                draft = await link.propose(ask(committed, 2))
                 assert (draft.token_ids, draft.fallback_code) == ((), "opening")
                 waited_ns.append(draft.elapsed_ns)
             assert waited_ns[0] >= 0.2e9
@@ -294,7 +294,7 @@ class TestALongFirstDraft:
             done.set()
             await settled()
             # What it drafted at last was for the first round; the time of this one is the usual.
-            assert await link.propose([*PROMPT, 4, 5, 6], 2, "") == Draft((7, 8))
+            assert await link.propose(ask([*PROMPT, 4, 5, 6], 2)) == Draft((7, 8))
             (session,) = drafters.sessions
             assert session.rounds == [([4], 4, 2, ""), ([5, 6], 6, 2, "")]
         drafters.assert_all_closed_once()
@@ -304,10 +304,10 @@ class TestALongFirstDraft:
         async with drafters.link(timeout_s=0.01, open_timeout_s=0.05, retry_s=0.0) as link:
             async with asyncio.timeout(5):
                 while drafters.num_attempts < 2:
-                    assert (await link.propose(PROMPT, 2, "")).token_ids == ()
+                    assert (await link.propose(ask(PROMPT, 2))).token_ids == ()
                     await asyncio.sleep(0.005)
             await settled()
-            assert await link.propose(PROMPT, 2, "") == FIRST
+            assert await link.propose(ask(PROMPT, 2)) == FIRST
         drafters.assert_all_closed_once()
 
     async def test_that_fails_late_counts_as_lost(self) -> None:
@@ -319,12 +319,12 @@ class TestALongFirstDraft:
 
         drafters = FakeDrafters([late])
         async with drafters.link(timeout_s=0.02) as link:
-            await link.propose(PROMPT, 2, "")
+            await link.propose(ask(PROMPT, 2))
             done.set()
             await settled()
-            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
+            assert (await link.propose(ask(PROMPT, 2))).fallback_reason == "gone"
             drafters.assert_all_closed_once()
-            assert (await link.propose(PROMPT, 2, "")).fallback_reason == "gone"
+            assert (await link.propose(ask(PROMPT, 2))).fallback_reason == "gone"
         assert drafters.num_attempts == 1
         drafters.assert_all_closed_once()
 
@@ -339,7 +339,7 @@ class TestALongFirstDraft:
 
         drafters = FakeDrafters([forever])
         async with drafters.link(timeout_s=0.02) as link:
-            await link.propose(PROMPT, 2, "")
+            await link.propose(ask(PROMPT, 2))
             assert not cancelled.is_set()
         assert cancelled.is_set()
         drafters.assert_all_closed_once()
@@ -349,9 +349,9 @@ class TestALostDrafter:
     async def test_the_loss_is_named_until_there_is_another(self) -> None:
         drafters = FakeDrafters([answer, failing(UnavailableError("the drafter was lost"))])
         async with drafters.link() as link:
-            assert (await link.propose(PROMPT, 2, "")).token_ids == (7, 8)
+            assert (await link.propose(ask(PROMPT, 2))).token_ids == (7, 8)
             for _ in range(3):
-                draft = await link.propose(PROMPT, 2, "")
+                draft = await link.propose(ask(PROMPT, 2))
                 assert (draft.token_ids, draft.fallback_reason) == ((), "the drafter was lost")
             drafters.assert_all_closed_once()
         assert drafters.num_attempts == 1
@@ -360,12 +360,12 @@ class TestALostDrafter:
     async def test_a_late_draft_counts_as_lost(self) -> None:
         drafters = FakeDrafters([answer, hang])
         async with drafters.link(timeout_s=0.02) as link:
-            await link.propose(PROMPT, 2, "")
-            draft = await link.propose(PROMPT, 2, "")
+            await link.propose(ask(PROMPT, 2))
+            draft = await link.propose(ask(PROMPT, 2))
             assert draft.fallback_reason == "no draft within 0.02 s"
             assert draft.fallback_code == "deadline_exceeded"
             drafters.assert_all_closed_once()
-            assert (await link.propose(PROMPT, 2, "")).token_ids == ()
+            assert (await link.propose(ask(PROMPT, 2))).token_ids == ()
         assert drafters.num_attempts == 1
         drafters.assert_all_closed_once()
 
@@ -375,11 +375,11 @@ class TestALostDrafter:
     async def test_another_session_gets_all_that_is_committed_by_then(self, error: SpecdecError) -> None:
         drafters = FakeDrafters([answer, failing(error)])
         async with drafters.link(retry_s=0.0) as link:
-            await link.propose([*PROMPT, 4], 2, "")
-            assert (await link.propose([*PROMPT, 4, 5], 2, "")).token_ids == ()
-            assert (await link.propose([*PROMPT, 4, 5, 6], 2, "")).token_ids == ()
+            await link.propose(ask([*PROMPT, 4], 2))
+            assert (await link.propose(ask([*PROMPT, 4, 5], 2))).token_ids == ()
+            assert (await link.propose(ask([*PROMPT, 4, 5, 6], 2))).token_ids == ()
             await settled()
-            assert (await link.propose([*PROMPT, 4, 5, 6, 7, 8, 9], 2, "")).token_ids == (7, 8)
+            assert (await link.propose(ask([*PROMPT, 4, 5, 6, 7, 8, 9], 2))).token_ids == (7, 8)
             _, second = drafters.sessions
             assert second.opened_with == [*PROMPT, 4, 5, 6]
             assert second.rounds == [([7, 8, 9], 9, 2, "")]
@@ -392,7 +392,7 @@ class TestALostDrafter:
         attempted_at: list[float] = []
         async with drafters.link(retry_s=pause_s) as link, asyncio.timeout(10):
             while drafters.num_attempts < 5:
-                await link.propose(PROMPT, 2, "")
+                await link.propose(ask(PROMPT, 2))
                 await settled()
                 if drafters.num_attempts > len(attempted_at):
                     attempted_at.append(time.monotonic())
@@ -420,7 +420,7 @@ class TestALostDrafter:
         drafters = FakeDrafters([failing(error)] if is_open else error)
         async with drafters.link(retry_s=0.0) as link:
             for _ in range(5):
-                draft = await link.propose(PROMPT, 2, "")
+                draft = await link.propose(ask(PROMPT, 2))
                 assert (draft.token_ids, draft.fallback_reason) == ((), error.message)
         assert drafters.num_attempts == 1
         drafters.assert_all_closed_once()
@@ -436,17 +436,17 @@ class TestAWrongDrafter:
     ) -> None:
         drafters = FakeDrafters([drafting(*token_ids)])
         async with drafters.link(retry_s=0.0) as link:
-            draft = await link.propose(PROMPT, 2, "")
+            draft = await link.propose(ask(PROMPT, 2))
             assert draft.token_ids == ()
             assert reason in draft.fallback_reason
             drafters.assert_all_closed_once()
-            assert (await link.propose(PROMPT, 2, "")).token_ids == ()
+            assert (await link.propose(ask(PROMPT, 2))).token_ids == ()
         assert drafters.num_attempts == 1
 
     async def test_the_most_and_the_last_token_are_fine(self) -> None:
         drafters = FakeDrafters([drafting(VOCAB_SIZE - 1, 0)])
         async with drafters.link() as link:
-            assert (await link.propose(PROMPT, 2, "")).token_ids == (VOCAB_SIZE - 1, 0)
+            assert (await link.propose(ask(PROMPT, 2))).token_ids == (VOCAB_SIZE - 1, 0)
 
 
 class TestLeaving:
@@ -483,7 +483,7 @@ class TestLeaving:
     async def test_after_a_loss(self) -> None:
         drafters = FakeDrafters([failing(UnavailableError("gone"))])
         async with drafters.link() as link:
-            await link.propose(PROMPT, 2, "")
+            await link.propose(ask(PROMPT, 2))
         drafters.assert_all_closed_once()
 
     async def test_when_the_request_is_cancelled_during_a_draft(self) -> None:
@@ -491,7 +491,7 @@ class TestLeaving:
 
         async def request() -> None:
             async with drafters.link() as link:
-                await link.propose(PROMPT, 2, "")
+                await link.propose(ask(PROMPT, 2))
 
         task = asyncio.create_task(request())
         await until(lambda: bool(drafters.sessions and drafters.sessions[0].rounds))
@@ -506,7 +506,7 @@ class TestLeaving:
 
         async def request() -> None:
             async with drafters.link() as link:
-                await link.propose(PROMPT, 2, "")
+                await link.propose(ask(PROMPT, 2))
 
         task = asyncio.create_task(request())
         await until(lambda: drafters.num_attempts == 1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 
-from gateway.decode import Draft, Proposal, StateHandle
+from gateway.decode import Draft, DraftRequest, DraftSize, Proposal
 from gateway.merging import MergedDrafts, NamedSource
 
 PROMPT = [1, 2, 3]
+
+
+def ask(num_draft_tokens: int, num_draft_nodes: int = 0) -> DraftRequest:
+    """What a round asks for."""
+    return DraftRequest(PROMPT, DraftSize(num_draft_tokens, num_draft_nodes), "trace")
 
 
 class Source:
@@ -20,16 +24,9 @@ class Source:
         self.delay_s = delay_s
         self.asked: list[tuple[int, int]] = []
 
-    async def propose(
-        self,
-        committed_token_ids: Sequence[int],
-        num_draft_tokens: int,
-        traceparent: str,
-        target_state: StateHandle | None = None,
-        num_draft_nodes: int = 0,
-    ) -> Draft:
-        assert (list(committed_token_ids), traceparent) == (PROMPT, "trace")
-        self.asked.append((num_draft_tokens, num_draft_nodes))
+    async def propose(self, request: DraftRequest) -> Draft:
+        assert (list(request.committed_token_ids), request.traceparent) == (PROMPT, "trace")
+        self.asked.append((request.size.num_draft_tokens, request.size.num_draft_nodes))
         await asyncio.sleep(self.delay_s)
         return self.draft
 
@@ -44,36 +41,36 @@ def merged(*sources: Source, max_num_nodes: int = 8) -> MergedDrafts:
 
 async def test_proposals_become_one_tree() -> None:
     left, right = Source(Draft((7, 8))), Source(Draft((7, 9, 5), parent_indices=(-1, 0, -1)))
-    draft = await merged(left, right).propose(PROMPT, 4, "trace", None, 8)
+    draft = await merged(left, right).propose(ask(4, 8))
     assert (draft.token_ids, draft.parent_indices) == ((7, 8, 9, 5), (-1, 0, 0, -1))
     assert draft.proposals == (Proposal("a", frozenset({0, 1})), Proposal("b", frozenset({0, 2, 3})))
     assert draft.fallback_reason == ""
 
 
 async def test_equal_proposals_are_a_chain() -> None:
-    draft = await merged(Source(Draft((7, 8))), Source(Draft((7, 8, 9)))).propose(PROMPT, 4, "trace", None, 8)
+    draft = await merged(Source(Draft((7, 8))), Source(Draft((7, 8, 9)))).propose(ask(4, 8))
     assert (draft.token_ids, draft.parent_indices) == ((7, 8, 9), ())
 
 
 async def test_each_is_asked_for_what_it_can_and_trees_only_where_they_are_wanted() -> None:
     left, right = Source(Draft()), Source(Draft())
-    await merged(left, right).propose(PROMPT, 4, "trace")
-    await merged(left, right).propose(PROMPT, 1, "trace", None, 6)
+    await merged(left, right).propose(ask(4))
+    await merged(left, right).propose(ask(1, 6))
     assert (left.asked, right.asked) == ([(2, 0), (1, 6)], [(3, 0), (1, 6)])
 
 
 async def test_the_budget_is_shared() -> None:
     sources = Source(Draft((1, 2, 3))), Source(Draft((4, 5, 6)))
-    draft = await merged(*sources, max_num_nodes=4).propose(PROMPT, 4, "trace")
+    draft = await merged(*sources, max_num_nodes=4).propose(ask(4))
     assert (draft.token_ids, draft.parent_indices) == ((1, 4, 2, 5), (-1, -1, 0, 1))
-    draft = await merged(*sources).propose(PROMPT, 4, "trace", None, 3)
+    draft = await merged(*sources).propose(ask(4, 3))
     assert (draft.token_ids, draft.parent_indices) == ((1, 4, 2), (-1, -1, 0))
 
 
 async def test_they_are_asked_at_once() -> None:
     started = time.monotonic()
     slow = [Source(Draft((at,), server_ns=10**7), delay_s=0.2) for at in (7, 8, 9)]
-    draft = await merged(*slow).propose(PROMPT, 4, "trace", None, 8)
+    draft = await merged(*slow).propose(ask(4, 8))
     assert time.monotonic() - started < 0.4
     assert draft.token_ids == (7, 8, 9)
     assert draft.server_ns == 10**7 < 2 * 10**8 <= draft.elapsed_ns
@@ -83,31 +80,29 @@ async def test_one_that_stalls_is_left_out_until_it_is_done() -> None:
     quick, slow = Source(Draft((7,))), Source(Draft((8,)))
     async with merged(quick, slow) as drafts:
         for _ in range(3):
-            assert (await drafts.propose(PROMPT, 4, "trace")).token_ids == (7, 8)
+            assert (await drafts.propose(ask(4))).token_ids == (7, 8)
         slow.delay_s = 1.0
         slow.draft = Draft((9,))
-        late = await drafts.propose(PROMPT, 4, "trace")
+        late = await drafts.propose(ask(4))
         assert late.token_ids == (7,)
         assert "no draft within 0.25 s" in late.proposals[1].fallback_reason
         assert late.proposals[1].fallback_code == "deadline_exceeded"
         assert late.elapsed_ns < 9 * 10**8
         num_asked = len(slow.asked)
-        busy = await drafts.propose(PROMPT, 4, "trace")
+        busy = await drafts.propose(ask(4))
         assert busy.proposals[1].fallback_reason == "it still drafts for an earlier round"
         assert busy.proposals[1].fallback_code == "busy"
         assert (busy.token_ids, len(slow.asked)) == ((7,), num_asked)
         await asyncio.sleep(1.2)
         slow.delay_s = 0.0
-        assert (await drafts.propose(PROMPT, 4, "trace")).token_ids == (7, 9)
+        assert (await drafts.propose(ask(4))).token_ids == (7, 9)
         slow.delay_s = 60.0
-        await drafts.propose(PROMPT, 4, "trace")
+        await drafts.propose(ask(4))
     assert asyncio.all_tasks() == {asyncio.current_task()}, "what was under way ends with the block"
 
 
 async def test_whoever_has_nothing_is_left_out_and_its_reason_kept() -> None:
-    draft = await merged(Source(Draft(fallback_reason="late")), Source(Draft((7,)))).propose(
-        PROMPT, 4, "trace", None, 8
-    )
+    draft = await merged(Source(Draft(fallback_reason="late")), Source(Draft((7,)))).propose(ask(4, 8))
     assert draft.token_ids == (7,)
     assert draft.fallback_reason == ""
     assert draft.proposals == (Proposal("a", fallback_reason="late"), Proposal("b", frozenset({0})))
@@ -115,7 +110,7 @@ async def test_whoever_has_nothing_is_left_out_and_its_reason_kept() -> None:
 
 async def test_without_any_proposal_all_reasons_are_given() -> None:
     lost = [Source(Draft(fallback_reason=reason)) for reason in ("late", "gone")]
-    draft = await merged(*lost).propose(PROMPT, 4, "trace", None, 8)
+    draft = await merged(*lost).propose(ask(4, 8))
     assert (draft.token_ids, draft.fallback_reason) == ((), "a: late; b: gone")
-    draft = await merged(Source(Draft()), Source(Draft())).propose(PROMPT, 4, "trace", None, 8)
+    draft = await merged(Source(Draft()), Source(Draft())).propose(ask(4, 8))
     assert (draft.token_ids, draft.fallback_reason) == ((), "")
