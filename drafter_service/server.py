@@ -11,7 +11,7 @@ from drafter_service.host import DrafterHost
 from drafter_service.registry import FAMILIES, DrafterFactory, load_drafters
 from drafter_service.service import SERVICE_NAME, DrafterServicer
 from specdec.runtime.engine import ModelThread
-from specdec.server import ServiceHost, run_service
+from specdec.server import ServiceHost, SessionRules, run_service
 from specdec.telemetry import Telemetry
 from specdec.v1 import drafter_pb2_grpc
 
@@ -30,7 +30,9 @@ class DrafterServer:
         self._thread = ModelThread(SERVICE_NAME)
         self._families = families
         self._outgoing_tls = config.outgoing_tls()
-        self.servicer = DrafterServicer(telemetry)
+        self.servicer = DrafterServicer(
+            telemetry, SessionRules(config.session_callers, config.idle_timeout_s)
+        )
         register = partial(drafter_pb2_grpc.add_DrafterServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(
             SERVICE_NAME,

@@ -18,7 +18,7 @@ from specdec.errors import FailedPreconditionError, UnavailableError
 from specdec.handshake import check_handshake, make_handshake
 from specdec.runtime.engine import EngineResult
 from specdec.sampling import SamplingParams
-from specdec.server import send
+from specdec.server import SessionRules, send
 from specdec.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
@@ -31,7 +31,8 @@ DraftContext = grpc.aio.ServicerContext[drafter_pb2.DraftRequest, drafter_pb2.Dr
 class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
     """Serves drafters once they are loaded."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, rules: SessionRules) -> None:
+        self._rules = rules
         self.host: DrafterHost | None = None
         self._tracer = telemetry.tracer
         self.metrics = DrafterMetrics(telemetry.meter)
@@ -46,7 +47,9 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
     ) -> None:
         """One session: an open, then rounds."""
         host = self._loaded()
-        request = await anext(requests, None)
+        self._rules.admit(context)
+        messages = self._rules.messages(requests)
+        request = await anext(messages, None)
         if request is None:
             return
         if request.WhichOneof("message") != "open":
@@ -69,7 +72,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 timings=common_pb2.PhaseTimings(total_ns=time.monotonic_ns() - arrived_ns),
             )
             await send(context, drafter_pb2.DraftResponse(opened=opened))
-            async for request in requests:
+            async for request in messages:
                 result = await self._round(host, drafter, session, request)
                 await send(context, drafter_pb2.DraftResponse(result=result))
 

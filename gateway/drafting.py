@@ -18,6 +18,7 @@ from specdec.errors import (
     InternalError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     SpecdecError,
     UnavailableError,
     UnimplementedError,
@@ -34,7 +35,13 @@ _OPEN_TIMEOUT_S = 60.0
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _MAX_REASON_LENGTH = 500
-_PERMANENT = (FailedPreconditionError, InvalidArgumentError, NotFoundError, UnimplementedError)
+_PERMANENT = (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnimplementedError,
+)
 """Errors another try would meet again."""
 
 

@@ -98,6 +98,12 @@ class ModelServiceConfig(ServiceConfig):
     """Memory of a model's KV pool, MiB; allocated at start, never more."""
     max_sessions: int = 64
     """Most sessions at a time."""
+    tls_session_callers: str = ""
+    """DNS names, separated by commas, one of which a caller's certificate must carry to open a session, the
+    gateways' that is; empty: any that --tls-client-authorities signed will do. Others may still ask what the
+    service is, and read target state by a session's id."""
+    idle_timeout_s: float = 300.0
+    """How long a session may go without a message, seconds; then it ends and its memory is free."""
     max_num_draft_tokens: int = 64
     """Most draft tokens in one round."""
     prefill_chunk_tokens: int = 128
@@ -123,12 +129,23 @@ class ModelServiceConfig(ServiceConfig):
             self,
             "kv_cache_mib",
             "max_sessions",
+            "idle_timeout_s",
             "max_num_draft_tokens",
             "prefill_chunk_tokens",
             "max_batch_tokens",
         )
         require_not_negative(self, "drain_grace_s", "threads")
         require_choice(self, "target_state", TARGET_STATE_MODES)
+        if self.tls_session_callers and not self.tls_client_authorities:
+            raise InvalidArgumentError(
+                "--tls-session-callers needs callers with certificates; give --tls-client-authorities.",
+                field="tls_session_callers",
+            )
+
+    @property
+    def session_callers(self) -> frozenset[str]:
+        """Names one of which a certificate must carry; empty: any will do."""
+        return frozenset(self.tls_session_callers.replace(",", " ").split())
 
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")

@@ -6,6 +6,7 @@ SpecdecError
 ├── NotFoundError               no such drafter, session or model
 ├── ResourceExhaustedError      pool, slots or message size; `retry_after_s` says when to try again
 ├── UnauthenticatedError        no or wrong credentials
+├── PermissionDeniedError       right credentials, of someone who may not do this
 ├── UnavailableError            a service is loading, draining or gone
 ├── UnimplementedError          part of the contract this build does not have yet
 ├── DeadlineExceededError       the caller's deadline passed
@@ -88,6 +89,12 @@ class UnauthenticatedError(SpecdecError):
     default_reason = "UNAUTHENTICATED"
 
 
+class PermissionDeniedError(SpecdecError):
+    """The caller is known, and may not do this."""
+
+    default_reason = "PERMISSION_DENIED"
+
+
 class UnavailableError(SpecdecError):
     """The service is loading, draining or gone."""
 
@@ -124,6 +131,7 @@ STATUS_CODES: dict[type[SpecdecError], grpc.StatusCode] = {
     NotFoundError: grpc.StatusCode.NOT_FOUND,
     ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -25,6 +25,7 @@ from specdec.errors import (
     DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
+    PermissionDeniedError,
     SpecdecError,
     kind_of,
     place_of,
@@ -400,6 +401,53 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRules:
+    """Who may open sessions at a model service, and how long one may be silent.
+
+    Args:
+        callers: DNS names one of which a caller's certificate must carry; empty: anyone may.
+        idle_timeout_s: longest time between two messages.
+    """
+
+    callers: frozenset[str] = frozenset()
+    idle_timeout_s: float = 300.0
+
+    def admit(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Refuse a caller that may not open a session.
+
+        Raises:
+            PermissionDeniedError: its certificate carries none of the names.
+        """
+        if not self.callers:
+            return
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        if self.callers.isdisjoint(name.decode(errors="replace") for name in names):
+            raise PermissionDeniedError(
+                "This certificate may not open sessions; --tls-session-callers names those that may.",
+                reason="NOT_A_SESSION_CALLER",
+            )
+
+    async def messages(self, requests: AsyncIterator[_Message]) -> AsyncIterator[_Message]:
+        """A session's messages.
+
+        Raises:
+            DeadlineExceededError: none came for too long.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(self.idle_timeout_s):
+                    request = await anext(requests, None)
+            except TimeoutError:
+                raise DeadlineExceededError(
+                    f"The session had no message for {self.idle_timeout_s:g} s and has ended; open another.",
+                    reason="IDLE_SESSION",
+                ) from None
+            if request is None:
+                return
+            yield request
 
 
 async def send(

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from specdec.channel import aio_channel
+from specdec.channel import TlsConfig, aio_channel
 from specdec.errors import from_rpc_error
 from specdec.handshake import make_handshake
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
@@ -105,18 +105,18 @@ class DraftStream(RawStream):
 
 
 @asynccontextmanager
-async def verify_stream(address: str) -> AsyncIterator[VerifyStream]:
+async def verify_stream(address: str, *, tls: TlsConfig | None = None) -> AsyncIterator[VerifyStream]:
     """A Verify stream, cancelled at the end."""
-    async with aio_channel(address) as channel:
+    async with aio_channel(address, tls=tls) as channel:
         call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=60)
         yield VerifyStream(call)
         call.cancel()
 
 
 @asynccontextmanager
-async def draft_stream(address: str) -> AsyncIterator[DraftStream]:
+async def draft_stream(address: str, *, tls: TlsConfig | None = None) -> AsyncIterator[DraftStream]:
     """A Draft stream, cancelled at the end."""
-    async with aio_channel(address) as channel:
+    async with aio_channel(address, tls=tls) as channel:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=60)
         yield DraftStream(call)
         call.cancel()

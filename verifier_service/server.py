@@ -8,7 +8,7 @@ from functools import partial
 
 from specdec.runtime.engine import ModelThread
 from specdec.runtime.state_memory import StateMemory
-from specdec.server import ServiceHost, run_service
+from specdec.server import ServiceHost, SessionRules, run_service
 from specdec.telemetry import Telemetry
 from specdec.v1 import verifier_pb2_grpc
 from verifier_service.config import VerifierConfig
@@ -24,7 +24,9 @@ class VerifierServer:
         self._telemetry = telemetry
         self._thread = ModelThread(SERVICE_NAME)
         self._memory: StateMemory | None = None
-        self.servicer = VerifierServicer(telemetry)
+        self.servicer = VerifierServicer(
+            telemetry, SessionRules(config.session_callers, config.idle_timeout_s)
+        )
         register = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(
             SERVICE_NAME,

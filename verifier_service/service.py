@@ -22,7 +22,7 @@ from specdec.errors import (
 from specdec.handshake import check_handshake, make_handshake
 from specdec.runtime.target_view import Projection, num_projection_bytes
 from specdec.sampling import SamplingParams
-from specdec.server import WRITE_TIMEOUT_S, send
+from specdec.server import WRITE_TIMEOUT_S, SessionRules, send
 from specdec.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
 from specdec.telemetry import Telemetry, context_of, record_span
 from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
@@ -49,7 +49,8 @@ VerifyContext = grpc.aio.ServicerContext[verifier_pb2.VerifyRequest, verifier_pb
 class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     """Serves a verifier once it is loaded."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, rules: SessionRules) -> None:
+        self._rules = rules
         self.verifier: Verifier | None = None
         self.write_timeout_s = WRITE_TIMEOUT_S
         self.upload_timeout_s = UPLOAD_TIMEOUT_S
@@ -67,7 +68,9 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     ) -> None:
         """One session: an open, then rounds."""
         verifier = self._loaded()
-        request = await anext(requests, None)
+        self._rules.admit(context)
+        messages = self._rules.messages(requests)
+        request = await anext(messages, None)
         if request is None:
             return
         if request.WhichOneof("message") != "open":
@@ -89,7 +92,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 handshake=handshake, first=result, target_state_refusal=session.state_refusal
             )
             await send(context, verifier_pb2.VerifyResponse(opened=opened), self.write_timeout_s)
-            async for request in requests:
+            async for request in messages:
                 result = await self._round(verifier, session, request)
                 await send(context, verifier_pb2.VerifyResponse(result=result), self.write_timeout_s)
 

@@ -45,6 +45,7 @@ from specdec.v1 import (
 )
 from tests.certificates import Authority, Folder
 from tests.integration.gated_drafter import WAIT_S, eventually, gated_system
+from tests.raw_streams import draft_stream, verify_stream
 from tests.systems import ANY_PORT, System, running_drafter, running_gateway, running_system, running_verifier
 from verifier_service.config import VerifierConfig
 from verifier_service.server import VerifierServer
@@ -449,6 +450,32 @@ class TestOverload:
             assert "slots are taken" in result.speculation.fallback_reason
             gate.open()
             assert (await running).token_ids == expected.token_ids
+
+
+class TestIdleSessions:
+    async def test_they_end_and_their_memory_is_free(self, tiny_llama: Path) -> None:
+        async with (
+            running_verifier(tiny_llama, idle_timeout_s=0.3) as (verifier_at, verifier),
+            running_drafter("ngram", idle_timeout_s=0.3) as (drafter_at, drafter),
+            verify_stream(verifier_at) as verify,
+            verify_stream(verifier_at) as never_opened,
+            draft_stream(drafter_at) as draft,
+        ):
+            await never_opened.call.wait_for_connection()
+            await verify.open([1, 2, 3], max_new_tokens=50)
+            await draft.open("ngram", [1, 2, 3], max_length=50)
+            for _ in range(4):
+                # Messages keep a session alive, however long it is.
+                await asyncio.sleep(0.1)
+                await verify.round()
+            for stream in (verify, never_opened, draft):
+                assert await stream.call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                assert "open another" in await stream.call.details()
+            held = verifier.servicer.verifier
+            assert held is not None
+            assert held.pool.free_tokens == held.pool.capacity_tokens
+            assert drafter.servicer.host is not None
+            assert (held.num_sessions, drafter.servicer.host.num_sessions) == (0, 0)
 
 
 class TestTransport:

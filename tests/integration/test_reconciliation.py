@@ -213,6 +213,7 @@ async def test_what_clients_make_up_makes_no_series(tiny_llama: Path) -> None:
             verifier=verifier,
             drafter="127.0.0.1:1",
             drafter_wait_s=0.1,
+            default_method="ngram",
             telemetry=books.telemetry,
         ) as (gateway, _),
         AsyncClient(gateway) as client,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -11,17 +12,19 @@ from pathlib import Path
 
 import grpc
 import pytest
+from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.config import GatewayConfig
 from gateway.registry import VerifierSet, make_verifier_set
 from specdec.channel import TlsConfig
 from specdec.client import AsyncClient, Client, GenerateOptions
-from specdec.errors import InvalidArgumentError, SpecdecError, UnavailableError
+from specdec.errors import InvalidArgumentError, PermissionDeniedError, SpecdecError, UnavailableError
 from specdec.target_state import StateStorage
 from specdec.telemetry import make_telemetry
 from specdec.tls import OutgoingTls, PemFiles, PemWatch
 from tests.certificates import Authority, Folder, Issued, replace
+from tests.raw_streams import draft_stream, verify_stream
 from tests.state_probe import StateProbe, all_of
 from tests.systems import running_drafter, running_gateway, running_verifier
 from verifier_service.config import VerifierConfig
@@ -62,9 +65,17 @@ def outgoing(folder: Path, authority: Authority, issued: Issued | None) -> Outgo
 class SecureSystem:
     """All services over mutual TLS; the drafter reads target state by stream."""
 
-    def __init__(self, model: Path, files: Folder, *, drafter_options: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        files: Folder,
+        *,
+        drafter_options: dict[str, str] | None = None,
+        verifier_options: dict[str, str] | None = None,
+    ) -> None:
         self.model, self.files = model, files
         self.drafter_options = drafter_options or files.options
+        self.verifier_options = verifier_options or files.options
         self.probe = StateProbe(all_of("llama"))
         self.address = ""
         self.addresses: dict[str, str] = {}
@@ -72,7 +83,7 @@ class SecureSystem:
 
     async def __aenter__(self) -> SecureSystem:
         enter, options = self._stack.enter_async_context, self.files.options
-        verifier, _ = await enter(running_verifier(self.model, **options))
+        verifier, _ = await enter(running_verifier(self.model, **self.verifier_options))
         drafter, _ = await enter(
             running_drafter(
                 "probe", families=self.probe.families, target_state="stream", **self.drafter_options
@@ -186,6 +197,33 @@ async def test_a_drafter_reads_no_state_from_a_verifier_it_does_not_trust(
     assert answer.token_ids == plain.token_ids
     assert answer.speculation.num_draft_tokens == 0
     assert REFUSED in answer.speculation.fallback_reason
+
+
+async def test_who_is_no_gateway_opens_no_session(
+    tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
+) -> None:
+    """A drafter's certificate is good for reading target state, not for taking the verifier's sessions."""
+    local = (x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
+    files.write(authority.issue(names=(*local, x509.DNSName("gateway"))), authority)
+    others = tmp_path / "others"
+    others.mkdir()
+    drafters = Folder(others).write(authority.issue(names=(*local, x509.DNSName("drafter"))), authority)
+    rules = {"tls_session_callers": "other-gateway, gateway"}
+    async with SecureSystem(
+        tiny_llama, files, drafter_options=drafters.options | rules, verifier_options=files.options | rules
+    ) as system:
+        async with system.client() as client:
+            plain = await client.generate(PROMPT, with_(OPTIONS, method="none", num_draft_tokens=None))
+            answer = await client.generate(PROMPT, OPTIONS)
+        assert answer.token_ids == plain.token_ids
+        assert answer.speculation.num_draft_tokens > 0, "the drafter reads state with its own certificate"
+        strange = client_tls(drafters)
+        async with verify_stream(system.addresses["verifier"], tls=strange) as verify:
+            with pytest.raises(PermissionDeniedError, match="session-callers"):
+                await verify.open(PROMPT)
+        async with draft_stream(system.addresses["drafter"], tls=strange) as draft:
+            with pytest.raises(PermissionDeniedError, match="session-callers"):
+                await draft.open("probe", PROMPT)
 
 
 @pytest.mark.parametrize("fault", ["authority", "expired", "name"])
