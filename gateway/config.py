@@ -30,6 +30,9 @@ class GatewayConfig(ServiceConfig):
     """Most tokens to emit when a request does not say."""
     max_requests: int = 256
     """Most requests at a time."""
+    max_prompt_bytes: int = 2**20
+    """Longest text of a prompt, all messages of a chat together, bytes of UTF-8; tokenising takes some 300
+    times as much memory for a moment."""
     draft_timeout_s: float = 2.0
     """How long a round waits for its draft, seconds; a later draft counts as lost."""
     drafter_wait_s: float = 5.0
@@ -53,6 +56,7 @@ class GatewayConfig(ServiceConfig):
             self,
             "default_max_new_tokens",
             "max_requests",
+            "max_prompt_bytes",
             "draft_timeout_s",
         )
         require_not_negative(self, "drain_grace_s", "drafter_wait_s", "failover_wait_s")

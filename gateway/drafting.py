@@ -22,8 +22,7 @@ from specdec.errors import (
     SpecdecError,
     UnavailableError,
     UnimplementedError,
-    kind_of,
-    place_of,
+    log_defect,
     status_code,
 )
 
@@ -135,7 +134,7 @@ class DraftLink:
         except SpecdecError as error:
             await self._lose(error, permanent=isinstance(error, _PERMANENT))
         except Exception as error:  # no defect around a drafter may fail a request
-            logger.error("drafting failed", extra={"error": kind_of(error), "traceback": place_of(error)})
+            log_defect(logger, "drafting failed", error)
             await self._lose(InternalError(f"{type(error).__name__}: {error}"))
         else:
             if draft:
@@ -238,7 +237,9 @@ class DraftLink:
 
     async def _lose(self, error: SpecdecError, *, permanent: bool = False) -> None:
         self._reason, self._code = _readable(error.message), status_code(error).name.lower()
-        logger.warning("drafting without a drafter", extra={"reason": self._reason})
+        logger.warning("drafting without a drafter", extra={"code": self._code})
+        # A drafter knows the prompt, and its words are its own.
+        logger.debug("why there is no drafter", extra={"reason": self._reason})
         self._opening = None
         self._retry_at = float("inf") if permanent else time.monotonic() + self._retry_s
         self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)

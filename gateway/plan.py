@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from gateway.config import GatewayConfig
@@ -23,6 +24,8 @@ from specdec.v1 import drafter_pb2, gateway_pb2, verifier_pb2
 
 _NODE_BUDGETS = (8, 16, 32, 64)
 """Sizes of draft trees the controller tries."""
+_LONG_TEXT_BYTES = 2**16
+"""Shorter texts are tokenised side by side."""
 _UNKNOWN_DRAFTER = drafter_pb2.DrafterInfo(default_num_draft_tokens=4)
 """Stands for a drafter whose service was never reached: it may come up while the request runs."""
 
@@ -37,6 +40,8 @@ class Backends:
     drafters: DrafterSet
     metrics: GatewayMetrics
     controller: Controller = field(default_factory=Controller)
+    long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a long text is tokenised: one at a time, for the memory it takes."""
 
     @property
     def known_drafters(self) -> dict[str, drafter_pb2.DrafterInfo]:
@@ -146,12 +151,12 @@ async def make_plan(
             f"max_new_tokens is {max_new_tokens}; it must be at least 1.", field="max_new_tokens"
         )
     drafting = _plan_drafts(request, backends, verifier.max_num_draft_tokens)
-    token_ids = await asyncio.to_thread(_encode, request, backends.codec)
+    context = verifier.model.max_length
+    token_ids = await _tokenise(request, backends, context)
     if not token_ids:
         raise InvalidArgumentError("The prompt is empty.", field="prompt", reason="EMPTY_PROMPT")
-    context = verifier.model.max_length
     if context:
-        _require_shorter(token_ids, context)
+        _require_shorter(len(token_ids), context)
         max_new_tokens = min(max_new_tokens, context - len(token_ids))
     return Plan(token_ids, max_new_tokens, drafting)
 
@@ -163,11 +168,11 @@ def _ignorance(drafter: drafter_pb2.DrafterInfo) -> int:
     return 1 if drafter.model.model_id else 2
 
 
-def _require_shorter(token_ids: Sequence[int], context: int) -> None:
+def _require_shorter(num_tokens: int, context: int) -> None:
     """Refuse a prompt the verifier would refuse, before a message is made of it that is too large to send."""
-    if len(token_ids) >= context:
+    if num_tokens >= context:
         raise InvalidArgumentError(
-            f"The prompt has {len(token_ids)} tokens, the model's context {context}; shorten the prompt so "
+            f"The prompt has {num_tokens} tokens, the model's context {context}; shorten the prompt so "
             "that at least one token fits after it.",
             field="prompt",
             reason="PROMPT_TOO_LONG",
@@ -274,14 +279,35 @@ def _proposers(names: Iterable[str], counts: Iterable[int]) -> tuple[Proposer, .
     return tuple(Proposer(name, count) for name, count in zip(names, counts, strict=True))
 
 
+async def _tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, context: int) -> list[int]:
+    """Token ids of the prompt. What is surely too long is refused before memory is spent on it."""
+    if request.WhichOneof("prompt") == "token_ids":
+        num_tokens = len(request.token_ids.token_ids)
+        if context:
+            _require_shorter(num_tokens, context)
+        return await asyncio.to_thread(list, request.token_ids.token_ids)
+    num_bytes, most = _num_text_bytes(request), backends.config.max_prompt_bytes
+    if num_bytes > most:
+        raise InvalidArgumentError(
+            f"The prompt has {num_bytes} bytes of text, this gateway takes {most}; shorten it.",
+            field="prompt",
+            reason="PROMPT_TOO_LONG",
+        )
+    async with backends.long_texts if num_bytes > _LONG_TEXT_BYTES else nullcontext():
+        return await asyncio.to_thread(_encode, request, backends.codec)
+
+
+def _num_text_bytes(request: gateway_pb2.GenerateRequest) -> int:
+    # Of a protobuf's text the size on the wire is its UTF-8 and a few bytes for each field.
+    return request.chat.ByteSize() if request.WhichOneof("prompt") == "chat" else len(request.text.encode())
+
+
 def _encode(request: gateway_pb2.GenerateRequest, codec: TextCodec) -> list[int]:
     kind = request.WhichOneof("prompt")
     if kind == "chat":
         return codec.encode_chat([(message.role, message.content) for message in request.chat.messages])
     if kind == "text":
         return codec.encode_text(request.text)
-    if kind == "token_ids":
-        return list(request.token_ids.token_ids)
     raise InvalidArgumentError(
         "The request has no prompt; set chat, text or token_ids.", field="prompt", reason="EMPTY_PROMPT"
     )

@@ -16,6 +16,7 @@ SpecdecError
 
 from __future__ import annotations
 
+import logging
 import traceback
 from contextlib import suppress
 from itertools import accumulate
@@ -146,9 +147,10 @@ def kind_of(error: BaseException) -> str:
     return error.reason if isinstance(error, SpecdecError) else type(error).__name__
 
 
-def place_of(error: BaseException) -> str:
-    """Where it was raised, for logs: a traceback's lines without its last, the message."""
-    return "".join(traceback.format_tb(error.__traceback__))
+def log_defect(logger: logging.Logger, what: str, error: BaseException, **extra: object) -> None:
+    """Log a defect by its kind and place: a traceback without its last line, the message."""
+    place = "".join(traceback.format_tb(error.__traceback__))
+    logger.error(what, extra={"error": kind_of(error), "traceback": place, **extra}, stacklevel=2)
 
 
 def status_code(error: SpecdecError) -> grpc.StatusCode:

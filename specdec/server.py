@@ -27,8 +27,7 @@ from specdec.errors import (
     InvalidArgumentError,
     PermissionDeniedError,
     SpecdecError,
-    kind_of,
-    place_of,
+    log_defect,
     to_status,
 )
 from specdec.telemetry import Telemetry, setup_logging, telemetry_from_environment
@@ -93,8 +92,8 @@ class _AuthInterceptor(grpc.aio.ServerInterceptor):
                 CALLER.set(await self._authenticator.authenticate(metadata))
             except SpecdecError as error:
                 return _refusing(error)
-            except Exception:
-                logger.exception("the authenticator failed")
+            except Exception as error:
+                log_defect(logger, "the authenticator failed", error)
                 return _refusing(InternalError("The authenticator failed; its log says why."))
         return await continuation(handler_call_details)
 
@@ -121,7 +120,7 @@ def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: boo
             # A write that broke, for the peer is gone; gRPC's own ending of the call finds that out, too.
             logger.info("the peer went away in a write", extra={"peer": context.peer()})
         except Exception as error:
-            logger.error("request failed", extra={"error": kind_of(error), "traceback": place_of(error)})
+            log_defect(logger, "request failed", error)
             await _abort(context, InternalError(f"Defect in the server: {type(error).__name__}: {error}"))
 
     return call

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.draft_tree import NO_DRAFT, DraftTree
-from specdec.errors import InternalError, SpecdecError
+from specdec.errors import InternalError, SpecdecError, log_defect
 from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import Picker, top_logprobs
@@ -147,7 +147,7 @@ def _run(work: SideWork) -> Any:
     except SpecdecError as error:
         return error
     except Exception as error:
-        logger.exception("side work failed")
+        log_defect(logger, "side work failed", error)
         return InternalError(f"The engine failed: {type(error).__name__}: {error}")
 
 

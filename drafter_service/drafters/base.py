@@ -10,7 +10,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
 from specdec.draft_tree import DraftTree
-from specdec.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
+from specdec.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    SpecdecError,
+    log_defect,
+)
 from specdec.sampling import SamplingParams
 from specdec.target_state import TargetStateSpec
 
@@ -164,7 +170,7 @@ class Drafter(ABC):
         """What those are told whose draft raised; a defect is logged."""
         if isinstance(error, SpecdecError):
             return error
-        logger.error("drafter failed", extra={"drafter": self.info.name}, exc_info=error)
+        log_defect(logger, "drafter failed", error, drafter=self.info.name)
         return InternalError(f"{self.info.name} failed: {type(error).__name__}: {error}")
 
     def propose_by_target(

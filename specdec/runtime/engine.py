@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from specdec.errors import InternalError, ResourceExhaustedError, SpecdecError, UnavailableError
+from specdec.errors import InternalError, ResourceExhaustedError, SpecdecError, UnavailableError, log_defect
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +213,7 @@ class Engine(Generic[ItemT, ResultT]):
             except SpecdecError as error:
                 values = [error] * len(batch)
             except Exception as error:  # a defect must fail the batch, not the service
-                logger.exception("engine step failed")
+                log_defect(logger, "engine step failed", error)
                 values = [InternalError(f"The model pass failed: {type(error).__name__}: {error}")] * len(
                     batch
                 )

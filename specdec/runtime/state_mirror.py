@@ -23,6 +23,7 @@ from specdec.errors import (
     UnavailableError,
     UnimplementedError,
     from_rpc_error,
+    log_defect,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.state_memory import dtype_of
@@ -162,7 +163,7 @@ class MirroredState(StateSource):
         except SpecdecError as error:
             self._error = error
         except Exception as error:  # the drafter must learn of any failure, or it would wait for ever
-            logger.exception("mirroring failed")
+            log_defect(logger, "mirroring failed", error)
             self._error = UnavailableError(f"Mirroring failed: {type(error).__name__}: {error}")
         self._notify()
 

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from gateway.config import GatewayConfig
 from specdec.channel import MAX_MESSAGE_BYTES
 from specdec.client import AsyncClient, GenerateOptions
+from specdec.errors import InvalidArgumentError
 from specdec.launcher import LocalSystem
 from specdec.v1 import drafter_pb2
 from tests.hostile.liar import NAME, DraftContext, Liar, Requests, running_liar
 from tests.refusals import PROMPT
 
 GIGABYTE = 2**30
+LARGEST_PROMPT_BYTES = GatewayConfig().max_prompt_bytes
 MAX_GROWTH_BYTES = 256 * 2**20
 """A few messages in the hands of gRPC and of the allocator, however many come."""
 PADDING_FIELD = b"\xfa\x3f"
@@ -133,3 +137,21 @@ async def test_a_message_far_above_the_limit_is_refused_unread(tiny_llama: Path)
         assert result.token_ids == expected.token_ids
         assert "larger than max" in result.speculation.fallback_reason
         assert max(growth.values()) < MAX_GROWTH_BYTES, growth
+
+
+async def test_long_prompts_take_no_more_memory_than_one(tiny_llama: Path) -> None:
+    """Tokenising takes hundreds of times a text's memory: a few long ones at once would end the process."""
+    longest = ["word " * (LARGEST_PROMPT_BYTES // 5)] * 4
+    too_long = ["a" * (MAX_MESSAGE_BYTES - 2**10)] * 6
+    async with flooded_system(tiny_llama, Liar()) as (system, client):
+
+        async def refusal(prompt: str) -> str:
+            with pytest.raises(InvalidArgumentError) as caught:
+                await client.generate(prompt, GenerateOptions(method="none", raw=True))
+            return caught.value.reason
+
+        async with memory_of(system, "gateway") as growth:
+            refusals = await asyncio.gather(*map(refusal, [*longest, *too_long]))
+        assert refusals == ["PROMPT_TOO_LONG"] * 10
+        assert growth["gateway"] < 768 * 2**20, growth
+        assert (await client.generate(PROMPT, options("none", 4))).usage.output_tokens == 4

@@ -12,6 +12,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
+from drafter_service.config import DrafterConfig
+from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
+from drafter_service.registry import FAMILIES, DrafterSpec
 from specdec.client import AsyncClient, GenerateOptions, Message
 from specdec.errors import InternalError, InvalidArgumentError, SpecdecError
 from specdec.telemetry import Telemetry, make_telemetry
@@ -95,6 +98,30 @@ async def test_no_text_of_a_defect(
     assert witness.failures == ["KeyError"]
     assert witness.lines_with("request failed"), "a defect is reported"
     assert witness.lines_with("in fail"), "and where it is"
+    assert not witness.lines_with("swordfish")
+
+
+class Quoting(Drafter):
+    """Fails with what it was told on its lips."""
+
+    def __init__(self, spec: DrafterSpec, config: DrafterConfig) -> None:
+        self.info = DrafterInfo(spec.name, spec.family, config.max_num_draft_tokens, 4)
+
+    def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
+        raise ValueError(SECRET)
+
+
+async def test_no_text_a_drafter_quotes(
+    tiny_llama: Path, witness: Witness, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    families = {**FAMILIES, "quoting": Quoting}
+    async with running_system(
+        tiny_llama, "quoting", telemetry=witness.telemetry(), families=families
+    ) as system:
+        answer = await system.client.generate("hello", GenerateOptions(max_new_tokens=8, method="quoting"))
+    assert "swordfish" in answer.speculation.fallback_reason
+    assert witness.lines_with("drafter failed", "drafting without")
     assert not witness.lines_with("swordfish")
 
 
