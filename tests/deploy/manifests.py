@@ -62,6 +62,12 @@ class Container:
         """Value of an option, `--drain-grace-s` being DRAIN_GRACE_S; empty: not given."""
         return self.options.get(f"SPECDEC_{self.service.upper()}_{name}", "")
 
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it gets one, by a claim or as a resource."""
+        resources = self.spec["resources"]
+        return "claims" in resources or "nvidia.com/gpu" in resources["limits"]
+
     def port(self, name: str) -> int:
         """Port of an address option."""
         return int(self.option(name).rpartition(":")[2])

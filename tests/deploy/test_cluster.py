@@ -6,6 +6,7 @@ import asyncio
 import base64
 import math
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from tests.deploy.manifests import (
     DEPLOY,
     KUBERNETES,
     ROOT,
+    VARIANTS,
     Container,
     Manifests,
     overlay,
+    render,
     tool,
     variant,
 )
@@ -35,6 +38,15 @@ METRICS = {
         r"^\| `(specdec\.[\w.]+)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE
     )
 }
+GEMMA = (ROOT / "docs" / "gemma4.md").read_text()
+KV_KIB = {
+    "default": 30 * 2 * 3 * 64 * 2 / 1024,  # SmolLM2-135M: layers, keys and values, heads, their size, bytes
+    "/models/gemma-4-31B-it": float(re.findall(r"\| ([\d.]+) KiB a token", GEMMA)[0]),
+}
+"""What a token takes of a verifier's pool, by model."""
+STREAMED_KIB = float(re.findall(r"Streamed, the same state is ([\d.]+) KiB a token", GEMMA)[0])
+LEAST_SESSION_TOKENS = 1024
+"""Prompt and answer of sessions that fill all slots of a service."""
 UNITS = {"Mi": 1, "Gi": 1024}
 
 
@@ -85,6 +97,22 @@ def replica_limits(manifests: Manifests) -> dict[str, tuple[int, int]]:
     ]
     assert len(dict(limits)) == len(limits)
     return dict(limits)
+
+
+def sessions_thresholds(manifests: Manifests) -> dict[str, float]:
+    """Sessions a replica has when its autoscaler adds another, by Deployment."""
+    targets = {
+        one["spec"]["scaleTargetRef"]["name"]: metric["pods"]["target"]["averageValue"]
+        for one in manifests.of("HorizontalPodAutoscaler")
+        for metric in one["spec"]["metrics"]
+        if metric["pods"]["metric"]["name"].endswith("_sessions")
+    } | {
+        one["spec"]["scaleTargetRef"]["name"]: trigger["metadata"]["threshold"]
+        for one in manifests.of("ScaledObject")
+        for trigger in one["spec"]["triggers"]
+        if "_sessions{" in trigger["metadata"]["query"]
+    }
+    return {name: float(target) for name, target in targets.items()}
 
 
 class TestSelectors:
@@ -205,7 +233,9 @@ class TestTls:
             issued = complete.get("Certificate", f"specdec-{one.service}")["spec"]
             assert volume["secret"]["secretName"] == issued["secretName"]
             given = {
-                name: value for name, value in one.options.items() if re.search(r"_TLS_.*(?<!NAME)$", name)
+                name: value
+                for name, value in one.options.items()
+                if re.search(r"_TLS_.*(?<!NAME)(?<!CALLERS)$", name)
             }
             assert {Path(path).parent for path in given.values()} == {Path(mount["mountPath"])}
             assert {Path(path).name for path in given.values()} == {"tls.crt", "tls.key", "ca.crt"}
@@ -232,6 +262,32 @@ class TestTls:
                 assert one.option("TLS_SERVER_NAME") in names["specdec-verifier"]
         issuers = complete.names("Issuer")
         assert all(one["spec"]["issuerRef"]["name"] in issuers for one in complete.of("Certificate"))
+
+    def test_the_gateway_alone_opens_sessions(self, complete: Manifests) -> None:
+        names = {
+            one["metadata"]["name"]: {one["spec"]["commonName"], *one["spec"].get("dnsNames", [])}
+            for one in complete.of("Certificate")
+        }
+        gateways = set(complete.get("Certificate", "specdec-gateway")["spec"]["dnsNames"])
+        others = set().union(*(found for name, found in names.items() if name != "specdec-gateway"))
+        for one in complete.containers():
+            if one.service != "gateway":
+                callers = set(one.option("TLS_SESSION_CALLERS").split())
+                assert callers
+                assert callers <= gateways - others
+
+    def test_pods_wait_for_their_certificates(self, complete: Manifests) -> None:
+        for one in complete.containers():
+            assert mounted_secrets(one)["/etc/specdec/tls"]["optional"] is False
+
+    @pytest.mark.parametrize("name", ["h100-colocated", "h100-colocated-mps"])
+    def test_they_do_so_whichever_component_comes_first(self, name: str, tmp_path: Path) -> None:
+        shutil.copytree(KUBERNETES, tmp_path, dirs_exist_ok=True)
+        path = tmp_path / "overlays" / "h100-colocated" / "kustomization.yaml"
+        kustomization = yaml.safe_load(path.read_text())
+        kustomization["components"].append("../../components/tls")
+        path.write_text(yaml.safe_dump(kustomization))
+        self.test_pods_wait_for_their_certificates(Manifests(render(tmp_path / "overlays" / name)))
 
     def test_certificates_are_renewed_in_time(self, complete: Manifests) -> None:
         certificates = [one["spec"] for one in complete.of("Certificate")]
@@ -285,11 +341,13 @@ class TestHandles:
         if not one_pod:
             return
         assert verifier.pod["shareProcessNamespace"] is True
-        shared = [
-            {m["name"] for m in one.spec["volumeMounts"] if m["mountPath"] == "/dev/shm"}
-            for one in (verifier, drafter)
-        ]
-        assert shared == [{"shared"}, {"shared"}]
+        directory = verifier.option("SHARED_DIR")
+        assert drafter.option("SHARED_DIR") == directory
+        for one in (verifier, drafter):
+            mounts = {mount["mountPath"]: mount["name"] for mount in one.spec["volumeMounts"]}
+            assert mounts[directory] == "shared"
+            # That of MPS would take the place of a volume there.
+            assert "/dev/shm" not in mounts
 
     def test_shared_memory_is_bounded(self, cluster: Manifests) -> None:
         (verifier,) = (one for one in cluster.containers() if one.service == "verifier")
@@ -309,31 +367,61 @@ class TestHandles:
                 assert {one["name"] for one in container["resources"]["claims"]} == claims
                 assert "nvidia.com/gpu" not in container["resources"]["limits"]
 
+    @pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("h100-colocated")])
+    def test_it_is_shared_through_mps_where_the_overlay_says_so(self, name: str, extended: Path) -> None:
+        manifests = variant(name, extended)
+        devices = manifests.get("ResourceClaimTemplate", "specdec-gpu")["spec"]["spec"]["devices"]
+        (request,) = devices["requests"]
+        assert request["exactly"]["deviceClassName"] == "gpu.nvidia.com"
+        for one in manifests.containers():
+            for claim in one.spec["resources"].get("claims", []):
+                assert claim.get("request", request["name"]) == request["name"]
+        if "mps" not in name:
+            assert "config" not in devices
+            return
+        (config,) = devices["config"]
+        assert config["requests"] == [request["name"]]
+        assert config["opaque"]["driver"] == "gpu.nvidia.com"
+        assert config["opaque"]["parameters"]["sharing"]["strategy"] == "MPS"
+
     def test_whoever_computes_on_a_gpu_has_one(self, manifests: Manifests) -> None:
         for one in manifests.containers():
-            resources = one.spec["resources"]
-            has_gpu = "claims" in resources or "nvidia.com/gpu" in resources["limits"]
-            assert has_gpu is one.option("DEVICE").startswith("cuda")
+            assert one.has_gpu is one.option("DEVICE").startswith("cuda")
+
+    def test_pods_with_a_gpu_may_run_where_others_are_kept_away(self, manifests: Manifests) -> None:
+        tolerated = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        for one in manifests.containers():
+            assert (tolerated in one.pod.get("tolerations", [])) is one.has_gpu
 
 
 class TestScaling:
     def test_autoscalers_ask_for_metrics_that_exist(self, cluster: Manifests) -> None:
-        slots = {
-            f"specdec_{one.service}_sessions": one.option("MAX_SESSIONS") for one in cluster.containers()
-        }
         scalers = cluster.of("HorizontalPodAutoscaler")
         for scaler in scalers:
             target = scaler["spec"]["scaleTargetRef"]["name"]
             assert "replicas" not in cluster.get("Deployment", target)["spec"], "it would be reset each time"
-            wanted = {
-                metric["pods"]["metric"]["name"]: float(metric["pods"]["target"]["averageValue"])
-                for metric in scaler["spec"]["metrics"]
-            }
+            wanted = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
             prefix = target.replace("-", "_")
-            assert wanted.keys() == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
-            assert wanted.keys() <= METRICS
-            assert wanted[f"{prefix}_sessions"] == 0.75 * float(slots[f"{prefix}_sessions"])
+            assert wanted == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
+            assert wanted <= METRICS
         assert scalers or cluster.of("ScaledObject")
+
+    def test_they_add_a_replica_before_all_slots_are_taken(self, cluster: Manifests) -> None:
+        slots = {f"specdec-{one.service}": one.option("MAX_SESSIONS") for one in cluster.containers()}
+        thresholds = sessions_thresholds(cluster)
+        assert thresholds.keys() == replica_limits(cluster).keys()
+        assert thresholds == {name: 0.75 * float(slots[name]) for name in thresholds}
+
+    def test_slots_are_taken_before_memory_is(self, cluster: Manifests) -> None:
+        """A session that finds no memory is refused, and no autoscaler hears of it."""
+        services = {one.service: one for one in cluster.containers()}
+        verifier, drafter = services["verifier"], services["drafter"]
+        pools = [(verifier, "KV_CACHE_MIB", KV_KIB[verifier.option("MODEL")])]
+        if drafter.option("MIRROR_MIB"):
+            pools.append((drafter, "MIRROR_MIB", STREAMED_KIB))
+        for one, size, kib_per_token in pools:
+            num_tokens = float(one.option(size)) * 1024 / kib_per_token
+            assert int(one.option("MAX_SESSIONS")) * LEAST_SESSION_TOKENS <= num_tokens
 
     def test_scaled_objects_take_their_place(self, complete: Manifests) -> None:
         assert not complete.of("HorizontalPodAutoscaler")
@@ -378,14 +466,16 @@ class TestScaling:
             for what in ("queue_depth", "sessions")
         }
 
-    def test_drafters_and_verifiers_of_split_are_on_different_nodes(self, cluster: Manifests) -> None:
+    @pytest.mark.parametrize("variant_name", ["split", "split+all"])
+    def test_drafters_and_verifiers_of_split_are_on_different_nodes(
+        self, variant_name: str, extended: Path
+    ) -> None:
+        split = variant(variant_name, extended)
         for name, other in (("verifier", "drafter"), ("drafter", "verifier")):
-            affinity = pod_of(cluster, name)["spec"].get("affinity")
-            if affinity is None:
-                continue
+            affinity = pod_of(split, name)["spec"]["affinity"]
             (rule,) = affinity["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
             assert rule["topologyKey"] == "kubernetes.io/hostname"
-            assert cluster.matching_pods(rule["labelSelector"]["matchLabels"]) == [pod_of(cluster, other)]
+            assert split.matching_pods(rule["labelSelector"]["matchLabels"]) == [pod_of(split, other)]
 
 
 class TestMonitoring:
