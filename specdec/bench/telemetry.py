@@ -21,6 +21,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import grpc
+import psutil
 
 from specdec.bench.backends import GatewayBackend
 from specdec.bench.provenance import collect
@@ -35,6 +36,7 @@ from specdec.processes import free_ports
 
 OFF, CONTROL, ON = "off", "control", "on"
 SERVICES = ("gateway", "drafter", "verifier")
+_NUM_WARM_UPS = 1
 _NUM_RESAMPLES = 5000
 _CONFIDENCE = 0.95
 
@@ -91,6 +93,17 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a service computed, over all requests to one system."""
+
+    restart: int
+    arm: str
+    service: str
+    cpu_ms_per_token: float
+    """CPU time of its process over output tokens, milliseconds. Far less hangs on chance than of TPOT."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ratio:
     """TPOT of one system over another's: the median over pairs of requests, and its 95 % interval."""
 
@@ -119,30 +132,52 @@ def measure(
     config: TelemetryConfig,
     prompts: Sequence[Prompt],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Sample]:
+) -> tuple[list[Sample], list[Cost]]:
     """Run every prompt on every system, `restarts` times.
 
     Args:
         on_progress: called with the restarts done and the restarts in all.
+
+    Returns:
+        Every request, and what each service computed meanwhile.
 
     Raises:
         UnavailableError: a service did not start, or a request failed.
         InternalError: the system with telemetry exported nothing; the figures would mean nothing.
     """
     samples: list[Sample] = []
+    costs: list[Cost] = []
     for restart in range(config.restarts):
         sink = Sink()
         with (
             _listening(sink) as endpoint,
-            _systems(config, restart, endpoint) as (gateways, metrics),
+            _systems(config, restart, endpoint) as (systems, metrics),
             _scraped(metrics, config.scrape_interval_s),
         ):
+            processes = [
+                (arm, service, psutil.Process(system.pids[service]))
+                for arm, system in systems.items()
+                for service in SERVICES
+            ]
+            before = [_cpu_ms(process) for _, _, process in processes]
+            gateways = {arm: system.gateway for arm, system in systems.items()}
             records = asyncio.run(_ask_all(config, prompts, gateways))
+            spent = [_cpu_ms(process) - then for (_, _, process), then in zip(processes, before, strict=True)]
         if not sink.num_exports:
             raise InternalError("The system with telemetry sent nothing to its collector.")
         samples += [_sample(restart, record) for record in records]
+        num_tokens = (len(prompts) + _NUM_WARM_UPS) * config.max_new_tokens
+        costs += [
+            Cost(restart, arm, service, cpu_ms / num_tokens)
+            for (arm, service, _), cpu_ms in zip(processes, spent, strict=True)
+        ]
         on_progress(restart + 1, config.restarts)
-    return samples
+    return samples, costs
+
+
+def _cpu_ms(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return 1e3 * (times.user + times.system)
 
 
 @contextmanager
@@ -159,11 +194,11 @@ def _listening(sink: Sink) -> Iterator[str]:
 @contextmanager
 def _systems(
     config: TelemetryConfig, restart: int, endpoint: str
-) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Gateways by arm, started in another order each time, and the metrics addresses of ON."""
+) -> Iterator[tuple[dict[str, LocalSystem], list[str]]]:
+    """Systems by arm, started in another order each time, and the metrics addresses of ON."""
     metrics = [f"{HOST}:{port}" for port in free_ports(len(SERVICES))]
     arms = [OFF, CONTROL, ON]
-    gateways: dict[str, str] = {}
+    systems: dict[str, LocalSystem] = {}
     with ExitStack() as stack:
         for arm in arms[restart % 3 :] + arms[: restart % 3]:
             system = LocalSystem(
@@ -174,8 +209,8 @@ def _systems(
                 extra_args=_metrics_arguments(metrics) if arm == ON else {},
                 env=_environment(endpoint if arm == ON else ""),
             )
-            gateways[arm] = stack.enter_context(system).gateway
-        yield gateways, metrics
+            systems[arm] = stack.enter_context(system)
+        yield systems, metrics
 
 
 def _metrics_arguments(addresses: Sequence[str]) -> Mapping[str, Sequence[str]]:
@@ -238,7 +273,7 @@ async def _ask_all(
             )
             for arm in (OFF, CONTROL, ON)
         ]
-        await warm_up(contenders, prompts[:1])
+        await warm_up(contenders, prompts[:_NUM_WARM_UPS])
         return await run(list(schedule(contenders, prompts, [1])))
 
 
@@ -273,13 +308,21 @@ def _resampled(groups: Sequence[Sequence[float]], draw: random.Random) -> list[f
     return [value for group in drawn for value in draw.choices(group, k=len(group))]
 
 
-def write(directory: Path, samples: Sequence[Sample], settings: Mapping[str, Any]) -> None:
-    """Write telemetry.json: provenance, settings, ratios and every sample."""
+def cpu_ms_per_token(costs: Sequence[Cost], arm: str, service: str) -> float:
+    """Median over the restarts."""
+    return median(one.cpu_ms_per_token for one in costs if (one.arm, one.service) == (arm, service))
+
+
+def write(
+    directory: Path, samples: Sequence[Sample], costs: Sequence[Cost], settings: Mapping[str, Any]
+) -> None:
+    """Write telemetry.json: provenance, settings, ratios, every sample and every cost."""
     directory.mkdir(parents=True, exist_ok=True)
     results = {
         "provenance": collect() | dict(settings),
         "on_over_off": asdict(ratio(samples, ON)),
         "control_over_off": asdict(ratio(samples, CONTROL)),
         "samples": [asdict(sample) for sample in samples],
+        "costs": [asdict(cost) for cost in costs],
     }
     (directory / "telemetry.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from specdec.bench import telemetry
-from specdec.bench.telemetry import CONTROL, ON, TelemetryConfig
+from specdec.bench.telemetry import CONTROL, OFF, ON, SERVICES, TelemetryConfig
 from specdec.bench.workload import load_prompts, select_round_robin
 from specdec.launcher import SystemConfig, prepare_models
 
@@ -65,7 +65,8 @@ _DEFAULTS = TelemetryConfig()
     help="Folder for telemetry.json.",
 )
 def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> None:
-    """Measure what telemetry costs: TPOT with traces and metrics by OTLP and scrapes, over TPOT without.
+    """Measure what telemetry costs: TPOT with traces and metrics by OTLP and scrapes, over TPOT without, and
+    the CPU time of each service.
 
     Three systems run side by side and answer the same prompts in turn, one request at a time: one with
     telemetry, two without, whose ratio to each other shows what is chance. On a busy machine nothing is
@@ -74,14 +75,19 @@ def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> Non
     config = TelemetryConfig(**settings)
     prepare_models(SystemConfig(model=config.model, drafters=config.drafters), _report)
     prompts = select_round_robin(load_prompts(), num_prompts)
-    samples = telemetry.measure(config, prompts, lambda done, total: _report(f"Start {done} of {total} done"))
-    telemetry.write(directory, samples, asdict(config) | {"num_prompts": len(prompts)})
+    samples, costs = telemetry.measure(
+        config, prompts, lambda done, total: _report(f"Start {done} of {total} done")
+    )
+    telemetry.write(directory, samples, costs, asdict(config) | {"num_prompts": len(prompts)})
     for arm, name in ((CONTROL, "off again"), (ON, "on")):
         one = telemetry.ratio(samples, arm)
         click.echo(
             f"TPOT, telemetry {name} / off: {one.median:.4f} (95 % interval {one.low:.4f} to {one.high:.4f}, "
             f"{one.num_pairs} pairs)"
         )
+    for service in SERVICES:
+        off, again, on = (telemetry.cpu_ms_per_token(costs, arm, service) for arm in (OFF, CONTROL, ON))
+        click.echo(f"CPU ms a token, {service}: {off:.3f} off, {again:.3f} off again, {on:.3f} on")
 
 
 def _report(line: str) -> None:

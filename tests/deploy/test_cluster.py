@@ -289,6 +289,12 @@ class TestTls:
         path.write_text(yaml.safe_dump(kustomization))
         self.test_pods_wait_for_their_certificates(Manifests(render(tmp_path / "overlays" / name)))
 
+    def test_clients_are_given_a_certificate_and_no_authority_to_read(self, complete: Manifests) -> None:
+        readme = (DEPLOY / "README.md").read_text()
+        (name,) = re.findall(r"^kubectl get secret (\S+) .*\.data\.ca\\\.crt", readme, re.MULTILINE)
+        certificates = [one["spec"] for one in complete.of("Certificate")]
+        assert name in {one["secretName"] for one in certificates if not one.get("isCA")}
+
     def test_certificates_are_renewed_in_time(self, complete: Manifests) -> None:
         certificates = [one["spec"] for one in complete.of("Certificate")]
         (authority,) = (one for one in certificates if one.get("isCA"))

@@ -61,3 +61,7 @@ def test_a_run_over_real_systems(tiny_llama: Path, tmp_path: Path, monkeypatch: 
     for name, label in (("control_over_off", "off again / off"), ("on_over_off", "on / off")):
         assert written[name]["low"] <= written[name]["median"] <= written[name]["high"]
         assert f"{label}: {written[name]['median']:.4f}" in result.output
+    costs = {(one["arm"], one["service"]): one["cpu_ms_per_token"] for one in written["costs"]}
+    assert len(costs) == 9
+    assert all(cost > 0 for cost in costs.values())
+    assert f"CPU ms a token, gateway: {costs['off', 'gateway']:.3f} off" in result.output
