@@ -107,7 +107,7 @@ class RequestTrace:
 
     def fail(self, error: BaseException) -> None:
         """Mark the request as failed."""
-        self.span.set_status(Status(StatusCode.ERROR, kind_of(error)))
+        _fail(self.span, error)
 
     @contextmanager
     def _child(self, name: str) -> Iterator[RoundSpan]:
@@ -115,7 +115,12 @@ class RequestTrace:
         try:
             yield child
         except BaseException as error:
-            child.span.set_status(Status(StatusCode.ERROR, kind_of(error)))
+            _fail(child.span, error)
             raise
         finally:
             child.span.end()
+
+
+def _fail(span: Span, error: BaseException) -> None:
+    span.set_attribute("error.type", kind_of(error))
+    span.set_status(Status(StatusCode.ERROR, kind_of(error)))

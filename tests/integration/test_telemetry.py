@@ -277,6 +277,8 @@ class TestUnhappyEnds:
             request = await recorded.request()
             assert request.status.status_code is StatusCode.ERROR
             assert request.status.description == caught.value.reason
+            assert request.attributes
+            assert request.attributes["error.type"] == caught.value.reason
             (prefill,) = recorded.children(request)
             assert prefill.status.status_code is StatusCode.ERROR
 
