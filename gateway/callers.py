@@ -83,6 +83,10 @@ class TokenFile:
 
 
 def _read(path: Path) -> list[_Entry]:
+    if not path.is_file():
+        raise InvalidArgumentError(
+            f"{path} does not exist; `specdec token NAME >> {path}` begins it.", field="auth_tokens"
+        )
     try:
         tables = tomllib.loads(path.read_text()).get("tokens", [])
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -181,12 +181,14 @@ def _require_shorter(num_tokens: int, context: int) -> None:
 
 def _plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_num_nodes: int) -> DraftPlan:
     """Method, drafters, K and node budget in effect; `max_num_nodes` is the verifier's limit."""
+    asked = drafters_of(request.method)
+    if len(set(asked)) < len(asked) or (len(asked) > 1 and (PLAIN in asked or "" in asked)):
+        raise InvalidArgumentError(
+            f"{request.method!r} names a drafter twice, or {PLAIN!r} or nothing among drafters.",
+            field="method",
+        )
     method = _settle_method(request, backends)
     names = drafters_of(method)
-    if len(set(names)) < len(names) or PLAIN in names:
-        raise InvalidArgumentError(
-            f"{method!r} names a drafter twice, or {PLAIN!r} among drafters.", field="method"
-        )
     if request.num_draft_nodes > max_num_nodes:
         raise InvalidArgumentError(
             f"num_draft_nodes is {request.num_draft_nodes}; the verifier takes at most {max_num_nodes} draft "

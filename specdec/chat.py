@@ -36,6 +36,8 @@ class Conversation:
         self, client: Client, options: GenerateOptions, opening: list[Message], no_color: bool
     ) -> None:
         self.history = list(opening)
+        self.num_failed = 0
+        """Answers that ended with an error."""
         self._client = client
         self._options = options
         self._opening = opening
@@ -49,6 +51,8 @@ class Conversation:
                     continue
                 case "/exit":
                     return
+                case "/help":
+                    report("/reset forgets the talk, /exit leaves; Ctrl-C stops an answer.")
                 case "/reset":
                     self.history = list(self._opening)
                     report("The conversation is forgotten.")
@@ -75,5 +79,6 @@ class Conversation:
         except SpecdecError as error:
             printer.end()
             report(describe_error(error))
+            self.num_failed += 1
             return
         self.history = [*turns, Message("assistant", "".join(texts))]

@@ -83,6 +83,13 @@ def main() -> None:
     help="How drafters read the target's hidden states and KV: mapped, or as a stream.",
 )
 @click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="CPU threads of verifier and drafter each; one is faster where other programs keep the cores busy.  "
+    "[default: one per core]",
+)
+@click.option(
     "--kv-cache-mib",
     type=click.FloatRange(min=0, min_open=True),
     help="Memory of the target's KV, MiB.  [default: the verifier's]",
@@ -116,7 +123,8 @@ def up(detach: bool, **options: Any) -> None:
       specdec up --model ./my-model --drafter ngram --drafter causal-lm:./my-small-model
     """
     options["drafters"] = options["drafters"] or default_drafters(options["model"])
-    config = SystemConfig(**options)
+    # A verifier that dies comes back in its place, once it has loaded.
+    config = SystemConfig(**options, extra_args={"gateway": ("--failover-wait-s", "60")})
     refuse_if_running()
     if detach:
         prepare_models(config, report)
@@ -135,7 +143,7 @@ def _foreground_command(config: SystemConfig) -> list[str]:
     return [
         *(sys.executable, "-P", "-m", "specdec", "up"),
         *("--model", config.model, "--dtype", config.dtype, "--device", config.device, *drafters),
-        *("--target-state", config.target_state, *kv_cache),
+        *("--target-state", config.target_state, "--threads", str(config.threads), *kv_cache),
         *("--port", str(config.gateway_port), "--timeout", str(config.ready_timeout_s)),
     ]
 
@@ -303,11 +311,21 @@ def chat(
     """
     opening = [] if system is None else [Message("system", system)]
     with Client(gateway, timeout_s=timeout_s) as client:
-        Conversation(client, options, opening, no_color).run(read_line)
+        conversation = Conversation(client, options, opening, no_color)
+        conversation.run(read_line)
+    # Somebody at a terminal has seen it, and may have gone on; a script has not.
+    if conversation.num_failed and not sys.stdin.isatty():
+        raise click.exceptions.Exit(1)
+
+
+def _not_blank(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter("give the caller a name: limits count by it.")
+    return value
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", callback=_not_blank)
 def token(name: str) -> None:
     """Make a bearer token for a gateway that is run with --auth-tokens FILE.
 

@@ -39,6 +39,8 @@ class SystemConfig:
     """Drafters to load: "ngram", "mtp[:MODEL]", "dflash[:MODEL]", "causal-lm:MODEL"."""
     target_state: str = "auto"
     """How drafters read the target's state: "auto", "handle" or "stream"."""
+    threads: int = 0
+    """CPU threads of each of the two model services; 0: one per core."""
     kv_cache_mib: float | None = None
     """Memory of the target's KV, MiB; None: the verifier's default."""
     gateway_port: int = 0
@@ -83,7 +85,9 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
     ports = free_ports(3)
     gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
     drafter_args = [argument for name in config.drafters for argument in ("--drafter", name)]
-    shared = ("--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state)
+    shared = ["--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state]
+    if config.threads:
+        shared += ["--threads", str(config.threads)]
     gateway_args = ("--verifier", verifier, "--drafter", drafter, "--tokenizer", config.model)
     verifier_args = ["--model", config.model]
     if config.kv_cache_mib is not None:

@@ -89,7 +89,9 @@ def fallback_note(generation: Generation) -> str:
     if not speculation.num_fallback_rounds:
         return ""
     reason = speculation.fallback_reason or "the drafter was lost"
-    return f"{speculation.num_fallback_rounds} rounds went without a draft: {reason}"
+    if speculation.proposers:
+        return ""  # the line on trees says it of each drafter
+    return f"{speculation.num_fallback_rounds} rounds went without a draft, the last: {reason}"
 
 
 def _is_tree(speculation: Speculation) -> bool:
@@ -105,15 +107,17 @@ def tree_line(speculation: Speculation) -> str:
     if depths:
         parts.append(f"accepted by depth {depths}")
     if speculation.num_accepted_tokens:
-        parts += [
-            f"{proposer.drafter} had {proposer.num_accepted_tokens / speculation.num_accepted_tokens:.0%}, "
+        shares = [
+            f"{proposer.drafter} {proposer.num_accepted_tokens / speculation.num_accepted_tokens:.0%}, "
             f"alone {proposer.num_sole_accepted_tokens / speculation.num_accepted_tokens:.0%}"
             for proposer in speculation.proposers
         ]
+        if shares:
+            parts.append(f"of the accepted tokens {'; '.join(shares)}")
     parts += [
-        f"without {proposer.drafter} {proposer.num_fallback_rounds} rounds: {proposer.fallback_reason}"
-        for proposer in speculation.proposers
-        if proposer.num_fallback_rounds
+        f"without {one.drafter} {one.num_fallback_rounds} rounds, the last: {one.fallback_reason}"
+        for one in speculation.proposers
+        if one.num_fallback_rounds
     ]
     return "trees: " + " | ".join(parts)
 

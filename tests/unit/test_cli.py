@@ -175,7 +175,9 @@ def test_a_lost_drafter_is_noted(gateway: ScriptedGateway) -> None:
     gateway.script = without_drafter
     result = run("generate", "Hi", gateway=gateway)
     assert result.stdout == "fine\n"
-    assert result.stderr.endswith("note: 1 rounds went without a draft: drafter at host:2 is gone\n")
+    assert result.stderr.endswith(
+        "note: 1 rounds went without a draft, the last: drafter at host:2 is gone\n"
+    )
 
 
 def terminal_output(tokens: list[Token], *, no_color: bool = False) -> str:
@@ -291,6 +293,13 @@ def test_chat_survives_an_error_and_forgets_the_turn(gateway: ScriptedGateway) -
         lines = iter(["Hi", None])
         conversation.run(lambda: next(lines))
     assert conversation.history == []
+    assert conversation.num_failed == 1
+
+
+def test_a_piped_chat_that_failed_says_so(gateway: ScriptedGateway) -> None:
+    gateway.script = refuse
+    result = CliRunner().invoke(main, ["chat", "--gateway", gateway.address], input="Hi\n")
+    assert result.exit_code == 1
 
 
 @pytest.fixture
@@ -368,3 +377,10 @@ def test_every_command_has_help(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+
+
+def test_a_token_needs_a_name() -> None:
+    result = CliRunner().invoke(main, ["token", " "])
+    assert result.exit_code == 2
+    assert "give the caller a name" in result.stderr
+    assert result.stdout == ""

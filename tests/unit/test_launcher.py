@@ -330,6 +330,7 @@ def test_service_commands() -> None:
         dtype="float32",
         drafters=("ngram", "causal-lm:org/small"),
         target_state="stream",
+        threads=3,
         kv_cache_mib=96.0,
         extra_args={"verifier": ["--max-sessions", "8"]},
     )
@@ -341,12 +342,13 @@ def test_service_commands() -> None:
     assert drafter.command[1:] == (
         *("-m", "drafter_service", "--listen", drafter.address),
         *("--drafter", "ngram", "--drafter", "causal-lm:org/small"),
-        *("--dtype", "float32", "--device", "cpu", "--target-state", "stream"),
+        *("--dtype", "float32", "--device", "cpu", "--target-state", "stream", "--threads", "3"),
     )
     assert verifier.command[1:] == (
         *("-m", "verifier_service", "--listen", verifier.address),
         *("--model", "org/model", "--kv-cache-mib", "96.0"),
-        *("--dtype", "float32", "--device", "cpu", "--target-state", "stream", "--max-sessions", "8"),
+        *("--dtype", "float32", "--device", "cpu", "--target-state", "stream", "--threads", "3"),
+        *("--max-sessions", "8"),
     )
     assert [spec.health_service for spec in (gateway, drafter, verifier)] == [
         "specdec.v1.GatewayService",
