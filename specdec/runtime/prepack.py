@@ -12,6 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+_MAX_ROWS = 128
+"""Most rows of one product. Of more, oneDNN may take kernels that round otherwise (seen from about 130 on): a
+session's bits would depend on how many others share its pass."""
+_MAX_HEAD_ROWS = 32
+"""The same of the LM head, whose weight is not reordered (seen from 33 on)."""
+
+
+def in_parts(multiply: Callable[[Tensor], Tensor], x: Tensor, max_rows: int) -> Tensor:
+    """[..., in_features] to [..., out_features], at most `max_rows` rows at a time and never one of many."""
+    num_rows = x.shape[:-1].numel()
+    if num_rows <= max_rows:
+        return multiply(x)
+    parts = x.reshape(num_rows, -1).tensor_split(-(-num_rows // max_rows))
+    return torch.cat([multiply(part) for part in parts]).view(*x.shape[:-1], -1)
+
+
+class StableHead(nn.Linear):
+    """An LM head that rounds each row alike, however many there are. Takes over a layer's parameters."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return in_parts(super().forward, x, _MAX_HEAD_ROWS)
+
 
 class PrepackedLinear(nn.Module):
     """An nn.Linear for inference on a CPU. The weight is opaque: it can be multiplied with, nothing else."""
@@ -27,6 +54,9 @@ class PrepackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        return in_parts(self._multiply, x, _MAX_ROWS)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return output
 
@@ -49,6 +79,15 @@ def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
         if _can_prepack(parameter):
             # A view into the mapped checkpoint would keep all of it in memory.
             parameter.data = parameter.data.clone()
+
+
+def stabilise_head(model: nn.Module, head: nn.Module) -> None:
+    """Replace a bf16 model's LM head on a CPU by one whose rounding does not depend on the pass."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if child is head and type(child) is nn.Linear and _can_prepack(child.weight):
+                setattr(module, name, StableHead(child))
+                return
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:

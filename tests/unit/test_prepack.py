@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from specdec.runtime.prepack import PrepackedLinear, prepack_linears
+from specdec.runtime.prepack import PrepackedLinear, StableHead, in_parts, prepack_linears, stabilise_head
 
 
 class _Special(nn.Linear):
@@ -30,6 +30,38 @@ def test_the_same_bits() -> None:
         x = torch.randn(1, num_tokens, 96, dtype=torch.bfloat16)
         assert torch.equal(packed["inner"](x), model["inner"](x))
     assert packed["inner"][0].weight.shape == (64, 96)
+
+
+@torch.inference_mode()
+def test_rows_are_multiplied_in_parts_that_round_alike() -> None:
+    seen: list[int] = []
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x @ weight
+
+    weight = torch.randn(8, 4)
+    for num_rows in (1, 2, 32, 33, 64, 65, 200):
+        seen.clear()
+        x = torch.randn(1, num_rows, 8)
+        assert torch.allclose(in_parts(multiply, x, 32), x @ weight, atol=1e-5)
+        if num_rows > 32:
+            assert sum(seen) == num_rows
+            assert 2 <= min(seen) <= max(seen) <= 32
+
+
+@torch.inference_mode()
+def test_a_head_keeps_its_parameters() -> None:
+    model = make_model(torch.bfloat16)
+    head = model["head"]
+    stabilise_head(model, head)
+    assert type(model["head"]) is StableHead
+    assert model["head"].weight is head.weight
+    x = torch.randn(1, 40, 96, dtype=torch.bfloat16)
+    assert torch.equal(model["head"](x), torch.cat([head(x[:, :20]), head(x[:, 20:])], dim=1))
+    whole = make_model(torch.float32)
+    stabilise_head(whole, whole["head"])
+    assert type(whole["head"]) is nn.Linear
 
 
 def test_the_head_subclasses_and_other_types_are_left_alone() -> None:
