@@ -1,9 +1,9 @@
 """How much to draft: K and the node budget of each round, by measured cost and acceptance.
 
-A round with draft size s emits tau(s) tokens and takes draft(s) + pass(B x (nodes(s) + 1)) + overhead, where
-B is how many items share a pass of the verifier now. What is chosen has the most tokens per second, K = 0
-included. Every session is taken to choose alike: one that drafts more makes all others wait, and on a busy
-verifier all of them drafting is what costs.
+A round with draft size s emits tau(s) tokens and takes draft(s) + pass(B x (nodes(s) + 1)) x (1 + queue) +
+transport, where B is how many items share a pass of the verifier now. What is chosen has the most tokens per
+second, K = 0 included. Every session is taken to choose alike: one that drafts more makes all others wait, and
+on a busy verifier all of them drafting is what costs.
 
 Nothing here can change an answer, only how fast it comes.
 """
@@ -196,8 +196,11 @@ class VerifierLoad:
         self.pass_ns = Curve()
         """Compute time by tokens of a pass."""
         self.batch_size = Mean(1.0)
-        self.overhead_ns = Median()
-        """Queue, transport, and whatever else an answer waits for."""
+        self.queue_share = Median()
+        """Time an item waits for its pass, over the pass: who comes while one runs waits for its end, longer
+        the more everyone drafts."""
+        self.transport_ns = Median()
+        """The rest of what an answer waits for."""
 
     def observe(self, this: Round) -> None:
         """Take a round's timings in."""
@@ -206,11 +209,13 @@ class VerifierLoad:
             return
         self.pass_ns.add(verified.batch_tokens, verified.compute_ns)
         self.batch_size.add(verified.batch_size)
-        self.overhead_ns.add(max(0, verified.elapsed_ns - verified.compute_ns))
+        self.queue_share.add(max(0, verified.server_ns - verified.compute_ns) / verified.compute_ns)
+        self.transport_ns.add(max(0, verified.elapsed_ns - verified.server_ns))
 
     def round_ns(self, num_nodes: float) -> float:
         """Time of a verify with that many draft tokens, every session of the pass having as many."""
-        return self.pass_ns(self.batch_size.value * (num_nodes + 1)) + self.overhead_ns.value
+        pass_ns = self.pass_ns(self.batch_size.value * (num_nodes + 1))
+        return pass_ns * (1 + self.queue_share.value) + self.transport_ns.value
 
 
 @dataclass(slots=True)

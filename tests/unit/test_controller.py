@@ -28,6 +28,7 @@ class World:
         rate: chance that a draft token is accepted after the one before was.
         batch_size: sessions in every pass, all drafting as this one does.
         gain: by how much a tree raises the rate.
+        queue_share: time an item waits for its pass, over the pass.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class World:
         *,
         batch_size: int = 1,
         gain: float = 0.0,
+        queue_share: float = 0.0,
     ) -> None:
         self.pass_ms, self.draft_ms, self.rate = pass_ms, draft_ms, rate
-        self.batch_size, self.gain = batch_size, gain
+        self.batch_size, self.gain, self.queue_share = batch_size, gain, queue_share
         self._random = random.Random(0)
 
     def round(self, size: DraftSize) -> Round:
@@ -57,7 +59,8 @@ class World:
         verified = Verified(
             accepted,
             0,
-            elapsed_ns=compute_ns + MS,
+            server_ns=int(compute_ns * (1 + self.queue_share)),
+            elapsed_ns=int(compute_ns * (1 + self.queue_share)) + MS,
             compute_ns=compute_ns,
             batch_size=self.batch_size,
             batch_tokens=num_tokens,
@@ -110,6 +113,12 @@ def test_drafts_end_where_a_busy_verifier_pays_for_every_token() -> None:
     alone = World(steep, lambda k: 2.0, 0.6)
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8)
     assert learned(alone).num_draft_tokens > 0
+    assert learned(busy) == DraftSize(0)
+
+
+def test_a_queue_is_no_reason_to_draft() -> None:
+    """Where all wait for long passes of others, shorter ones make everyone wait less."""
+    busy = World(steep, lambda k: 2.0, 0.4, batch_size=8, queue_share=1.5)
     assert learned(busy) == DraftSize(0)
 
 
