@@ -2,8 +2,8 @@
 
 A round with draft size s emits tau(s) tokens and takes draft(s) + pass(B x (nodes(s) + 1)) x (1 + queue) +
 transport, where B is how many items share a pass of the verifier now. What is chosen has the most tokens per
-second, K = 0 included. Every session is taken to choose alike: one that drafts more makes others wait, and on a
-busy verifier all of them drafting is what costs.
+second, K = 0 included. Every session is taken to choose alike: one that drafts more makes others wait, and on
+a busy verifier all of them drafting is what costs.
 
 Nothing here can change an answer, only how fast it comes.
 """
