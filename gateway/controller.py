@@ -99,8 +99,8 @@ class Median:
 
 
 class Curve:
-    """A quantity by size, learned at the sizes that occur: linear between them, on with the last slope
-    beyond.
+    """A quantity by size, learned at the sizes that occur: linear between them, on with the outer slopes
+    beyond. So where all draft, it is known what passes would cost if none did.
 
     Sizes are grouped, about three groups to a doubling; one long out of use is forgotten, lest a bad moment
     keeps it so. What the curve tells does not fall with size: where observations do, it is the mean of both.
@@ -143,9 +143,7 @@ class Curve:
             return points[0][1] if points else 0.0
         index = min(max(bisect_left(points, (size,)), 1), len(points) - 1)
         (x0, y0), (x1, y1) = points[index - 1], points[index]
-        if size <= points[0][0]:
-            return points[0][1]
-        return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+        return max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0))
 
 
 def _rising(points: Iterable[tuple[float, float, int]]) -> list[tuple[float, float]]:

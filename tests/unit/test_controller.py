@@ -116,6 +116,27 @@ def test_drafts_end_where_a_busy_verifier_pays_for_every_token() -> None:
     assert learned(busy) == DraftSize(0)
 
 
+def test_drafts_end_though_no_pass_was_ever_without() -> None:
+    """On a busy verifier a session that tries no draft still shares its passes with others' drafts."""
+
+    class Busy(World):
+        def round(self, size: DraftSize) -> Round:
+            this = super().round(size)
+            tokens = this.verified.batch_tokens + 7 * 3  # of seven sessions that draft as ever
+            compute_ns = int(self.pass_ms(tokens) * MS)
+            verified = replace(
+                this.verified,
+                batch_size=8,
+                batch_tokens=tokens,
+                compute_ns=compute_ns,
+                server_ns=compute_ns,
+                elapsed_ns=compute_ns + MS,
+            )
+            return replace(this, verified=verified)
+
+    assert learned(Busy(steep, lambda k: 2.0, 0.4)) == DraftSize(0)
+
+
 def test_a_queue_is_no_reason_to_draft() -> None:
     """Where all wait for long passes of others, shorter ones make everyone wait less."""
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8, queue_share=1.5)
@@ -246,7 +267,7 @@ def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
     assert curve(1) == curve(50) == 10
     for size, value in ((9, 18), (33, 12)):
         curve.add(size, value)
-    assert curve(0) == 10
+    assert curve(0) == pytest.approx(9.375)
     assert curve(5) == pytest.approx(12.5)
     assert curve(33) == curve(100) == 15
     for _ in range(8):
