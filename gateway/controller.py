@@ -32,6 +32,8 @@ _DRAFTS_TO_KNOW = 3
 """Drafts after which a node budget's cost is known."""
 _WORTH_GROWING = 0.8
 """A larger tree is tried once the next smaller one comes so near to the best rate."""
+_CAUTION = 0.3
+"""What drafts must bring beyond plain decoding where very many sessions share a pass; alone nothing."""
 _WINDOW = 15
 """Latest observations a usual value is of."""
 _FORGOTTEN_AFTER = 200
@@ -210,6 +212,12 @@ class VerifierLoad:
         self.queue_share.add(max(0, verified.server_ns - verified.compute_ns) / verified.compute_ns)
         self.transport_ns.add(max(0, verified.elapsed_ns - verified.server_ns))
 
+    @property
+    def caution(self) -> float:
+        """By how much drafts must beat plain decoding: not all sessions that share passes draft as well, and
+        those that do not draft pay for those that do."""
+        return 1 + _CAUTION * (1 - 1 / max(1.0, self.batch_size.value))
+
     def round_ns(self, num_nodes: float) -> float:
         """Time of a verify with that many draft tokens, every session of the pass having as many."""
         pass_ns = self.pass_ns(self.batch_size.value * (num_nodes + 1))
@@ -322,7 +330,7 @@ class AdaptiveSize:
 
     def _best(self) -> tuple[DraftSize, float]:
         """The size with the most tokens per nanosecond, and how many."""
-        best, best_rate = PLAIN_SIZE, 1.0 / self._cost_ns(PLAIN_SIZE)
+        best, best_rate = PLAIN_SIZE, self._load.caution / self._cost_ns(PLAIN_SIZE)
         for budget in self._budgets:
             if self._stats[budget].is_known:
                 length, rate = self._best_length(budget)

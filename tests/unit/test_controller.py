@@ -137,6 +137,14 @@ def test_drafts_end_though_no_pass_was_ever_without() -> None:
     assert learned(Busy(steep, lambda k: 2.0, 0.4)) == DraftSize(0)
 
 
+def test_a_small_gain_is_taken_alone_and_left_where_others_pay() -> None:
+    def world(batch_size: int) -> World:
+        return World(flat, lambda k: 4.0, 0.2, batch_size=batch_size)
+
+    assert learned(world(1)).num_draft_tokens > 0
+    assert learned(world(8)) == DraftSize(0)
+
+
 def test_a_queue_is_no_reason_to_draft() -> None:
     """Where all wait for long passes of others, shorter ones make everyone wait less."""
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8, queue_share=1.5)
