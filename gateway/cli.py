@@ -17,6 +17,8 @@ def main(**options: object) -> None:
     """
     # Imported here: --help needs none of it.
     from gateway.server import GatewayServer
+    from specdec.runtime.loading import return_freed_memory
     from specdec.server import serve_from_command_line
 
+    return_freed_memory()
     serve_from_command_line("specdec-gateway", GatewayConfig, options, GatewayServer)

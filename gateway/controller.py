@@ -100,6 +100,16 @@ class Median:
         return len(self._values)
 
 
+@dataclass(slots=True)
+class _Group:
+    """What was seen at sizes near each other."""
+
+    values: Mean | Median
+    sizes: Mean = field(default_factory=Mean)
+    last_seen: int = 0
+    """Number of the latest observation."""
+
+
 class Curve:
     """A quantity by size, learned at the sizes that occur: linear between them, on with the outer slopes
     beyond. So where all draft, it is known what passes would cost if none did.
@@ -115,25 +125,24 @@ class Curve:
     def __init__(self, value: Callable[[], Mean | Median] = Median, *, through_origin: bool = False) -> None:
         self._value = value
         self._through_origin = through_origin
-        self._groups: dict[int, tuple[Mean, Mean | Median]] = {}
-        self._last_seen: dict[int, int] = {}
+        self._groups: dict[int, _Group] = {}
         self._count = 0
         self._points: list[tuple[float, float]] = []
 
     def add(self, size: float, value: float) -> None:
         """Observe a value at a size."""
-        group = round(3 * math.log2(size + 1))
-        sizes, values = self._groups.setdefault(group, (Mean(), self._value()))
-        sizes.add(size)
-        values.add(value)
+        group = self._groups.setdefault(round(3 * math.log2(size + 1)), _Group(self._value()))
+        group.sizes.add(size)
+        group.values.add(value)
         self._count += 1
-        self._last_seen[group] = self._count
-        for other, seen in list(self._last_seen.items()):
-            if self._count - seen > _FORGOTTEN_AFTER:
-                del self._groups[other], self._last_seen[other]
-        groups = self._groups.values()
+        group.last_seen = self._count
+        oldest = self._count - _FORGOTTEN_AFTER
+        self._groups = {key: one for key, one in self._groups.items() if one.last_seen >= oldest}
         self._points = _rising(
-            sorted((sizes.value, values.value, min(values.count, _WINDOW)) for sizes, values in groups)
+            sorted(
+                (one.sizes.value, one.values.value, min(one.values.count, _WINDOW))
+                for one in self._groups.values()
+            )
         )
         if self._through_origin and self._points[0][0] > 0:
             self._points.insert(0, (0.0, 0.0))

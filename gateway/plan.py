@@ -181,12 +181,6 @@ def _require_shorter(num_tokens: int, context: int) -> None:
 
 def _plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_num_nodes: int) -> DraftPlan:
     """Method, drafters, K and node budget in effect; `max_num_nodes` is the verifier's limit."""
-    asked = drafters_of(request.method)
-    if len(set(asked)) < len(asked) or (len(asked) > 1 and (PLAIN in asked or "" in asked)):
-        raise InvalidArgumentError(
-            f"{request.method!r} names a drafter twice, or {PLAIN!r} or nothing among drafters.",
-            field="method",
-        )
     method = _settle_method(request, backends)
     names = drafters_of(method)
     if request.num_draft_nodes > max_num_nodes:
@@ -259,9 +253,14 @@ def _chosen_drafts(
 def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> str:
     """Method in effect."""
     method = request.method or backends.default_method
+    names = drafters_of(method)
+    if len(set(names)) < len(names) or (len(names) > 1 and (PLAIN in names or "" in names)):
+        raise InvalidArgumentError(
+            f"{method!r} names a drafter twice, or {PLAIN!r} or nothing among drafters.", field="method"
+        )
     if not request.method or not backends.drafters.is_known or backends.offers(method):
         return method
-    unknown = next(name for name in drafters_of(method) if name not in backends.methods[1:])
+    unknown = next(name for name in names if name not in backends.methods[1:])
     raise InvalidArgumentError(
         f"Unknown method {unknown!r}; this gateway offers {', '.join(backends.methods)}.",
         field="method",

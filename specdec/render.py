@@ -86,11 +86,10 @@ def closing_line(generation: Generation) -> str:
 def fallback_note(generation: Generation) -> str:
     """How often an answer went without a draft it should have had, and why; empty: never."""
     speculation = generation.speculation
-    if not speculation.num_fallback_rounds:
+    # Of several drafters the line on trees says it.
+    if not speculation.num_fallback_rounds or speculation.proposers:
         return ""
     reason = speculation.fallback_reason or "the drafter was lost"
-    if speculation.proposers:
-        return ""  # the line on trees says it of each drafter
     return f"{speculation.num_fallback_rounds} rounds went without a draft, the last: {reason}"
 
 

@@ -24,8 +24,9 @@ _SPIN_COUNT = "10000"
 """How long an idle OpenMP thread spins. The default steals cores from the other model process on the host;
 no spin at all nearly doubles a pass."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Options of glibc's mallopt."""
+_LARGE_BYTES = 2**20
 
 _SWITCH_INTERVAL_S = 0.0005
 """How long the engine thread may hold the GIL while the event loop wants it."""
@@ -55,10 +56,22 @@ def keep_freed_memory() -> None:
     Pages that go back to the system are cleared and mapped anew for the next tensor, which costs a step of
     training on a CPU a third of its time.
     """
+    _mallopt(_M_MMAP_MAX, 0)
+    _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Have malloc give large buffers back at once, where it is glibc's.
+
+    By itself it keeps buffers as large as the largest it was given back, scattered over the heaps of all
+    threads: messages of megabytes then leave hundreds of them behind.
+    """
+    _mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def _mallopt(option: int, value: int) -> None:
     with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def load_causal_lm(

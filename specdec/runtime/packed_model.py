@@ -19,7 +19,7 @@ from specdec.errors import InvalidArgumentError
 from specdec.runtime.attention import ATTENTION_NAME, Pass, PoolCache, Segment
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import KvPool, KvShape, join_slots
-from specdec.runtime.prepack import prepack_linears, stabilise_head
+from specdec.runtime.prepack import prepack_linears, stable_head
 from specdec.runtime.state_memory import StateMemory
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -48,8 +48,9 @@ class PackedModel:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 0) or 0
-        prepack_linears(model, keep=model.get_output_embeddings())
-        stabilise_head(model, model.get_output_embeddings())
+        head = model.get_output_embeddings()
+        prepack_linears(model, keep=head)
+        model.set_output_embeddings(stable_head(head))
         expected, shapes = probe(model)
         model.set_attn_implementation(ATTENTION_NAME)
         self.pool = KvPool(

@@ -81,13 +81,11 @@ def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def stabilise_head(model: nn.Module, head: nn.Module) -> None:
-    """Replace a bf16 model's LM head on a CPU by one whose rounding does not depend on the pass."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if child is head and type(child) is nn.Linear and _can_prepack(child.weight):
-                setattr(module, name, StableHead(child))
-                return
+def stable_head(head: nn.Module) -> nn.Module:
+    """Of a bf16 model on a CPU an LM head whose rounding does not depend on the pass; of others, the head."""
+    if type(head) is nn.Linear and _can_prepack(head.weight):
+        return StableHead(head)
+    return head
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -22,8 +22,8 @@ from tests.refusals import PROMPT
 
 GIGABYTE = 2**30
 LARGEST_PROMPT_BYTES = GatewayConfig().max_prompt_bytes
-MAX_GROWTH_BYTES = 512 * 2**20
-"""Some messages in the hands of gRPC and of the allocator, however many come; 354 MiB were seen once."""
+MAX_GROWTH_BYTES = 256 * 2**20
+"""A few messages in the hands of gRPC and of the allocator, however many come."""
 PADDING_FIELD = b"\xfa\x3f"
 """Key of a field nobody knows, of bytes."""
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from specdec.runtime.prepack import PrepackedLinear, StableHead, in_parts, prepack_linears, stabilise_head
+from specdec.runtime.prepack import PrepackedLinear, StableHead, in_parts, prepack_linears, stable_head
 
 
 class _Special(nn.Linear):
@@ -54,13 +54,13 @@ def test_rows_are_multiplied_in_parts_that_round_alike() -> None:
 def test_a_head_keeps_its_parameters() -> None:
     model = make_model(torch.bfloat16)
     head = model["head"]
-    stabilise_head(model, head)
+    model["head"] = stable_head(head)
     assert type(model["head"]) is StableHead
     assert model["head"].weight is head.weight
     x = torch.randn(1, 40, 96, dtype=torch.bfloat16)
     assert torch.equal(model["head"](x), torch.cat([head(x[:, :20]), head(x[:, 20:])], dim=1))
     whole = make_model(torch.float32)
-    stabilise_head(whole, whole["head"])
+    whole["head"] = stable_head(whole["head"])
     assert type(whole["head"]) is nn.Linear
 
 
