@@ -34,6 +34,7 @@ _OPEN_TIMEOUT_S = 60.0
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _MAX_REASON_LENGTH = 500
+_OPENING = "opening"
 _PERMANENT = (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -139,6 +140,7 @@ class DraftLink:
         else:
             if draft:
                 self._retry_s = self._first_retry_s
+                self._reason = self._code = ""
                 return draft
         # Time spent waiting for a draft is the drafter's, not the wire's.
         waited_ns = time.monotonic_ns() - started_ns
@@ -200,8 +202,10 @@ class DraftLink:
         return self._session
 
     def _note_opening(self) -> None:
+        if self._reason and self._code != _OPENING:
+            return  # that one was lost before, and how, says more
         still = "its first draft takes longer" if self._first_draft else "the drafter is still opening"
-        self._reason, self._code = still, "opening"
+        self._reason, self._code = still, _OPENING
 
     def _open(self, committed_token_ids: Sequence[int]) -> None:
         self._num_sent = len(committed_token_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 from gateway.decode import Proposal, Round
 from specdec.v1 import gateway_pb2
@@ -18,8 +18,7 @@ class SpeculationTally:
         self.num_rounds = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
-        self.num_fallback_rounds = 0
-        self.fallback_reason = ""
+        self._fallbacks: Counter[str] = Counter()
         self._accepted: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
         self._proposers: dict[str, _ProposerTally] = {}
@@ -43,8 +42,7 @@ class SpeculationTally:
         for proposal in draft.proposals:
             self._proposers.setdefault(proposal.drafter, _ProposerTally()).add(proposal, this)
         if draft.fallback_reason:
-            self.num_fallback_rounds += 1
-            self.fallback_reason = draft.fallback_reason
+            self._fallbacks[draft.fallback_reason] += 1
         self._draft_ns += draft.server_ns
         self._verify_ns += verified.server_ns
         self._elapsed_ns += draft.elapsed_ns + verified.elapsed_ns
@@ -66,12 +64,9 @@ class SpeculationTally:
             verify_ns=self._verify_ns,
             transport_ns=self._transport_ns,
             gateway_ns=max(0, loop_ns - self._elapsed_ns) if self.num_rounds else 0,
-            num_fallback_rounds=self.num_fallback_rounds,
-            fallback_reason=self.fallback_reason,
-            proposers=[
-                gateway_pb2.ProposerStats(drafter=drafter, **asdict(tally))
-                for drafter, tally in self._proposers.items()
-            ],
+            num_fallback_rounds=self._fallbacks.total(),
+            fallback_reason=_commonest(self._fallbacks),
+            proposers=[tally.to_proto(drafter) for drafter, tally in self._proposers.items()],
         )
 
 
@@ -82,8 +77,7 @@ class _ProposerTally:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_sole_accepted_tokens: int = 0
-    num_fallback_rounds: int = 0
-    fallback_reason: str = ""
+    fallbacks: Counter[str] = field(default_factory=Counter)
 
     def add(self, proposal: Proposal, this: Round) -> None:
         """Count a round."""
@@ -93,8 +87,23 @@ class _ProposerTally:
         self.num_accepted_tokens += len(accepted)
         self.num_sole_accepted_tokens += len(accepted.difference(*others))
         if proposal.fallback_reason:
-            self.num_fallback_rounds += 1
-            self.fallback_reason = proposal.fallback_reason
+            self.fallbacks[proposal.fallback_reason] += 1
+
+    def to_proto(self, drafter: str) -> gateway_pb2.ProposerStats:
+        """The sums, as of now."""
+        return gateway_pb2.ProposerStats(
+            drafter=drafter,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            num_sole_accepted_tokens=self.num_sole_accepted_tokens,
+            num_fallback_rounds=self.fallbacks.total(),
+            fallback_reason=_commonest(self.fallbacks),
+        )
+
+
+def _commonest(reasons: Counter[str]) -> str:
+    """Of most rounds, the first of several; empty: there were none."""
+    return reasons.most_common(1)[0][0] if reasons else ""
 
 
 def _survivors(lengths: Counter[int], longest: int) -> list[int]:

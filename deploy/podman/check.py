@@ -147,7 +147,8 @@ class Pod:
     def wait_until_ended(self) -> None:
         """Within the grace all containers must have drained and ended by themselves."""
         deadline = self._terminated_at + STOP_TIMEOUT_S
-        while "running 0" in (ends := self._ends()).values() and time.monotonic() < deadline:
+        # One that has died is "stopped" until podman has cleaned up after it.
+        while not has_exited(ends := self._ends()) and time.monotonic() < deadline:
             time.sleep(0.2)
         say(f"     {self.name} stopped after {time.monotonic() - self._terminated_at:.1f} s")
         check(set(ends.values()) == {"exited 0"}, f"all have ended by themselves: {ends}")
@@ -161,6 +162,11 @@ class Pod:
         """Be rid of it, whatever state it is in."""
         remove = ["podman", "pod", "rm", "--force", "--time", "0", self.name]
         subprocess.run(remove, capture_output=True, check=False)
+
+
+def has_exited(ends: dict[str, str]) -> bool:
+    """Whether every container has, well or not."""
+    return all(end.startswith("exited") for end in ends.values())
 
 
 def same_text(answer: dict[str, Any], undisturbed: dict[str, Any], when: str) -> None:

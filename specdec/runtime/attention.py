@@ -6,14 +6,15 @@ and V. Layers that share another layer's KV pass the reference along.
 
 One session's bits must not depend on what else is in the pass, nor on how many tokens are verified at once:
 a near-tie rounded otherwise would make the output depend on the drafter. So a query attends to a range of
-whole key blocks, masked, that is a function of its own position alone, and query rows come in multiples of
-`_ROW_MULTIPLE`. On CPUs the kernels then round each row alike, in bf16 too; elsewhere they may still differ.
+whole key blocks, masked, that is a function of its own position alone, query rows come in multiples of
+`_ROW_MULTIPLE`, and branches of a tree share a call only as `tree_keys` allows. On CPUs the kernels then
+round each row alike, in bf16 too; elsewhere they may still differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, join_slots, write_rows
+from specdec.runtime.tree_keys import TreeKeys
 
 ATTENTION_NAME = "specdec_paged"
 _ROW_MULTIPLE = 4
@@ -70,21 +72,34 @@ class _Span:
     """Of its first query."""
     first_key: int
     num_keys: int
-    base: int = 0
-    path: Sequence[int] = ()
-    """Of a tree, which of its tokens are at positions `base` onwards for these queries: their ancestors, and
-    they. Empty: every position's key is in its own place."""
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """Of a tree, which keys are not at the place of their own position: the position whose slot has it, by
+    place."""
+    paths: Sequence[Sequence[int]] = ()
+    """Of branches side by side, the places from `num_shared` on that each query attends to, beside all keys
+    before. Empty: the positions say it."""
+    num_shared: int = 0
 
     def key_slots(self, device: torch.device) -> slice | Tensor:
-        """Where the keys are, in order of position."""
+        """Where the keys are, in order of their places."""
         stop_key = self.first_key + self.num_keys
-        if not self.path:
+        if not self.tokens:
             return self.allocation.slots(self.first_key, stop_key)
-        places = torch.arange(self.first_key, stop_key)
-        first = max(self.base, self.first_key)
-        tokens = self.path[first - self.base : stop_key - self.base]
-        places[first - self.first_key :][: len(tokens)] = self.base + torch.tensor(tokens, dtype=torch.long)
-        return self.allocation.slots_at(places.to(device))
+        # A place that nothing is put at is hidden, and may be none of the session's own.
+        slots = list(range(self.first_key, stop_key))
+        for place, position in self.tokens.items():
+            if self.first_key <= place < stop_key:
+                slots[place - self.first_key] = position
+        last = self.allocation.capacity - 1
+        return self.allocation.slots_at(torch.tensor(slots, device=device).clamp_(max=last))
+
+    def hidden(self, device: torch.device) -> Tensor:
+        """Of branches side by side, which keys a query may not attend to: [num_queries, num_keys]."""
+        hidden = torch.ones(self.num_queries, self.num_keys, dtype=torch.bool)
+        hidden[:, : self.num_shared] = False
+        queries = [query for query, path in enumerate(self.paths) for _ in path]
+        hidden[queries, [place for path in self.paths for place in path]] = False
+        return hidden.to(device)
 
 
 class _Group:
@@ -120,6 +135,9 @@ class _Group:
         self.key_slots = _key_slots(spans, device)
         key_positions = first_keys + torch.arange(self.num_keys, device=device)  # [spans, keys]
         hidden = _is_hidden(key_positions[:, None], (tokens + positions)[..., None], window)
+        for index, span in enumerate(spans):
+            if span.paths:
+                hidden[index] = span.hidden(device)[tokens[index]]
         self.mask = torch.zeros(hidden.shape, dtype=like.dtype, device=device)[:, None]
         """Additive, [spans, 1, rows, keys]."""
         self.mask.masked_fill_(hidden[:, None], float("-inf"))
@@ -161,10 +179,15 @@ class Pass:
     Args:
         segments: what the pass runs.
         slots: where the KV of the segments' tokens goes.
+        joins_branches: whether branches of a tree may share an attention call; else each is computed as if
+            it were alone.
     """
 
-    def __init__(self, segments: Sequence[Segment], slots: slice | Tensor) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], slots: slice | Tensor, *, joins_branches: bool = False
+    ) -> None:
         self.segments = segments
+        self._joins_branches = joins_branches
         self.slots = slots
         self.num_tokens = sum(len(segment.token_ids) for segment in segments)
         self._plans: dict[tuple[int, int, int], _Plan] = {}
@@ -195,7 +218,7 @@ class Pass:
         row = 0
         for segment in self.segments:
             if segment.parents:
-                yield from _tree_spans(segment, row, window)
+                yield from _tree_spans(segment, row, window, self._joins_branches)
             else:
                 yield from _spans(segment.allocation, row, segment.start, segment.stop, window)
             row += len(segment.token_ids)
@@ -207,9 +230,7 @@ def _spans(
     start: int,
     stop: int,
     window: int,
-    *,
-    base: int = 0,
-    path: Sequence[int] = (),
+    tokens: Mapping[int, int] | None = None,
 ) -> Iterator[_Span]:
     """Cut queries at positions start to stop, the first of them `row` of the batch, where the range of key
     blocks changes."""
@@ -227,32 +248,52 @@ def _spans(
             positions[0],
             first_key,
             stop_key - first_key,
-            base,
-            path,
+            tokens or {},
         )
 
 
-def _tree_spans(segment: Segment, row: int, window: int) -> Iterator[_Span]:
+def _tree_spans(segment: Segment, row: int, window: int, joins_branches: bool) -> Iterator[_Span]:
     """A tree is a bundle of chains: runs of tokens that follow one another, each with its ancestors' keys.
 
     So a token's query meets the keys it would meet in a chain, in the same order, and gets the same bits.
-    Every token is in one run; depth first there are as many runs as leaves.
+    Every token is in one run; depth first there are as many runs as leaves. Neighbouring runs share a span
+    where their keys have room side by side.
     """
-    parents, positions = segment.parents, segment.positions
-    heads = [index for index, parent in enumerate(parents) if not index or parent != index - 1]
+    parents, positions, start = segment.parents, segment.positions, segment.start
     paths: list[list[int]] = []
     for index, parent in enumerate(parents):
         paths.append([index] if parent < 0 else [*paths[parent], index])
-    for head, stop in pairwise([*heads, len(parents)]):
-        yield from _spans(
-            segment.allocation,
-            row + head,
-            positions[head],
-            positions[stop - 1] + 1,
-            window,
-            base=segment.start,
-            path=paths[stop - 1],
-        )
+    heads = [index for index, parent in enumerate(parents) if not index or parent != index - 1]
+    runs = [range(head, stop) for head, stop in pairwise([*heads, len(parents)])]
+    # Within the first window no key is hidden for being too old.
+    joins = joins_branches and not (window and max(positions) >= window)
+    while runs:
+        keys, num_joined = TreeKeys(start, parents), 0
+        while joins and num_joined < len(runs) and keys.add(paths[runs[num_joined][-1]]):
+            num_joined += 1
+        if num_joined > 1:
+            yield _joined(segment, row, range(runs[0].start, runs[num_joined - 1].stop), keys)
+        else:
+            num_joined, run = 1, runs[0]
+            places = {start + depth: start + token for depth, token in enumerate(paths[run[-1]])}
+            first, last = positions[run[0]], positions[run[-1]]
+            yield from _spans(segment.allocation, row + run.start, first, last + 1, window, places)
+        runs = runs[num_joined:]
+
+
+def _joined(segment: Segment, row: int, queries: range, keys: TreeKeys) -> _Span:
+    """Branches side by side: these tokens of a tree, the first of which is `row` of the batch."""
+    return _Span(
+        segment.allocation,
+        row + queries.start,
+        len(queries),
+        segment.start,
+        first_key=0,
+        num_keys=-(-keys.num_places // BLOCK_TOKENS) * BLOCK_TOKENS,
+        tokens={place: segment.start + token for place, token in keys.tokens.items()},
+        paths=[keys.paths[query] for query in queries],
+        num_shared=keys.num_shared,
+    )
 
 
 def _grouped(spans: Iterable[_Span]) -> Iterable[list[_Span]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from random import Random
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ _MIN_PASS_TOKENS = 2
 """A pass over one token is padded to this many. Matrix products with a single row take another path through
 oneDNN, which rounds otherwise in bf16: padded, plain decoding and verification give the same bits."""
 _NUM_PROBE_TOKENS = 8
+_NUM_TREE_PROBE_TOKENS = 256
+_NUM_TREE_TOKENS = 24
 _PROBE_TOLERANCE = {4: 1e-3, 2: 0.2}
 """Largest relative error of the probe's logits, by bytes per element."""
 
@@ -58,6 +61,8 @@ class PackedModel:
         )
         self.capture = HiddenCapture(model, self.pool)
         self._self_test(expected)
+        self.joins_branches = self._branches_can_join()
+        """Whether branches of a draft tree share attention calls, see tree_keys."""
 
     @property
     def attention_types(self) -> dict[int, str]:
@@ -77,7 +82,7 @@ class PackedModel:
         for segment in segments:
             if segment.start == 0:
                 self.pool.clear(segment.allocation)
-        current = Pass(segments, self._write_slots(segments))
+        current = Pass(segments, self._write_slots(segments), joins_branches=self.joins_branches)
         self.capture.start(current, captured)
         return self._forward(current)
 
@@ -119,6 +124,35 @@ class PackedModel:
                 f"attention (relative error {error:.3g}): it has a feature this service does not support.",
                 reason="UNSUPPORTED_MODEL",
             )
+
+    @torch.inference_mode()
+    def _branches_can_join(self) -> bool:
+        """Whether branches side by side get the bits each gets alone: seen of CPUs with 512-bit vectors."""
+        if self.device.type != "cpu":
+            return True  # a pass of another size rounds otherwise there, come what may
+        if self.model.dtype.itemsize > 2:
+            return False  # in fp32 sums go by other rules
+        num_tokens = min(_NUM_TREE_PROBE_TOKENS, self.pool.capacity_tokens)
+        allocation = self.pool.allocate(num_tokens)
+        token_ids = _probe_tokens(self.vocab_size, num_tokens)
+        random = Random(0)
+        parents = [-1, *(random.randrange(max(0, index - 5), index) for index in range(1, _NUM_TREE_TOKENS))]
+        start = num_tokens - len(parents)
+        text = Segment(allocation, 0, token_ids[:start], 1)
+        trees = [
+            Segment(allocation, at, token_ids[at : at + len(parents)], len(parents), parents)
+            for at in (start, start - 1)
+        ]
+        self._forward(Pass([text], self._write_slots([text])))
+        can_join = True
+        for tree in trees:
+            apart, joined = (
+                self._forward(Pass([tree], self._write_slots([tree]), joins_branches=joins))[0]
+                for joins in (False, True)
+            )
+            can_join = can_join and torch.equal(apart, joined)
+        self.pool.free(allocation)
+        return can_join
 
     def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
         slots = [segment.allocation.slots(segment.start, segment.stop) for segment in segments]
@@ -201,6 +235,6 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, KvShape]]:
     return output.logits[0].float(), recorder.shapes
 
 
-def _probe_tokens(vocab_size: int) -> list[int]:
+def _probe_tokens(vocab_size: int, num_tokens: int = _NUM_PROBE_TOKENS) -> list[int]:
     """Token ids spread over the vocabulary."""
-    return [(17 + 7919 * index) % vocab_size for index in range(_NUM_PROBE_TOKENS)]
+    return [(17 + 7919 * index) % vocab_size for index in range(num_tokens)]

@@ -271,6 +271,25 @@ class TestASlowOpening:
             assert (await link.propose(ask(PROMPT, 2))).fallback_reason == "gone"
         assert drafters.num_attempts == 1
 
+    async def test_after_a_loss_the_reason_stays_until_one_drafts_again(self) -> None:
+        async def lost() -> Draft:
+            raise UnavailableError("gone")
+
+        drafters = FakeDrafters([lost], [drafting(7), hang])
+        async with drafters.link(timeout_s=0.02, retry_s=0.0) as link:
+            drafters.may_open.set()
+            assert (await link.propose(ask(PROMPT, 2))).fallback_reason == "gone"
+            drafters.may_open.clear()
+            for _ in range(3):
+                draft = await link.propose(ask(PROMPT, 2))
+                assert (draft.fallback_reason, draft.fallback_code) == ("gone", "unavailable")
+            drafters.may_open.set()
+            await settled()
+            assert (await link.propose(ask(PROMPT, 2))).token_ids == (7,)
+            assert (await link.propose(ask(PROMPT, 2))).fallback_reason == "no draft within 0.02 s"
+        assert drafters.num_attempts == 2
+        drafters.assert_all_closed_once()
+
 
 class TestALongFirstDraft:
     """A session's first draft reads all the text and state so far."""

@@ -1,0 +1,125 @@
+"""Branches of a tree side by side: where their keys go, and that each gets the bits it gets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec.runtime.attention import Pass, Segment
+from specdec.runtime.loading import load_causal_lm
+from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.tree_keys import TreeKeys
+from tests.tiny_models import VOCAB_SIZE, save_tiny_model
+
+GROUP, KERNEL = 32, 512
+TEXT = torch.randint(0, VOCAB_SIZE, (640,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def random_parents(random: Random, num_tokens: int) -> list[int]:
+    """Of a tree in any lawful order, deep and wide in places."""
+    return [-1, *(random.choice([index - 1, random.randrange(index)]) for index in range(1, num_tokens))]
+
+
+def path_to(parents: list[int], token: int) -> list[int]:
+    return ([] if parents[token] < 0 else path_to(parents, parents[token])) + [token]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(0, 1100), st.integers(1, 40))
+def test_every_path_has_its_keys_in_whole_groups_in_order(
+    random: Random, start: int, num_tokens: int
+) -> None:
+    parents = random_parents(random, num_tokens)
+    keys = TreeKeys(start, parents)
+    added = [token for token in range(num_tokens) if keys.add(path_to(parents, token))]
+    for token in added:
+        path, places = path_to(parents, token), keys.paths[token]
+        positions = range(keys.num_shared, start + len(path))
+        assert len(places) == len(positions)
+        assert list(places) == sorted(set(places)), "in order of position"
+        for place, position in zip(places, positions, strict=True):
+            assert place % GROUP == position % GROUP
+            assert place // KERNEL == start // KERNEL, "where kernels start afresh"
+            owner = position - start if position < start else path[position - start]
+            assert keys.tokens.get(place, place - start) == owner
+        groups = [
+            {
+                place // GROUP
+                for place, position in zip(places, positions, strict=True)
+                if position // GROUP == group
+            }
+            for group in range(start // GROUP, positions.stop // GROUP + 1)
+        ]
+        assert all(len(group) <= 1 for group in groups), "a group is whole"
+    # What did not fit left nothing behind.
+    assert set(keys.paths) == {node for token in added for node in path_to(parents, token)}
+    assert all(place < (start // KERNEL + 1) * KERNEL for place in keys.tokens)
+
+
+def test_a_path_takes_the_places_of_a_chain() -> None:
+    keys = TreeKeys(300, [-1, 0, 1, 2])
+    assert keys.add([0, 1, 2, 3])
+    assert keys.tokens == {300: 0, 301: 1, 302: 2, 303: 3}
+    assert keys.paths[3] == tuple(range(288, 304))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    keys = TreeKeys(510, [-1, 0, 1, 1, 0])
+    assert not keys.add([0, 1, 2]), "its last token is where kernels start afresh"
+    assert not keys.tokens
+    assert keys.add([0, 1])
+    assert not keys.add([0, 4]), "there is no group left for a copy"
+    assert keys.tokens == {510: 0, 511: 1}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma4"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    """With full attention, and with windows besides."""
+    folder: Path = save_tiny_model(tmp_path_factory.mktemp("tree_keys"), request.param)
+    return PackedModel(
+        load_causal_lm(str(folder), dtype="bfloat16", device="cpu").model, kv_budget_bytes=4 << 20
+    )
+
+
+def trees(random: Random, packed: PackedModel, start: int) -> Iterator[Segment]:
+    for num_tokens in (5, 13, 40):
+        allocation = packed.pool.allocate(start + num_tokens)
+        packed.forward([Segment(allocation, 0, TEXT[:start], 0)])
+        tokens = [random.randrange(VOCAB_SIZE) for _ in range(num_tokens)]
+        yield Segment(allocation, start, tokens, num_tokens, random_parents(random, num_tokens))
+
+
+@pytest.mark.parametrize("start", [1, 14, 31, 64, 135, 300, 490, 508, 512, 590])
+def test_branches_get_the_bits_they_get_alone(packed: PackedModel, start: int) -> None:
+    random = Random(start)
+    segments = list(trees(random, packed, start))
+    together = packed.forward(segments)
+    for tree, logits in zip(segments, together, strict=True):
+        paths = [path_to(list(tree.parents), token) for token in range(len(tree.token_ids))]
+        for path in paths:
+            chain = [tree.token_ids[token] for token in path]
+            alone = packed.forward([Segment(tree.allocation, start, chain, len(chain))])[0]
+            assert torch.equal(logits[path], alone)
+        packed.pool.free(tree.allocation)
+
+
+def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> None:
+    # What PackedModel finds out by trying; the shorter vectors of other CPUs divide sums otherwise.
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        assert packed.joins_branches
+    (tree,) = [Segment(packed.pool.allocate(80), 40, TEXT[:5], 5, [-1, 0, 1, 1, 0])]
+    query = torch.zeros(1, 4, 5, 8)
+    plans = [Pass([tree], slice(0, 5), joins_branches=joins).plan(0, 2, query) for joins in (False, True)]
+    assert [sum(group.num_spans for group in plan.groups) for plan in plans] == [3, 1]
+    packed.pool.free(tree.allocation)
+
+
+def test_branches_of_a_model_in_fp32_stay_apart(tiny_llama: Path) -> None:
+    model = load_causal_lm(str(tiny_llama), dtype="float32", device="cpu").model
+    assert not PackedModel(model, kv_budget_bytes=1 << 20).joins_branches
