@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import Meter
 
-from specdec.instruments import EngineMetrics, observe_values
+from specdec.instruments import Counter, EngineMetrics, observe_values
 
 if TYPE_CHECKING:
     from drafter_service.host import DrafterHost
@@ -19,14 +19,23 @@ class DrafterMetrics:
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self.engine = EngineMetrics(meter, "specdec.drafter")
-        self._rounds = meter.create_counter(
-            "specdec.drafter.rounds", unit="{round}", description="Drafts answered"
+        self._rounds = Counter(
+            meter, "specdec.drafter.rounds", "method", unit="{round}", description="Drafts answered"
         )
-        self._state_sessions = meter.create_counter(
-            "specdec.drafter.state_sessions", unit="{session}", description="Sessions that read target state"
+        self._state_sessions = Counter(
+            meter,
+            "specdec.drafter.state_sessions",
+            "storage",
+            "is_fallback",
+            unit="{session}",
+            description="Sessions that read target state",
         )
-        self._state_bytes = meter.create_counter(
-            "specdec.drafter.target_state", unit="By", description="Target state read, by storage"
+        self._state_bytes = Counter(
+            meter,
+            "specdec.drafter.target_state",
+            "storage",
+            unit="By",
+            description="Target state read, by storage",
         )
 
     def observe(self, host: DrafterHost) -> None:
@@ -53,14 +62,12 @@ class DrafterMetrics:
 
     def add_round(self, drafter: str) -> None:
         """Count a draft that was answered."""
-        self._rounds.add(1, {"method": drafter})
+        self._rounds.add(1, drafter)
 
     def add_state_bytes(self, storage: str, num_bytes: int) -> None:
         """Count target state that was read."""
-        self._state_bytes.add(num_bytes, {"storage": storage})
+        self._state_bytes.add(num_bytes, storage)
 
     def add_link(self, link: Link) -> None:
         """Count a session that begins to read target state."""
-        self._state_sessions.add(
-            1, {"storage": link.storage.value, "is_fallback": bool(link.fallback_reason)}
-        )
+        self._state_sessions.add(1, link.storage.value, bool(link.fallback_reason))

@@ -25,7 +25,7 @@ from gateway.decode import DraftSize, Round, SizeControl
 _NEW_SHARE = 0.1
 """Weight of a new observation once there are many."""
 _PROBE_EVERY = 24
-"""Another size than the best is tried once in so many rounds of a method: what nobody tries nobody knows."""
+"""Another size than the best is tried once in so many passes: what nobody tries nobody knows."""
 _EXPLORE_EVERY = 4
 """The same while there is a node budget that was hardly tried yet."""
 _DRAFTS_TO_KNOW = 3
@@ -326,9 +326,11 @@ class AdaptiveSize:
         if not any(stats.is_known for stats in self._stats.values()):
             return self._start
         best, rate = self._best()
-        if num_rounds % _EXPLORE_EVERY == 0 and (unknown := self._unknown(best, rate)):
+        # All who share a pass wait for the one that tries something.
+        sharers = max(1, round(self._load.batch_size.value))
+        if num_rounds % (_EXPLORE_EVERY * sharers) == 0 and (unknown := self._unknown(best, rate)):
             return unknown
-        return self._probe(best) if num_rounds % _PROBE_EVERY == 0 else best
+        return self._probe(best) if num_rounds % (_PROBE_EVERY * sharers) == 0 else best
 
     def observe(self, size: DraftSize, this: Round) -> None:
         """Learn what the round cost and brought; while a drafter is lost or late, nothing of drafts."""

@@ -9,7 +9,7 @@ from opentelemetry.metrics import Histogram, Meter
 
 from gateway.decode import Round
 from specdec.errors import SpecdecError, status_code
-from specdec.instruments import SHORT_TIMES_S, observe_value, observe_values
+from specdec.instruments import SHORT_TIMES_S, Counter, observe_value, observe_values
 from specdec.v1 import gateway_pb2
 
 OTHER = "other"
@@ -33,13 +33,22 @@ class GatewayMetrics:
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._requests = meter.create_counter("specdec.requests", unit="{request}")
-        self._failovers = meter.create_counter(
-            "specdec.failovers", unit="{failover}", description="Verifiers lost in mid-generation"
+        self._requests = Counter(meter, "specdec.requests", "method", "outcome", unit="{request}")
+        self._failovers = Counter(
+            meter,
+            "specdec.failovers",
+            "method",
+            unit="{failover}",
+            description="Verifiers lost in mid-generation",
         )
-        self._rounds = meter.create_counter("specdec.rounds", unit="{round}")
-        self._fallback_rounds = meter.create_counter(
-            "specdec.fallback_rounds", unit="{round}", description="Rounds whose draft is missing, by reason"
+        self._rounds = Counter(meter, "specdec.rounds", "method", unit="{round}")
+        self._fallback_rounds = Counter(
+            meter,
+            "specdec.fallback_rounds",
+            "method",
+            "reason",
+            unit="{round}",
+            description="Rounds whose draft is missing, by reason",
         )
         self._count_drafting(meter)
         self._count_proposers(meter)
@@ -49,20 +58,31 @@ class GatewayMetrics:
         self._tpot = self._times("gen_ai.server.time_per_output_token", _TOKEN_TIMES_S)
 
     def _count_drafting(self, meter: Meter) -> None:
-        self._drafts = meter.create_counter("specdec.drafts", unit="{draft}")
-        self._draft_tokens = meter.create_counter("specdec.draft_tokens", unit="{token}")
-        self._accepted_tokens = meter.create_counter("specdec.accepted_tokens", unit="{token}")
-        self._drafted_per_position = meter.create_counter(
-            "specdec.draft_tokens_per_position", unit="{draft}", description="Drafts that reach a position"
+        self._drafts = Counter(meter, "specdec.drafts", "method", unit="{draft}")
+        self._draft_tokens = Counter(meter, "specdec.draft_tokens", "method", unit="{token}")
+        self._accepted_tokens = Counter(meter, "specdec.accepted_tokens", "method", unit="{token}")
+        self._drafted_per_position = Counter(
+            meter,
+            "specdec.draft_tokens_per_position",
+            "method",
+            "position",
+            unit="{draft}",
+            description="Drafts that reach a position",
         )
-        self._accepted_per_position = meter.create_counter(
-            "specdec.accepted_tokens_per_position", unit="{token}"
+        self._accepted_per_position = Counter(
+            meter, "specdec.accepted_tokens_per_position", "method", "position", unit="{token}"
         )
 
     def _count_proposers(self, meter: Meter) -> None:
-        self._proposed_tokens = meter.create_counter("specdec.proposer.draft_tokens", unit="{token}")
-        self._won_tokens = meter.create_counter("specdec.proposer.accepted_tokens", unit="{token}")
-        self._missed_rounds = meter.create_counter("specdec.proposer.fallback_rounds", unit="{round}")
+        self._proposed_tokens = Counter(
+            meter, "specdec.proposer.draft_tokens", "method", "drafter", unit="{token}"
+        )
+        self._won_tokens = Counter(
+            meter, "specdec.proposer.accepted_tokens", "method", "drafter", unit="{token}"
+        )
+        self._missed_rounds = Counter(
+            meter, "specdec.proposer.fallback_rounds", "method", "drafter", "reason", unit="{round}"
+        )
 
     def _times(self, name: str, boundaries_s: tuple[float, ...]) -> Histogram:
         return self._meter.create_histogram(name, unit="s", explicit_bucket_boundaries_advisory=boundaries_s)
@@ -106,36 +126,35 @@ class GatewayMetrics:
         """Count a round after the prefill."""
         if this.is_prefill:
             return
-        labels = {"method": method}
-        self._rounds.add(1, labels)
+        self._rounds.add(1, method)
         for phase, duration_ns in this.phases_ns.items():
-            self._phase.record(duration_ns / 1e9, {**labels, "phase": phase})
+            self._phase.record(duration_ns / 1e9, {"method": method, "phase": phase})
         if this.draft.fallback_reason:
-            self._fallback_rounds.add(1, {**labels, "reason": this.draft.fallback_code})
+            self._fallback_rounds.add(1, method, this.draft.fallback_code)
         if this.draft.token_ids:
-            self._add_draft(labels, this)
-        self._add_proposals(labels, this)
+            self._add_draft(method, this)
+        self._add_proposals(method, this)
 
-    def _add_draft(self, labels: Mapping[str, str], this: Round) -> None:
-        self._drafts.add(1, labels)
-        self._draft_tokens.add(len(this.draft.token_ids), labels)
-        self._accepted_tokens.add(this.verified.num_accepted_tokens, labels)
+    def _add_draft(self, method: str, this: Round) -> None:
+        self._drafts.add(1, method)
+        self._draft_tokens.add(len(this.draft.token_ids), method)
+        self._accepted_tokens.add(this.verified.num_accepted_tokens, method)
         for position in range(this.draft.tree.depth):
-            self._drafted_per_position.add(1, {**labels, "position": position})
+            self._drafted_per_position.add(1, method, position)
         for position in range(this.verified.num_accepted_tokens):
-            self._accepted_per_position.add(1, {**labels, "position": position})
+            self._accepted_per_position.add(1, method, position)
 
-    def _add_proposals(self, labels: Mapping[str, str], this: Round) -> None:
+    def _add_proposals(self, method: str, this: Round) -> None:
         for proposal in this.draft.proposals:
-            mine = {**labels, "drafter": OTHER if labels["method"] == OTHER else proposal.drafter}
-            self._proposed_tokens.add(len(proposal.nodes), mine)
-            self._won_tokens.add(len(proposal.nodes.intersection(this.verified.path)), mine)
+            drafter = OTHER if method == OTHER else proposal.drafter
+            self._proposed_tokens.add(len(proposal.nodes), method, drafter)
+            self._won_tokens.add(len(proposal.nodes.intersection(this.verified.path)), method, drafter)
             if proposal.fallback_reason:
-                self._missed_rounds.add(1, {**mine, "reason": proposal.fallback_code})
+                self._missed_rounds.add(1, method, drafter, proposal.fallback_code)
 
     def add_failover(self, method: str) -> None:
         """Count a verifier that was lost in mid-generation."""
-        self._failovers.add(1, {"method": method})
+        self._failovers.add(1, method)
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
@@ -143,7 +162,7 @@ class GatewayMetrics:
         try:
             yield
         except SpecdecError as error:
-            self._requests.add(1, {"method": "", "outcome": status_code(error).name.lower()})
+            self._requests.add(1, "", status_code(error).name.lower())
             raise
 
     def add_request(
@@ -155,7 +174,7 @@ class GatewayMetrics:
             "gen_ai.provider.name": "specdec",
             "gen_ai.request.model": model_id,
         }
-        self._requests.add(1, {"method": method, "outcome": outcome})
+        self._requests.add(1, method, outcome)
         self._duration.record(timing.total_ns / 1e9, labels)
         if timing.ttft_ns:
             self._ttft.record(timing.ttft_ns / 1e9, labels)

@@ -38,16 +38,19 @@ class RoundSpan:
                 "specdec.fallback_code": this.draft.fallback_code if this.draft.fallback_reason else "",
             }
         )
-        context = set_span_in_context(self.span)
-        for peer, answer in (("drafter", this.draft), ("verifier", this.verified)):
-            if answer.elapsed_ns > answer.server_ns:
-                record_span(
-                    self._tracer,
-                    "specdec.transport",
-                    context,
-                    duration_ns=max(0, answer.elapsed_ns - answer.server_ns),
-                    attributes={"specdec.peer": peer},
-                )
+        waits_ns = {
+            f"specdec.{peer}_ns": answer.elapsed_ns - answer.server_ns
+            for peer, answer in (("drafter", this.draft), ("verifier", this.verified))
+            if answer.elapsed_ns > answer.server_ns
+        }
+        if waits_ns:
+            record_span(
+                self._tracer,
+                "specdec.transport",
+                set_span_in_context(self.span),
+                duration_ns=sum(waits_ns.values()),
+                attributes=waits_ns,
+            )
 
 
 class RequestTrace:

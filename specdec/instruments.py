@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 SHORT_TIMES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 """Bucket boundaries of parts of a round and of engine steps, seconds."""
+LabelValue = str | bool | int
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_totals: WeakKeyDictionary[Meter, dict[str, dict[tuple[LabelValue, ...], int]]] = WeakKeyDictionary()
+"""By meter and name what counters have counted, by label values."""
+
+
+class Counter:
+    """A counter that costs a round no more than an addition: OpenTelemetry reads the totals when it collects.
+
+    As of other instruments, there is one of a name and meter, whoever asks for it.
+
+    Args:
+        labels: names of the label values that `add` takes.
+    """
+
+    def __init__(self, meter: Meter, name: str, *labels: str, unit: str, description: str = "") -> None:
+        self._labels = labels
+        counters = _totals.setdefault(meter, {})
+        if name not in counters:
+            meter.create_observable_counter(name, [self._observe], unit=unit, description=description)
+        self._of_values = counters.setdefault(name, {})
+
+    def add(self, amount: int, *values: LabelValue) -> None:
+        """Count `amount` under these label values, one for each label; by one thread only."""
+        self._of_values[values] = self._of_values.get(values, 0) + amount
+
+    def _observe(self, options: CallbackOptions) -> Iterable[Observation]:
+        return [
+            Observation(total, dict(zip(self._labels, values, strict=True)))
+            for values, total in self._of_values.copy().items()
+        ]
 
 
 def observe_values(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import Meter
 
-from specdec.instruments import EngineMetrics, observe_value
+from specdec.instruments import Counter, EngineMetrics, observe_value
 
 if TYPE_CHECKING:
     from verifier_service.verifier import Verifier
@@ -18,11 +18,14 @@ class VerifierMetrics:
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self.engine = EngineMetrics(meter, "specdec.verifier")
-        self.rounds = meter.create_counter(
-            "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
+        self.rounds = Counter(
+            meter, "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
         )
-        self.state_bytes = meter.create_counter(
-            "specdec.verifier.streamed_state", unit="By", description="Target state sent to drafters"
+        self.state_bytes = Counter(
+            meter,
+            "specdec.verifier.streamed_state",
+            unit="By",
+            description="Target state sent to drafters",
         )
 
     def observe(self, verifier: Verifier) -> None:
