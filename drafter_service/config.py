@@ -25,8 +25,9 @@ class DrafterConfig(ModelServiceConfig):
     diffusion drafter made for the target; "mtp" and "dflash" alone are those for the embedded model),
     "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by NAME, which
     is FAMILY where it is left out."""
-    ngram_min: int = 2
-    """Shortest n-gram the ngram drafter looks up, tokens."""
+    ngram_min: int = 1
+    """Shortest n-gram the ngram drafter looks up, tokens; after a match of a single one it drafts two tokens at
+    most."""
     ngram_max: int = 4
     """Longest n-gram the ngram drafter looks up, tokens; longer matches are preferred."""
 

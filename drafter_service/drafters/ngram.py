@@ -19,6 +19,8 @@ from drafter_service.drafters.base import (
 from specdec.draft_tree import DraftTree, from_chains
 
 DEFAULT_NUM_DRAFT_TOKENS = 8
+_AFTER_ONE_TOKEN = 2
+"""Most draft tokens after a match of one token: it finds much and says little."""
 _MAX_MATCHES = 64
 """Occurrences looked at for a tree; many say the same."""
 
@@ -42,21 +44,23 @@ class NgramSession(DraftSession):
                 continue
             start = self._next_position.get(tuple(self.token_ids[-size:]))
             if start is not None:
-                return self._continuation(start, num_draft_tokens)
+                return self._continuation(start, _length(size, num_draft_tokens))
         return []
 
     def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
         """What followed earlier occurrences of the last tokens, of longer n-grams first, the latest first."""
         self._index()
-        chains = (self._continuation(start, num_draft_tokens) for start in self._matches())
+        chains = (
+            self._continuation(start, _length(size, num_draft_tokens)) for size, start in self._matches()
+        )
         return from_chains(islice(chains, _MAX_MATCHES), num_draft_nodes)
 
-    def _matches(self) -> Iterator[int]:
-        """Positions after earlier occurrences of the last tokens."""
+    def _matches(self) -> Iterator[tuple[int, int]]:
+        """Sizes of earlier occurrences of the last tokens, and the positions after them."""
         for size in reversed(self._sizes):
             start = self._next_position.get(tuple(self.token_ids[-size:]))
             while start is not None and size <= len(self.token_ids):
-                yield start
+                yield size, start
                 start = self._earlier.get((size, start))
 
     def _index(self) -> None:
@@ -77,6 +81,11 @@ class NgramSession(DraftSession):
         while len(draft) < num_draft_tokens:
             draft.append(draft[len(draft) - period])
         return draft
+
+
+def _length(size: int, num_draft_tokens: int) -> int:
+    """How far a match of that size is followed."""
+    return num_draft_tokens if size > 1 else min(num_draft_tokens, _AFTER_ONE_TOKEN)
 
 
 class NgramDrafter(Drafter):

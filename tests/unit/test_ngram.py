@@ -39,9 +39,14 @@ def search(token_ids: Sequence[int], num_draft_tokens: int, min_size: int, max_s
     for size in range(max_size, min_size - 1, -1):
         for start in range(len(tokens) - size - 1, -1, -1):
             if tokens[start : start + size] == tokens[-size:]:
-                following = tokens[start + size :]
-                return [following[index % len(following)] for index in range(num_draft_tokens)]
+                return continuation(tokens[start + size :], size, num_draft_tokens)
     return []
+
+
+def continuation(following: Sequence[int], size: int, num_draft_tokens: int) -> list[int]:
+    """What follows a match, over and over; of a match of one token no more than two tokens."""
+    length = min(2, num_draft_tokens) if size == 1 else num_draft_tokens
+    return [following[index % len(following)] for index in range(length)]
 
 
 @given(
@@ -84,34 +89,42 @@ def test_no_match_no_guess(token_ids: list[int]) -> None:
     assert draft_after(token_ids, 8) == []
 
 
-def test_a_shorter_minimum_finds_more() -> None:
-    assert draft_after([1, 2, 3, 1], 2, min_size=1) == [2, 3]
+def test_a_shorter_minimum_finds_more_and_trusts_it_less() -> None:
+    assert draft_after([1, 2, 3, 4, 1], 1, min_size=1) == [2]
+    assert draft_after([1, 2, 3, 4, 1], 8, min_size=1) == [2, 3]
+    assert draft_after([1, 2, 3, 4, 1, 2], 3, min_size=1) == [3, 4, 1]
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 20), st.data())
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    st.integers(1, 5),
+    st.integers(1, 20),
+    st.integers(1, 2),
+    st.data(),
+)
 def test_a_tree_has_what_followed_earlier_occurrences_the_best_match_whole(
-    token_ids: list[int], num_draft_tokens: int, num_draft_nodes: int, data: st.DataObject
+    token_ids: list[int], num_draft_tokens: int, num_draft_nodes: int, min_size: int, data: st.DataObject
 ) -> None:
-    drafter = make_drafter()
+    drafter = make_drafter(min_size)
     cut = data.draw(st.integers(1, len(token_ids)))
     session = open_session(drafter, token_ids[:cut])
     draft(drafter, session, num_draft_tokens)
     session.commit(token_ids[cut:], len(token_ids))
     (found,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1, num_draft_nodes)])
     if num_draft_nodes <= num_draft_tokens:
-        assert found == search(token_ids, num_draft_tokens, 2, 4)
+        assert found == search(token_ids, num_draft_tokens, min_size, 4)
         return
     chains = [
-        [following[index % len(following)] for index in range(num_draft_tokens)]
-        for size in (4, 3, 2)
+        continuation(token_ids[start + size :], size, num_draft_tokens)
+        for size in range(4, min_size - 1, -1)
         for start in range(len(token_ids) - size - 1, -1, -1)
         if token_ids[start : start + size] == token_ids[-size:]
-        for following in [token_ids[start + size :]]
     ]
     assert found == from_chains(chains, num_draft_nodes)
     assert isinstance(found, DraftTree)
     assert len(found) <= num_draft_nodes
-    assert list(found.token_ids[:num_draft_tokens]) == search(token_ids, num_draft_tokens, 2, 4)
+    best = search(token_ids, num_draft_tokens, min_size, 4)
+    assert list(found.token_ids[: len(best)]) == best
 
 
 def test_a_missed_commit_is_refused_and_changes_nothing() -> None:
