@@ -26,7 +26,7 @@ class DrafterConfig(ModelServiceConfig):
     "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by NAME, which
     is FAMILY where it is left out."""
     ngram_min: int = 1
-    """Shortest n-gram the ngram drafter looks up, tokens; after a match of a single one it drafts two tokens at
+    """Shortest n-gram the ngram drafter looks up, tokens; a match of a single one is followed for two tokens at
     most."""
     ngram_max: int = 4
     """Longest n-gram the ngram drafter looks up, tokens; longer matches are preferred."""

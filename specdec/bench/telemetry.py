@@ -308,6 +308,11 @@ def _resampled(groups: Sequence[Sequence[float]], draw: random.Random) -> list[f
     return [value for group in drawn for value in draw.choices(group, k=len(group))]
 
 
+def median_tpot_ms(samples: Sequence[Sample], arm: str) -> float:
+    """Median over the answers."""
+    return median(one.tpot_ms for one in samples if one.arm == arm)
+
+
 def cpu_ms_per_token(costs: Sequence[Cost], arm: str, service: str) -> float:
     """Median over the restarts."""
     return median(one.cpu_ms_per_token for one in costs if (one.arm, one.service) == (arm, service))

@@ -85,9 +85,14 @@ def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> Non
             f"TPOT, telemetry {name} / off: {one.median:.4f} (95 % interval {one.low:.4f} to {one.high:.4f}, "
             f"{one.num_pairs} pairs)"
         )
+    tpot_ms = telemetry.median_tpot_ms(samples, OFF)
     for service in SERVICES:
         off, again, on = (telemetry.cpu_ms_per_token(costs, arm, service) for arm in (OFF, CONTROL, ON))
-        click.echo(f"CPU ms a token, {service}: {off:.3f} off, {again:.3f} off again, {on:.3f} on")
+        share = (on - (off + again) / 2) / tpot_ms
+        click.echo(
+            f"CPU ms a token, {service}: {off:.3f} off, {again:.3f} off again, {on:.3f} on "
+            f"({share:+.2%} of a TPOT of {tpot_ms:.1f} ms)"
+        )
 
 
 def _report(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 from click.testing import CliRunner
@@ -65,3 +66,5 @@ def test_a_run_over_real_systems(tiny_llama: Path, tmp_path: Path, monkeypatch: 
     assert len(costs) == 9
     assert all(cost > 0 for cost in costs.values())
     assert f"CPU ms a token, gateway: {costs['off', 'gateway']:.3f} off" in result.output
+    usual_ms = median(one["tpot_ms"] for one in written["samples"] if one["arm"] == "off")
+    assert result.output.count(f"of a TPOT of {usual_ms:.1f} ms") == 3
