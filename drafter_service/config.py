@@ -26,8 +26,7 @@ class DrafterConfig(ModelServiceConfig):
     "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by NAME, which
     is FAMILY where it is left out."""
     ngram_min: int = 1
-    """Shortest n-gram the ngram drafter looks up, tokens; a match of a single one is followed for two tokens at
-    most."""
+    """Shortest n-gram the ngram drafter looks up, tokens; a match of one is followed for two at most."""
     ngram_max: int = 4
     """Longest n-gram the ngram drafter looks up, tokens; longer matches are preferred."""
 

@@ -181,7 +181,8 @@ class DraftLink:
         if session_id == self._state_session_id:
             return
         self._state_session_id = session_id
-        self._retry_at = 0.0  # what failed may have failed for want of the lost one's state
+        # What failed may have failed for want of the lost one's state.
+        self._retry_at, self._reason, self._code = 0.0, "", ""
         if self._session and self._session.reads_target_state:
             self._may_wait_for_opening = True
             await self._leave()

@@ -10,6 +10,29 @@ from gateway.decode import Proposal, Round
 from specdec.v1 import gateway_pb2
 
 
+class _Fallbacks:
+    """Why drafts were missing: reasons differ in their figures, so they are told apart by their codes."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._latest: dict[str, str] = {}
+
+    def add(self, code: str, reason: str) -> None:
+        """Count a round without a draft."""
+        self._counts[code] += 1
+        self._latest[code] = reason
+
+    @property
+    def count(self) -> int:
+        """Rounds without a draft."""
+        return self._counts.total()
+
+    @property
+    def commonest(self) -> str:
+        """The latest reason of the commonest code, the first of several; empty: there were none."""
+        return self._latest[self._counts.most_common(1)[0][0]] if self._counts else ""
+
+
 class SpeculationTally:
     """Sums up the rounds of one request."""
 
@@ -18,7 +41,7 @@ class SpeculationTally:
         self.num_rounds = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
-        self._fallbacks: Counter[str] = Counter()
+        self._fallbacks = _Fallbacks()
         self._accepted: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
         self._proposers: dict[str, _ProposerTally] = {}
@@ -42,7 +65,7 @@ class SpeculationTally:
         for proposal in draft.proposals:
             self._proposers.setdefault(proposal.drafter, _ProposerTally()).add(proposal, this)
         if draft.fallback_reason:
-            self._fallbacks[draft.fallback_reason] += 1
+            self._fallbacks.add(draft.fallback_code, draft.fallback_reason)
         self._draft_ns += draft.server_ns
         self._verify_ns += verified.server_ns
         self._elapsed_ns += draft.elapsed_ns + verified.elapsed_ns
@@ -64,8 +87,8 @@ class SpeculationTally:
             verify_ns=self._verify_ns,
             transport_ns=self._transport_ns,
             gateway_ns=max(0, loop_ns - self._elapsed_ns) if self.num_rounds else 0,
-            num_fallback_rounds=self._fallbacks.total(),
-            fallback_reason=_commonest(self._fallbacks),
+            num_fallback_rounds=self._fallbacks.count,
+            fallback_reason=self._fallbacks.commonest,
             proposers=[tally.to_proto(drafter) for drafter, tally in self._proposers.items()],
         )
 
@@ -77,7 +100,7 @@ class _ProposerTally:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_sole_accepted_tokens: int = 0
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    fallbacks: _Fallbacks = field(default_factory=_Fallbacks)
 
     def add(self, proposal: Proposal, this: Round) -> None:
         """Count a round."""
@@ -87,7 +110,7 @@ class _ProposerTally:
         self.num_accepted_tokens += len(accepted)
         self.num_sole_accepted_tokens += len(accepted.difference(*others))
         if proposal.fallback_reason:
-            self.fallbacks[proposal.fallback_reason] += 1
+            self.fallbacks.add(proposal.fallback_code, proposal.fallback_reason)
 
     def to_proto(self, drafter: str) -> gateway_pb2.ProposerStats:
         """The sums, as of now."""
@@ -96,14 +119,9 @@ class _ProposerTally:
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
             num_sole_accepted_tokens=self.num_sole_accepted_tokens,
-            num_fallback_rounds=self.fallbacks.total(),
-            fallback_reason=_commonest(self.fallbacks),
+            num_fallback_rounds=self.fallbacks.count,
+            fallback_reason=self.fallbacks.commonest,
         )
-
-
-def _commonest(reasons: Counter[str]) -> str:
-    """Of most rounds, the first of several; empty: there were none."""
-    return reasons.most_common(1)[0][0] if reasons else ""
 
 
 def _survivors(lengths: Counter[int], longest: int) -> list[int]:

@@ -39,7 +39,7 @@ class RoundSpan:
             }
         )
         waits_ns = {
-            f"specdec.{peer}_ns": answer.elapsed_ns - answer.server_ns
+            f"specdec.transport.{peer}_ns": answer.elapsed_ns - answer.server_ns
             for peer, answer in (("drafter", this.draft), ("verifier", this.verified))
             if answer.elapsed_ns > answer.server_ns
         }

@@ -127,7 +127,7 @@ class ProposerStats:
     num_fallback_rounds: int = 0
     """Rounds it was left out of because it was lost, late or refused."""
     fallback_reason: str = ""
-    """Why, most of these times; empty: it did not happen."""
+    """The commonest reason; empty: it did not happen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ class Speculation:
     num_fallback_rounds: int = 0
     """Rounds that went without a draft because the drafter was lost, late or refused."""
     fallback_reason: str = ""
-    """Why, most of these times; empty: it did not happen."""
+    """The commonest reason; empty: it did not happen."""
     proposers: tuple[ProposerStats, ...] = ()
     """What each of several drafters contributed; empty: there was one, or none."""
 

@@ -19,7 +19,8 @@ _totals: WeakKeyDictionary[Meter, dict[str, dict[tuple[LabelValue, ...], int]]] 
 class Counter:
     """A counter that costs a round no more than an addition: OpenTelemetry reads the totals when it collects.
 
-    As of other instruments, there is one of a name and meter, whoever asks for it.
+    As of other instruments, there is one of a name and meter, whoever asks for it: a second observable one
+    would not be read.
 
     Args:
         labels: names of the label values that `add` takes.
@@ -28,12 +29,14 @@ class Counter:
     def __init__(self, meter: Meter, name: str, *labels: str, unit: str, description: str = "") -> None:
         self._labels = labels
         counters = _totals.setdefault(meter, {})
-        if name not in counters:
-            meter.create_observable_counter(name, [self._observe], unit=unit, description=description)
+        is_new = name not in counters
         self._of_values = counters.setdefault(name, {})
+        if is_new:
+            meter.create_observable_counter(name, [self._observe], unit=unit, description=description)
 
     def add(self, amount: int, *values: LabelValue) -> None:
         """Count `amount` under these label values, one for each label; by one thread only."""
+        assert len(values) == len(self._labels), self._labels
         self._of_values[values] = self._of_values.get(values, 0) + amount
 
     def _observe(self, options: CallbackOptions) -> Iterable[Observation]:

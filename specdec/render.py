@@ -90,7 +90,7 @@ def fallback_note(generation: Generation) -> str:
     if not speculation.num_fallback_rounds or speculation.proposers:
         return ""
     reason = speculation.fallback_reason or "the drafter was lost"
-    return f"{speculation.num_fallback_rounds} rounds went without a draft, most of them because: {reason}"
+    return f"{speculation.num_fallback_rounds} rounds went without a draft, the commonest reason: {reason}"
 
 
 def _is_tree(speculation: Speculation) -> bool:
@@ -114,7 +114,7 @@ def tree_line(speculation: Speculation) -> str:
         if shares:
             parts.append(f"of the accepted tokens {'; '.join(shares)}")
     parts += [
-        f"without {one.drafter} {one.num_fallback_rounds} rounds, mostly: {one.fallback_reason}"
+        f"without {one.drafter} {one.num_fallback_rounds} rounds, the commonest reason: {one.fallback_reason}"
         for one in speculation.proposers
         if one.num_fallback_rounds
     ]

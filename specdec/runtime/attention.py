@@ -6,9 +6,9 @@ and V. Layers that share another layer's KV pass the reference along.
 
 One session's bits must not depend on what else is in the pass, nor on how many tokens are verified at once:
 a near-tie rounded otherwise would make the output depend on the drafter. So a query attends to a range of
-whole key blocks, masked, that is a function of its own position alone, query rows come in multiples of
-`_ROW_MULTIPLE`, and branches of a tree share a call only as `tree_keys` allows. On CPUs the kernels then
-round each row alike, in bf16 too; elsewhere they may still differ.
+whole key blocks, masked, that is a function of its own position alone, or, in a tree, to keys laid out to the
+same effect (`tree_keys`); and query rows come in multiples of `_ROW_MULTIPLE`. On CPUs the kernels then round
+each row alike, in bf16 too; elsewhere they may still differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, join_slots, write_rows
-from specdec.runtime.tree_keys import TreeKeys
+from specdec.runtime.tree_keys import Branches, TreeKeys
 
 ATTENTION_NAME = "specdec_paged"
 _ROW_MULTIPLE = 4
@@ -73,8 +73,7 @@ class _Span:
     first_key: int
     num_keys: int
     tokens: Mapping[int, int] = field(default_factory=dict)
-    """Of a tree, which keys are not at the place of their own position: the position whose slot has it, by
-    place."""
+    """Of a tree, whose keys are where, from its root on: the position whose slot has the key, by place."""
     paths: Sequence[Sequence[int]] = ()
     """Of branches side by side, the places from `num_shared` on that each query attends to, beside all keys
     before. Empty: the positions say it."""
@@ -85,13 +84,11 @@ class _Span:
         stop_key = self.first_key + self.num_keys
         if not self.tokens:
             return self.allocation.slots(self.first_key, stop_key)
-        # A place that nothing is put at is hidden, and may be none of the session's own.
-        slots = list(range(self.first_key, stop_key))
-        for place, position in self.tokens.items():
-            if self.first_key <= place < stop_key:
-                slots[place - self.first_key] = position
-        last = self.allocation.capacity - 1
-        return self.allocation.slots_at(torch.tensor(slots, device=device).clamp_(max=last))
+        positions = torch.arange(self.first_key, stop_key)
+        moved = {place: at for place, at in self.tokens.items() if self.first_key <= place < stop_key}
+        positions[[place - self.first_key for place in moved]] = torch.tensor([*moved.values()])
+        # A place after the root that nothing is put at is hidden, and may be none of the session's own.
+        return self.allocation.slots_at(positions.clamp_(max=self.allocation.capacity - 1).to(device))
 
     def hidden(self, device: torch.device) -> Tensor:
         """Of branches side by side, which keys a query may not attend to: [num_queries, num_keys]."""
@@ -179,18 +176,24 @@ class Pass:
     Args:
         segments: what the pass runs.
         slots: where the KV of the segments' tokens goes.
-        joins_branches: whether branches of a tree may share an attention call; else each is computed as if
-            it were alone.
+        branches: how those of trees are computed.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], slots: slice | Tensor, *, joins_branches: bool = False
+        self, segments: Sequence[Segment], slots: slice | Tensor, *, branches: Branches = Branches.APART
     ) -> None:
         self.segments = segments
-        self._joins_branches = joins_branches
+        self._trees = {
+            row: _Tree(segment, branches) for row, segment in _with_rows(segments) if segment.parents
+        }
         self.slots = slots
         self.num_tokens = sum(len(segment.token_ids) for segment in segments)
         self._plans: dict[tuple[int, int, int], _Plan] = {}
+
+    @property
+    def has_joined(self) -> bool:
+        """Whether branches of a tree shared a call."""
+        return any(span.paths for window in self.windows for span in self._spans(window))
 
     @property
     def windows(self) -> set[int]:
@@ -215,13 +218,19 @@ class Pass:
         return self._plans[key]
 
     def _spans(self, window: int) -> Iterator[_Span]:
-        row = 0
-        for segment in self.segments:
-            if segment.parents:
-                yield from _tree_spans(segment, row, window, self._joins_branches)
+        for row, segment in _with_rows(self.segments):
+            if tree := self._trees.get(row):
+                yield from tree.spans(row, window)
             else:
                 yield from _spans(segment.allocation, row, segment.start, segment.stop, window)
-            row += len(segment.token_ids)
+
+
+def _with_rows(segments: Sequence[Segment]) -> Iterator[tuple[int, Segment]]:
+    """Segments with the row of the packed batch at which each begins."""
+    row = 0
+    for segment in segments:
+        yield row, segment
+        row += len(segment.token_ids)
 
 
 def _spans(
@@ -252,48 +261,68 @@ def _spans(
         )
 
 
-def _tree_spans(segment: Segment, row: int, window: int, joins_branches: bool) -> Iterator[_Span]:
-    """A tree is a bundle of chains: runs of tokens that follow one another, each with its ancestors' keys.
+class _Tree:
+    """A tree as a bundle of chains: runs of tokens that follow one another, each with its ancestors' keys.
 
     So a token's query meets the keys it would meet in a chain, in the same order, and gets the same bits.
     Every token is in one run; depth first there are as many runs as leaves. Neighbouring runs share a span
     where their keys have room side by side.
     """
-    parents, positions, start = segment.parents, segment.positions, segment.start
-    paths: list[list[int]] = []
-    for index, parent in enumerate(parents):
-        paths.append([index] if parent < 0 else [*paths[parent], index])
-    heads = [index for index, parent in enumerate(parents) if not index or parent != index - 1]
-    runs = [range(head, stop) for head, stop in pairwise([*heads, len(parents)])]
-    # Within the first window no key is hidden for being too old.
-    joins = joins_branches and not (window and max(positions) >= window)
-    while runs:
-        keys, num_joined = TreeKeys(start, parents), 0
-        while joins and num_joined < len(runs) and keys.add(paths[runs[num_joined][-1]]):
-            num_joined += 1
-        if num_joined > 1:
-            yield _joined(segment, row, range(runs[0].start, runs[num_joined - 1].stop), keys)
+
+    def __init__(self, segment: Segment, branches: Branches) -> None:
+        self._segment, self._positions = segment, segment.positions
+        parents = segment.parents
+        self._paths: list[list[int]] = []
+        for index, parent in enumerate(parents):
+            self._paths.append([index] if parent < 0 else [*self._paths[parent], index])
+        heads = [index for index, parent in enumerate(parents) if not index or parent != index - 1]
+        self._runs = [range(head, stop) for head, stop in pairwise([*heads, len(parents)])]
+        self._bundles = [] if branches is Branches.APART else list(self._join(branches is Branches.EXACT))
+
+    def _join(self, is_exact: bool) -> Iterator[tuple[list[range], TreeKeys]]:
+        """Neighbouring runs that fit side by side; one that fits beside none is alone."""
+        runs = self._runs
+        while runs:
+            keys, num_joined = TreeKeys(self._segment.start, self._segment.parents, is_exact=is_exact), 0
+            while num_joined < len(runs) and keys.has_room and keys.add(self._paths[runs[num_joined][-1]]):
+                num_joined += 1
+            bundle, runs = runs[: max(1, num_joined)], runs[max(1, num_joined) :]
+            yield bundle, keys
+
+    def spans(self, row: int, window: int) -> Iterator[_Span]:
+        """What layers with that sliding window (0: none) attend in; the root is `row` of the packed batch."""
+        # Within the first window no key is hidden for being too old.
+        if self._bundles and not (window and max(self._positions) >= window):
+            for bundle, keys in self._bundles:
+                if len(bundle) > 1:
+                    yield self._joined(row, range(bundle[0].start, bundle[-1].stop), keys)
+                else:
+                    yield from self._alone(row, bundle[0], window)
         else:
-            num_joined, run = 1, runs[0]
-            places = {start + depth: start + token for depth, token in enumerate(paths[run[-1]])}
-            first, last = positions[run[0]], positions[run[-1]]
-            yield from _spans(segment.allocation, row + run.start, first, last + 1, window, places)
-        runs = runs[num_joined:]
+            for run in self._runs:
+                yield from self._alone(row, run, window)
 
+    def _joined(self, row: int, queries: range, keys: TreeKeys) -> _Span:
+        """Several runs, side by side."""
+        start = self._segment.start
+        return _Span(
+            self._segment.allocation,
+            row + queries.start,
+            len(queries),
+            self._positions[queries.start],
+            first_key=0,
+            num_keys=-(-keys.num_places // BLOCK_TOKENS) * BLOCK_TOKENS,
+            tokens={place: start + token for place, token in keys.tokens.items()},
+            paths=[keys.paths[query] for query in queries],
+            num_shared=keys.num_shared,
+        )
 
-def _joined(segment: Segment, row: int, queries: range, keys: TreeKeys) -> _Span:
-    """Branches side by side: these tokens of a tree, the first of which is `row` of the batch."""
-    return _Span(
-        segment.allocation,
-        row + queries.start,
-        len(queries),
-        segment.start,
-        first_key=0,
-        num_keys=-(-keys.num_places // BLOCK_TOKENS) * BLOCK_TOKENS,
-        tokens={place: segment.start + token for place, token in keys.tokens.items()},
-        paths=[keys.paths[query] for query in queries],
-        num_shared=keys.num_shared,
-    )
+    def _alone(self, row: int, run: range, window: int) -> Iterator[_Span]:
+        """One run, as a chain whose ancestors' keys are elsewhere."""
+        start, path = self._segment.start, self._paths[run[-1]]
+        tokens = {start + depth: start + token for depth, token in enumerate(path)}
+        first, last = self._positions[run[0]], self._positions[run[-1]]
+        return _spans(self._segment.allocation, row + run.start, first, last + 1, window, tokens)
 
 
 def _grouped(spans: Iterable[_Span]) -> Iterable[list[_Span]]:

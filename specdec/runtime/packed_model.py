@@ -7,9 +7,9 @@ own position ids; `attention` lets each session see its own keys and values only
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from random import Random
 from typing import Any
 
 import torch
@@ -22,14 +22,17 @@ from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import KvPool, KvShape, join_slots
 from specdec.runtime.prepack import prepack_linears, stable_head
 from specdec.runtime.state_memory import StateMemory
+from specdec.runtime.tree_keys import Branches
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MIN_PASS_TOKENS = 2
 """A pass over one token is padded to this many. Matrix products with a single row take another path through
 oneDNN, which rounds otherwise in bf16: padded, plain decoding and verification give the same bits."""
 _NUM_PROBE_TOKENS = 8
-_NUM_TREE_PROBE_TOKENS = 256
-_NUM_TREE_TOKENS = 24
+_NUM_JOIN_PROBE_TOKENS = 320
+"""Room of the trees that try whether branches can be joined."""
+_NUM_JOIN_TREE_TOKENS = 65
+"""Their size: a root and the most draft tokens that are usual."""
 _PROBE_TOLERANCE = {4: 1e-3, 2: 0.2}
 """Largest relative error of the probe's logits, by bytes per element."""
 
@@ -61,8 +64,8 @@ class PackedModel:
         )
         self.capture = HiddenCapture(model, self.pool)
         self._self_test(expected)
-        self.joins_branches = self._branches_can_join()
-        """Whether branches of a draft tree share attention calls, see tree_keys."""
+        self.branches = Branches.APART
+        """How branches of draft trees are computed."""
 
     @property
     def attention_types(self) -> dict[int, str]:
@@ -82,7 +85,7 @@ class PackedModel:
         for segment in segments:
             if segment.start == 0:
                 self.pool.clear(segment.allocation)
-        current = Pass(segments, self._write_slots(segments), joins_branches=self.joins_branches)
+        current = Pass(segments, self._write_slots(segments), branches=self.branches)
         self.capture.start(current, captured)
         return self._forward(current)
 
@@ -126,33 +129,43 @@ class PackedModel:
             )
 
     @torch.inference_mode()
-    def _branches_can_join(self) -> bool:
-        """Whether branches side by side get the bits each gets alone: seen of CPUs with 512-bit vectors."""
+    def join_branches(self) -> None:
+        """Compute branches of draft trees side by side from now on, if that changes no bit.
+
+        It does not in bf16 on CPUs with 512-bit vectors, whose sums are known; that is tried, too.
+        On a GPU a pass of another size rounds otherwise in any case.
+        """
         if self.device.type != "cpu":
-            return True  # a pass of another size rounds otherwise there, come what may
-        if self.model.dtype.itemsize > 2:
-            return False  # in fp32 sums go by other rules
-        num_tokens = min(_NUM_TREE_PROBE_TOKENS, self.pool.capacity_tokens)
-        allocation = self.pool.allocate(num_tokens)
-        token_ids = _probe_tokens(self.vocab_size, num_tokens)
-        random = Random(0)
-        parents = [-1, *(random.randrange(max(0, index - 5), index) for index in range(1, _NUM_TREE_TOKENS))]
-        start = num_tokens - len(parents)
-        text = Segment(allocation, 0, token_ids[:start], 1)
-        trees = [
-            Segment(allocation, at, token_ids[at : at + len(parents)], len(parents), parents)
-            for at in (start, start - 1)
-        ]
-        self._forward(Pass([text], self._write_slots([text])))
-        can_join = True
-        for tree in trees:
-            apart, joined = (
-                self._forward(Pass([tree], self._write_slots([tree]), joins_branches=joins))[0]
-                for joins in (False, True)
-            )
-            can_join = can_join and torch.equal(apart, joined)
+            self.branches = Branches.MASKED
+        elif self._has_known_sums() and self._join_exactly():
+            self.branches = Branches.EXACT
+
+    def _has_known_sums(self) -> bool:
+        vectors = torch.backends.cpu.get_cpu_capability()
+        return self.model.dtype.itemsize == 2 and vectors.startswith("AVX512")
+
+    def _join_exactly(self) -> bool:
+        """Whether trees come out the same, one within any window and one that crosses groups of keys."""
+        room = min(_NUM_JOIN_PROBE_TOKENS, self.pool.capacity_tokens, self.max_length or math.inf)
+        num_tokens = min(_NUM_JOIN_TREE_TOKENS, int(room) - 1)
+        parents = [-1, *((index - 1) // (2 if index % 3 == 0 else 1) for index in range(1, num_tokens))]
+        allocation = self.pool.allocate(int(room))
+        has_joined, are_same = False, True
+        for start in (1, int(room) - num_tokens):
+            token_ids = _probe_tokens(self.vocab_size, start + num_tokens)
+            self._pass(Segment(allocation, 0, token_ids[:start], 1), Branches.APART)
+            tree = Segment(allocation, start, token_ids[start:], num_tokens, parents)
+            apart, _ = self._pass(tree, Branches.APART)
+            exact, joined = self._pass(tree, Branches.EXACT)
+            has_joined = has_joined or joined
+            are_same = are_same and torch.equal(apart, exact)
         self.pool.free(allocation)
-        return can_join
+        return has_joined and are_same
+
+    def _pass(self, segment: Segment, branches: Branches) -> tuple[Tensor, bool]:
+        """Logits of a pass over one segment, and whether branches shared a call."""
+        current = Pass([segment], self._write_slots([segment]), branches=branches)
+        return self._forward(current)[0], current.has_joined
 
     def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
         slots = [segment.allocation.slots(segment.start, segment.stop) for segment in segments]

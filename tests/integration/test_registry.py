@@ -305,8 +305,8 @@ class TestFitting:
     async def test_a_session_goes_where_its_drafter_is(self, tiny_llama: Path) -> None:
         async with (
             running_verifier(tiny_llama) as (verifier_at, _),
-            running_drafter("lookup=ngram", ngram_min=1) as (first_at, _),
-            running_drafter("ngram", ngram_min=1) as (second_at, _),
+            running_drafter("lookup=ngram") as (first_at, _),
+            running_drafter("ngram") as (second_at, _),
             running_gateway(tiny_llama, verifier=verifier_at, drafter=f"{first_at},{second_at}") as (
                 gateway_at,
                 _,
@@ -331,7 +331,7 @@ class TestFitting:
             )
             async with (
                 running_verifier(tiny_llama, listen=verifier_uri),
-                running_drafter("ngram", ngram_min=1, listen=drafter_uri),
+                running_drafter("ngram", listen=drafter_uri),
                 running_gateway(tiny_llama, verifier=verifier_uri, drafter=drafter_uri, listen=gateway_uri),
                 AsyncClient(gateway_uri) as client,
             ):

@@ -214,8 +214,8 @@ class TestSpanTree:
         ):
             first_round = recorded.children(request, "specdec.round")[0]
             for this, peers in (
-                (recorded.named("specdec.prefill")[0], {"specdec.verifier_ns"}),
-                (first_round, {"specdec.drafter_ns", "specdec.verifier_ns"}),
+                (recorded.named("specdec.prefill")[0], {"specdec.transport.verifier_ns"}),
+                (first_round, {"specdec.transport.drafter_ns", "specdec.transport.verifier_ns"}),
             ):
                 (transport,) = recorded.children(this, "specdec.transport")
                 assert set(transport.attributes or ()) == peers

@@ -176,7 +176,7 @@ def test_a_lost_drafter_is_noted(gateway: ScriptedGateway) -> None:
     result = run("generate", "Hi", gateway=gateway)
     assert result.stdout == "fine\n"
     assert result.stderr.endswith(
-        "note: 1 rounds went without a draft, most of them because: drafter at host:2 is gone\n"
+        "note: 1 rounds went without a draft, the commonest reason: drafter at host:2 is gone\n"
     )
 
 

@@ -115,9 +115,25 @@ def test_plain_decoding_has_rounds_without_drafts() -> None:
 
 
 def test_the_commonest_fallback_reason_is_told() -> None:
-    late, lost = (make_round(0, 0, fallback_reason=reason) for reason in ("late", "lost"))
-    stats = tally_of(late, lost, lost, make_round(2, 1), late, lost, late, lost)
-    assert (stats.num_fallback_rounds, stats.fallback_reason) == (7, "lost")
+    def missing(code: str, reason: str) -> Round:
+        return Round(Draft(fallback_reason=reason, fallback_code=code), Verified(0, 9))
+
+    late = [missing("deadline_exceeded", f"no draft within {time} s") for time in (0.25, 0.26, 0.27)]
+    opening = [missing("opening", "still opening")] * 2
+    stats = tally_of(*late[:1], make_round(2, 1), *opening[:1], *late[1:], *opening[1:])
+    assert (stats.num_fallback_rounds, stats.fallback_reason) == (5, "no draft within 0.27 s")
+    tie = tally_of(*late[:2], *opening)
+    assert (tie.num_fallback_rounds, tie.fallback_reason) == (4, "no draft within 0.26 s")
+
+
+def test_of_each_drafter_the_commonest_reason_is_told() -> None:
+    def without_b(code: str) -> Round:
+        proposals = (Proposal("a", frozenset({0})), Proposal("b", frozenset(), f"it is {code}", code))
+        return Round(Draft((4,), proposals=proposals), Verified(1, 9))
+
+    stats = tally_of(*(without_b(code) for code in ("late", "busy", "busy", "late", "busy", "late", "busy")))
+    told = [(one.drafter, one.num_fallback_rounds, one.fallback_reason) for one in stats.proposers]
+    assert told == [("a", 0, ""), ("b", 7, "it is busy")]
 
 
 def test_a_clock_that_runs_apart_gives_no_negative_time() -> None:

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specdec.runtime import attention
 from specdec.runtime.attention import Pass, Segment
+from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel
-from specdec.runtime.tree_keys import TreeKeys
+from specdec.runtime.tree_keys import Branches, TreeKeys
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
 GROUP, KERNEL = 32, 512
@@ -82,13 +84,14 @@ def test_what_does_not_fit_is_refused() -> None:
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     """With full attention, and with windows besides."""
     folder: Path = save_tiny_model(tmp_path_factory.mktemp("tree_keys"), request.param)
-    return PackedModel(
-        load_causal_lm(str(folder), dtype="bfloat16", device="cpu").model, kv_budget_bytes=4 << 20
-    )
+    model = load_causal_lm(str(folder), dtype="bfloat16", device="cpu").model
+    packed = PackedModel(model, kv_budget_bytes=4 << 20)
+    packed.join_branches()
+    return packed
 
 
 def trees(random: Random, packed: PackedModel, start: int) -> Iterator[Segment]:
-    for num_tokens in (5, 13, 40):
+    for num_tokens in (5, 13, 70):
         allocation = packed.pool.allocate(start + num_tokens)
         packed.forward([Segment(allocation, 0, TEXT[:start], 0)])
         tokens = [random.randrange(VOCAB_SIZE) for _ in range(num_tokens)]
@@ -109,17 +112,76 @@ def test_branches_get_the_bits_they_get_alone(packed: PackedModel, start: int) -
         packed.pool.free(tree.allocation)
 
 
-def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> None:
-    # What PackedModel finds out by trying; the shorter vectors of other CPUs divide sums otherwise.
-    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        assert packed.joins_branches
-    (tree,) = [Segment(packed.pool.allocate(80), 40, TEXT[:5], 5, [-1, 0, 1, 1, 0])]
-    query = torch.zeros(1, 4, 5, 8)
-    plans = [Pass([tree], slice(0, 5), joins_branches=joins).plan(0, 2, query) for joins in (False, True)]
-    assert [sum(group.num_spans for group in plan.groups) for plan in plans] == [3, 1]
+def tree_spans(packed: PackedModel, branches: Branches, start: int = 40) -> int:
+    """How many spans a tree of three branches takes."""
+    tree = Segment(packed.pool.allocate(start + 40), start, TEXT[:5], 5, [-1, 0, 1, 1, 0])
+    plan = Pass([tree], slice(0, 5), branches=branches).plan(0, 2, torch.zeros(1, 4, 5, 8))
     packed.pool.free(tree.allocation)
+    return sum(group.num_spans for group in plan.groups)
+
+
+def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> None:
+    # What join_branches finds out by trying; the shorter vectors of other CPUs divide sums otherwise.
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        assert packed.branches is Branches.EXACT
+    assert tree_spans(packed, Branches.APART) == 3
+    assert tree_spans(packed, Branches.EXACT) == 1
+    assert tree_spans(packed, Branches.EXACT, start=500) == 3, "no room before kernels start afresh"
+    assert tree_spans(packed, Branches.MASKED, start=500) == 1
+
+
+def test_branches_in_scattered_blocks_get_the_bits_of_a_run(packed: PackedModel) -> None:
+    start, parents = 100, random_parents(Random(5), 20)
+    whole = packed.pool.allocate(start + 40)
+    blocks = [packed.pool.allocate(BLOCK_TOKENS) for _ in range(packed.pool.free_tokens // BLOCK_TOKENS)]
+    for block in blocks[::2]:
+        packed.pool.free(block)
+    scattered = packed.pool.allocate(start + 40)
+    assert scattered.slot_ids is not None
+    found = []
+    for allocation in (whole, scattered):
+        packed.forward([Segment(allocation, 0, TEXT[:start], 0)])
+        found += packed.forward([Segment(allocation, start, TEXT[start : start + 20], 20, parents)])
+    assert torch.equal(*found)
+    for allocation in (whole, scattered, *blocks[1::2]):
+        packed.pool.free(allocation)
+
+
+def test_masked_branches_attend_to_their_own_ancestors(packed: PackedModel) -> None:
+    own, found = packed.branches, []
+    allocation = packed.pool.allocate(600)
+    tree = Segment(allocation, 505, TEXT[:30], 30, random_parents(Random(2), 30))
+    packed.forward([Segment(allocation, 0, TEXT[:505], 0)])
+    for branches in (Branches.APART, Branches.MASKED):
+        packed.branches = branches
+        found += packed.forward([tree])
+    packed.branches = own
+    packed.pool.free(allocation)
+    assert torch.allclose(*found, atol=0.05, rtol=0.05)
+
+
+def test_what_would_change_bits_is_left_apart(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, free = packed.branches, packed.pool.free_tokens
+
+    def shows_too_much(span: attention._Span, device: torch.device) -> torch.Tensor:
+        return torch.zeros(span.num_queries, span.num_keys, dtype=torch.bool, device=device)
+
+    for owner, name, replacement in (
+        (attention._Span, "hidden", shows_too_much),
+        (torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"),
+    ):
+        packed.branches = Branches.APART
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, replacement)
+            packed.join_branches()
+        assert packed.branches is Branches.APART
+    packed.join_branches()
+    assert (packed.branches, packed.pool.free_tokens) == (own, free)
 
 
 def test_branches_of_a_model_in_fp32_stay_apart(tiny_llama: Path) -> None:
-    model = load_causal_lm(str(tiny_llama), dtype="float32", device="cpu").model
-    assert not PackedModel(model, kv_budget_bytes=1 << 20).joins_branches
+    packed = PackedModel(
+        load_causal_lm(str(tiny_llama), dtype="float32", device="cpu").model, kv_budget_bytes=1 << 20
+    )
+    packed.join_branches()
+    assert packed.branches is Branches.APART
