@@ -25,7 +25,8 @@ from gateway.decode import DraftSize, Round, SizeControl
 _NEW_SHARE = 0.1
 """Weight of a new observation once there are many."""
 _PROBE_EVERY = 24
-"""Another size than the best is tried once in so many passes: what nobody tries nobody knows."""
+"""Another size than the best is tried once in so many rounds of a method, times those who share a pass: what
+nobody tries nobody knows."""
 _EXPLORE_EVERY = 4
 """The same while there is a node budget that was hardly tried yet."""
 _DRAFTS_TO_KNOW = 3

@@ -145,6 +145,17 @@ def test_a_small_gain_is_taken_alone_and_left_where_others_pay() -> None:
     assert learned(world(8)) == DraftSize(0)
 
 
+def test_who_shares_passes_tries_other_sizes_less_often() -> None:
+    def num_tries(batch_size: int) -> int:
+        world = World(flat, lambda k: 4.0, 0.0, batch_size=batch_size)
+        sizes = run(session(Controller(), Replica()), world, 1200)[400:]
+        assert usual(sizes) == DraftSize(0)
+        return sum(size != DraftSize(0) for size in sizes)
+
+    alone, busy = num_tries(1), num_tries(8)
+    assert 0 < busy <= alone / 6
+
+
 def test_a_queue_is_no_reason_to_draft() -> None:
     """Where all wait for long passes of others, shorter ones make everyone wait less."""
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8, queue_share=1.5)
