@@ -12,11 +12,12 @@ DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty meth
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
 demo: .venv/installed
 	$(BIN)/specdec up --detach
-	@echo; echo "== The answer, drafted by dflash and ngram together; accepted draft tokens are coloured in a terminal"
-	@$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram --num-draft-tokens 3 --max-new-tokens 160; status=$$?; \
+	@echo; echo "== The answer, drafted by dflash and ngram together as a tree; accepted draft tokens are coloured in a terminal"
+	@$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram --num-draft-tokens 4 --num-draft-nodes 15 \
+		--max-new-tokens 160; status=$$?; \
 	echo; echo "== The same with and without a drafter"; \
-	$(BIN)/specdec compare "$(DEMO_PROMPT)" --methods none,ngram,mtp,dflash,dflash+ngram --num-draft-tokens 3 \
-		--max-new-tokens 160 || status=$$?; \
+	$(BIN)/specdec compare "$(DEMO_PROMPT)" --methods none,ngram,mtp,dflash,dflash+ngram --num-draft-tokens 4 \
+		--num-draft-nodes 15 --max-new-tokens 160 || status=$$?; \
 	$(BIN)/specdec down; exit $$status
 
 test: lint
