@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -30,6 +31,7 @@ from tests.refusals import PROMPT, shared
 from tests.state_probe import all_of, random_projection, state_session
 from tests.systems import running_verifier
 from tests.tiny_models import save_tiny_model
+from verifier_service import service
 from verifier_service.server import VerifierServer
 
 CONTEXT = 8192
@@ -86,13 +88,38 @@ async def error_of(call: Any) -> Exception:
     return from_rpc_error(raised.value)
 
 
+class Writes:
+    """Watches what a verifier writes: a stream is stuck once one of its messages is not taken at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._send = service.send
+        self._begun: dict[object, float] = {}
+        self._slow: set[object] = set()
+        monkeypatch.setattr(service, "send", self._watch)
+
+    async def _watch(self, context: Any, message: Any, timeout_s: float) -> None:
+        self._begun[context] = time.monotonic()
+        try:
+            await self._send(context, message, timeout_s)
+        finally:
+            self.num_stuck()
+            del self._begun[context]
+
+    def num_stuck(self) -> int:
+        """Streams that are stuck, or were."""
+        late = time.monotonic() - SHORT_S / 4
+        self._slow.update(context for context, begun in self._begun.items() if begun < late)
+        return len(self._slow)
+
+
 @shared
-async def test_state_that_is_not_read_outlives_no_session(target: Target, caplog: Any) -> None:
-    verifier = target.server.servicer.verifier
-    assert verifier is not None
+async def test_state_that_is_not_read_outlives_no_session(
+    target: Target, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = Writes(monkeypatch)
     async with state_session(target.address, LONG_PROMPT, all_of("llama")) as (verify, ref):
         unread = [target.stream(ref.session_id) for _ in range(4)]
-        await until(lambda: verifier.export.num_streams == 4)
+        await until(lambda: writes.num_stuck() == 4)
         assert (await verify.round()).committed_length == len(LONG_PROMPT) + 2
     with caplog.at_level(logging.INFO):
         await target.assert_clean()
@@ -136,8 +163,11 @@ async def test_state_is_read_by_whoever_knows_the_session_and_by_nobody_else(tar
 
 @shared
 async def test_positions_that_never_come_are_waited_for_until_the_session_ends(target: Target) -> None:
+    verifier = target.server.servicer.verifier
+    assert verifier is not None
     async with state_session(target.address, PROMPT, all_of("llama")) as (verify, ref):
         calls = [target.stream(ref.session_id, start_position=start) for start in (1000, 2**32 - 1)]
+        await until(lambda: verifier.export.num_streams == 2)
         await verify.round()
     for call in calls:
         assert await call.read() is grpc.aio.EOF
