@@ -11,14 +11,15 @@ DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty meth
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
 demo: .venv/installed
-	$(BIN)/specdec up --detach
-	@echo; echo "== The answer, drafted by dflash and ngram together as a tree; accepted draft tokens are coloured in a terminal"
-	@$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram --num-draft-tokens 4 --num-draft-nodes 15 \
+	@trap 'exit 130' INT TERM; trap '$(BIN)/specdec down' EXIT; \
+	$(BIN)/specdec up --detach || exit; \
+	echo; echo "== The answer, drafted by dflash and ngram together as a tree; accepted draft tokens are coloured in a terminal"; \
+	$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram --num-draft-tokens 4 --num-draft-nodes 15 \
 		--max-new-tokens 160; status=$$?; \
 	echo; echo "== The same with and without a drafter"; \
 	$(BIN)/specdec compare "$(DEMO_PROMPT)" --methods none,ngram,mtp,dflash,dflash+ngram --num-draft-tokens 4 \
 		--num-draft-nodes 15 --max-new-tokens 160 || status=$$?; \
-	$(BIN)/specdec down; exit $$status
+	exit $$status
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0

@@ -16,7 +16,7 @@ from specdec.cli_groups import ErrorGroup, LazyGroup
 from specdec.client import Client, GenerateOptions, Generation, Message, Prompt
 from specdec.generation_options import NO_COLOR, connection_options, generation_options
 from specdec.launcher import SystemConfig, default_drafters, prepare_models
-from specdec.local_state import SystemState, refuse_if_running
+from specdec.local_state import SystemState, how_to_stop, refuse_if_running
 from specdec.methods import PLAIN
 from specdec.render import (
     AnswerPrinter,
@@ -130,7 +130,7 @@ def up(detach: bool, **options: Any) -> None:
         prepare_models(config, report)
         report("Starting verifier, drafter and gateway.")
         state = run_detached(_foreground_command(config), timeout_s=config.ready_timeout_s + DETACH_MARGIN_S)
-        _announce(state, "`specdec down` stops it.")
+        _announce(state, f"`{how_to_stop()}` stops it.")
     else:
         report("Starting verifier, drafter and gateway.")
         run_foreground(config, report=report, announce=lambda state: _announce(state, "Ctrl-C stops it."))
@@ -148,9 +148,9 @@ def _foreground_command(config: SystemConfig) -> list[str]:
     ]
 
 
-def _announce(state: SystemState, how_to_stop: str) -> None:
+def _announce(state: SystemState, hint: str) -> None:
     click.echo(f"gateway {state.gateway}  verifier {state.verifier}  drafter {state.drafter}")
-    report(f"Ready. Logs are in {state.log_dir}. {how_to_stop}")
+    report(f"Ready. Logs are in {state.log_dir}. {hint}")
 
 
 @main.command()

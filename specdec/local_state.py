@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,12 @@ class SystemState:
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
+
+
+def how_to_stop() -> str:
+    """The command that stops the system whose state is in this directory, from any shell."""
+    override = os.environ.get(STATE_DIR_VARIABLE)
+    return f"{STATE_DIR_VARIABLE}={shlex.quote(override)} specdec down" if override else "specdec down"
 
 
 def state_dir() -> Path:
@@ -145,5 +152,6 @@ def refuse_if_running() -> None:
 def _already_running(state: SystemState | None) -> FailedPreconditionError:
     where = f"its gateway on {state.gateway}" if state else "still starting or stopping"
     return FailedPreconditionError(
-        f"A system runs already, {where}. Use it, or stop it with `specdec down`.", reason="ALREADY_RUNNING"
+        f"A system runs already, {where}. Use it, or stop it with `{how_to_stop()}`.",
+        reason="ALREADY_RUNNING",
     )

@@ -86,11 +86,23 @@ def closing_line(generation: Generation) -> str:
 def fallback_note(generation: Generation) -> str:
     """How often an answer went without a draft it should have had, and why; empty: never."""
     speculation = generation.speculation
-    # Of several drafters the line on trees says it.
-    if not speculation.num_fallback_rounds or speculation.proposers:
-        return ""
-    reason = speculation.fallback_reason or "the drafter was lost"
-    return f"{speculation.num_fallback_rounds} rounds went without a draft, the commonest reason: {reason}"
+    if not speculation.proposers:
+        if not speculation.num_fallback_rounds:
+            return ""
+        reason = speculation.fallback_reason or "the drafter was lost"
+        return (
+            f"{speculation.num_fallback_rounds} of {speculation.num_rounds} rounds went without a draft, the "
+            f"commonest reason: {reason}"
+        )
+    # Drafters of one service are lost together: a reason is told once.
+    missing: dict[str, list[str]] = {}
+    for one in speculation.proposers:
+        if one.num_fallback_rounds:
+            missing.setdefault(one.fallback_reason, []).append(
+                f"{one.num_fallback_rounds} without {one.drafter}"
+            )
+    told = "; ".join(f"{', '.join(counts)}: {reason}" for reason, counts in missing.items())
+    return f"of {speculation.num_rounds} rounds {told}" if told else ""
 
 
 def _is_tree(speculation: Speculation) -> bool:
@@ -107,17 +119,12 @@ def tree_line(speculation: Speculation) -> str:
         parts.append(f"accepted by depth {depths}")
     if speculation.num_accepted_tokens:
         shares = [
-            f"{proposer.drafter} {proposer.num_accepted_tokens / speculation.num_accepted_tokens:.0%}, "
-            f"alone {proposer.num_sole_accepted_tokens / speculation.num_accepted_tokens:.0%}"
+            f"{proposer.drafter} {proposer.num_accepted_tokens / speculation.num_accepted_tokens:.0%} "
+            f"({proposer.num_sole_accepted_tokens / speculation.num_accepted_tokens:.0%} it alone)"
             for proposer in speculation.proposers
         ]
         if shares:
             parts.append(f"of the accepted tokens {'; '.join(shares)}")
-    parts += [
-        f"without {one.drafter} {one.num_fallback_rounds} rounds, the commonest reason: {one.fallback_reason}"
-        for one in speculation.proposers
-        if one.num_fallback_rounds
-    ]
     return "trees: " + " | ".join(parts)
 
 

@@ -94,15 +94,16 @@ bench.add_command(telemetry_command)
     "--num-draft-tokens",
     type=_CommaList(int),
     default="",
-    show_default="the drafter's",
+    show_default="chosen by the gateway",
     help="Draft tokens per round in a row (K); with several, 3,7,15 for one, every method runs with each.",
 )
 @click.option(
     "--num-draft-nodes",
     type=_CommaList(int),
     default="",
-    show_default="a chain per drafter",
-    help="Most tokens of a draft tree; with several, 0,16,32 for one, every method runs with each.",
+    show_default="with a K a chain per drafter, else chosen, too",
+    help="Most tokens of a draft tree, 0 being a chain per drafter; with several, 0,15,31 for one, every "
+    "method runs with each.",
 )
 @click.option(
     "--concurrency",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from rich.console import Console
 from specdec.chat import Conversation
 from specdec.cli import main
 from specdec.client import Client, GenerateOptions, Message, Token
+from specdec.generation import Generation, ProposerStats, Speculation, Timing, Usage
 from specdec.local_state import SystemState, write_state
-from specdec.render import AnswerPrinter, agreement
+from specdec.render import AnswerPrinter, agreement, fallback_note
 from tests.unit.scripted_gateway import (
     Responses,
     ScriptedGateway,
@@ -164,6 +166,18 @@ def test_commands_find_the_running_system(gateway: ScriptedGateway) -> None:
     result = run("up")
     assert result.exit_code == 1
     assert f"runs already, its gateway on {gateway.address}" in result.stderr
+    # Its state directory is none of the usual: without it `specdec down` would find nothing.
+    assert f"SPECDEC_STATE_DIR={os.environ['SPECDEC_STATE_DIR']} specdec down" in result.stderr
+
+
+def test_drafters_lost_together_are_noted_once() -> None:
+    proposers = tuple(
+        ProposerStats(name, 5, 1, 1, num_fallback_rounds=count, fallback_reason=reason)
+        for name, count, reason in (("mtp", 3, "gone"), ("a", 0, ""), ("ngram", 4, "gone"), ("b", 1, "late"))
+    )
+    speculation = Speculation("mtp+a+ngram+b", 9, 15, 3, proposers=proposers)
+    answer = Generation("", (), "length", Usage(1, 1), Timing(0.0, 0.0, 0.0), speculation, "", "tiny")
+    assert fallback_note(answer) == "of 9 rounds 3 without mtp, 4 without ngram: gone; 1 without b: late"
 
 
 def test_a_lost_drafter_is_noted(gateway: ScriptedGateway) -> None:
@@ -176,7 +190,7 @@ def test_a_lost_drafter_is_noted(gateway: ScriptedGateway) -> None:
     result = run("generate", "Hi", gateway=gateway)
     assert result.stdout == "fine\n"
     assert result.stderr.endswith(
-        "note: 1 rounds went without a draft, the commonest reason: drafter at host:2 is gone\n"
+        "note: 1 of 2 rounds went without a draft, the commonest reason: drafter at host:2 is gone\n"
     )
 
 
