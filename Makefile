@@ -11,8 +11,8 @@ DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty meth
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
 demo: .venv/installed
-	@trap 'exit 130' INT TERM; trap '$(BIN)/specdec down' EXIT; \
-	$(BIN)/specdec up --detach || exit; \
+	@$(BIN)/specdec up --detach || exit; \
+	trap 'exit 130' INT TERM; trap '$(BIN)/specdec down' EXIT; \
 	echo; echo "== The answer, drafted by dflash and ngram together as a tree; accepted draft tokens are coloured in a terminal"; \
 	$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram --num-draft-tokens 4 --num-draft-nodes 15 \
 		--max-new-tokens 160; status=$$?; \

@@ -86,21 +86,24 @@ def closing_line(generation: Generation) -> str:
 def fallback_note(generation: Generation) -> str:
     """How often an answer went without a draft it should have had, and why; empty: never."""
     speculation = generation.speculation
-    if not speculation.proposers:
-        if not speculation.num_fallback_rounds:
-            return ""
-        reason = speculation.fallback_reason or "the drafter was lost"
-        return (
-            f"{speculation.num_fallback_rounds} of {speculation.num_rounds} rounds went without a draft, the "
-            f"commonest reason: {reason}"
-        )
-    # Drafters of one service are lost together: a reason is told once.
+    if speculation.proposers:
+        return _missing_proposers(speculation)
+    if not speculation.num_fallback_rounds:
+        return ""
+    reason = speculation.fallback_reason or "the drafter was lost"
+    return (
+        f"{speculation.num_fallback_rounds} of {speculation.num_rounds} rounds went without a draft, the "
+        f"commonest reason: {reason}"
+    )
+
+
+def _missing_proposers(speculation: Speculation) -> str:
+    """The same of several drafters. Those of one service are lost together: a reason is told once."""
     missing: dict[str, list[str]] = {}
     for one in speculation.proposers:
         if one.num_fallback_rounds:
-            missing.setdefault(one.fallback_reason, []).append(
-                f"{one.num_fallback_rounds} without {one.drafter}"
-            )
+            counts = missing.setdefault(one.fallback_reason, [])
+            counts.append(f"{one.num_fallback_rounds} without {one.drafter}")
     told = "; ".join(f"{', '.join(counts)}: {reason}" for reason, counts in missing.items())
     return f"of {speculation.num_rounds} rounds {told}" if told else ""
 

@@ -280,11 +280,13 @@ class _Tree:
         self._bundles = [] if branches is Branches.APART else list(self._join(branches is Branches.EXACT))
 
     def _join(self, is_exact: bool) -> Iterator[tuple[list[range], TreeKeys]]:
-        """Neighbouring runs that fit side by side; one that fits beside none is alone."""
+        """Neighbouring runs that fit side by side, one that fits beside none alone; nothing if none can."""
         runs = self._runs
         while runs:
             keys, num_joined = TreeKeys(self._segment.start, self._segment.parents, is_exact=is_exact), 0
-            while num_joined < len(runs) and keys.has_room and keys.add(self._paths[runs[num_joined][-1]]):
+            if not keys.has_room:
+                return  # nor has any of the others
+            while num_joined < len(runs) and keys.add(self._paths[runs[num_joined][-1]]):
                 num_joined += 1
             bundle, runs = runs[: max(1, num_joined)], runs[max(1, num_joined) :]
             yield bundle, keys

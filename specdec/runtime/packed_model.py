@@ -114,8 +114,8 @@ class PackedModel:
             Segment(allocation, 0, probe[:half], half),
             Segment(allocation, half, probe[half:], half),
         ]
-        passes = [Pass([chunk], self._write_slots([chunk])) for chunk in chunks]
-        logits = torch.cat([self._forward(current)[0] for current in passes]).float()
+        outputs, passes = zip(*(self._pass(chunk) for chunk in chunks), strict=True)
+        logits = torch.cat(outputs).float()
         self.pool.free(allocation)
         error = ((logits - expected).norm() / expected.norm()).item()
         layer_types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
@@ -153,19 +153,19 @@ class PackedModel:
         has_joined, are_same = False, True
         for start in (1, int(room) - num_tokens):
             token_ids = _probe_tokens(self.vocab_size, start + num_tokens)
-            self._pass(Segment(allocation, 0, token_ids[:start], 1), Branches.APART)
+            self._pass(Segment(allocation, 0, token_ids[:start], 1))
             tree = Segment(allocation, start, token_ids[start:], num_tokens, parents)
-            apart, _ = self._pass(tree, Branches.APART)
-            exact, joined = self._pass(tree, Branches.EXACT)
-            has_joined = has_joined or joined
+            apart, _ = self._pass(tree)
+            exact, current = self._pass(tree, Branches.EXACT)
+            has_joined = has_joined or current.has_joined
             are_same = are_same and torch.equal(apart, exact)
         self.pool.free(allocation)
         return has_joined and are_same
 
-    def _pass(self, segment: Segment, branches: Branches) -> tuple[Tensor, bool]:
-        """Logits of a pass over one segment, and whether branches shared a call."""
+    def _pass(self, segment: Segment, branches: Branches = Branches.APART) -> tuple[Tensor, Pass]:
+        """Logits of a pass over one segment, and the pass."""
         current = Pass([segment], self._write_slots([segment]), branches=branches)
-        return self._forward(current)[0], current.has_joined
+        return self._forward(current)[0], current
 
     def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
         slots = [segment.allocation.slots(segment.start, segment.stop) for segment in segments]

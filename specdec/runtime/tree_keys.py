@@ -9,6 +9,7 @@ before the root are shared; the others are copied for every branch that continue
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 
@@ -40,7 +41,7 @@ class TreeKeys:
         self._start = start
         self._parents = parents
         self._is_exact = is_exact
-        self._stop = (start // _KERNEL_KEYS + 1) * _KERNEL_KEYS
+        self._stop = (start // _KERNEL_KEYS + 1) * _KERNEL_KEYS if is_exact else math.inf
         self.num_shared = start // _GROUP_KEYS * _GROUP_KEYS if is_exact else start
         """Keys before the first group that some branch has a copy of: each query attends to them."""
         self.tokens: dict[int, int] = {}
@@ -57,7 +58,7 @@ class TreeKeys:
     @property
     def has_room(self) -> bool:
         """Whether a second branch could fit beside the first."""
-        return not self._is_exact or self.num_shared + 2 * _GROUP_KEYS <= self._stop
+        return self.num_shared + 2 * _GROUP_KEYS <= self._stop
 
     def add(self, path: Sequence[int]) -> bool:
         """Find places for the tokens of a path from the root; False if they do not fit beside the others."""
@@ -65,7 +66,7 @@ class TreeKeys:
         for token in path:
             if token not in self.paths:
                 self._place(token)
-        if not self._is_exact or self.num_places <= self._stop:
+        if self.num_places <= self._stop:
             return True
         self.tokens, self.paths = tokens, paths
         return False
