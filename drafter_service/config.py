@@ -21,14 +21,16 @@ class DrafterConfig(ModelServiceConfig):
     """Address to serve on: host:port or unix:/path."""
     drafter: tuple[str, ...] = ("ngram",)
     """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. "ngram" (prompt lookup),
+    "ngram-lm:FOLDER-OR-HUB-ID" (prompt lookup, and a table of what the target is used to say),
     "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target), "dflash:FOLDER-OR-HUB-ID" (a block
-    diffusion drafter made for the target; "mtp" and "dflash" alone are those for the embedded model),
-    "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Requests name it by NAME, which
-    is FAMILY where it is left out."""
+    diffusion drafter made for the target), "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's
+    vocabulary). "ngram-lm", "mtp" and "dflash" alone are those for the embedded model. Requests name it by
+    NAME, which is FAMILY where it is left out."""
     ngram_min: int = 1
-    """Shortest n-gram the ngram drafter looks up, tokens; a match of one is followed for two at most."""
+    """Shortest n-gram that ngram and ngram-lm look up in the text, tokens; ngram follows a match of one for
+    two at most."""
     ngram_max: int = 4
-    """Longest n-gram the ngram drafter looks up, tokens; longer matches are preferred."""
+    """Longest n-gram that ngram and ngram-lm look up in the text, tokens; longer matches are preferred."""
 
     mtp_position: str = "anchor"
     """Position of an MTP drafter's steps: "anchor", the last committed token's, as transformers has it, or

@@ -57,6 +57,19 @@ def _make_ngram(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     )
 
 
+def _make_ngram_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.ngram_lm import NgramLmDrafter
+    from specdec.model_files import resolve_model
+
+    return NgramLmDrafter.load(
+        spec.name,
+        resolve_model(spec.model or pretrained("ngram-lm")),
+        min_size=config.ngram_min,
+        max_size=config.ngram_max,
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
 def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     # Imported here: a process with the ngram drafter alone starts without torch.
     from drafter_service.drafters.causal_lm import CausalLmDrafter
@@ -109,6 +122,7 @@ def pretrained(family: str) -> str:
 
 FAMILIES: Mapping[str, DrafterFactory] = {
     "ngram": _make_ngram,
+    "ngram-lm": _make_ngram_lm,
     "causal-lm": _make_causal_lm,
     "mtp": _make_mtp,
     "dflash": _make_dflash,

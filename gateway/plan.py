@@ -14,7 +14,7 @@ from gateway.metrics import OTHER, GatewayMetrics
 from gateway.registry import DrafterSet, VerifierSet
 from gateway.text import TextCodec, validate_stop_strings
 from specdec.errors import InvalidArgumentError
-from specdec.methods import AUTO, NGRAM, PLAIN, drafters_of, method_of
+from specdec.methods import AUTO, LOOKUP_FAMILIES, PLAIN, drafters_of, method_of
 from specdec.sampling import (
     SamplingParams,
     validate_min_draft_confidence,
@@ -59,10 +59,12 @@ class Backends:
         method = self.config.default_method
         if method != AUTO:
             return method if self.offers(method) or not self.drafters.is_known else PLAIN
-        # What knows most of the target guesses best; what only copies errs elsewhere and costs nothing.
-        drafters = sorted(self.known_drafters.values(), key=_ignorance)
-        copying = [drafter for drafter in drafters[1:] if drafter.family == NGRAM]
-        return method_of([drafter.name for drafter in (*drafters[:1], *copying[:1])])
+        # What knows most of the target guesses best; what only looks up errs elsewhere and costs nothing.
+        drafters = list(self.known_drafters.values())
+        computing = [drafter for drafter in drafters if drafter.family not in LOOKUP_FAMILIES]
+        looking_up = [one for family in LOOKUP_FAMILIES for one in drafters if one.family == family]
+        chosen = [*sorted(computing, key=_ignorance)[:1], *looking_up[:1]]
+        return method_of([drafter.name for drafter in chosen])
 
     def offers(self, method: str) -> bool:
         """Whether a request may name that method, several drafters perhaps."""

@@ -59,7 +59,7 @@ class SystemConfig:
 
 def default_drafters(model: str) -> tuple[str, ...]:
     """Drafters of a system that names none, the best first: those that need no model, or come with one."""
-    return ("dflash", "mtp", "ngram") if model == DEFAULT_MODEL else ("ngram",)
+    return ("dflash", "mtp", "ngram-lm", "ngram") if model == DEFAULT_MODEL else ("ngram",)
 
 
 def prepare_models(config: SystemConfig, report: Report) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 PLAIN = "none"
 """Plain decoding: no drafter, K = 0."""
-NGRAM = "ngram"
-"""Family of the drafter that copies from the text so far."""
+LOOKUP_FAMILIES = ("ngram-lm", "ngram")
+"""Families that look continuations up and compute nothing, the better guesser first."""
 AUTO = "auto"
 """As a default: the best of what there is."""
 _SEPARATOR = "+"

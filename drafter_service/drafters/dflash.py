@@ -8,7 +8,7 @@ in the next round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -26,7 +26,7 @@ from drafter_service.drafters.base import (
 )
 from drafter_service.drafters.block_layers import BlockLayers, LayerMask
 from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
-from drafter_service.drafters.growing import MAX_CHILDREN, GrowingTree, growing_tree
+from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, GrowingTree, growing_tree
 from drafter_service.drafters.head import DraftHead
 from drafter_service.drafters.markov import MarkovHead
 from specdec.errors import FailedPreconditionError, SpecdecError
@@ -324,7 +324,7 @@ class DFlashDrafter(Drafter):
         contexts = [_pick_context(one.session) for one in rounds]
         counts = [one.num_drafts for one in rounds]
         found = self._head.candidates(logits, counts, contexts, weights, MAX_CHILDREN)
-        return [tree.best_paths(places) for tree, places in zip(trees, found, strict=True)]
+        return [tree.best_paths(_by_depth(places)) for tree, places in zip(trees, found, strict=True)]
 
     def _grow_trees(
         self,
@@ -402,6 +402,11 @@ class DFlashDrafter(Drafter):
             if self._head.confidence(logits[index], token_id) < threshold:
                 return max(index, 1)
         return len(draft)
+
+
+def _by_depth(places: Sequence[Candidates]) -> Callable[[Sequence[int]], Candidates]:
+    """What may follow a path where that hangs on its length only."""
+    return lambda path: places[len(path)]
 
 
 def _checked(session: DraftSession) -> DFlashSession:

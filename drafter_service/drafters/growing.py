@@ -1,15 +1,15 @@
 """How drafters that know probabilities grow a tree: the likeliest guesses first.
 
 A node's worth is the probability that its whole path is right, as the drafter sees it: the product along the
-path. (EAGLE-2, arXiv 2406.16858, for drafters that go step by step; for a block's marginals the products are
-known at once, and a heap finds the best.)
+path. (EAGLE-2, arXiv 2406.16858, for drafters that go step by step; where all products are known at once, as
+of a block's marginals, a heap finds the best.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush, nlargest
 
 from drafter_service.drafters.base import DraftItem
@@ -37,14 +37,14 @@ class _Node:
 class _Sibling:
     """A candidate to be a child of a node."""
 
+    cost: float
+    """Negative log probability of its path."""
     parent: int
-    depth: int
-    """Of its parent."""
     rank: int
     """Among the candidates."""
     parent_cost: float
-    cost: float = 0.0
-    """Negative log probability of its path."""
+    family: Candidates
+    """The candidates it is one of."""
 
     def __lt__(self, other: _Sibling) -> bool:
         return (self.cost, self.parent, self.rank) < (other.cost, other.parent, other.rank)
@@ -110,31 +110,36 @@ class GrowingTree:
         indices = range(len(self._nodes))
         return nlargest(self._max_num_nodes, indices, key=lambda index: (self._nodes[index].log_prob, -index))
 
-    def best_paths(self, places: Sequence[Candidates]) -> DraftTree:
-        """The tree where what follows a node hangs on its depth only: no step by step is needed.
+    def best_paths(
+        self, candidates: Callable[[list[int]], Candidates], *, least_probability: float = 0.0
+    ) -> DraftTree:
+        """The likeliest paths of all, where what may follow one is known at once: no step by step is needed.
 
         Args:
-            places: candidates for every depth.
+            candidates: what may follow a path of tokens after the anchor, an empty one at first.
+            least_probability: of a path; the first token is proposed in any case.
         """
-        token_ids: list[int] = []
-        parents: list[int] = []
-        waiting: list[_Sibling] = []
+        least, waiting = math.log(least_probability) if least_probability else -math.inf, list[_Sibling]()
 
-        def enter(sibling: _Sibling) -> None:
-            if sibling.depth < len(places) and sibling.rank < len(places[sibling.depth]):
-                own = places[sibling.depth][sibling.rank][0]
-                if own >= self._threshold or not token_ids:
-                    heappush(waiting, replace(sibling, cost=sibling.parent_cost - own))
+        def enter(parent: int, rank: int, parent_cost: float, family: Candidates) -> None:
+            if rank == len(family):
+                return
+            own = family[rank][0]
+            is_likely = own >= self._threshold and own - parent_cost >= least
+            if is_likely or not self._nodes:
+                heappush(waiting, _Sibling(parent_cost - own, parent, rank, parent_cost, family))
 
         # Of each family of siblings only the best that is no node yet waits.
-        enter(_Sibling(parent=ANCHOR, depth=0, rank=0, parent_cost=0.0))
-        while waiting and len(token_ids) < self._max_num_nodes:
+        enter(ANCHOR, 0, 0.0, candidates([]))
+        while waiting and len(self._nodes) < self._max_num_nodes:
             best = heappop(waiting)
-            token_ids.append(places[best.depth][best.rank][1])
-            parents.append(best.parent)
-            enter(replace(best, rank=best.rank + 1))
-            enter(_Sibling(len(token_ids) - 1, best.depth + 1, 0, best.cost))
-        return DraftTree.of(token_ids, parents)
+            depth = 1 if best.parent == ANCHOR else self._nodes[best.parent].depth + 1
+            self._nodes.append(_Node(best.parent, best.family[best.rank][1], depth, -best.cost))
+            enter(best.parent, best.rank + 1, best.parent_cost, best.family)
+            if depth < self._max_depth and len(self._nodes) < self._max_num_nodes:
+                index = len(self._nodes) - 1
+                enter(index, 0, best.cost, candidates(self.path(index)))
+        return DraftTree.of([node.token_id for node in self._nodes], [node.parent for node in self._nodes])
 
 
 def growing_tree(item: DraftItem, max_depth: int) -> GrowingTree:

@@ -30,7 +30,8 @@ class NgramSession(DraftSession):
 
     def __init__(self, request: OpenDraft, sizes: range) -> None:
         super().__init__(request)
-        self._sizes = sizes
+        self.sizes = sizes
+        """Of the n-grams that are looked up, tokens."""
         self._next_position: dict[tuple[int, ...], int] = {}
         self._earlier: dict[tuple[int, int], int] = {}
         """By (size, position after an n-gram of that size), the position after its occurrence before."""
@@ -38,8 +39,8 @@ class NgramSession(DraftSession):
 
     def propose(self, num_draft_tokens: int) -> list[int]:
         """The continuation of the longest n-gram that occurred before."""
-        self._index()
-        for size in reversed(self._sizes):
+        self.index()
+        for size in reversed(self.sizes):
             if size > len(self.token_ids):
                 continue
             start = self._next_position.get(tuple(self.token_ids[-size:]))
@@ -49,7 +50,7 @@ class NgramSession(DraftSession):
 
     def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
         """What followed earlier occurrences of the last tokens, of longer n-grams first, the latest first."""
-        self._index()
+        self.index()
         chains = (
             self._continuation(start, _length(size, num_draft_tokens)) for size, start in self._matches()
         )
@@ -57,16 +58,22 @@ class NgramSession(DraftSession):
 
     def _matches(self) -> Iterator[tuple[int, int]]:
         """Sizes of earlier occurrences of the last tokens, and the positions after them."""
-        for size in reversed(self._sizes):
-            start = self._next_position.get(tuple(self.token_ids[-size:]))
-            while start is not None and size <= len(self.token_ids):
-                yield size, start
-                start = self._earlier.get((size, start))
+        for size in reversed(self.sizes):
+            if size <= len(self.token_ids):
+                yield from ((size, start) for start in self.occurrences(self.token_ids[-size:]))
 
-    def _index(self) -> None:
+    def occurrences(self, token_ids: Sequence[int]) -> Iterator[int]:
+        """The positions after those of an n-gram of one of the sizes, the last one first."""
+        start = self._next_position.get(tuple(token_ids))
+        while start is not None:
+            yield start
+            start = self._earlier.get((len(token_ids), start))
+
+    def index(self) -> None:
+        """Enter what was committed since the last time."""
         # An n-gram is entered once a token follows it, so the current suffix never finds itself.
         for position in range(self._num_indexed, len(self.token_ids)):
-            for size in self._sizes:
+            for size in self.sizes:
                 if size <= position:
                     ngram = tuple(self.token_ids[position - size : position])
                     if ngram in self._next_position:

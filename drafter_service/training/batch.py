@@ -17,6 +17,20 @@ from drafter_service.drafters.head import DRAFT_VOCAB_FILE
 from drafter_service.training.features import SequenceFeatures
 from specdec.runtime.target_weights import TargetWeights, softcapped
 
+_EVEN_ROWS = 64
+
+
+def even_rows(num_wanted: int, num_there: int) -> int:
+    """About `num_wanted` rows, of at most `num_there`: a multiple of 64 where there are as many.
+
+    On a CPU the kernels of a matrix product are made anew for each number of rows that they have not seen,
+    which takes longer than most products of a step.
+    """
+    num_rows = -(-num_wanted // _EVEN_ROWS) * _EVEN_ROWS
+    if num_rows <= num_there:
+        return num_rows
+    return num_there // _EVEN_ROWS * _EVEN_ROWS or num_there
+
 
 class Anchors(NamedTuple):
     """Positions to draft from in a packed batch; the token of an anchor is committed, its state is not."""

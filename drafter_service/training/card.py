@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from drafter_service.drafters.ngram_table import NgramTable
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData
 from drafter_service.training.loop import Acceptance, History
+from drafter_service.training.ngram_lm import CountOptions
 from specdec.bench import plots, provenance
 
 
@@ -19,11 +21,12 @@ class Card:
     method: str
     target: str
     description: str
-    """The drafter's architecture, one sentence."""
+    """What the drafter is, and how large."""
     data_source: str
-    num_parameters: int
-    started_from: str
+    started_from: str = ""
     """Name of the drafter whose weights the run began with; empty: the target's last layers."""
+    library: str = "transformers"
+    """What else may load it."""
 
 
 def write_card(
@@ -31,41 +34,67 @@ def write_card(
 ) -> None:
     """Write README.md and, where matplotlib is installed, loss.png into the output folder."""
     figure = _draw(history, config.out / "loss.png") if plots.has_matplotlib() else ""
-    (config.out / "README.md").write_text(_text(card, config, data, history, acceptance) + figure)
+    rows = _training_rows(card, config, data, history)
+    (config.out / "README.md").write_text(_text(card, "Training", rows, acceptance) + figure)
 
 
-def _text(card: Card, config: LoopConfig, data: TokenData, history: History, acceptance: Acceptance) -> str:
-    source = provenance.collect()
-    hardware = source["hardware"]
-    loss = f"{history.losses[-1][1]:.3f}" if history.losses else "none"
+def write_table_card(
+    card: Card, table: NgramTable, counted: CountOptions, data: TokenData, acceptance: Acceptance, out: Path
+) -> None:
+    """Write README.md of a counted table into the output folder."""
+    rows = {
+        **_data_rows(card, data),
+        "contexts": f"{len(table.contexts)}, of 1 to {table.max_size} tokens; those of several that occurred "
+        f"{counted.min_count} times at least and tell {counted.min_gain:g} nats more than the shorter one",
+        "listed tokens": str(len(table.token_ids)),
+    }
+    (out / "README.md").write_text(_text(card, "Counting", rows, acceptance))
+
+
+def _training_rows(card: Card, config: LoopConfig, data: TokenData, history: History) -> dict[str, str]:
+    hardware = provenance.collect()["hardware"]
+    rows = _data_rows(card, data)
+    return {
+        "command": rows.pop("command"),
+        "seed": str(config.seed),
+        **rows,
+        "started from": _start(card),
+        "steps": str(history.step),
+        "answer tokens trained on": f"{history.num_tokens}, in {config.passes} passes over each",
+        "time": f"{history.seconds / 60:.0f} minutes on {hardware['cores']} cores of {hardware['cpu']}",
+        "learning rate": f"{config.learning_rate:g}, AdamW, cosine",
+        "loss at the end": f"{history.losses[-1][1]:.3f}, moving average" if history.losses else "none",
+    }
+
+
+def _data_rows(card: Card, data: TokenData) -> dict[str, str]:
+    return {
+        "command": f"`{provenance.collect()['command']}`",
+        "data": f"{card.data_source}: {len(data)} sequences, {data.num_response_tokens} answer tokens",
+    }
+
+
+def _text(card: Card, heading: str, rows: Mapping[str, str], acceptance: Acceptance) -> str:
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return f"""---
 base_model: {card.target}
-library_name: transformers
+library_name: {card.library}
 tags: [speculative-decoding, {card.method}]
 ---
 
 # {card.method} drafter for {card.target}
 
-{card.description} {card.num_parameters / 1e6:.1f} million parameters in bf16.
+{card.description}
 
 ## Use
 
 `specdec up --drafter {card.method}:FOLDER`, with this folder.
 
-## Training
+## {heading}
 
 | | |
 |---|---|
-| command | `{source["command"]}` |
-| seed | {config.seed} |
-| data | {card.data_source}: {len(data)} sequences, {data.num_response_tokens} answer tokens |
-| started from | {_start(card)} |
-| steps | {history.step} |
-| answer tokens trained on | {history.num_tokens}, in {config.passes} passes over each |
-| time | {history.seconds / 60:.0f} minutes on {hardware["cores"]} cores of {hardware["cpu"]} |
-| learning rate | {config.learning_rate:g}, AdamW, cosine |
-| loss at the end | {loss}, moving average |
-
+{table}
 ## Acceptance on held-out answers
 
 {acceptance.num_answers} answers, greedy, K = {acceptance.num_draft_tokens}, {acceptance.num_rounds} rounds.

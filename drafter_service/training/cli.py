@@ -19,7 +19,7 @@ from specdec.runtime.loading import DTYPES, keep_freed_memory, tune_process
 if TYPE_CHECKING:
     from drafter_service.training.data import TokenData
     from drafter_service.training.features import FeatureSource
-    from drafter_service.training.loop import Trainee
+    from drafter_service.training.loop import Acceptance, Trainee
     from specdec.runtime.loading import LoadedModel
 
 _DEFAULTS = LoopConfig(out=Path())
@@ -71,7 +71,7 @@ _DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads.  [default: all]"),
 )
 
-_TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
+_OUTPUT_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option(
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
@@ -84,6 +84,10 @@ _TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
         multiple=True,
         help="Train on these sequences instead of generating any; may be given several times.",
     ),
+)
+
+_TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
+    *_OUTPUT_OPTIONS,
     click.option(
         "--minutes",
         type=click.FloatRange(min=0, min_open=True),
@@ -164,8 +168,8 @@ def _with_options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]]
 def train() -> None:
     """Train a drafter for a target from the target's own answers.
 
-    The target answers prompts it makes up itself; the drafter learns to foresee the answers from the target's
-    hidden states and KV. Writes a folder that `specdec up --drafter` serves.
+    The target answers prompts it makes up itself; the drafter learns to foresee the answers, mtp and dflash
+    from the target's hidden states and KV. Writes a folder that `specdec up --drafter` serves.
     """
 
 
@@ -189,7 +193,7 @@ def train() -> None:
 def data(out: Path, **options: Any) -> None:
     """Token sequences to train on: prompts, and the target's own greedy answers.
 
-    `specdec train mtp --tokens FILE` and `specdec train dflash --tokens FILE` read them.
+    `specdec train mtp --tokens FILE`, and the other methods', read them.
     """
     if options["prompts"] and options["passages"]:
         raise InvalidArgumentError("--prompts are answered as they are; --passages has no part in that.")
@@ -311,6 +315,63 @@ def dflash(
     )
 
 
+@train.command("ngram-lm")
+@_with_options(*_OUTPUT_OPTIONS, *_DATA_OPTIONS)
+@click.option(
+    "--max-size",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Tokens that are looked up at most.",
+)
+@click.option(
+    "--min-count",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Leave out several tokens that came fewer times.",
+)
+@click.option(
+    "--min-gain",
+    type=click.FloatRange(min=0),
+    default=4.0,
+    show_default=True,
+    help="Leave out several tokens that tell less than this beyond the last ones of them, nats; more makes a "
+    "smaller table.",
+)
+def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> None:
+    """A table of what the target is used to say: drafts that cost next to nothing, counted in seconds."""
+    from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary
+    from drafter_service.training.card import Card, write_table_card
+    from drafter_service.training.data import split
+    from drafter_service.training.ngram_lm import CountOptions, count, measure
+
+    out: Path = options["out"]
+    if (out / "config.json").exists():
+        NgramTable.load(out)  # of an earlier count, or it is refused: what else is there stays
+    out.mkdir(parents=True, exist_ok=True)
+    tune_process()
+    console = Console(stderr=True)
+    paths, data_source = _data_files(options, console)
+    loaded = _load(options)
+    data = _joined(paths, loaded)
+    counted, held_out = split(data, _DEFAULTS.num_held_out)
+    vocabulary = TargetVocabulary(loaded.model_id, loaded.vocabulary_fingerprint, _vocab_size(loaded))
+    rules = CountOptions(max_size, min_count, min_gain)
+    with console.status("counting"):
+        table = count(data, counted, vocabulary, rules)
+    with console.status("drafting held-out answers"):
+        acceptance = measure(table, data, held_out, _DEFAULTS.num_draft_tokens)
+    table.save(out)
+    description = (
+        "A table of what the target is used to say after up to "
+        f"{max_size} tokens, with prompt lookup in the text itself. No model pass is needed for a draft."
+    )
+    card = Card("ngram-lm", loaded.model_id, description, data_source, library="specdec")
+    write_table_card(card, table, rules, data, acceptance, out)
+    _announce("ngram-lm", out, acceptance)
+
+
 def _train(
     method: str,
     description: str,
@@ -322,7 +383,6 @@ def _train(
     import torch
 
     from drafter_service.training.card import Card, write_card
-    from drafter_service.training.data import TokenData
     from drafter_service.training.loop import CHECKPOINT, Training
 
     names = {field.name for field in dataclasses.fields(LoopConfig)}
@@ -332,8 +392,7 @@ def _train(
     paths, data_source = _data_files(options, console)
     torch.manual_seed(config.seed)
     loaded = _load(options)
-    vocab_size = loaded.model.get_output_embeddings().weight.shape[0]
-    data = TokenData.joined([TokenData.load(path, vocab_size) for path in paths])
+    data = _joined(paths, loaded)
     trainee, source = make(loaded, data, pool_tokens=config.pool_tokens)
     training = Training(trainee, source, data, config, console)
     if options["init"]:
@@ -343,14 +402,19 @@ def _train(
     acceptance = training.run()
     trainee.save(config.out)
     num_parameters = sum(parameter.numel() for parameter in trainee.parameters())
+    description += f" {num_parameters / 1e6:.1f} million parameters in bf16."
     started_from = options["init"].name if options["init"] else ""
-    card = Card(method, loaded.model_id, description, data_source, num_parameters, started_from)
+    card = Card(method, loaded.model_id, description, data_source, started_from)
     write_card(card, config, data, training.history, acceptance)
-    for path in config.out.glob("*.safetensors"):
+    _announce(method, config.out, acceptance)
+
+
+def _announce(method: str, out: Path, acceptance: Acceptance) -> None:
+    for path in out.glob("*.safetensors"):
         path.chmod(0o644)  # they are written for their owner alone
     click.echo(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
-        f"{acceptance.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{config.out}"
+        f"{acceptance.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{out}"
     )
 
 
@@ -371,6 +435,16 @@ def _load(options: dict[str, Any]) -> LoadedModel:
     return load_causal_lm(
         options["model"], dtype=options["dtype"], device=options["device"], threads=options["threads"]
     )
+
+
+def _vocab_size(loaded: LoadedModel) -> int:
+    return int(loaded.model.get_output_embeddings().weight.shape[0])
+
+
+def _joined(paths: Sequence[Path], loaded: LoadedModel) -> TokenData:
+    from drafter_service.training.data import TokenData
+
+    return TokenData.joined([TokenData.load(path, _vocab_size(loaded)) for path in paths])
 
 
 def _data_files(options: dict[str, Any], console: Console) -> tuple[list[Path], str]:

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 
 from drafter_service.drafters.assistant import AssistantLayers, TargetKv
-from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
+from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch, even_rows
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
 from drafter_service.training.loop import Trainee
@@ -133,7 +133,9 @@ class MtpTrainee(Trainee):
         That is the KL divergence but for a constant, over the draft vocabulary.
         """
         batch = PackedBatch.of(features)
-        anchors, total, count = batch.anchors, torch.zeros((), device=batch.token_ids.device), 0
+        everyone = torch.ones_like(batch.anchors.row, dtype=torch.bool)
+        anchors = batch.anchors.take(_going_on(everyone, everyone, generator))
+        total, count = torch.zeros((), device=batch.token_ids.device), 0
         hidden = self.first_hidden(batch, anchors)
         for distance in range(self.num_steps):
             states, hidden = self.step(batch, anchors, batch.token_ids[anchors.row + distance], hidden)
@@ -142,9 +144,7 @@ class MtpTrainee(Trainee):
             total = total + cross_entropy(logits, target, reduction="sum")
             count += len(logits)
             right = self.head.is_right(logits, batch.token_ids[anchors.row + distance + 1])
-            lucky = (torch.rand(len(right), generator=generator) < KEEP_REJECTED).to(right.device)
-            kept = (right | lucky) & batch.has_token(anchors, distance + 2)
-            index = kept.nonzero()[:, 0]
+            index = _going_on(right, batch.has_token(anchors, distance + 2), generator)
             if not len(index):
                 break
             anchors, hidden = anchors.take(index), hidden[index]
@@ -228,6 +228,20 @@ class MtpTrainee(Trainee):
                 break
             anchors, hidden, alive = anchors.take(index), hidden[index], alive[index]
         return num_accepted
+
+
+def _going_on(right: Tensor, can_go_on: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices, ascending, of the anchors that take the next step: those that are right first.
+
+    Args:
+        right: whose drafts were right so far [num_anchors].
+        can_go_on: which have a token to learn [num_anchors].
+    """
+    num_able = int(can_go_on.sum())
+    num_right = int((right & can_go_on).sum())
+    num_wanted = num_right + round(KEEP_REJECTED * (num_able - num_right))
+    order = torch.rand(len(right), generator=generator).to(right.device) + right - 2.0 * ~can_go_on
+    return order.topk(even_rows(num_wanted, num_able)).indices.sort().values
 
 
 def assistant_config(target: PreTrainedModel, num_layers: int, kv: KvShape) -> Gemma4AssistantConfig:

@@ -35,7 +35,7 @@ def test_the_best_paths_of_a_block_are_the_likeliest_of_all(
 ) -> None:
     places = [candidates(Random(seed + place), num_candidates) for place in range(num_places)]
     growing = GrowingTree(max_depth=num_places, max_num_nodes=max_num_nodes)
-    found = worths(growing.best_paths(places), places)
+    found = worths(growing.best_paths(lambda path: places[len(path)]), places)
     everything = [
         sum(log_prob for log_prob, _ in path)
         for length in range(1, num_places + 1)
@@ -73,6 +73,8 @@ def test_unlikely_tokens_follow_nothing_but_the_first_is_there_in_any_case() -> 
     growing.expand(-1, [sure, unsure])
     growing.expand(0, [unsure])
     assert growing.tree() == DraftTree((1,))
-    assert GrowingTree(max_depth=3, max_num_nodes=9, min_confidence=0.5).best_paths(
-        [[unsure, unsure], [sure]]
-    ) == DraftTree((2, 1))
+    places = [[unsure, unsure], [sure], []]
+    by_place = GrowingTree(max_depth=3, max_num_nodes=9, min_confidence=0.5)
+    assert by_place.best_paths(lambda path: places[len(path)]) == DraftTree((2, 1))
+    unlikely = GrowingTree(max_depth=3, max_num_nodes=9)
+    assert unlikely.best_paths(lambda path: [sure, unsure], least_probability=0.6) == DraftTree((1, 1))

@@ -12,6 +12,7 @@ from gateway.plan import Backends
 from specdec.v1 import common_pb2, drafter_pb2, target_state_pb2
 
 NGRAM = drafter_pb2.DrafterInfo(name="ngram", family="ngram")
+NGRAM_LM = drafter_pb2.DrafterInfo(name="ngram-lm", family="ngram-lm")
 LOOKUP = drafter_pb2.DrafterInfo(name="lookup", family="ngram")
 SMALL = drafter_pb2.DrafterInfo(
     name="small", family="causal-lm", model=common_pb2.ModelInfo(model_id="tiny-llama")
@@ -43,8 +44,10 @@ def backends(*drafters: drafter_pb2.DrafterInfo, default_method: str = "auto") -
         ((NGRAM, SMALL), "small+ngram"),
         ((SMALL, MTP), "mtp"),
         ((NGRAM, SMALL, DFLASH, MTP), "dflash+ngram"),
+        ((NGRAM, DFLASH, NGRAM_LM), "dflash+ngram-lm"),
+        ((NGRAM, NGRAM_LM), "ngram-lm"),
         ((MTP, DFLASH, LOOKUP), "mtp+lookup"),
-        ((NGRAM, LOOKUP), "ngram+lookup"),
+        ((NGRAM, LOOKUP), "ngram"),
     ],
 )
 def test_what_guesses_best_with_what_copies(

@@ -1,0 +1,151 @@
+"""N-grams of two kinds: what the target is used to say, and what this text says. Needs no model pass.
+
+A table of the target's own answers (`ngram_table`) and prompt lookup in the tokens committed so far together
+say how likely each continuation is; drafts are the likeliest paths. What llama.cpp's lookup decoding calls
+its static and its dynamic cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from heapq import nlargest
+from itertools import islice
+from pathlib import Path
+
+from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, OpenDraft
+from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, growing_tree
+from drafter_service.drafters.ngram import DEFAULT_NUM_DRAFT_TOKENS, NgramSession
+from drafter_service.drafters.ngram_table import NgramTable
+
+_LEAST_PROBABILITY = 0.01
+"""Of a path: a row in the verify pass costs more than an unlikelier one brings."""
+_DOUBT = 0.75
+"""How likely a token is to be another one than followed the same token before."""
+_DOUBT_FALLS = 0.6
+"""By this with each further token of the match."""
+_MAX_OCCURRENCES = 8
+"""Earlier occurrences that are looked at."""
+_EARLIER_WEIGHT = 0.7
+"""Of an occurrence, relative to the next later one's."""
+
+
+class NgramLmSession(NgramSession):
+    """Committed tokens, and what may follow them or a draft."""
+
+    def __init__(self, request: OpenDraft, sizes: range, table: NgramTable) -> None:
+        super().__init__(request, sizes)
+        self._table = table
+
+    def propose(self, num_draft_tokens: int) -> list[int]:
+        """The likeliest token after the likeliest, until all together are unlikely."""
+        self.index()
+        least = math.log(_LEAST_PROBABILITY)
+        confidence = math.log(self.min_draft_confidence) if self.min_draft_confidence else -math.inf
+        draft: list[int] = []
+        log_prob = 0.0
+        while len(draft) < num_draft_tokens and (candidates := self.candidates(draft)):
+            own, token_id = candidates[0]
+            log_prob += own
+            if draft and (log_prob < least or own < confidence):
+                break
+            draft.append(token_id)
+        return draft
+
+    def propose_best(self, item: DraftItem) -> Drafted:
+        """The likeliest paths of all, as a tree."""
+        self.index()
+        tree = growing_tree(item, item.num_draft_tokens)
+        return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
+
+    def candidates(self, path: Sequence[int]) -> Candidates:
+        """What may follow a path after the committed tokens, which must be indexed.
+
+        Above temperature 0 by the shared noise, as the target picks.
+        """
+        reach = max(self._table.max_size, self.sizes[-1])
+        recent = [*self.token_ids[-reach:], *path]
+        probabilities = self._mixed(self._table.candidates(recent), recent)
+        if not self.sampling.is_greedy:
+            return self._as_picked(probabilities, len(self.token_ids) + len(path))
+        best = nlargest(MAX_CHILDREN, ((value, token_id) for token_id, value in probabilities.items()))
+        return [(math.log(value), token_id) for value, token_id in best if value]
+
+    def _mixed(self, usual: dict[int, float], recent: Sequence[int]) -> dict[int, float]:
+        """The table's probabilities, and by its length those of the longest match in this text."""
+        for size in reversed(self.sizes):
+            starts = list(islice(self.occurrences(recent[-size:]), _MAX_OCCURRENCES))
+            if size > len(recent) or not starts:
+                continue
+            doubt = _DOUBT * _DOUBT_FALLS ** (size - 1)
+            mixed = defaultdict(float, {token_id: doubt * value for token_id, value in usual.items()})
+            weights = [_EARLIER_WEIGHT**age for age in range(len(starts))]
+            for start, weight in zip(starts, weights, strict=True):
+                mixed[self.token_ids[start]] += (1 - doubt) * weight / sum(weights)
+            return mixed
+        return usual
+
+    def _as_picked(self, probabilities: dict[int, float], position: int) -> Candidates:
+        """Candidates in the order of log probability / temperature + gumbel(seed, position)."""
+        # Imported here: greedy drafts need no torch.
+        from specdec.runtime.noise import GumbelNoise
+
+        token_ids = [token_id for token_id, value in probabilities.items() if value]
+        if not token_ids:
+            return []
+        noise = GumbelNoise.of_tokens(token_ids)(self.sampling.seed, [position])[0].tolist()
+        scores = [
+            math.log(probabilities[token_id]) / self.sampling.temperature + value
+            for token_id, value in zip(token_ids, noise, strict=True)
+        ]
+        best = max(scores)
+        total = best + math.log(sum(math.exp(score - best) for score in scores))
+        found = nlargest(MAX_CHILDREN, zip(scores, token_ids, strict=True))
+        return [(score - total, token_id) for score, token_id in found]
+
+
+class NgramLmDrafter(Drafter):
+    """Drafts from a table, and from n-grams of the text itself of `min_size` to `max_size` tokens."""
+
+    def __init__(
+        self, name: str, table: NgramTable, *, min_size: int, max_size: int, max_num_draft_tokens: int
+    ) -> None:
+        self._table, self._sizes = table, range(min_size, max_size + 1)
+        self.info = DrafterInfo(
+            name=name,
+            family="ngram-lm",
+            max_num_draft_tokens=max_num_draft_tokens,
+            default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
+            max_num_draft_nodes=max_num_draft_tokens,
+            model_id=table.vocabulary.model_id,
+            vocabulary_fingerprint=table.vocabulary.fingerprint,
+            vocab_size=table.vocabulary.size,
+        )
+
+    @classmethod
+    def load(
+        cls, name: str, folder: Path, *, min_size: int, max_size: int, max_num_draft_tokens: int
+    ) -> NgramLmDrafter:
+        """From a folder that `specdec train ngram-lm` wrote.
+
+        Raises:
+            InvalidArgumentError: it holds no table, or a damaged one.
+        """
+        table = NgramTable.load(folder)
+        return cls(
+            name, table, min_size=min_size, max_size=max_size, max_num_draft_tokens=max_num_draft_tokens
+        )
+
+    def open(self, request: OpenDraft) -> NgramLmSession:
+        """A session with an empty index; the first round fills it."""
+        return NgramLmSession(request, self._sizes, self._table)
+
+    def propose(self, items: Sequence[DraftItem]) -> list[Drafted]:
+        """Some lookups per draft token."""
+        return [_draft(item) for item in items]
+
+
+def _draft(item: DraftItem) -> Drafted:
+    assert isinstance(item.session, NgramLmSession)
+    return item.session.propose_best(item) if item.wants_tree else item.session.propose(item.num_draft_tokens)

@@ -1,0 +1,183 @@
+"""Counting of n-gram language models: the target's answers, from which `ngram_table` says how it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy
+import numpy.typing
+
+from drafter_service.drafters.base import OpenDraft
+from drafter_service.drafters.ngram_lm import NgramLmDrafter, NgramLmSession
+from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary, UInt64s, extended_hash
+from drafter_service.training.data import TokenData
+from drafter_service.training.loop import Acceptance
+
+_DISCOUNT = 0.75
+"""What is taken of each count."""
+_MAX_ENTRIES = 4
+"""Tokens listed of a context: more than a small tree has room for."""
+_LEAST_PROBABILITY = 0.02
+"""Of a token that is listed."""
+_CONTEXT_SIZES = (1, 4)
+"""N-grams of the text itself that are looked up where acceptance is measured: as a drafter service does."""
+
+Floats = numpy.typing.NDArray[numpy.float64]
+Ints = numpy.typing.NDArray[numpy.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class CountOptions:
+    """What of the answers is kept."""
+
+    max_size: int = 5
+    """Tokens of the longest context."""
+    min_count: int = 2
+    """Occurrences below which a context of several tokens is left out."""
+    min_gain: float = 4.0
+    """Nats that a context must tell beyond the shorter one, over all its occurrences."""
+
+
+class _Occurrences(NamedTuple):
+    """Every answer token, with what comes before it."""
+
+    tokens: UInt64s
+    """[num_tokens] all tokens of all sequences."""
+    places: Ints
+    """[num_occurrences] of the answer tokens among them."""
+    reach: Ints
+    """[num_occurrences] tokens of the same sequence before each."""
+
+
+class _Level(NamedTuple):
+    """Contexts of one size that are kept, in ascending order of their hashes."""
+
+    contexts: UInt64s
+    counts: Ints
+    backoffs: Floats
+    token_ids: Ints
+    probabilities: Floats
+
+
+def count(
+    data: TokenData, indices: Sequence[int], vocabulary: TargetVocabulary, options: CountOptions
+) -> NgramTable:
+    """The table of some sequences.
+
+    Args:
+        indices: of the sequences to count; one named twice counts twice.
+    """
+    levels = list(_levels(_occurrences(data, indices), vocabulary.size, options))
+    contexts = numpy.concatenate([level.contexts for level in levels])
+    counts = numpy.concatenate([level.counts for level in levels])
+    firsts = numpy.cumsum(counts) - counts
+    order = numpy.argsort(contexts)
+    sizes = counts[order]
+    # Where each entry of the sorted table is in the unsorted one.
+    entries = numpy.repeat(firsts[order] - (numpy.cumsum(sizes) - sizes), sizes) + numpy.arange(sizes.sum())
+    token_type = numpy.uint16 if vocabulary.size <= 2**16 else numpy.uint32
+    return NgramTable(
+        vocabulary,
+        options.max_size,
+        contexts=contexts[order],
+        counts=sizes.astype(numpy.uint8),
+        backoffs=numpy.concatenate([level.backoffs for level in levels])[order].astype(numpy.float16),
+        token_ids=numpy.concatenate([level.token_ids for level in levels])[entries].astype(token_type),
+        probabilities=numpy.concatenate([level.probabilities for level in levels])[entries].astype(
+            numpy.float16
+        ),
+    )
+
+
+def _occurrences(data: TokenData, indices: Sequence[int]) -> _Occurrences:
+    parts = [numpy.asarray(data[index].token_ids, numpy.uint64) for index in indices]
+    lengths = numpy.array([len(part) for part in parts])
+    starts = numpy.repeat(numpy.cumsum(lengths) - lengths, lengths)
+    tokens = numpy.concatenate(parts)
+    within = numpy.arange(len(tokens)) - starts
+    is_answer = within >= numpy.repeat(data.prompt_lengths[list(indices)], lengths)
+    places = is_answer.nonzero()[0]
+    return _Occurrences(tokens, places, within[places])
+
+
+def _levels(seen: _Occurrences, vocab_size: int, options: CountOptions) -> Iterator[_Level]:
+    """Contexts of one token, of two, and so on."""
+    tokens, places, reach = seen
+    following = tokens[places]
+    shares = numpy.bincount(following.astype(numpy.int64), minlength=vocab_size) / len(following)
+    # Per occurrence, the probability of its token as contexts of the size before have it.
+    shorter: Floats = shares[following.astype(numpy.int64)]
+    for size in range(1, options.max_size + 1):
+        is_long = reach >= size
+        if not is_long.any():
+            return
+        hashes = numpy.zeros(int(is_long.sum()), numpy.uint64)
+        for distance in range(size, 0, -1):
+            hashes = extended_hash(hashes, tokens[places[is_long] - distance])
+        level, probabilities = _level(hashes, following[is_long], shorter[is_long], options, size)
+        shorter = shorter.copy()
+        shorter[is_long] = probabilities
+        yield level
+
+
+def _level(
+    hashes: UInt64s, following: UInt64s, shorter: Floats, options: CountOptions, size: int
+) -> tuple[_Level, Floats]:
+    """Contexts of one size, and the probability of every occurrence's token.
+
+    Args:
+        hashes: of the contexts [num_occurrences].
+        following: the tokens after them.
+        shorter: their probabilities as shorter contexts have them.
+    """
+    ngrams, first, which, counts = numpy.unique(
+        extended_hash(hashes, following), return_index=True, return_inverse=True, return_counts=True
+    )
+    contexts, context = numpy.unique(hashes[first], return_inverse=True)  # of each n-gram
+    totals = numpy.bincount(context, counts)
+    backoffs = _DISCOUNT * numpy.bincount(context) / totals
+    probabilities = (counts - _DISCOUNT) / totals[context] + backoffs[context] * shorter[first]
+    gains = numpy.bincount(context, counts * (numpy.log(probabilities) - numpy.log(shorter[first])))
+    # The shortest contexts are what all others fall back to.
+    is_kept = (totals >= options.min_count) & (gains >= options.min_gain) if size > 1 else totals > 0
+    order = numpy.lexsort((-probabilities, context))
+    ranks = numpy.arange(len(ngrams)) - numpy.searchsorted(context[order], context[order])
+    listed = order[
+        is_kept[context[order]] & (ranks < _MAX_ENTRIES) & (probabilities[order] >= _LEAST_PROBABILITY)
+    ]
+    kept, num_listed = numpy.unique(context[listed], return_counts=True)
+    level = _Level(
+        contexts[kept],
+        num_listed,
+        backoffs[kept],
+        following[first[listed]].astype(numpy.int64),
+        probabilities[listed],
+    )
+    return level, probabilities[which]
+
+
+def measure(table: NgramTable, data: TokenData, indices: Sequence[int], num_draft_tokens: int) -> Acceptance:
+    """Acceptance of chains on answers that were not counted, the text's own n-grams included."""
+    least, most = _CONTEXT_SIZES
+    drafter = NgramLmDrafter(
+        "ngram-lm", table, min_size=least, max_size=most, max_num_draft_tokens=num_draft_tokens
+    )
+    accepted = [_accepted(drafter, data, index, num_draft_tokens) for index in indices]
+    return Acceptance.of([counts for counts in accepted if counts], num_draft_tokens)
+
+
+def _accepted(drafter: NgramLmDrafter, data: TokenData, index: int, num_draft_tokens: int) -> list[int]:
+    """Per answer token but the last, how many drafts after it would be accepted."""
+    token_ids, prompt_length = data[index].token_ids, data[index].prompt_length
+    session: NgramLmSession = drafter.open(
+        OpenDraft(token_ids[:prompt_length], prompt_length, max_length=len(token_ids))
+    )
+    accepted = []
+    for position in range(prompt_length, len(token_ids) - 1):
+        session.commit([token_ids[position]], position + 1)
+        draft = session.propose(num_draft_tokens)
+        right = [drafted == token for drafted, token in zip(draft, token_ids[position + 1 :], strict=False)]
+        accepted.append(right.index(False) if False in right else len(right))
+    return accepted
