@@ -212,6 +212,12 @@ def _fixed_drafts(
             f"{max(limits)} tokens a round.",
             field="num_draft_tokens",
         )
+    if limits and request.num_draft_nodes and not request.num_draft_tokens:
+        raise InvalidArgumentError(
+            "num_draft_tokens 0 is plain decoding, which has no trees; leave num_draft_nodes out, or "
+            "num_draft_tokens, to have it chosen.",
+            field="num_draft_nodes",
+        )
     budget = request.num_draft_nodes or max_num_nodes
     counts = [min(request.num_draft_tokens, limit, budget) for limit in limits]
     if not any(counts):

@@ -72,8 +72,8 @@ def main() -> None:
     "--drafter",
     "drafters",
     multiple=True,
-    help="Drafter to load, `ngram`, `mtp[:MODEL]`, `dflash[:MODEL]` or `causal-lm:MODEL`; may be repeated.  "
-    "[default: ngram, and mtp and dflash for the embedded model]",
+    help="Drafter to load, `ngram`, `ngram-lm[:MODEL]`, `mtp[:MODEL]`, `dflash[:MODEL]`, `causal-lm:MODEL`; "
+    "may be repeated.  [default: ngram, and ngram-lm, mtp and dflash for the embedded model]",
 )
 @click.option(
     "--target-state",

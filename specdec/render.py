@@ -221,7 +221,8 @@ def _runs(replica: ReplicaInfo) -> str:
             )
         case DrafterServiceInfo() as service:
             drafters = ", ".join(
-                f"{drafter.name} (K {drafter.default_num_draft_tokens}, up to {drafter.max_num_draft_tokens})"
+                f"{drafter.name} (K {drafter.default_num_draft_tokens}, up to {drafter.max_num_draft_tokens}"
+                f"{'' if drafter.max_num_draft_nodes else ', chains only'})"
                 for drafter in service.drafters
             )
             return "\n".join([drafters, *map(_state_link, service.state_links)])

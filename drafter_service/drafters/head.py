@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafter_service.drafters.growing import Candidates
 from specdec.errors import InvalidArgumentError
-from specdec.runtime.picks import PickContext, Picker
+from specdec.runtime.picks import PickContext, Picker, arg_max
 from specdec.runtime.prepack import multiplier
 from specdec.runtime.target_weights import TargetWeights, softcapped
 
@@ -127,7 +127,7 @@ class DraftHead:
             Per session, a token per row.
         """
         if all(context.sampling.is_plain for context in contexts):
-            best = logits.argmax(-1)
+            best = arg_max(logits)
             token_ids = best if self.draft_vocab is None else self.draft_vocab[best]
             return [part.tolist() for part in token_ids.split(list(counts))]
         vocab_size = self.vocab_size(weights)

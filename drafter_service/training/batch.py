@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from drafter_service.drafters.head import DRAFT_VOCAB_FILE
 from drafter_service.training.features import SequenceFeatures
+from specdec.runtime.picks import arg_max
 from specdec.runtime.target_weights import TargetWeights, softcapped
 
 _EVEN_ROWS = 64
@@ -110,7 +111,7 @@ class FrozenHead:
 
     def is_right(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         """Whether the best of logits [num_rows, draft_vocab_size] are these tokens [num_rows]."""
-        return logits.argmax(-1) == self._index[token_ids]
+        return arg_max(logits) == self._index[token_ids]
 
     def identity(self) -> dict[str, Any]:
         """What says whose head it is: the vocabulary, in plain values."""

@@ -82,6 +82,7 @@ GATEWAY_REFUSALS = [
     ({"num_draft_tokens": 65}, "num_draft_tokens", "64"),
     ({"num_draft_tokens": 65, "method": "ngram+model"}, "num_draft_tokens", "64"),
     ({"num_draft_nodes": 65}, "num_draft_nodes", "64"),
+    ({"num_draft_tokens": 0, "num_draft_nodes": 8}, "num_draft_nodes", "plain decoding"),
     ({"method": "ngram+oracle"}, "method", "Unknown method 'oracle'"),
     ({"method": "ngram+"}, "method", "nothing among drafters"),
     ({"method": "ngram+none"}, "method", "'none' or nothing among drafters"),

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from specdec.draft_tree import DraftTree
-from specdec.runtime.picks import PickContext, Picker, process_logits, top_logprobs, truncate
+from specdec.runtime.picks import PickContext, Picker, arg_max, process_logits, top_logprobs, truncate
 from specdec.sampling import SamplingParams
 
 VOCAB_SIZE = 24
@@ -62,6 +62,19 @@ def test_picks_follow_the_softmax(sampling: SamplingParams) -> None:
     expected_counts = probabilities[possible] / probabilities.sum() * NUM_DRAWS
     p_value = stats.chisquare(counts[possible], expected_counts).pvalue
     assert p_value > 1e-4
+
+
+@pytest.mark.parametrize("vocab_size", [24, 256, 300, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_arg_max_is_the_first_of_the_largest(vocab_size: int, dtype: torch.dtype) -> None:
+    # Few values: every row has many that are largest.
+    rows = torch.randint(0, 5, (33, vocab_size), generator=torch.Generator().manual_seed(vocab_size))
+    rows[:3] = torch.tensor([-1, 0, 7])[:, None]
+    found = arg_max(rows.to(dtype))
+    assert found.tolist() == np.argmax(rows.numpy(), axis=-1).tolist()
+    hidden = torch.full((2, vocab_size), float("-inf"), dtype=dtype)
+    hidden[1, vocab_size - 1] = -1e30
+    assert arg_max(hidden).tolist() == [0, vocab_size - 1]
 
 
 def test_greedy_is_the_arg_max_and_takes_no_noise() -> None:
