@@ -34,7 +34,8 @@ def arg_max(rows: Tensor) -> Tensor:
     blocks = rows.unflatten(-1, (-1, _ARG_MAX_BLOCK))  # [num_rows, num_blocks, block]
     best = blocks.amax(-1).argmax(-1)
     within = blocks[torch.arange(len(rows), device=rows.device), best].argmax(-1)
-    return best * _ARG_MAX_BLOCK + within
+    found: Tensor = best * _ARG_MAX_BLOCK + within
+    return found
 
 
 @dataclass(frozen=True, slots=True)
