@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, OpenDraft
 from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, growing_tree
 from drafter_service.drafters.ngram import DEFAULT_NUM_DRAFT_TOKENS, NgramSession
 from drafter_service.drafters.ngram_table import NgramTable
+
+if TYPE_CHECKING:
+    # For types only: greedy drafts need no torch.
+    from torch import Tensor
+
+    from specdec.runtime.noise import GumbelNoise
 
 _LEAST_PROBABILITY = 0.01
 """Of a path: a row in the verify pass costs more than an unlikelier one brings."""
@@ -31,16 +39,26 @@ _EARLIER_WEIGHT = 0.7
 """Of an occurrence, relative to the next later one's."""
 
 
-class NgramLmSession(NgramSession):
-    """Committed tokens, and what may follow them or a draft."""
+NoiseAt = Callable[[int, int], "Tensor"]
+"""The shared noise [vocab_size] of a seed at a position, the index of a token to be picked."""
 
-    def __init__(self, request: OpenDraft, sizes: range, table: NgramTable) -> None:
+
+class NgramLmSession(NgramSession):
+    """Committed tokens, and what may follow them or a draft.
+
+    Args:
+        noise_at: where the noise comes from; called above temperature 0 only.
+    """
+
+    def __init__(self, request: OpenDraft, sizes: range, table: NgramTable, noise_at: NoiseAt) -> None:
         super().__init__(request, sizes)
-        self._table = table
+        self._table, self._noise_at = table, noise_at
+        self._noise: dict[int, Tensor] = {}
+        """By position, of this draft."""
 
     def propose(self, num_draft_tokens: int) -> list[int]:
         """The likeliest token after the likeliest, until all together are unlikely."""
-        self.index()
+        self._begin()
         least = math.log(_LEAST_PROBABILITY)
         confidence = math.log(self.min_draft_confidence) if self.min_draft_confidence else -math.inf
         draft: list[int] = []
@@ -55,9 +73,13 @@ class NgramLmSession(NgramSession):
 
     def propose_best(self, item: DraftItem) -> Drafted:
         """The likeliest paths of all, as a tree."""
-        self.index()
+        self._begin()
         tree = growing_tree(item, item.num_draft_tokens)
         return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
+
+    def _begin(self) -> None:
+        self.index()
+        self._noise.clear()
 
     def candidates(self, path: Sequence[int]) -> Candidates:
         """What may follow a path after the committed tokens, which must be indexed.
@@ -76,7 +98,7 @@ class NgramLmSession(NgramSession):
         """The table's probabilities, and by its length those of the longest match in this text."""
         for size in reversed(self.sizes):
             starts = list(islice(self.occurrences(recent[-size:]), _MAX_OCCURRENCES))
-            if size > len(recent) or not starts:
+            if not starts:
                 continue
             doubt = _DOUBT * _DOUBT_FALLS ** (size - 1)
             mixed = defaultdict(float, {token_id: doubt * value for token_id, value in usual.items()})
@@ -88,13 +110,12 @@ class NgramLmSession(NgramSession):
 
     def _as_picked(self, probabilities: dict[int, float], position: int) -> Candidates:
         """Candidates in the order of log probability / temperature + gumbel(seed, position)."""
-        # Imported here: greedy drafts need no torch.
-        from specdec.runtime.noise import GumbelNoise
-
         token_ids = [token_id for token_id, value in probabilities.items() if value]
         if not token_ids:
             return []
-        noise = GumbelNoise.of_tokens(token_ids)(self.sampling.seed, [position])[0].tolist()
+        if position not in self._noise:
+            self._noise[position] = self._noise_at(self.sampling.seed, position)
+        noise = self._noise[position][token_ids].tolist()
         scores = [
             math.log(probabilities[token_id]) / self.sampling.temperature + value
             for token_id, value in zip(token_ids, noise, strict=True)
@@ -139,7 +160,17 @@ class NgramLmDrafter(Drafter):
 
     def open(self, request: OpenDraft) -> NgramLmSession:
         """A session with an empty index; the first round fills it."""
-        return NgramLmSession(request, self._sizes, self._table)
+        return NgramLmSession(request, self._sizes, self._table, self._noise_at)
+
+    @cached_property
+    def _noise(self) -> GumbelNoise:
+        # Imported here: greedy drafts need no torch.
+        from specdec.runtime.noise import GumbelNoise
+
+        return GumbelNoise(self._table.vocabulary.size)
+
+    def _noise_at(self, seed: int, position: int) -> Tensor:
+        return self._noise(seed, [position])[0].clone()
 
     def propose(self, items: Sequence[DraftItem]) -> list[Drafted]:
         """Some lookups per draft token."""

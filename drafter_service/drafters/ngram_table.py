@@ -45,6 +45,20 @@ def ngram_hash(token_ids: Sequence[int]) -> int:
     return value
 
 
+def _are_shares(values: numpy.typing.NDArray[numpy.float16]) -> bool:
+    """Whether all are between 0 and 1; NaN is not."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def is_table(folder: Path) -> bool:
+    """Whether a folder is, by its config, one of a table."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
 @dataclass(frozen=True, slots=True)
 class TargetVocabulary:
     """Whose tokens a table is of."""
@@ -110,7 +124,7 @@ class NgramTable:
         """
         try:
             config = json.loads((folder / "config.json").read_text())
-            if config["model_type"] != MODEL_TYPE:
+            if not is_table(folder):
                 raise InvalidArgumentError(
                     f"{folder} holds a {config['model_type']!r} model; the ngram-lm drafter runs what "
                     "specdec train ngram-lm writes.",
@@ -120,22 +134,32 @@ class NgramTable:
                 config["target"], config["specdec_vocabulary_fingerprint"], config["vocab_size"]
             )
             table = cls(vocabulary, config["max_size"], **load_file(folder / _WEIGHTS))
+            table._check(folder)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InvalidArgumentError(f"{folder} holds no table: {error!r}", field="drafter") from error
-        table._check(folder)
         return table
 
     def _check(self, folder: Path) -> None:
-        num_entries = int(self.counts.sum(dtype=numpy.int64))
+        known = self.vocabulary
         right = (
-            len(self.contexts) == len(self.counts) == len(self.backoffs) > 0
-            and num_entries == len(self.token_ids) == len(self.probabilities)
+            all(isinstance(number, int) and number > 0 for number in (self.max_size, known.size))
+            and isinstance(known.model_id, str)
+            and isinstance(known.fingerprint, str)
+            and self._has_right_types()
+            and len(self.contexts) == len(self.counts) == len(self.backoffs) > 0
+            and int(self.counts.sum(dtype=numpy.int64)) == len(self.token_ids) == len(self.probabilities)
             and bool((self.contexts[1:] > self.contexts[:-1]).all())
-            and int(self.token_ids.max(initial=0)) < self.vocabulary.size
-            and self.max_size > 0
+            and int(self.token_ids.max(initial=0)) < known.size
+            and all(_are_shares(values) for values in (self.backoffs, self.probabilities))
         )
         if not right:
-            raise InvalidArgumentError(f"{folder}/{_WEIGHTS} is damaged; make it anew.", field="drafter")
+            raise InvalidArgumentError(f"{folder}/{_WEIGHTS} is damaged; count it anew.", field="drafter")
+
+    def _has_right_types(self) -> bool:
+        arrays = (self.contexts, self.counts, self.backoffs, self.token_ids, self.probabilities)
+        kinds = [array.dtype.name for array in arrays]
+        named = kinds[:3] + kinds[4:] == ["uint64", "uint8", "float16", "float16"]
+        return named and kinds[3] in ("uint16", "uint32") and all(array.ndim == 1 for array in arrays)
 
     def save(self, folder: Path) -> None:
         """Write config and table; the folder is there."""

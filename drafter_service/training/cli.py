@@ -341,14 +341,15 @@ def dflash(
 )
 def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> None:
     """A table of what the target is used to say: drafts that cost next to nothing, counted in seconds."""
-    from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary
+    from drafter_service.drafters.ngram_table import TargetVocabulary, is_table
     from drafter_service.training.card import Card, write_table_card
     from drafter_service.training.data import split
+    from drafter_service.training.loop import CHECKPOINT
     from drafter_service.training.ngram_lm import CountOptions, count, measure
 
     out: Path = options["out"]
-    if (out / "config.json").exists():
-        NgramTable.load(out)  # of an earlier count, or it is refused: what else is there stays
+    if not is_table(out) and any((out / name).exists() for name in ("config.json", CHECKPOINT)):
+        raise InvalidArgumentError(f"{out} holds another drafter; choose another --out.", field="out")
     out.mkdir(parents=True, exist_ok=True)
     tune_process()
     console = Console(stderr=True)

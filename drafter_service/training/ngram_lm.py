@@ -14,6 +14,7 @@ from drafter_service.drafters.ngram_lm import NgramLmDrafter, NgramLmSession
 from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary, UInt64s, extended_hash
 from drafter_service.training.data import TokenData
 from drafter_service.training.loop import Acceptance
+from specdec.errors import InvalidArgumentError
 
 _DISCOUNT = 0.75
 """What is taken of each count."""
@@ -37,7 +38,7 @@ class CountOptions:
     min_count: int = 2
     """Occurrences below which a context of several tokens is left out."""
     min_gain: float = 4.0
-    """Nats that a context must tell beyond the shorter one, over all its occurrences."""
+    """Nats that a context must tell beyond the shorter one, over all its occurrences; less than 0: all."""
 
 
 class _Occurrences(NamedTuple):
@@ -68,6 +69,9 @@ def count(
 
     Args:
         indices: of the sequences to count; one named twice counts twice.
+
+    Raises:
+        InvalidArgumentError: they have no answers.
     """
     levels = list(_levels(_occurrences(data, indices), vocabulary.size, options))
     contexts = numpy.concatenate([level.contexts for level in levels])
@@ -99,6 +103,8 @@ def _occurrences(data: TokenData, indices: Sequence[int]) -> _Occurrences:
     within = numpy.arange(len(tokens)) - starts
     is_answer = within >= numpy.repeat(data.prompt_lengths[list(indices)], lengths)
     places = is_answer.nonzero()[0]
+    if not len(places):
+        raise InvalidArgumentError("The sequences have no answer tokens to count.", field="tokens")
     return _Occurrences(tokens, places, within[places])
 
 

@@ -33,18 +33,9 @@ class GumbelNoise:
 
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._set_tokens(torch.arange(vocab_size, dtype=torch.int64, device=self._device))
-
-    @classmethod
-    def of_tokens(cls, token_ids: Sequence[int]) -> GumbelNoise:
-        """The noise of some tokens alone: [num_positions, len(token_ids)]."""
-        noise = cls(0)
-        noise._set_tokens(torch.tensor(token_ids, dtype=torch.int64))
-        return noise
-
-    def _set_tokens(self, token_ids: Tensor) -> None:
-        self._ids = _wrap(token_ids * 0x9E3779B1)
-        self._buffers = torch.empty(3, 0, len(token_ids), dtype=torch.int32, device=self._device)
+        ids = torch.arange(vocab_size, dtype=torch.int64, device=self._device)
+        self._ids = _wrap(ids * 0x9E3779B1)
+        self._buffers = torch.empty(3, 0, vocab_size, dtype=torch.int32, device=self._device)
 
     def __call__(self, seed: int, positions: Sequence[int]) -> Tensor:
         """Noise [num_positions, vocab_size], fp32. Valid until the next call.

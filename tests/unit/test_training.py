@@ -16,16 +16,20 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
+from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary
 from drafter_service.training.cli import train
 from drafter_service.training.data import REPLAYED_BATCHES, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import FeatureSource, pool_bytes
 from drafter_service.training.generate import Decoder, GenerationProgress, Job, generate
+from drafter_service.training.loop import CHECKPOINT
+from drafter_service.training.ngram_lm import CountOptions, count
 from drafter_service.training.prompts import PromptMaker
 from drafter_service.training.tasks import make_tasks
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel, probe
 from specdec.sampling import SamplingParams
+from tests.ngram_tables import contents
 from tests.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 
 PROMPTS = ([5, 6, 7], [9], list(range(40, 60)), [1, 2], [70, 71, 72, 73])
@@ -429,6 +433,123 @@ def test_data_by_command(tiny_llama: Path, tmp_path: Path) -> None:
     )
     assert code == 0, output
     assert "`first`, `first`: 18 sequences" in (tmp_path / "drafter" / "README.md").read_text()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_table_by_command(tiny_llama: Path, tmp_path: Path) -> None:
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "new" / "table"
+    parts = [some_data(), some_data(45)]
+    for data, path in zip(parts, (first, second), strict=True):
+        data.save(path)
+    model = ("--model", str(tiny_llama), "--dtype", "float32", "--out", str(out))
+    code, output = run_training(*model, "--tokens", str(first), "--tokens", str(second), method="ngram-lm")
+    assert code == 0, output
+    assert f"specdec up --drafter ngram-lm:{out}" in output
+    table = NgramTable.load(out)
+    loaded = load_causal_lm(str(tiny_llama), dtype="float32", device="cpu")
+    assert table.vocabulary == TargetVocabulary(loaded.model_id, loaded.vocabulary_fingerprint, VOCAB_SIZE)
+    data = TokenData.joined(parts)
+    counted, held_out = split(data, 48)
+    expected = count(data, counted, table.vocabulary, CountOptions(max_size=5, min_count=2, min_gain=4.0))
+    assert contents(table) == contents(expected)
+    card = (out / "README.md").read_text()
+    assert f"base_model: {loaded.model_id}\nlibrary_name: specdec\n" in card
+    assert f"`first`, `second`: 65 sequences, {data.num_response_tokens} answer tokens" in card
+    assert f"| contexts | {len(table.contexts)}, of 1 to 5 tokens; " in card
+    assert f"| listed tokens | {len(table.token_ids)} |" in card
+    assert f"{len(held_out)} answers, greedy, K = 4, " in card
+    assert {path.name for path in out.iterdir()} == {"config.json", "ngrams.safetensors", "README.md"}
+    assert (out / "ngrams.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_table_is_counted_anew_by_command(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "table"
+    arguments = ("--out", str(out), "--model", str(tiny_llama), "--dtype", "float32")
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"question_id": index, "category": "c", "turns": [text]} for index, text in enumerate("abcd")]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    data = ("--prompts", str(prompts), "--num-sequences", "4", "--max-new-tokens", "8")
+    code, output = run_training(*arguments, *data, method="ngram-lm")
+    assert code == 0, output
+    before, generated = NgramTable.load(out), (out / "tokens.safetensors").read_bytes()
+    assert before.max_size == 5
+    rules = ("--max-size", "2", "--min-count", "1", "--min-gain", "0")
+    code, output = run_training(*arguments, *data, *rules, method="ngram-lm")
+    assert code == 0, output
+    after = NgramTable.load(out)
+    assert after.max_size == 2
+    assert len(after.contexts) > len(before.contexts)
+    assert (out / "tokens.safetensors").read_bytes() == generated
+    card = (out / "README.md").read_text()
+    assert "of 1 to 2 tokens; those of several that occurred 1 times at least and tell 0 nats more" in card
+    assert "the target's greedy answers to the prompts of `prompts.jsonl`: 4 sequences" in card
+
+
+def test_a_table_does_not_take_the_place_of_another_model(tiny_llama: Path, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", "qwen3")
+    before = files(other)
+    some_data().save(tmp_path / "tokens")
+    code, output = run_training(
+        *("--out", str(other), "--model", str(tiny_llama), "--dtype", "float32"),
+        *("--tokens", str(tmp_path / "tokens")),
+        method="ngram-lm",
+    )
+    assert (code, f"{other} holds another drafter" in output) == (2, True)
+    assert files(other) == before
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / CHECKPOINT).touch()
+    code, output = run_training(
+        *("--out", str(unfinished), "--model", str(tiny_llama), "--dtype", "float32"),
+        *("--tokens", str(tmp_path / "tokens")),
+        method="ngram-lm",
+    )
+    assert (code, f"{unfinished} holds another drafter" in output) == (2, True)
+    assert list(unfinished.iterdir()) == [unfinished / CHECKPOINT]
+
+
+def test_a_damaged_table_is_counted_anew(tiny_llama: Path, tmp_path: Path) -> None:
+    some_data(45).save(tmp_path / "tokens")
+    out = tmp_path / "table"
+    arguments = ("--out", str(out), "--model", str(tiny_llama), "--dtype", "float32")
+    tokens = ("--tokens", str(tmp_path / "tokens"))
+    assert run_training(*arguments, *tokens, method="ngram-lm")[0] == 0
+    whole = (out / "ngrams.safetensors").read_bytes()
+    (out / "ngrams.safetensors").write_bytes(whole[:-5])
+    code, output = run_training(*arguments, *tokens, method="ngram-lm")
+    assert code == 0, output
+    assert (out / "ngrams.safetensors").read_bytes() == whole
+
+
+def test_sequences_without_answers_cannot_be_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    TokenData.of([TokenSequence((1, 2, 3), 3)] * 3).save(tmp_path / "tokens")
+    code, output = run_training(
+        *("--out", str(tmp_path / "table"), "--model", str(tiny_llama), "--dtype", "float32"),
+        *("--tokens", str(tmp_path / "tokens")),
+        method="ngram-lm",
+    )
+    assert (code, "no answer tokens" in output) == (2, True)
+
+
+def test_wrong_arguments_of_counting(tiny_llama: Path, tmp_path: Path) -> None:
+    some_data().save(tmp_path / "tokens")
+    given = (
+        "--out",
+        str(tmp_path / "table"),
+        "--model",
+        str(tiny_llama),
+        "--tokens",
+        str(tmp_path / "tokens"),
+    )
+    for option, value in (("--max-size", "0"), ("--min-count", "0"), ("--min-gain", "-1")):
+        code, output = run_training(*given, option, value, method="ngram-lm")
+        assert (code, f"Invalid value for '{option}'" in output) == (2, True)
+    (tmp_path / "strange").write_text("no tensors")
+    code, output = run_training(*given[:-1], str(tmp_path / "strange"), method="ngram-lm")
+    assert (code, "no token sequences" in output) == (2, True)
 
 
 def test_wrong_arguments_of_training(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from drafter_service.drafters.assistant import AssistantLayers
-from drafter_service.training.batch import PackedBatch
+from drafter_service.training.batch import PackedBatch, even_rows
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.features import FeatureSource, SequenceFeatures
 from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
-from drafter_service.training.mtp import MtpTrainee, make_trainee
+from drafter_service.training.mtp import KEEP_REJECTED, MtpTrainee, _going_on, make_trainee
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 
@@ -253,6 +255,53 @@ def save_file_without(folder: Path, name: str, damaged: Path) -> Path:
     damaged.mkdir()
     save_file(tensors, damaged / "model.safetensors")
     return damaged
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_steps_come_in_even_numbers_of_rows(num_wanted: int, num_there: int) -> None:
+    num_wanted = min(num_wanted, num_there)
+    num_rows = even_rows(num_wanted, num_there)
+    assert 0 <= num_rows <= num_there
+    if num_there < 64:
+        assert num_rows == (num_there if num_wanted else 0)
+        return
+    assert num_rows % 64 == 0
+    # The next multiple, or the last there is.
+    assert num_wanted <= num_rows < num_wanted + 64 or num_rows == num_there // 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("num_wanted", "num_there", "num_rows"),
+    [(0, 0, 0), (0, 100, 0), (1, 5, 5), (1, 64, 64), (64, 70, 64), (65, 128, 128), (65, 127, 64)],
+)
+def test_even_numbers_of_rows(num_wanted: int, num_there: int, num_rows: int) -> None:
+    assert even_rows(num_wanted, num_there) == num_rows
+
+
+@given(st.integers(0, 2**32), st.integers(0, 300), st.floats(0, 1), st.floats(0, 1))
+def test_anchors_that_are_right_go_on_first_and_none_that_cannot(
+    seed: int, num_anchors: int, share_right: float, share_able: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.rand(num_anchors, generator=generator) < share_right
+    can_go_on = torch.rand(num_anchors, generator=generator) < share_able
+    index = _going_on(right, can_go_on, generator)
+    chosen = set(index.tolist())
+    assert index.tolist() == sorted(chosen)
+    assert can_go_on[index].all()
+    able_and_right, able = (set(x.nonzero()[:, 0].tolist()) for x in (right & can_go_on, can_go_on))
+    num_wanted = len(able_and_right) + round(KEEP_REJECTED * len(able - able_and_right))
+    assert len(chosen) == even_rows(num_wanted, len(able))
+    assert able_and_right <= chosen or chosen <= able_and_right
+
+
+def test_which_anchors_go_on_hangs_on_the_generator_alone() -> None:
+    right, able = torch.arange(1000) % 10 == 0, torch.ones(1000, dtype=torch.bool)
+    one, same, other = [_going_on(right, able, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    # 100 right ones and a quarter of the others make 325: 384 are the next multiple of 64.
+    assert len(one) == 384
 
 
 class PlainKv:

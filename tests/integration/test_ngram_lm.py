@@ -1,0 +1,95 @@
+"""Drafts from a table of what the target is used to say: the text is the target's own, in fewer rounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from drafter_service.drafters.ngram_table import TargetVocabulary
+from drafter_service.training.data import TokenData, TokenSequence
+from drafter_service.training.ngram_lm import CountOptions, count
+from specdec.client import GenerateOptions
+from specdec.model_files import model_id, vocabulary_fingerprint
+from specdec.sampling import SamplingParams
+from tests.integration.test_lossless import PROMPTS
+from tests.systems import running_system
+from tests.tiny_models import VOCAB_SIZE
+
+NUM_TOKENS = 60
+OPTIONS = GenerateOptions(max_new_tokens=NUM_TOKENS, ignore_eos=True)
+EVERYTHING = CountOptions(min_count=1, min_gain=0.0)
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_llama: Path) -> TokenData:
+    """What the tiny target says to the prompts."""
+    target = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    sequences = []
+    for prompt in PROMPTS:
+        token_ids = list(prompt)
+        for _ in range(NUM_TOKENS):
+            token_ids.append(int(target(torch.tensor([token_ids])).logits[0, -1].argmax()))
+        sequences.append(TokenSequence(tuple(token_ids), len(prompt)))
+    return TokenData.of(sequences)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tiny_llama: Path) -> TargetVocabulary:
+    return TargetVocabulary(model_id(str(tiny_llama)), vocabulary_fingerprint(tiny_llama), VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def table(answers: TokenData, vocabulary: TargetVocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("table")
+    count(answers, range(len(answers)), vocabulary, EVERYTHING).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.8, seed=3)], ids=["greedy", "sampled"]
+)
+async def test_a_table_gives_the_same_text(sampling: SamplingParams, tiny_llama: Path, table: Path) -> None:
+    common = replace(OPTIONS, sampling=sampling)
+    async with running_system(tiny_llama, "ngram", f"ngram-lm:{table}") as system:
+        for prompt in (*PROMPTS, [200, 201, 202]):
+            plain = await system.client.generate(prompt, replace(common, method="none"))
+            for method in ("ngram-lm", "ngram+ngram-lm"):
+                for num_draft_nodes in (0, 14):
+                    options = replace(common, num_draft_tokens=4, num_draft_nodes=num_draft_nodes)
+                    answer = await system.client.generate(prompt, replace(options, method=method))
+                    assert answer.token_ids == plain.token_ids, (prompt, method, num_draft_nodes)
+                    speculation = answer.speculation
+                    assert (speculation.method, speculation.fallback_reason) == (method, "")
+                    assert not any(one.fallback_reason for one in speculation.proposers)
+                    assert speculation.num_draft_tokens > 0
+                    if sampling.is_greedy and prompt in PROMPTS:
+                        # Every answer was counted: hardly a draft is wrong.
+                        assert speculation.num_rounds < 20
+
+
+async def test_the_table_knows_what_the_text_has_not_said_yet(tiny_llama: Path, table: Path) -> None:
+    options = replace(OPTIONS, num_draft_tokens=4, max_new_tokens=30)
+    async with running_system(tiny_llama, "ngram", f"usual=ngram-lm:{table}") as system:
+        copying, usual = [
+            (await system.client.generate(PROMPTS[1], replace(options, method=method))).speculation
+            for method in ("ngram", "usual")
+        ]
+    assert usual.num_accepted_tokens > copying.num_accepted_tokens
+    assert usual.num_rounds < copying.num_rounds
+
+
+async def test_a_table_of_another_vocabulary_is_not_used(
+    tiny_llama: Path, answers: TokenData, vocabulary: TargetVocabulary, tmp_path: Path
+) -> None:
+    other = replace(vocabulary, fingerprint="another")
+    count(answers, range(len(answers)), other, EVERYTHING).save(tmp_path)
+    async with running_system(tiny_llama, "ngram", f"ngram-lm:{tmp_path}") as system:
+        plain = await system.client.generate(PROMPTS[0], replace(OPTIONS, method="none"))
+        answer = await system.client.generate(PROMPTS[0], replace(OPTIONS, method="ngram-lm"))
+    assert answer.token_ids == plain.token_ids
+    assert answer.speculation.num_draft_tokens == 0
+    assert "vocabularies differ" in answer.speculation.fallback_reason
