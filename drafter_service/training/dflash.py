@@ -186,10 +186,11 @@ class DFlashTrainee(Trainee):
         states = self.states(batch, anchors, block_size)
         distances = torch.arange(block_size - 1, device=states.device)
         is_there = anchors.position[:, None] + distances + 1 < batch.lengths[anchors.sequence][:, None]
-        rows = (anchors.row[:, None] + distances)[is_there]
-        weights = torch.exp(-distances / _DECAY).expand(is_there.shape)[is_there]
+        # Places after an answer's end weigh nothing: as many rows in every step, whose kernels are made once.
+        weights = (torch.exp(-distances / _DECAY) * is_there).flatten()
+        rows = (anchors.row[:, None] + distances).clamp_(max=len(batch.token_ids) - 1).flatten()
         losses = cross_entropy(
-            self.head.logits(self._head_states(states[is_there], batch.token_ids[rows])).float(),
+            self.head.logits(self._head_states(states.flatten(0, 1), batch.token_ids[rows])).float(),
             self.head.target(batch.last_hidden[rows]),
             reduction="none",
         )
