@@ -21,7 +21,7 @@ class DrafterConfig(ModelServiceConfig):
     """Address to serve on: host:port or unix:/path."""
     drafter: tuple[str, ...] = ("ngram",)
     """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. "ngram" (prompt lookup),
-    "ngram-lm:FOLDER-OR-HUB-ID" (prompt lookup, and a table of what the target is used to say),
+    "ngram-lm:FOLDER-OR-HUB-ID" (prompt lookup, and a table of what the target usually says),
     "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target), "dflash:FOLDER-OR-HUB-ID" (a block
     diffusion drafter made for the target), "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's
     vocabulary). "ngram-lm", "mtp" and "dflash" alone are those for the embedded model. Requests name it by

@@ -25,7 +25,8 @@ class GatewayConfig(ServiceConfig):
     """Whose tokenizer and chat template to use: "default", the target's folder, or its hub id."""
     default_method: str = AUTO
     """Drafter of requests that name none, or several joined by +; "none": plain decoding; "auto": the first
-    that reads the target's state, or else has a model, together with n-gram if there is one."""
+    that reads the target's state, or else has a model, together with ngram-lm or else ngram, where they have
+    the target's vocabulary."""
     default_max_new_tokens: int = 256
     """Most tokens to emit when a request does not say."""
     max_requests: int = 256

@@ -60,11 +60,16 @@ class Backends:
         if method != AUTO:
             return method if self.offers(method) or not self.drafters.is_known else PLAIN
         # What knows most of the target guesses best; what only looks up errs elsewhere and costs nothing.
-        drafters = list(self.known_drafters.values())
+        drafters = [drafter for drafter in self.known_drafters.values() if self._speaks_its_tokens(drafter)]
         computing = [drafter for drafter in drafters if drafter.family not in LOOKUP_FAMILIES]
         looking_up = [one for family in LOOKUP_FAMILIES for one in drafters if one.family == family]
         chosen = [*sorted(computing, key=_ignorance)[:1], *looking_up[:1]]
         return method_of([drafter.name for drafter in chosen])
+
+    def _speaks_its_tokens(self, drafter: drafter_pb2.DrafterInfo) -> bool:
+        """Whether a drafter has the target's vocabulary, or none of its own."""
+        own = drafter.model.vocabulary_fingerprint
+        return not own or own == self.codec.vocabulary_fingerprint
 
     def offers(self, method: str) -> bool:
         """Whether a request may name that method, several drafters perhaps."""

@@ -1,4 +1,4 @@
-"""N-grams of two kinds: what the target is used to say, and what this text says. Needs no model pass.
+"""N-grams of two kinds: what the target usually says, and what this text says. Needs no model pass.
 
 A table of the target's own answers (`ngram_table`) and prompt lookup in the tokens committed so far together
 say how likely each continuation is; drafts are the likeliest paths. What llama.cpp's lookup decoding calls
@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from heapq import nlargest
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, OpenDraft
 from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, growing_tree
 from drafter_service.drafters.ngram import DEFAULT_NUM_DRAFT_TOKENS, NgramSession
 from drafter_service.drafters.ngram_table import NgramTable
-
-if TYPE_CHECKING:
-    # For types only: greedy drafts need no torch.
-    from torch import Tensor
-
-    from specdec.runtime.noise import GumbelNoise
+from specdec.noise import gumbel
 
 _LEAST_PROBABILITY = 0.01
 """Of a path: a row in the verify pass costs more than an unlikelier one brings."""
@@ -37,28 +30,20 @@ _MAX_OCCURRENCES = 8
 """Earlier occurrences that are looked at."""
 _EARLIER_WEIGHT = 0.7
 """Of an occurrence, relative to the next later one's."""
-
-
-NoiseAt = Callable[[int, int], "Tensor"]
-"""The shared noise [vocab_size] of a seed at a position, the index of a token to be picked."""
+_MEAN_NOISE = 0.5772
+"""Of standard Gumbel noise: Euler's constant."""
 
 
 class NgramLmSession(NgramSession):
-    """Committed tokens, and what may follow them or a draft.
+    """Committed tokens, and what may follow them or a draft."""
 
-    Args:
-        noise_at: where the noise comes from; called above temperature 0 only.
-    """
-
-    def __init__(self, request: OpenDraft, sizes: range, table: NgramTable, noise_at: NoiseAt) -> None:
+    def __init__(self, request: OpenDraft, sizes: range, table: NgramTable) -> None:
         super().__init__(request, sizes)
-        self._table, self._noise_at = table, noise_at
-        self._noise: dict[int, Tensor] = {}
-        """By position, of this draft."""
+        self._table = table
 
     def propose(self, num_draft_tokens: int) -> list[int]:
         """The likeliest token after the likeliest, until all together are unlikely."""
-        self._begin()
+        self.index()
         least = math.log(_LEAST_PROBABILITY)
         confidence = math.log(self.min_draft_confidence) if self.min_draft_confidence else -math.inf
         draft: list[int] = []
@@ -73,13 +58,9 @@ class NgramLmSession(NgramSession):
 
     def propose_best(self, item: DraftItem) -> Drafted:
         """The likeliest paths of all, as a tree."""
-        self._begin()
+        self.index()
         tree = growing_tree(item, item.num_draft_tokens)
         return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
-
-    def _begin(self) -> None:
-        self.index()
-        self._noise.clear()
 
     def candidates(self, path: Sequence[int]) -> Candidates:
         """What may follow a path after the committed tokens, which must be indexed.
@@ -110,20 +91,26 @@ class NgramLmSession(NgramSession):
 
     def _as_picked(self, probabilities: dict[int, float], position: int) -> Candidates:
         """Candidates in the order of log probability / temperature + gumbel(seed, position)."""
-        token_ids = [token_id for token_id, value in probabilities.items() if value]
-        if not token_ids:
-            return []
-        if position not in self._noise:
-            self._noise[position] = self._noise_at(self.sampling.seed, position)
-        noise = self._noise[position][token_ids].tolist()
-        scores = [
-            math.log(probabilities[token_id]) / self.sampling.temperature + value
-            for token_id, value in zip(token_ids, noise, strict=True)
-        ]
-        best = max(scores)
-        total = best + math.log(sum(math.exp(score - best) for score in scores))
-        found = nlargest(MAX_CHILDREN, zip(scores, token_ids, strict=True))
+        known = {token_id: value for token_id, value in probabilities.items() if value}
+        noise = gumbel(self.sampling.seed, position, list(known)).tolist()
+        scores = {
+            token_id: math.log(value) / self.sampling.temperature + perturbation
+            for (token_id, value), perturbation in zip(known.items(), noise, strict=True)
+        }
+        total = _log_sum([*scores.values(), *self._others(sum(known.values()))])
+        found = nlargest(MAX_CHILDREN, ((score, token_id) for token_id, score in scores.items()))
         return [(score - total, token_id) for score, token_id in found]
+
+    def _others(self, known: float) -> list[float]:
+        """Score of the tokens nobody listed, all together: one of their probability with usual noise."""
+        left = 1.0 - known
+        return [math.log(left) / self.sampling.temperature + _MEAN_NOISE] if left > 0 else []
+
+
+def _log_sum(scores: Sequence[float]) -> float:
+    """Logarithm of the sum of the exponentials."""
+    best = max(scores, default=0.0)
+    return best + math.log(sum(math.exp(score - best) for score in scores)) if scores else best
 
 
 class NgramLmDrafter(Drafter):
@@ -160,17 +147,7 @@ class NgramLmDrafter(Drafter):
 
     def open(self, request: OpenDraft) -> NgramLmSession:
         """A session with an empty index; the first round fills it."""
-        return NgramLmSession(request, self._sizes, self._table, self._noise_at)
-
-    @cached_property
-    def _noise(self) -> GumbelNoise:
-        # Imported here: greedy drafts need no torch.
-        from specdec.runtime.noise import GumbelNoise
-
-        return GumbelNoise(self._table.vocabulary.size)
-
-    def _noise_at(self, seed: int, position: int) -> Tensor:
-        return self._noise(seed, [position])[0].clone()
+        return NgramLmSession(request, self._sizes, self._table)
 
     def propose(self, items: Sequence[DraftItem]) -> list[Drafted]:
         """Some lookups per draft token."""

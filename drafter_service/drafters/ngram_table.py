@@ -1,4 +1,4 @@
-"""An n-gram language model over token ids, as a table in memory: what a target is used to say.
+"""An n-gram language model over token ids, as a table in memory: what a target usually says.
 
 Interpolated absolute discounting (Ney, Essen, Kneser 1994): a constant is taken from each count, and what is
 saved goes to what the shorter context says. Contexts that say little more than the shorter one are left

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drafter_service.drafters.ngram_table import NgramTable
-from drafter_service.training.config import LoopConfig
+from drafter_service.training.config import CountOptions, LoopConfig
 from drafter_service.training.data import TokenData
 from drafter_service.training.loop import Acceptance, History
-from drafter_service.training.ngram_lm import CountOptions
 from specdec.bench import plots, provenance
 
 
@@ -44,8 +43,9 @@ def write_table_card(
     """Write README.md of a counted table into the output folder."""
     rows = {
         **_data_rows(card, data),
-        "contexts": f"{len(table.contexts)}, of 1 to {table.max_size} tokens; those of several that occurred "
-        f"{counted.min_count} times at least and tell {counted.min_gain:g} nats more than the shorter one",
+        "contexts": f"{len(table.contexts)}, of 1 to {table.max_size} tokens; longer ones seen at least "
+        f"{counted.min_count} times, which tell at least {counted.min_gain:g} nats beyond the shorter one over "
+        "all occurrences",
         "listed tokens": str(len(table.token_ids)),
     }
     (out / "README.md").write_text(_text(card, "Counting", rows, acceptance))

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from drafter_service.training.config import LoopConfig
+from drafter_service.training.config import CountOptions, LoopConfig
 from specdec.cli_groups import ErrorGroup
 from specdec.errors import InvalidArgumentError
 from specdec.runtime.loading import DTYPES, keep_freed_memory, tune_process
 
 if TYPE_CHECKING:
+    from drafter_service.drafters.ngram_table import TargetVocabulary
     from drafter_service.training.data import TokenData
     from drafter_service.training.features import FeatureSource
     from drafter_service.training.loop import Acceptance, Trainee
     from specdec.runtime.loading import LoadedModel
 
 _DEFAULTS = LoopConfig(out=Path())
+_COUNTING = CountOptions()
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DATA_FILE = "tokens.safetensors"
 _GENERATION = ("model", "prompts", "num_sequences", "max_new_tokens", "seed", "dtype")
@@ -76,13 +78,13 @@ _OUTPUT_OPTIONS: tuple[Callable[..., Any], ...] = (
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
         required=True,
-        help="Folder of the drafter. An interrupted run leaves its checkpoint there.",
+        help="Folder of the drafter, and of what it was made from: answers, an interrupted run's checkpoint.",
     ),
     click.option(
         "--tokens",
         type=_FILE,
         multiple=True,
-        help="Train on these sequences instead of generating any; may be given several times.",
+        help="Learn from these sequences instead of generating any; may be given several times.",
     ),
 )
 
@@ -320,32 +322,32 @@ def dflash(
 @click.option(
     "--max-size",
     type=click.IntRange(min=1),
-    default=5,
+    default=_COUNTING.max_size,
     show_default=True,
-    help="Tokens that are looked up at most.",
+    help="Longest context, tokens.",
 )
 @click.option(
     "--min-count",
     type=click.IntRange(min=1),
-    default=2,
+    default=_COUNTING.min_count,
     show_default=True,
-    help="Leave out several tokens that came fewer times.",
+    help="Drop contexts of several tokens seen fewer times.",
 )
 @click.option(
     "--min-gain",
     type=click.FloatRange(min=0),
-    default=4.0,
+    default=_COUNTING.min_gain,
     show_default=True,
-    help="Leave out several tokens that tell less than this beyond the last ones of them, nats; more makes a "
-    "smaller table.",
+    help="Drop contexts that tell less than this beyond the shorter one, nats over all their occurrences; "
+    "more makes a smaller table.",
 )
 def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> None:
-    """A table of what the target is used to say: drafts that cost next to nothing, counted in seconds."""
-    from drafter_service.drafters.ngram_table import TargetVocabulary, is_table
+    """A table of what the target usually says: drafts that cost next to nothing, counted in seconds."""
+    from drafter_service.drafters.ngram_table import is_table
     from drafter_service.training.card import Card, write_table_card
-    from drafter_service.training.data import split
+    from drafter_service.training.data import TokenData, split
     from drafter_service.training.loop import CHECKPOINT
-    from drafter_service.training.ngram_lm import CountOptions, count, measure
+    from drafter_service.training.ngram_lm import count, measure
 
     out: Path = options["out"]
     if not is_table(out) and any((out / name).exists() for name in ("config.json", CHECKPOINT)):
@@ -353,11 +355,10 @@ def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> 
     out.mkdir(parents=True, exist_ok=True)
     tune_process()
     console = Console(stderr=True)
+    vocabulary = _vocabulary(options["model"])
     paths, data_source = _data_files(options, console)
-    loaded = _load(options)
-    data = _joined(paths, loaded)
+    data = TokenData.joined([TokenData.load(path, vocabulary.size) for path in paths])
     counted, held_out = split(data, _DEFAULTS.num_held_out)
-    vocabulary = TargetVocabulary(loaded.model_id, loaded.vocabulary_fingerprint, _vocab_size(loaded))
     rules = CountOptions(max_size, min_count, min_gain)
     with console.status("counting"):
         table = count(data, counted, vocabulary, rules)
@@ -365,12 +366,27 @@ def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> 
         acceptance = measure(table, data, held_out, _DEFAULTS.num_draft_tokens)
     table.save(out)
     description = (
-        "A table of what the target is used to say after up to "
-        f"{max_size} tokens, with prompt lookup in the text itself. No model pass is needed for a draft."
+        f"A table of what the target usually says after up to {max_size} tokens, with prompt lookup in the "
+        "text itself. No model pass is needed for a draft."
     )
-    card = Card("ngram-lm", loaded.model_id, description, data_source, library="specdec")
+    card = Card("ngram-lm", vocabulary.model_id, description, data_source, library="specdec")
     write_table_card(card, table, rules, data, acceptance, out)
     _announce("ngram-lm", out, acceptance)
+
+
+def _vocabulary(model: str) -> TargetVocabulary:
+    """Whose tokens are counted; no weights are read for it."""
+    from transformers import AutoConfig
+
+    from drafter_service.drafters.ngram_table import TargetVocabulary
+    from specdec.model_files import TOKENIZER_FILES, model_id, resolve_model, vocabulary_fingerprint
+
+    folder = resolve_model(model, TOKENIZER_FILES)
+    try:
+        size = int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)
+    except Exception as error:  # a broken config surfaces as many types
+        raise InvalidArgumentError(f"{folder}/config.json cannot be used: {error}", field="model") from error
+    return TargetVocabulary(model_id(model), vocabulary_fingerprint(folder), size)
 
 
 def _train(
@@ -384,6 +400,7 @@ def _train(
     import torch
 
     from drafter_service.training.card import Card, write_card
+    from drafter_service.training.data import TokenData
     from drafter_service.training.loop import CHECKPOINT, Training
 
     names = {field.name for field in dataclasses.fields(LoopConfig)}
@@ -393,7 +410,8 @@ def _train(
     paths, data_source = _data_files(options, console)
     torch.manual_seed(config.seed)
     loaded = _load(options)
-    data = _joined(paths, loaded)
+    vocab_size = loaded.model.get_output_embeddings().weight.shape[0]
+    data = TokenData.joined([TokenData.load(path, vocab_size) for path in paths])
     trainee, source = make(loaded, data, pool_tokens=config.pool_tokens)
     training = Training(trainee, source, data, config, console)
     if options["init"]:
@@ -412,7 +430,8 @@ def _train(
 
 def _announce(method: str, out: Path, acceptance: Acceptance) -> None:
     for path in out.glob("*.safetensors"):
-        path.chmod(0o644)  # they are written for their owner alone
+        if path.name != _DATA_FILE:
+            path.chmod(0o644)  # they are written for their owner alone, as prompts and answers stay
     click.echo(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
         f"{acceptance.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{out}"
@@ -436,16 +455,6 @@ def _load(options: dict[str, Any]) -> LoadedModel:
     return load_causal_lm(
         options["model"], dtype=options["dtype"], device=options["device"], threads=options["threads"]
     )
-
-
-def _vocab_size(loaded: LoadedModel) -> int:
-    return int(loaded.model.get_output_embeddings().weight.shape[0])
-
-
-def _joined(paths: Sequence[Path], loaded: LoadedModel) -> TokenData:
-    from drafter_service.training.data import TokenData
-
-    return TokenData.joined([TokenData.load(path, _vocab_size(loaded)) for path in paths])
 
 
 def _data_files(options: dict[str, Any], console: Console) -> tuple[list[Path], str]:

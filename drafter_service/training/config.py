@@ -40,3 +40,15 @@ class LoopConfig:
         """Tokens whose KV the target keeps while it reads sequences: a step's with prompts as long as their
         answers, and always one sequence; a step with longer prompts takes several passes."""
         return 2 * (self.tokens_per_step + self.max_length)
+
+
+@dataclass(frozen=True, slots=True)
+class CountOptions:
+    """What of the answers an n-gram table keeps."""
+
+    max_size: int = 5
+    """Tokens of the longest context."""
+    min_count: int = 2
+    """Occurrences below which a context of several tokens is left out."""
+    min_gain: float = 4.0
+    """Nats that a context must tell beyond the shorter one, over all its occurrences; -inf: anything."""

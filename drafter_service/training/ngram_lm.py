@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy
 import numpy.typing
 
+from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import OpenDraft
 from drafter_service.drafters.ngram_lm import NgramLmDrafter, NgramLmSession
 from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary, UInt64s, extended_hash
+from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData
 from drafter_service.training.loop import Acceptance
 from specdec.errors import InvalidArgumentError
@@ -22,23 +23,9 @@ _MAX_ENTRIES = 4
 """Tokens listed of a context: more than a small tree has room for."""
 _LEAST_PROBABILITY = 0.02
 """Of a token that is listed."""
-_CONTEXT_SIZES = (1, 4)
-"""N-grams of the text itself that are looked up where acceptance is measured: as a drafter service does."""
 
 Floats = numpy.typing.NDArray[numpy.float64]
 Ints = numpy.typing.NDArray[numpy.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class CountOptions:
-    """What of the answers is kept."""
-
-    max_size: int = 5
-    """Tokens of the longest context."""
-    min_count: int = 2
-    """Occurrences below which a context of several tokens is left out."""
-    min_gain: float = 4.0
-    """Nats that a context must tell beyond the shorter one, over all its occurrences; less than 0: all."""
 
 
 class _Occurrences(NamedTuple):
@@ -71,9 +58,14 @@ def count(
         indices: of the sequences to count; one named twice counts twice.
 
     Raises:
-        InvalidArgumentError: they have no answers.
+        InvalidArgumentError: they have no answers, or none that say anything.
     """
     levels = list(_levels(_occurrences(data, indices), vocabulary.size, options))
+    if not any(len(level.contexts) for level in levels):
+        raise InvalidArgumentError(
+            "No token is likely after any other in these answers; a table of them would be empty.",
+            field="tokens",
+        )
     contexts = numpy.concatenate([level.contexts for level in levels])
     counts = numpy.concatenate([level.counts for level in levels])
     firsts = numpy.cumsum(counts) - counts
@@ -166,9 +158,14 @@ def _level(
 
 def measure(table: NgramTable, data: TokenData, indices: Sequence[int], num_draft_tokens: int) -> Acceptance:
     """Acceptance of chains on answers that were not counted, the text's own n-grams included."""
-    least, most = _CONTEXT_SIZES
+    # As a drafter service looks up what it is not told otherwise.
+    sizes = DrafterConfig()
     drafter = NgramLmDrafter(
-        "ngram-lm", table, min_size=least, max_size=most, max_num_draft_tokens=num_draft_tokens
+        "ngram-lm",
+        table,
+        min_size=sizes.ngram_min,
+        max_size=sizes.ngram_max,
+        max_num_draft_tokens=num_draft_tokens,
     )
     accepted = [_accepted(drafter, data, index, num_draft_tokens) for index in indices]
     return Acceptance.of([counts for counts in accepted if counts], num_draft_tokens)

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_MASK64 = 2**64 - 1
-_MASK32 = 2**32 - 1
-_LN2 = 0.6931471805599453
-# log(1 + f) = f * sum(c[i] * f**i) on [-1/4, 1/2], Chebyshev fit, relative error below 9e-6: far finer
-# than any sample of picks could show.
-_LOG_COEFFICIENTS = (0.99999654, -0.49988109, 0.33366925, -0.25613856, 0.20327848, -0.10355278)
-# Bits of 0.75f: subtracting them first puts the mantissa in [3/4, 3/2), so that logarithms near 1 keep
-# their relative accuracy.
-_THREE_QUARTERS_BITS = 0x3F400000
+from specdec.noise import (
+    HASH_ROUNDS,
+    LN2,
+    LOG_COEFFICIENTS,
+    MASK32,
+    THREE_QUARTERS_BITS,
+    TOKEN_MULTIPLIER,
+    noise_key,
+)
 
 
 class GumbelNoise:
@@ -34,7 +34,7 @@ class GumbelNoise:
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
         ids = torch.arange(vocab_size, dtype=torch.int64, device=self._device)
-        self._ids = _wrap(ids * 0x9E3779B1)
+        self._ids = _wrap(ids * TOKEN_MULTIPLIER)
         self._buffers = torch.empty(3, 0, vocab_size, dtype=torch.int32, device=self._device)
 
     def __call__(self, seed: int, positions: Sequence[int]) -> Tensor:
@@ -48,8 +48,8 @@ class GumbelNoise:
         if rows > self._buffers.shape[1]:
             self._buffers = torch.empty(3, rows, len(self._ids), dtype=torch.int32, device=self._device)
         bits, scratch, spare = self._buffers[:, :rows]
-        keys = [_mix64(_mix64(seed) + position * 0x9E3779B97F4A7C15) for position in positions]
-        low, high = _wrap(torch.tensor([[key & _MASK32, key >> 32] for key in keys], device=self._device)).T
+        keys = [noise_key(seed, position) for position in positions]
+        low, high = _wrap(torch.tensor([[key & MASK32, key >> 32] for key in keys], device=self._device)).T
         torch.add(self._ids, low[:, None], out=bits)
         _hash(bits, scratch)
         bits.bitwise_xor_(high[:, None])
@@ -63,10 +63,10 @@ class GumbelNoise:
 
 
 def _hash(x: Tensor, scratch: Tensor) -> None:
-    """In-place 32-bit finaliser: two xor-shift-multiply rounds (constants of `lowbias32`, C. Wellons)."""
-    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+    """In-place 32-bit finaliser: two xor-shift-multiply rounds."""
+    for shift, multiplier in HASH_ROUNDS:
         _shift_right(x, shift, out=scratch)
-        x.bitwise_xor_(scratch).mul_(multiplier)
+        x.bitwise_xor_(scratch).mul_((multiplier + 2**31) % 2**32 - 2**31)
     _shift_right(x, 16, out=scratch)
     x.bitwise_xor_(scratch)
 
@@ -80,25 +80,17 @@ def _shift_right(x: Tensor, count: int, out: Tensor) -> None:
 def _negative_log(x: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
     """-log(x) for positive normal fp32 x, written to `out`; x and scratch (int32) are overwritten."""
     bits = x.view(torch.int32)
-    bits.sub_(_THREE_QUARTERS_BITS)
+    bits.sub_(THREE_QUARTERS_BITS)
     torch.bitwise_right_shift(bits, 23, out=scratch)  # the exponent; arithmetic, it may be negative
-    bits.bitwise_and_(0x7FFFFF).add_(_THREE_QUARTERS_BITS)
+    bits.bitwise_and_(0x7FFFFF).add_(THREE_QUARTERS_BITS)
     fraction = x.sub_(1.0)
-    torch.mul(fraction, -_LOG_COEFFICIENTS[-1], out=out)
-    for coefficient in _LOG_COEFFICIENTS[-2::-1]:
+    torch.mul(fraction, -LOG_COEFFICIENTS[-1], out=out)
+    for coefficient in LOG_COEFFICIENTS[-2::-1]:
         out.sub_(coefficient).mul_(fraction)
-    exponent = x.copy_(scratch).mul_(_LN2)
+    exponent = x.copy_(scratch).mul_(LN2)
     return out.sub_(exponent)
 
 
 def _wrap(x: Tensor) -> Tensor:
     """Low 32 bits of int64 as int32."""
     return ((x + 2**31) % 2**32 - 2**31).to(torch.int32)
-
-
-def _mix64(value: int) -> int:
-    """Finaliser of SplitMix64 (Steele, Lea, Flood 2014), on Python integers."""
-    value &= _MASK64
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK64
-    return value ^ (value >> 31)

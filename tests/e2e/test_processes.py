@@ -19,6 +19,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from drafter_service.registry import FAMILIES
 from specdec.channel import aio_channel, sync_channel
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.errors import UnavailableError
@@ -254,7 +255,7 @@ def wrong_starts(taken: int) -> dict[str, tuple[Sequence[str], str]]:
             ("verifier_service", "--listen", "127.0.0.1:0", "--model", "/no/model"),
             "config.json",
         ),
-        "no such drafter": (("drafter_service", "--drafter", "oracle"), "ngram, causal-lm"),
+        "no such drafter": (("drafter_service", "--drafter", "oracle"), ", ".join(FAMILIES)),
         "no such tokenizer": (("gateway", "--tokenizer", "/no/model"), "config.json"),
         "bad value": (("gateway", "--max-requests", "0"), "max-requests"),
     }

@@ -1,4 +1,4 @@
-"""Drafts from a table of what the target is used to say: the text is the target's own, in fewer rounds."""
+"""Drafts from a table of what the target usually says: the text is the target's own, in fewer rounds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drafter_service.drafters.ngram_table import TargetVocabulary
+from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData, TokenSequence
-from drafter_service.training.ngram_lm import CountOptions, count
+from drafter_service.training.ngram_lm import count
 from specdec.client import GenerateOptions
 from specdec.model_files import model_id, vocabulary_fingerprint
 from specdec.sampling import SamplingParams

@@ -339,10 +339,24 @@ def test_sampled_candidates_come_in_the_order_of_the_shared_noise(
         }
         found = session.candidates(path)
         assert [token_id for _, token_id in found] == sorted(scores, key=scores.__getitem__, reverse=True)
-        total = sum(math.exp(score) for score in scores.values())
+        left = 1 - sum(math.exp(log_prob) for log_prob, _ in plain.candidates(path))
+        others = left ** (1 / temperature) * math.exp(0.5772) if left > 0 else 0.0
+        total = others + sum(math.exp(score) for score in scores.values())
         assert [math.exp(value) for value, _ in found] == pytest.approx(
             [math.exp(scores[token_id]) / total for _, token_id in found]
         )
+
+
+def test_a_sampled_token_is_no_likelier_for_being_the_only_one_known() -> None:
+    table = table_of({(1,): Following({2: 0.02}), (2,): Following({3: 0.02})})
+    drafts = []
+    for seed in range(200):
+        sampling = SamplingParams(temperature=1.0, seed=seed)
+        session = open_session(make_drafter(table), [9, 1], sampling=sampling, min_draft_confidence=0.5)
+        drafts.append(chain(session, 8))
+    # The noise makes some of them likely, and most of them not.
+    assert all(draft[:1] == [2] for draft in drafts)
+    assert 0 < sum(len(draft) > 1 for draft in drafts) < 40
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

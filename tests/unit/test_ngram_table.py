@@ -23,8 +23,9 @@ from drafter_service.drafters.ngram_table import (
     extended_hash,
     ngram_hash,
 )
+from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData, TokenSequence
-from drafter_service.training.ngram_lm import CountOptions, count, measure
+from drafter_service.training.ngram_lm import count, measure
 from specdec.errors import InvalidArgumentError
 from tests.ngram_tables import VOCABULARY, Following, contents, table_of
 

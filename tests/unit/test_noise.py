@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from specdec.noise import gumbel
 from specdec.runtime.noise import GumbelNoise
 
 VOCAB_SIZE = 49152
@@ -57,6 +58,15 @@ def test_a_row_depends_on_its_seed_and_position_alone() -> None:
     assert not torch.equal(noise(8, [4])[0], together[1])
     # A larger vocabulary extends a row, it does not change it.
     assert torch.equal(GumbelNoise(2000)(7, [4])[0, :1000], together[1])
+
+
+@pytest.mark.parametrize("token_ids", [[0], [VOCAB_SIZE - 1, 3, 3, 700], list(range(0, VOCAB_SIZE, 7)), []])
+def test_the_noise_of_some_tokens_is_their_columns_bit_for_bit(token_ids: list[int]) -> None:
+    for seed, positions in ((7, [3, 2**31, 5]), (2**64 - 1, [4]), (0, range(20))):
+        everything = GumbelNoise(VOCAB_SIZE)(seed, positions)[:, token_ids].numpy()
+        some = np.stack([gumbel(seed, position, token_ids) for position in positions])
+        assert some.dtype == everything.dtype
+        assert some.tobytes() == everything.tobytes()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])

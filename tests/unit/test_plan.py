@@ -12,7 +12,16 @@ from gateway.plan import Backends
 from specdec.v1 import common_pb2, drafter_pb2, target_state_pb2
 
 NGRAM = drafter_pb2.DrafterInfo(name="ngram", family="ngram")
-NGRAM_LM = drafter_pb2.DrafterInfo(name="ngram-lm", family="ngram-lm")
+NGRAM_LM = drafter_pb2.DrafterInfo(
+    name="ngram-lm",
+    family="ngram-lm",
+    model=common_pb2.ModelInfo(model_id="target", vocabulary_fingerprint="ours"),
+)
+FOREIGN_LM = drafter_pb2.DrafterInfo(
+    name="foreign",
+    family="ngram-lm",
+    model=common_pb2.ModelInfo(model_id="another", vocabulary_fingerprint="theirs"),
+)
 LOOKUP = drafter_pb2.DrafterInfo(name="lookup", family="ngram")
 SMALL = drafter_pb2.DrafterInfo(
     name="small", family="causal-lm", model=common_pb2.ModelInfo(model_id="tiny-llama")
@@ -33,7 +42,8 @@ def backends(*drafters: drafter_pb2.DrafterInfo, default_method: str = "auto") -
     infos = [drafter_pb2.DrafterServiceGetInfoResponse(drafters=drafters)] if drafters else []
     found: Any = SimpleNamespace(known_infos=infos, is_known=bool(drafters))
     unused: Any = None
-    return Backends(GatewayConfig(default_method=default_method), unused, unused, found, unused)
+    codec: Any = SimpleNamespace(vocabulary_fingerprint="ours")
+    return Backends(GatewayConfig(default_method=default_method), codec, unused, found, unused)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +56,8 @@ def backends(*drafters: drafter_pb2.DrafterInfo, default_method: str = "auto") -
         ((NGRAM, SMALL, DFLASH, MTP), "dflash+ngram"),
         ((NGRAM, DFLASH, NGRAM_LM), "dflash+ngram-lm"),
         ((NGRAM, NGRAM_LM), "ngram-lm"),
+        ((FOREIGN_LM, NGRAM), "ngram"),
+        ((FOREIGN_LM,), "none"),
         ((MTP, DFLASH, LOOKUP), "mtp+lookup"),
         ((NGRAM, LOOKUP), "ngram"),
     ],

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary
 from drafter_service.training.cli import train
+from drafter_service.training.config import CountOptions
 from drafter_service.training.data import REPLAYED_BATCHES, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import FeatureSource, pool_bytes
 from drafter_service.training.generate import Decoder, GenerationProgress, Job, generate
 from drafter_service.training.loop import CHECKPOINT
-from drafter_service.training.ngram_lm import CountOptions, count
+from drafter_service.training.ngram_lm import count
 from drafter_service.training.prompts import PromptMaker
 from drafter_service.training.tasks import make_tasks
 from specdec.errors import InvalidArgumentError
@@ -484,7 +485,7 @@ def test_a_table_is_counted_anew_by_command(tiny_llama: Path, tmp_path: Path) ->
     assert len(after.contexts) > len(before.contexts)
     assert (out / "tokens.safetensors").read_bytes() == generated
     card = (out / "README.md").read_text()
-    assert "of 1 to 2 tokens; those of several that occurred 1 times at least and tell 0 nats more" in card
+    assert "of 1 to 2 tokens; longer ones seen at least 1 times, which tell at least 0 nats beyond" in card
     assert "the target's greedy answers to the prompts of `prompts.jsonl`: 4 sequences" in card
 
 
