@@ -44,8 +44,8 @@ def write_table_card(
     rows = {
         **_data_rows(card, data),
         "contexts": f"{len(table.contexts)}, of 1 to {table.max_size} tokens; longer ones seen at least "
-        f"{counted.min_count} times, which tell at least {counted.min_gain:g} nats beyond the shorter one over "
-        "all occurrences",
+        f"{counted.min_count} times, which tell at least {counted.min_gain:g} nats beyond the shorter one "
+        "over all occurrences",
         "listed tokens": str(len(table.token_ids)),
     }
     (out / "README.md").write_text(_text(card, "Counting", rows, acceptance))
