@@ -20,7 +20,7 @@ from drafter_service.drafters.ngram import DEFAULT_NUM_DRAFT_TOKENS, NgramSessio
 from drafter_service.drafters.ngram_table import NgramTable
 from specdec.noise import gumbel
 
-_LEAST_PROBABILITY = 0.01
+_LEAST_PROBABILITY = 0.03
 """Of a path: a row in the verify pass costs more than an unlikelier one brings."""
 _DOUBT = 0.75
 """How likely a token is to be another one than followed the same token before."""

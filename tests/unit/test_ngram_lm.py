@@ -22,7 +22,7 @@ from specdec.runtime.noise import GumbelNoise
 from specdec.sampling import SamplingParams
 from tests.ngram_tables import VOCABULARY, Following, table_of
 
-LEAST_PROBABILITY = 0.01
+LEAST_PROBABILITY = 0.03
 """Of a path."""
 GREEDY = SamplingParams()
 SAMPLED = SamplingParams(temperature=0.8, seed=2**40 + 7)
@@ -348,7 +348,7 @@ def test_sampled_candidates_come_in_the_order_of_the_shared_noise(
 
 
 def test_a_sampled_token_is_no_likelier_for_being_the_only_one_known() -> None:
-    table = table_of({(1,): Following({2: 0.02}), (2,): Following({3: 0.02})})
+    table = table_of({(1,): Following({2: 0.9}), (2,): Following({3: 0.2})})
     drafts = []
     for seed in range(200):
         sampling = SamplingParams(temperature=1.0, seed=seed)
@@ -356,7 +356,7 @@ def test_a_sampled_token_is_no_likelier_for_being_the_only_one_known() -> None:
         drafts.append(chain(session, 8))
     # The noise makes some of them likely, and most of them not.
     assert all(draft[:1] == [2] for draft in drafts)
-    assert 0 < sum(len(draft) > 1 for draft in drafts) < 40
+    assert 0 < sum(len(draft) > 1 for draft in drafts) < 60
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
