@@ -13,8 +13,8 @@ demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
 demo: .venv/installed
 	@$(BIN)/specdec up --detach || exit; \
 	trap 'exit 130' INT TERM; trap '$(BIN)/specdec down' EXIT; \
-	echo; echo "== The answer, drafted by ngram-lm as a tree; accepted draft tokens are coloured in a terminal"; \
-	$(BIN)/specdec generate "$(DEMO_PROMPT)" --method ngram-lm --num-draft-tokens 4 --num-draft-nodes 15 \
+	echo; echo "== The answer, drafted by dflash and ngram-lm together as a tree; accepted draft tokens are coloured in a terminal"; \
+	$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram-lm --num-draft-tokens 4 --num-draft-nodes 15 \
 		--max-new-tokens 160; status=$$?; \
 	echo; echo "== The same with and without a drafter"; \
 	$(BIN)/specdec compare "$(DEMO_PROMPT)" --methods none,ngram,ngram-lm,mtp,dflash,dflash+ngram-lm --num-draft-tokens 4 \

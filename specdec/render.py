@@ -146,7 +146,7 @@ def comparison_table(answers: Sequence[tuple[str, Generation]]) -> Table:
     """One row per method; speedup and agreement are over `none`, or the first method without it."""
     base_method, base = next((pair for pair in answers if pair[0] == "none"), answers[0])
     table = Table(title=f"Compared with {base_method}")
-    table.add_column("method")
+    table.add_column("method", overflow="fold", min_width=max(len(method) for method, _ in answers))
     for header in ("seconds", "tokens/s", "speedup", "acceptance length", "rounds"):
         table.add_column(header, justify="right")
     table.add_column("text")
