@@ -147,7 +147,7 @@ def comparison_table(answers: Sequence[tuple[str, Generation]]) -> Table:
     base_method, base = next((pair for pair in answers if pair[0] == "none"), answers[0])
     table = Table(title=f"Compared with {base_method}")
     table.add_column("method", overflow="fold", min_width=max(len(method) for method, _ in answers))
-    for header in ("seconds", "tokens/s", "speedup", "acceptance length", "rounds"):
+    for header in ("seconds", "tok/s", "speedup", "acceptance length", "rounds"):
         table.add_column(header, justify="right")
     table.add_column("text")
     for method, answer in answers:
