@@ -43,6 +43,7 @@ def write_table_card(
     """Write README.md of a counted table into the output folder."""
     rows = {
         **_data_rows(card, data),
+        "held out": f"{acceptance.num_answers} of these answers, which were not counted",
         "contexts": f"{len(table.contexts)}, of 1 to {table.max_size} tokens; longer ones seen at least "
         f"{counted.min_count} times, which tell at least {counted.min_gain:g} nats beyond the shorter one "
         "over all occurrences",

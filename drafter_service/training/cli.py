@@ -195,7 +195,7 @@ def train() -> None:
 def data(out: Path, **options: Any) -> None:
     """Token sequences to train on: prompts, and the target's own greedy answers.
 
-    `specdec train mtp --tokens FILE`, and the other methods', read them.
+    `specdec train ngram-lm --tokens FILE`, `mtp` and `dflash` alike, read them.
     """
     if options["prompts"] and options["passages"]:
         raise InvalidArgumentError("--prompts are answered as they are; --passages has no part in that.")
@@ -350,8 +350,11 @@ def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> 
     from drafter_service.training.ngram_lm import count, measure
 
     out: Path = options["out"]
-    if not is_table(out) and any((out / name).exists() for name in ("config.json", CHECKPOINT)):
-        raise InvalidArgumentError(f"{out} holds another drafter; choose another --out.", field="out")
+    if not is_table(out) and any((out / name).exists() for name in ("config.json", "README.md", CHECKPOINT)):
+        raise InvalidArgumentError(
+            f"{out} holds another drafter, or a README.md of something else; choose another --out.",
+            field="out",
+        )
     out.mkdir(parents=True, exist_ok=True)
     tune_process()
     console = Console(stderr=True)

@@ -461,6 +461,7 @@ def test_a_table_by_command(tiny_llama: Path, tmp_path: Path) -> None:
     assert f"`first`, `second`: 65 sequences, {data.num_response_tokens} answer tokens" in card
     assert f"| contexts | {len(table.contexts)}, of 1 to 5 tokens; " in card
     assert f"| listed tokens | {len(table.token_ids)} |" in card
+    assert f"| held out | {len(held_out)} of these answers, which were not counted |" in card
     assert f"{len(held_out)} answers, greedy, K = 4, " in card
     assert {path.name for path in out.iterdir()} == {"config.json", "ngrams.safetensors", "README.md"}
     assert (out / "ngrams.safetensors").stat().st_mode & 0o777 == 0o644
@@ -510,6 +511,15 @@ def test_a_table_does_not_take_the_place_of_another_model(tiny_llama: Path, tmp_
     )
     assert (code, f"{unfinished} holds another drafter" in output) == (2, True)
     assert list(unfinished.iterdir()) == [unfinished / CHECKPOINT]
+    noted = tmp_path / "noted"
+    noted.mkdir()
+    (noted / "README.md").write_text("mine")
+    code, output = run_training(
+        *("--out", str(noted), "--model", str(tiny_llama), "--dtype", "float32"),
+        *("--tokens", str(tmp_path / "tokens")),
+        method="ngram-lm",
+    )
+    assert (code, (noted / "README.md").read_text()) == (2, "mine")
 
 
 def test_a_damaged_table_is_counted_anew(tiny_llama: Path, tmp_path: Path) -> None:
