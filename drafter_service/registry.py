@@ -59,11 +59,12 @@ def _make_ngram(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
 
 def _make_ngram_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     from drafter_service.drafters.ngram_lm import NgramLmDrafter
+    from drafter_service.drafters.ngram_table import NgramTable
     from specdec.model_files import resolve_model
 
-    return NgramLmDrafter.load(
+    return NgramLmDrafter(
         spec.name,
-        resolve_model(spec.model or pretrained("ngram-lm")),
+        NgramTable.load(resolve_model(spec.model or pretrained("ngram-lm"))),
         min_size=config.ngram_min,
         max_size=config.ngram_max,
         max_num_draft_tokens=config.max_num_draft_tokens,

@@ -119,7 +119,8 @@ class GrowingTree:
             candidates: what may follow a path of tokens after the anchor, an empty one at first.
             least_probability: of a path; the first token is proposed in any case.
         """
-        least, waiting = math.log(least_probability) if least_probability else -math.inf, list[_Sibling]()
+        least = math.log(least_probability) if least_probability else -math.inf
+        waiting: list[_Sibling] = []
 
         def enter(parent: int, rank: int, parent_cost: float, family: Candidates) -> None:
             if rank == len(family):

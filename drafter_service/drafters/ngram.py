@@ -40,12 +40,8 @@ class NgramSession(DraftSession):
     def propose(self, num_draft_tokens: int) -> list[int]:
         """The continuation of the longest n-gram that occurred before."""
         self.index()
-        for size in reversed(self.sizes):
-            if size > len(self.token_ids):
-                continue
-            start = self._next_position.get(tuple(self.token_ids[-size:]))
-            if start is not None:
-                return self._continuation(start, _length(size, num_draft_tokens))
+        for size, start in self._matches():
+            return self._continuation(start, _length(size, num_draft_tokens))
         return []
 
     def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from heapq import nlargest
 from itertools import islice
-from pathlib import Path
 
-from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, OpenDraft
-from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, growing_tree
-from drafter_service.drafters.ngram import DEFAULT_NUM_DRAFT_TOKENS, NgramSession
+from drafter_service.drafters.base import OpenDraft
+from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, GrowingTree
+from drafter_service.drafters.ngram import NgramDrafter, NgramSession
 from drafter_service.drafters.ngram_table import NgramTable
+from specdec.draft_tree import DraftTree
 from specdec.noise import gumbel
 
 _LEAST_PROBABILITY = 0.03
@@ -56,10 +57,14 @@ class NgramLmSession(NgramSession):
             draft.append(token_id)
         return draft
 
-    def propose_best(self, item: DraftItem) -> Drafted:
-        """The likeliest paths of all, as a tree."""
+    def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
+        """The likeliest paths of all."""
         self.index()
-        tree = growing_tree(item, item.num_draft_tokens)
+        tree = GrowingTree(
+            max_depth=num_draft_tokens,
+            max_num_nodes=num_draft_nodes,
+            min_confidence=self.min_draft_confidence,
+        )
         return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
 
     def candidates(self, path: Sequence[int]) -> Candidates:
@@ -84,8 +89,9 @@ class NgramLmSession(NgramSession):
             doubt = _DOUBT * _DOUBT_FALLS ** (size - 1)
             mixed = defaultdict(float, {token_id: doubt * value for token_id, value in usual.items()})
             weights = [_EARLIER_WEIGHT**age for age in range(len(starts))]
+            total = sum(weights)
             for start, weight in zip(starts, weights, strict=True):
-                mixed[self.token_ids[start]] += (1 - doubt) * weight / sum(weights)
+                mixed[self.token_ids[start]] += (1 - doubt) * weight / total
             return mixed
         return usual
 
@@ -113,47 +119,24 @@ def _log_sum(scores: Sequence[float]) -> float:
     return best + math.log(sum(math.exp(score - best) for score in scores)) if scores else best
 
 
-class NgramLmDrafter(Drafter):
+class NgramLmDrafter(NgramDrafter):
     """Drafts from a table, and from n-grams of the text itself of `min_size` to `max_size` tokens."""
 
     def __init__(
         self, name: str, table: NgramTable, *, min_size: int, max_size: int, max_num_draft_tokens: int
     ) -> None:
-        self._table, self._sizes = table, range(min_size, max_size + 1)
-        self.info = DrafterInfo(
-            name=name,
+        super().__init__(
+            name, min_size=min_size, max_size=max_size, max_num_draft_tokens=max_num_draft_tokens
+        )
+        self._table = table
+        self.info = replace(
+            self.info,
             family="ngram-lm",
-            max_num_draft_tokens=max_num_draft_tokens,
-            default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
-            max_num_draft_nodes=max_num_draft_tokens,
             model_id=table.vocabulary.model_id,
             vocabulary_fingerprint=table.vocabulary.fingerprint,
             vocab_size=table.vocabulary.size,
         )
 
-    @classmethod
-    def load(
-        cls, name: str, folder: Path, *, min_size: int, max_size: int, max_num_draft_tokens: int
-    ) -> NgramLmDrafter:
-        """From a folder that `specdec train ngram-lm` wrote.
-
-        Raises:
-            InvalidArgumentError: it holds no table, or a damaged one.
-        """
-        table = NgramTable.load(folder)
-        return cls(
-            name, table, min_size=min_size, max_size=max_size, max_num_draft_tokens=max_num_draft_tokens
-        )
-
     def open(self, request: OpenDraft) -> NgramLmSession:
         """A session with an empty index; the first round fills it."""
         return NgramLmSession(request, self._sizes, self._table)
-
-    def propose(self, items: Sequence[DraftItem]) -> list[Drafted]:
-        """Some lookups per draft token."""
-        return [_draft(item) for item in items]
-
-
-def _draft(item: DraftItem) -> Drafted:
-    assert isinstance(item.session, NgramLmSession)
-    return item.session.propose_best(item) if item.wants_tree else item.session.propose(item.num_draft_tokens)

@@ -124,7 +124,7 @@ class NgramTable:
         """
         try:
             config = json.loads((folder / "config.json").read_text())
-            if not is_table(folder):
+            if config["model_type"] != MODEL_TYPE:
                 raise InvalidArgumentError(
                     f"{folder} holds a {config['model_type']!r} model; the ngram-lm drafter runs what "
                     "specdec train ngram-lm writes.",
