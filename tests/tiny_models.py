@@ -113,16 +113,22 @@ def tiny_config(family: str) -> PreTrainedConfig:
 FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe", "gemma4-unified")
 
 
-def save_tiny_model(folder: Path, family: str = "llama", *, seed: int = 0, noise: float = 0.0) -> Path:
+def save_tiny_model(
+    folder: Path, family: str = "llama", *, seed: int = 0, noise: float = 0.0, **sizes: int
+) -> Path:
     """Write a tiny model and its tokenizer to `folder`.
 
     Args:
         seed: of the weights; one seed always gives the same weights.
         noise: standard deviation of noise added to every weight, relative to the weight's own: a noisy copy
             agrees with the original often, not always.
+        sizes: fields of the configuration that are other than usual, "head_dim" for example.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    config = tiny_config(family)
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if noise:
         with torch.no_grad():
             for parameter in model.parameters():

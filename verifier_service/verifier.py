@@ -71,7 +71,7 @@ class Verifier:
         self.config = config
         self.loaded = loaded
         packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20), memory=memory)
-        packed.join_branches()
+        packed.try_rounding()
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
         self.pool = packed.pool

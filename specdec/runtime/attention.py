@@ -8,13 +8,15 @@ One session's bits must not depend on what else is in the pass, nor on how many 
 a near-tie rounded otherwise would make the output depend on the drafter. So a query attends to a range of
 whole key blocks, masked, that is a function of its own position alone, or, in a tree, to keys laid out to the
 same effect (`tree_keys`); and query rows come in multiples of `_ROW_MULTIPLE`. On CPUs the kernels then round
-each row alike, in bf16 too; elsewhere they may still differ.
+each row alike, in bf16 too; elsewhere they may still differ. Small heads need more: there each token gets
+products of its own (`_is_small`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -28,6 +30,17 @@ from specdec.runtime.tree_keys import Branches, TreeKeys
 
 ATTENTION_NAME = "specdec_paged"
 _ROW_MULTIPLE = 4
+_MIN_SHARED_HEAD_DIM = 64
+
+
+def _is_small(head_dim: int) -> bool:
+    """Whether the heads are so small that a product over several tokens may round otherwise than over one.
+
+    The library that multiplies chooses its kernel by the shape of a product. With heads of 64 and more the
+    choice shows in no bit. With one KV head of 16, 28 and 32 query rows were seen to round otherwise than 4,
+    on a CPU with AVX512-BF16 and without AMX. So tokens with small heads share no product, nor do branches.
+    """
+    return head_dim < _MIN_SHARED_HEAD_DIM
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +128,14 @@ class _Group:
     ) -> None:
         device = like.device
         self.num_spans, self.num_keys, self.num_kv_heads = len(spans), spans[0].num_keys, num_kv_heads
-        num_queries = max(span.num_queries for span in spans)
-        self.num_rows = -(-num_queries * fold // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        self.num_queries = max(span.num_queries for span in spans)
+        self.is_small = _is_small(like.shape[-1])
+        head, query = self._rows(fold)
+        self.num_rows = len(head)
         first_rows, counts, positions, first_keys = torch.tensor(
             [(span.row, span.num_queries, span.position, span.first_key) for span in spans], device=device
         ).T[..., None]  # each [spans, 1]
-        place = torch.arange(self.num_rows, device=device).clamp_(max=fold * num_queries - 1)
-        head, query = place // num_queries, place % num_queries
+        head, query = head.to(device), query.to(device)
         tokens = torch.minimum(query, counts - 1)  # [spans, rows]
         heads = torch.arange(num_kv_heads, device=device)[:, None] * fold + head  # [kv_heads, rows]
         packed = (tokens + first_rows)[:, None] * (fold * num_kv_heads) + heads
@@ -139,6 +153,44 @@ class _Group:
         """Additive, [spans, 1, rows, keys]."""
         self.mask.masked_fill_(hidden[:, None], float("-inf"))
 
+    def _rows(self, fold: int) -> tuple[Tensor, Tensor]:
+        """Which of the heads that read the same K and V, and which query, each row is."""
+        if self.is_small:
+            rows_of_query = torch.arange(_multiple(fold)).clamp_(max=fold - 1)
+            return rows_of_query.repeat(self.num_queries), torch.arange(self.num_queries).repeat_interleave(
+                len(rows_of_query)
+            )
+        num_rows = fold * self.num_queries
+        place = torch.arange(_multiple(num_rows)).clamp_(max=num_rows - 1)
+        return place // self.num_queries, place % self.num_queries
+
+    def attend(self, packed: Tensor, keys: Tensor, values: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """[tokens * heads, dim] of the packed batch over a layer's KV to [spans, kv_heads, rows, dim]."""
+        query, key, value = self.queries(packed), self.keys(keys), self.keys(values)
+        if not self.is_small:
+            return attend(query, key, value, self.mask)
+        return torch.stack(
+            [self._each(attend, *span) for span in zip(query, key, value, self.mask, strict=True)]
+        )
+
+    def _each(
+        self,
+        attend: Callable[..., Tensor],
+        query: Tensor,  # [kv_heads, rows, dim]
+        key: Tensor,  # [kv_heads, keys, dim]
+        value: Tensor,  # [kv_heads, keys, value_dim]
+        mask: Tensor,  # [1, rows, keys]
+    ) -> Tensor:  # [kv_heads, rows, value_dim]
+        """One span, whose queries become a batch over the same keys."""
+        apart = (self.num_queries, -1)
+        output = attend(
+            query.unflatten(1, apart).transpose(0, 1),
+            key.expand(self.num_queries, *key.shape),
+            value.expand(self.num_queries, *value.shape),
+            mask.unflatten(1, apart).transpose(0, 1),
+        )
+        return output.transpose(0, 1).flatten(1, 2)
+
     def queries(self, packed: Tensor) -> Tensor:
         """[tokens * heads, dim] of the packed batch to [spans, kv_heads, rows, dim]."""
         rows = packed.index_select(0, self.query_index)
@@ -149,6 +201,10 @@ class _Group:
         slots = self.key_slots
         keys = pool[slots] if isinstance(slots, slice) else pool.index_select(0, slots)
         return keys.view(self.num_spans, self.num_keys, self.num_kv_heads, -1).transpose(1, 2)
+
+
+def _multiple(num_rows: int) -> int:
+    return -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 def _key_slots(spans: Sequence[_Span], device: torch.device) -> slice | Tensor:
@@ -188,27 +244,30 @@ class Pass:
         }
         self.slots = slots
         self.num_tokens = sum(len(segment.token_ids) for segment in segments)
-        self._plans: dict[tuple[int, int, int], _Plan] = {}
+        self._has_joined = False
+        self._plans: dict[tuple[int, int, int, int], _Plan] = {}
 
     @property
     def has_joined(self) -> bool:
         """Whether branches of a tree shared a call."""
-        return any(span.paths for window in self.windows for span in self._spans(window))
+        return self._has_joined
 
     @property
     def windows(self) -> set[int]:
         """Sliding windows that layers have asked for; 0 is none."""
-        return {window for window, _, _ in self._plans}
+        return {window for window, *_ in self._plans}
 
     def plan(self, window: int, num_kv_heads: int, query: Tensor) -> _Plan:
         """The plan of layers that attend alike, made once for all of them; `query` as attention gets it."""
-        _, num_heads, num_rows, _ = query.shape
-        key = (window, num_kv_heads, num_heads)
+        _, num_heads, num_rows, head_dim = query.shape
+        key = (window, num_kv_heads, num_heads, head_dim)
         if key not in self._plans:
             fold = num_heads // num_kv_heads
+            spans_of_window = list(self._spans(window, may_join=not _is_small(head_dim)))
+            self._has_joined = self._has_joined or any(span.paths for span in spans_of_window)
             groups = [
                 _Group(spans, window=window, num_kv_heads=num_kv_heads, fold=fold, like=query)
-                for spans in _grouped(self._spans(window))
+                for spans in _grouped(spans_of_window)
             ]
             written = torch.cat([group.output_index for group in groups])
             # What pads the pass takes any row.
@@ -217,10 +276,10 @@ class Pass:
             self._plans[key] = _Plan(groups, output_index)
         return self._plans[key]
 
-    def _spans(self, window: int) -> Iterator[_Span]:
+    def _spans(self, window: int, *, may_join: bool) -> Iterator[_Span]:
         for row, segment in _with_rows(self.segments):
             if tree := self._trees.get(row):
-                yield from tree.spans(row, window)
+                yield from tree.spans(row, window, may_join=may_join)
             else:
                 yield from _spans(segment.allocation, row, segment.start, segment.stop, window)
 
@@ -291,10 +350,10 @@ class _Tree:
             bundle, runs = runs[: max(1, num_joined)], runs[max(1, num_joined) :]
             yield bundle, keys
 
-    def spans(self, row: int, window: int) -> Iterator[_Span]:
+    def spans(self, row: int, window: int, *, may_join: bool) -> Iterator[_Span]:
         """What layers with that sliding window (0: none) attend in; the root is `row` of the packed batch."""
         # Within the first window no key is hidden for being too old.
-        if self._bundles and not (window and max(self._positions) >= window):
+        if may_join and self._bundles and not (window and max(self._positions) >= window):
             for bundle, keys in self._bundles:
                 if len(bundle) > 1:
                     yield self._joined(row, range(bundle[0].start, bundle[-1].stop), keys)
@@ -392,7 +451,7 @@ def _paged_attention(
     plan = key.cache.current.plan(sliding_window or 0, keys.shape[1], query)
     rows = query[0].transpose(0, 1).reshape(-1, head_dim)
     outputs = [
-        _attend(group.queries(rows), group.keys(keys), group.keys(values), group.mask, scaling, softcap)
+        group.attend(rows, keys, values, partial(_attend, scaling=scaling, softcap=softcap))
         .transpose(1, 2)
         .reshape(-1, values.shape[-1])
         for group in plan.groups

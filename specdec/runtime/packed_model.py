@@ -7,7 +7,7 @@ own position ids; `attention` lets each session see its own keys and values only
 from __future__ import annotations
 
 import inspect
-import math
+import logging
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -21,18 +21,17 @@ from specdec.runtime.attention import ATTENTION_NAME, Pass, PoolCache, Segment
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import KvPool, KvShape, join_slots
 from specdec.runtime.prepack import prepack_linears, stable_head
+from specdec.runtime.rounding import branches_round_alike, tokens_round_alike
 from specdec.runtime.state_memory import StateMemory
 from specdec.runtime.tree_keys import Branches
+
+logger = logging.getLogger(__name__)
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MIN_PASS_TOKENS = 2
 """A pass over one token is padded to this many. Matrix products with a single row take another path through
 oneDNN, which rounds otherwise in bf16: padded, plain decoding and verification give the same bits."""
 _NUM_PROBE_TOKENS = 8
-_NUM_JOIN_PROBE_TOKENS = 320
-"""Room of the trees that try whether branches can be joined."""
-_NUM_JOIN_TREE_TOKENS = 65
-"""Their size: a root and the most draft tokens that are usual."""
 _PROBE_TOLERANCE = {4: 1e-3, 2: 0.2}
 """Largest relative error of the probe's logits, by bytes per element."""
 
@@ -114,7 +113,7 @@ class PackedModel:
             Segment(allocation, 0, probe[:half], half),
             Segment(allocation, half, probe[half:], half),
         ]
-        outputs, passes = zip(*(self._pass(chunk) for chunk in chunks), strict=True)
+        outputs, passes = zip(*(self.trial_pass(chunk) for chunk in chunks), strict=True)
         logits = torch.cat(outputs).float()
         self.pool.free(allocation)
         error = ((logits - expected).norm() / expected.norm()).item()
@@ -129,47 +128,45 @@ class PackedModel:
             )
 
     @torch.inference_mode()
-    def join_branches(self) -> None:
-        """Compute branches of draft trees side by side from now on, if that changes no bit.
+    def try_rounding(self) -> None:
+        """Find out by trial how this machine rounds, and compute branches of draft trees accordingly.
 
-        It does not in bf16 on CPUs with 512-bit vectors, whose sums are known; that is tried, too.
-        On a GPU a pass of another size rounds otherwise in any case.
+        On a CPU in bf16 a token should get the same bits in every pass; a warning says so where it does not.
+        Branches go side by side if that changes no bit: only on CPUs with 512-bit vectors, whose order of
+        summation is known, and only if the trial confirms it. On a GPU a pass of another size rounds
+        otherwise in any case.
         """
         if self.device.type != "cpu":
             self.branches = Branches.MASKED
-        elif self._has_known_sums() and self._join_exactly():
+            return
+        if self.model.dtype.itemsize != 2:
+            return
+        if not tokens_round_alike(self):
+            logger.warning(
+                "on this CPU a pass over several tokens rounds otherwise than one over a single token: where "
+                "two tokens are almost equally likely, the output may depend on the drafts; --dtype float32 "
+                "avoids it"
+            )
+        if _has_known_sums() and branches_round_alike(self):
             self.branches = Branches.EXACT
 
-    def _has_known_sums(self) -> bool:
-        vectors = torch.backends.cpu.get_cpu_capability()
-        return self.model.dtype.itemsize == 2 and vectors.startswith("AVX512")
-
-    def _join_exactly(self) -> bool:
-        """Whether trees come out the same, one within any window and one that crosses groups of keys."""
-        room = min(_NUM_JOIN_PROBE_TOKENS, self.pool.capacity_tokens, self.max_length or math.inf)
-        num_tokens = min(_NUM_JOIN_TREE_TOKENS, int(room) - 1)
-        parents = [-1, *((index - 1) // (2 if index % 3 == 0 else 1) for index in range(1, num_tokens))]
-        allocation = self.pool.allocate(int(room))
-        has_joined, are_same = False, True
-        for start in (1, int(room) - num_tokens):
-            token_ids = _probe_tokens(self.vocab_size, start + num_tokens)
-            self._pass(Segment(allocation, 0, token_ids[:start], 1))
-            tree = Segment(allocation, start, token_ids[start:], num_tokens, parents)
-            apart, _ = self._pass(tree)
-            exact, current = self._pass(tree, Branches.EXACT)
-            has_joined = has_joined or current.has_joined
-            are_same = are_same and torch.equal(apart, exact)
-        self.pool.free(allocation)
-        return has_joined and are_same
-
-    def _pass(self, segment: Segment, branches: Branches = Branches.APART) -> tuple[Tensor, Pass]:
-        """Logits of a pass over one segment, and the pass."""
+    def trial_pass(self, segment: Segment, branches: Branches = Branches.APART) -> tuple[Tensor, Pass]:
+        """Logits of a pass over one segment, and the pass. For trials, whose sessions nobody else knows."""
         current = Pass([segment], self._write_slots([segment]), branches=branches)
         return self._forward(current)[0], current
+
+    def trial_tokens(self, num_tokens: int) -> list[int]:
+        """Token ids spread over the vocabulary."""
+        return _probe_tokens(self.vocab_size, num_tokens)
 
     def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
         slots = [segment.allocation.slots(segment.start, segment.stop) for segment in segments]
         return join_slots(slots, self.device)
+
+
+def _has_known_sums() -> bool:
+    """Whether this CPU's kernels sum over keys in the order that `tree_keys` knows."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def attention_types(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, str]:

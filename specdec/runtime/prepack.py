@@ -68,29 +68,27 @@ def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
         model: evaluated only, from here on.
         keep: the LM head, whose weight is shared with the embedding and read by others.
     """
-    if not torch.backends.mkldnn.is_available():
-        return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             # Subclasses compute something of their own.
             if type(child) is nn.Linear and child is not keep and _can_prepack(child.weight):
                 setattr(module, name, PrepackedLinear(child))
     for parameter in model.parameters():
-        if _can_prepack(parameter):
+        if _is_bf16_on_cpu(parameter):
             # A view into the mapped checkpoint would keep all of it in memory.
             parameter.data = parameter.data.clone()
 
 
 def stable_head(head: nn.Module) -> nn.Module:
     """Of a bf16 model on a CPU an LM head whose rounding does not depend on the pass; of others, the head."""
-    if type(head) is nn.Linear and _can_prepack(head.weight):
+    if type(head) is nn.Linear and _is_bf16_on_cpu(head.weight):
         return StableHead(head)
     return head
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """x [..., in_features] to x @ weight.T [..., out_features], prepacked where that can be done."""
-    if not (torch.backends.mkldnn.is_available() and _can_prepack(weight)):
+    if not _can_prepack(weight):
         return partial(linear, weight=weight)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -98,4 +96,13 @@ def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _can_prepack(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies with it. On a CPU without AVX-512 it has no kernels for bf16."""
+    return (
+        _is_bf16_on_cpu(weight)
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _is_bf16_on_cpu(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype is torch.bfloat16

@@ -49,7 +49,7 @@ for line in sys.stdin:
     mapping.wait()
     print(json.dumps([values.min().item(), values.max().item()]), flush=True)
 del values
-mapping.close()
+del mapping
 """
 
 

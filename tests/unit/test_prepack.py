@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from specdec.runtime.prepack import PrepackedLinear, StableHead, in_parts, prepack_linears, stable_head
+from specdec.runtime.prepack import (
+    PrepackedLinear,
+    StableHead,
+    in_parts,
+    multiplier,
+    prepack_linears,
+    stable_head,
+)
+
+has_bf16_kernels = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _Special(nn.Linear):
@@ -21,6 +31,7 @@ def make_model(dtype: torch.dtype) -> nn.ModuleDict:
     ).to(dtype)
 
 
+@pytest.mark.skipif(not has_bf16_kernels, reason="oneDNN has no bf16 kernels for this CPU")
 @torch.inference_mode()
 def test_the_same_bits() -> None:
     model, packed = make_model(torch.bfloat16), make_model(torch.bfloat16)
@@ -62,6 +73,18 @@ def test_a_head_keeps_its_parameters() -> None:
     whole = make_model(torch.float32)
     whole["head"] = stable_head(whole["head"])
     assert type(whole["head"]) is nn.Linear
+
+
+@torch.inference_mode()
+def test_a_cpu_without_bf16_kernels_runs_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model, same = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    prepack_linears(same, keep=same["head"])
+    assert not any(isinstance(module, PrepackedLinear) for module in same.modules())
+    x = torch.randn(1, 9, 96, dtype=torch.bfloat16)
+    assert torch.equal(same["inner"](x), model["inner"](x))
+    weight = torch.randn(64, 96, dtype=torch.bfloat16)
+    assert torch.equal(multiplier(weight)(x), torch.nn.functional.linear(x, weight))
 
 
 def test_the_head_subclasses_and_other_types_are_left_alone() -> None:

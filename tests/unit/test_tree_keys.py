@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -80,13 +81,17 @@ def test_what_does_not_fit_is_refused() -> None:
     assert keys.tokens == {510: 0, 511: 1}
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma4"])
+SIZES = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+"""Those of SmolLM2-135M: large enough for branches to share calls."""
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     """With full attention, and with windows besides."""
-    folder: Path = save_tiny_model(tmp_path_factory.mktemp("tree_keys"), request.param)
+    folder: Path = save_tiny_model(tmp_path_factory.mktemp("tree_keys"), request.param, **SIZES)
     model = load_causal_lm(str(folder), dtype="bfloat16", device="cpu").model
-    packed = PackedModel(model, kv_budget_bytes=4 << 20)
-    packed.join_branches()
+    packed = PackedModel(model, kv_budget_bytes=16 << 20)
+    packed.try_rounding()
     return packed
 
 
@@ -115,13 +120,78 @@ def test_branches_get_the_bits_they_get_alone(packed: PackedModel, start: int) -
 def tree_spans(packed: PackedModel, branches: Branches, start: int = 40) -> int:
     """How many spans a tree of three branches takes."""
     tree = Segment(packed.pool.allocate(start + 40), start, TEXT[:5], 5, [-1, 0, 1, 1, 0])
-    plan = Pass([tree], slice(0, 5), branches=branches).plan(0, 2, torch.zeros(1, 4, 5, 8))
+    plan = Pass([tree], slice(0, 5), branches=branches).plan(0, 3, torch.zeros(1, 9, 5, 64))
     packed.pool.free(tree.allocation)
     return sum(group.num_spans for group in plan.groups)
 
 
+@pytest.mark.parametrize("start", [1, 60, 375, 437, 505, 590])
+def test_tokens_of_a_chain_get_the_bits_they_get_alone(packed: PackedModel, start: int) -> None:
+    allocation = packed.pool.allocate(start + 16)
+    packed.forward([Segment(allocation, 0, TEXT[:start], 0)])
+    for seed in range(6):
+        tokens = torch.randint(0, VOCAB_SIZE, (16,), generator=torch.Generator().manual_seed(seed)).tolist()
+        (together,) = packed.forward([Segment(allocation, start, tokens, 16)])
+        alone = [
+            packed.forward([Segment(allocation, start + index, [token], 1)])[0][0]
+            for index, token in enumerate(tokens)
+        ]
+        assert torch.equal(together, torch.stack(alone))
+    packed.pool.free(allocation)
+
+
+def attention_shapes(packed: PackedModel, start: int, num_tokens: int) -> set[tuple[int, ...]]:
+    """Shapes of the queries that one head of one token or more has in a kernel call, over a chain."""
+    allocation, seen = packed.pool.allocate(start + num_tokens), set()
+    attend = attention._attend
+
+    def note(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        seen.add(query.shape[2:])
+        return attend(query, *others, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_attend", note)
+        packed.forward([Segment(allocation, start, TEXT[:num_tokens], num_tokens)])
+    packed.pool.free(allocation)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4"])
+def test_tokens_with_small_heads_share_no_product(family: str, tmp_path: Path) -> None:
+    model = load_causal_lm(str(save_tiny_model(tmp_path, family)), dtype="bfloat16", device="cpu").model
+    packed = PackedModel(model, kv_budget_bytes=4 << 20)
+    assert attention_shapes(packed, 375, 1) == attention_shapes(packed, 375, 16)
+
+
+def test_tokens_with_larger_heads_share_products(packed: PackedModel) -> None:
+    assert attention_shapes(packed, 340, 1) == {(4, 64)}
+    assert attention_shapes(packed, 340, 16) == {(48, 64)}
+
+
+def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, free = packed.branches, packed.pool.free_tokens
+    packed.try_rounding()
+    assert not caplog.records
+    attend = attention._attend
+
+    def rounds_by_rows(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        output: torch.Tensor = attend(query, *others, **named)
+        if query.shape[-2] > 16:
+            output[..., -1, -1] += output[..., -1, -1].abs() * 2**-8
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_attend", rounds_by_rows)
+        packed.try_rounding()
+    assert "the output may depend on the drafts" in caplog.text
+    packed.branches = own
+    assert packed.pool.free_tokens == free
+
+
 def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> None:
-    # What join_branches finds out by trying; the shorter vectors of other CPUs divide sums otherwise.
+    # What try_rounding finds out by trying; the shorter vectors of other CPUs divide sums otherwise.
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         assert packed.branches is Branches.EXACT
     assert tree_spans(packed, Branches.APART) == 3
@@ -147,17 +217,18 @@ def test_branches_in_scattered_blocks_get_the_bits_of_a_run(packed: PackedModel)
         packed.pool.free(allocation)
 
 
-def test_masked_branches_attend_to_their_own_ancestors(packed: PackedModel) -> None:
-    own, found = packed.branches, []
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_masked_branches_attend_to_their_own_ancestors(family: str, tmp_path: Path) -> None:
+    folder, found = save_tiny_model(tmp_path, family, **SIZES), []
+    model = load_causal_lm(str(folder), dtype="float32", device="cpu").model
+    packed = PackedModel(model, kv_budget_bytes=16 << 20)
     allocation = packed.pool.allocate(600)
     tree = Segment(allocation, 505, TEXT[:30], 30, random_parents(Random(2), 30))
     packed.forward([Segment(allocation, 0, TEXT[:505], 0)])
     for branches in (Branches.APART, Branches.MASKED):
         packed.branches = branches
         found += packed.forward([tree])
-    packed.branches = own
-    packed.pool.free(allocation)
-    assert torch.allclose(*found, atol=0.05, rtol=0.05)
+    assert torch.allclose(*found, atol=1e-3, rtol=1e-3)
 
 
 def test_what_would_change_bits_is_left_apart(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +244,9 @@ def test_what_would_change_bits_is_left_apart(packed: PackedModel, monkeypatch: 
         packed.branches = Branches.APART
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, replacement)
-            packed.join_branches()
+            packed.try_rounding()
         assert packed.branches is Branches.APART
-    packed.join_branches()
+    packed.try_rounding()
     assert (packed.branches, packed.pool.free_tokens) == (own, free)
 
 
@@ -183,5 +254,5 @@ def test_branches_of_a_model_in_fp32_stay_apart(tiny_llama: Path) -> None:
     packed = PackedModel(
         load_causal_lm(str(tiny_llama), dtype="float32", device="cpu").model, kv_budget_bytes=1 << 20
     )
-    packed.join_branches()
+    packed.try_rounding()
     assert packed.branches is Branches.APART
