@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from drafter_service.config import STREAM_FEATURES, DrafterConfig
-from specdec.config import config_options
-from specdec.runtime.loading import DTYPES, tune_process
+from specdec.runtime.loading import DTYPES
+from specdec.service.config import config_options
+from specdec.service.tuning import tune_process
 
 
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_DRAFTER"})
@@ -19,6 +20,6 @@ def main(**options: object) -> None:
     tune_process()
     # Imported here: --help needs none of it.
     from drafter_service.server import DrafterServer
-    from specdec.server import serve_from_command_line
+    from specdec.service.process import serve_from_command_line
 
     serve_from_command_line("specdec-drafter", DrafterConfig, options, DrafterServer)

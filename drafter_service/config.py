@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.config import ModelServiceConfig, require_choice, require_positive
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
+from specdec.service.config import ModelServiceConfig, require_choice, require_positive
 
 STREAM_FEATURES = ("projected", "raw")
 MTP_POSITIONS = {"anchor": 0, "hidden": -1}

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
-from specdec.draft_tree import DraftTree
-from specdec.errors import (
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
     SpecdecError,
 )
+from specdec.contract.sampling import validate_min_draft_confidence, validate_token_ids
+from specdec.contract.target_state import TargetStateRef
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
-from specdec.sampling import validate_min_draft_confidence, validate_token_ids
-from specdec.target_state import TargetStateRef
 
 if TYPE_CHECKING:
-    from specdec.runtime.state_reader import StateReader
+    from specdec.state.reader import StateReader
 
 
 class DrafterHost:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import Meter
 
-from specdec.instruments import Counter, EngineMetrics, observe_values
+from specdec.service.instruments import Counter, EngineMetrics, observe_values
 
 if TYPE_CHECKING:
     from drafter_service.host import DrafterHost
-    from specdec.runtime.state_reader import Link
+    from specdec.state.reader import Link
 
 
 class DrafterMetrics:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 
 from drafter_service.config import DrafterConfig
+from drafter_service.families import FAMILIES, DrafterFactory, load_drafters
 from drafter_service.host import DrafterHost
-from drafter_service.registry import FAMILIES, DrafterFactory, load_drafters
 from drafter_service.service import SERVICE_NAME, DrafterServicer
 from specdec.runtime.engine import ModelThread
-from specdec.server import ServiceHost, SessionRules, run_service
-from specdec.telemetry import Telemetry
+from specdec.service.host import ServiceHost
+from specdec.service.process import run_service
+from specdec.service.sessions import SessionRules
+from specdec.service.telemetry import Telemetry
 from specdec.v1 import drafter_pb2_grpc
 
 

@@ -13,14 +13,14 @@ from drafter_service.drafters.base import Drafter, DrafterInfo, DraftSession, Op
 from drafter_service.host import DrafterHost
 from drafter_service.metrics import DrafterMetrics
 from specdec import PROTOCOL_VERSION
-from specdec.draft_tree import DraftTree
-from specdec.errors import FailedPreconditionError, UnavailableError
-from specdec.handshake import check_handshake, make_handshake
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import FailedPreconditionError, UnavailableError
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.runtime.engine import EngineResult
-from specdec.sampling import SamplingParams
-from specdec.server import SessionRules, send
-from specdec.target_state import STORAGE_TO_PROTO, TargetStateRef
-from specdec.telemetry import Telemetry, context_of, record_span
+from specdec.service.sessions import SessionRules, send
+from specdec.service.telemetry import Telemetry, context_of, record_span
+from specdec.transport.handshake import check_handshake, make_handshake
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
 
 SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name

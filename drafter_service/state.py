@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from drafter_service.config import DrafterConfig
-from specdec.errors import InvalidArgumentError
-from specdec.model_files import resolve_model
+from specdec.contract.errors import InvalidArgumentError
+from specdec.models.files import resolve_model
 from specdec.runtime.loading import usable_device
-from specdec.runtime.state_memory import SharedDirectory
-from specdec.runtime.state_reader import Link, ReaderConfig, StateReader
-from specdec.runtime.target_weights import read_weights
-from specdec.tls import OutgoingTls
+from specdec.runtime.memory import SharedDirectory
+from specdec.state.reader import Link, ReaderConfig, StateReader
+from specdec.state.weights import read_weights
+from specdec.transport.tls import OutgoingTls
 
 logger = logging.getLogger(__name__)
 

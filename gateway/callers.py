@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gateway.config import GatewayConfig
-from specdec.auth import CALLER, Authenticator, Caller, Limits
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
+from specdec.service.auth import CALLER, Authenticator, Caller, Limits
 from specdec.v1 import gateway_pb2
 
 logger = logging.getLogger(__name__)

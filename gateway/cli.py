@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from gateway.config import GatewayConfig
-from specdec.config import config_options
+from specdec.service.config import config_options
 
 
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_GATEWAY"})
@@ -17,8 +17,8 @@ def main(**options: object) -> None:
     """
     # Imported here: --help needs none of it.
     from gateway.server import GatewayServer
-    from specdec.runtime.loading import return_freed_memory
-    from specdec.server import serve_from_command_line
+    from specdec.service.process import serve_from_command_line
+    from specdec.service.tuning import return_freed_memory
 
     return_freed_memory()
     serve_from_command_line("specdec-gateway", GatewayConfig, options, GatewayServer)

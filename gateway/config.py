@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.channel import parse_uris
-from specdec.config import ServiceConfig, require_not_negative, require_positive
-from specdec.errors import InvalidArgumentError
-from specdec.methods import AUTO
-from specdec.runtime.embedded import DEFAULT_MODEL
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.methods import AUTO
+from specdec.models.embedded import DEFAULT_MODEL
+from specdec.service.config import ServiceConfig, require_not_negative, require_positive
+from specdec.transport.channel import parse_uris
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class GatewayConfig(ServiceConfig):
     """TOML file of who may call, one [[tokens]] table each, as `specdec token` makes them; read anew when it
     changes. Health checks stay open to all. Empty: everyone that can connect may call."""
     authenticator: str = ""
-    """MODULE:NAME of a callable that returns a specdec.auth.Authenticator, in place of --auth-tokens."""
+    """MODULE:NAME of a callable that returns a specdec.service.auth.Authenticator. It stands in place of
+    --auth-tokens."""
     drain_grace_s: float = 30.0
     """How long running requests may go on after SIGTERM, seconds."""
     log_level: str = "info"

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from opentelemetry.metrics import Histogram, Meter
 
-from gateway.decode import Round
-from specdec.errors import SpecdecError, status_code
-from specdec.instruments import SHORT_TIMES_S, Counter, observe_value, observe_values
+from gateway.rounds.vocabulary import Round
+from specdec.contract.errors import SpecdecError, status_code
+from specdec.service.instruments import SHORT_TIMES_S, Counter, observe_value, observe_values
 from specdec.v1 import gateway_pb2
 
 OTHER = "other"

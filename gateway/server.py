@@ -10,13 +10,14 @@ from functools import partial
 from gateway.callers import make_authenticator
 from gateway.config import GatewayConfig
 from gateway.metrics import GatewayMetrics
-from gateway.plan import Backends
-from gateway.registry import VerifierSet, make_drafter_set, make_verifier_set
+from gateway.replicas.replicas import VerifierSet, make_drafter_set, make_verifier_set
+from gateway.request.plan import Backends
+from gateway.request.text import TextCodec
 from gateway.service import SERVICE_NAME, GatewayServicer
-from gateway.text import TextCodec
-from specdec.channel import is_local
-from specdec.server import ServiceHost, run_service
-from specdec.telemetry import Telemetry
+from specdec.service.host import ServiceHost
+from specdec.service.process import run_service
+from specdec.service.telemetry import Telemetry
+from specdec.transport.channel import is_local
 from specdec.v1 import gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)

@@ -12,17 +12,17 @@ from opentelemetry.context import attach
 from opentelemetry.trace import set_span_in_context
 
 from gateway.callers import CallerLimits
-from gateway.failover import VerifierReplica
-from gateway.generation import Generation
-from gateway.plan import Backends, make_plan
-from gateway.registry import Replica
-from gateway.remote import FINISH_REASONS
-from gateway.tracing import RequestTrace
+from gateway.replicas.failover import VerifierReplica
+from gateway.replicas.replicas import Replica
+from gateway.replicas.sessions import FINISH_REASONS
+from gateway.request.generation import Generation
+from gateway.request.plan import Backends, make_plan
+from gateway.rounds.tracing import RequestTrace
 from specdec import PROTOCOL_VERSION
-from specdec.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
-from specdec.methods import PLAIN
-from specdec.server import remaining_timeout_s, send
-from specdec.telemetry import Telemetry
+from specdec.contract.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
+from specdec.contract.methods import PLAIN
+from specdec.service.sessions import remaining_timeout_s, send
+from specdec.service.telemetry import Telemetry
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 
 SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name

@@ -1,5 +1,5 @@
 """`python -m specdec`."""
 
-from specdec.cli import main
+from specdec.cli.main import main
 
 main()

@@ -1,230 +1,31 @@
-"""The error tree, its one mapping to gRPC status codes, and the way back on the client.
+"""The exceptions that a call may raise; `specdec.contract.errors` draws their tree."""
 
-SpecdecError
-├── InvalidArgumentError        a value is out of range; `field` names it
-├── FailedPreconditionError     right request, wrong state (stale base, round before open, mismatch)
-├── NotFoundError               no such drafter, session or model
-├── ResourceExhaustedError      pool, slots or message size; `retry_after_s` says when to try again
-├── UnauthenticatedError        no or wrong credentials
-├── PermissionDeniedError       right credentials, of someone who may not do this
-├── UnavailableError            a service is loading, draining or gone
-├── UnimplementedError          part of the contract this build does not have yet
-├── DeadlineExceededError       the caller's deadline passed
-├── RequestCancelledError       the caller went away
-└── InternalError               a defect
-"""
+from specdec.contract.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    RequestCancelledError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+)
 
-from __future__ import annotations
-
-import logging
-import traceback
-from contextlib import suppress
-from itertools import accumulate
-from typing import Any
-
-import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError, Message
-from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
-
-ERROR_DOMAIN = "specdec.v1"
-_MAX_MESSAGE_BYTES = 1500
-"""Bytes of a message kept: status travels three times over in HTTP/2 trailers, which are limited to 8 KiB."""
-
-
-class SpecdecError(Exception):
-    """Base of every error this project raises on purpose.
-
-    Args:
-        message: what is wrong and what to do about it, one sentence or two.
-        reason: UPPER_SNAKE_CASE constant a program can act on, sent as google.rpc.ErrorInfo.reason.
-        field: request field at fault, sent as google.rpc.BadRequest.
-        retry_after_s: seconds to wait before another try, sent as google.rpc.RetryInfo.
-    """
-
-    default_reason = "UNKNOWN"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        reason: str = "",
-        field: str = "",
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.reason = reason or self.default_reason
-        self.field = field
-        self.retry_after_s = retry_after_s
-
-
-class InvalidArgumentError(SpecdecError):
-    """A value of the request is out of range."""
-
-    default_reason = "INVALID_ARGUMENT"
-
-
-class FailedPreconditionError(SpecdecError):
-    """The request does not fit the state of the session or the server."""
-
-    default_reason = "FAILED_PRECONDITION"
-
-
-class NotFoundError(SpecdecError):
-    """The named thing does not exist."""
-
-    default_reason = "NOT_FOUND"
-
-
-class ResourceExhaustedError(SpecdecError):
-    """No room now; try again later or ask for less."""
-
-    default_reason = "RESOURCE_EXHAUSTED"
-
-
-class UnauthenticatedError(SpecdecError):
-    """Credentials are missing or wrong."""
-
-    default_reason = "UNAUTHENTICATED"
-
-
-class PermissionDeniedError(SpecdecError):
-    """The caller is known, and may not do this."""
-
-    default_reason = "PERMISSION_DENIED"
-
-
-class UnavailableError(SpecdecError):
-    """The service is loading, draining or gone."""
-
-    default_reason = "UNAVAILABLE"
-
-
-class UnimplementedError(SpecdecError):
-    """The server does not have this part of the contract."""
-
-    default_reason = "UNIMPLEMENTED"
-
-
-class DeadlineExceededError(SpecdecError):
-    """The deadline passed before the answer was complete."""
-
-    default_reason = "DEADLINE_EXCEEDED"
-
-
-class RequestCancelledError(SpecdecError):
-    """The caller cancelled."""
-
-    default_reason = "CANCELLED"
-
-
-class InternalError(SpecdecError):
-    """A defect in the server."""
-
-    default_reason = "INTERNAL"
-
-
-STATUS_CODES: dict[type[SpecdecError], grpc.StatusCode] = {
-    InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
-    FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
-    NotFoundError: grpc.StatusCode.NOT_FOUND,
-    ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
-    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
-    UnavailableError: grpc.StatusCode.UNAVAILABLE,
-    UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
-    DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
-    RequestCancelledError: grpc.StatusCode.CANCELLED,
-    InternalError: grpc.StatusCode.INTERNAL,
-}
-_ERROR_TYPES = {code: error_type for error_type, code in STATUS_CODES.items()}
-
-
-def kind_of(error: BaseException) -> str:
-    """What went wrong without what was said of it, which may quote a prompt: for spans and logs."""
-    return error.reason if isinstance(error, SpecdecError) else type(error).__name__
-
-
-def log_defect(logger: logging.Logger, what: str, error: BaseException, **extra: object) -> None:
-    """Log a defect by its kind and place: a traceback without its last line, the message."""
-    place = "".join(traceback.format_tb(error.__traceback__))
-    logger.error(what, extra={"error": kind_of(error), "traceback": place, **extra}, stacklevel=2)
-
-
-def status_code(error: SpecdecError) -> grpc.StatusCode:
-    """Status code of an error, by the nearest class in `STATUS_CODES`."""
-    for error_type in type(error).__mro__:
-        if error_type in STATUS_CODES:
-            return STATUS_CODES[error_type]
-    return grpc.StatusCode.UNKNOWN
-
-
-def to_status(error: SpecdecError) -> grpc.Status:
-    """Status with google.rpc details, ready for `context.abort_with_status`."""
-    message = _shortened(error.message)
-    proto = status_pb2.Status(code=status_code(error).value[0], message=message)
-    _pack(proto, error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
-        _pack(proto, error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_after_s is not None:
-        delay = duration_pb2.Duration(
-            seconds=int(error.retry_after_s), nanos=int(error.retry_after_s % 1 * 1e9)
-        )
-        _pack(proto, error_details_pb2.RetryInfo(retry_delay=delay))
-    return rpc_status.to_status(proto)
-
-
-def _shortened(message: str) -> str:
-    """Beginning and end of a message too long to send: what is wrong comes first, what to do last."""
-    if (
-        len(message) > 2 * _MAX_MESSAGE_BYTES
-    ):  # megabytes of it need not be looked at: none of the middle is kept
-        message = message[:_MAX_MESSAGE_BYTES] + message[-_MAX_MESSAGE_BYTES:]
-    # A character that is not printable ASCII is percent-encoded in a header, three bytes for each of its own.
-    sizes = [1 if " " <= c <= "~" else 3 * len(c.encode(errors="replace")) for c in message]
-    if sum(sizes) <= _MAX_MESSAGE_BYTES:
-        return message
-    budget = _MAX_MESSAGE_BYTES // 2
-    head = sum(1 for size in accumulate(sizes) if size <= budget)
-    tail = sum(1 for size in accumulate(reversed(sizes)) if size <= budget)
-    return f"{message[:head]} [...] {message[-tail:]}"
-
-
-def _pack(status: status_pb2.Status, detail: Message) -> None:
-    packed = any_pb2.Any()
-    packed.Pack(detail)
-    status.details.append(packed)
-
-
-def from_rpc_error(error: grpc.RpcError) -> SpecdecError:
-    """The typed error behind a failed call, on either gRPC stack, with its details if the server sent any."""
-    code, message = error.code(), error.details() or ""
-    error_type = _ERROR_TYPES.get(code, InternalError)
-    result = error_type(message or f"The call failed with {code.name}.")
-    metadata: Any = error.trailing_metadata() or ()  # pairs on either stack; the stubs disagree
-    for key, value in metadata:
-        if key == "grpc-status-details-bin":
-            with suppress(DecodeError):  # the code stands whatever a peer adds to it
-                _read_details(result, value)
-    return result
-
-
-def _read_details(error: SpecdecError, serialised: bytes) -> None:
-    proto = status_pb2.Status.FromString(serialised)
-    if proto.code == code_pb2.OK:
-        return
-    for detail in proto.details:
-        info, bad, retry = (
-            error_details_pb2.ErrorInfo(),
-            error_details_pb2.BadRequest(),
-            error_details_pb2.RetryInfo(),
-        )
-        if detail.Unpack(info):
-            error.reason = info.reason
-        elif detail.Unpack(bad) and bad.field_violations:
-            error.field = bad.field_violations[0].field
-        elif detail.Unpack(retry):
-            error.retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+__all__ = [
+    "DeadlineExceededError",
+    "FailedPreconditionError",
+    "InternalError",
+    "InvalidArgumentError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "RequestCancelledError",
+    "ResourceExhaustedError",
+    "SpecdecError",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+]

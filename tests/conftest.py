@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec.runtime.loading import tune_process
-from specdec.telemetry import quiet_grpc
+from specdec.service.telemetry import quiet_grpc
+from specdec.service.tuning import tune_process
 from tests.tiny_models import save_tiny_model
 
 tune_process()

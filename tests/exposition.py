@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
-from drafter_service.registry import DrafterFactory, DrafterSpec
+from drafter_service.families import DrafterFactory, DrafterSpec
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.errors import InvalidArgumentError
-from specdec.target_state import TargetStateSpec
-from specdec.telemetry import Telemetry, make_telemetry
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.target_state import TargetStateSpec
+from specdec.service.telemetry import Telemetry, make_telemetry
 from tests.integration.gated_drafter import eventually_offers
 from tests.state_probe import StateProbe
 from tests.systems import ANY_PORT, running_drafter, running_gateway, running_verifier

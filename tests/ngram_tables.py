@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy
 
-from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary, ngram_hash
+from drafter_service.drafters.ngram_lm.table import NgramTable, TargetVocabulary, ngram_hash
 
 VOCABULARY = TargetVocabulary("a-target", "its-fingerprint", 16)
 

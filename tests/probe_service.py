@@ -16,10 +16,11 @@ from pathlib import Path
 import click
 
 from drafter_service.config import STREAM_FEATURES, DrafterConfig
-from drafter_service.registry import DrafterFactory, DrafterSpec
-from specdec.config import config_options
-from specdec.processes import ServiceGroup, ServiceSpec
-from specdec.runtime.loading import DTYPES, tune_process
+from drafter_service.families import DrafterFactory, DrafterSpec
+from specdec.local.processes import ServiceGroup, ServiceSpec
+from specdec.runtime.loading import DTYPES
+from specdec.service.config import config_options
+from specdec.service.tuning import tune_process
 
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 """A tiny model gains nothing from a second thread. The tests are not installed, but found by their folder."""
@@ -74,7 +75,7 @@ def main(**options: object) -> None:
     """Serve the probe."""
     tune_process()
     from drafter_service.server import DrafterServer
-    from specdec.server import serve_from_command_line
+    from specdec.service.process import serve_from_command_line
 
     serve = partial(DrafterServer, families=_families())
     serve_from_command_line("probe-service", DrafterConfig, options, serve)

@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 
-from specdec.channel import TlsConfig, aio_channel
-from specdec.errors import from_rpc_error
-from specdec.handshake import make_handshake
+from specdec.contract.errors import from_rpc_error
+from specdec.transport.channel import TlsConfig, aio_channel
+from specdec.transport.handshake import make_handshake
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, verifier_pb2, verifier_pb2_grpc
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from specdec.channel import aio_channel
 from specdec.client import GenerateOptions
-from specdec.errors import SpecdecError, from_rpc_error
+from specdec.contract.errors import SpecdecError, from_rpc_error
 from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.transport.channel import aio_channel
 from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from tests.raw_streams import until
 from tests.systems import System, running_system

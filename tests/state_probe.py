@@ -14,14 +14,10 @@ import torch
 from torch import Tensor
 
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
-from drafter_service.drafters.ngram import NgramSession
-from drafter_service.registry import FAMILIES, DrafterFactory
-from specdec.draft_tree import DraftTree
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
-from specdec.runtime.state_memory import SharedDirectory
-from specdec.runtime.state_reader import ReaderConfig, StateReader
-from specdec.runtime.target_view import Projection, TargetStateView
-from specdec.target_state import (
+from drafter_service.drafters.ngram.drafter import NgramSession
+from drafter_service.families import FAMILIES, DrafterFactory
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.target_state import (
     StateStorage,
     TargetStateRef,
     TargetStateSpec,
@@ -29,6 +25,10 @@ from specdec.target_state import (
     key_name,
     value_name,
 )
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
+from specdec.runtime.memory import SharedDirectory
+from specdec.state.reader import ReaderConfig, StateReader
+from specdec.state.view import Projection, TargetStateView
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import VerifyStream, output_of, verify_stream
 from tests.trees import random_tree

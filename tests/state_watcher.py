@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from specdec.target_state import GENERATIONS, SharedMemory, TargetStateRef
+from specdec.contract.target_state import GENERATIONS, SharedMemory, TargetStateRef
 
 
 def describe(ref: TargetStateRef) -> dict[str, Any]:

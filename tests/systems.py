@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from drafter_service.config import DrafterConfig
-from drafter_service.registry import FAMILIES, DrafterFactory
+from drafter_service.families import FAMILIES, DrafterFactory
 from drafter_service.server import DrafterServer
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from specdec.client import AsyncClient
-from specdec.telemetry import Telemetry, make_telemetry
+from specdec.service.telemetry import Telemetry, make_telemetry
 from verifier_service.config import VerifierConfig
 from verifier_service.server import VerifierServer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from specdec.draft_tree import ANCHOR, DraftTree
+from specdec.contract.draft_tree import ANCHOR, DraftTree
 
 
 def random_tree(random: Random, right: Sequence[int], *, num_wrong: int, vocab_size: int) -> DraftTree:

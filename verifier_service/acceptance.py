@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from specdec.draft_tree import ANCHOR, DraftTree
+from specdec.contract.draft_tree import ANCHOR, DraftTree
 
 
 class FinishReason(Enum):

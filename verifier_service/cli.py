@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from specdec.config import config_options
-from specdec.runtime.loading import DTYPES, tune_process
+from specdec.runtime.loading import DTYPES
+from specdec.service.config import config_options
+from specdec.service.tuning import tune_process
 from verifier_service.config import VerifierConfig
 
 
@@ -18,7 +19,7 @@ def main(**options: object) -> None:
     """
     tune_process()
     # Imported here: --help needs none of it.
-    from specdec.server import serve_from_command_line
+    from specdec.service.process import serve_from_command_line
     from verifier_service.server import VerifierServer
 
     serve_from_command_line("specdec-verifier", VerifierConfig, options, VerifierServer)

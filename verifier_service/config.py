@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specdec.channel import parse_uris
-from specdec.config import ModelServiceConfig, require_positive
-from specdec.runtime.embedded import DEFAULT_MODEL
+from specdec.models.embedded import DEFAULT_MODEL
+from specdec.service.config import ModelServiceConfig, require_positive
+from specdec.transport.channel import parse_uris
 
 
 @dataclass(frozen=True, slots=True)

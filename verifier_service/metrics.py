@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import Meter
 
-from specdec.instruments import Counter, EngineMetrics, observe_value
+from specdec.service.instruments import Counter, EngineMetrics, observe_value
 
 if TYPE_CHECKING:
     from verifier_service.verifier import Verifier

@@ -7,9 +7,11 @@ import socket
 from functools import partial
 
 from specdec.runtime.engine import ModelThread
-from specdec.runtime.state_memory import StateMemory
-from specdec.server import ServiceHost, SessionRules, run_service
-from specdec.telemetry import Telemetry
+from specdec.runtime.memory import StateMemory
+from specdec.service.host import ServiceHost
+from specdec.service.process import run_service
+from specdec.service.sessions import SessionRules
+from specdec.service.telemetry import Telemetry
 from specdec.v1 import verifier_pb2_grpc
 from verifier_service.config import VerifierConfig
 from verifier_service.service import SERVICE_NAME, VerifierServicer

@@ -12,19 +12,19 @@ from opentelemetry.context import attach
 from opentelemetry.trace import SpanKind
 
 from specdec import PROTOCOL_VERSION
-from specdec.errors import (
+from specdec.contract.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     UnavailableError,
     UnimplementedError,
 )
-from specdec.handshake import check_handshake, make_handshake
-from specdec.runtime.target_view import Projection, num_projection_bytes
-from specdec.sampling import SamplingParams
-from specdec.server import WRITE_TIMEOUT_S, SessionRules, send
-from specdec.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
-from specdec.telemetry import Telemetry, context_of, record_span
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
+from specdec.service.sessions import WRITE_TIMEOUT_S, SessionRules, send
+from specdec.service.telemetry import Telemetry, context_of, record_span
+from specdec.state.view import Projection, num_projection_bytes
+from specdec.transport.handshake import check_handshake, make_handshake
 from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from verifier_service.acceptance import FinishReason
 from verifier_service.metrics import VerifierMetrics

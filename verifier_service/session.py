@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from specdec.draft_tree import DraftTree
-from specdec.errors import FailedPreconditionError
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import FailedPreconditionError
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
-from specdec.sampling import SamplingParams
-from specdec.target_state import TargetStateSpec
 from verifier_service.acceptance import Acceptance, FinishReason
 from verifier_service.state_export import ExportedState
 

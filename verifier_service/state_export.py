@@ -11,16 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeVar
 
-from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from specdec.runtime.capture import HiddenCapture
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
-from specdec.runtime.target_view import (
-    Projection,
-    TargetStateView,
-    num_projection_bytes,
-    tensor_bytes,
-)
-from specdec.target_state import (
+from specdec.contract.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from specdec.contract.target_state import (
     GENERATIONS,
     LAST_HIDDEN,
     PROJECTED,
@@ -32,6 +24,14 @@ from specdec.target_state import (
     key_name,
     storage_kind,
     value_name,
+)
+from specdec.runtime.capture import HiddenCapture
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
+from specdec.state.view import (
+    Projection,
+    TargetStateView,
+    num_projection_bytes,
+    tensor_bytes,
 )
 
 ValueT = TypeVar("ValueT")

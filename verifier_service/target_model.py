@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.draft_tree import NO_DRAFT, DraftTree
-from specdec.errors import InternalError, SpecdecError, log_defect
+from specdec.contract.draft_tree import NO_DRAFT, DraftTree
+from specdec.contract.errors import InternalError, SpecdecError, log_defect
 from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import Picker, top_logprobs

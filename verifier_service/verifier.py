@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from specdec.draft_tree import NO_DRAFT, DraftTree
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
+from specdec.contract.draft_tree import NO_DRAFT, DraftTree
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
+from specdec.contract.sampling import validate_num_top_logprobs, validate_token_ids
+from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.loading import LoadedModel, load_causal_lm, usable_device
+from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
 from specdec.runtime.packed_model import PackedModel
-from specdec.runtime.state_memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
-from specdec.runtime.target_weights import TargetWeightsRef, share_weights
-from specdec.sampling import validate_num_top_logprobs, validate_token_ids
-from specdec.target_state import TargetStateSpec
+from specdec.runtime.rounding import settle_branches
+from specdec.state.weights import TargetWeightsRef, share_weights
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest, Session
 from verifier_service.state_export import ExportedState, StateExport
@@ -71,7 +72,7 @@ class Verifier:
         self.config = config
         self.loaded = loaded
         packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20), memory=memory)
-        packed.try_rounding()
+        settle_branches(packed)
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
         self.pool = packed.pool

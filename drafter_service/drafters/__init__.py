@@ -1,1 +1,1 @@
-"""The drafters. One module per family; `registry` names them."""
+"""The drafters. One folder per family; `families` names them."""

@@ -9,23 +9,23 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
-from specdec.draft_tree import DraftTree
-from specdec.errors import (
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import (
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
     SpecdecError,
     log_defect,
 )
-from specdec.sampling import SamplingParams
-from specdec.target_state import TargetStateSpec
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import TargetStateSpec
 
 if TYPE_CHECKING:
     # For types only: drafters that need no target state run without torch.
     from specdec.runtime.kv_pool import KvPool
-    from specdec.runtime.state_reader import StateSession
-    from specdec.runtime.target_view import Projection, TargetStateView
-    from specdec.runtime.target_weights import TargetWeights
+    from specdec.state.reader import StateSession
+    from specdec.state.view import Projection, TargetStateView
+    from specdec.state.weights import TargetWeights
 
 logger = logging.getLogger(__name__)
 

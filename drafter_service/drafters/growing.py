@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush, nlargest
 
 from drafter_service.drafters.base import DraftItem
-from specdec.draft_tree import ANCHOR, DraftTree
+from specdec.contract.draft_tree import ANCHOR, DraftTree
 
 MAX_CHILDREN = 8
 """Continuations of a node that are looked at."""

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from drafter_service.drafters.growing import Candidates
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.picks import PickContext, Picker, arg_max
 from specdec.runtime.prepack import multiplier
-from specdec.runtime.target_weights import TargetWeights, softcapped
+from specdec.state.weights import TargetWeights, softcapped
 
 DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 Logits = Callable[[Tensor], Tensor]

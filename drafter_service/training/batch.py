@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from drafter_service.drafters.head import DRAFT_VOCAB_FILE
 from drafter_service.training.features import SequenceFeatures
 from specdec.runtime.picks import arg_max
-from specdec.runtime.target_weights import TargetWeights, softcapped
+from specdec.state.weights import TargetWeights, softcapped
 
 _EVEN_ROWS = 64
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafter_service.drafters.ngram_table import NgramTable
+from drafter_service.drafters.ngram_lm.table import NgramTable
 from drafter_service.training.config import CountOptions, LoopConfig
 from drafter_service.training.data import TokenData
 from drafter_service.training.loop import Acceptance, History

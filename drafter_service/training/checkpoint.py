@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 
 _PARTS = ("identity", "trainee", "optimizer", "generator", "history")
 _TOLERANCE = 0.01

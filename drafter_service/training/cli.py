@@ -12,12 +12,13 @@ import click
 from rich.console import Console
 
 from drafter_service.training.config import CountOptions, LoopConfig
-from specdec.cli_groups import ErrorGroup
-from specdec.errors import InvalidArgumentError
-from specdec.runtime.loading import DTYPES, keep_freed_memory, tune_process
+from specdec.cli.groups import ErrorGroup
+from specdec.contract.errors import InvalidArgumentError
+from specdec.runtime.loading import DTYPES
+from specdec.service.tuning import keep_freed_memory, tune_process
 
 if TYPE_CHECKING:
-    from drafter_service.drafters.ngram_table import TargetVocabulary
+    from drafter_service.drafters.ngram_lm.table import TargetVocabulary
     from drafter_service.training.data import TokenData
     from drafter_service.training.features import FeatureSource
     from drafter_service.training.loop import Acceptance, Trainee
@@ -343,7 +344,7 @@ def dflash(
 )
 def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> None:
     """A table of what the target usually says: drafts that cost next to nothing, counted in seconds."""
-    from drafter_service.drafters.ngram_table import is_table
+    from drafter_service.drafters.ngram_lm.table import is_table
     from drafter_service.training.card import Card, write_table_card
     from drafter_service.training.data import TokenData, split
     from drafter_service.training.loop import CHECKPOINT
@@ -381,8 +382,8 @@ def _vocabulary(model: str) -> TargetVocabulary:
     """Whose tokens are counted; no weights are read for it."""
     from transformers import AutoConfig
 
-    from drafter_service.drafters.ngram_table import TargetVocabulary
-    from specdec.model_files import TOKENIZER_FILES, model_id, resolve_model, vocabulary_fingerprint
+    from drafter_service.drafters.ngram_lm.table import TargetVocabulary
+    from specdec.models.files import TOKENIZER_FILES, model_id, resolve_model, vocabulary_fingerprint
 
     folder = resolve_model(model, TOKENIZER_FILES)
     try:
@@ -488,7 +489,7 @@ def _generate(loaded: LoadedModel, options: dict[str, Any], console: Console) ->
     from drafter_service.training.generate import Decoder, GenerationProgress, generate, room_after
     from drafter_service.training.prompts import PromptMaker
     from drafter_service.training.tasks import make_tasks
-    from specdec.model_files import resolve_model
+    from specdec.models.files import resolve_model
     from specdec.runtime.packed_model import PackedModel
 
     maker = PromptMaker(resolve_model(options["model"]), loaded.eos_token_ids)

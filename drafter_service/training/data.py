@@ -14,7 +14,7 @@ import numpy.typing
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 
 REPLAYED_BATCHES = 256
 """Batches whose features are kept for another pass."""

@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel, PreTrainedModel
 
-from drafter_service.drafters.block_layers import BlockLayers
-from drafter_service.drafters.dflash_checkpoint import TRANSFORMERS_NAMES
-from drafter_service.drafters.markov import PREFIX, MarkovHead, split_weights
+from drafter_service.drafters.dflash.checkpoint import TRANSFORMERS_NAMES
+from drafter_service.drafters.dflash.layers import BlockLayers
+from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
 from drafter_service.training.loop import Trainee
 from drafter_service.training.warm_start import BlockScales, warm_start_block
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.kv_pool import KvShape
 from specdec.runtime.loading import LoadedModel
 from specdec.runtime.packed_model import PackedModel, probe
-from specdec.runtime.target_weights import TargetWeights
+from specdec.state.weights import TargetWeights
 
 _WEIGHTS = "model.safetensors"
 _DECAY = 4.0

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from drafter_service.training.data import TokenSequence
+from specdec.contract.target_state import LAST_HIDDEN, hidden_name, key_name, value_name
 from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvShape
 from specdec.runtime.packed_model import PackedModel
-from specdec.target_state import LAST_HIDDEN, hidden_name, key_name, value_name
 
 
 def pool_bytes(shapes: Mapping[int, KvShape], dtype: torch.dtype, num_tokens: int) -> int:

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from drafter_service.training.data import TokenData, TokenSequence
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import PickContext, Picker
-from specdec.sampling import SamplingParams
 
 _MAX_PREFILL_TOKENS = 2048
 """Prompt tokens that may join a pass, to bound its memory and time; a longer prompt joins alone."""

@@ -19,7 +19,7 @@ from drafter_service.training.checkpoint import read_checkpoint, write_checkpoin
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import Batch, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import SequenceFeatures
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 
 CHECKPOINT = "checkpoint.pt"
 Features = Callable[[Sequence[TokenSequence]], list[SequenceFeatures]]

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 
-from drafter_service.drafters.assistant import AssistantLayers, TargetKv
+from drafter_service.drafters.mtp.layers import AssistantLayers, TargetKv
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch, even_rows
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
 from drafter_service.training.loop import Trainee
 from drafter_service.training.warm_start import warm_start
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.kv_pool import KvShape
 from specdec.runtime.loading import LoadedModel
 from specdec.runtime.packed_model import PackedModel, attention_types, probe
-from specdec.runtime.target_weights import TargetWeights
+from specdec.state.weights import TargetWeights
 
 _WEIGHTS = "model.safetensors"
 KEEP_REJECTED = 0.25

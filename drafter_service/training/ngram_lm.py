@@ -10,12 +10,12 @@ import numpy.typing
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import OpenDraft
-from drafter_service.drafters.ngram_lm import NgramLmDrafter, NgramLmSession
-from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary, UInt64s, extended_hash
+from drafter_service.drafters.ngram_lm.drafter import NgramLmDrafter, NgramLmSession
+from drafter_service.drafters.ngram_lm.table import NgramTable, TargetVocabulary, UInt64s, extended_hash
 from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData
 from drafter_service.training.loop import Acceptance
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 
 _DISCOUNT = 0.75
 """What is taken of each count."""

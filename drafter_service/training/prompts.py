@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from drafter_service.training.generate import Decoder, GenerationProgress, Job, room_after
 from specdec.bench.workload import load_prompts
-from specdec.errors import InvalidArgumentError
-from specdec.sampling import SamplingParams
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.sampling import SamplingParams
 
 _MARK = "\u2042"
 """Stands for the user's text in a rendered chat template."""

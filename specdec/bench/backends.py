@@ -17,7 +17,7 @@ from typing import Any, Self
 from specdec.bench.records import Answer
 from specdec.bench.workload import Prompt
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.errors import DeadlineExceededError, InternalError, UnavailableError
+from specdec.contract.errors import DeadlineExceededError, InternalError, UnavailableError
 
 TRANSFORMERS = "transformers"
 """The peer: a plain `transformers` loop."""

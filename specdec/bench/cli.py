@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from specdec.bench import geometry, noise, plots, transport, verify_pass
+from specdec.bench import geometry, noise_cost, plots, transport, verify_pass
 from specdec.bench.backends import TRANSFORMERS
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
@@ -21,9 +21,9 @@ from specdec.bench.records import RequestRecord
 from specdec.bench.report import category_table, parts_table, peer_ratios, read_rows, speed_table
 from specdec.bench.telemetry_cli import telemetry_command
 from specdec.bench.workload import Prompt
-from specdec.cli_groups import ErrorGroup
-from specdec.errors import InvalidArgumentError, UnavailableError
-from specdec.methods import drafters_of
+from specdec.cli.groups import ErrorGroup
+from specdec.contract.errors import InvalidArgumentError, UnavailableError
+from specdec.contract.methods import drafters_of
 
 _DEFAULTS = BenchConfig()
 _TRANSPORT_DEFAULTS = transport.TransportConfig(model=_DEFAULTS.model)
@@ -346,7 +346,7 @@ def transport_command(
 @click.option("--repeats", type=click.IntRange(min=1), default=100, show_default=True, help="Measurements.")
 def noise_command(positions: int, vocab_size: int, repeats: int) -> None:
     """Measure what the noise of a sampled round costs."""
-    median_ms = noise.measure(num_positions=positions, vocab_size=vocab_size, repeats=repeats)
+    median_ms = noise_cost.measure(num_positions=positions, vocab_size=vocab_size, repeats=repeats)
     click.echo(f"{positions} positions x {vocab_size} tokens: {median_ms:.2f} ms (median of {repeats})")
 
 
@@ -386,7 +386,7 @@ def _local_services(
     verifier_args: Sequence[str] = (),
 ) -> Iterator[str]:
     # Imported here: a run against a gateway elsewhere needs nothing of it.
-    from specdec.launcher import LocalSystem
+    from specdec.local.launcher import LocalSystem
 
     started = time.monotonic()
     extra_args = {"verifier": verifier_args}

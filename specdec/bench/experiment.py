@@ -19,10 +19,10 @@ from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
 from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin, sha256_of
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, ModelInfo
-from specdec.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from specdec.methods import PLAIN, drafters_of
-from specdec.model_files import model_id, resolve_model
-from specdec.sampling import SamplingParams
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from specdec.contract.methods import PLAIN, drafters_of
+from specdec.contract.sampling import SamplingParams
+from specdec.models.files import model_id, resolve_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from specdec.bench.records import RequestRecord
 from specdec.bench.stats import OVERALL, Row
-from specdec.errors import InvalidArgumentError
-from specdec.methods import PLAIN
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.methods import PLAIN
 
 RESULTS_FILE = "results.json"
 REQUESTS_FILE = "requests.jsonl"

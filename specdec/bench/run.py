@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from specdec.bench.records import Contender, RequestRecord
 from specdec.bench.workload import Prompt
-from specdec.errors import SpecdecError
+from specdec.contract.errors import SpecdecError
 
 _PROMPTS_PER_WORKER = 2
 """Prompts per worker in a block: enough that workers do not all idle while the slowest ends, few enough

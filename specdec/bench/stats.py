@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from specdec.bench.records import Answer, RequestRecord
 from specdec.client import Speculation
-from specdec.methods import PLAIN
+from specdec.contract.methods import PLAIN
 
 _T = TypeVar("_T")
 

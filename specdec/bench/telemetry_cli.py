@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from specdec.bench import telemetry
-from specdec.bench.telemetry import CONTROL, OFF, ON, SERVICES, TelemetryConfig
+from specdec.bench import telemetry_cost
+from specdec.bench.telemetry_cost import CONTROL, OFF, ON, SERVICES, TelemetryConfig
 from specdec.bench.workload import load_prompts, select_round_robin
-from specdec.launcher import SystemConfig, prepare_models
+from specdec.local.launcher import SystemConfig, prepare_models
 
 _DEFAULTS = TelemetryConfig()
 
@@ -75,19 +75,19 @@ def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> Non
     config = TelemetryConfig(**settings)
     prepare_models(SystemConfig(model=config.model, drafters=config.drafters), _report)
     prompts = select_round_robin(load_prompts(), num_prompts)
-    samples, costs = telemetry.measure(
+    samples, costs = telemetry_cost.measure(
         config, prompts, lambda done, total: _report(f"Start {done} of {total} done")
     )
-    telemetry.write(directory, samples, costs, asdict(config) | {"num_prompts": len(prompts)})
+    telemetry_cost.write(directory, samples, costs, asdict(config) | {"num_prompts": len(prompts)})
     for arm, name in ((CONTROL, "off again"), (ON, "on")):
-        one = telemetry.ratio(samples, arm)
+        one = telemetry_cost.ratio(samples, arm)
         click.echo(
             f"TPOT, telemetry {name} / off: {one.median:.4f} (95 % interval {one.low:.4f} to {one.high:.4f}, "
             f"{one.num_pairs} pairs)"
         )
-    tpot_ms = telemetry.median_tpot_ms(samples, OFF)
+    tpot_ms = telemetry_cost.median_tpot_ms(samples, OFF)
     for service in SERVICES:
-        off, again, on = (telemetry.cpu_ms_per_token(costs, arm, service) for arm in (OFF, CONTROL, ON))
+        off, again, on = (telemetry_cost.cpu_ms_per_token(costs, arm, service) for arm in (OFF, CONTROL, ON))
         share = (on - (off + again) / 2) / tpot_ms
         click.echo(
             f"CPU ms a token, {service}: {off:.3f} off, {again:.3f} off again, {on:.3f} on "

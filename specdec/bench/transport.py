@@ -21,23 +21,23 @@ import grpc
 from rich.table import Table
 
 from specdec.bench.provenance import collect
-from specdec.channel import aio_channel
-from specdec.errors import (
+from specdec.contract.errors import (
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
     UnavailableError,
     from_rpc_error,
 )
-from specdec.handshake import make_handshake
-from specdec.model_files import model_id, resolve_model
-from specdec.sampling import SamplingParams
-from specdec.target_state import GENERATIONS, PROJECTED, TargetStateRef, TargetStateSpec
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import GENERATIONS, PROJECTED, TargetStateRef, TargetStateSpec
+from specdec.models.files import model_id, resolve_model
+from specdec.transport.channel import aio_channel
+from specdec.transport.handshake import make_handshake
 from specdec.v1 import verifier_pb2, verifier_pb2_grpc
 
 if TYPE_CHECKING:
-    from specdec.runtime.state_reader import StateReader, StateSession
-    from specdec.runtime.target_view import Projection, TargetStateView
+    from specdec.state.reader import StateReader, StateSession
+    from specdec.state.view import Projection, TargetStateView
 
 RESULTS_FILE = "transport.json"
 TABLE_FILE = "transport.md"
@@ -214,7 +214,7 @@ class _Bench:
         self, session: _Session, state: StateSession, samples: _Samples, length: int
     ) -> TargetStateView:
         """One round; the state was readable up to `length` before."""
-        from specdec.runtime.target_view import tensor_bytes
+        from specdec.state.view import tensor_bytes
 
         state.take_num_new_bytes()
         result = await session.round()
@@ -235,7 +235,7 @@ class _Bench:
         Raises:
             InternalError: it does not.
         """
-        from specdec.runtime.target_view import tensor_bytes
+        from specdec.state.view import tensor_bytes
 
         other_transport = STREAM if self._transport == HANDLE else HANDLE
         num_bytes = 0
@@ -270,8 +270,8 @@ class _Bench:
     async def _reader(self, transport: str) -> AsyncIterator[StateReader]:
         import torch
 
-        from specdec.runtime.state_memory import SharedDirectory
-        from specdec.runtime.state_reader import ReaderConfig, StateReader
+        from specdec.runtime.memory import SharedDirectory
+        from specdec.state.reader import ReaderConfig, StateReader
 
         directory = SharedDirectory(Path(self._config.shared_dir)) if transport == HANDLE else None
         device = torch.device(self._config.device)
@@ -426,7 +426,7 @@ def dflash_layers(num_layers: int) -> tuple[int, ...]:
 def _random_projection(input_size: int, output_size: int, dtype: str) -> Projection:
     import torch
 
-    from specdec.runtime.target_view import Projection
+    from specdec.state.view import Projection
 
     generator, torch_dtype = torch.Generator().manual_seed(0), getattr(torch, dtype)
     fc = torch.randn(output_size, input_size, generator=generator, dtype=torch_dtype)

@@ -24,11 +24,11 @@ from rich.table import Table
 from specdec.bench import plots
 from specdec.bench.backends import TransformersBackend
 from specdec.bench.provenance import collect
-from specdec.channel import sync_channel
 from specdec.client import GenerateOptions
-from specdec.errors import FailedPreconditionError, from_rpc_error
-from specdec.handshake import make_handshake
-from specdec.model_files import model_id, resolve_model
+from specdec.contract.errors import FailedPreconditionError, from_rpc_error
+from specdec.models.files import model_id, resolve_model
+from specdec.transport.channel import sync_channel
+from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, verifier_pb2, verifier_pb2_grpc
 
 RESULTS_FILE = "pass.json"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 """The workload used when none is named: 48 prompts in six categories."""

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.target_state import LAST_HIDDEN, hidden_name
 from specdec.runtime.attention import Pass
 from specdec.runtime.kv_pool import KvPool, write_rows
-from specdec.target_state import LAST_HIDDEN, hidden_name
 
 
 class HiddenCapture:

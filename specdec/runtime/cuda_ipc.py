@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from specdec.errors import FailedPreconditionError, ResourceExhaustedError
-from specdec.runtime.state_memory import Region, SharedHostMemory, StateMemory
-from specdec.target_state import CudaIpc, StateStorage
+from specdec.contract.errors import FailedPreconditionError, ResourceExhaustedError
+from specdec.contract.target_state import CudaIpc, StateStorage
+from specdec.runtime.memory import Region, SharedHostMemory, StateMemory
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1

@@ -21,7 +21,13 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from specdec.errors import InternalError, ResourceExhaustedError, SpecdecError, UnavailableError, log_defect
+from specdec.contract.errors import (
+    InternalError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnavailableError,
+    log_defect,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import numpy.typing
 import torch
 from torch import Tensor
 
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError
-from specdec.runtime.state_memory import PrivateMemory, Region, StateMemory, dtype_name
-from specdec.target_state import GENERATIONS, TensorRef, key_name, value_name
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.target_state import GENERATIONS, TensorRef, key_name, value_name
+from specdec.runtime.memory import PrivateMemory, Region, StateMemory, dtype_name
 
 BLOCK_TOKENS = 64
 """Tokens per block: the pool's unit of allocation, and of the keys that attention reads."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.noise import (
+from specdec.contract.token_noise import (
     HASH_ROUNDS,
     LN2,
     LOG_COEFFICIENTS,

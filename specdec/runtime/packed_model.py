@@ -7,7 +7,6 @@ own position ids; `attention` lets each session see its own keys and values only
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -16,16 +15,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import ATTENTION_NAME, Pass, PoolCache, Segment
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import KvPool, KvShape, join_slots
+from specdec.runtime.memory import StateMemory
 from specdec.runtime.prepack import prepack_linears, stable_head
-from specdec.runtime.rounding import branches_round_alike, tokens_round_alike
-from specdec.runtime.state_memory import StateMemory
 from specdec.runtime.tree_keys import Branches
-
-logger = logging.getLogger(__name__)
 
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _MIN_PASS_TOKENS = 2
@@ -127,29 +123,6 @@ class PackedModel:
                 reason="UNSUPPORTED_MODEL",
             )
 
-    @torch.inference_mode()
-    def try_rounding(self) -> None:
-        """Find out by trial how this machine rounds, and compute branches of draft trees accordingly.
-
-        On a CPU in bf16 a token should get the same bits in every pass; a warning says so where it does not.
-        Branches go side by side if that changes no bit: only on CPUs with 512-bit vectors, whose order of
-        summation is known, and only if the trial confirms it. On a GPU a pass of another size rounds
-        otherwise in any case.
-        """
-        if self.device.type != "cpu":
-            self.branches = Branches.MASKED
-            return
-        if self.model.dtype.itemsize != 2:
-            return
-        if not tokens_round_alike(self):
-            logger.warning(
-                "on this CPU a pass over several tokens rounds otherwise than one over a single token: where "
-                "two tokens are almost equally likely, the output may depend on the drafts; --dtype float32 "
-                "avoids it"
-            )
-        if _has_known_sums() and branches_round_alike(self):
-            self.branches = Branches.EXACT
-
     def trial_pass(self, segment: Segment, branches: Branches = Branches.APART) -> tuple[Tensor, Pass]:
         """Logits of a pass over one segment, and the pass. For trials, whose sessions nobody else knows."""
         current = Pass([segment], self._write_slots([segment]), branches=branches)
@@ -162,11 +135,6 @@ class PackedModel:
     def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
         slots = [segment.allocation.slots(segment.start, segment.stop) for segment in segments]
         return join_slots(slots, self.device)
-
-
-def _has_known_sums() -> bool:
-    """Whether this CPU's kernels sum over keys in the order that `tree_keys` knows."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def attention_types(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, str]:

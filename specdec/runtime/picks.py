@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specdec.draft_tree import NO_DRAFT, DraftTree
+from specdec.contract.draft_tree import NO_DRAFT, DraftTree
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.noise import GumbelNoise
-from specdec.sampling import SamplingParams
 
 _TOP_P_CANDIDATES = 256
 _ARG_MAX_BLOCK = 256

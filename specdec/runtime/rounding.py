@@ -8,20 +8,20 @@ costs no pass.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import KvAllocation, KvPool
+from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.tree_keys import Branches
 
-if TYPE_CHECKING:
-    from specdec.runtime.packed_model import PackedModel
+logger = logging.getLogger(__name__)
 
 _NUM_ROOM_TOKENS = 704
 """Positions a trial uses, if the pool and the model have as many."""
@@ -31,6 +31,34 @@ _ALONE = (0, 1, 8, 9, 15)
 """Which tokens of a chain are computed alone as well. 375 + 8 and 375 + 9 are in different blocks."""
 _NUM_TREE_TOKENS = 65
 """A root and the most draft tokens that are usual."""
+
+
+@torch.inference_mode()
+def settle_branches(packed: PackedModel) -> None:
+    """Find out by trial how this machine rounds, and have branches of draft trees computed accordingly.
+
+    On a CPU in bf16 a token should get the same bits in every pass; a warning says so where it does not.
+    Branches go side by side if that changes no bit: only on CPUs with 512-bit vectors, whose order of
+    summation is known, and only if the trial confirms it. On a GPU a pass of another size rounds otherwise
+    in any case.
+    """
+    if packed.device.type != "cpu":
+        packed.branches = Branches.MASKED
+        return
+    if packed.model.dtype.itemsize != 2:
+        return
+    if not tokens_round_alike(packed):
+        logger.warning(
+            "on this CPU a pass over several tokens rounds otherwise than one over a single token: where two "
+            "tokens are almost equally likely, the output may depend on the drafts; --dtype float32 avoids it"
+        )
+    if _has_known_sums() and branches_round_alike(packed):
+        packed.branches = Branches.EXACT
+
+
+def _has_known_sums() -> bool:
+    """Whether this CPU's kernels sum over keys in the order that `tree_keys` knows."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def tokens_round_alike(packed: PackedModel) -> bool:

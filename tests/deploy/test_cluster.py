@@ -16,7 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from gateway.callers import TokenFile
-from specdec.cli import main
+from specdec.cli.main import main
 from tests.deploy.manifests import (
     CLUSTER_OVERLAYS,
     DEPLOY,

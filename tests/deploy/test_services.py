@@ -22,9 +22,10 @@ import verifier_service.cli
 import verifier_service.service
 from drafter_service.config import DrafterConfig
 from gateway.config import GatewayConfig
-from specdec.channel import parse_uris
-from specdec.runtime.embedded import DEFAULT_MODEL
-from specdec.server import LIVENESS, ServiceHost
+from specdec.models.embedded import DEFAULT_MODEL
+from specdec.service.health import LIVENESS
+from specdec.service.host import ServiceHost
+from specdec.transport.channel import parse_uris
 from tests.deploy.manifests import DEPLOY, SERVICES, Container, Manifests
 from verifier_service.config import VerifierConfig
 

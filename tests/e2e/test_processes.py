@@ -19,12 +19,12 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from drafter_service.registry import FAMILIES
-from specdec.channel import aio_channel, sync_channel
+from drafter_service.families import FAMILIES
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.errors import UnavailableError
-from specdec.launcher import LocalSystem, SystemConfig, service_specs
-from specdec.processes import Service, ServiceGroup, ServiceSpec, free_ports
+from specdec.contract.errors import UnavailableError
+from specdec.local.launcher import LocalSystem, SystemConfig, service_specs
+from specdec.local.processes import Service, ServiceGroup, ServiceSpec, free_ports
+from specdec.transport.channel import aio_channel, sync_channel
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import draft_stream, until, verify_stream
 from tests.systems import running_gateway, running_verifier

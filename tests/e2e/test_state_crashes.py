@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.errors import UnavailableError
-from specdec.processes import Service, free_ports
-from specdec.target_state import StateStorage
+from specdec.contract.errors import UnavailableError
+from specdec.contract.target_state import StateStorage
+from specdec.local.processes import Service, free_ports
 from tests.probe_service import probe_command, service_group, verifier_command
 from tests.raw_streams import until
 from tests.state_probe import StateProbe, all_of, assert_never_changed

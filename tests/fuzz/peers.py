@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from specdec.handshake import make_handshake
+from specdec.transport.handshake import make_handshake
 from specdec.v1 import drafter_pb2, verifier_pb2
 from tests.fuzz.world import NUM_TOKENS, World, code_of
 from tests.refusals import PROMPT

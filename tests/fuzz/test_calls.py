@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.sampling import SamplingParams
-from specdec.target_state import ProjectionInfo
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import ProjectionInfo
 from specdec.v1 import drafter_pb2, target_state_pb2, verifier_pb2
 from tests.fuzz.messages import wrong
 from tests.fuzz.world import PROPER, World, code_of, fuzzing

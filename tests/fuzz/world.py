@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import grpc
 from hypothesis import HealthCheck, settings
 
-from specdec.channel import aio_channel
 from specdec.client import GenerateOptions
+from specdec.transport.channel import aio_channel
 from tests.raw_streams import output_of, until
 from tests.refusals import PROMPT
 from tests.state_probe import StateProbe, all_of

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
-from specdec.handshake import make_handshake
+from specdec.transport.handshake import make_handshake
 from specdec.v1 import drafter_pb2
 from tests.hostile.liar import DraftContext, Liar, Requests, lying_timings
 from tests.hostile.scene import BOUND_S, DRAFT_TIMEOUT_S

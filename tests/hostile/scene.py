@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.generation import Generation
+from specdec.client.generation import Generation
 from tests.hostile.liar import Liar, running_liar
 from tests.raw_streams import until
 from tests.refusals import PROMPT

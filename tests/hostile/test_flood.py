@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from gateway.config import GatewayConfig
-from specdec.channel import MAX_MESSAGE_BYTES
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.errors import InvalidArgumentError
-from specdec.launcher import LocalSystem
+from specdec.contract.errors import InvalidArgumentError
+from specdec.local.launcher import LocalSystem
+from specdec.transport.channel import MAX_MESSAGE_BYTES
 from specdec.v1 import drafter_pb2
 from tests.hostile.liar import NAME, DraftContext, Liar, Requests, running_liar
 from tests.refusals import PROMPT

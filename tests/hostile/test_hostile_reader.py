@@ -15,15 +15,15 @@ import pytest
 import pytest_asyncio
 import torch
 
-from specdec.channel import aio_channel
-from specdec.errors import (
+from specdec.contract.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
     from_rpc_error,
 )
-from specdec.target_state import TargetStateSpec
+from specdec.contract.target_state import TargetStateSpec
+from specdec.transport.channel import aio_channel
 from specdec.v1 import target_state_pb2 as pb
 from specdec.v1 import verifier_pb2_grpc
 from tests.raw_streams import output_of, until

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specdec.sampling import SamplingParams
+from specdec.contract.sampling import SamplingParams
 from tests.hostile.liar import NAME
 from tests.hostile.lies import LIARS, STREAMS
 from tests.hostile.scene import NUM_TOKENS, Honest, scene_of

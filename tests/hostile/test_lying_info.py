@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.v1 import drafter_pb2, target_state_pb2
 from tests.hostile.liar import NAME, Liar
 from tests.hostile.scene import Honest, scene_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from gateway import merging
+from gateway.rounds import merging
 from tests.exposition import Exposition, expose_everything
 from tests.refusals import small_system
 from tests.systems import System

@@ -11,7 +11,7 @@ from typing import Any
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
-from drafter_service.registry import FAMILIES, DrafterFactory, DrafterSpec
+from drafter_service.families import FAMILIES, DrafterFactory, DrafterSpec
 from specdec.client import AsyncClient
 from tests.systems import System, running_system
 

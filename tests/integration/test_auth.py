@@ -17,11 +17,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gateway.callers import CallerLimits, TokenFile
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
-from specdec.auth import CALLER, Caller, Limits
-from specdec.cli import main
+from specdec.cli.main import main
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
-from specdec.telemetry import make_telemetry
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
+from specdec.service.auth import CALLER, Caller, Limits
+from specdec.service.telemetry import make_telemetry
 from specdec.v1 import gateway_pb2
 from tests.integration.gated_drafter import Gate, eventually_offers
 from tests.systems import running_drafter, running_gateway, running_verifier
@@ -197,7 +197,8 @@ def test_a_bad_file_is_refused_at_the_start(content: str, message: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere:At", "specdec.auth", "specdec.auth:Nothing", "specdec.auth:CALLER"]
+    "name",
+    ["nowhere:At", "specdec.service.auth", "specdec.service.auth:Nothing", "specdec.service.auth:CALLER"],
 )
 def test_an_authenticator_that_is_none_is_refused_at_the_start(name: str) -> None:
     with pytest.raises(InvalidArgumentError, match="--authenticator"):

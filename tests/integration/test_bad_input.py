@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from specdec.client import GenerateOptions, Message
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
-from specdec.sampling import SamplingParams
+from specdec.client.wire import build_request
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
+from specdec.contract.sampling import SamplingParams
 from specdec.v1 import gateway_pb2
-from specdec.wire import build_request
 from tests.raw_streams import draft_stream, verify_stream
 from tests.refusals import (
     CONTEXT,

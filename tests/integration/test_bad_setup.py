@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from drafter_service.config import DrafterConfig
-from drafter_service.registry import load_drafters
+from drafter_service.families import load_drafters
 from drafter_service.server import DrafterServer
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
-from specdec.errors import InvalidArgumentError, NotFoundError, SpecdecError, UnavailableError
-from specdec.model_files import resolve_model
-from specdec.runtime.embedded import cache_directory, find_damage, prepare_default_model
-from specdec.telemetry import make_telemetry
+from specdec.contract.errors import InvalidArgumentError, NotFoundError, SpecdecError, UnavailableError
+from specdec.models.embedded import cache_directory, find_damage, prepare_default_model
+from specdec.models.files import resolve_model
+from specdec.service.telemetry import make_telemetry
 from tests.raw_streams import output_of
 from tests.systems import running_verifier
 from tests.tiny_models import VOCAB_SIZE, byte_tokenizer

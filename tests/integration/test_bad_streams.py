@@ -8,8 +8,7 @@ import grpc
 import pytest
 
 from specdec import PROTOCOL_VERSION
-from specdec.channel import MAX_MESSAGE_BYTES, aio_channel
-from specdec.errors import (
+from specdec.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
@@ -17,7 +16,8 @@ from specdec.errors import (
     SpecdecError,
     from_rpc_error,
 )
-from specdec.handshake import make_handshake
+from specdec.transport.channel import MAX_MESSAGE_BYTES, aio_channel
+from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, drafter_pb2, target_state_pb2, verifier_pb2
 from tests.raw_streams import draft_stream, verify_stream
 from tests.refusals import (

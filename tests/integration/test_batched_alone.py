@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from specdec.draft_tree import DraftTree
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
-from specdec.sampling import SamplingParams
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.trees import random_tree
 from verifier_service.config import VerifierConfig

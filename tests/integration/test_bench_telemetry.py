@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from specdec.bench.cli import bench
-from specdec.bench.telemetry import CONTROL, OFF, ON, Sample, TelemetryConfig, ratio
+from specdec.bench.telemetry_cost import CONTROL, OFF, ON, Sample, TelemetryConfig, ratio
 
 
 def samples(*factors: tuple[float, ...]) -> list[Sample]:

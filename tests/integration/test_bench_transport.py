@@ -8,7 +8,7 @@ import pytest
 
 from specdec.bench import transport
 from specdec.bench.transport import HANDLE, STREAM, TransportConfig
-from specdec.errors import FailedPreconditionError, UnavailableError
+from specdec.contract.errors import FailedPreconditionError, UnavailableError
 from tests.integration.gated_drafter import eventually
 from tests.systems import running_verifier
 from tests.tiny_models import save_tiny_model

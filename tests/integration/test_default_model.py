@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec.client import GenerateOptions
-from specdec.runtime.embedded import prepare_default_model
-from specdec.sampling import SamplingParams
+from specdec.contract.sampling import SamplingParams
+from specdec.models.embedded import prepare_default_model
 from tests.systems import running_system
 
 pytestmark = [pytest.mark.default_model, pytest.mark.timeout(600)]

@@ -21,15 +21,15 @@ from transformers.generation.candidate_generator import DFlashTokenCandidateGene
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafted, Drafter, DraftItem
-from drafter_service.drafters.dflash import DFlashDrafter
-from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
+from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
+from drafter_service.drafters.dflash.drafter import DFlashDrafter
 from drafter_service.drafters.head import DraftHead
-from drafter_service.registry import FAMILIES, DrafterFactory, load_drafters
+from drafter_service.families import FAMILIES, DrafterFactory, load_drafters
 from specdec.client import GenerateOptions
-from specdec.draft_tree import DraftTree
-from specdec.errors import InvalidArgumentError, SpecdecError
-from specdec.sampling import SamplingParams
-from specdec.target_state import StateStorage
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import InvalidArgumentError, SpecdecError
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import StateStorage
 from tests.systems import System, running_system
 from tests.tiny_assistants import NARROW, narrow
 from tests.tiny_dflash import (

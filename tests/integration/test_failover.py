@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from specdec.client import AsyncClient, GenerateOptions, Generation
-from specdec.errors import UnavailableError
-from specdec.sampling import SamplingParams
-from specdec.target_state import TargetStateSpec
+from specdec.contract.errors import UnavailableError
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import TargetStateSpec
 from tests.integration.gated_drafter import eventually_offers
 from tests.raw_streams import until
 from tests.state_probe import StateProbe

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
-from drafter_service.registry import FAMILIES, DrafterSpec
+from drafter_service.families import FAMILIES, DrafterSpec
 from specdec.client import GenerateOptions
-from specdec.sampling import SamplingParams
+from specdec.contract.sampling import SamplingParams
 from tests.systems import System, running_system
 from tests.tiny_models import FAMILIES as MODEL_FAMILIES
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
-from drafter_service.registry import FAMILIES, DrafterSpec
-from gateway.remote import RemoteDrafterSession
+from drafter_service.families import FAMILIES, DrafterSpec
+from gateway.replicas.sessions import RemoteDrafterSession
 from specdec.client import GenerateOptions
-from specdec.errors import DeadlineExceededError, RequestCancelledError, UnavailableError
+from specdec.contract.errors import DeadlineExceededError, RequestCancelledError, UnavailableError
 from specdec.v1 import drafter_pb2
 from tests.raw_streams import until
 from tests.refusals import PROMPT, assert_healthy, shared

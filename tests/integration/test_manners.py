@@ -23,18 +23,19 @@ from drafter_service.service import SERVICE_NAME as DRAFTER
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from gateway.service import SERVICE_NAME as GATEWAY
-from specdec.channel import MAX_MESSAGE_BYTES, aio_channel, client_options, server_options
 from specdec.client import AsyncClient, Client, GenerateOptions
-from specdec.errors import (
+from specdec.contract.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
     from_rpc_error,
 )
-from specdec.server import LIVENESS, ServiceHost
-from specdec.telemetry import make_telemetry
-from specdec.tls import PemFiles
+from specdec.service.health import LIVENESS
+from specdec.service.host import ServiceHost
+from specdec.service.telemetry import make_telemetry
+from specdec.transport.channel import MAX_MESSAGE_BYTES, aio_channel, client_options, server_options
+from specdec.transport.tls import PemFiles
 from specdec.v1 import (
     drafter_pb2,
     drafter_pb2_grpc,
@@ -498,7 +499,7 @@ class TestTransport:
         self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A server sends its clients away from an old connection; calls under way stay on it."""
-        monkeypatch.setattr("specdec.channel.MAX_CONNECTION_AGE_S", 0.3)
+        monkeypatch.setattr("specdec.transport.channel.MAX_CONNECTION_AGE_S", 0.3)
         async with gated_system(tiny_llama) as (system, gate), aio_channel(system.address) as channel:
             expected = await system.client.generate(PROMPT, replace(GATED, method="none"))
             long = asyncio.create_task(system.client.generate(PROMPT, GATED))

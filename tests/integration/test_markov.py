@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
-from specdec.errors import InvalidArgumentError
-from specdec.sampling import SamplingParams
+from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.sampling import SamplingParams
 from tests.integration.test_dflash import (
     MODES,
     NUM_TOKENS,

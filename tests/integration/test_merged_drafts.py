@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.sampling import SamplingParams
+from specdec.contract.sampling import SamplingParams
 from tests.integration.gated_drafter import Gate, eventually_offers
 from tests.integration.test_lossless import PROMPTS, SAMPLINGS, TEST_FAMILIES
 from tests.systems import running_drafter, running_gateway, running_system, running_verifier

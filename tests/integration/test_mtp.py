@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from drafter_service.drafters.base import Drafter, DraftItem
-from drafter_service.drafters.mtp import Assistant, MtpDrafter
-from drafter_service.registry import FAMILIES, DrafterFactory
+from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
+from drafter_service.families import FAMILIES, DrafterFactory
 from specdec.client import GenerateOptions
-from specdec.errors import InvalidArgumentError, SpecdecError
-from specdec.sampling import SamplingParams
-from specdec.target_state import StateStorage
+from specdec.contract.errors import InvalidArgumentError, SpecdecError
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import StateStorage
 from tests.systems import System, running_system
 from tests.tiny_assistants import FAMILIES as GEMMAS
 from tests.tiny_assistants import NARROW, save_narrow_pair, save_tiny_assistant

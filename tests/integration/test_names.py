@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.registry import VerifierSet, make_verifier_set, resolve_name
-from specdec.errors import UnavailableError
-from specdec.model_files import vocabulary_fingerprint
+from gateway.replicas.replicas import VerifierSet, make_verifier_set, resolve_name
+from specdec.contract.errors import UnavailableError
+from specdec.models.files import vocabulary_fingerprint
 from tests.integration.gated_drafter import eventually
 from tests.systems import running_verifier
 

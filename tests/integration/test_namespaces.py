@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.gateway_info import DrafterServiceInfo, VerifierInfo
+from specdec.client.gateway_info import DrafterServiceInfo, VerifierInfo
 from tests.probe_service import probe_command, service_group, verifier_command
 from tests.systems import running_gateway
 

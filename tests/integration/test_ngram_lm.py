@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drafter_service.drafters.ngram_table import TargetVocabulary
+from drafter_service.drafters.ngram_lm.table import TargetVocabulary
 from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.ngram_lm import count
 from specdec.client import GenerateOptions
-from specdec.model_files import model_id, vocabulary_fingerprint
-from specdec.sampling import SamplingParams
+from specdec.contract.sampling import SamplingParams
+from specdec.models.files import model_id, vocabulary_fingerprint
 from tests.integration.test_lossless import PROMPTS
 from tests.systems import running_system
 from tests.tiny_models import VOCAB_SIZE

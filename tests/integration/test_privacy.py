@@ -14,10 +14,10 @@ from opentelemetry.trace import StatusCode
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
-from drafter_service.registry import FAMILIES, DrafterSpec
+from drafter_service.families import FAMILIES, DrafterSpec
 from specdec.client import AsyncClient, GenerateOptions, Message
-from specdec.errors import InternalError, InvalidArgumentError, SpecdecError
-from specdec.telemetry import Telemetry, make_telemetry
+from specdec.contract.errors import InternalError, InvalidArgumentError, SpecdecError
+from specdec.service.telemetry import Telemetry, make_telemetry
 from tests.systems import running_gateway, running_system, running_verifier
 
 SECRET = "the password is swordfish"

@@ -19,10 +19,10 @@ from opentelemetry.trace import format_trace_id
 
 from gateway.metrics import OTHER
 from specdec.client import AsyncClient, GenerateOptions, Generation
-from specdec.errors import InvalidArgumentError, UnavailableError
-from specdec.methods import drafters_of, method_of
-from specdec.sampling import SamplingParams
-from specdec.telemetry import make_telemetry
+from specdec.contract.errors import InvalidArgumentError, UnavailableError
+from specdec.contract.methods import drafters_of, method_of
+from specdec.contract.sampling import SamplingParams
+from specdec.service.telemetry import make_telemetry
 from tests.exposition import make_broken
 from tests.integration.gated_drafter import eventually, eventually_offers
 from tests.systems import FAMILIES, System, running_gateway, running_system, running_verifier

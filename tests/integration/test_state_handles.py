@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from specdec.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
+from specdec.contract.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
+from specdec.contract.target_state import GENERATIONS, SharedMemory, StateStorage, TargetStateRef, TensorRef
 from specdec.runtime.kv_pool import BLOCK_TOKENS
-from specdec.runtime.state_memory import SharedDirectory
-from specdec.target_state import GENERATIONS, SharedMemory, StateStorage, TargetStateRef, TensorRef
+from specdec.runtime.memory import SharedDirectory
 from tests.raw_streams import DraftStream, VerifyStream, draft_stream, until
 from tests.state_probe import (
     ProbeSession,

@@ -17,13 +17,13 @@ import pytest_asyncio
 import torch
 from rich.console import Console
 
-from specdec.channel import aio_channel
+from specdec.cli.render import info_tables
 from specdec.client import AsyncClient, GenerateOptions, Generation
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError
-from specdec.gateway_info import DrafterServiceInfo, GatewayInfo, VerifierInfo
-from specdec.render import info_tables
-from specdec.runtime.state_memory import SharedDirectory
-from specdec.target_state import StateStorage, TargetStateSpec
+from specdec.client.gateway_info import DrafterServiceInfo, GatewayInfo, VerifierInfo
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.target_state import StateStorage, TargetStateSpec
+from specdec.runtime.memory import SharedDirectory
+from specdec.transport.channel import aio_channel
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from tests.refusals import shared
 from tests.state_probe import StateProbe, all_of, random_projection

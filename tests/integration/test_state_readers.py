@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from specdec.target_state import TargetStateRef
+from specdec.contract.target_state import TargetStateRef
 from tests.probe_service import ENV
 from tests.raw_streams import output_of, until
 from tests.state_probe import all_of, partly_right, ref_of, scattered, state_session

@@ -12,8 +12,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from specdec.channel import aio_channel
-from specdec.errors import (
+from specdec.contract.errors import (
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
@@ -21,9 +20,16 @@ from specdec.errors import (
     UnimplementedError,
     from_rpc_error,
 )
+from specdec.contract.target_state import (
+    ProjectionInfo,
+    StateStorage,
+    TargetStateSpec,
+    TensorRef,
+    storage_kind,
+)
 from specdec.runtime.kv_pool import BLOCK_TOKENS
-from specdec.runtime.target_view import Projection
-from specdec.target_state import ProjectionInfo, StateStorage, TargetStateSpec, TensorRef, storage_kind
+from specdec.state.view import Projection
+from specdec.transport.channel import aio_channel
 from specdec.v1 import target_state_pb2 as pb
 from specdec.v1 import verifier_pb2_grpc
 from tests.raw_streams import run_session, until

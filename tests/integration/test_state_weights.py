@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec.client import GenerateOptions
-from specdec.runtime.target_weights import TargetWeights
-from specdec.target_state import TargetStateSpec
+from specdec.contract.target_state import TargetStateSpec
+from specdec.state.weights import TargetWeights
 from tests.state_probe import ProbeSession, StateProbe
 from tests.systems import running_system, running_verifier
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from specdec.client import GenerateOptions
+from specdec.contract.target_state import StateStorage, TargetStateSpec, hidden_name, key_name, value_name
 from specdec.runtime.kv_pool import BLOCK_TOKENS
-from specdec.runtime.target_view import Projection
-from specdec.target_state import StateStorage, TargetStateSpec, hidden_name, key_name, value_name
+from specdec.state.view import Projection
 from tests.raw_streams import until
 from tests.refusals import shared
 from tests.state_probe import (

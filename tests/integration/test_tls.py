@@ -16,13 +16,18 @@ from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.config import GatewayConfig
-from gateway.registry import VerifierSet, make_verifier_set
-from specdec.channel import TlsConfig
+from gateway.replicas.replicas import VerifierSet, make_verifier_set
 from specdec.client import AsyncClient, Client, GenerateOptions
-from specdec.errors import InvalidArgumentError, PermissionDeniedError, SpecdecError, UnavailableError
-from specdec.target_state import StateStorage
-from specdec.telemetry import make_telemetry
-from specdec.tls import OutgoingTls, PemFiles, PemWatch
+from specdec.contract.errors import (
+    InvalidArgumentError,
+    PermissionDeniedError,
+    SpecdecError,
+    UnavailableError,
+)
+from specdec.contract.target_state import StateStorage
+from specdec.service.telemetry import make_telemetry
+from specdec.transport.channel import TlsConfig
+from specdec.transport.tls import OutgoingTls, PemFiles, PemWatch
 from tests.certificates import Authority, Folder, Issued, replace
 from tests.raw_streams import draft_stream, verify_stream
 from tests.state_probe import StateProbe, all_of
@@ -321,7 +326,7 @@ async def test_a_bad_file_keeps_the_last_good_certificate(
         ):
             good = (files.path / name).read_bytes()
             caplog.clear()
-            with caplog.at_level(logging.WARNING, "specdec.tls"):
+            with caplog.at_level(logging.WARNING, "specdec.transport.tls"):
                 replace(files.path / name, content)
                 async with system.client(tls) as client:
                     await client.generate(PROMPT, OPTIONS)

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafter_service.drafters.base import Drafted, Drafter, DraftItem
-from drafter_service.drafters.dflash import DFlashDrafter
-from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
-from drafter_service.drafters.mtp import Assistant, MtpDrafter
-from drafter_service.registry import FAMILIES, DrafterFactory
+from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
+from drafter_service.drafters.dflash.drafter import DFlashDrafter
+from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
+from drafter_service.families import FAMILIES, DrafterFactory
 from specdec.client import GenerateOptions
-from specdec.draft_tree import ANCHOR, DraftTree
-from specdec.errors import SpecdecError
-from specdec.sampling import SamplingParams
+from specdec.contract.draft_tree import ANCHOR, DraftTree
+from specdec.contract.errors import SpecdecError
+from specdec.contract.sampling import SamplingParams
 from tests.integration import test_dflash, test_mtp
 from tests.systems import running_system
 from tests.tiny_assistants import save_narrow_pair

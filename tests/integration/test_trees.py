@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from specdec.draft_tree import DraftTree
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.kv_pool import BLOCK_TOKENS
-from specdec.sampling import SamplingParams
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import output_of, run_session, until, verify_stream
 from tests.systems import running_verifier

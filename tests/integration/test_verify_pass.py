@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specdec.bench import noise, verify_pass
-from specdec.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.bench import noise_cost, verify_pass
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
 from tests.integration.gated_drafter import eventually
 from tests.systems import running_verifier
 
@@ -91,4 +91,4 @@ async def test_a_refusal_is_a_typed_error(tiny_llama: Path) -> None:
 
 
 def test_the_noise_of_a_round_is_timed() -> None:
-    assert noise.measure(num_positions=2, vocab_size=100, repeats=3) > 0
+    assert noise_cost.measure(num_positions=2, vocab_size=100, repeats=3) > 0

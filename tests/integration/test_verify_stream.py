@@ -13,7 +13,7 @@ import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM
 
-from specdec.sampling import SamplingParams
+from specdec.contract.sampling import SamplingParams
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import output_of, run_session, tokens_of, until, verify_stream
 from tests.systems import running_verifier

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from specdec.channel import server_options
-from specdec.errors import ResourceExhaustedError, to_status
+from specdec.contract.errors import ResourceExhaustedError, to_status
+from specdec.transport.channel import server_options
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
 
 Responses = Iterator[gateway_pb2.GenerateResponse]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.draft_tree import ANCHOR, DraftTree
+from specdec.contract.draft_tree import ANCHOR, DraftTree
 from tests.trees import random_tree
 from verifier_service.acceptance import Acceptance, FinishReason, accept
 

@@ -24,7 +24,7 @@ from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
 from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin
 from specdec.client import GenerateOptions, Speculation
-from specdec.errors import InvalidArgumentError, UnavailableError
+from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
 
 # Workload

@@ -14,7 +14,7 @@ from specdec.bench import transport
 from specdec.bench.cli import bench
 from specdec.bench.geometry import GEOMETRIES, prepared_model
 from specdec.bench.transport import HANDLE, STREAM, TransportRow
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 
 ROWS = [
     TransportRow("m", "DFlash", HANDLE, 100, 500, 25.4, 60.0, 12.0, 102_400, 0.4, 0.1, 50, 102_400),

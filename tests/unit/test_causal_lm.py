@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from drafter_service.drafters.base import DraftItem
-from drafter_service.drafters.causal_lm import CausalLmDrafter, CausalLmSession, OpenDraft
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError
+from drafter_service.drafters.causal_lm.drafter import CausalLmDrafter, CausalLmSession, OpenDraft
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.loading import load_causal_lm
-from specdec.sampling import SamplingParams
 from tests.tiny_models import VOCAB_SIZE
 
 CONTEXT = 512

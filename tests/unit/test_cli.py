@@ -17,12 +17,12 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from specdec.chat import Conversation
-from specdec.cli import main
+from specdec.cli.chat import Conversation
+from specdec.cli.main import main
+from specdec.cli.render import AnswerPrinter, agreement, fallback_note
 from specdec.client import Client, GenerateOptions, Message, Token
-from specdec.generation import Generation, ProposerStats, Speculation, Timing, Usage
-from specdec.local_state import SystemState, write_state
-from specdec.render import AnswerPrinter, agreement, fallback_note
+from specdec.client.generation import Generation, ProposerStats, Speculation, Timing, Usage
+from specdec.local.state_file import SystemState, write_state
 from tests.unit.scripted_gateway import (
     Responses,
     ScriptedGateway,

@@ -24,7 +24,8 @@ from specdec.client import (
     VerifierInfo,
     find_gateway,
 )
-from specdec.errors import (
+from specdec.client.wire import build_request
+from specdec.contract.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
@@ -33,8 +34,7 @@ from specdec.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from specdec.processes import free_ports
-from specdec.wire import build_request
+from specdec.local.processes import free_ports
 from tests.unit.scripted_gateway import (
     TRACE_ID,
     Responses,

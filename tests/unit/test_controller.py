@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.controller import Controller, Curve, FixedSize, SizeControl
-from gateway.decode import Draft, DraftSize, Round, Verified
+from gateway.rounds.controller import Controller, Curve, FixedSize, SizeControl
+from gateway.rounds.vocabulary import Draft, DraftSize, Round, Verified
 
 MS = 1_000_000
 

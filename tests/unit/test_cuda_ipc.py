@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.errors import FailedPreconditionError
-from specdec.gateway_info import DrafterServiceInfo
-from specdec.processes import free_ports
-from specdec.runtime.state_memory import SharedDirectory, SharedHostMemory
-from specdec.target_state import CudaIpc, SharedMemory, StateStorage
+from specdec.client.gateway_info import DrafterServiceInfo
+from specdec.contract.errors import FailedPreconditionError
+from specdec.contract.target_state import CudaIpc, SharedMemory, StateStorage
+from specdec.local.processes import free_ports
+from specdec.runtime.memory import SharedDirectory, SharedHostMemory
 from tests.probe_service import ENV, probe_command, service_group
 from tests.systems import running_gateway, running_verifier
 
@@ -38,7 +38,7 @@ PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 READER = """
 import json, sys, torch
 from specdec.runtime.cuda_ipc import CudaMapping
-from specdec.target_state import CudaIpc
+from specdec.contract.target_state import CudaIpc
 fields = json.loads(sys.stdin.readline())
 for name in ("memory_handle", "event_handle"):
     fields[name] = bytes.fromhex(fields[name])

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from gateway.controller import FixedSize
-from gateway.decode import Draft, DraftRequest, DraftSize, Round, Verified, decode
-from gateway.tracing import RequestTrace
-from specdec.draft_tree import DraftTree
-from specdec.errors import UnavailableError
-from specdec.telemetry import Telemetry, make_telemetry
+from gateway.rounds.controller import FixedSize
+from gateway.rounds.decode import decode
+from gateway.rounds.tracing import RequestTrace
+from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize, Round, Verified
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import UnavailableError
+from specdec.service.telemetry import Telemetry, make_telemetry
 
 PROMPT = (90, 91, 92)
 WRONG = -1

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specdec.draft_tree import ANCHOR, DraftTree, from_chains, merge
-from specdec.errors import InvalidArgumentError
+from specdec.contract.draft_tree import ANCHOR, DraftTree, from_chains, merge
+from specdec.contract.errors import InvalidArgumentError
 from tests.trees import one_path, random_tree
 
 trees = st.builds(

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.decode import Draft, DraftRequest, DraftSize
-from gateway.drafting import DraftLink, NoDrafts
-from specdec.errors import (
+from gateway.rounds.drafting import DraftLink, NoDrafts
+from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
+from specdec.contract.errors import (
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from specdec.errors import UnavailableError
-from specdec.runtime.embedded import prepare_default_model
+from specdec.contract.errors import UnavailableError
+from specdec.models.embedded import prepare_default_model
 
 
 def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

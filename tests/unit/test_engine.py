@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from specdec.errors import (
+from specdec.contract.errors import (
     InternalError,
     NotFoundError,
     ResourceExhaustedError,

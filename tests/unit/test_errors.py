@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError, from_rpc_error, to_status
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, from_rpc_error, to_status
 
 DETAILS = "grpc-status-details-bin"
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter_service.drafters.growing import MAX_STEP_NODES, Candidates, GrowingTree
-from specdec.draft_tree import DraftTree
+from specdec.contract.draft_tree import DraftTree
 
 
 def candidates(random: Random, num: int) -> Candidates:

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.target_state import GENERATIONS, SharedMemory
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, KvShape
-from specdec.runtime.state_memory import SharedDirectory, SharedHostMemory, StateMemory
-from specdec.target_state import GENERATIONS, SharedMemory
+from specdec.runtime.memory import SharedDirectory, SharedHostMemory, StateMemory
 
 SHAPES = {0: KvShape(2, 4, 4), 3: KvShape(1, 8, 2)}
 BLOCK_BYTES = (2 * 8 + 10) * 4 * BLOCK_TOKENS

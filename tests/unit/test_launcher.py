@@ -17,9 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from specdec.errors import FailedPreconditionError, RequestCancelledError, UnavailableError
-from specdec.launcher import LocalSystem, SystemConfig, service_specs
-from specdec.local_state import (
+from specdec.contract.errors import FailedPreconditionError, RequestCancelledError, UnavailableError
+from specdec.local.launcher import LocalSystem, SystemConfig, service_specs
+from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
+from specdec.local.state_file import (
     SystemState,
     read_live_state,
     remove_state,
@@ -27,9 +28,8 @@ from specdec.local_state import (
     state_dir,
     write_state,
 )
-from specdec.processes import ServiceGroup, ServiceSpec, free_ports
-from specdec.supervisor import RestartPolicy, Supervisor
-from specdec.up import run_detached, stop_running
+from specdec.local.supervisor import RestartPolicy, Supervisor
+from specdec.local.up import run_detached, stop_running
 
 NAMES = ("gateway", "drafter", "verifier")
 
@@ -66,10 +66,10 @@ server.stop(0).wait()
 FAKE_UP = """
 import json, sys
 from pathlib import Path
-from specdec.errors import SpecdecError
-from specdec.local_state import sole_supervisor
-from specdec.processes import ServiceGroup, ServiceSpec
-from specdec.up import supervise
+from specdec.contract.errors import SpecdecError
+from specdec.local.state_file import sole_supervisor
+from specdec.local.processes import ServiceGroup, ServiceSpec
+from specdec.local.up import supervise
 
 specs = [ServiceSpec(**{**fields, "command": tuple(fields["command"])}) for fields in json.loads(sys.argv[1])]
 logs = Path(sys.argv[2])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from gateway.decode import Draft, DraftRequest, DraftSize, Proposal
-from gateway.merging import MergedDrafts, NamedSource
+from gateway.rounds.merging import MergedDrafts, NamedSource
+from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize, Proposal
 
 PROMPT = [1, 2, 3]
 

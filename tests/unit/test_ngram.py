@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter_service.drafters.base import DraftItem, DraftSession, OpenDraft
-from drafter_service.drafters.ngram import NgramDrafter
-from specdec.draft_tree import DraftTree, from_chains
-from specdec.errors import FailedPreconditionError
+from drafter_service.drafters.ngram.drafter import NgramDrafter
+from specdec.contract.draft_tree import DraftTree, from_chains
+from specdec.contract.errors import FailedPreconditionError
 
 
 def make_drafter(min_size: int = 2, max_size: int = 4) -> NgramDrafter:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import DraftItem, OpenDraft
-from drafter_service.drafters.ngram_lm import NgramLmDrafter, NgramLmSession
-from drafter_service.drafters.ngram_table import NgramTable
-from drafter_service.registry import load_drafters
-from specdec.draft_tree import DraftTree
-from specdec.errors import InvalidArgumentError
+from drafter_service.drafters.ngram_lm.drafter import NgramLmDrafter, NgramLmSession
+from drafter_service.drafters.ngram_lm.table import NgramTable
+from drafter_service.families import load_drafters
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.noise import GumbelNoise
-from specdec.sampling import SamplingParams
 from tests.ngram_tables import VOCABULARY, Following, table_of
 
 LEAST_PROBABILITY = 0.03

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from drafter_service.drafters.ngram_table import (
+from drafter_service.drafters.ngram_lm.table import (
     MODEL_TYPE,
     NgramTable,
     TargetVocabulary,
@@ -26,7 +26,7 @@ from drafter_service.drafters.ngram_table import (
 from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.ngram_lm import count, measure
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from tests.ngram_tables import VOCABULARY, Following, contents, table_of
 
 DISCOUNT, LEAST_PROBABILITY, MAX_ENTRIES = 0.75, 0.02, 4

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from specdec.noise import gumbel
+from specdec.contract.token_noise import gumbel
 from specdec.runtime.noise import GumbelNoise
 
 VOCAB_SIZE = 49152

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.packed_model import PackedModel

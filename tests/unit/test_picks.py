@@ -14,9 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from specdec.draft_tree import DraftTree
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.picks import PickContext, Picker, arg_max, process_logits, top_logprobs, truncate
-from specdec.sampling import SamplingParams
 
 VOCAB_SIZE = 24
 NUM_DRAWS = 100_000

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.config import GatewayConfig
-from gateway.plan import Backends
+from gateway.request.plan import Backends
 from specdec.v1 import common_pb2, drafter_pb2, target_state_pb2
 
 NGRAM = drafter_pb2.DrafterInfo(name="ngram", family="ngram")

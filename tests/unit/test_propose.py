@@ -12,16 +12,23 @@ from torch import Tensor
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
-from drafter_service.drafters.dflash import DFlashDrafter
-from drafter_service.drafters.dflash_checkpoint import DFlashCheckpoint
-from drafter_service.drafters.mtp import Assistant, MtpDrafter
+from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
+from drafter_service.drafters.dflash.drafter import DFlashDrafter
+from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
 from drafter_service.host import DrafterHost
-from specdec.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
+from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import (
+    LAST_HIDDEN,
+    TargetStateSpec,
+    TensorRef,
+    hidden_name,
+    key_name,
+    value_name,
+)
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
-from specdec.runtime.target_view import TargetStateView
-from specdec.runtime.target_weights import TargetWeights
-from specdec.sampling import SamplingParams
-from specdec.target_state import LAST_HIDDEN, TargetStateSpec, TensorRef, hidden_name, key_name, value_name
+from specdec.state.view import TargetStateView
+from specdec.state.weights import TargetWeights
 from tests.tiny_assistants import save_tiny_assistant
 from tests.tiny_dflash import TARGET_LAYER_IDS, save_as_z_lab, save_tiny_dflash
 from tests.tiny_models import VOCAB_SIZE

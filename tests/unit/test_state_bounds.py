@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
-from specdec.runtime.state_memory import MappedFile, SharedDirectory, SharedHostMemory
-from specdec.runtime.state_mirror import MirrorBudget, MirroredState
-from specdec.runtime.state_reader import ReaderConfig, StateReader
-from specdec.target_state import SharedMemory, TargetStateRef, TargetStateSpec, TensorRef
+from specdec.contract.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
+from specdec.contract.target_state import SharedMemory, TargetStateRef, TargetStateSpec, TensorRef
+from specdec.runtime.memory import MappedFile, SharedDirectory, SharedHostMemory
+from specdec.state.mirror import MirrorBudget, MirroredState
+from specdec.state.reader import ReaderConfig, StateReader
 
 SPEC = TargetStateSpec(last_hidden_state=True)
 CPU = torch.device("cpu")

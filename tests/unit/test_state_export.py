@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.target_state import ProjectionInfo, TargetStateSpec
 from specdec.runtime.packed_model import PackedModel
-from specdec.target_state import ProjectionInfo, TargetStateSpec
 from tests.state_probe import random_projection
 from verifier_service.state_export import StateChunk, StateExport
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
-from specdec.runtime.state_memory import MappedFile, PrivateMemory, SharedDirectory, SharedHostMemory, carve
-from specdec.target_state import SharedMemory, StateStorage, TensorRef, boot_id
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.target_state import SharedMemory, StateStorage, TensorRef, boot_id
+from specdec.runtime.memory import MappedFile, PrivateMemory, SharedDirectory, SharedHostMemory, carve
 from tests.probe_service import ENV
 
 REF = TensorRef("hidden.0", "float32", (4, 8))
@@ -85,7 +85,7 @@ def test_a_sweep_takes_what_nobody_holds_and_nothing_else(directory: SharedDirec
 OWNER = """
 import sys, time
 from pathlib import Path
-from specdec.runtime.state_memory import SharedDirectory, SharedHostMemory
+from specdec.runtime.memory import SharedDirectory, SharedHostMemory
 memory = SharedHostMemory(SharedDirectory(Path(sys.argv[1])), strict=True)
 print(memory.allocate(128).storage.path, flush=True)
 sys.stdin.read()

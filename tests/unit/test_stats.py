@@ -7,10 +7,10 @@ from typing import Any
 
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from gateway.decode import Draft, Proposal, Round, Verified
 from gateway.metrics import OTHER, GatewayMetrics
-from gateway.stats import SpeculationTally
-from specdec.telemetry import make_telemetry
+from gateway.rounds.stats import SpeculationStats, SpeculationTally
+from gateway.rounds.vocabulary import Draft, Proposal, Round, Verified
+from specdec.service.telemetry import make_telemetry
 from specdec.v1 import gateway_pb2
 
 PREFILL = Round(Draft(), Verified(0, 1, server_ns=99, elapsed_ns=999), is_prefill=True)
@@ -30,11 +30,11 @@ def make_round(
     return Round(draft, verified)
 
 
-def tally_of(*rounds: Round, method: str = "ngram") -> gateway_pb2.SpeculationStats:
+def tally_of(*rounds: Round, method: str = "ngram") -> SpeculationStats:
     tally = SpeculationTally(method)
     for this in rounds:
         tally.add(this)
-    return tally.to_proto()
+    return tally.stats()
 
 
 def test_sums_and_histograms() -> None:

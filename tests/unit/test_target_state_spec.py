@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specdec.target_state import ProjectionInfo, TargetStateSpec
+from specdec.contract.target_state import ProjectionInfo, TargetStateSpec
 
 PROJECTION = ProjectionInfo("ab" * 32, 64, 32, 1e-6, "float32")
 MTP = TargetStateSpec(last_hidden_state=True, kv_last_of_each_attention_type=True)

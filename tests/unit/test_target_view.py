@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.target_state import ProjectionInfo, TargetStateSpec, TensorRef, key_name, value_name
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
-from specdec.runtime.target_view import Projection, TargetStateView, num_projection_bytes
-from specdec.target_state import ProjectionInfo, TargetStateSpec, TensorRef, key_name, value_name
+from specdec.state.view import Projection, TargetStateView, num_projection_bytes
 from tests.state_probe import random_projection
 
 CPU = torch.device("cpu")

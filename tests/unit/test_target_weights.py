@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from specdec.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
-from specdec.runtime.state_memory import MappedFile, PrivateMemory, Region, SharedDirectory, SharedHostMemory
-from specdec.runtime.target_weights import TargetWeights, TargetWeightsRef, read_weights, share_weights
-from specdec.target_state import SharedMemory, StateStorage, TensorRef
+from specdec.contract.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from specdec.contract.target_state import SharedMemory, StateStorage, TensorRef
+from specdec.runtime.memory import MappedFile, PrivateMemory, Region, SharedDirectory, SharedHostMemory
+from specdec.state.weights import TargetWeights, TargetWeightsRef, read_weights, share_weights
 from tests.tiny_models import VOCAB_SIZE, tiny_config
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from gateway.text import (
+from gateway.request.text import (
     MAX_STOP_STRING_LENGTH,
     MAX_STOP_STRINGS,
     TextCodec,
@@ -19,8 +19,8 @@ from gateway.text import (
     TextToken,
     validate_stop_strings,
 )
-from specdec.errors import InvalidArgumentError, NotFoundError
-from specdec.runtime.embedded import DEFAULT_MODEL, prepare_default_model
+from specdec.contract.errors import InvalidArgumentError, NotFoundError
+from specdec.models.embedded import DEFAULT_MODEL, prepare_default_model
 from tests.tiny_models import EOS, VOCAB_SIZE, byte_tokenizer
 
 REPLACEMENT = "\ufffd"

@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
-from drafter_service.drafters.ngram_table import NgramTable, TargetVocabulary
+from drafter_service.drafters.ngram_lm.table import NgramTable, TargetVocabulary
 from drafter_service.training.cli import train
 from drafter_service.training.config import CountOptions
 from drafter_service.training.data import REPLAYED_BATCHES, TokenData, TokenSequence, batches, split
@@ -26,10 +26,10 @@ from drafter_service.training.loop import CHECKPOINT
 from drafter_service.training.ngram_lm import count
 from drafter_service.training.prompts import PromptMaker
 from drafter_service.training.tasks import make_tasks
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.sampling import SamplingParams
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel, probe
-from specdec.sampling import SamplingParams
 from tests.ngram_tables import contents
 from tests.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 

@@ -18,7 +18,7 @@ from drafter_service.training.dflash import DFlashTrainee, context_layers, make_
 from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
 from drafter_service.training.warm_start import BlockScales
 from specdec.client import GenerateOptions
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import load_causal_lm
 from tests.systems import running_system
 from tests.tiny_models import VOCAB_SIZE

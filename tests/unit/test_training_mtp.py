@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from drafter_service.drafters.assistant import AssistantLayers
+from drafter_service.drafters.mtp.layers import AssistantLayers
 from drafter_service.training.batch import PackedBatch, even_rows
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.features import FeatureSource, SequenceFeatures
 from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
 from drafter_service.training.mtp import KEEP_REJECTED, MtpTrainee, _going_on, make_trainee
-from specdec.errors import InvalidArgumentError
+from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 
 

@@ -17,6 +17,7 @@ from specdec.runtime.attention import Pass, Segment
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.rounding import settle_branches
 from specdec.runtime.tree_keys import Branches, TreeKeys
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
@@ -91,7 +92,7 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder: Path = save_tiny_model(tmp_path_factory.mktemp("tree_keys"), request.param, **SIZES)
     model = load_causal_lm(str(folder), dtype="bfloat16", device="cpu").model
     packed = PackedModel(model, kv_budget_bytes=16 << 20)
-    packed.try_rounding()
+    settle_branches(packed)
     return packed
 
 
@@ -172,7 +173,7 @@ def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     own, free = packed.branches, packed.pool.free_tokens
-    packed.try_rounding()
+    settle_branches(packed)
     assert not caplog.records
     attend = attention._attend
 
@@ -184,14 +185,14 @@ def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_attend", rounds_by_rows)
-        packed.try_rounding()
+        settle_branches(packed)
     assert "the output may depend on the drafts" in caplog.text
     packed.branches = own
     assert packed.pool.free_tokens == free
 
 
 def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> None:
-    # What try_rounding finds out by trying; the shorter vectors of other CPUs divide sums otherwise.
+    # What settle_branches finds out by trying; the shorter vectors of other CPUs divide sums otherwise.
     if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         assert packed.branches is Branches.EXACT
     assert tree_spans(packed, Branches.APART) == 3
@@ -244,9 +245,9 @@ def test_what_would_change_bits_is_left_apart(packed: PackedModel, monkeypatch: 
         packed.branches = Branches.APART
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, replacement)
-            packed.try_rounding()
+            settle_branches(packed)
         assert packed.branches is Branches.APART
-    packed.try_rounding()
+    settle_branches(packed)
     assert (packed.branches, packed.pool.free_tokens) == (own, free)
 
 
@@ -254,5 +255,5 @@ def test_branches_of_a_model_in_fp32_stay_apart(tiny_llama: Path) -> None:
     packed = PackedModel(
         load_causal_lm(str(tiny_llama), dtype="float32", device="cpu").model, kv_budget_bytes=1 << 20
     )
-    packed.try_rounding()
+    settle_branches(packed)
     assert packed.branches is Branches.APART

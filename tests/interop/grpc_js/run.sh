@@ -12,6 +12,6 @@ trap '"$python" -m specdec down >/dev/null || true; rm -rf "$SPECDEC_STATE_DIR"'
 
 npm --prefix "$here" ci --no-audit --no-fund --ignore-scripts >/dev/null
 "$python" -m specdec up --detach "$@" >/dev/null
-address=$("$python" -c 'from specdec.local_state import read_live_state; print(read_live_state().gateway)')
+address=$("$python" -c 'from specdec.local.state_file import read_live_state; print(read_live_state().gateway)')
 google=$("$python" -c 'import pathlib, google.rpc.status_pb2 as m; print(pathlib.Path(m.__file__).parents[2])')
 node "$here/check.js" "$address" "$root/protos" "$google"

@@ -1,0 +1,1 @@
+"""DFlash drafters: block diffusion, a whole block of drafts in one pass."""

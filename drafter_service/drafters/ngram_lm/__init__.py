@@ -1,0 +1,1 @@
+"""N-grams of the text and of what the target usually says."""

@@ -1,0 +1,142 @@
+"""N-grams of two kinds: what the target usually says, and what this text says. Needs no model pass.
+
+A table of the target's own answers (`ngram_table`) and prompt lookup in the tokens committed so far together
+say how likely each continuation is; drafts are the likeliest paths. What llama.cpp's lookup decoding calls
+its static and its dynamic cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from heapq import nlargest
+from itertools import islice
+
+from drafter_service.drafters.base import OpenDraft
+from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, GrowingTree
+from drafter_service.drafters.ngram.drafter import NgramDrafter, NgramSession
+from drafter_service.drafters.ngram_lm.table import NgramTable
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.token_noise import gumbel
+
+_LEAST_PROBABILITY = 0.03
+"""Of a path: a row in the verify pass costs more than an unlikelier one brings."""
+_DOUBT = 0.75
+"""How likely a token is to be another one than followed the same token before."""
+_DOUBT_FALLS = 0.6
+"""By this with each further token of the match."""
+_MAX_OCCURRENCES = 8
+"""Earlier occurrences that are looked at."""
+_EARLIER_WEIGHT = 0.7
+"""Of an occurrence, relative to the next later one's."""
+_MEAN_NOISE = 0.5772
+"""Of standard Gumbel noise: Euler's constant."""
+
+
+class NgramLmSession(NgramSession):
+    """Committed tokens, and what may follow them or a draft."""
+
+    def __init__(self, request: OpenDraft, sizes: range, table: NgramTable) -> None:
+        super().__init__(request, sizes)
+        self._table = table
+
+    def propose(self, num_draft_tokens: int) -> list[int]:
+        """The likeliest token after the likeliest, until all together are unlikely."""
+        self.index()
+        least = math.log(_LEAST_PROBABILITY)
+        confidence = math.log(self.min_draft_confidence) if self.min_draft_confidence else -math.inf
+        draft: list[int] = []
+        log_prob = 0.0
+        while len(draft) < num_draft_tokens and (candidates := self.candidates(draft)):
+            own, token_id = candidates[0]
+            log_prob += own
+            if draft and (log_prob < least or own < confidence):
+                break
+            draft.append(token_id)
+        return draft
+
+    def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
+        """The likeliest paths of all."""
+        self.index()
+        tree = GrowingTree(
+            max_depth=num_draft_tokens,
+            max_num_nodes=num_draft_nodes,
+            min_confidence=self.min_draft_confidence,
+        )
+        return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
+
+    def candidates(self, path: Sequence[int]) -> Candidates:
+        """What may follow a path after the committed tokens, which must be indexed.
+
+        Above temperature 0 by the shared noise, as the target picks.
+        """
+        reach = max(self._table.max_size, self.sizes[-1])
+        recent = [*self.token_ids[-reach:], *path]
+        probabilities = self._mixed(self._table.candidates(recent), recent)
+        if not self.sampling.is_greedy:
+            return self._as_picked(probabilities, len(self.token_ids) + len(path))
+        best = nlargest(MAX_CHILDREN, ((value, token_id) for token_id, value in probabilities.items()))
+        return [(math.log(value), token_id) for value, token_id in best if value]
+
+    def _mixed(self, usual: dict[int, float], recent: Sequence[int]) -> dict[int, float]:
+        """The table's probabilities, and by its length those of the longest match in this text."""
+        for size in reversed(self.sizes):
+            starts = list(islice(self.occurrences(recent[-size:]), _MAX_OCCURRENCES))
+            if not starts:
+                continue
+            doubt = _DOUBT * _DOUBT_FALLS ** (size - 1)
+            mixed = defaultdict(float, {token_id: doubt * value for token_id, value in usual.items()})
+            weights = [_EARLIER_WEIGHT**age for age in range(len(starts))]
+            total = sum(weights)
+            for start, weight in zip(starts, weights, strict=True):
+                mixed[self.token_ids[start]] += (1 - doubt) * weight / total
+            return mixed
+        return usual
+
+    def _as_picked(self, probabilities: dict[int, float], position: int) -> Candidates:
+        """Candidates in the order of log probability / temperature + gumbel(seed, position)."""
+        known = {token_id: value for token_id, value in probabilities.items() if value}
+        noise = gumbel(self.sampling.seed, position, list(known)).tolist()
+        scores = {
+            token_id: math.log(value) / self.sampling.temperature + perturbation
+            for (token_id, value), perturbation in zip(known.items(), noise, strict=True)
+        }
+        total = _log_sum([*scores.values(), *self._others(sum(known.values()))])
+        found = nlargest(MAX_CHILDREN, ((score, token_id) for token_id, score in scores.items()))
+        return [(score - total, token_id) for score, token_id in found]
+
+    def _others(self, known: float) -> list[float]:
+        """Score of the tokens nobody listed, all together: one of their probability with usual noise."""
+        left = 1.0 - known
+        return [math.log(left) / self.sampling.temperature + _MEAN_NOISE] if left > 0 else []
+
+
+def _log_sum(scores: Sequence[float]) -> float:
+    """Logarithm of the sum of the exponentials."""
+    best = max(scores, default=0.0)
+    return best + math.log(sum(math.exp(score - best) for score in scores)) if scores else best
+
+
+class NgramLmDrafter(NgramDrafter):
+    """Drafts from a table, and from n-grams of the text itself of `min_size` to `max_size` tokens."""
+
+    def __init__(
+        self, name: str, table: NgramTable, *, min_size: int, max_size: int, max_num_draft_tokens: int
+    ) -> None:
+        super().__init__(
+            name, min_size=min_size, max_size=max_size, max_num_draft_tokens=max_num_draft_tokens
+        )
+        self._table = table
+        self.info = replace(
+            self.info,
+            family="ngram-lm",
+            model_id=table.vocabulary.model_id,
+            vocabulary_fingerprint=table.vocabulary.fingerprint,
+            vocab_size=table.vocabulary.size,
+        )
+
+    def open(self, request: OpenDraft) -> NgramLmSession:
+        """A session with an empty index; the first round fills it."""
+        return NgramLmSession(request, self._sizes, self._table)

@@ -1,0 +1,158 @@
+"""Drafter families by name: where a new one is entered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from drafter_service.config import DrafterConfig
+from drafter_service.drafters.base import Drafter
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.methods import is_drafter_name
+
+_SPEC = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<family>[\w-]+)(?::(?P<model>.+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSpec:
+    """A drafter as the command line asks for it."""
+
+    name: str
+    family: str
+    model: str
+
+    @classmethod
+    def parse(cls, text: str) -> DrafterSpec:
+        """Read [NAME=]FAMILY[:MODEL].
+
+        Raises:
+            InvalidArgumentError: it is not of that form, or the name is one with a meaning of its own.
+        """
+        match = _SPEC.fullmatch(text)
+        if not match:
+            raise InvalidArgumentError(
+                f"--drafter {text!r} is not of the form [NAME=]FAMILY[:MODEL].", field="drafter"
+            )
+        name = match["name"] or match["family"]
+        if not is_drafter_name(name):
+            raise InvalidArgumentError(f"A drafter cannot be named {name!r}; choose another name.")
+        return cls(name, match["family"], match["model"] or "")
+
+
+DrafterFactory = Callable[[DrafterSpec, DrafterConfig], Drafter]
+
+
+def _make_ngram(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.ngram.drafter import NgramDrafter
+
+    if spec.model:
+        raise InvalidArgumentError("The ngram drafter has no model; write --drafter ngram.", field="drafter")
+    return NgramDrafter(
+        spec.name,
+        min_size=config.ngram_min,
+        max_size=config.ngram_max,
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
+def _make_ngram_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.ngram_lm.drafter import NgramLmDrafter
+    from drafter_service.drafters.ngram_lm.table import NgramTable
+    from specdec.models.files import resolve_model
+
+    return NgramLmDrafter(
+        spec.name,
+        NgramTable.load(resolve_model(spec.model or pretrained("ngram-lm"))),
+        min_size=config.ngram_min,
+        max_size=config.ngram_max,
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
+def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    # Imported here: a process with the ngram drafter alone starts without torch.
+    from drafter_service.drafters.causal_lm.drafter import CausalLmDrafter
+    from specdec.runtime.loading import load_causal_lm
+
+    if not spec.model:
+        raise InvalidArgumentError(
+            "The causal-lm drafter needs a model; write --drafter causal-lm:FOLDER-OR-HUB-ID.",
+            field="drafter",
+        )
+    return CausalLmDrafter(
+        spec.name,
+        load_causal_lm(spec.model, dtype=config.dtype, device=config.device, threads=config.threads),
+        kv_budget_bytes=int(config.kv_cache_mib * 2**20),
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
+def _make_mtp(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
+
+    assistant = Assistant.load(
+        spec.model or pretrained("mtp"), dtype=config.dtype, device=config.device, threads=config.threads
+    )
+    return MtpDrafter(
+        spec.name,
+        assistant,
+        max_num_draft_tokens=config.max_num_draft_tokens,
+        position=config.mtp_position,
+    )
+
+
+def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
+    from drafter_service.drafters.dflash.drafter import DFlashDrafter
+
+    model = spec.model or pretrained("dflash")
+    return DFlashDrafter(
+        spec.name,
+        DFlashCheckpoint.load(model, dtype=config.dtype, device=config.device, threads=config.threads),
+        kv_budget_bytes=int(config.kv_cache_mib * 2**20),
+        max_num_draft_tokens=config.max_num_draft_tokens,
+    )
+
+
+def pretrained(family: str) -> str:
+    """Folder of the drafter of that family that comes with the embedded target."""
+    return str(Path(__file__).parent / "pretrained" / f"smollm2-135m-instruct-{family}")
+
+
+FAMILIES: Mapping[str, DrafterFactory] = {
+    "ngram": _make_ngram,
+    "ngram-lm": _make_ngram_lm,
+    "causal-lm": _make_causal_lm,
+    "mtp": _make_mtp,
+    "dflash": _make_dflash,
+}
+
+
+def load_drafters(
+    config: DrafterConfig, families: Mapping[str, DrafterFactory] = FAMILIES
+) -> dict[str, Drafter]:
+    """Load every drafter of a configuration, by name.
+
+    Raises:
+        InvalidArgumentError: an unknown family or a name used twice.
+        SpecdecError: a model cannot be loaded.
+    """
+    specs = [DrafterSpec.parse(text) for text in config.drafter]
+    _check(specs, families)
+    return {spec.name: families[spec.family](spec, config) for spec in specs}
+
+
+def _check(specs: Sequence[DrafterSpec], families: Mapping[str, DrafterFactory]) -> None:
+    names = [spec.name for spec in specs]
+    for spec in specs:
+        if spec.family not in families:
+            raise InvalidArgumentError(
+                f"Unknown drafter family {spec.family!r}; there are {', '.join(families)}.", field="drafter"
+            )
+        if names.count(spec.name) > 1:
+            raise InvalidArgumentError(
+                f"Two drafters are named {spec.name!r}; name one with --drafter NAME={spec.family}:MODEL.",
+                field="drafter",
+            )

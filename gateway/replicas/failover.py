@@ -1,0 +1,137 @@
+"""A verifier session that outlives its verifier: reopened elsewhere from its committed ids."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
+from typing import Protocol, Self
+
+from gateway.replicas.replicas import Replica
+from gateway.rounds.vocabulary import Draft, Round, Verified, VerifierSession
+from specdec.contract.errors import ResourceExhaustedError, UnavailableError
+from specdec.v1 import verifier_pb2
+
+logger = logging.getLogger(__name__)
+
+VerifierReplica = Replica[verifier_pb2.VerifierServiceGetInfoResponse]
+
+_RETRY_S = 0.2
+
+
+class OpenableSession(VerifierSession, Protocol):
+    """A session on one replica, closed on leaving its block."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+Connect = Callable[[VerifierReplica, Sequence[int]], OpenableSession]
+"""A session on a replica that begins with these committed tokens."""
+Pick = Callable[[], VerifierReplica]
+"""The least busy replica that can go on with the generation; UnavailableError: none is ready."""
+
+
+class LastingVerifierSession:
+    """One generation's verifier sessions, one after the other as replicas are lost. Use as `async with`.
+
+    What a replica commits is a function of prompt, parameters, seed and position: the next one goes on as the
+    lost one would have. The round in which it was lost commits the one token that opening emits.
+
+    Args:
+        first: whom it starts on; leased by the caller.
+        connect: makes the session on a replica.
+        pick: finds the next replica.
+        prompt_token_ids: what the generation starts with.
+        wait_s: how long a lost session waits for a replica that takes it.
+        on_lost: called with why, once for every session that was lost.
+    """
+
+    def __init__(
+        self,
+        first: VerifierReplica,
+        connect: Connect,
+        pick: Pick,
+        *,
+        prompt_token_ids: Sequence[int],
+        wait_s: float,
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._first, self._connect, self._pick = first, connect, pick
+        self._committed = list(prompt_token_ids)
+        self._wait_s = wait_s
+        self._on_lost = on_lost
+        self._stack = AsyncExitStack()
+        self._session: OpenableSession | None = None
+
+    async def __aenter__(self) -> LastingVerifierSession:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def open(self, traceparent: str) -> Verified:
+        """Prefill the prompt; the first token is the bonus token.
+
+        Raises:
+            SpecdecError: the verifier refused, or it was lost and no other is ready.
+        """
+        try:
+            return self._noted((), await self._open_on(self._first, traceparent))
+        except UnavailableError as error:
+            return self._noted((), await self._reopen(error, traceparent))
+
+    async def verify(
+        self,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        traceparent: str,
+        parent_indices: Sequence[int] = (),
+    ) -> Verified:
+        """Check a draft in one pass; where the verifier is lost, nothing of the draft is accepted.
+
+        Raises:
+            SpecdecError: the verifier refused, or it was lost and no other is ready.
+        """
+        assert self._session is not None
+        try:
+            verified = await self._session.verify(
+                base_committed_length, draft_token_ids, traceparent, parent_indices
+            )
+        except UnavailableError as error:
+            verified = await self._reopen(error, traceparent)
+        return self._noted(draft_token_ids, verified)
+
+    def _noted(self, draft_token_ids: Sequence[int], verified: Verified) -> Verified:
+        self._committed += Round(Draft(tuple(draft_token_ids)), verified).token_ids
+        return verified
+
+    async def _open_on(
+        self, replica: VerifierReplica, traceparent: str, lease: AbstractContextManager[None] | None = None
+    ) -> Verified:
+        await self._stack.aclose()
+        if lease:
+            self._stack.enter_context(lease)
+        self._session = await self._stack.enter_async_context(self._connect(replica, self._committed))
+        return await self._session.open(traceparent)
+
+    async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
+        """Open on another replica, or on the same when it is back.
+
+        Raises:
+            UnavailableError: as it was lost, if nobody takes the session in time.
+        """
+        logger.warning("verifier lost", extra={"reason": lost.message})
+        self._on_lost(lost.message)
+        give_up_at = time.monotonic() + self._wait_s
+        while True:
+            try:
+                replica = self._pick()
+                return await self._open_on(replica, traceparent, replica.lease())
+            except (UnavailableError, ResourceExhaustedError) as error:
+                if time.monotonic() + _RETRY_S >= give_up_at:
+                    raise lost from error
+                await asyncio.sleep(_RETRY_S)

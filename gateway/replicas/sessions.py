@@ -1,0 +1,283 @@
+"""Sessions on remote services: one bidirectional stream each, one message per round in each direction."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+
+from gateway.rounds.vocabulary import Draft, DraftRequest, StateHandle, TokenLogprobs, Verified
+from specdec.contract.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    RequestCancelledError,
+    SpecdecError,
+    UnavailableError,
+    from_rpc_error,
+)
+from specdec.transport.handshake import check_handshake
+from specdec.v1 import (
+    common_pb2,
+    drafter_pb2,
+    drafter_pb2_grpc,
+    target_state_pb2,
+    verifier_pb2,
+    verifier_pb2_grpc,
+)
+
+_CLOSE_TIMEOUT_S = 1.0
+_DEADLINE_SLACK_S = 0.01
+_BROKEN_WRITE = "Internal error from Core"
+"""What grpc.aio says of a call that ended while a message was written; the status it ended with is lost."""
+
+FINISH_REASONS = {
+    verifier_pb2.FINISH_REASON_UNSPECIFIED: "",
+    verifier_pb2.FINISH_REASON_STOP_TOKEN: "stop_token",
+    verifier_pb2.FINISH_REASON_LENGTH: "length",
+    verifier_pb2.FINISH_REASON_STOP_STRING: "stop_string",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteState:
+    """Handle on a session's target state, as its verifier gave it out."""
+
+    opened: target_state_pb2.TargetStateRef | None
+    """With all tensors, as of the opening; None: the session exports none."""
+    cached_length: int
+    """Positions that may be read."""
+    refusal: str = ""
+    """Why the session exports none although it was asked to."""
+
+    @property
+    def session_id(self) -> str:
+        """Of the verifier's session; empty: it exports none."""
+        return self.opened.session_id if self.opened else ""
+
+    def message(self, *, with_tensors: bool) -> target_state_pb2.TargetStateRef | None:
+        """What a drafter is sent."""
+        if self.opened is None:
+            return None
+        if with_tensors:
+            message = target_state_pb2.TargetStateRef()
+            message.CopyFrom(self.opened)
+            message.cached_length = self.cached_length
+            return message
+        return target_state_pb2.TargetStateRef(
+            session_id=self.opened.session_id,
+            verifier_uri=self.opened.verifier_uri,
+            generation=self.opened.generation,
+            cached_length=self.cached_length,
+        )
+
+
+class _Stream:
+    """A request-response exchange over a bidirectional call."""
+
+    def __init__(self, call: Any, peer: str) -> None:
+        self._call = call
+        self._peer = peer
+
+    async def exchange(self, request: Any) -> tuple[Any, int]:
+        """Send one message and await its answer; also the time it took, nanoseconds.
+
+        Raises:
+            SpecdecError: what the service answered, or that it is gone.
+        """
+        started_ns = time.monotonic_ns()
+        try:
+            await self._call.write(request)
+            response = await self._call.read()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            raise await self._failure() from None
+        if response is grpc.aio.EOF:
+            raise await self._failure()
+        if response is None:
+            # What grpc.aio makes of bytes that are no message of the type.
+            raise UnavailableError(
+                f"{self._peer} sent a message that cannot be read.", reason="MALFORMED_REPLY"
+            )
+        return response, time.monotonic_ns() - started_ns
+
+    async def _failure(self) -> SpecdecError:
+        """Why the call ended."""
+        code = await self._call.code()
+        metadata = await self._call.trailing_metadata()
+        if code is grpc.StatusCode.OK:
+            return UnavailableError(f"{self._peer} ended the session.")
+        error = from_rpc_error(
+            grpc.aio.AioRpcError(
+                code, await self._call.initial_metadata(), metadata, await self._call.details()
+            )
+        )
+        if error.message == _BROKEN_WRITE:
+            remaining_s = self._call.time_remaining()
+            is_late = remaining_s is not None and remaining_s < _DEADLINE_SLACK_S
+            error = DeadlineExceededError("") if is_late else UnavailableError("the stream broke")
+        # A peer whose grace is over cancels what still runs; we never read on after cancelling ourselves.
+        if isinstance(error, UnavailableError | RequestCancelledError):
+            return UnavailableError(
+                f"{self._peer} was lost ({error.message}); send the request again.",
+                reason="PEER_LOST",
+                retry_after_s=1.0,
+            )
+        if isinstance(error, DeadlineExceededError):
+            return DeadlineExceededError("The deadline passed before the generation was complete.")
+        return error
+
+    async def close(self) -> None:
+        """End the call in order, or by force if the service does not follow."""
+        with suppress(Exception):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._call.done_writing()
+                await self._call.code()
+        self._call.cancel()
+
+
+class RemoteVerifierSession:
+    """A session on one verifier replica. Use as `async with`."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, uri: str, request: verifier_pb2.VerifyOpen, timeout_s: float | None
+    ) -> None:
+        call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
+        self._stream = _Stream(call, f"Verifier {uri}")
+        self._request = request
+        self._state: RemoteState | None = None
+
+    async def __aenter__(self) -> RemoteVerifierSession:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stream.close()
+
+    async def open(self, traceparent: str) -> Verified:
+        """Prefill the prompt; the first token is the bonus token."""
+        request = verifier_pb2.VerifyRequest(open=self._request, traceparent=traceparent)
+        response, elapsed_ns = await self._stream.exchange(request)
+        check_handshake(
+            response.opened.handshake,
+            model_id=self._request.handshake.model_id,
+            vocabulary_fingerprint=self._request.handshake.vocabulary_fingerprint,
+        )
+        first, refusal = response.opened.first, response.opened.target_state_refusal
+        if first.HasField("target_state") or refusal:
+            opened = first.target_state if first.HasField("target_state") else None
+            self._state = RemoteState(opened, first.cached_length, refusal)
+        return _verified(first, elapsed_ns, self._state)
+
+    async def verify(
+        self,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        traceparent: str,
+        parent_indices: Sequence[int] = (),
+    ) -> Verified:
+        """Check a draft, chain or tree, in one pass."""
+        message = verifier_pb2.VerifyRound(
+            base_committed_length=base_committed_length,
+            draft_token_ids=draft_token_ids,
+            parent_indices=parent_indices,
+        )
+        request = verifier_pb2.VerifyRequest(round=message, traceparent=traceparent)
+        response, elapsed_ns = await self._stream.exchange(request)
+        if self._state:
+            self._state = replace(self._state, cached_length=response.result.cached_length)
+        return _verified(response.result, elapsed_ns, self._state)
+
+
+def _verified(
+    result: verifier_pb2.VerifyResult, elapsed_ns: int, target_state: RemoteState | None
+) -> Verified:
+    return Verified(
+        num_accepted_tokens=result.num_accepted_tokens,
+        bonus_token_id=result.bonus_token_id,
+        finish_reason=FINISH_REASONS[result.finish_reason],
+        logprobs=tuple(_logprobs(entry) for entry in result.logprobs),
+        server_ns=min(result.timings.total_ns, elapsed_ns),
+        elapsed_ns=elapsed_ns,
+        compute_ns=result.timings.compute_ns,
+        batch_size=result.timings.batch_size,
+        batch_tokens=result.timings.batch_tokens,
+        target_state=target_state,
+        accepted_node_indices=tuple(result.accepted_node_indices),
+    )
+
+
+def _logprobs(entry: common_pb2.TokenLogprobs) -> TokenLogprobs:
+    return entry.logprob, tuple((candidate.token_id, candidate.logprob) for candidate in entry.top)
+
+
+class RemoteDrafterSession:
+    """A session on one drafter replica.
+
+    Args:
+        drafter: what the replica says of the drafter.
+    """
+
+    def __init__(
+        self, channel: grpc.aio.Channel, uri: str, timeout_s: float | None, drafter: drafter_pb2.DrafterInfo
+    ) -> None:
+        call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
+        self._stream = _Stream(call, f"Drafter {uri}")
+        self._drafter = drafter
+        self.reads_target_state = drafter.HasField("target_state_spec")
+        self._knows_state = False
+
+    async def open(self, message: drafter_pb2.DraftOpen) -> None:
+        """Start the session; the drafter reads the committed tokens."""
+        response, _ = await self._stream.exchange(drafter_pb2.DraftRequest(open=message))
+        check_handshake(
+            response.opened.handshake,
+            model_id="",
+            vocabulary_fingerprint=message.handshake.vocabulary_fingerprint,
+        )
+
+    async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
+        """Guess what follows, after `new_token_ids` were committed since the last call."""
+        num_draft_tokens, num_draft_nodes = request.size.num_draft_tokens, request.size.num_draft_nodes
+        message = drafter_pb2.DraftRound(
+            committed_token_ids=new_token_ids,
+            committed_length=len(request.committed_token_ids),
+            # The plan may have been made when no replica had told its limits.
+            num_draft_tokens=min(num_draft_tokens, self._drafter.max_num_draft_tokens or num_draft_tokens),
+            target_state=self._state_message(request.target_state) if self.reads_target_state else None,
+            num_draft_nodes=min(num_draft_nodes, self._drafter.max_num_draft_nodes),
+        )
+        round_message = drafter_pb2.DraftRequest(round=message, traceparent=request.traceparent)
+        response, elapsed_ns = await self._stream.exchange(round_message)
+        result = response.result
+        # One token too many is refused as a million are, which would only take memory and time.
+        most = max(num_draft_tokens, num_draft_nodes) + 1
+        return Draft(
+            tuple(result.draft_token_ids[:most]),
+            min(result.timings.total_ns, elapsed_ns),
+            elapsed_ns,
+            parent_indices=tuple(result.parent_indices[:most]),
+        )
+
+    def _state_message(self, state: StateHandle | None) -> target_state_pb2.TargetStateRef | None:
+        """The handle, with its tensors the first time.
+
+        Raises:
+            FailedPreconditionError: the verifier refused to export what the drafter needs.
+        """
+        if state is None:
+            return None
+        assert isinstance(state, RemoteState)
+        if state.refusal:
+            raise FailedPreconditionError(
+                f"the verifier exports no target state: {state.refusal}", reason="NO_TARGET_STATE"
+            )
+        message = state.message(with_tensors=not self._knows_state)
+        self._knows_state = True
+        return message
+
+    async def close(self) -> None:
+        """End the session."""
+        await self._stream.close()

@@ -1,0 +1,240 @@
+"""Text to token ids and back: chat template, tokenizer, incremental text with stop strings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from specdec.contract.errors import InvalidArgumentError
+from specdec.models.files import TOKENIZER_FILES, load_tokenizer, resolve_model, vocabulary_fingerprint
+
+_ROLES = ("system", "user", "assistant")
+_REPLACEMENT = "\ufffd"
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_LENGTH = 256
+
+
+class TextCodec:
+    """A model's tokenizer and chat template."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: str, special_tokens: Mapping[str, str], fingerprint: str
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = _compile(chat_template) if chat_template else None
+        self._special_tokens = special_tokens
+        self.vocabulary_fingerprint = fingerprint
+
+    @classmethod
+    def load(cls, model: str) -> TextCodec:
+        """The codec of a model folder, hub id or "default".
+
+        Raises:
+            NotFoundError: no such model, or it has no tokenizer.
+        """
+        folder = resolve_model(model, TOKENIZER_FILES)
+        config = _read_json(folder / "tokenizer_config.json")
+        template_file = folder / "chat_template.jinja"
+        template = template_file.read_text() if template_file.is_file() else _inline_template(config)
+        special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token") and value
+        }
+        return cls(load_tokenizer(folder), template, special, vocabulary_fingerprint(folder))
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of a conversation of (role, content), up to where the assistant's answer starts.
+
+        Raises:
+            InvalidArgumentError: no messages, an unknown role, or the template refuses the conversation.
+        """
+        if not messages:
+            raise InvalidArgumentError("The chat has no messages.", field="chat", reason="EMPTY_PROMPT")
+        for role, _ in messages:
+            if role not in _ROLES:
+                raise InvalidArgumentError(
+                    f"Unknown role {role!r}; use {', '.join(_ROLES)}.", field="chat.messages.role"
+                )
+        if self._template is None:
+            raise InvalidArgumentError(
+                "This model has no chat template; send raw text or token ids.", field="chat"
+            )
+        try:
+            text = self._template.render(
+                messages=[{"role": role, "content": content} for role, content in messages],
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except Exception as error:  # the template is the model's own code and fails in its own ways
+            raise InvalidArgumentError(f"The chat template refuses: {error}", field="chat") from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of raw text, with the special tokens the tokenizer itself adds."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class TextToken:
+    """A token and the text it completes."""
+
+    token_id: int
+    text: str
+    index: int
+    """How many tokens came before it in the output."""
+
+
+class TextStream:
+    """Turns tokens into text as they come: no broken characters, nothing past a stop string.
+
+    A token is released once its text is final: characters are whole, and the text cannot become part of a
+    stop string any more. The released texts join to the decoded whole, cut at the first stop string.
+    """
+
+    def __init__(self, codec: TextCodec, stop_strings: Sequence[str] = ()) -> None:
+        self._codec = codec
+        self._stop_strings = stop_strings
+        self._token_ids: list[int] = []
+        self._prefix = 0
+        self._read = 0
+        self._held: list[TextToken] = []
+        self.stopped = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens pushed."""
+        return len(self._token_ids)
+
+    def push(self, token_id: int) -> list[TextToken]:
+        """Add a token; the tokens released by it. Sets `stopped` when a stop string is complete."""
+        self._token_ids.append(token_id)
+        self._held.append(TextToken(token_id, self._next_piece(), len(self._token_ids) - 1))
+        return self._release(self._num_held_characters())
+
+    def flush(self) -> list[TextToken]:
+        """Release what is held: nothing follows."""
+        if not self.stopped and self._held:
+            rest = self._text_from(self._prefix)[len(self._text_from(self._prefix, self._read)) :]
+            last = self._held[-1]
+            self._held[-1] = TextToken(last.token_id, last.text + rest, last.index)
+            self._read = self._prefix = len(self._token_ids)
+            self._num_held_characters()  # the rest may complete a stop string
+        return self._release(0)
+
+    def _next_piece(self) -> str:
+        """New text, once it ends in a whole character. Decoding starts a little earlier, because the text
+        of a token depends on the one before it."""
+        before = self._text_from(self._prefix, self._read)
+        now = self._text_from(self._prefix)
+        if now == before:  # a special token, which has no text and waits for none
+            self._read = len(self._token_ids)
+            return ""
+        if len(now) <= len(before) or now.endswith(_REPLACEMENT):
+            return ""
+        self._prefix, self._read = self._read, len(self._token_ids)
+        return now[len(before) :]
+
+    def _text_from(self, start: int, stop: int | None = None) -> str:
+        return self._codec.decode(self._token_ids[start:stop])
+
+    def _num_held_characters(self) -> int:
+        """How much of the held text's end could still become a stop string; cuts at a complete one."""
+        text = "".join(token.text for token in self._held)
+        found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
+        if found:
+            self._cut(min(found))
+            return 0
+        longest = max((len(stop) for stop in self._stop_strings), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop_strings):
+                return length
+        return 0
+
+    def _cut(self, length: int) -> None:
+        """Keep the first `length` characters of the held text."""
+        self.stopped = True
+        kept = []
+        for token in self._held:
+            kept.append(TextToken(token.token_id, token.text[:length], token.index))
+            length -= len(kept[-1].text)
+        self._held = kept
+
+    def _release(self, num_held_characters: int) -> list[TextToken]:
+        keep = 0
+        while keep < len(self._held) and num_held_characters > 0:
+            keep += 1
+            num_held_characters -= len(self._held[-keep].text)
+        # Within a character one token is held as well: the flush must have one to hang the rest on.
+        keep = max(keep, int(self._read < len(self._token_ids)))
+        split = len(self._held) - keep
+        released, self._held = self._held[:split], self._held[split:]
+        return released
+
+
+def validate_stop_strings(stop_strings: Sequence[str]) -> None:
+    """Refuse empty, long or too many stop strings.
+
+    Raises:
+        InvalidArgumentError: with the limit.
+    """
+    if len(stop_strings) > MAX_STOP_STRINGS:
+        raise InvalidArgumentError(f"At most {MAX_STOP_STRINGS} stop strings.", field="stop_strings")
+    for stop in stop_strings:
+        if not 0 < len(stop) <= MAX_STOP_STRING_LENGTH:
+            raise InvalidArgumentError(
+                f"A stop string must have 1 to {MAX_STOP_STRING_LENGTH} characters.", field="stop_strings"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except ValueError as error:
+        raise InvalidArgumentError(f"{path} cannot be parsed: {error}", field="tokenizer") from error
+
+
+def _inline_template(config: Mapping[str, Any]) -> str:
+    """Older checkpoints keep the template, or several named ones, in tokenizer_config.json."""
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default", "")
+    return str(template)
+
+
+def _compile(chat_template: str) -> Template:
+    """Chat templates come with a model and are run in a sandbox, with the functions transformers offers."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _raise_template_error
+    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, **{"ensure_ascii": False} | options
+    )
+    try:
+        return environment.from_string(chat_template)
+    except TemplateError as error:
+        raise InvalidArgumentError(
+            f"The model's chat template cannot be compiled: {error}", field="tokenizer"
+        ) from error
+
+
+def _raise_template_error(message: str) -> None:
+    raise TemplateError(message)

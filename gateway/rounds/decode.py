@@ -1,0 +1,50 @@
+"""The draft-verify loop. Pure asyncio: services appear as two small interfaces, tokens as ids."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+
+from gateway.rounds.tracing import RequestTrace
+from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource, Round, SizeControl, VerifierSession
+
+
+async def decode(
+    verifier: VerifierSession,
+    drafter: DraftSource,
+    *,
+    prompt_token_ids: Sequence[int],
+    max_new_tokens: int,
+    control: SizeControl,
+    trace: RequestTrace,
+) -> AsyncGenerator[Round]:
+    """Generate round by round until the target says it has finished.
+
+    Args:
+        control: how much each round drafts.
+
+    Raises:
+        SpecdecError: the verifier failed. A drafter cannot fail a generation.
+    """
+    committed = list(prompt_token_ids)
+    max_length = len(committed) + max_new_tokens
+    with trace.prefill() as span:
+        this = Round(Draft(), await verifier.open(span.traceparent), is_prefill=True)
+        span.describe(this)
+    committed.extend(this.token_ids)
+    yield this
+    while not this.verified.finish_reason:
+        with trace.round() as span:
+            # A round commits one token more than it accepts, so the last remaining token needs no draft.
+            size = control.choose(max_length - len(committed) - 1)
+            draft = Draft()
+            if size.num_draft_tokens > 0:
+                request = DraftRequest(committed, size, span.traceparent, this.verified.target_state)
+                draft = await drafter.propose(request)
+            verified = await verifier.verify(
+                len(committed), draft.token_ids, span.traceparent, draft.parent_indices
+            )
+            this = Round(draft, verified)
+            span.describe(this)
+        control.observe(size, this)
+        committed.extend(this.token_ids)
+        yield this

@@ -1,0 +1,117 @@
+"""Several drafters for one request: what they propose becomes one tree."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from gateway.rounds.controller import Mean
+from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource, Proposal
+from specdec.contract.draft_tree import merge
+
+_PATIENCE = 3.0
+"""How many times as long as it usually takes a draft may take, when others have theirs ready or not."""
+_LEAST_PATIENCE_S = 0.25
+_ROUNDS_TO_KNOW = 3
+"""Drafts after which it is known what is usual; until then only the link's own timeout ends the wait."""
+
+
+@dataclass(eq=False, slots=True)
+class NamedSource:
+    """One drafter among several."""
+
+    drafter: str
+    source: DraftSource
+    num_draft_tokens: int
+    """Most tokens it drafts in a row."""
+    pending: asyncio.Task[Draft] | None = None
+    """The draft under way, perhaps one of an earlier round, which nobody waits for any more."""
+    usual_s: Mean = field(default_factory=Mean)
+    """Time a draft takes, late ones included."""
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long a round waits for its draft; None: as long as it takes."""
+        if self.usual_s.count < _ROUNDS_TO_KNOW:
+            return None
+        return max(_LEAST_PATIENCE_S, _PATIENCE * self.usual_s.value)
+
+
+class MergedDrafts:
+    """Asks several drafters at once and merges what they propose. Use as `async with`.
+
+    They err in different places: what one misses another may have. Each may be late, lost or wrong on its
+    own; the round's draft is what the others propose. One that is late is not asked again until it is done,
+    and what it drafted for an earlier round is thrown away.
+
+    Args:
+        max_num_nodes: most tokens of the merged tree, where a round names no budget.
+    """
+
+    def __init__(self, sources: Sequence[NamedSource], max_num_nodes: int) -> None:
+        self._sources = sources
+        self._max_num_nodes = max_num_nodes
+
+    async def __aenter__(self) -> MergedDrafts:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pending = [one.pending for one in self._sources if one.pending]
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+    async def propose(self, request: DraftRequest) -> Draft:
+        """A tree of everyone's proposals, or an empty draft that says why there are none.
+
+        With a budget of nodes each may propose a tree as large as the merged one, without one a chain.
+        """
+        started_ns = time.monotonic_ns()
+        # A late drafter reads them while the rounds go on.
+        request = replace(request, committed_token_ids=tuple(request.committed_token_ids))
+        drafts = await asyncio.gather(*(_ask(one, request) for one in self._sources))
+        elapsed_ns = time.monotonic_ns() - started_ns
+        budget = request.size.num_draft_nodes or self._max_num_nodes
+        tree, nodes = merge([draft.tree for draft in drafts], budget)
+        proposals = tuple(
+            Proposal(one.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)
+            for one, draft, mine in zip(self._sources, drafts, nodes, strict=True)
+        )
+        missing = [one for one in proposals if one.fallback_reason]
+        reason = "; ".join(f"{one.drafter}: {one.fallback_reason}" for one in missing)
+        return Draft(
+            tree.token_ids,
+            # They work side by side: the slowest is what the round waits for.
+            server_ns=min(elapsed_ns, max(draft.server_ns for draft in drafts)),
+            elapsed_ns=elapsed_ns,
+            fallback_reason="" if tree.token_ids else reason,
+            fallback_code=missing[0].fallback_code if missing else "",
+            parent_indices=tree.parent_indices,
+            proposals=proposals,
+            is_first=any(draft.is_first for draft in drafts),
+        )
+
+
+async def _ask(one: NamedSource, request: DraftRequest) -> Draft:
+    """One drafter's draft, or an empty one if it is late."""
+    if one.pending and not one.pending.done():
+        return Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
+    started = time.monotonic()
+    length = min(request.size.num_draft_tokens, one.num_draft_tokens)
+    own = replace(request, size=replace(request.size, num_draft_tokens=length))
+    one.pending = task = asyncio.ensure_future(one.source.propose(own))
+    task.add_done_callback(lambda _: one.usual_s.add(time.monotonic() - started))
+    patience_s = one.patience_s
+    await asyncio.wait({task}, timeout=patience_s)
+    if task.done():
+        return task.result()
+    waited_ns = int((time.monotonic() - started) * 1e9)
+    reason = f"no draft within {patience_s:.3g} s, three times what it usually takes"
+    return Draft(
+        server_ns=waited_ns,
+        elapsed_ns=waited_ns,
+        fallback_reason=reason,
+        fallback_code="deadline_exceeded",
+    )

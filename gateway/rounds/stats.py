@@ -1,0 +1,160 @@
+"""What a request did: rounds, acceptance by position, times."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from gateway.rounds.vocabulary import Proposal, Round
+
+
+@dataclass(frozen=True, slots=True)
+class ProposerStats:
+    """What one of several drafters contributed; field by field specdec.v1.ProposerStats."""
+
+    drafter: str
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_sole_accepted_tokens: int
+    num_fallback_rounds: int
+    fallback_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """What the rounds of a request did; field by field specdec.v1.SpeculationStats."""
+
+    method: str
+    num_rounds: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    acceptance_histogram: list[int]
+    num_draft_tokens_per_position: list[int]
+    num_accepted_tokens_per_position: list[int]
+    draft_ns: int
+    verify_ns: int
+    transport_ns: int
+    gateway_ns: int
+    num_fallback_rounds: int
+    fallback_reason: str
+    proposers: list[ProposerStats]
+
+
+class _Fallbacks:
+    """Why drafts were missing: reasons differ in their figures, so they are told apart by their codes."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._latest: dict[str, str] = {}
+
+    def add(self, code: str, reason: str) -> None:
+        """Count a round without a draft."""
+        self._counts[code] += 1
+        self._latest[code] = reason
+
+    @property
+    def count(self) -> int:
+        """Rounds without a draft."""
+        return self._counts.total()
+
+    @property
+    def commonest(self) -> str:
+        """The latest reason of the commonest code, the first of several; empty: there were none."""
+        return self._latest[self._counts.most_common(1)[0][0]] if self._counts else ""
+
+
+class SpeculationTally:
+    """Sums up the rounds of one request."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.num_rounds = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
+        self._fallbacks = _Fallbacks()
+        self._accepted: Counter[int] = Counter()
+        self._drafted: Counter[int] = Counter()
+        self._proposers: dict[str, _ProposerTally] = {}
+        self._draft_ns = 0
+        self._verify_ns = 0
+        self._transport_ns = 0
+        self._elapsed_ns = 0
+        self._started_ns = 0
+
+    def add(self, this: Round) -> None:
+        """Count a round; the prefill only starts the clock."""
+        if this.is_prefill:
+            self._started_ns = time.monotonic_ns()
+            return
+        draft, verified = this.draft, this.verified
+        self.num_rounds += 1
+        self.num_draft_tokens += len(draft.token_ids)
+        self.num_accepted_tokens += verified.num_accepted_tokens
+        self._accepted[verified.num_accepted_tokens] += 1
+        self._drafted[draft.tree.depth] += 1
+        for proposal in draft.proposals:
+            self._proposers.setdefault(proposal.drafter, _ProposerTally()).add(proposal, this)
+        if draft.fallback_reason:
+            self._fallbacks.add(draft.fallback_code, draft.fallback_reason)
+        self._draft_ns += draft.server_ns
+        self._verify_ns += verified.server_ns
+        self._elapsed_ns += draft.elapsed_ns + verified.elapsed_ns
+        self._transport_ns += this.transport_ns
+
+    def stats(self) -> SpeculationStats:
+        """The sums, as of now."""
+        loop_ns = time.monotonic_ns() - self._started_ns
+        longest = max(self._drafted, default=0)
+        return SpeculationStats(
+            method=self.method,
+            num_rounds=self.num_rounds,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            acceptance_histogram=[self._accepted[length] for length in range(longest + 1)],
+            num_draft_tokens_per_position=_survivors(self._drafted, longest),
+            num_accepted_tokens_per_position=_survivors(self._accepted, longest),
+            draft_ns=self._draft_ns,
+            verify_ns=self._verify_ns,
+            transport_ns=self._transport_ns,
+            gateway_ns=max(0, loop_ns - self._elapsed_ns) if self.num_rounds else 0,
+            num_fallback_rounds=self._fallbacks.count,
+            fallback_reason=self._fallbacks.commonest,
+            proposers=[tally.stats(drafter) for drafter, tally in self._proposers.items()],
+        )
+
+
+@dataclass(slots=True)
+class _ProposerTally:
+    """Sums up what one of several drafters contributed."""
+
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_sole_accepted_tokens: int = 0
+    fallbacks: _Fallbacks = field(default_factory=_Fallbacks)
+
+    def add(self, proposal: Proposal, this: Round) -> None:
+        """Count a round."""
+        accepted = proposal.nodes.intersection(this.verified.path)
+        others = (other.nodes for other in this.draft.proposals if other is not proposal)
+        self.num_draft_tokens += len(proposal.nodes)
+        self.num_accepted_tokens += len(accepted)
+        self.num_sole_accepted_tokens += len(accepted.difference(*others))
+        if proposal.fallback_reason:
+            self.fallbacks.add(proposal.fallback_code, proposal.fallback_reason)
+
+    def stats(self, drafter: str) -> ProposerStats:
+        """The sums, as of now."""
+        return ProposerStats(
+            drafter=drafter,
+            num_draft_tokens=self.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
+            num_sole_accepted_tokens=self.num_sole_accepted_tokens,
+            num_fallback_rounds=self.fallbacks.count,
+            fallback_reason=self.fallbacks.commonest,
+        )
+
+
+def _survivors(lengths: Counter[int], longest: int) -> list[int]:
+    """Entry i: how many of the lengths are greater than i."""
+    return [sum(count for length, count in lengths.items() if length > i) for i in range(longest)]

@@ -1,0 +1,124 @@
+"""Spans of one request: the request, its rounds, and the transport within each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
+
+from gateway.rounds.stats import SpeculationStats
+from gateway.rounds.vocabulary import Round
+from specdec.contract.errors import kind_of
+from specdec.service.telemetry import context_of, record_span, trace_id_of, traceparent_of
+
+
+class RoundSpan:
+    """An open span the services' own spans hang under."""
+
+    def __init__(self, tracer: Tracer, name: str, parent: Context) -> None:
+        self._tracer = tracer
+        self.span: Span = tracer.start_span(name, context=parent)
+        self.traceparent = traceparent_of(self.span)
+        """Sent with the round's messages; empty if the request is not traced."""
+
+    def describe(self, this: Round) -> None:
+        """Record what the round did, and the time it spent on the wire."""
+        if not self.span.is_recording():
+            return
+        self.span.set_attributes(
+            {
+                "specdec.num_draft_tokens": len(this.draft.token_ids),
+                "specdec.draft_depth": this.draft.tree.depth,
+                "specdec.num_accepted_tokens": this.verified.num_accepted_tokens,
+                "specdec.fallback_code": this.draft.fallback_code if this.draft.fallback_reason else "",
+            }
+        )
+        waits_ns = {
+            f"specdec.transport.{peer}_ns": answer.elapsed_ns - answer.server_ns
+            for peer, answer in (("drafter", this.draft), ("verifier", this.verified))
+            if answer.elapsed_ns > answer.server_ns
+        }
+        if waits_ns:
+            record_span(
+                self._tracer,
+                "specdec.transport",
+                set_span_in_context(self.span),
+                duration_ns=sum(waits_ns.values()),
+                attributes=waits_ns,
+            )
+
+
+class RequestTrace:
+    """The span of one request, and its children."""
+
+    def __init__(self, tracer: Tracer, traceparent: str) -> None:
+        self._tracer = tracer
+        self.span: Span = tracer.start_span(
+            "specdec.generate", context=context_of(traceparent), kind=SpanKind.SERVER
+        )
+        self._context = set_span_in_context(self.span)
+
+    @property
+    def trace_id(self) -> str:
+        """32 hex digits; empty if not traced."""
+        return trace_id_of(self.span)
+
+    def describe(self, model_id: str, method: str, num_input_tokens: int) -> None:
+        """Record what was asked for, under OpenTelemetry's GenAI names where there are any."""
+        self.span.set_attributes(
+            {
+                "gen_ai.operation.name": "chat",
+                "gen_ai.provider.name": "specdec",
+                "gen_ai.request.model": model_id,
+                "gen_ai.usage.input_tokens": num_input_tokens,
+                "specdec.method": method,
+            }
+        )
+
+    def finish(self, num_output_tokens: int, speculation: SpeculationStats) -> None:
+        """Record what came out, up to an error or a cancellation perhaps."""
+        self.span.set_attributes(
+            {
+                "gen_ai.usage.output_tokens": num_output_tokens,
+                "specdec.num_rounds": speculation.num_rounds,
+                "specdec.num_draft_tokens": speculation.num_draft_tokens,
+                "specdec.num_accepted_tokens": speculation.num_accepted_tokens,
+                "specdec.num_fallback_rounds": speculation.num_fallback_rounds,
+                "specdec.num_draft_tokens_per_position": speculation.num_draft_tokens_per_position,
+                "specdec.num_accepted_tokens_per_position": speculation.num_accepted_tokens_per_position,
+            }
+        )
+
+    @contextmanager
+    def prefill(self) -> Iterator[RoundSpan]:
+        """Around the opening of the sessions."""
+        with self._child("specdec.prefill") as child:
+            yield child
+
+    @contextmanager
+    def round(self) -> Iterator[RoundSpan]:
+        """Around one draft and one verify."""
+        with self._child("specdec.round") as child:
+            yield child
+
+    def fail(self, error: BaseException) -> None:
+        """Mark the request as failed."""
+        _fail(self.span, error)
+
+    @contextmanager
+    def _child(self, name: str) -> Iterator[RoundSpan]:
+        child = RoundSpan(self._tracer, name, self._context)
+        try:
+            yield child
+        except BaseException as error:
+            _fail(child.span, error)
+            raise
+        finally:
+            child.span.end()
+
+
+def _fail(span: Span, error: BaseException) -> None:
+    span.set_attribute("error.type", kind_of(error))
+    span.set_status(Status(StatusCode.ERROR, kind_of(error)))

@@ -1,0 +1,182 @@
+"""The words of the draft-verify loop: sizes, drafts, verdicts, rounds, and the two services as interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from specdec.contract.draft_tree import DraftTree
+
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+"""Log probability of a token, and the best (token id, log probability) pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSize:
+    """How much a round drafts."""
+
+    num_draft_tokens: int
+    """K: most tokens in a row; 0: nothing is drafted."""
+    num_draft_nodes: int = 0
+    """Most tokens of a draft tree; 0: each drafter drafts a chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What drafters propose for one round, possibly nothing."""
+
+    token_ids: tuple[int, ...] = ()
+    server_ns: int = 0
+    """Time the drafter itself took, nanoseconds."""
+    elapsed_ns: int = 0
+    """Time until the draft was here, nanoseconds."""
+    fallback_reason: str = ""
+    """Why there is no draft although one was wanted; empty: nothing went wrong."""
+    fallback_code: str = "unavailable"
+    """Kind of reason, one of a few: "opening", "busy", or a status code's name in lower case; means something
+    with a reason only."""
+    parent_indices: tuple[int, ...] = ()
+    """Of a draft tree, see DraftTree; empty: a chain."""
+    proposals: tuple[Proposal, ...] = ()
+    """Who proposed what, if several were asked."""
+    is_first: bool = False
+    """Whether it is a drafter session's first, which reads all that was before: its time is not the usual."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everyone who was asked answered in time."""
+        return not (self.fallback_reason or any(one.fallback_reason for one in self.proposals))
+
+    @property
+    def tree(self) -> DraftTree:
+        """The tokens as the tree, or chain, they are."""
+        return DraftTree(self.token_ids, self.parent_indices)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """One drafter's part in a round that several drafted for."""
+
+    drafter: str
+    nodes: frozenset[int] = frozenset()
+    """Which of the draft's tokens it proposed."""
+    fallback_reason: str = ""
+    """Why it was left out of the round; empty: it was not."""
+    fallback_code: str = "unavailable"
+    """Kind of reason, see Draft."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The target's answer: it commits the accepted path of the draft, then the bonus token."""
+
+    num_accepted_tokens: int
+    bonus_token_id: int
+    finish_reason: str = ""
+    """Why the generation ended with the bonus token; empty: it did not."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    server_ns: int = 0
+    """Time the verifier itself took, nanoseconds."""
+    elapsed_ns: int = 0
+    """Time until the answer was here, nanoseconds."""
+    compute_ns: int = 0
+    """Time of the target's pass, shared by all its items, nanoseconds."""
+    batch_size: int = 1
+    """Items of that pass."""
+    batch_tokens: int = 1
+    """Tokens of all of them."""
+    target_state: StateHandle | None = None
+    """Where the drafter finds the target's state as of this answer."""
+    accepted_node_indices: tuple[int, ...] = ()
+    """The accepted path in the draft; empty: its first num_accepted_tokens tokens."""
+
+    @property
+    def path(self) -> Sequence[int]:
+        """Which of the draft's tokens are accepted, in order."""
+        return self.accepted_node_indices or range(self.num_accepted_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One draft and one verify. The prefill is a round with an empty draft."""
+
+    draft: Draft
+    verified: Verified
+    is_prefill: bool = False
+
+    @property
+    def transport_ns(self) -> int:
+        """Time on the wire and in gRPC, nanoseconds: what was waited for less what the services took."""
+        draft, verified = self.draft, self.verified
+        return max(0, draft.elapsed_ns + verified.elapsed_ns - draft.server_ns - verified.server_ns)
+
+    @property
+    def phases_ns(self) -> dict[str, int]:
+        """Time of each phase, nanoseconds; of "draft" only where a drafter was asked."""
+        phases = {"verify": self.verified.server_ns, "transport": self.transport_ns}
+        return {"draft": self.draft.server_ns, **phases} if self.draft.elapsed_ns else phases
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """What the round commits, all of it the target's picks."""
+        accepted = (self.draft.token_ids[node] for node in self.verified.path)
+        return (*accepted, self.verified.bonus_token_id)
+
+
+class StateHandle(Protocol):
+    """Target state as the gateway sees it: something one service hands out and the other takes."""
+
+    @property
+    def session_id(self) -> str:
+        """Whose state it is; another one after the verifier was lost."""
+
+    @property
+    def cached_length(self) -> int:
+        """Positions that may be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """What one round asks a drafter for."""
+
+    committed_token_ids: Sequence[int]
+    """Prompt and output so far."""
+    size: DraftSize
+    traceparent: str = ""
+    """Of the round's span; empty: it is not traced."""
+    target_state: StateHandle | None = None
+    """The target's, as of the last committed token but one; None: none is exported."""
+
+
+class VerifierSession(Protocol):
+    """One generation on one verifier."""
+
+    async def open(self, traceparent: str) -> Verified:
+        """Prefill the prompt; the first token is the bonus token."""
+
+    async def verify(
+        self,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        traceparent: str,
+        parent_indices: Sequence[int] = (),
+    ) -> Verified:
+        """Check a draft, chain or tree, in one pass."""
+
+
+class DraftSource(Protocol):
+    """Where drafts come from. Never raises: without a guess the draft is empty."""
+
+    async def propose(self, request: DraftRequest) -> Draft:
+        """Guess what follows the committed tokens, no more than was asked for."""
+
+
+class SizeControl(Protocol):
+    """Decides how much a generation drafts."""
+
+    def choose(self, most: int) -> DraftSize:
+        """Size of the next round's draft, K no more than `most`."""
+
+    def observe(self, size: DraftSize, this: Round) -> None:
+        """Learn from a round whose draft had that size."""

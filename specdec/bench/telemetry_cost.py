@@ -1,0 +1,333 @@
+"""What telemetry costs: the same requests to systems with and without it, taking turns prompt by prompt.
+
+Two systems have none: their ratio, which should be 1, shows how much of the other is chance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.request import urlopen
+
+import grpc
+import psutil
+
+from specdec.bench.backends import GatewayBackend
+from specdec.bench.provenance import collect
+from specdec.bench.records import Contender, RequestRecord
+from specdec.bench.run import run, schedule, warm_up
+from specdec.bench.workload import Prompt
+from specdec.client import AsyncClient, GenerateOptions
+from specdec.contract.errors import InternalError, UnavailableError
+from specdec.contract.methods import drafters_of
+from specdec.local.launcher import HOST, LocalSystem
+from specdec.local.processes import free_ports
+
+OFF, CONTROL, ON = "off", "control", "on"
+SERVICES = ("gateway", "drafter", "verifier")
+_NUM_WARM_UPS = 1
+_NUM_RESAMPLES = 5000
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryConfig:
+    """What is measured."""
+
+    model: str = "default"
+    """Model to start."""
+    dtype: str = "bfloat16"
+    """Data type of the model."""
+    device: str = "cpu"
+    """Device of the model."""
+    method: str = "ngram"
+    """Method of the requests; its drafters are started."""
+    num_draft_tokens: int = 3
+    """K, the same in every round, so that all systems do the same."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most."""
+    restarts: int = 4
+    """How often all systems are started anew: processes of the same code differ by where their memory is."""
+    scrape_interval_s: float = 15.0
+    """Time between two scrapes of each endpoint, seconds."""
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Drafters to start."""
+        return drafters_of(self.method) or ("ngram",)
+
+    @property
+    def options(self) -> GenerateOptions:
+        """What every request asks for."""
+        return GenerateOptions(
+            method=self.method,
+            num_draft_tokens=self.num_draft_tokens,
+            max_new_tokens=self.max_new_tokens,
+            ignore_eos=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request."""
+
+    restart: int
+    """Since which start of the systems, from 0."""
+    arm: str
+    """Which system: off, control or on."""
+    question_id: int
+    """The prompt's."""
+    tpot_ms: float
+    """Mean time per output token after the first, milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a service computed, over all requests to one system."""
+
+    restart: int
+    arm: str
+    service: str
+    cpu_ms_per_token: float
+    """CPU time of its process over output tokens, milliseconds. Far less hangs on chance than of TPOT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """TPOT of one system over another's: the median over pairs of requests, and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+    num_pairs: int
+
+
+class Sink(grpc.GenericRpcHandler):
+    """An OTLP collector that counts what it is sent, and drops it."""
+
+    def __init__(self) -> None:
+        self.num_exports = 0
+
+    def service(self, call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Takes every method; an empty message is a valid answer to all of OTLP's."""
+        return grpc.unary_unary_rpc_method_handler(self._export)
+
+    def _export(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        self.num_exports += 1
+        return b""
+
+
+def measure(
+    config: TelemetryConfig,
+    prompts: Sequence[Prompt],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Sample], list[Cost]]:
+    """Run every prompt on every system, `restarts` times.
+
+    Args:
+        on_progress: called with the restarts done and the restarts in all.
+
+    Returns:
+        Every request, and what each service computed meanwhile.
+
+    Raises:
+        UnavailableError: a service did not start, or a request failed.
+        InternalError: the system with telemetry exported nothing; the figures would mean nothing.
+    """
+    samples: list[Sample] = []
+    costs: list[Cost] = []
+    for restart in range(config.restarts):
+        sink = Sink()
+        with (
+            _listening(sink) as endpoint,
+            _systems(config, restart, endpoint) as (systems, metrics),
+            _scraped(metrics, config.scrape_interval_s),
+        ):
+            processes = [
+                (arm, service, psutil.Process(system.pids[service]))
+                for arm, system in systems.items()
+                for service in SERVICES
+            ]
+            before = [_cpu_ms(process) for _, _, process in processes]
+            gateways = {arm: system.gateway for arm, system in systems.items()}
+            records = asyncio.run(_ask_all(config, prompts, gateways))
+            spent = [_cpu_ms(process) - then for (_, _, process), then in zip(processes, before, strict=True)]
+        if not sink.num_exports:
+            raise InternalError("The system with telemetry sent nothing to its collector.")
+        samples += [_sample(restart, record) for record in records]
+        num_tokens = (len(prompts) + _NUM_WARM_UPS) * config.max_new_tokens
+        costs += [
+            Cost(restart, arm, service, cpu_ms / num_tokens)
+            for (arm, service, _), cpu_ms in zip(processes, spent, strict=True)
+        ]
+        on_progress(restart + 1, config.restarts)
+    return samples, costs
+
+
+def _cpu_ms(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return 1e3 * (times.user + times.system)
+
+
+@contextmanager
+def _listening(sink: Sink) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(max_workers=4), handlers=[sink])
+    port = server.add_insecure_port(f"{HOST}:0")
+    server.start()
+    try:
+        yield f"http://{HOST}:{port}"
+    finally:
+        server.stop(grace=1).wait()
+
+
+@contextmanager
+def _systems(
+    config: TelemetryConfig, restart: int, endpoint: str
+) -> Iterator[tuple[dict[str, LocalSystem], list[str]]]:
+    """Systems by arm, started in another order each time, and the metrics addresses of ON."""
+    metrics = [f"{HOST}:{port}" for port in free_ports(len(SERVICES))]
+    arms = [OFF, CONTROL, ON]
+    systems: dict[str, LocalSystem] = {}
+    with ExitStack() as stack:
+        for arm in arms[restart % 3 :] + arms[: restart % 3]:
+            system = LocalSystem(
+                config.model,
+                dtype=config.dtype,
+                device=config.device,
+                drafters=config.drafters,
+                extra_args=_metrics_arguments(metrics) if arm == ON else {},
+                env=_environment(endpoint if arm == ON else ""),
+            )
+            systems[arm] = stack.enter_context(system)
+        yield systems, metrics
+
+
+def _metrics_arguments(addresses: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    return {
+        service: ("--metrics-listen", address) for service, address in zip(SERVICES, addresses, strict=True)
+    }
+
+
+def _environment(endpoint: str) -> dict[str, str]:
+    """Variables that turn OTLP on or off, whatever the caller's own are."""
+    if not endpoint:
+        return {"OTEL_SDK_DISABLED": "true"}
+    return {
+        "OTEL_SDK_DISABLED": "false",
+        "OTEL_TRACES_EXPORTER": "otlp",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+    }
+
+
+@contextmanager
+def _scraped(addresses: Sequence[str], interval_s: float) -> Iterator[None]:
+    """Within the block the endpoints are read, at once and then in intervals, as Prometheus does.
+
+    Raises:
+        UnavailableError: one cannot be read.
+    """
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.wait(interval_s):
+            with suppress(OSError):  # a system that goes fails the run's own requests, too
+                _read_all(addresses)
+
+    _read_all(addresses)
+    thread = threading.Thread(target=scrape, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _read_all(addresses: Sequence[str]) -> None:
+    for address in addresses:
+        with urlopen(f"http://{address}/metrics", timeout=10) as response:
+            if b"specdec_" not in response.read():
+                raise UnavailableError(f"No metrics at {address}.")
+
+
+async def _ask_all(
+    config: TelemetryConfig, prompts: Sequence[Prompt], gateways: Mapping[str, str]
+) -> list[RequestRecord]:
+    async with AsyncExitStack() as stack:
+        contenders = [
+            Contender(
+                arm,
+                GatewayBackend(await stack.enter_async_context(AsyncClient(gateways[arm])), config.options),
+            )
+            for arm in (OFF, CONTROL, ON)
+        ]
+        await warm_up(contenders, prompts[:_NUM_WARM_UPS])
+        return await run(list(schedule(contenders, prompts, [1])))
+
+
+def _sample(restart: int, record: RequestRecord) -> Sample:
+    if record.answer is None or record.answer.tpot_ms is None:
+        raise UnavailableError(f"A request failed or was too short to time: {record.error or 'one token'}")
+    return Sample(restart, record.method, record.question_id, record.answer.tpot_ms)
+
+
+def ratio(samples: Sequence[Sample], arm: str, base: str = OFF) -> Ratio:
+    """TPOT of `arm` over that of `base`, prompt by prompt.
+
+    The interval is a bootstrap's that draws restarts, then pairs of those: pairs of one restart are alike.
+    """
+    tpot_ms = {(one.restart, one.question_id, one.arm): one.tpot_ms for one in samples}
+    by_restart: dict[int, list[float]] = defaultdict(list)
+    for restart, question_id, name in tpot_ms:
+        if name == arm:
+            pair = tpot_ms[restart, question_id, arm] / tpot_ms[restart, question_id, base]
+            by_restart[restart].append(math.log(pair))
+    groups = list(by_restart.values())
+    draw = random.Random(0)
+    medians = sorted(median(_resampled(groups, draw)) for _ in range(_NUM_RESAMPLES))
+    tail = int((1 - _CONFIDENCE) / 2 * _NUM_RESAMPLES)
+    pairs = [value for group in groups for value in group]
+    return Ratio(math.exp(median(pairs)), math.exp(medians[tail]), math.exp(medians[-1 - tail]), len(pairs))
+
+
+def _resampled(groups: Sequence[Sequence[float]], draw: random.Random) -> list[float]:
+    """As many groups as there are, drawn with replacement, and of each as many values as it has, likewise."""
+    drawn = draw.choices(groups, k=len(groups))
+    return [value for group in drawn for value in draw.choices(group, k=len(group))]
+
+
+def median_tpot_ms(samples: Sequence[Sample], arm: str) -> float:
+    """Median over the answers."""
+    return median(one.tpot_ms for one in samples if one.arm == arm)
+
+
+def cpu_ms_per_token(costs: Sequence[Cost], arm: str, service: str) -> float:
+    """Median over the restarts."""
+    return median(one.cpu_ms_per_token for one in costs if (one.arm, one.service) == (arm, service))
+
+
+def write(
+    directory: Path, samples: Sequence[Sample], costs: Sequence[Cost], settings: Mapping[str, Any]
+) -> None:
+    """Write telemetry.json: provenance, settings, ratios, every sample and every cost."""
+    directory.mkdir(parents=True, exist_ok=True)
+    results = {
+        "provenance": collect() | dict(settings),
+        "on_over_off": asdict(ratio(samples, ON)),
+        "control_over_off": asdict(ratio(samples, CONTROL)),
+        "samples": [asdict(sample) for sample in samples],
+        "costs": [asdict(cost) for cost in costs],
+    }
+    (directory / "telemetry.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

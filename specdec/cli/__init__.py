@@ -1,0 +1,1 @@
+"""The command line: `specdec up`, `generate`, `chat`, `compare`, `info`, `bench`, `down`."""

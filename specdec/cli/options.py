@@ -1,0 +1,150 @@
+"""Command line options that the client commands share, and the request options made of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from specdec.client import DEFAULT_TIMEOUT_S, GATEWAY_VARIABLE, GenerateOptions
+from specdec.contract.sampling import SamplingParams
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+_CONNECTION = (
+    click.option(
+        "--gateway",
+        metavar="ADDRESS",
+        default="",
+        help=f"Gateway, HOST:PORT or gRPC URI.  [default: ${GATEWAY_VARIABLE}, else what `specdec up` runs]",
+    ),
+    click.option(
+        "--timeout",
+        "timeout_s",
+        metavar="SECONDS",
+        type=float,
+        default=DEFAULT_TIMEOUT_S,
+        show_default=True,
+        help="Give up on an answer after this long.",
+    ),
+)
+
+_METHOD = click.option(
+    "--method",
+    default="",
+    help="Drafter, as `specdec info` lists them, several joined by + (dflash+ngram), or `none` for plain "
+    "decoding.  [default: the gateway's]",
+)
+
+_LENGTH = (
+    click.option(
+        "-k",
+        "--num-draft-tokens",
+        metavar="K",
+        type=int,
+        help="Tokens to draft per round in a row; 0 is plain decoding.  [default: chosen round by round by "
+        "what pays]",
+    ),
+    click.option(
+        "--num-draft-nodes",
+        metavar="N",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Most tokens of a round's draft tree, all drafters together.  [default: with -k a chain per "
+        "drafter, else chosen, too]",
+    ),
+    click.option(
+        "--min-draft-confidence",
+        metavar="P",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        help="End a draft before a token its drafter gives less than this probability.  [default: 0, off]",
+    ),
+    click.option(
+        "-n", "--max-new-tokens", metavar="N", type=int, help="Most tokens to emit.  [default: the gateway's]"
+    ),
+    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; may be repeated."),
+    click.option("--ignore-eos", is_flag=True, help="Go on after the model's own end token."),
+)
+
+
+def _sampling_option(*names: str, default: float, help: str) -> Callable[[CommandT], CommandT]:
+    """An option of the type of its default."""
+    return click.option(*names, type=type(default), default=default, show_default=True, help=help)
+
+
+_SAMPLING = (
+    _sampling_option(
+        "-t",
+        "--temperature",
+        default=0.0,
+        help="Randomness of the picks; 0 always takes the most probable token.",
+    ),
+    _sampling_option(
+        "--top-p",
+        default=1.0,
+        help="Pick among the most probable tokens that together reach this probability, in (0, 1].",
+    ),
+    _sampling_option("--top-k", default=0, help="Pick among the K most probable tokens; 0: all."),
+    _sampling_option(
+        "--min-p", default=0.0, help="Drop tokens less probable than this times the best one, in [0, 1]."
+    ),
+    _sampling_option(
+        "--repetition-penalty", default=1.0, help="Above 1 disfavours tokens of prompt and answer."
+    ),
+    _sampling_option("--presence-penalty", default=0.0, help="Disfavours tokens of the answer, in [-2, 2]."),
+    _sampling_option("--frequency-penalty", default=0.0, help="The same per occurrence, in [-2, 2]."),
+    _sampling_option("--seed", default=0, help="Same seed and request, same answer, whatever the method."),
+)
+
+NO_COLOR = click.option(
+    "--no-color", is_flag=True, help="No colours in the terminal; $NO_COLOR does so, too."
+)
+
+
+def connection_options(command: CommandT) -> Callable[..., Any]:
+    """Adds --gateway and --timeout; the command gets `gateway` and `timeout_s`."""
+    return _apply(_CONNECTION, command)
+
+
+def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Callable[..., Any]]:
+    """Adds what a generation can be asked for; the command gets one `options: GenerateOptions`."""
+
+    def decorate(command: CommandT) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def wrapper(
+            *,
+            num_draft_tokens: int | None,
+            num_draft_nodes: int,
+            min_draft_confidence: float,
+            max_new_tokens: int | None,
+            stop: tuple[str, ...],
+            ignore_eos: bool,
+            method: str = "",
+            **rest: Any,
+        ) -> Any:
+            names = SamplingParams.__dataclass_fields__.keys() & rest.keys()
+            options = GenerateOptions(
+                method=method,
+                num_draft_tokens=num_draft_tokens,
+                num_draft_nodes=num_draft_nodes,
+                min_draft_confidence=min_draft_confidence,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                ignore_eos=ignore_eos,
+                sampling=SamplingParams(**{name: rest.pop(name) for name in names}),
+            )
+            return command(options=options, **rest)
+
+        return _apply((*((_METHOD,) if with_method else ()), *_LENGTH, *_SAMPLING), wrapper)
+
+    return decorate
+
+
+def _apply(options: tuple[Callable[[Any], Any], ...], command: Callable[..., Any]) -> Callable[..., Any]:
+    # Help lists options in the order of application, last first.
+    for option in reversed(options):
+        command = option(command)
+    return command

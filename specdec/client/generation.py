@@ -1,0 +1,248 @@
+"""What a client asks for and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from specdec.contract.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+    """The turn's text."""
+
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A string (one user turn, or raw text with `GenerateOptions.raw`), a conversation, or token ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions:
+    """Everything a request may say besides its prompt."""
+
+    method: str = ""
+    """Drafter to use, several joined by "+", "none" for plain decoding; empty: the gateway's default."""
+    num_draft_tokens: int | None = None
+    """Tokens to draft per round in a row (K); None: the gateway chooses round by round, by what pays."""
+    num_draft_nodes: int = 0
+    """Most tokens of a round's draft tree, all branches and drafters together; 0: with a K a chain
+    per drafter, without one chosen, too."""
+    min_draft_confidence: float = 0.0
+    """End a round's draft before the first token the drafter gives less than this probability; 0: off."""
+    max_new_tokens: int | None = None
+    """Most tokens to emit; None: the gateway's default."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """How the target picks tokens; greedy unless told otherwise."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the generation; the text stops before the first."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the generation, besides the model's own."""
+    ignore_eos: bool = False
+    """Do not end at the model's own end tokens."""
+    num_top_logprobs: int | None = None
+    """Most probable tokens to report per emitted token, 0 to 20; None: no log probabilities at all."""
+    raw: bool = False
+    """Tokenise a string prompt as it is, without the chat template."""
+
+
+DEFAULT_OPTIONS = GenerateOptions()
+"""The gateway's defaults throughout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One emitted token."""
+
+    token_id: int
+    """Token id in the target's vocabulary."""
+    text: str
+    """Text the token completes; the tokens' texts join to the answer. Often empty."""
+    is_draft: bool
+    """Drafted and accepted, rather than added by the target."""
+    logprob: float | None = None
+    """Natural log probability under the target's unprocessed distribution; None: not asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """Most probable (token id, log probability) pairs, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The gateway's acceptance of a request."""
+
+    input_tokens: int
+    """Tokens of the prompt after tokenisation."""
+    method: str
+    """Method in effect."""
+    num_draft_tokens: int
+    """Draft tokens asked for per round (K); of the first round where the gateway chooses."""
+    trace_id: str
+    """Trace id, 32 hex digits; empty: not traced."""
+    model_id: str
+    """Model that answers."""
+    num_draft_nodes: int = 0
+    """Most tokens of a round's draft tree; 0: drafts are chains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts."""
+
+    input_tokens: int
+    """Tokens of the prompt."""
+    output_tokens: int
+    """Tokens emitted, end token included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Times measured at the gateway from the request's arrival, milliseconds."""
+
+    ttft_ms: float
+    """To the first token."""
+    tpot_ms: float
+    """Mean per output token after the first; 0: fewer than two tokens."""
+    total_ms: float
+    """To the last token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProposerStats:
+    """What one of several drafters contributed to a generation."""
+
+    drafter: str
+    """Its name."""
+    num_draft_tokens: int
+    """Draft tokens it proposed that were verified."""
+    num_accepted_tokens: int
+    """Accepted draft tokens that it proposed, others perhaps, too."""
+    num_sole_accepted_tokens: int
+    """Accepted draft tokens that it alone proposed."""
+    num_fallback_rounds: int = 0
+    """Rounds it was left out of because it was lost, late or refused."""
+    fallback_reason: str = ""
+    """The commonest reason; empty: it did not happen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What the rounds of a generation did; the times are sums over rounds, milliseconds."""
+
+    method: str
+    """Method in effect."""
+    num_rounds: int
+    """Verify passes after the prefill."""
+    num_draft_tokens: int
+    """Draft tokens verified, all branches of trees."""
+    num_accepted_tokens: int
+    """Draft tokens accepted, bonus excluded."""
+    acceptance_histogram: tuple[int, ...] = ()
+    """Entry i: rounds that accepted exactly i draft tokens."""
+    num_draft_tokens_per_position: tuple[int, ...] = ()
+    """Entry i: rounds that drafted a token at position i, in a tree at depth i + 1."""
+    num_accepted_tokens_per_position: tuple[int, ...] = ()
+    """Entry i: rounds in which a draft token at position i was accepted."""
+    draft_ms: float = 0.0
+    """The drafter's time."""
+    verify_ms: float = 0.0
+    """The verifier's time."""
+    transport_ms: float = 0.0
+    """Time on the wire and in gRPC to both services."""
+    gateway_ms: float = 0.0
+    """The gateway's own time."""
+    num_fallback_rounds: int = 0
+    """Rounds that went without a draft because the drafter was lost, late or refused."""
+    fallback_reason: str = ""
+    """The commonest reason; empty: it did not happen."""
+    proposers: tuple[ProposerStats, ...] = ()
+    """What each of several drafters contributed; empty: there was one, or none."""
+
+    @property
+    def draft_tokens_per_token(self) -> float:
+        """Draft tokens verified per token committed after the first; 0 without rounds."""
+        num_tokens = self.num_accepted_tokens + self.num_rounds
+        return self.num_draft_tokens / num_tokens if num_tokens else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> tuple[float, ...]:
+        """Entry i: of the rounds that drafted a token at position i, the share that accepted one."""
+        accepted, drafted = self.num_accepted_tokens_per_position, self.num_draft_tokens_per_position
+        return tuple(hits / tries for hits, tries in zip(accepted, drafted, strict=True))
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens committed per round, bonus included; 1 without rounds, which is what plain decoding has."""
+        return 1.0 + (self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    """The answer."""
+    tokens: tuple[Token, ...] = field(repr=False)
+    """The emitted tokens, end token included."""
+    finish_reason: str
+    """"stop_token", "length" or "stop_string"."""
+    usage: Usage
+    timing: Timing
+    speculation: Speculation
+    trace_id: str
+    """Trace id, 32 hex digits; empty: not traced."""
+    model_id: str
+    """Model that answered."""
+    num_failovers: int = 0
+    """Times a verifier was lost and the answer went on with another."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids of the emitted tokens."""
+        return tuple(token.token_id for token in self.tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as `specdec generate --json` prints it.
+
+        `logprobs` is there if asked for; the number and the reason of fallback rounds if there were any;
+        `proposers` if several drafters were asked.
+        """
+        speculation = self.speculation
+        result: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "usage": asdict(self.usage),
+            "timing": asdict(self.timing),
+            "speculation": {
+                "method": speculation.method,
+                "num_rounds": speculation.num_rounds,
+                "num_draft_tokens": speculation.num_draft_tokens,
+                "num_accepted_tokens": speculation.num_accepted_tokens,
+                "mean_acceptance_length": speculation.mean_acceptance_length,
+                "acceptance_histogram": list(speculation.acceptance_histogram),
+                "acceptance_by_depth": list(speculation.acceptance_by_depth),
+                "draft_tokens_per_token": speculation.draft_tokens_per_token,
+                "draft_ms": speculation.draft_ms,
+                "verify_ms": speculation.verify_ms,
+                "transport_ms": speculation.transport_ms,
+            },
+            "trace_id": self.trace_id,
+            "num_failovers": self.num_failovers,
+        }
+        if speculation.num_fallback_rounds:
+            result["speculation"]["num_fallback_rounds"] = speculation.num_fallback_rounds
+            result["speculation"]["fallback_reason"] = speculation.fallback_reason
+        if speculation.proposers:
+            result["speculation"]["proposers"] = [asdict(proposer) for proposer in speculation.proposers]
+        if any(token.logprob is not None for token in self.tokens):
+            result["logprobs"] = [
+                {"logprob": token.logprob, "top": [list(pair) for pair in token.top_logprobs]}
+                for token in self.tokens
+            ]
+        return result

@@ -1,0 +1,1 @@
+"""Words that every process shares: errors, sampling parameters, methods, draft trees, target state."""

@@ -1,0 +1,166 @@
+"""Sampling parameters: what a request may ask of the target's pick, and which values are right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from specdec.contract.errors import InvalidArgumentError
+from specdec.v1 import common_pb2
+
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the target turns logits into the one token it picks; see specdec.v1.SamplingParams."""
+
+    temperature: float = 0.0
+    """Softmax temperature, >= 0; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this times the most probable one, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive, multiplies negative logits of tokens in prompt and output, > 0; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence in the output, in [-2, 2]."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of token ids, each in [-100, 100]."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Only these token ids can be picked; empty: all."""
+    seed: int = 0
+    """Seed of the Gumbel noise, 0 to 2**64 - 1."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the pick is the arg max, with no noise."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the pick at a position depends on the tokens before it beyond the logits."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the raw logits' arg max is the pick."""
+        return self.is_greedy and not (self.has_penalties or self.logit_bias or self.allowed_token_ids)
+
+    def validate(self, vocab_size: int = 0) -> None:
+        """Refuse what is out of range. `vocab_size` 0: token ids are not checked here.
+
+        Raises:
+            InvalidArgumentError: with the field and the range it must be in.
+        """
+        _require("temperature", self.temperature, 0.0, math.inf, "a number >= 0; 0 is greedy")
+        if self.top_k < 0 or (vocab_size and self.top_k > vocab_size):
+            limit = f"to {vocab_size}" if vocab_size else "or more"
+            _refuse("top_k", self.top_k, f"0 (off) {limit}")
+        if not 0.0 < self.top_p <= 1.0:
+            _refuse("top_p", self.top_p, "in (0, 1]; 1 keeps every token")
+        _require("min_p", self.min_p, 0.0, 1.0, "in [0, 1]; 0 keeps every token")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            _refuse("repetition_penalty", self.repetition_penalty, "a number > 0; 1 is off")
+        _require("presence_penalty", self.presence_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
+        _require("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
+        if not 0 <= self.seed < 2**64:
+            _refuse("seed", self.seed, "an integer in [0, 2**64)")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            _refuse("logit_bias", len(self.logit_bias), f"of at most {MAX_LOGIT_BIASES} token ids")
+        if vocab_size and len(self.allowed_token_ids) > vocab_size:
+            _refuse(
+                "allowed_token_ids", len(self.allowed_token_ids), f"no more ids than there are, {vocab_size}"
+            )
+        for token_id, bias in self.logit_bias.items():
+            _require("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "in [-100, 100]")
+            validate_token_ids("logit_bias", [token_id], vocab_size)
+        validate_token_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
+
+    def to_proto(self) -> common_pb2.SamplingParams:
+        """The message that carries these parameters.
+
+        Raises:
+            InvalidArgumentError: if a value does not fit the wire type.
+        """
+        message = common_pb2.SamplingParams()
+        for parameter in fields(self):
+            value = getattr(self, parameter.name)
+            try:
+                message.MergeFrom(common_pb2.SamplingParams(**{parameter.name: value}))
+            except (ValueError, TypeError) as error:
+                raise InvalidArgumentError(
+                    f"{parameter.name} cannot be {repr(value)[:80]}: {error}", field=parameter.name
+                ) from error
+        return message
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
+        """Parameters of a message, unset fields at their defaults; not validated."""
+        return cls(
+            temperature=message.temperature,
+            top_k=message.top_k,
+            top_p=message.top_p if message.HasField("top_p") else 1.0,
+            min_p=message.min_p,
+            repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+            presence_penalty=message.presence_penalty,
+            frequency_penalty=message.frequency_penalty,
+            logit_bias=dict(message.logit_bias),
+            allowed_token_ids=tuple(message.allowed_token_ids),
+            seed=message.seed,
+        )
+
+
+def validate_min_draft_confidence(value: float) -> None:
+    """Refuse what is no probability.
+
+    Raises:
+        InvalidArgumentError: it is less than 0, more than 1, or not a number.
+    """
+    if not 0.0 <= value <= 1.0:
+        raise InvalidArgumentError(
+            f"min_draft_confidence is {value:g}; it must be from 0 (off) to 1.", field="min_draft_confidence"
+        )
+
+
+def validate_token_ids(field_name: str, token_ids: list[int] | tuple[int, ...], vocab_size: int) -> None:
+    """Refuse token ids the vocabulary does not have. `vocab_size` 0: any id passes.
+
+    Raises:
+        InvalidArgumentError: naming the first wrong id.
+    """
+    if vocab_size and token_ids and max(token_ids) >= vocab_size:
+        index, wrong = next((i, t) for i, t in enumerate(token_ids) if t >= vocab_size)
+        raise InvalidArgumentError(
+            f"{field_name}[{index}] is {wrong}, but the vocabulary has {vocab_size} tokens; "
+            f"token ids must be below that. Was the text tokenised with another model's tokenizer?",
+            field=field_name,
+            reason="TOKEN_ID_OUT_OF_RANGE",
+        )
+
+
+def validate_num_top_logprobs(num_top_logprobs: int | None) -> None:
+    """Refuse more alternatives per token than the service reports.
+
+    Raises:
+        InvalidArgumentError: out of [0, MAX_TOP_LOGPROBS].
+    """
+    if num_top_logprobs is not None and not 0 <= num_top_logprobs <= MAX_TOP_LOGPROBS:
+        _refuse("num_top_logprobs", num_top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]")
+
+
+def _require(name: str, value: float, low: float, high: float, expected: str) -> None:
+    # Written so that NaN, which compares false with everything, is refused.
+    if not (low <= value <= high and math.isfinite(value)):
+        _refuse(name, value, expected)
+
+
+def _refuse(name: str, value: float, expected: str) -> None:
+    raise InvalidArgumentError(f"{name} is {value}; it must be {expected}.", field=name)

@@ -1,0 +1,205 @@
+"""The three services on this machine: their command lines, and a `with` block that runs them.
+
+with LocalSystem(drafters=["ngram"]) as system:
+    print(Client(system.gateway).generate("Hello").text)
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Self
+
+from specdec.contract.errors import NotFoundError, UnavailableError
+from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
+
+HOST = "127.0.0.1"
+DEFAULT_MODEL = "default"
+"""Name of the embedded model."""
+
+SERVICE_GROUP = "specdec.services"
+"""Entry points that name the program of each service."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SystemConfig:
+    """What a local system runs."""
+
+    model: str = DEFAULT_MODEL
+    """Target model: a local folder, a Hugging Face id, or "default", the embedded one."""
+    dtype: str = "bfloat16"
+    """Weight data type of the target."""
+    device: str = "cpu"
+    """Device of the target, "cuda:0" for one."""
+    drafters: tuple[str, ...] = ("ngram",)
+    """Drafters to load: "ngram", "mtp[:MODEL]", "dflash[:MODEL]", "causal-lm:MODEL"."""
+    target_state: str = "auto"
+    """How drafters read the target's state: "auto", "handle" or "stream"."""
+    threads: int = 0
+    """CPU threads of each of the two model services; 0: one per core."""
+    kv_cache_mib: float | None = None
+    """Memory of the target's KV, MiB; None: the verifier's default."""
+    gateway_port: int = 0
+    """Port of the gateway; 0: a free one."""
+    extra_args: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """More arguments, by service: "gateway", "drafter", "verifier"."""
+    ready_timeout_s: float = 120.0
+    """Seconds the services have to become healthy."""
+
+    @property
+    def needs_default_model(self) -> bool:
+        """Whether the embedded model must be fetched first."""
+        draft_models = [drafter.partition(":")[2] for drafter in self.drafters]
+        return DEFAULT_MODEL in (self.model, *draft_models)
+
+
+def default_drafters(model: str) -> tuple[str, ...]:
+    """Drafters of a system that names none, the best first: those that need no model, or come with one."""
+    return ("dflash", "mtp", "ngram-lm", "ngram") if model == DEFAULT_MODEL else ("ngram",)
+
+
+def prepare_models(config: SystemConfig, report: Report) -> None:
+    """Fetch the embedded model if it is used, once and with progress, before two services want it.
+
+    Raises:
+        UnavailableError: it cannot be fetched.
+    """
+    if config.needs_default_model:
+        from specdec.models.embedded import prepare_default_model
+
+        prepare_default_model(report)
+
+
+def service_specs(config: SystemConfig) -> list[ServiceSpec]:
+    """The services of a system on free ports, in the order of stopping.
+
+    Raises:
+        UnavailableError: the gateway's port is taken.
+    """
+    if config.gateway_port:
+        _require_free(config.gateway_port)
+    ports = free_ports(3)
+    gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
+    drafter_args = [argument for name in config.drafters for argument in ("--drafter", name)]
+    shared = ["--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state]
+    if config.threads:
+        shared += ["--threads", str(config.threads)]
+    gateway_args = ("--verifier", verifier, "--drafter", drafter, "--tokenizer", config.model)
+    verifier_args = ["--model", config.model]
+    if config.kv_cache_mib is not None:
+        verifier_args += ["--kv-cache-mib", str(config.kv_cache_mib)]
+    return [
+        _spec(config, "gateway", gateway, gateway_args),
+        _spec(config, "drafter", drafter, [*drafter_args, *shared]),
+        _spec(config, "verifier", verifier, [*verifier_args, *shared]),
+    ]
+
+
+def _spec(config: SystemConfig, name: str, address: str, arguments: Sequence[str]) -> ServiceSpec:
+    command = (sys.executable, "-m", service_module(name), "--listen", address, *arguments)
+    return ServiceSpec(
+        name=name,
+        address=address,
+        command=(*command, *config.extra_args.get(name, ())),
+        health_service=f"specdec.v1.{name.capitalize()}Service",
+    )
+
+
+def service_module(name: str) -> str:
+    """The module that runs a service, "gateway", "verifier" or "drafter".
+
+    Raises:
+        NotFoundError: the package is not installed, or not as a whole.
+    """
+    programs = entry_points(group=SERVICE_GROUP, name=name)
+    if not programs:
+        raise NotFoundError(
+            f"The {name} service is not installed here: no entry point {name!r} in {SERVICE_GROUP!r}. "
+            "Install the package anew: pip install --editable '.[models]'",
+            reason="SERVICE_NOT_INSTALLED",
+        )
+    return next(iter(programs)).module
+
+
+def _require_free(port: int) -> None:
+    try:
+        socket.create_server((HOST, port)).close()
+    except OSError as error:
+        raise UnavailableError(
+            f"Port {port} of {HOST} cannot be used ({error.strerror}); "
+            f"pass another --port, or 0 for a free one.",
+            reason="PORT_IN_USE",
+        ) from error
+
+
+class LocalSystem:
+    """The three services, for as long as a `with` block lasts; `specdec up` knows nothing of it.
+
+    Args:
+        model: target model, as `SystemConfig.model`.
+        dtype: weight data type of the target.
+        device: device of the target.
+        drafters: drafters to load, as `SystemConfig.drafters`.
+        extra_args: more arguments by service, `{"verifier": ["--kv-cache-mib", "64"]}` for one.
+        log_dir: directory of the logs; None: a temporary one, removed after a clean end.
+        env: environment variables of the services, besides this process's own.
+        ready_timeout_s: seconds the services have to become healthy.
+        report: called with one line per slow step.
+
+    Raises:
+        UnavailableError: on entering, with the end of the log of the service that failed.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        drafters: Sequence[str] = ("ngram",),
+        extra_args: Mapping[str, Sequence[str]] | None = None,
+        log_dir: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        ready_timeout_s: float = 120.0,
+        report: Report = lambda _: None,
+    ) -> None:
+        self._config = SystemConfig(
+            model=model, dtype=dtype, device=device, drafters=tuple(drafters), extra_args=extra_args or {}
+        )
+        self._report = report
+        self._specs = service_specs(self._config)
+        self.gateway, self.drafter, self.verifier = (spec.address for spec in self._specs)
+        self.log_dir = log_dir
+        self._keep_logs = log_dir is not None
+        self._env = env
+        self._ready_timeout_s = ready_timeout_s
+        self._group: ServiceGroup | None = None
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Pid of each service by name, "gateway", "drafter" and "verifier"; empty outside the block."""
+        return self._group.pids if self._group else {}
+
+    def __enter__(self) -> Self:
+        prepare_models(self._config, self._report)
+        self.log_dir = self.log_dir or Path(tempfile.mkdtemp(prefix="specdec-"))
+        group = ServiceGroup(self._specs, self.log_dir, env=self._env, ready_timeout_s=self._ready_timeout_s)
+        group.start()
+        self._group = group
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group:
+            self._group.stop()
+            self._group = None
+        if self.log_dir and not self._keep_logs:
+            shutil.rmtree(self.log_dir, ignore_errors=True)
+            self.log_dir = None

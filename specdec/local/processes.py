@@ -1,0 +1,244 @@
+"""Child processes that serve gRPC: start, wait until healthy, stop; none outlives its launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from specdec.contract.errors import RequestCancelledError, UnavailableError
+
+POLL_S = 0.1
+"""Seconds between two looks at a starting service."""
+
+STOP_GRACE_S = 35.0
+"""Seconds a service has after SIGTERM, before SIGKILL; a little more than it gives the answers it runs."""
+
+LOG_TAIL_LINES = 15
+
+# The kernel signals a process when the thread that started it ends, so that not even SIGKILL of the
+# launcher leaves services behind. Done by a process that then becomes the service, because Python code
+# between fork and exec (preexec_fn) can deadlock in a process with gRPC's threads.
+_DIE_WITH_LAUNCHER = """
+import os, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the launcher is gone")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+Spawn = Callable[[], "subprocess.Popen[bytes]"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSpec:
+    """How to run a service."""
+
+    name: str
+    """Short name, of the log file too."""
+    address: str
+    """HOST:PORT it listens on."""
+    command: tuple[str, ...]
+    """Program, as an absolute path, and its arguments."""
+    health_service: str
+    """Name its health check answers to."""
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Ports nothing listens on, all different."""
+    sockets = [socket.create_server((host, 0)) for _ in range(count)]
+    try:
+        return [listener.getsockname()[1] for listener in sockets]
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+class Service:
+    """One service process and its log.
+
+    Args:
+        spec: what to run.
+        log_dir: directory of the log file, which is appended to.
+        env: the environment of the process.
+        run_in_owner: runs a function in the thread whose end ends the process.
+    """
+
+    def __init__(
+        self, spec: ServiceSpec, log_dir: Path, env: Mapping[str, str], run_in_owner: Callable[[Spawn], Any]
+    ) -> None:
+        self.spec = spec
+        self.log_path = log_dir / f"{spec.name}.log"
+        self.started_at = 0.0
+        """Monotonic time of the last start, seconds."""
+        self._env = env
+        self._run_in_owner = run_in_owner
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Pid of the process; 0 before the first start."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the process, negative for a signal; None while it runs or before the first start."""
+        return self._process.poll() if self._process else None
+
+    def start(self) -> None:
+        """Start the process, or start it anew."""
+        with self.log_path.open("ab") as log:
+            self._process = self._run_in_owner(lambda: self._spawn(log))
+        self.started_at = time.monotonic()
+
+    def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        wrapper = (sys.executable, "-I", "-S", "-c", _DIE_WITH_LAUNCHER, str(os.getpid()))
+        return subprocess.Popen(
+            (*wrapper, *self.spec.command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=self._env,
+            # Ctrl-C is for the launcher, which stops the services in order.
+            start_new_session=True,
+        )
+
+    def is_serving(self) -> bool:
+        """Whether the health check says SERVING."""
+        # Reconnects at once: the default backoff would look at a service again only seconds later.
+        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.enable_http_proxy", 0)]
+        with grpc.insecure_channel(self.spec.address, options=options) as channel:
+            request = health_pb2.HealthCheckRequest(service=self.spec.health_service)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            try:
+                response = stub.Check(request, timeout=2)
+            except grpc.RpcError:
+                return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Ask the process to finish, and kill it and its children if it has not after the grace."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def describe_exit(self) -> str:
+        """How the process ended and the last lines of its log."""
+        code = self.exit_code or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"stopped with exit code {code}"
+        return f"The {self.spec.name} {how}. {self.describe_log()}"
+
+    def describe_log(self) -> str:
+        """The last lines of the log."""
+        return describe_log(self.log_path)
+
+
+def describe_log(path: Path) -> str:
+    """The last lines of a log, for an error message."""
+    lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if path.exists() else []
+    if not lines:
+        return f"Its log {path} is empty."
+    return f"Its log {path} ends:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+class ServiceGroup:
+    """Services that start together and stop one after the other.
+
+    Args:
+        specs: what to run, in the order of stopping.
+        log_dir: directory of the log files.
+        env: variables set for the services, besides this process's own.
+        ready_timeout_s: seconds the services have to become healthy.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ServiceSpec],
+        log_dir: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        ready_timeout_s: float = 120.0,
+    ) -> None:
+        self.stopping = threading.Event()
+        """Set to give up a start or a supervision under way."""
+        self.ready_timeout_s = ready_timeout_s
+        # One thread that lives as long as the group starts every process; see _DIE_WITH_LAUNCHER.
+        self._owner = ThreadPoolExecutor(1, thread_name_prefix="specdec-services")
+        # Services are found as installed: a folder named `gateway` where the user stands is not meant.
+        merged = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", **(env or {})}
+        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.services = [Service(spec, log_dir, merged, self._spawn) for spec in specs]
+
+    def _spawn(self, spawn: Spawn) -> subprocess.Popen[bytes]:
+        return self._owner.submit(spawn).result()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Pid of each service by name."""
+        return {service.spec.name: service.pid for service in self.services}
+
+    def start(self) -> None:
+        """Start all services and wait until they are healthy; on failure none is left running.
+
+        Raises:
+            UnavailableError: a service stopped, or was not healthy in time.
+            RequestCancelledError: `stopping` was set meanwhile.
+        """
+        try:
+            for service in self.services:
+                service.start()
+            self._wait_ready()
+        except BaseException:
+            self.stop(grace_s=2.0)
+            raise
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + self.ready_timeout_s
+        pending = list(self.services)
+        while pending:
+            for service in self.services:
+                if service.exit_code is not None:
+                    raise UnavailableError(service.describe_exit(), reason="SERVICE_EXITED")
+            pending = [service for service in pending if not service.is_serving()]
+            if pending and time.monotonic() > deadline:
+                name = pending[0].spec.name
+                raise UnavailableError(
+                    f"The {name} was not ready after {self.ready_timeout_s:g} s; a longer --timeout gives it "
+                    f"more time. {pending[0].describe_log()}",
+                    reason="START_TIMEOUT",
+                )
+            if pending and self.stopping.wait(POLL_S):
+                raise RequestCancelledError("Stopped while the services were starting.")
+
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Stop the services in order; the group cannot be started again."""
+        for service in self.services:
+            service.stop(grace_s)
+        self._owner.shutdown()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()

@@ -1,0 +1,166 @@
+"""A system that outlives a command: `specdec up` in the foreground or detached, and `specdec down`."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from specdec.contract.errors import SpecdecError, UnavailableError
+from specdec.local.launcher import Report, SystemConfig, prepare_models, service_specs
+from specdec.local.processes import POLL_S, ServiceGroup, describe_log
+from specdec.local.state_file import (
+    SystemState,
+    read_live_state,
+    refuse_if_running,
+    remove_state,
+    sole_supervisor,
+    state_dir,
+    write_state,
+)
+from specdec.local.supervisor import Supervisor, stop_on_signals
+
+DOWN_TIMEOUT_S = 120.0
+"""Seconds `stop_running` waits for the supervisor: three graces and some."""
+
+_SUPERVISOR_LOG = "supervisor.log"
+
+
+def run_foreground(config: SystemConfig, *, report: Report, announce: Callable[[SystemState], None]) -> None:
+    """Run a system until SIGINT or SIGTERM.
+
+    Args:
+        config: what to run.
+        report: called with one line per slow step, death and restart.
+        announce: called once all services are healthy.
+
+    Raises:
+        FailedPreconditionError: a system runs already.
+        UnavailableError: a service did not start, or kept dying.
+    """
+    with sole_supervisor():
+        prepare_models(config, report)
+        log_dir = _fresh_log_dir()
+        group = ServiceGroup(service_specs(config), log_dir, ready_timeout_s=config.ready_timeout_s)
+        supervise(group, log_dir, report=report, announce=announce)
+
+
+def _fresh_log_dir() -> Path:
+    """The directory of the logs of `specdec up`, emptied of those of the last system."""
+    log_dir = state_dir() / "logs"
+    log_dir.mkdir(mode=0o700, exist_ok=True)
+    for path in log_dir.glob("*.log"):
+        # The supervisor's own log is open already where it runs detached.
+        if path.name != _SUPERVISOR_LOG:
+            path.unlink()
+    return log_dir
+
+
+def supervise(
+    group: ServiceGroup, log_dir: Path, *, report: Report, announce: Callable[[SystemState], None]
+) -> None:
+    """Start a group, write the state file, restart what dies, and stop on a signal; see `run_foreground`."""
+    with stop_on_signals(group.stopping), group:
+        try:
+            announce(_publish(group, log_dir))
+            Supervisor(group, report=report, on_restart=lambda: _publish(group, log_dir)).run()
+        finally:
+            # Before the services stop: nobody should be sent to a gateway that drains.
+            remove_state()
+            report("Stopping.")
+
+
+def _publish(group: ServiceGroup, log_dir: Path) -> SystemState:
+    addresses = {service.spec.name: service.spec.address for service in group.services}
+    state = SystemState(
+        supervisor_pid=os.getpid(),
+        supervisor_started_at=psutil.Process().create_time(),
+        gateway=addresses["gateway"],
+        verifier=addresses["verifier"],
+        drafter=addresses["drafter"],
+        pids=group.pids,
+        log_dir=str(log_dir),
+    )
+    write_state(state)
+    return state
+
+
+def run_detached(command: Sequence[str], *, timeout_s: float) -> SystemState:
+    """Run a supervisor in a session of its own and wait until its services are healthy.
+
+    Args:
+        command: program and arguments that end up in `supervise`.
+        timeout_s: seconds until it must have written the state file.
+
+    Raises:
+        FailedPreconditionError: a system runs already.
+        UnavailableError: the supervisor failed, with the end of its log.
+    """
+    refuse_if_running()
+    log_dir = state_dir() / "logs"
+    log_dir.mkdir(mode=0o700, exist_ok=True)
+    log_path = log_dir / _SUPERVISOR_LOG
+    pid = _spawn_detached(command, log_path)
+    try:
+        return _await_state(pid, log_path, timeout_s)
+    except BaseException:
+        if psutil.pid_exists(pid):
+            psutil.Process(pid).terminate()
+        raise
+
+
+def _spawn_detached(command: Sequence[str], log_path: Path) -> int:
+    # Not subprocess.Popen, which insists that whoever starts a process also waits for its end.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    file_actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log_path), flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return os.posix_spawn(command[0], list(command), environment, file_actions=file_actions, setsid=True)
+
+
+def _await_state(pid: int, log_path: Path, timeout_s: float) -> SystemState:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        state = read_live_state()
+        if state is not None and state.supervisor_pid == pid:
+            return state
+        if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            raise UnavailableError(_failure(log_path), reason="START_FAILED")
+        time.sleep(POLL_S)
+    raise UnavailableError(
+        f"The system was not ready after {timeout_s:g} s. {describe_log(log_path)}", reason="START_TIMEOUT"
+    )
+
+
+def _failure(log_path: Path) -> str:
+    """The error a supervisor ended with, as it printed it."""
+    found = re.search(r"^error: (.*)", log_path.read_text(errors="replace"), re.DOTALL | re.MULTILINE)
+    return found[1].strip() if found else f"The supervisor stopped. {describe_log(log_path)}"
+
+
+def stop_running(timeout_s: float = DOWN_TIMEOUT_S) -> SystemState | None:
+    """Stop the system that `specdec up` started, wait until it is gone and return what it was.
+
+    Raises:
+        SpecdecError: it did not stop in time.
+    """
+    state = read_live_state()
+    if state is None:
+        return None
+    supervisor = psutil.Process(state.supervisor_pid)
+    supervisor.terminate()
+    try:
+        supervisor.wait(timeout_s)
+    except psutil.TimeoutExpired:
+        raise SpecdecError(
+            f"The supervisor (pid {state.supervisor_pid}) did not stop within {timeout_s:g} s; "
+            f"`kill -9 {state.supervisor_pid}` ends it and its services. Logs: {state.log_dir}"
+        ) from None
+    return state

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: where they are, and the embedded default model. Loads no torch."""

@@ -1,0 +1,327 @@
+"""Memory a verifier keeps its KV and hidden states in, and how another process on the host maps it.
+
+Files in a memory-backed directory: mode 0600 in a directory of mode 0700, with names nobody can guess. The
+owner holds a lock on each file for as long as it lives, which the kernel drops however it ends: a file
+without its lock belongs to nobody and is swept. A lock, unlike a pid, means the same in every container.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import mmap
+import os
+import secrets
+import stat
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from specdec.contract.target_state import SharedMemory, StateStorage, Storage, TensorRef, boot_id
+
+logger = logging.getLogger(__name__)
+
+_SUFFIX = ".state"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64)
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """One allocation: uint8 [num_bytes], zeros at first."""
+
+    tensor: Tensor
+    storage: Storage | None = None
+    """Where another process finds byte 0; None: nowhere."""
+
+    def locate(self, offset: int) -> Storage | None:
+        """Where another process finds a byte of the region."""
+        if self.storage is None:
+            return None
+        return replace(self.storage, offset=offset)
+
+
+class StateMemory(ABC):
+    """Where target state lives."""
+
+    kind: StateStorage
+    """How a drafter on this host gets at it."""
+
+    @abstractmethod
+    def allocate(self, num_bytes: int) -> Region:
+        """Memory on the model's device.
+
+        Raises:
+            ResourceExhaustedError: there is not that much.
+        """
+
+    def allocate_host(self, num_bytes: int) -> Region:
+        """Memory of the host, for what readers check before they touch the device's."""
+        return self.allocate(num_bytes)
+
+    def release(self, region: Region) -> None:  # noqa: B027 - private memory goes with its last tensor
+        """Take one region out of the reach of new readers."""
+
+    def record(self) -> None:  # noqa: B027 - only devices that run ahead of the host need it
+        """Note that everything written so far, on the engine thread, may be read once it is done."""
+
+    def close(self) -> None:  # noqa: B027 - private memory goes with its last tensor
+        """Take the memory out of the reach of new readers."""
+
+
+class PrivateMemory(StateMemory):
+    """Memory nobody else can map: state leaves it by stream."""
+
+    kind = StateStorage.STREAM
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocate(self, num_bytes: int) -> Region:
+        """Zeros."""
+        return Region(torch.zeros(num_bytes, dtype=torch.uint8, device=self._device))
+
+    def allocate_host(self, num_bytes: int) -> Region:
+        """Zeros in the host's memory."""
+        return Region(torch.zeros(num_bytes, dtype=torch.uint8))
+
+
+class SharedHostMemory(StateMemory):
+    """Files of a shared directory, mapped by this process and by drafters of the same user.
+
+    Args:
+        directory: where.
+        strict: raise where there is no room, instead of going on with private memory and a warning.
+    """
+
+    kind = StateStorage.SHARED_MEMORY
+
+    def __init__(self, directory: SharedDirectory, *, strict: bool) -> None:
+        self._directory = directory
+        self._strict = strict
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._boot_id = boot_id()
+
+    def allocate(self, num_bytes: int) -> Region:
+        """A new file of that size, its pages reserved: a full directory is an error now, no SIGBUS later."""
+        try:
+            path = self._create(num_bytes)
+        except OSError as error:
+            message = f"{self._directory.path} has no room for {num_bytes / 2**20:.0f} MiB ({error.strerror})"
+            if self._strict:
+                raise ResourceExhaustedError(
+                    f"{message}; give it more memory, name another --shared-dir, or do without handles: "
+                    "--target-state stream.",
+                    reason="SHARED_MEMORY_FULL",
+                ) from error
+            logger.warning("%s; drafters have to stream this part of the state", message)
+            return PrivateMemory(torch.device("cpu")).allocate(num_bytes)
+        tensor = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+        return Region(tensor, SharedMemory(path, 0, self._boot_id))
+
+    def _create(self, num_bytes: int) -> str:
+        with self._lock:
+            if self._is_closed:  # a start that was cut short still runs on its thread
+                raise UnavailableError("The service is shutting down.")
+            descriptor, path = self._directory.create(num_bytes)
+            self._files[str(path)] = descriptor
+        return str(path)
+
+    def release(self, region: Region) -> None:
+        """Unlink one region's file."""
+        if isinstance(region.storage, SharedMemory):
+            with self._lock:
+                self._remove(region.storage.path)
+
+    def close(self) -> None:
+        """Unlink the files. The memory itself goes with the last mapping."""
+        with self._lock:
+            self._is_closed = True
+            for path in list(self._files):
+                self._remove(path)
+
+    def _remove(self, path: str) -> None:
+        if path in self._files:
+            Path(path).unlink(missing_ok=True)
+            os.close(self._files.pop(path))
+
+
+class SharedDirectory:
+    """The directory of this user's state files below `root`; made if it is not there.
+
+    Raises:
+        InvalidArgumentError: it cannot be made, or others may enter it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.path = root.absolute() / f"specdec-{os.getuid()}"
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            status = self.path.lstat()
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"The shared directory {self.path} cannot be made: {error.strerror}. Name a memory-backed "
+                "directory that is there with --shared-dir.",
+                field="shared_dir",
+            ) from error
+        is_private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+        if not is_private or status.st_uid != os.getuid():
+            raise InvalidArgumentError(
+                f"The shared directory {self.path} must be this user's own, mode 0700; remove it, or name "
+                "another --shared-dir.",
+                field="shared_dir",
+            )
+
+    def create(self, num_bytes: int) -> tuple[int, Path]:
+        """A new locked file; its descriptor, which holds the lock, and its path.
+
+        Raises:
+            OSError: no room, or no such directory.
+        """
+        # Nameless until it is locked: a sweep never meets a file whose owner has not come that far.
+        descriptor = os.open(self.path, os.O_TMPFILE | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.posix_fallocate(descriptor, 0, num_bytes)
+            path = self.path / f"{secrets.token_hex(16)}{_SUFFIX}"
+            # The directory is ignored beside an absolute path; naming one makes Python follow the link.
+            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor, path
+
+    def sweep(self) -> int:
+        """Remove files whose owner is gone; how many."""
+        num_removed = 0
+        for path in self.path.glob(f"*{_SUFFIX}"):
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    if _is_abandoned(descriptor):
+                        path.unlink()
+                        num_removed += 1
+                finally:
+                    os.close(descriptor)
+        if num_removed:
+            logger.info("removed state files of processes that are gone", extra={"num_files": num_removed})
+        return num_removed
+
+
+def _is_abandoned(descriptor: int) -> bool:
+    """Whether nobody holds the lock of a file."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return True
+
+
+class MappedFile:
+    """A state file of another process, mapped for reading only: no reader can change what the target sees.
+
+    Raises:
+        FailedPreconditionError: it is not in the shared directory, not this user's, or its owner is gone.
+    """
+
+    def __init__(self, directory: SharedDirectory, path: str) -> None:
+        # The one spelling its owner uses: each file is mapped once.
+        if path != str(directory.path / Path(path).name) or not path.endswith(_SUFFIX):
+            raise FailedPreconditionError(
+                f"The state is not in this service's shared directory {directory.path}; start both services "
+                "with the same --shared-dir.",
+                reason="STATE_NOT_MAPPED",
+            )
+        try:
+            # Not blocking: a FIFO would wait for its writer.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                self._map(self._descriptor)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
+        except (OSError, ValueError) as error:
+            raise FailedPreconditionError(
+                f"The state file cannot be mapped: {error}.", reason="STATE_NOT_MAPPED"
+            ) from error
+
+    def _map(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or not status.st_size:
+            raise FailedPreconditionError("The state file is not this user's.", reason="STATE_NOT_MAPPED")
+        if _is_abandoned(descriptor):
+            raise FailedPreconditionError("The state's verifier is gone.", reason="STALE_STATE")
+        mapping = mmap.mmap(descriptor, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ)
+        with warnings.catch_warnings():
+            # torch has no read-only tensors and says so; nothing here writes.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the owner is gone."""
+        return _is_abandoned(self._descriptor)
+
+    def tensor(self, ref: TensorRef, offset: int) -> Tensor:
+        """A tensor of the file.
+
+        Raises:
+            FailedPreconditionError: it would end after the file.
+        """
+        return carve(self._bytes, ref, offset)
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory goes with the last tensor."""
+        os.close(self._descriptor)
+        del self._bytes
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Element type as it is sent."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The element type of that name.
+
+    Raises:
+        FailedPreconditionError: no type that state or weights may have.
+    """
+    if name not in _DTYPES:
+        raise FailedPreconditionError(f"Unknown element type {name!r}.", reason="STATE_NOT_MAPPED")
+    return _DTYPES[name]
+
+
+def carve(memory: Tensor, ref: TensorRef, offset: int) -> Tensor:
+    """The tensor a ref describes, in uint8 [num_bytes] memory from byte `offset` on.
+
+    Raises:
+        FailedPreconditionError: it is of no known type, is empty, or would end after the memory.
+    """
+    dtype = dtype_of(ref.dtype)
+    if not ref.shape or not all(ref.shape):
+        raise FailedPreconditionError(f"{ref.name} is said to have no rows.", reason="STATE_NOT_MAPPED")
+    num_bytes = math.prod(ref.shape) * dtype.itemsize
+    if offset % dtype.itemsize or offset + num_bytes > len(memory):
+        raise FailedPreconditionError(
+            f"{ref.name} would lie outside the memory it is said to be in.", reason="STATE_NOT_MAPPED"
+        )
+    return memory[offset : offset + num_bytes].view(dtype).view(ref.shape)

@@ -1,0 +1,1 @@
+"""What any server is made of: configuration, interceptors, health, sessions, telemetry."""

@@ -1,0 +1,128 @@
+"""One gRPC server on one address, with health, reflection and typed errors."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from specdec.contract.errors import InvalidArgumentError
+from specdec.service.auth import Authenticator
+from specdec.service.health import LIVENESS, HealthService
+from specdec.service.interceptors import AuthInterceptor, HouseInterceptor
+from specdec.transport.channel import server_options
+from specdec.transport.tls import PemFiles, server_credentials
+
+
+class ServiceHost:
+    """One gRPC server on one address.
+
+    Args:
+        service: full name of the service, whose health is reported besides the server's own ("").
+        register: adds the servicer to the server.
+        listen: host:port (port 0: a free one) or unix:/path.
+        tls: certificate and key of the port, and who may sign callers'; None: plaintext.
+        authenticator: who may call; None: everyone that can connect.
+        health_listen: host:port of a plaintext port with health alone; empty: none.
+
+    Raises:
+        InvalidArgumentError: the TLS files are no good.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        register: Callable[[grpc.aio.Server], None],
+        listen: str,
+        *,
+        tls: PemFiles | None = None,
+        authenticator: Authenticator | None = None,
+        health_listen: str = "",
+    ) -> None:
+        self.address = listen
+        """Where it listens, with the real port once it does."""
+        self.health_address = health_listen
+        """Where health alone is answered, likewise; empty: nowhere."""
+        self._service = service
+        self._listen = listen
+        self._credentials = server_credentials(tls) if tls else None
+        interceptors: list[grpc.aio.ServerInterceptor] = [HouseInterceptor()]
+        if authenticator:
+            interceptors.insert(0, AuthInterceptor(authenticator))
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options())
+        self._health = HealthService()
+        register(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+            self._server,
+        )
+        self._health_server = grpc.aio.server(options=server_options())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+
+    async def start(self) -> str:
+        """Bind and answer, NOT_SERVING until `set_serving`. Returns the address with its real port.
+
+        Raises:
+            InvalidArgumentError: an address cannot be bound.
+        """
+        await self._set_health(serving=False)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        self.address = _bind(self._server, self._listen, "listen", self._credentials)
+        if self.health_address:
+            self.health_address = _bind(self._health_server, self.health_address, "health_listen")
+            await self._health_server.start()
+        await self._server.start()
+        return self.address
+
+    async def set_serving(self) -> None:
+        """Report SERVING."""
+        await self._set_health(serving=True)
+
+    async def _set_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in ("", self._service):
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Report NOT_SERVING, refuse new calls, give running ones `grace_s` seconds, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        if self.health_address:
+            await self._health_server.stop(0)
+
+
+def _bind(
+    server: grpc.aio.Server, listen: str, option: str, credentials: grpc.ServerCredentials | None = None
+) -> str:
+    """Give a server its port. Returns the address with the real one."""
+    try:
+        _require_unused(listen)
+        if credentials:
+            port = server.add_secure_port(listen, credentials)
+        else:
+            port = server.add_insecure_port(listen)
+    except (RuntimeError, FileExistsError) as error:
+        raise InvalidArgumentError(
+            f"Cannot listen on {listen}: the port is in use or the address is not this host's. "
+            f"Pass another one with --{option.replace('_', '-')}.",
+            field=option,
+            reason="ADDRESS_IN_USE",
+        ) from error
+    return listen if listen.startswith("unix") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _require_unused(listen: str) -> None:
+    """Refuse a unix socket that a server answers on; gRPC would take it away from that server."""
+    path = listen.removeprefix("unix:")
+    if path == listen:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return  # nobody there: a file left behind is replaced
+    raise FileExistsError(path)

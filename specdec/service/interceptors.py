@@ -1,0 +1,129 @@
+"""What wraps every call to a server: credentials are checked, errors become statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from specdec.contract.errors import InternalError, InvalidArgumentError, SpecdecError, log_defect, to_status
+from specdec.service.auth import CALLER, Authenticator
+
+logger = logging.getLogger(__name__)
+
+_Message = TypeVar("_Message")
+_OUR_METHODS = "/specdec.v1."
+_HEALTH_METHODS = "/grpc.health.v1.Health/"
+_METHOD_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Stands for a request whose bytes are no message of its type."""
+
+    reason: str
+
+
+class HouseInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of ours: SpecdecError becomes its status, undecodable bytes INVALID_ARGUMENT."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_OUR_METHODS):
+            return handler  # type: ignore[no-any-return]
+        kind = next(kind for kind in _METHOD_KINDS if getattr(handler, kind))
+        wrapped = _with_errors(getattr(handler, kind), handler.request_streaming)
+        decode = _tolerant(handler.request_deserializer)
+        return handler._replace(**{kind: wrapped, "request_deserializer": decode})  # type: ignore[no-any-return]
+
+
+class AuthInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses every call without credentials, reflection and unknown methods too; health is open to all."""
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if not handler_call_details.method.startswith(_HEALTH_METHODS):
+            metadata = dict(handler_call_details.invocation_metadata or ())
+            try:
+                # The call's task has this context to itself.
+                CALLER.set(await self._authenticator.authenticate(metadata))
+            except SpecdecError as error:
+                return _refusing(error)
+            except Exception as error:
+                log_defect(logger, "the authenticator failed", error)
+                return _refusing(InternalError("The authenticator failed; its log says why."))
+        return await continuation(handler_call_details)
+
+
+def _refusing(error: SpecdecError) -> grpc.RpcMethodHandler[Any, Any]:
+    """Answers any call, whatever it streams, with an error, and reads nothing of it."""
+
+    async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await _abort(context, error)
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(refuse)
+    return handler
+
+
+def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: bool) -> Callable[..., Any]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(_checked(request) if streams_requests else _check(request), context)
+        except SpecdecError as error:
+            await _abort(context, error)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except grpc.aio.InternalError:
+            # A write that broke, for the peer is gone; gRPC's own ending of the call finds that out, too.
+            logger.info("the peer went away in a write", extra={"peer": context.peer()})
+        except Exception as error:
+            log_defect(logger, "request failed", error)
+            await _abort(context, InternalError(f"Defect in the server: {type(error).__name__}: {error}"))
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SpecdecError) -> None:
+    status = to_status(error)
+    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+
+
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A decoder that reports what it cannot read to the handler; gRPC itself would answer INTERNAL."""
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            return _Malformed(str(error))
+
+    return tolerant
+
+
+def _check(request: _Message | _Malformed) -> _Message:
+    if isinstance(request, _Malformed):
+        raise InvalidArgumentError(
+            f"The request is no valid protobuf message ({request.reason}); text must be UTF-8.",
+            reason="MALFORMED_MESSAGE",
+        )
+    return request
+
+
+async def _checked(requests: AsyncIterator[_Message | _Malformed]) -> AsyncIterator[_Message]:
+    async for request in requests:
+        yield _check(request)

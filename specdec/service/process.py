@@ -1,0 +1,107 @@
+"""The process around a server: from the command line to its exit code, with a drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NoReturn, Protocol, TypeVar
+
+import click
+
+from specdec.contract.errors import SpecdecError
+from specdec.service.host import ServiceHost
+from specdec.service.telemetry import Telemetry, setup_logging, telemetry_from_environment
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT")
+
+
+async def run_service(
+    host: ServiceHost,
+    *,
+    load: Callable[[], Awaitable[None]],
+    close: Callable[[], Awaitable[None]],
+    grace_s: float,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Args:
+        load: makes the service ready; runs after the port is open, so that probes get an answer.
+        close: frees what load made.
+
+    Raises:
+        SpecdecError: the address cannot be bound, or `load` failed.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    address = await host.start()
+    logger.info("listening", extra={"address": address})
+    loading = asyncio.ensure_future(load())
+    stopped = asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            await host.set_serving()
+            logger.info("serving", extra={"address": address})
+            await stopped
+        logger.info("draining", extra={"grace_s": grace_s})
+    finally:
+        for task in (loading, stopped):
+            task.cancel()
+        await asyncio.gather(loading, stopped, return_exceptions=True)
+        await host.stop(grace_s)
+        await close()
+    logger.info("stopped")
+
+
+class RunnableServer(Protocol):
+    """A service put together."""
+
+    async def run(self) -> None:
+        """Serve until a signal, then drain."""
+
+
+def serve_from_command_line(
+    name: str,
+    config_type: Callable[..., ConfigT],
+    options: Mapping[str, object],
+    make_server: Callable[[ConfigT, Telemetry], RunnableServer],
+) -> NoReturn:
+    """Run a service process; exits with 0 after a drain, with 2 and a message for a wrong set-up."""
+    try:
+        config = config_type(**options)
+    except SpecdecError as error:
+        raise click.UsageError(error.message) from error
+    setup_logging(name, str(options["log_level"]))
+
+    async def serve() -> None:
+        # Made on the loop it serves on.
+        telemetry = telemetry_from_environment(name, str(options["metrics_listen"]))
+        await make_server(config, telemetry).run()
+
+    try:
+        asyncio.run(serve())
+    except SpecdecError as error:
+        logger.error(error.message, extra={"reason": error.reason})
+        _exit(2)
+    except Exception:
+        logger.exception("the service failed")
+        _exit(1)
+    _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process at once: a load that was cut short still runs native code on its thread, which would
+    abort the interpreter's own way out."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,251 @@
+"""A copy of a session's target state in the drafter's own memory, fed by a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, suppress
+from typing import Any
+
+import grpc
+import numpy
+import torch
+from torch import Tensor
+
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnavailableError,
+    UnimplementedError,
+    from_rpc_error,
+    log_defect,
+)
+from specdec.contract.target_state import (
+    GENERATIONS,
+    PROJECTED,
+    TargetStateRef,
+    TargetStateSpec,
+    TensorRef,
+)
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.memory import dtype_of
+from specdec.state.source import StateSource
+from specdec.state.view import Projection, TargetStateView
+from specdec.transport.channel import MAX_MESSAGE_BYTES
+from specdec.v1 import target_state_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_PROJECTION_CHUNK_BYTES = MAX_MESSAGE_BYTES // 4
+_UNKNOWN_PROJECTION = "UNKNOWN_PROJECTION"
+
+
+class MirrorBudget:
+    """Memory of all mirrors of a service together, bytes."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.num_used = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Reserve.
+
+        Raises:
+            ResourceExhaustedError: there is not so much left.
+        """
+        if self.num_used + num_bytes > self.num_bytes:
+            raise ResourceExhaustedError(
+                f"A mirror of this session's state takes {num_bytes / 2**20:.1f} MiB, "
+                f"{self.num_used / 2**20:.1f} of {self.num_bytes / 2**20:.1f} are in use; raise "
+                "--mirror-mib, or share a host with the verifier.",
+                reason="MIRROR_FULL",
+                retry_after_s=1.0,
+            )
+        self.num_used += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Release what was reserved."""
+        self.num_used -= num_bytes
+
+
+class MirroredState(StateSource):
+    """A copy of the state in the drafter's own memory, fed by a stream.
+
+    Args:
+        stub: the verifier's methods.
+        max_length: positions the session can reach.
+        projection: the spec's, if it has one.
+        is_projected: have the verifier apply it, and mirror the result in place of the hidden states.
+
+    Raises:
+        ResourceExhaustedError: no memory for it.
+    """
+
+    def __init__(
+        self,
+        stub: Any,
+        budget: MirrorBudget,
+        ref: TargetStateRef,
+        spec: TargetStateSpec,
+        max_length: int,
+        *,
+        device: torch.device,
+        projection: Projection | None,
+        is_projected: bool,
+    ) -> None:
+        self._stub = stub
+        self._budget = budget
+        self._ref = ref
+        self._spec = spec
+        self._projection = projection
+        self._sent_projection = projection if is_projected else None
+        refs = _mirrored(ref.tensors, spec, self._sent_projection)
+        self.row_bytes = sum(math.prod(tensor.shape[1:]) * dtype_of(tensor.dtype).itemsize for tensor in refs)
+        # The verifier has reserved the session's blocks; a gateway's max_length may be anything.
+        num_blocks = min(-(-max_length // BLOCK_TOKENS), len(ref.block_ids))
+        self._num_bytes = self.row_bytes * num_blocks * BLOCK_TOKENS
+        budget.take(self._num_bytes)
+        try:
+            self._allocation = KvAllocation.of(range(num_blocks), device)
+            self._tensors = {tensor.name: _empty(tensor, num_blocks, device) for tensor in refs}
+        except (RuntimeError, MemoryError) as error:
+            budget.give_back(self._num_bytes)
+            raise ResourceExhaustedError(
+                f"There is no memory for a mirror of this session's state: {error}", reason="MIRROR_FULL"
+            ) from error
+        self.length = 0
+        self._error: SpecdecError | None = None
+        self._changed = asyncio.Event()
+        self._task = asyncio.ensure_future(self._follow())
+
+    async def view(self, cached_length: int) -> TargetStateView:
+        """Waits for the stream."""
+        while self.length < cached_length and self._error is None:
+            await self._changed.wait()
+        if self._error:
+            raise self._error
+        return TargetStateView(
+            self._spec,
+            self._tensors,
+            self._ref.tensors,
+            self._allocation,
+            cached_length,
+            self._projection,
+        )
+
+    def check(self) -> None:
+        """A mirror is nobody else's; but its session may have ended."""
+        if isinstance(self._error, FailedPreconditionError):
+            raise self._error
+
+    async def close(self) -> None:
+        """End the stream and free the mirror."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        self._tensors = {}
+        self._budget.give_back(self._num_bytes)
+
+    async def _follow(self) -> None:
+        try:
+            async with aclosing(self._chunks()) as chunks:
+                async for chunk in chunks:
+                    self._store(chunk)
+            self._error = FailedPreconditionError(
+                "The session this state belonged to has ended.", reason="STALE_STATE"
+            )
+        except grpc.RpcError as error:
+            self._error = _stream_error(from_rpc_error(error))
+        except SpecdecError as error:
+            self._error = error
+        except Exception as error:  # the drafter must learn of any failure, or it would wait for ever
+            log_defect(logger, "mirroring failed", error)
+            self._error = UnavailableError(f"Mirroring failed: {type(error).__name__}: {error}")
+        self._notify()
+
+    async def _chunks(self) -> AsyncGenerator[pb.StreamTargetStateResponse]:
+        projection = self._sent_projection
+        request = pb.StreamTargetStateRequest(
+            session_id=self._ref.session_id, projection_sha256=projection.info.sha256 if projection else ""
+        )
+        try:
+            async for chunk in self._stub.StreamTargetState(request):
+                yield chunk
+            return
+        except grpc.aio.AioRpcError as error:
+            if projection is None or from_rpc_error(error).reason != _UNKNOWN_PROJECTION:
+                raise
+        await self._stub.PutProjection(_projection_messages(projection))
+        async for chunk in self._stub.StreamTargetState(request):
+            yield chunk
+
+    def _store(self, chunk: pb.StreamTargetStateResponse) -> None:
+        """Copy a chunk into the mirror.
+
+        Raises:
+            UnavailableError: it does not fit what was announced.
+        """
+        start, stop = chunk.start_position, chunk.start_position + chunk.num_positions
+        rows = {tensor.name: tensor.data for tensor in chunk.tensors}
+        if start != self.length or stop > self._allocation.capacity or rows.keys() != self._tensors.keys():
+            raise UnavailableError("The verifier sent state that was not asked for.", reason="BAD_STATE")
+        for name, data in rows.items():
+            target = self._tensors[name][start:stop]
+            if len(data) != target.nbytes:
+                raise UnavailableError(f"The verifier sent {name} of another size.", reason="BAD_STATE")
+            _write(target, data)
+        self.length = stop
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _stream_error(error: SpecdecError) -> SpecdecError:
+    """What a drafter is told of the error that ended its stream: another try may help, or never will."""
+    if error.reason == "UNKNOWN_SESSION":
+        return FailedPreconditionError("The session this state belonged to has ended.", reason="STALE_STATE")
+    if isinstance(error, UnimplementedError | InvalidArgumentError):
+        return FailedPreconditionError(
+            f"The target state cannot be streamed: {error.message}", reason="STATE_NOT_STREAMED"
+        )
+    return UnavailableError(f"The stream of target state broke: {error.message}")
+
+
+def _mirrored(
+    refs: Sequence[TensorRef], spec: TargetStateSpec, projection: Projection | None
+) -> list[TensorRef]:
+    """The tensors a stream carries."""
+    kept = [ref for ref in refs if ref.name != GENERATIONS]
+    if projection is None:
+        return kept
+    kept = [ref for ref in kept if ref.name not in spec.hidden_names]
+    return [*kept, TensorRef(PROJECTED, projection.info.dtype, (0, projection.info.output_size))]
+
+
+def _empty(ref: TensorRef, num_blocks: int, device: torch.device) -> Tensor:
+    """Memory for a tensor's rows of one session."""
+    shape = (num_blocks * BLOCK_TOKENS, *ref.shape[1:])
+    return torch.empty(shape, dtype=dtype_of(ref.dtype), device=device)
+
+
+def _write(target: Tensor, data: bytes) -> None:
+    """Fill a contiguous tensor with its bytes. On the CPU by way of numpy: the event loop's thread must not
+    run torch operations, which would give it OpenMP workers of its own."""
+    if target.device.type == "cpu":
+        target.view(torch.uint8).numpy().reshape(-1)[:] = numpy.frombuffer(data, numpy.uint8)
+    else:
+        source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        target.view(torch.uint8).view(-1).copy_(source)
+
+
+def _projection_messages(projection: Projection) -> Iterator[pb.PutProjectionRequest]:
+    yield pb.PutProjectionRequest(projection=projection.info.to_proto())
+    data = memoryview(projection.to_bytes())
+    for start in range(0, len(data), _PROJECTION_CHUNK_BYTES):
+        yield pb.PutProjectionRequest(data=bytes(data[start : start + _PROJECTION_CHUNK_BYTES]))

@@ -1,0 +1,348 @@
+"""The drafter's side of target state: map what is on this host or GPU, mirror the rest from a stream.
+
+A drafter gets the same view either way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import torch
+
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    from_rpc_error,
+)
+from specdec.contract.target_state import (
+    GENERATIONS,
+    LAST_HIDDEN,
+    StateStorage,
+    TargetStateRef,
+    TargetStateSpec,
+    key_name,
+    storage_kind,
+    value_name,
+)
+from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.memory import SharedDirectory
+from specdec.state.mirror import MirrorBudget, MirroredState
+from specdec.state.source import MappedState, Mappings, StateSource
+from specdec.state.view import Projection, TargetStateView
+from specdec.state.weights import TargetWeights, TargetWeightsRef
+from specdec.transport.channel import ServiceChannel
+from specdec.transport.tls import OutgoingTls
+from specdec.v1 import target_state_pb2 as pb
+from specdec.v1 import verifier_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_MAX_IDLE_CHANNELS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How a session reads the state of its verifier."""
+
+    verifier_uri: str
+    storage: StateStorage
+    fallback_reason: str = ""
+    """Why it is streamed though a handle was offered."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderConfig:
+    """What a reader may do.
+
+    Args:
+        mode: "auto", "handle" or "stream".
+        device: the drafter's.
+        directory: where handles may be; None: nowhere.
+        mirror_bytes: memory of all mirrors together.
+        stream_projected: have the verifier project hidden states it streams, where the spec has a projection.
+    """
+
+    mode: str
+    device: torch.device
+    directory: SharedDirectory | None
+    mirror_bytes: int
+    stream_projected: bool = True
+
+
+class StateReader:
+    """Reads the state of many sessions, of any verifier. Used from one event loop.
+
+    Args:
+        checkpoint: the target's weights, for where a verifier's own cannot be mapped.
+        tls: credentials for verifiers; None: no encryption.
+        on_link: called for every session that begins to read.
+    """
+
+    def __init__(
+        self,
+        config: ReaderConfig,
+        checkpoint: TargetWeights | None = None,
+        on_link: Callable[[Link], None] = lambda link: None,
+        *,
+        tls: OutgoingTls | None = None,
+    ) -> None:
+        self.config = config
+        self._tls = tls
+        self._on_link = on_link
+        self._checkpoint = checkpoint
+        self._weights: dict[str, TargetWeights] = {}
+        self._weights_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.mirrors = MirrorBudget(config.mirror_bytes)
+        self._mappings = Mappings(config.device, config.directory)
+        self._channels: dict[str, ServiceChannel] = {}
+        self._links: Counter[Link] = Counter()
+
+    @property
+    def links(self) -> Sequence[tuple[Link, int]]:
+        """Links in use and the sessions on each."""
+        return [(link, count) for link, count in self._links.items() if count]
+
+    def open(
+        self, spec: TargetStateSpec, max_length: int, projection: Projection | None = None
+    ) -> StateSession:
+        """Follow a session; nothing is mapped or streamed before its first handle is there.
+
+        Args:
+            max_length: positions the session can reach.
+            projection: the spec's, if it has one.
+        """
+        return StateSession(self, spec, max_length, projection)
+
+    async def close(self) -> None:
+        """Close what is left open."""
+        self._mappings.close()
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    async def weights(self, verifier_uri: str) -> TargetWeights:
+        """A target's embedding and LM head: its verifier's own where they can be mapped, else a checkpoint's.
+
+        Raises:
+            FailedPreconditionError: they cannot be mapped, and no checkpoint was given.
+            SpecdecError: the verifier did not answer.
+        """
+        # One at a time: two first rounds at once would map them twice, and drafters pack a head for each.
+        async with self._weights_locks[verifier_uri]:
+            if verifier_uri not in self._weights:
+                self._weights[verifier_uri] = await self._map_or_read_weights(verifier_uri)
+            return self._weights[verifier_uri]
+
+    async def _map_or_read_weights(self, verifier_uri: str) -> TargetWeights:
+        try:
+            return await self._map_weights(verifier_uri)
+        except FailedPreconditionError as error:
+            if self._checkpoint is None:
+                raise FailedPreconditionError(
+                    f"The target's embedding and LM head cannot be mapped ({error.message}); start the "
+                    "drafter with --target MODEL, and it reads them from there.",
+                    reason="NO_TARGET_WEIGHTS",
+                ) from error
+            return self._checkpoint
+
+    async def _map_weights(self, verifier_uri: str) -> TargetWeights:
+        if self.config.mode == "stream":
+            raise FailedPreconditionError("--target-state is stream", reason="STATE_NOT_MAPPED")
+        try:
+            response = await self.stub(verifier_uri).GetTargetWeights(pb.GetTargetWeightsRequest())
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        ref = TargetWeightsRef.from_proto(response)
+        if reason := self._mappings.why_not((ref.embedding, ref.lm_head)):
+            raise FailedPreconditionError(reason, reason="STATE_NOT_MAPPED")
+        embedding, lm_head = (self._mappings.tensor(tensor) for tensor in (ref.embedding, ref.lm_head))
+        return TargetWeights(embedding, lm_head, ref.embedding_scale, ref.final_logit_softcap)
+
+    def stub(self, uri: str) -> Any:
+        """A verifier's methods."""
+        if uri not in self._channels:
+            self._channels[uri] = ServiceChannel(uri, tls=self._tls)
+        return verifier_pb2_grpc.VerifierServiceStub(self._channels[uri].current())
+
+    def attach(
+        self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None
+    ) -> tuple[Link, StateSource]:
+        """Map a session's state, or start to mirror it; the link counts until it is released.
+
+        Raises:
+            FailedPreconditionError: it can only be streamed, and handles are demanded.
+            ResourceExhaustedError: no memory for another mirror.
+        """
+        mode, reason = self.config.mode, ""
+        source: StateSource | None = None
+        if mode != "stream":
+            source, reason = self._try_to_map(ref, spec, projection)
+        if source is None and mode == "handle":
+            raise FailedPreconditionError(
+                f"The target state cannot be mapped ({reason}), and --target-state is handle.",
+                reason="STATE_NOT_MAPPED",
+            )
+        storage = StateStorage.STREAM
+        if not any(tensor.storage for tensor in ref.tensors if tensor.name != GENERATIONS):
+            reason = ""  # no handle was offered that could have failed
+        if source:
+            storage = storage_kind(next(ref.storage for ref in ref.tensors if ref.name != GENERATIONS))
+        else:
+            source = self._mirror(ref, spec, max_length, projection)
+        link = Link(ref.verifier_uri, storage, reason)
+        if reason and not self._links[link]:
+            logger.warning("target state is streamed", extra={"verifier": ref.verifier_uri, "reason": reason})
+        self._links[link] += 1
+        self._on_link(link)
+        return link, source
+
+    def _try_to_map(
+        self, ref: TargetStateRef, spec: TargetStateSpec, projection: Projection | None
+    ) -> tuple[StateSource | None, str]:
+        """The state where it lies; or None, and why not."""
+        if reason := self._mappings.why_not(ref.tensors):
+            return None, reason
+        try:
+            return MappedState(self._mappings, ref, spec, projection), ""
+        except FailedPreconditionError as error:
+            if error.reason == "STALE_STATE":
+                raise
+            return None, error.message
+        except (OSError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+            return None, f"{type(error).__name__}: {error}"
+
+    def _mirror(
+        self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None
+    ) -> StateSource:
+        return MirroredState(
+            self.stub(ref.verifier_uri),
+            self.mirrors,
+            ref,
+            spec,
+            max_length,
+            device=self.config.device,
+            projection=projection,
+            is_projected=projection is not None and self.config.stream_projected,
+        )
+
+    async def release(self, link: Link) -> None:
+        """A session on that link has ended."""
+        self._links[link] -= 1
+        if not self._links[link]:
+            del self._links[link]
+        if self._mappings.sweep():
+            # Another process, with another model perhaps, may answer at the address by now.
+            self._weights.clear()
+        if len(self._channels) > _MAX_IDLE_CHANNELS:
+            await self._close_idle_channels()
+
+    async def _close_idle_channels(self) -> None:
+        used = {link.verifier_uri for link in self._links}
+        idle = [uri for uri in self._channels if uri not in used]
+        for uri in idle:
+            self._weights.pop(uri, None)
+            if not self._weights_locks[uri].locked():
+                del self._weights_locks[uri]
+        await asyncio.gather(*[self._channels.pop(uri).close() for uri in idle])
+
+
+class StateSession:
+    """One session's state as its drafter follows it."""
+
+    def __init__(
+        self, reader: StateReader, spec: TargetStateSpec, max_length: int, projection: Projection | None
+    ) -> None:
+        self.link: Link | None = None
+        """How the state is read; None until the first handle came."""
+        self._reader = reader
+        self._spec = spec
+        self._max_length = max_length
+        self._projection = projection
+        self._source: StateSource | None = None
+        self._length = 0
+        self._num_new_bytes = 0
+        self._identity: tuple[str, int] | None = None
+
+    async def view(self, ref: TargetStateRef) -> TargetStateView:
+        """The state a handle gives access to; waits until it is here.
+
+        Raises:
+            FailedPreconditionError: a handle of another session, or of one that has ended.
+            UnavailableError: the stream of state broke.
+            InvalidArgumentError: positions past the session's end.
+        """
+        identity = (ref.session_id, ref.generation)
+        if self._identity is None:
+            if not ref.tensors or not ref.block_ids or ref.block_tokens != BLOCK_TOKENS:
+                raise FailedPreconditionError(
+                    f"A session's first handle must list its tensors and blocks of {BLOCK_TOKENS} tokens.",
+                    reason="INCOMPLETE_HANDLE",
+                )
+            _check_complete(ref, self._spec)
+            self.link, self._source = self._reader.attach(ref, self._spec, self._max_length, self._projection)
+            self._identity = identity
+        if identity != self._identity:
+            raise FailedPreconditionError(
+                "The handle is of another session or generation.", reason="STALE_STATE"
+            )
+        if ref.cached_length > self._max_length:
+            raise InvalidArgumentError(
+                f"The handle is of {ref.cached_length} positions, the session was opened with "
+                f"{self._max_length}.",
+                field="target_state",
+            )
+        assert self._source is not None
+        self._source.check()
+        view = await self._source.view(ref.cached_length)
+        self._num_new_bytes += (ref.cached_length - self._length) * self._source.row_bytes
+        self._length = ref.cached_length
+        return view
+
+    def take_num_new_bytes(self) -> int:
+        """Bytes of state that became readable since the last call."""
+        num_bytes, self._num_new_bytes = self._num_new_bytes, 0
+        return num_bytes
+
+    def check(self) -> None:
+        """Whether what was read in this round was still the session's.
+
+        Raises:
+            FailedPreconditionError: the session has ended; what was read may be another's.
+        """
+        if self._source:
+            self._source.check()
+
+    async def close(self) -> None:
+        """Unmap, or end the stream."""
+        source, self._source = self._source, None
+        if source:
+            await source.close()
+        if self.link:
+            await self._reader.release(self.link)
+            self.link = None
+
+
+def _check_complete(ref: TargetStateRef, spec: TargetStateSpec) -> None:
+    """Refuse a handle without what the spec names.
+
+    Raises:
+        FailedPreconditionError: naming what is missing.
+    """
+    names = {tensor.name for tensor in ref.tensors}
+    wanted = set(spec.hidden_names)
+    wanted |= {name(layer_id) for layer_id in spec.kv_layer_ids for name in (key_name, value_name)}
+    if spec.last_hidden_state:
+        wanted.add(LAST_HIDDEN)
+    missing = sorted(wanted - names)
+    if spec.kv_last_of_each_attention_type and not any(tensor.attention_type for tensor in ref.tensors):
+        missing.append("kv")
+    if missing:
+        raise FailedPreconditionError(
+            f"The handle lacks {', '.join(missing)}, which the drafter reads.", reason="INCOMPLETE_HANDLE"
+        )

@@ -1,0 +1,195 @@
+"""Where a drafter's view of target state comes from: the verifier's own memory, mapped."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.target_state import (
+    GENERATIONS,
+    CudaIpc,
+    SharedMemory,
+    TargetStateRef,
+    TargetStateSpec,
+    TensorRef,
+    boot_id,
+)
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.memory import MappedFile, SharedDirectory, carve
+from specdec.state.view import Projection, TargetStateView
+
+
+class StateSource(ABC):
+    """Where one session's state comes from."""
+
+    row_bytes: int
+    """Bytes of one position."""
+
+    @abstractmethod
+    async def view(self, cached_length: int) -> TargetStateView:
+        """The positions below `cached_length`, once they are here."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse state that belongs to another session by now.
+
+        Raises:
+            FailedPreconditionError: it does.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of it."""
+
+
+class Mappings:
+    """Memory of verifiers on this host, mapped once and kept while anybody may use it.
+
+    Args:
+        device: the drafter's.
+        directory: where files may be; None: nowhere.
+    """
+
+    def __init__(self, device: torch.device, directory: SharedDirectory | None) -> None:
+        self._device = device
+        self._directory = directory
+        self._boot_id = boot_id()
+        self._files: dict[str, MappedFile] = {}
+        self._gpu: dict[bytes, Any] = {}
+
+    def why_not(self, refs: Sequence[TensorRef]) -> str:
+        """Why tensors cannot be mapped here; empty: they may."""
+        reasons = (self._why_not(ref) for ref in refs)
+        return next((reason for reason in reasons if reason), "")
+
+    def _why_not(self, ref: TensorRef) -> str:
+        match ref.storage:
+            case SharedMemory() as shared:
+                if not self._boot_id or shared.boot_id != self._boot_id:
+                    return "the verifier is on another host"
+                if ref.name != GENERATIONS and self._device.type != "cpu":
+                    return "the state is in the host's memory, the drafter on a GPU"
+                return "" if self._directory else "this drafter has no shared directory"
+            case CudaIpc():
+                return "" if self._device.type == "cuda" else "the state is on a GPU, the drafter is not"
+            case None:
+                return "the verifier offers no handle"
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """A tensor in another process's memory.
+
+        Raises:
+            FailedPreconditionError: it cannot be mapped.
+        """
+        match ref.storage:
+            case SharedMemory(path, offset, _) if self._directory:
+                if path not in self._files:
+                    self._files[path] = MappedFile(self._directory, path)
+                return self._files[path].tensor(ref, offset)
+            case CudaIpc() as storage:
+                return carve(self._on_gpu(storage).bytes, ref, storage.offset)
+        raise FailedPreconditionError(self._why_not(ref), reason="STATE_NOT_MAPPED")
+
+    def _on_gpu(self, storage: CudaIpc) -> Any:
+        from specdec.runtime.cuda_ipc import CudaMapping
+
+        if storage.memory_handle not in self._gpu:
+            self._gpu[storage.memory_handle] = CudaMapping(storage, self._device)
+        return self._gpu[storage.memory_handle]
+
+    def wait(self, refs: Sequence[TensorRef]) -> None:
+        """Order the GPU's next work after the verifier's; nothing where the state is the host's."""
+        storages = {
+            ref.storage.memory_handle: ref.storage for ref in refs if isinstance(ref.storage, CudaIpc)
+        }
+        for storage in storages.values():
+            self._on_gpu(storage).wait()
+
+    def sweep(self) -> bool:
+        """Unmap the files of verifiers that are gone and remove what they left; whether there were any."""
+        gone = [path for path, file in self._files.items() if file.is_abandoned]
+        for path in gone:
+            self._files.pop(path).close()
+        if gone:
+            # Tensors in use keep their memory; what is still wanted of others is mapped again.
+            self._gpu.clear()
+            if self._directory:
+                self._directory.sweep()
+        return bool(gone)
+
+    def close(self) -> None:
+        """Let go of everything; the memory goes with the last tensor."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._gpu.clear()
+
+
+class MappedState(StateSource):
+    """State in the verifier's own memory."""
+
+    def __init__(
+        self,
+        mappings: Mappings,
+        ref: TargetStateRef,
+        spec: TargetStateSpec,
+        projection: Projection | None,
+    ) -> None:
+        tensors = {tensor.name: mappings.tensor(tensor) for tensor in ref.tensors}
+        generations = tensors.pop(GENERATIONS, torch.empty(0))
+        if not tensors or not _is_table(generations):
+            raise FailedPreconditionError(
+                "The handle has no generations, or nothing else.", reason="STATE_NOT_MAPPED"
+            )
+        # numpy: looking at a few numbers is several times as quick.
+        self._generations = generations.numpy()
+        num_blocks = min(len(tensor) for tensor in tensors.values()) // BLOCK_TOKENS
+        if max(ref.block_ids) >= min(num_blocks, len(self._generations)):
+            raise FailedPreconditionError(
+                "The handle names blocks the pool lacks.", reason="STATE_NOT_MAPPED"
+            )
+        device = next(iter(tensors.values())).device
+        self._allocation = KvAllocation.of(ref.block_ids, device, generation=ref.generation)
+        # A round's first steps run on cold caches: what can be prepared is, and a look compares plain bytes.
+        is_run = self._allocation.slot_ids is None
+        self._blocks = (
+            slice(ref.block_ids[0], ref.block_ids[-1] + 1) if is_run else numpy.asarray(ref.block_ids)
+        )
+        expected = numpy.full(len(ref.block_ids), ref.generation, numpy.uint64)  # as the wire has it
+        self._own_generations = expected.tobytes()
+        self._is_on_gpu = any(isinstance(tensor.storage, CudaIpc) for tensor in ref.tensors)
+        self._mappings = mappings
+        self._tensors, self._refs = tensors, ref.tensors
+        self.row_bytes = sum(tensor[0].nbytes for tensor in tensors.values())
+        self._spec, self._projection = spec, projection
+
+    async def view(self, cached_length: int) -> TargetStateView:
+        """Nothing moves."""
+        if cached_length > self._allocation.capacity:
+            raise InvalidArgumentError("The handle's length is past its blocks.", field="target_state")
+        if self._is_on_gpu:
+            self._mappings.wait(self._refs)
+        return TargetStateView(
+            self._spec, self._tensors, self._refs, self._allocation, cached_length, self._projection
+        )
+
+    def check(self) -> None:
+        """The pool's blocks still belong to the handle's generation."""
+        if self._generations[self._blocks].tobytes() != self._own_generations:
+            raise FailedPreconditionError(
+                "The session this state belonged to has ended.", reason="STALE_STATE"
+            )
+
+    async def close(self) -> None:
+        """The mapping is kept for other sessions."""
+
+
+def _is_table(generations: Tensor) -> bool:
+    """Whether a tensor can be a pool's generations."""
+    return generations.dtype is torch.int64 and generations.ndim == 1 and generations.device.type == "cpu"

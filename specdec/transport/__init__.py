@@ -1,0 +1,1 @@
+"""Connections between processes: channels, TLS, and the first exchange of every session."""

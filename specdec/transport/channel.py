@@ -1,0 +1,222 @@
+"""Channels and their options: one place for message sizes, keepalive, load balancing and TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from specdec.contract.errors import InvalidArgumentError
+from specdec.transport.tls import OutgoingTls, Pem, PemFiles, channel_credentials
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Largest message either side accepts; larger tensors travel in chunks."""
+
+KEEPALIVE_TIME_S = 30
+"""A silent connection is pinged this often, so that a dead peer is noticed within a minute."""
+
+MAX_CONNECTION_AGE_S = 1800
+"""A server sends its clients away from a connection that old: they look names up again and find new replicas.
+Calls under way go on over it."""
+
+_RETIRE_AFTER_S = 10.0
+"""Seconds a channel with outdated credentials still takes the calls of those that were handed it."""
+_RETIRED_GRACE_S = 24 * 3600.0
+"""Seconds the calls on it may go on after that."""
+URI_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """PEM files of a client. All unset: the system's roots and no client certificate."""
+
+    root_certificates: Path | None = None
+    """Authorities that may have signed the server's certificate."""
+    private_key: Path | None = None
+    """Key of the client certificate, for mutual TLS."""
+    certificate_chain: Path | None = None
+    """Client certificate, for mutual TLS."""
+    server_name: str = ""
+    """Name the server's certificate must carry, if it is not the address's."""
+
+    @classmethod
+    def from_environment(cls) -> TlsConfig | None:
+        """What SPECDEC_TLS_AUTHORITIES, _PRIVATE_KEY, _CERTIFICATE and _SERVER_NAME say; None: nothing."""
+        names = ("AUTHORITIES", "PRIVATE_KEY", "CERTIFICATE")
+        values = [os.environ.get(f"SPECDEC_TLS_{name}", "") for name in names]
+        server_name = os.environ.get("SPECDEC_TLS_SERVER_NAME", "")
+        if not any((*values, server_name)):
+            return None
+        authorities, key, certificate = (Path(value) if value else None for value in values)
+        return cls(authorities, key, certificate, server_name)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Channel credentials from the files, read now.
+
+        Raises:
+            InvalidArgumentError: a file cannot be read, or key and certificate do not match.
+        """
+        files = PemFiles(self.root_certificates, self.private_key, self.certificate_chain)
+        return channel_credentials(files.read())
+
+
+def client_options(uri: str, service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
+    """Channel arguments of a client.
+
+    Args:
+        uri: where the channel goes; an http_proxy of the environment is not used for this host.
+        service: full name of the gRPC service whose health decides which backends of a `dns:` name are
+            used ("specdec.v1.VerifierService"); empty: none is checked.
+        server_name: overrides the name checked in the server's certificate.
+    """
+    service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if service:
+        service_config["healthCheckConfig"] = {"serviceName": service}
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.service_config", json.dumps(service_config)),
+    ]
+    if is_local(uri):
+        options.append(("grpc.enable_http_proxy", 0))
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    return options
+
+
+def is_local(uri: str) -> bool:
+    """Whether an address can only be this host: a unix socket, "localhost" or a loopback address."""
+    if uri.startswith(("unix:", "unix-abstract:")):
+        return True
+    scheme = next((scheme for scheme in URI_SCHEMES if uri.startswith(scheme)), "")
+    host = uri.removeprefix(scheme).rpartition("/")[2].rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def server_options() -> list[tuple[str, Any]]:
+    """Server arguments. Ports are not shared: one in use must be an error, not a split of traffic."""
+    return [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        # The default allows a client one ping per five minutes and then closes its connection.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_S * 1000 // 2),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.max_concurrent_streams", 1024),
+        ("grpc.max_connection_age_ms", int(MAX_CONNECTION_AGE_S * 1000)),
+    ]
+
+
+def parse_uris(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list of gRPC URIs or host:port pairs.
+
+    Raises:
+        InvalidArgumentError: empty, or an entry is no address.
+    """
+    uris = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not uris:
+        raise InvalidArgumentError(
+            "No address given; pass host:port, dns:///host:port, unix:/path, or several separated by commas."
+        )
+    for uri in uris:
+        if uri.startswith(URI_SCHEMES) and not uri.startswith("dns:"):
+            continue
+        host, _, port = uri.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise InvalidArgumentError(
+                f"{uri!r} is no gRPC address; write host:port, dns:///host:port or unix:/path."
+            )
+    return uris
+
+
+def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
+    """An asyncio channel; must be created on the event loop that uses it."""
+    server_name = tls.server_name if tls else ""
+    return _aio_channel(uri, service, tls.credentials() if tls else None, server_name)
+
+
+def _aio_channel(
+    uri: str, service: str, credentials: grpc.ChannelCredentials | None, server_name: str
+) -> grpc.aio.Channel:
+    options = client_options(uri, service, server_name)
+    if credentials:
+        return grpc.aio.secure_channel(uri, credentials, options=options)
+    return grpc.aio.insecure_channel(uri, options=options)
+
+
+class ServiceChannel:
+    """A service's channel to another, replaced by a new one once its certificates change.
+
+    Args:
+        uri: one address of the service.
+        service: see `client_options`.
+        tls: credentials; None: no encryption.
+        server_name: name the peer's certificate must carry where `tls` names none; empty: the address's.
+    """
+
+    def __init__(
+        self, uri: str, *, service: str = "", tls: OutgoingTls | None = None, server_name: str = ""
+    ) -> None:
+        self._uri = uri
+        self._service = service
+        self._tls = tls
+        self._server_name = (tls.server_name if tls else "") or server_name
+        self._pem = tls.latest() if tls else None
+        self._channel = self._connect(self._pem)
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    def current(self) -> grpc.aio.Channel:
+        """The channel for a new call. Calls on the one before it go on until they end."""
+        if self._tls and (pem := self._tls.latest()) is not self._pem:
+            task = asyncio.ensure_future(_retire(self._channel))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+            self._pem, self._channel = pem, self._connect(pem)
+        return self._channel
+
+    async def close(self) -> None:
+        """Close all its channels; calls under way are cancelled."""
+        for task in list(self._retiring):
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await self._channel.close()
+
+    def _connect(self, pem: Pem | None) -> grpc.aio.Channel:
+        credentials = channel_credentials(pem) if pem else None
+        return _aio_channel(self._uri, self._service, credentials, self._server_name)
+
+
+async def _retire(channel: grpc.aio.Channel) -> None:
+    try:
+        await asyncio.sleep(_RETIRE_AFTER_S)
+        await channel.close(grace=_RETIRED_GRACE_S)
+    except asyncio.CancelledError:
+        await channel.close()
+        raise
+
+
+def sync_channel(uri: str, *, tls: TlsConfig | None = None) -> grpc.Channel:
+    """A blocking channel."""
+    options = client_options(uri, server_name=tls.server_name if tls else "")
+    if tls:
+        return grpc.secure_channel(uri, tls.credentials(), options=options)
+    return grpc.insecure_channel(uri, options=options)
