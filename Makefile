@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/specdec/v1/*.proto)
 CHECKOV := .venv/checkov/bin/checkov --config-file .ci/checkov.yaml
 DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
-.PHONY: demo test lint proto prometheus-rule manifests clean
+.PHONY: demo test lint proto proto-release prometheus-rule manifests clean
 
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
@@ -14,11 +14,11 @@ demo: .venv/installed
 	@$(BIN)/specdec up --detach || exit; \
 	trap 'exit 130' INT TERM; trap '$(BIN)/specdec down' EXIT; \
 	echo; echo "== The answer, drafted by dflash and ngram-lm together as a tree; accepted draft tokens are coloured in a terminal"; \
-	$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram-lm --num-draft-tokens 4 --num-draft-nodes 15 \
+	$(BIN)/specdec generate "$(DEMO_PROMPT)" --method dflash+ngram-lm --draft-depth 4 --draft-nodes 15 \
 		--max-new-tokens 160; status=$$?; \
 	echo; echo "== The same with and without a drafter"; \
-	$(BIN)/specdec compare "$(DEMO_PROMPT)" --methods none,ngram,ngram-lm,mtp,dflash,dflash+ngram-lm --num-draft-tokens 4 \
-		--num-draft-nodes 15 --max-new-tokens 160 || status=$$?; \
+	$(BIN)/specdec compare "$(DEMO_PROMPT)" --methods none,ngram,ngram-lm,mtp,dflash,dflash+ngram-lm --draft-depth 4 \
+		--draft-nodes 15 --max-new-tokens 160 || status=$$?; \
 	exit $$status
 
 test: lint
@@ -29,6 +29,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
+	$(BIN)/buf breaking protos --against protos/released.binpb
+
+# The contract as it is now becomes the one that later changes must not break.
+proto-release: .venv/installed
+	$(BIN)/buf build protos --exclude-source-info --output protos/released.binpb
 
 proto: .venv/installed
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)

@@ -26,6 +26,10 @@ class DrafterConfig(ModelServiceConfig):
     diffusion drafter made for the target), "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's
     vocabulary). "ngram-lm", "mtp" and "dflash" alone are those for the embedded model. Requests name it by
     NAME, which is FAMILY where it is left out."""
+    max_draft_depth: int = 64
+    """Most tokens that a drafter drafts in a row in one round."""
+    max_draft_nodes: int = 64
+    """Most tokens of a draft tree, all branches together."""
     ngram_min: int = 1
     """Shortest n-gram that ngram and ngram-lm look up in the text, tokens; ngram follows a match of one for
     two at most."""
@@ -48,10 +52,10 @@ class DrafterConfig(ModelServiceConfig):
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.
         super(DrafterConfig, self).__post_init__()
-        require_positive(self, "ngram_min", "mirror_mib")
+        require_positive(self, "max_draft_depth", "max_draft_nodes", "ngram_min", "mirror_mib")
         require_choice(self, "stream_features", STREAM_FEATURES)
         require_choice(self, "mtp_position", tuple(MTP_POSITIONS))
         if self.ngram_max < self.ngram_min:
             raise InvalidArgumentError("--ngram-max must not be less than --ngram-min.", field="ngram_max")
         if not self.drafter:
-            raise InvalidArgumentError("No drafter given; pass --drafter ngram for one.", field="drafter")
+            raise InvalidArgumentError("No drafter is given; pass --drafter ngram.", field="drafter")

@@ -53,7 +53,8 @@ def _make_ngram(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         spec.name,
         min_size=config.ngram_min,
         max_size=config.ngram_max,
-        max_num_draft_tokens=config.max_num_draft_tokens,
+        max_draft_depth=config.max_draft_depth,
+        max_draft_nodes=config.max_draft_nodes,
     )
 
 
@@ -67,7 +68,8 @@ def _make_ngram_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         NgramTable.load(resolve_model(spec.model or pretrained("ngram-lm"))),
         min_size=config.ngram_min,
         max_size=config.ngram_max,
-        max_num_draft_tokens=config.max_num_draft_tokens,
+        max_draft_depth=config.max_draft_depth,
+        max_draft_nodes=config.max_draft_nodes,
     )
 
 
@@ -85,7 +87,7 @@ def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         spec.name,
         load_causal_lm(spec.model, dtype=config.dtype, device=config.device, threads=config.threads),
         kv_budget_bytes=int(config.kv_cache_mib * 2**20),
-        max_num_draft_tokens=config.max_num_draft_tokens,
+        max_draft_depth=config.max_draft_depth,
     )
 
 
@@ -98,7 +100,8 @@ def _make_mtp(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     return MtpDrafter(
         spec.name,
         assistant,
-        max_num_draft_tokens=config.max_num_draft_tokens,
+        max_draft_depth=config.max_draft_depth,
+        max_draft_nodes=config.max_draft_nodes,
         position=config.mtp_position,
     )
 
@@ -112,7 +115,8 @@ def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         spec.name,
         DFlashCheckpoint.load(model, dtype=config.dtype, device=config.device, threads=config.threads),
         kv_budget_bytes=int(config.kv_cache_mib * 2**20),
-        max_num_draft_tokens=config.max_num_draft_tokens,
+        max_draft_depth=config.max_draft_depth,
+        max_draft_nodes=config.max_draft_nodes,
     )
 
 

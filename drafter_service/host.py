@@ -166,32 +166,32 @@ class DrafterHost:
             await self._engine.submit(DraftItem(drafter, session, 0, num_tokens))
 
     async def propose(
-        self, drafter: Drafter, session: DraftSession, num_draft_tokens: int, num_draft_nodes: int = 0
+        self, drafter: Drafter, session: DraftSession, draft_depth: int, draft_nodes: int = 0
     ) -> EngineResult[DraftTree]:
-        """Draft up to `num_draft_tokens` tokens in a row after the committed ones.
+        """Draft up to `draft_depth` tokens in a row after the committed ones.
 
         Args:
-            num_draft_nodes: most tokens of a tree; 0: a chain is wanted.
+            draft_nodes: most tokens of a tree; 0: a chain is wanted.
 
         Raises:
             InvalidArgumentError: K or the number of nodes out of range.
         """
-        if not 1 <= num_draft_tokens <= drafter.info.max_num_draft_tokens:
+        if not 1 <= draft_depth <= drafter.info.max_draft_depth:
             raise InvalidArgumentError(
-                f"num_draft_tokens is {num_draft_tokens}; {drafter.info.name} drafts 1 to "
-                f"{drafter.info.max_num_draft_tokens} tokens a round.",
-                field="num_draft_tokens",
+                f"draft_depth is {draft_depth}; {drafter.info.name} drafts 1 to "
+                f"{drafter.info.max_draft_depth} tokens a round.",
+                field="draft_depth",
             )
-        if num_draft_nodes > drafter.info.max_num_draft_nodes:
+        if draft_nodes > drafter.info.max_draft_nodes:
             raise InvalidArgumentError(
-                f"num_draft_nodes is {num_draft_nodes}; {drafter.info.name} drafts trees of at most "
-                f"{drafter.info.max_num_draft_nodes} tokens.",
-                field="num_draft_nodes",
+                f"draft_nodes is {draft_nodes}; {drafter.info.name} drafts trees of at most "
+                f"{drafter.info.max_draft_nodes} tokens.",
+                field="draft_nodes",
             )
         # What a drafter reads of the target comes with the first round: a whole prompt.
         await self.prefill(drafter, session, num_left=self.config.prefill_chunk_tokens)
         num_tokens = session.num_prefill_tokens + 1
-        item = DraftItem(drafter, session, num_draft_tokens, num_tokens, num_draft_nodes)
+        item = DraftItem(drafter, session, draft_depth, num_tokens, draft_nodes)
         drafted = await self._engine.submit(item)
         if session.state:
             session.state.check()

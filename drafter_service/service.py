@@ -12,9 +12,10 @@ from opentelemetry.trace import SpanKind
 from drafter_service.drafters.base import Drafter, DrafterInfo, DraftSession, OpenDraft
 from drafter_service.host import DrafterHost
 from drafter_service.metrics import DrafterMetrics
-from specdec import PROTOCOL_VERSION
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import FailedPreconditionError, UnavailableError
+from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
+from specdec.contract.request_id import adopt_request_id
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.runtime.engine import EngineResult
@@ -57,7 +58,8 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 "The first message of a Draft stream must be an open.", reason="ROUND_BEFORE_OPEN"
             )
         arrived_ns = time.monotonic_ns()
-        attach(context_of(request.traceparent))  # log lines of the session carry its trace id
+        attach(context_of(request.traceparent))  # log records of the session carry its trace and request id
+        adopt_request_id(request.open.request_id)
         drafter = host.drafter(request.open.drafter)
         # The handshake names the target; an independent draft model has another id and the same vocabulary.
         check_handshake(
@@ -89,7 +91,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         ref = message.target_state if message.HasField("target_state") else None
         await host.read_state(drafter, session, TargetStateRef.from_proto(ref) if ref else None)
         state_ns = time.monotonic_ns() - arrived_ns
-        drafted = await host.propose(drafter, session, message.num_draft_tokens, message.num_draft_nodes)
+        drafted = await host.propose(drafter, session, message.draft_depth, message.draft_nodes)
         self.metrics.add_round(drafter.info.name)
         total_ns = time.monotonic_ns() - arrived_ns
         record_span(
@@ -137,6 +139,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         host = self._loaded()
         return drafter_pb2.DrafterServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION,
+            min_protocol_version=MIN_PROTOCOL_VERSION,
             drafters=[_info(drafter.info) for drafter in host.drafters.values()],
             max_sessions=host.config.max_sessions,
             num_sessions=host.num_sessions,
@@ -181,11 +184,12 @@ def _info(info: DrafterInfo) -> drafter_pb2.DrafterInfo:
             vocabulary_fingerprint=info.vocabulary_fingerprint,
             vocab_size=info.vocab_size,
             max_length=info.max_length,
+            revision=info.revision,
             dtype=info.dtype,
             device=info.device,
         ),
-        max_num_draft_tokens=info.max_num_draft_tokens,
-        default_num_draft_tokens=info.default_num_draft_tokens,
+        max_draft_depth=info.max_draft_depth,
+        default_draft_depth=info.default_draft_depth,
         target_state_spec=info.target_state_spec.to_proto() if info.target_state_spec else None,
-        max_num_draft_nodes=info.max_num_draft_nodes,
+        max_draft_nodes=info.max_draft_nodes,
     )

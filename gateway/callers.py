@@ -20,7 +20,6 @@ from typing import Any
 from gateway.config import GatewayConfig
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
 from specdec.service.auth import CALLER, Authenticator, Caller, Limits
-from specdec.v1 import gateway_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +154,12 @@ class CallerLimits:
         return len(self._running.keys() | self._begun.keys())
 
     @contextmanager
-    def admitted(self, request: gateway_pb2.GenerateRequest, config: GatewayConfig) -> Iterator[None]:
-        """Around a caller's generation. A request that names no length gets no more than its caller may have.
+    def admitted(self, wanted: int | None, default: int) -> Iterator[int]:
+        """Stand around a caller's generation; the value is how many tokens it may emit.
+
+        Args:
+            wanted: max_new_tokens of the request; None: it names none and gets `default`, or what its caller
+                may have if that is less.
 
         Raises:
             InvalidArgumentError: it asks for more tokens than its caller may have.
@@ -164,13 +167,13 @@ class CallerLimits:
         """
         caller = CALLER.get()
         if caller is None:
-            yield
+            yield default if wanted is None else wanted
             return
-        _limit_length(request, caller.limits.max_new_tokens, config.default_max_new_tokens)
+        max_new_tokens = _settle_length(wanted, caller.limits.max_new_tokens, default)
         self._require_room(caller)
         self._running[caller.name] += 1
         try:
-            yield
+            yield max_new_tokens
         finally:
             self._running[caller.name] -= 1
             if not self._running[caller.name]:
@@ -204,12 +207,11 @@ class CallerLimits:
                 del self._begun[name]
 
 
-def _limit_length(request: gateway_pb2.GenerateRequest, most: int | None, default: int) -> None:
-    if most is None:
-        return
-    if not request.HasField("max_new_tokens"):
-        request.max_new_tokens = min(most, default)
-    if request.max_new_tokens > most:
+def _settle_length(wanted: int | None, limit: int | None, default: int) -> int:
+    if wanted is None:
+        return default if limit is None else min(limit, default)
+    if limit is not None and wanted > limit:
         raise InvalidArgumentError(
-            f"max_new_tokens is {request.max_new_tokens}; this token may have {most}.", field="max_new_tokens"
+            f"max_new_tokens is {wanted}; this token may have {limit}.", field="max_new_tokens"
         )
+    return wanted

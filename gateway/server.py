@@ -11,7 +11,7 @@ from gateway.callers import make_authenticator
 from gateway.config import GatewayConfig
 from gateway.metrics import GatewayMetrics
 from gateway.replicas.replicas import VerifierSet, make_drafter_set, make_verifier_set
-from gateway.request.plan import Backends
+from gateway.request.backends import Backends
 from gateway.request.text import TextCodec
 from gateway.service import SERVICE_NAME, GatewayServicer
 from specdec.service.host import ServiceHost

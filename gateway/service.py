@@ -15,12 +15,14 @@ from gateway.callers import CallerLimits
 from gateway.replicas.failover import VerifierReplica
 from gateway.replicas.replicas import Replica
 from gateway.replicas.sessions import FINISH_REASONS
+from gateway.request.backends import Backends
 from gateway.request.generation import Generation
-from gateway.request.plan import Backends, make_plan
+from gateway.request.plan import make_plan
 from gateway.rounds.tracing import RequestTrace
-from specdec import PROTOCOL_VERSION
 from specdec.contract.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
 from specdec.contract.methods import PLAIN
+from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
+from specdec.contract.request_id import REQUEST_ID
 from specdec.service.sessions import remaining_timeout_s, send
 from specdec.service.telemetry import Telemetry
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
@@ -57,14 +59,17 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         attach(set_span_in_context(trace.span))
         self.num_requests += 1
         admission = ExitStack()
+        wanted = request.max_new_tokens if request.HasField("max_new_tokens") else None
         try:
             with backends.metrics.counting_refusals():
                 self._require_room(backends)
-                admission.enter_context(self._callers.admitted(request, backends.config))
+                max_new_tokens = admission.enter_context(
+                    self._callers.admitted(wanted, backends.config.default_max_new_tokens)
+                )
                 verifier = backends.verifiers.pick()
             # Counted from the pick on: requests that come together must not all take the same replica.
             with verifier.lease():
-                await self._generate(request, context, backends, verifier, trace, arrived_ns)
+                await self._generate(request, context, backends, verifier, trace, arrived_ns, max_new_tokens)
         except BaseException as error:
             trace.fail(error)
             raise
@@ -89,23 +94,25 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         verifier: VerifierReplica,
         trace: RequestTrace,
         arrived_ns: int,
+        max_new_tokens: int,
     ) -> None:
         assert verifier.info is not None
         with backends.metrics.counting_refusals():
-            plan = await make_plan(request, backends, verifier.info)
+            plan = await make_plan(request, backends, verifier.info, max_new_tokens=max_new_tokens)
         model_id = verifier.info.model.model_id
         trace.describe(model_id, backends.label(plan.method), len(plan.prompt_token_ids))
         started = gateway_pb2.GenerateStarted(
             input_tokens=len(plan.prompt_token_ids),
             method=plan.method,
-            num_draft_tokens=plan.drafting.size.num_draft_tokens,
-            num_draft_nodes=plan.drafting.num_draft_nodes,
+            draft_depth=plan.drafting.size.draft_depth,
+            draft_nodes=plan.drafting.draft_nodes,
             trace_id=trace.trace_id,
             model_id=model_id,
+            request_id=REQUEST_ID.get(),
+            seed=None if plan.sampling.is_greedy else plan.sampling.seed,
         )
         await send(context, gateway_pb2.GenerateResponse(started=started))
         generation = Generation(
-            request,
             plan,
             backends,
             trace,
@@ -139,6 +146,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         default = backends.default_method
         return gateway_pb2.GatewayServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION,
+            min_protocol_version=MIN_PROTOCOL_VERSION,
             model=known[0].model if known else None,
             methods=backends.methods,
             default_method=default if backends.offers(default) else PLAIN,

@@ -25,7 +25,7 @@ from tests.systems import ANY_PORT, running_drafter, running_gateway, running_ve
 from verifier_service.server import VerifierServer
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
-BRIEF = GenerateOptions(max_new_tokens=24, num_draft_tokens=3, ignore_eos=True)
+BRIEF = GenerateOptions(max_new_tokens=24, draft_depth=3, ignore_eos=True)
 SERVICES = ("gateway", "verifier", "drafter")
 
 

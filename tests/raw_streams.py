@@ -55,7 +55,7 @@ class VerifyStream(RawStream):
     ) -> verifier_pb2.VerifyResult:
         """Open the session; the first token."""
         fields = {"handshake": make_handshake(), "max_new_tokens": max_new_tokens, **fields}
-        message = verifier_pb2.VerifyOpen(prompt_token_ids=prompt, **fields)
+        message = verifier_pb2.VerifyOpen(committed_token_ids=prompt, **fields)
         answer = await self.ask(verifier_pb2.VerifyRequest(open=message))
         self.token_ids, self.opened = list(prompt), answer.opened
         return self._take((), answer.opened.first)
@@ -92,13 +92,13 @@ class DraftStream(RawStream):
         return (await self.ask(drafter_pb2.DraftRequest(open=message))).opened
 
     async def round(
-        self, new: Sequence[int], committed_length: int, num_draft_tokens: int = 4, **fields: Any
+        self, new: Sequence[int], committed_length: int, draft_depth: int = 4, **fields: Any
     ) -> list[int]:
         """The draft of one round."""
         message = drafter_pb2.DraftRound(
             committed_token_ids=new,
             committed_length=committed_length,
-            num_draft_tokens=num_draft_tokens,
+            draft_depth=draft_depth,
             **fields,
         )
         return list((await self.ask(drafter_pb2.DraftRequest(round=message))).result.draft_token_ids)

@@ -91,7 +91,7 @@ class StateProbe(Drafter):
             session.readings.append(read_all(session.view))
             session.storages.add(session.state.link.storage)
             self.after_reading(session)
-            drafts.append(self._draft(session, item.num_draft_tokens))
+            drafts.append(self._draft(session, item.draft_depth))
         return drafts
 
     def _draft(self, session: ProbeSession, num_tokens: int) -> list[int]:

@@ -11,7 +11,6 @@ import grpc
 from opentelemetry.context import attach
 from opentelemetry.trace import SpanKind
 
-from specdec import PROTOCOL_VERSION
 from specdec.contract.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -19,6 +18,8 @@ from specdec.contract.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
+from specdec.contract.request_id import adopt_request_id
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
 from specdec.service.sessions import WRITE_TIMEOUT_S, SessionRules, send
@@ -78,7 +79,8 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 "The first message of a Verify stream must be an open.", reason="ROUND_BEFORE_OPEN"
             )
         arrived_ns = time.monotonic_ns()
-        attach(context_of(request.traceparent))  # log lines of the session carry its trace id
+        attach(context_of(request.traceparent))  # log records of the session carry its trace and request id
+        adopt_request_id(request.open.request_id)
         check_handshake(
             request.open.handshake,
             model_id=verifier.loaded.model_id,
@@ -232,15 +234,17 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         verifier = self._loaded()
         return verifier_pb2.VerifierServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION,
+            min_protocol_version=MIN_PROTOCOL_VERSION,
             model=common_pb2.ModelInfo(
                 model_id=verifier.loaded.model_id,
                 vocabulary_fingerprint=verifier.loaded.vocabulary_fingerprint,
                 vocab_size=verifier.vocab_size,
                 max_length=verifier.max_length,
+                revision=verifier.loaded.revision,
                 dtype=verifier.config.dtype,
                 device=verifier.config.device,
             ),
-            max_num_draft_tokens=verifier.config.max_num_draft_tokens,
+            max_draft_nodes=verifier.config.max_draft_nodes,
             kv_capacity_tokens=verifier.pool.capacity_tokens,
             kv_free_tokens=verifier.pool.free_tokens,
             max_sessions=verifier.config.max_sessions,
@@ -267,14 +271,14 @@ async def _receive(
 def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
     spec = message.target_state_spec if message.HasField("target_state_spec") else None
     return OpenRequest(
-        prompt_token_ids=tuple(message.prompt_token_ids),
+        committed_token_ids=tuple(message.committed_token_ids),
         max_new_tokens=message.max_new_tokens,
         sampling=SamplingParams.from_proto(message.sampling),
         stop_token_ids=frozenset(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
-        num_resumed_tokens=message.num_resumed_tokens,
+        prompt_length=message.prompt_length,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
-        max_num_draft_nodes=message.max_num_draft_nodes,
+        draft_nodes=message.draft_nodes,
         target_state_spec=TargetStateSpec.from_proto(spec) if spec else None,
     )
 

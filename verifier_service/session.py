@@ -18,15 +18,18 @@ from verifier_service.state_export import ExportedState
 class OpenRequest:
     """What a session is opened with; see specdec.v1.VerifyOpen."""
 
-    prompt_token_ids: tuple[int, ...]
+    committed_token_ids: tuple[int, ...]
+    """The prompt, and output of an earlier session."""
     max_new_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
-    num_resumed_tokens: int = 0
+    prompt_length: int = 0
+    """How many of committed_token_ids are the prompt; 0: all."""
     num_top_logprobs: int | None = None
     target_state_spec: TargetStateSpec | None = None
-    max_num_draft_nodes: int = 0
+    draft_nodes: int = 0
+    """Most nodes of a draft tree that rounds will bring."""
 
 
 class Session:
@@ -58,8 +61,8 @@ class Session:
         self.stop_token_ids = stop_token_ids
         self.allocation = allocation
         self.max_length = max_length
-        self.prompt_length = len(request.prompt_token_ids) - request.num_resumed_tokens
-        self.token_ids = list(request.prompt_token_ids)
+        self.prompt_length = request.prompt_length or len(request.committed_token_ids)
+        self.token_ids = list(request.committed_token_ids)
         self.cached_length = 0
         self.finish_reason: FinishReason | None = None
 

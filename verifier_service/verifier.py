@@ -163,7 +163,7 @@ class Verifier:
                 retry_after_s=1.0,
             )
         # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
-        with_nodes = max_length + min(request.max_num_draft_nodes, self.config.max_num_draft_tokens)
+        with_nodes = max_length + min(request.draft_nodes, self.config.max_draft_nodes)
         allocation = self.pool.allocate(max(max_length, min(with_nodes, self.pool.capacity_tokens)))
         self.num_sessions += 1
         state: ExportedState | None = None
@@ -223,10 +223,10 @@ class Verifier:
             InvalidArgumentError: too many draft tokens, one outside the vocabulary, or no tree.
         """
         session.check_round(base_committed_length)
-        if len(draft_token_ids) > self.config.max_num_draft_tokens:
+        if len(draft_token_ids) > self.config.max_draft_nodes:
             raise InvalidArgumentError(
                 f"The draft has {len(draft_token_ids)} tokens; this verifier takes at most "
-                f"{self.config.max_num_draft_tokens} a round.",
+                f"{self.config.max_draft_nodes} a round.",
                 field="draft_token_ids",
             )
         validate_token_ids("draft_token_ids", list(draft_token_ids), self.vocab_size)
@@ -259,14 +259,14 @@ class Verifier:
 
     def _validate(self, request: OpenRequest) -> int:
         """Check an open request; the most tokens its session can reach."""
-        prompt_length = len(request.prompt_token_ids)
-        if not prompt_length:
+        num_committed = len(request.committed_token_ids)
+        if not num_committed:
             raise InvalidArgumentError(
                 "The prompt is empty; send at least one token.", field="prompt", reason="EMPTY_PROMPT"
             )
-        if self.max_length and prompt_length >= self.max_length:
+        if self.max_length and num_committed >= self.max_length:
             raise InvalidArgumentError(
-                f"The prompt has {prompt_length} tokens, the model's context {self.max_length}; shorten the "
+                f"The prompt has {num_committed} tokens, the model's context {self.max_length}; shorten the "
                 "prompt so that at least one token fits after it.",
                 field="prompt",
                 reason="PROMPT_TOO_LONG",
@@ -275,17 +275,16 @@ class Verifier:
             raise InvalidArgumentError(
                 f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.", field="max_new_tokens"
             )
-        if not 0 <= request.num_resumed_tokens < prompt_length:
+        if request.prompt_length > num_committed:
             raise InvalidArgumentError(
-                f"num_resumed_tokens is {request.num_resumed_tokens}; it must be less than the prompt's "
-                f"{prompt_length} tokens.",
-                field="num_resumed_tokens",
+                f"prompt_length is {request.prompt_length}; there are {num_committed} committed tokens.",
+                field="prompt_length",
             )
         request.sampling.validate(self.vocab_size)
         validate_num_top_logprobs(request.num_top_logprobs)
-        validate_token_ids("prompt_token_ids", request.prompt_token_ids, self.vocab_size)
+        validate_token_ids("committed_token_ids", request.committed_token_ids, self.vocab_size)
         validate_token_ids("stop_token_ids", tuple(request.stop_token_ids), self.vocab_size)
-        max_length = prompt_length + request.max_new_tokens
+        max_length = num_committed + request.max_new_tokens
         return min(max_length, self.max_length) if self.max_length else max_length
 
 

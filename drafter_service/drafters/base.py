@@ -42,8 +42,8 @@ class DrafterInfo:
 
     name: str
     family: str
-    max_num_draft_tokens: int
-    default_num_draft_tokens: int
+    max_draft_depth: int
+    default_draft_depth: int
     model_id: str = ""
     vocabulary_fingerprint: str = ""
     vocab_size: int = 0
@@ -54,8 +54,10 @@ class DrafterInfo:
     """What it reads of the target; None: nothing."""
     needs_target_weights: bool = False
     """Whether it uses the target's embedding and LM head."""
-    max_num_draft_nodes: int = 0
+    max_draft_nodes: int = 0
     """Most tokens of a draft tree; 0: it drafts chains only."""
+    revision: str = ""
+    """Which weights these are, see `specdec.models.files.revision`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +121,21 @@ class DraftItem:
 
     drafter: Drafter
     session: DraftSession
-    num_draft_tokens: int
+    draft_depth: int
     num_tokens: int
     """Tokens it adds to the first pass of the step."""
-    num_draft_nodes: int = 0
+    draft_nodes: int = 0
     """Most tokens of a draft tree, K its depth; 0: a chain is wanted."""
 
     @property
     def wants_tree(self) -> bool:
         """Whether more tokens are wanted than a chain has."""
-        return self.num_draft_nodes > self.num_draft_tokens
+        return self.draft_nodes > self.draft_depth
 
     @property
     def is_urgent(self) -> bool:
         """A draft goes before a prefill chunk."""
-        return self.num_draft_tokens > 0
+        return self.draft_depth > 0
 
 
 class Drafter(ABC):
@@ -161,7 +163,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, items: Sequence[DraftItem]) -> Sequence[Drafted | SpecdecError]:
-        """Per item at most `num_draft_tokens` tokens in a row; none: no guess. An error is that item's alone.
+        """Per item at most `draft_depth` tokens in a row; none: no guess. An error is that item's alone.
 
         A tree's likelier tokens come first, as far as parents come before their children.
         """

@@ -147,6 +147,6 @@ def growing_tree(item: DraftItem, max_depth: int) -> GrowingTree:
     """The tree an item asks for, of at most `max_depth` tokens in a row."""
     return GrowingTree(
         max_depth=max_depth,
-        max_num_nodes=item.num_draft_nodes,
+        max_num_nodes=item.draft_nodes,
         min_confidence=item.session.min_draft_confidence,
     )

@@ -98,7 +98,7 @@ tags: [speculative-decoding, {card.method}]
 {table}
 ## Acceptance on held-out answers
 
-{acceptance.num_answers} answers, greedy, K = {acceptance.num_draft_tokens}, {acceptance.num_rounds} rounds.
+{acceptance.num_answers} answers, greedy, K = {acceptance.draft_depth}, {acceptance.num_rounds} rounds.
 Acceptance length **{acceptance.length:.2f}** tokens a round, the target's own included.
 
 {_positions(acceptance.per_position)}

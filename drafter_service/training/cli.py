@@ -367,7 +367,7 @@ def ngram_lm(max_size: int, min_count: int, min_gain: float, **options: Any) -> 
     with console.status("counting"):
         table = count(data, counted, vocabulary, rules)
     with console.status("drafting held-out answers"):
-        acceptance = measure(table, data, held_out, _DEFAULTS.num_draft_tokens)
+        acceptance = measure(table, data, held_out, _DEFAULTS.draft_depth)
     table.save(out)
     description = (
         f"A table of what the target usually says after up to {max_size} tokens, with prompt lookup in the "
@@ -438,7 +438,7 @@ def _announce(method: str, out: Path, acceptance: Acceptance) -> None:
             path.chmod(0o644)  # they are written for their owner alone, as prompts and answers stay
     click.echo(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
-        f"{acceptance.num_draft_tokens}). Serve it with: specdec up --drafter {method}:{out}"
+        f"{acceptance.draft_depth}). Serve it with: specdec up --drafter {method}:{out}"
     )
 
 

@@ -28,7 +28,7 @@ class LoopConfig:
     """Times a batch is trained on before its features go: the target's pass costs more than a step."""
     evaluate_minutes: float = 5.0
     """Time between two looks at held-out acceptance, minutes."""
-    num_draft_tokens: int = 4
+    draft_depth: int = 4
     """K of the held-out acceptance; less where a drafter cannot draft as many."""
     num_held_out: int = 48
     """Sequences held out."""

@@ -138,7 +138,7 @@ class DFlashTrainee(Trainee):
         self.target_id, self.fingerprint = target_id, vocabulary_fingerprint
 
     @property
-    def max_num_draft_tokens(self) -> int:
+    def max_draft_depth(self) -> int:
         """Masks of a block."""
         return int(self.model.config.block_size) - 1
 
@@ -197,21 +197,21 @@ class DFlashTrainee(Trainee):
         return (losses * weights).sum() / weights.sum()
 
     @torch.no_grad()
-    def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
+    def accepted(self, features: Sequence[SequenceFeatures], draft_depth: int) -> list[list[int]]:
         """Per sequence and anchor, the draft tokens a greedy target accepts."""
         batch = PackedBatch.of(features)
         indices = torch.arange(len(batch.anchors.row), device=batch.token_ids.device)
         parts = [
-            self._accepted(batch, batch.anchors.take(index), num_draft_tokens)
+            self._accepted(batch, batch.anchors.take(index), draft_depth)
             for index in indices.split(_EVALUATED_ANCHORS)
         ]
         counts = torch.bincount(batch.anchors.sequence, minlength=len(features)).tolist()
         return [part.tolist() for part in torch.cat(parts).split(counts)]
 
-    def _accepted(self, batch: PackedBatch, anchors: Anchors, num_draft_tokens: int) -> Tensor:
+    def _accepted(self, batch: PackedBatch, anchors: Anchors, draft_depth: int) -> Tensor:
         """Of anchors [num_anchors], the drafts before the first wrong one."""
-        states = self.states(batch, anchors, num_draft_tokens + 1)
-        steps = torch.arange(1, num_draft_tokens + 1, device=states.device)
+        states = self.states(batch, anchors, draft_depth + 1)
+        steps = torch.arange(1, draft_depth + 1, device=states.device)
         is_there = anchors.position[:, None] + steps < batch.lengths[anchors.sequence][:, None]
         rows = (anchors.row[:, None] + steps).clamp(max=len(batch.token_ids) - 1)
         previous = batch.token_ids[rows - 1].flatten()

@@ -48,7 +48,7 @@ class Trainee(nn.Module, ABC):
     """A drafter being trained. Its parameters are what is trained."""
 
     @property
-    def max_num_draft_tokens(self) -> int | None:
+    def max_draft_depth(self) -> int | None:
         """Tokens it can draft in a round; None: any number."""
         return None
 
@@ -57,7 +57,7 @@ class Trainee(nn.Module, ABC):
         """The loss of a batch, a scalar."""
 
     @abstractmethod
-    def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
+    def accepted(self, features: Sequence[SequenceFeatures], draft_depth: int) -> list[list[int]]:
         """Per sequence, for each answer token but the last as anchor, how many drafts would be accepted."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Acceptance:
     """Of the rounds, the share in which the draft's first, second... token was accepted."""
 
     @property
-    def num_draft_tokens(self) -> int:
+    def draft_depth(self) -> int:
         """K of the rounds."""
         return len(self.per_position)
 
@@ -98,11 +98,11 @@ class Acceptance:
         return 1.0 + self.num_accepted / max(self.num_rounds, 1)
 
     @classmethod
-    def of(cls, accepted: Sequence[Sequence[int]], num_draft_tokens: int) -> Acceptance:
+    def of(cls, accepted: Sequence[Sequence[int]], draft_depth: int) -> Acceptance:
         """Walk the anchors of each answer: a round ends `accepted` + 1 tokens on."""
         rounds = [count for counts in accepted for count in _walk(counts)]
         shares = [
-            sum(count > index for count in rounds) / max(len(rounds), 1) for index in range(num_draft_tokens)
+            sum(count > index for count in rounds) / max(len(rounds), 1) for index in range(draft_depth)
         ]
         return cls(len(accepted), len(rounds), sum(rounds), tuple(shares))
 
@@ -137,10 +137,10 @@ class Training:
         self._logged = time.monotonic()
 
     @property
-    def num_draft_tokens(self) -> int:
+    def draft_depth(self) -> int:
         """K of the held-out acceptance: no more than the drafter can make."""
-        wanted = self.config.num_draft_tokens
-        return min(wanted, self.trainee.max_num_draft_tokens or wanted)
+        wanted = self.config.draft_depth
+        return min(wanted, self.trainee.max_draft_depth or wanted)
 
     @property
     def progress(self) -> float:
@@ -261,7 +261,7 @@ class Training:
     def _look(self) -> None:
         acceptance = self.evaluate()
         self.history.acceptance.append((self.history.step, acceptance.length))
-        self._console.print(f"{self._describe()} (held out, K = {self.num_draft_tokens})")
+        self._console.print(f"{self._describe()} (held out, K = {self.draft_depth})")
         self.save_checkpoint()
 
     def evaluate(self) -> Acceptance:
@@ -272,8 +272,8 @@ class Training:
         accepted: list[list[int]] = []
         with torch.autocast(self._device.type, torch.bfloat16):
             for features in self._held_out_features:
-                accepted += self.trainee.accepted(features, self.num_draft_tokens)
-        return Acceptance.of(accepted, self.num_draft_tokens)
+                accepted += self.trainee.accepted(features, self.draft_depth)
+        return Acceptance.of(accepted, self.draft_depth)
 
     def _held_out_groups(self) -> list[list[TokenSequence]]:
         """Held-out sequences, cut as those trained on, in groups as large as a step: what a step has memory

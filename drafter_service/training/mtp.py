@@ -207,10 +207,10 @@ class MtpTrainee(Trainee):
         self.head.save(folder)
 
     @torch.no_grad()
-    def accepted(self, features: Sequence[SequenceFeatures], num_draft_tokens: int) -> list[list[int]]:
+    def accepted(self, features: Sequence[SequenceFeatures], draft_depth: int) -> list[list[int]]:
         """Per sequence and anchor, the draft tokens a greedy target accepts."""
         batch = PackedBatch.of(features)
-        accepted = self._accepted(batch, num_draft_tokens)
+        accepted = self._accepted(batch, draft_depth)
         counts = torch.bincount(batch.anchors.sequence, minlength=len(features)).tolist()
         return [part.tolist() for part in accepted.split(counts)]
 

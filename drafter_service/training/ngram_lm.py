@@ -156,7 +156,7 @@ def _level(
     return level, probabilities[which]
 
 
-def measure(table: NgramTable, data: TokenData, indices: Sequence[int], num_draft_tokens: int) -> Acceptance:
+def measure(table: NgramTable, data: TokenData, indices: Sequence[int], draft_depth: int) -> Acceptance:
     """Acceptance of chains on answers that were not counted, the text's own n-grams included."""
     # As a drafter service looks up what it is not told otherwise.
     sizes = DrafterConfig()
@@ -165,13 +165,13 @@ def measure(table: NgramTable, data: TokenData, indices: Sequence[int], num_draf
         table,
         min_size=sizes.ngram_min,
         max_size=sizes.ngram_max,
-        max_num_draft_tokens=num_draft_tokens,
+        max_draft_depth=draft_depth,
     )
-    accepted = [_accepted(drafter, data, index, num_draft_tokens) for index in indices]
-    return Acceptance.of([counts for counts in accepted if counts], num_draft_tokens)
+    accepted = [_accepted(drafter, data, index, draft_depth) for index in indices]
+    return Acceptance.of([counts for counts in accepted if counts], draft_depth)
 
 
-def _accepted(drafter: NgramLmDrafter, data: TokenData, index: int, num_draft_tokens: int) -> list[int]:
+def _accepted(drafter: NgramLmDrafter, data: TokenData, index: int, draft_depth: int) -> list[int]:
     """Per answer token but the last, how many drafts after it would be accepted."""
     token_ids, prompt_length = data[index].token_ids, data[index].prompt_length
     session: NgramLmSession = drafter.open(
@@ -180,7 +180,7 @@ def _accepted(drafter: NgramLmDrafter, data: TokenData, index: int, num_draft_to
     accepted = []
     for position in range(prompt_length, len(token_ids) - 1):
         session.commit([token_ids[position]], position + 1)
-        draft = session.propose(num_draft_tokens)
+        draft = session.propose(draft_depth)
         right = [drafted == token for drafted, token in zip(draft, token_ids[position + 1 :], strict=False)]
         accepted.append(right.index(False) if False in right else len(right))
     return accepted

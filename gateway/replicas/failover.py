@@ -45,7 +45,7 @@ class LastingVerifierSession:
         first: whom it starts on; leased by the caller.
         connect: makes the session on a replica.
         pick: finds the next replica.
-        prompt_token_ids: what the generation starts with.
+        prompt_token_ids: what the generation starts with, without any output.
         wait_s: how long a lost session waits for a replica that takes it.
         on_lost: called with why, once for every session that was lost.
     """

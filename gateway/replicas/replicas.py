@@ -346,7 +346,7 @@ def make_verifier_set(
     """Verifiers, of which those with the gateway's vocabulary are used."""
 
     def check(info: verifier_pb2.VerifierServiceGetInfoResponse) -> None:
-        check_protocol_version(info.protocol_version)
+        check_protocol_version(info.protocol_version, info.min_protocol_version)
         check_vocabulary(info.model.vocabulary_fingerprint, vocabulary_fingerprint)
 
     async def get_info(channel: grpc.aio.Channel) -> verifier_pb2.VerifierServiceGetInfoResponse:
@@ -371,7 +371,7 @@ def make_drafter_set(uris: Sequence[str], *, tls: OutgoingTls | None = None) -> 
     """Drafter services; whether a drafter fits the vocabulary is each session's question."""
 
     def check(info: drafter_pb2.DrafterServiceGetInfoResponse) -> None:
-        check_protocol_version(info.protocol_version)
+        check_protocol_version(info.protocol_version, info.min_protocol_version)
         if info.ByteSize() > _MAX_INFO_BYTES:
             raise InvalidArgumentError(
                 f"It describes itself in {info.ByteSize()} bytes; at most {_MAX_INFO_BYTES} are taken."

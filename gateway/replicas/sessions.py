@@ -240,20 +240,20 @@ class RemoteDrafterSession:
 
     async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
-        num_draft_tokens, num_draft_nodes = request.size.num_draft_tokens, request.size.num_draft_nodes
+        draft_depth, draft_nodes = request.size.draft_depth, request.size.draft_nodes
         message = drafter_pb2.DraftRound(
             committed_token_ids=new_token_ids,
             committed_length=len(request.committed_token_ids),
             # The plan may have been made when no replica had told its limits.
-            num_draft_tokens=min(num_draft_tokens, self._drafter.max_num_draft_tokens or num_draft_tokens),
+            draft_depth=min(draft_depth, self._drafter.max_draft_depth or draft_depth),
             target_state=self._state_message(request.target_state) if self.reads_target_state else None,
-            num_draft_nodes=min(num_draft_nodes, self._drafter.max_num_draft_nodes),
+            draft_nodes=min(draft_nodes, self._drafter.max_draft_nodes),
         )
         round_message = drafter_pb2.DraftRequest(round=message, traceparent=request.traceparent)
         response, elapsed_ns = await self._stream.exchange(round_message)
         result = response.result
         # One token too many is refused as a million are, which would only take memory and time.
-        most = max(num_draft_tokens, num_draft_nodes) + 1
+        most = max(draft_depth, draft_nodes) + 1
         return Draft(
             tuple(result.draft_token_ids[:most]),
             min(result.timings.total_ns, elapsed_ns),

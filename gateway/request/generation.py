@@ -11,7 +11,9 @@ from functools import partial
 from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
 from gateway.replicas.replicas import Replica, find_drafter
 from gateway.replicas.sessions import FINISH_REASONS, RemoteDrafterSession, RemoteVerifierSession
-from gateway.request.plan import Backends, Plan, Proposer
+from gateway.request.backends import Backends
+from gateway.request.drafts import Proposer
+from gateway.request.plan import Plan
 from gateway.request.text import TextStream, TextToken
 from gateway.rounds.decode import decode
 from gateway.rounds.drafting import DrafterSession, DraftLink, NoDrafts
@@ -19,7 +21,9 @@ from gateway.rounds.merging import MergedDrafts, NamedSource
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import DraftSource, Round
+from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.target_state import TargetStateSpec
+from specdec.service.auth import caller_key
 from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, verifier_pb2
 
@@ -29,7 +33,6 @@ class Generation:
 
     def __init__(
         self,
-        request: gateway_pb2.GenerateRequest,
         plan: Plan,
         backends: Backends,
         trace: RequestTrace,
@@ -37,7 +40,6 @@ class Generation:
         timeout_s: float | None,
         arrived_ns: int,
     ) -> None:
-        self._request = request
         self._plan = plan
         self._backends = backends
         self._trace = trace
@@ -49,7 +51,7 @@ class Generation:
         self._last_ns = 0
         self.num_output_tokens = 0
         """Tokens of the text so far."""
-        self._text = TextStream(backends.codec, request.stop_strings)
+        self._text = TextStream(backends.codec, plan.stop_strings)
         self._tally = SpeculationTally(plan.method)
         self.label = backends.label(plan.method)
         """The method in metrics."""
@@ -136,11 +138,11 @@ class Generation:
 
     def _verifier_session(self, first: VerifierReplica) -> LastingVerifierSession:
         assert first.info is not None
-        model_id = first.info.model.model_id
+        model = first.info.model
         return LastingVerifierSession(
             first,
             self._connect_verifier,
-            partial(self._backends.verifiers.pick, lambda info: info.model.model_id == model_id),
+            partial(self._backends.verifiers.pick, partial(_is_same_model, model)),
             prompt_token_ids=self._plan.prompt_token_ids,
             wait_s=self._backends.config.failover_wait_s,
             on_lost=self._count_failover,
@@ -161,25 +163,24 @@ class Generation:
     def _open_message(
         self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
     ) -> verifier_pb2.VerifyOpen:
-        request = self._request
-        num_resumed = len(committed_token_ids) - len(self._plan.prompt_token_ids)
-        assert verifier.info is not None
-        message = verifier_pb2.VerifyOpen(
-            handshake=make_handshake(
-                verifier.info.model.model_id, self._backends.codec.vocabulary_fingerprint
-            ),
-            prompt_token_ids=committed_token_ids,
-            num_resumed_tokens=num_resumed,
-            sampling=request.sampling,
-            stop_token_ids=request.stop_token_ids,
-            ignore_eos=request.ignore_eos,
-            max_new_tokens=self._plan.max_new_tokens - num_resumed,
+        plan, info = self._plan, verifier.info
+        prompt_length = len(plan.prompt_token_ids)
+        assert info is not None
+        return verifier_pb2.VerifyOpen(
+            handshake=make_handshake(info.model.model_id, self._backends.codec.vocabulary_fingerprint),
+            committed_token_ids=committed_token_ids,
+            prompt_length=prompt_length,
+            sampling=plan.sampling.to_proto(),
+            stop_token_ids=plan.stop_token_ids,
+            ignore_eos=plan.ignore_eos,
+            max_new_tokens=plan.max_new_tokens + prompt_length - len(committed_token_ids),
+            num_top_logprobs=plan.num_top_logprobs,
             target_state_spec=self._state_spec.to_proto() if self._state_spec else None,
-            max_num_draft_nodes=self._plan.drafting.num_reserved_nodes,
+            draft_nodes=plan.drafting.num_reserved_nodes,
+            request_id=REQUEST_ID.get(),
+            caller_key=caller_key(),
+            cache_salt=plan.cache_salt,
         )
-        if request.HasField("num_top_logprobs"):
-            message.num_top_logprobs = request.num_top_logprobs
-        return message
 
     async def _draft_source(self, stack: AsyncExitStack, verifier: VerifierReplica) -> DraftSource:
         drafting = self._plan.drafting
@@ -187,13 +188,13 @@ class Generation:
             NamedSource(
                 proposer.drafter,
                 await stack.enter_async_context(self._link(proposer, verifier)),
-                proposer.num_draft_tokens,
+                proposer.draft_depth,
             )
             for proposer in drafting.proposers
-            if proposer.num_draft_tokens
+            if proposer.draft_depth
         ]
         if len(sources) > 1:
-            return await stack.enter_async_context(MergedDrafts(sources, drafting.num_draft_nodes))
+            return await stack.enter_async_context(MergedDrafts(sources, drafting.draft_nodes))
         return sources[0].source if sources else NoDrafts()
 
     def _link(self, proposer: Proposer, verifier: VerifierReplica) -> DraftLink:
@@ -245,15 +246,24 @@ class Generation:
                     drafter=name,
                     committed_token_ids=committed_token_ids,
                     prompt_length=len(plan.prompt_token_ids),
-                    sampling=self._request.sampling,
+                    sampling=plan.sampling.to_proto(),
                     max_length=len(plan.prompt_token_ids) + plan.max_new_tokens,
-                    min_draft_confidence=self._request.min_draft_confidence,
+                    min_draft_confidence=plan.min_draft_confidence,
+                    request_id=REQUEST_ID.get(),
+                    caller_key=caller_key(),
+                    cache_salt=plan.cache_salt,
                 )
             )
         except BaseException:
             await leased.close()
             raise
         return leased
+
+
+def _is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
+    """Whether a verifier would go on as another one with that model: revisions are compared where known."""
+    revisions = {model.revision, info.model.revision} - {""}
+    return info.model.model_id == model.model_id and len(revisions) <= 1
 
 
 class LeasedDrafterSession:

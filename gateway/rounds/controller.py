@@ -20,7 +20,7 @@ from operator import mul
 from statistics import median_low
 from weakref import WeakKeyDictionary
 
-from gateway.rounds.vocabulary import DraftSize, Round, SizeControl
+from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round, SizeControl
 
 _NEW_SHARE = 0.1
 """Weight of a new observation once there are many."""
@@ -49,8 +49,6 @@ _SESSION_MEMORY = 0.97
 _METHOD_MEMORY = 0.995
 """What a round's weight becomes with the next one."""
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
-PLAIN_SIZE = DraftSize(0)
-"""Plain decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class FixedSize:
 
     def choose(self, most: int) -> DraftSize:
         """The size, cut to `most`."""
-        return DraftSize(min(self.size.num_draft_tokens, most), self.size.num_draft_nodes)
+        return DraftSize(min(self.size.draft_depth, most), self.size.draft_nodes)
 
     def observe(self, size: DraftSize, this: Round) -> None:
         """Nothing is learned."""
@@ -260,9 +258,9 @@ class MethodStats:
         """Take a round in that asked for such a draft."""
         if not this.draft.is_first:
             self.num_timed += 1
-            self.draft_ns.add(size.num_draft_tokens, this.draft.elapsed_ns)
-        self.num_nodes.add(size.num_draft_tokens, len(this.draft.token_ids))
-        self.survival.add(size.num_draft_tokens, this.verified.num_accepted_tokens)
+            self.draft_ns.add(size.draft_depth, this.draft.elapsed_ns)
+        self.num_nodes.add(size.draft_depth, len(this.draft.token_ids))
+        self.survival.add(size.draft_depth, this.verified.num_accepted_tokens)
 
     def rates(self, depth: int) -> list[float]:
         """Acceptance at the first depths."""
@@ -336,9 +334,9 @@ class AdaptiveSize:
     def observe(self, size: DraftSize, this: Round) -> None:
         """Learn what the round cost and brought; while a drafter is lost or late, nothing of drafts."""
         self._load.observe(this)
-        if size.num_draft_tokens and this.draft.is_complete:
-            self._stats[size.num_draft_nodes].observe(size, this)
-            self._mine[size.num_draft_nodes].add(size.num_draft_tokens, this.verified.num_accepted_tokens)
+        if size.draft_depth and this.draft.is_complete:
+            self._stats[size.draft_nodes].observe(size, this)
+            self._mine[size.draft_nodes].add(size.draft_depth, this.verified.num_accepted_tokens)
 
     def _best(self) -> tuple[DraftSize, float]:
         """The size with the most tokens per nanosecond, and how many."""
@@ -369,7 +367,7 @@ class AdaptiveSize:
         return None
 
     def _usual_length(self, best: DraftSize, budget: int) -> int:
-        length = max(best.num_draft_tokens, self._start.num_draft_tokens)
+        length = max(best.draft_depth, self._start.draft_depth)
         return min(length, budget) if budget else length
 
     def _expected_lengths(self, budget: int, longest: int) -> list[float]:
@@ -379,18 +377,18 @@ class AdaptiveSize:
 
     def _cost_ns(self, size: DraftSize) -> float:
         """Time of a round, nanoseconds."""
-        if not size.num_draft_tokens:
+        if not size.draft_depth:
             return max(1.0, self._load.round_ns(0))
-        stats = self._stats[size.num_draft_nodes]
-        num_nodes = stats.num_nodes(size.num_draft_tokens)
-        return max(1.0, stats.draft_ns(size.num_draft_tokens) + self._load.round_ns(num_nodes))
+        stats = self._stats[size.draft_nodes]
+        num_nodes = stats.num_nodes(size.draft_depth)
+        return max(1.0, stats.draft_ns(size.draft_depth) + self._load.round_ns(num_nodes))
 
     def _probe(self, best: DraftSize) -> DraftSize:
         """In turn: the next longer draft, the next shorter, none, and the next larger and smaller budget."""
-        index = bisect_left(self._lengths, best.num_draft_tokens) if best.num_draft_tokens else -1
+        index = bisect_left(self._lengths, best.draft_depth) if best.draft_depth else -1
         longer = self._lengths[min(index + 1, len(self._lengths) - 1)]
         shorter = self._lengths[max(index - 1, 0)]
-        budget = best.num_draft_nodes
+        budget = best.draft_nodes
         place = self._budgets.index(budget)
         others = [*self._budgets[place + 1 : place + 2], *self._budgets[max(0, place - 1) : place]]
         sizes = [

@@ -37,14 +37,14 @@ async def decode(
             # A round commits one token more than it accepts, so the last remaining token needs no draft.
             size = control.choose(max_length - len(committed) - 1)
             draft = Draft()
-            if size.num_draft_tokens > 0:
+            if size.draft_depth > 0:
                 request = DraftRequest(committed, size, span.traceparent, this.verified.target_state)
                 draft = await drafter.propose(request)
             verified = await verifier.verify(
                 len(committed), draft.token_ids, span.traceparent, draft.parent_indices
             )
             this = Round(draft, verified)
-            span.describe(this)
+            span.describe(this, size)
         control.observe(size, this)
         committed.extend(this.token_ids)
         yield this

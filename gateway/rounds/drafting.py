@@ -233,8 +233,8 @@ class DraftLink:
     def _checked(self, draft: Draft, size: DraftSize) -> Draft:
         """Refuse what the verifier would refuse: a drafter may waste time, never fail a request."""
         tree = DraftTree.of(draft.token_ids, draft.parent_indices)
-        most = size.num_draft_tokens if tree.is_chain else size.num_draft_nodes
-        if len(tree) > most or tree.depth > size.num_draft_tokens:
+        most = size.draft_depth if tree.is_chain else size.draft_nodes
+        if len(tree) > most or tree.depth > size.draft_depth:
             raise InvalidArgumentError(f"the drafter sent more than {most} tokens")
         if tree.token_ids and max(tree.token_ids) >= self._vocab_size:
             raise InvalidArgumentError("the drafter sent a token the target does not have")

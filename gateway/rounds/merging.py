@@ -24,7 +24,7 @@ class NamedSource:
 
     drafter: str
     source: DraftSource
-    num_draft_tokens: int
+    draft_depth: int
     """Most tokens it drafts in a row."""
     pending: asyncio.Task[Draft] | None = None
     """The draft under way, perhaps one of an earlier round, which nobody waits for any more."""
@@ -73,7 +73,7 @@ class MergedDrafts:
         request = replace(request, committed_token_ids=tuple(request.committed_token_ids))
         drafts = await asyncio.gather(*(_ask(one, request) for one in self._sources))
         elapsed_ns = time.monotonic_ns() - started_ns
-        budget = request.size.num_draft_nodes or self._max_num_nodes
+        budget = request.size.draft_nodes or self._max_num_nodes
         tree, nodes = merge([draft.tree for draft in drafts], budget)
         proposals = tuple(
             Proposal(one.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)
@@ -99,8 +99,8 @@ async def _ask(one: NamedSource, request: DraftRequest) -> Draft:
     if one.pending and not one.pending.done():
         return Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
     started = time.monotonic()
-    length = min(request.size.num_draft_tokens, one.num_draft_tokens)
-    own = replace(request, size=replace(request.size, num_draft_tokens=length))
+    length = min(request.size.draft_depth, one.draft_depth)
+    own = replace(request, size=replace(request.size, draft_depth=length))
     one.pending = task = asyncio.ensure_future(one.source.propose(own))
     task.add_done_callback(lambda _: one.usual_s.add(time.monotonic() - started))
     patience_s = one.patience_s

@@ -9,9 +9,16 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from gateway.rounds.stats import SpeculationStats
-from gateway.rounds.vocabulary import Round
+from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round
 from specdec.contract.errors import kind_of
-from specdec.service.telemetry import context_of, record_span, trace_id_of, traceparent_of
+from specdec.contract.request_id import REQUEST_ID
+from specdec.service.telemetry import (
+    REQUEST_ID_ATTRIBUTE,
+    context_of,
+    record_span,
+    trace_id_of,
+    traceparent_of,
+)
 
 
 class RoundSpan:
@@ -19,18 +26,21 @@ class RoundSpan:
 
     def __init__(self, tracer: Tracer, name: str, parent: Context) -> None:
         self._tracer = tracer
-        self.span: Span = tracer.start_span(name, context=parent)
+        self.span: Span = tracer.start_span(
+            name, context=parent, attributes={REQUEST_ID_ATTRIBUTE: REQUEST_ID.get()}
+        )
         self.traceparent = traceparent_of(self.span)
         """Sent with the round's messages; empty if the request is not traced."""
 
-    def describe(self, this: Round) -> None:
-        """Record what the round did, and the time it spent on the wire."""
+    def describe(self, this: Round, size: DraftSize = PLAIN_SIZE) -> None:
+        """Record what the round was to draft, what it did, and the time it spent on the wire."""
         if not self.span.is_recording():
             return
         self.span.set_attributes(
             {
                 "specdec.num_draft_tokens": len(this.draft.token_ids),
-                "specdec.draft_depth": this.draft.tree.depth,
+                "specdec.draft_depth": size.draft_depth,
+                "specdec.draft_nodes": size.draft_nodes,
                 "specdec.num_accepted_tokens": this.verified.num_accepted_tokens,
                 "specdec.fallback_code": this.draft.fallback_code if this.draft.fallback_reason else "",
             }
@@ -56,7 +66,10 @@ class RequestTrace:
     def __init__(self, tracer: Tracer, traceparent: str) -> None:
         self._tracer = tracer
         self.span: Span = tracer.start_span(
-            "specdec.generate", context=context_of(traceparent), kind=SpanKind.SERVER
+            "specdec.generate",
+            context=context_of(traceparent),
+            kind=SpanKind.SERVER,
+            attributes={REQUEST_ID_ATTRIBUTE: REQUEST_ID.get()},
         )
         self._context = set_span_in_context(self.span)
 

@@ -16,10 +16,14 @@ TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 class DraftSize:
     """How much a round drafts."""
 
-    num_draft_tokens: int
+    draft_depth: int
     """K: most tokens in a row; 0: nothing is drafted."""
-    num_draft_nodes: int = 0
+    draft_nodes: int = 0
     """Most tokens of a draft tree; 0: each drafter drafts a chain."""
+
+
+PLAIN_SIZE = DraftSize(0)
+"""The size of a round without a draft: plain decoding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,14 +91,14 @@ bench.add_command(telemetry_command)
     "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Seed of the sampling noise."
 )
 @click.option(
-    "--num-draft-tokens",
+    "--draft-depth",
     type=_CommaList(int),
     default="",
     show_default="chosen by the gateway",
     help="Draft tokens per round in a row (K); with several, 3,7,15 for one, every method runs with each.",
 )
 @click.option(
-    "--num-draft-nodes",
+    "--draft-nodes",
     type=_CommaList(int),
     default="",
     show_default="with a K a chain per drafter, else chosen, too",

@@ -41,10 +41,10 @@ class BenchConfig:
     """Softmax temperature, >= 0; 0 is greedy."""
     seed: int = 0
     """Seed of the sampling noise, the same for every prompt."""
-    num_draft_tokens: tuple[int, ...] = ()
+    draft_depth: tuple[int, ...] = ()
     """Draft tokens per round (K); none: each drafter's default. Several: every method runs with each, and is
     named METHOD@K in the results."""
-    num_draft_nodes: tuple[int, ...] = ()
+    draft_nodes: tuple[int, ...] = ()
     """Most tokens of a draft tree; none, or 0: a chain per drafter. Several: every method runs with each, and
     is named METHOD/N in the results."""
     concurrencies: tuple[int, ...] = (1,)
@@ -66,14 +66,12 @@ class BenchConfig:
         """`none`, then the others in the order given, each once."""
         return tuple(dict.fromkeys((PLAIN, *self.methods)))
 
-    def options(
-        self, method: str, num_draft_tokens: int | None = None, num_draft_nodes: int = 0
-    ) -> GenerateOptions:
+    def options(self, method: str, draft_depth: int | None = None, draft_nodes: int = 0) -> GenerateOptions:
         """What a request of this method asks for."""
         return GenerateOptions(
             method=method,
-            num_draft_tokens=num_draft_tokens,
-            num_draft_nodes=num_draft_nodes,
+            draft_depth=draft_depth,
+            draft_nodes=draft_nodes,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
         )
@@ -81,8 +79,8 @@ class BenchConfig:
     def contenders(self, client: AsyncClient) -> list[Contender]:
         """Every method with every node budget and every K."""
         made = [Contender(PLAIN, GatewayBackend(client, self.options(PLAIN)))]
-        budgets = dict.fromkeys(self.num_draft_nodes) or (0,)
-        lengths = dict.fromkeys(self.num_draft_tokens) or (None,)
+        budgets = dict.fromkeys(self.draft_nodes) or (0,)
+        lengths = dict.fromkeys(self.draft_depth) or (None,)
         for method, num_nodes, num_tokens in product(self.gateway_methods[1:], budgets, lengths):
             name = method
             if len(budgets) > 1:
@@ -107,10 +105,10 @@ class BenchConfig:
             InvalidArgumentError: naming the value and what it must be.
         """
         self.sampling.validate()
-        if self.num_draft_tokens and min(self.num_draft_tokens) < 1:
-            raise InvalidArgumentError("num-draft-tokens must be integers >= 1, such as 4 or 3,7,15.")
-        if self.num_draft_nodes and min(self.num_draft_nodes) < 0:
-            raise InvalidArgumentError("num-draft-nodes must be integers >= 0, such as 32 or 0,16,32.")
+        if self.draft_depth and min(self.draft_depth) < 1:
+            raise InvalidArgumentError("draft-depth must be integers >= 1, such as 4 or 3,7,15.")
+        if self.draft_nodes and min(self.draft_nodes) < 0:
+            raise InvalidArgumentError("draft-nodes must be integers >= 0, such as 32 or 0,16,32.")
         if not self.concurrencies or min(self.concurrencies) < 1:
             raise InvalidArgumentError("concurrency must be a list of integers >= 1, such as 1,4,8.")
         if unknown := [peer for peer in self.peers if peer != TRANSFORMERS]:
@@ -218,6 +216,6 @@ def _describe(config: BenchConfig, num_prompts: int) -> dict[str, Any]:
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
         "seed": config.seed,
-        "num_draft_tokens": config.num_draft_tokens,
-        "num_draft_nodes": config.num_draft_nodes,
+        "draft_depth": config.draft_depth,
+        "draft_nodes": config.draft_nodes,
     }

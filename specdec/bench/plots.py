@@ -110,9 +110,9 @@ def _draw_draft_times(rows: Sequence[Row], path: Path) -> Path:
     figure, axes = new_figure(width_in=6.0)
     times_ms: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        method, _, num_draft_tokens = row.method.rpartition(METHOD_SEPARATOR)
+        method, _, draft_depth = row.method.rpartition(METHOD_SEPARATOR)
         if method and row.draft_ms_p50 is not None:
-            times_ms.setdefault(method, []).append((int(num_draft_tokens), row.draft_ms_p50))
+            times_ms.setdefault(method, []).append((int(draft_depth), row.draft_ms_p50))
     for method, points in times_ms.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
     axes.set_xlabel("draft tokens a round (K)")

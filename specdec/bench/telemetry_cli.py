@@ -22,9 +22,9 @@ _DEFAULTS = TelemetryConfig()
 @click.option("--device", default=_DEFAULTS.device, show_default=True, help="Device of the model.")
 @click.option("--method", default=_DEFAULTS.method, show_default=True, help="Method of the requests.")
 @click.option(
-    "--num-draft-tokens",
+    "--draft-depth",
     type=click.IntRange(min=1),
-    default=_DEFAULTS.num_draft_tokens,
+    default=_DEFAULTS.draft_depth,
     show_default=True,
     help="Draft tokens per round (K).",
 )

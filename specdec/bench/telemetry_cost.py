@@ -53,7 +53,7 @@ class TelemetryConfig:
     """Device of the model."""
     method: str = "ngram"
     """Method of the requests; its drafters are started."""
-    num_draft_tokens: int = 3
+    draft_depth: int = 3
     """K, the same in every round, so that all systems do the same."""
     max_new_tokens: int = 64
     """Tokens of an answer at most."""
@@ -72,7 +72,7 @@ class TelemetryConfig:
         """What every request asks for."""
         return GenerateOptions(
             method=self.method,
-            num_draft_tokens=self.num_draft_tokens,
+            draft_depth=self.draft_depth,
             max_new_tokens=self.max_new_tokens,
             ignore_eos=True,
         )

@@ -340,7 +340,7 @@ class _Session:
         max_new_tokens = num_rounds * config.round_tokens + 2
         message = verifier_pb2.VerifyOpen(
             handshake=make_handshake(model_id(config.model)),
-            prompt_token_ids=[
+            committed_token_ids=[
                 generator.randrange(_FORCED_TOKEN + 1, 256) for _ in range(config.prefill_tokens)
             ],
             sampling=SamplingParams(allowed_token_ids=(_FORCED_TOKEN,)).to_proto(),

@@ -107,7 +107,7 @@ def measure(
             passes = stack.enter_context(_PeerPasses(peer_model, info.model)) if peer_model else None
             rounds = _Rounds(stub, info.model.vocab_size, generator)
             num_rounds = (repeats + _NUM_WARMUP_ROUNDS) * len(drafts)
-            rounds.open(context_tokens, max_new_tokens=num_rounds * max(sizes), max_draft_nodes=max(sizes))
+            rounds.open(context_tokens, max_new_tokens=num_rounds * max(sizes), draft_nodes=max(sizes))
             if passes:
                 passes.open(rounds.tokens(context_tokens))
             for index in range(repeats + _NUM_WARMUP_ROUNDS):
@@ -136,15 +136,15 @@ class _Rounds:
         self._generator = generator
         self._committed_length = 0
 
-    def open(self, num_tokens: int, *, max_new_tokens: int, max_draft_nodes: int) -> None:
+    def open(self, num_tokens: int, *, max_new_tokens: int, draft_nodes: int) -> None:
         self._requests: queue.SimpleQueue[verifier_pb2.VerifyRequest | None] = queue.SimpleQueue()
         self._responses = self._stub.Verify(iter(self._requests.get, None))
         message = verifier_pb2.VerifyOpen(
             handshake=make_handshake(),
-            prompt_token_ids=self.tokens(num_tokens),
+            committed_token_ids=self.tokens(num_tokens),
             max_new_tokens=max_new_tokens,
             ignore_eos=True,
-            max_num_draft_nodes=max_draft_nodes,
+            draft_nodes=draft_nodes,
         )
         response, _ = self._exchange(verifier_pb2.VerifyRequest(open=message))
         self._committed_length = response.opened.first.committed_length

@@ -53,4 +53,5 @@ class LazyGroup(click.Group):
 def describe_error(error: SpecdecError) -> str:
     """What is shown of an error."""
     retry = f" Try again in {error.retry_after_s:g} s." if error.retry_after_s is not None else ""
-    return f"error: {error.message}{retry}"
+    request = f" (request {error.request_id})" if error.request_id else ""
+    return f"error: {error.message}{retry}{request}"

@@ -25,6 +25,7 @@ from specdec.cli.render import (
 )
 from specdec.client import Client, GenerateOptions, Generation, Message, Prompt
 from specdec.contract.methods import PLAIN
+from specdec.contract.sampling import with_seed
 from specdec.local.launcher import SystemConfig, default_drafters, prepare_models
 from specdec.local.state_file import SystemState, how_to_stop, refuse_if_running
 from specdec.local.up import run_detached, run_foreground, stop_running
@@ -270,7 +271,7 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
         raise click.UsageError("--methods is empty; name at least one, as in --methods none,ngram.")
-    options = replace(options, raw=raw)
+    options = replace(options, raw=raw, sampling=with_seed(options.sampling))
     with Client(gateway, timeout_s=timeout_s) as client:
         for name in names:
             # A method's first use maps weights and packs heads; and a mistyped name shows before any answer.
@@ -293,7 +294,7 @@ def _answer_of(method: str, client: Client, prompt: str, options: GenerateOption
 
 def _for_method(options: GenerateOptions, method: str) -> GenerateOptions:
     if method == PLAIN:
-        options = replace(options, num_draft_tokens=None, num_draft_nodes=0)
+        options = replace(options, draft_depth=None, draft_nodes=0)
     return replace(options, method=method)
 
 

@@ -41,14 +41,14 @@ _METHOD = click.option(
 _LENGTH = (
     click.option(
         "-k",
-        "--num-draft-tokens",
+        "--draft-depth",
         metavar="K",
         type=int,
         help="Tokens to draft per round in a row; 0 is plain decoding.  [default: chosen round by round by "
         "what pays]",
     ),
     click.option(
-        "--num-draft-nodes",
+        "--draft-nodes",
         metavar="N",
         type=click.IntRange(min=0),
         default=0,
@@ -96,7 +96,12 @@ _SAMPLING = (
     ),
     _sampling_option("--presence-penalty", default=0.0, help="Disfavours tokens of the answer, in [-2, 2]."),
     _sampling_option("--frequency-penalty", default=0.0, help="The same per occurrence, in [-2, 2]."),
-    _sampling_option("--seed", default=0, help="Same seed and request, same answer, whatever the method."),
+    click.option(
+        "--seed",
+        metavar="N",
+        type=int,
+        help="Same seed and request, same answer, whatever the method.  [default: drawn for each request]",
+    ),
 )
 
 NO_COLOR = click.option(
@@ -116,8 +121,8 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
         @functools.wraps(command)
         def wrapper(
             *,
-            num_draft_tokens: int | None,
-            num_draft_nodes: int,
+            draft_depth: int | None,
+            draft_nodes: int,
             min_draft_confidence: float,
             max_new_tokens: int | None,
             stop: tuple[str, ...],
@@ -128,8 +133,8 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
             names = SamplingParams.__dataclass_fields__.keys() & rest.keys()
             options = GenerateOptions(
                 method=method,
-                num_draft_tokens=num_draft_tokens,
-                num_draft_nodes=num_draft_nodes,
+                draft_depth=draft_depth,
+                draft_nodes=draft_nodes,
                 min_draft_confidence=min_draft_confidence,
                 max_new_tokens=max_new_tokens,
                 stop=stop,

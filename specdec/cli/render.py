@@ -216,13 +216,13 @@ def _runs(replica: ReplicaInfo) -> str:
         case VerifierInfo() as verifier:
             return (
                 f"{verifier.model.model_id if verifier.model else '-'}, K up to "
-                f"{verifier.max_num_draft_tokens}, KV {verifier.kv_free_tokens} of "
+                f"{verifier.max_draft_nodes}, KV {verifier.kv_free_tokens} of "
                 f"{verifier.kv_capacity_tokens} tokens free\ntarget state offered by {_state_offer(verifier)}"
             )
         case DrafterServiceInfo() as service:
             drafters = ", ".join(
-                f"{drafter.name} (K {drafter.default_num_draft_tokens}, up to {drafter.max_num_draft_tokens}"
-                f"{'' if drafter.max_num_draft_nodes else ', chains only'})"
+                f"{drafter.name} (K {drafter.default_draft_depth}, up to {drafter.max_draft_depth}"
+                f"{'' if drafter.max_draft_nodes else ', chains only'})"
                 for drafter in service.drafters
             )
             return "\n".join([drafters, *map(_state_link, service.state_links)])

@@ -10,7 +10,7 @@ from specdec.client.common import CLIENT_DEFAULT, DEFAULT_TIMEOUT_S, ClientBase,
 from specdec.client.gateway_info import GatewayInfo
 from specdec.client.generation import DEFAULT_OPTIONS, GenerateOptions, Generation, Prompt
 from specdec.client.streams import GenerationStream
-from specdec.client.wire import build_request
+from specdec.client.wire import build_request, request_metadata
 from specdec.transport.channel import TlsConfig, sync_channel
 from specdec.v1 import gateway_pb2
 
@@ -71,7 +71,8 @@ class Client(ClientBase):
             InvalidArgumentError: the request cannot be sent; later failures are raised by the iteration.
         """
         request = build_request(prompt, options)
-        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
+        metadata = (*self._metadata, *request_metadata(options))
+        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=metadata)
         return GenerationStream(call, self._error)
 
     def info(self, *, timeout_s: Timeout = CLIENT_DEFAULT) -> GatewayInfo:

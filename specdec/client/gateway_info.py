@@ -36,13 +36,13 @@ class DrafterInfo:
     """Kind of drafter, "ngram" for one."""
     model: ModelInfo | None
     """The draft model; None: the drafter has none."""
-    max_num_draft_tokens: int
+    max_draft_depth: int
     """Most tokens drafted in a row."""
-    default_num_draft_tokens: int
+    default_draft_depth: int
     """Tokens drafted in a row when a request does not say."""
     reads_target_state: bool
     """Whether it reads hidden states or KV of the target."""
-    max_num_draft_nodes: int = 0
+    max_draft_nodes: int = 0
     """Most tokens of a draft tree; 0: it drafts chains only."""
 
 
@@ -52,7 +52,7 @@ class VerifierInfo:
 
     model: ModelInfo | None
     """The target model."""
-    max_num_draft_tokens: int
+    max_draft_nodes: int
     """Most draft tokens taken in one round, all branches of a tree together."""
     kv_capacity_tokens: int
     """Tokens the KV pool holds."""
@@ -173,7 +173,7 @@ def _replica(message: gateway_pb2.ReplicaInfo) -> ReplicaInfo:
 def _verifier(message: verifier_pb2.VerifierServiceGetInfoResponse) -> VerifierInfo:
     return VerifierInfo(
         model=_model(message.model) if message.HasField("model") else None,
-        max_num_draft_tokens=message.max_num_draft_tokens,
+        max_draft_nodes=message.max_draft_nodes,
         kv_capacity_tokens=message.kv_capacity_tokens,
         kv_free_tokens=message.kv_free_tokens,
         max_sessions=message.max_sessions,
@@ -191,10 +191,10 @@ def _drafter_service(message: drafter_pb2.DrafterServiceGetInfoResponse) -> Draf
             name=drafter.name,
             family=drafter.family,
             model=_model(drafter.model) if drafter.model.model_id else None,
-            max_num_draft_tokens=drafter.max_num_draft_tokens,
-            default_num_draft_tokens=drafter.default_num_draft_tokens,
+            max_draft_depth=drafter.max_draft_depth,
+            default_draft_depth=drafter.default_draft_depth,
             reads_target_state=drafter.HasField("target_state_spec"),
-            max_num_draft_nodes=drafter.max_num_draft_nodes,
+            max_draft_nodes=drafter.max_draft_nodes,
         )
         for drafter in message.drafters
     )

@@ -29,9 +29,9 @@ class GenerateOptions:
 
     method: str = ""
     """Drafter to use, several joined by "+", "none" for plain decoding; empty: the gateway's default."""
-    num_draft_tokens: int | None = None
+    draft_depth: int | None = None
     """Tokens to draft per round in a row (K); None: the gateway chooses round by round, by what pays."""
-    num_draft_nodes: int = 0
+    draft_nodes: int = 0
     """Most tokens of a round's draft tree, all branches and drafters together; 0: with a K a chain
     per drafter, without one chosen, too."""
     min_draft_confidence: float = 0.0
@@ -48,6 +48,12 @@ class GenerateOptions:
     """Do not end at the model's own end tokens."""
     num_top_logprobs: int | None = None
     """Most probable tokens to report per emitted token, 0 to 20; None: no log probabilities at all."""
+    cache_salt: str = ""
+    """Separates what the services remember: nothing learnt from this request is used for one with another
+    salt."""
+    request_id: str = ""
+    """Name of the request in logs, spans and errors, 1 to 128 printable ASCII characters; empty: the gateway
+    makes one."""
     raw: bool = False
     """Tokenise a string prompt as it is, without the chat template."""
 
@@ -80,14 +86,18 @@ class Started:
     """Tokens of the prompt after tokenisation."""
     method: str
     """Method in effect."""
-    num_draft_tokens: int
+    draft_depth: int
     """Draft tokens asked for per round (K); of the first round where the gateway chooses."""
     trace_id: str
     """Trace id, 32 hex digits; empty: not traced."""
     model_id: str
     """Model that answers."""
-    num_draft_nodes: int = 0
+    draft_nodes: int = 0
     """Most tokens of a round's draft tree; 0: drafts are chains."""
+    request_id: str = ""
+    """Name of the request in logs, spans and errors."""
+    seed: int | None = None
+    """Seed in effect, drawn by the gateway if the request has none; None: the answer is greedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +210,10 @@ class Generation:
     """Model that answered."""
     num_failovers: int = 0
     """Times a verifier was lost and the answer went on with another."""
+    request_id: str = ""
+    """Name of the request in logs, spans and errors."""
+    seed: int | None = None
+    """Seed in effect; None: the answer is greedy."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -232,7 +246,9 @@ class Generation:
                 "verify_ms": speculation.verify_ms,
                 "transport_ms": speculation.transport_ms,
             },
+            "request_id": self.request_id,
             "trace_id": self.trace_id,
+            "seed": self.seed,
             "num_failovers": self.num_failovers,
         }
         if speculation.num_fallback_rounds:

@@ -19,6 +19,8 @@ from specdec.client.generation import (
     Usage,
 )
 from specdec.contract.errors import InternalError, InvalidArgumentError
+from specdec.contract.protocol import REQUEST_ID_METADATA
+from specdec.contract.request_id import checked_request_id
 from specdec.contract.sampling import validate_num_top_logprobs
 from specdec.v1 import gateway_pb2, verifier_pb2
 
@@ -44,14 +46,15 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     request = gateway_pb2.GenerateRequest(sampling=options.sampling.to_proto())
     fields: dict[str, Any] = {
         "method": options.method,
-        "num_draft_tokens": options.num_draft_tokens,
-        "num_draft_nodes": options.num_draft_nodes,
+        "draft_depth": options.draft_depth,
+        "draft_nodes": options.draft_nodes,
         "min_draft_confidence": options.min_draft_confidence,
         "max_new_tokens": options.max_new_tokens,
         "stop_strings": options.stop,
         "stop_token_ids": options.stop_token_ids,
         "ignore_eos": options.ignore_eos,
         "num_top_logprobs": options.num_top_logprobs,
+        "cache_salt": options.cache_salt,
     }
     for name, value in fields.items():
         with _refusing(name, value):
@@ -59,6 +62,17 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     with _refusing("prompt", prompt):
         _set_prompt(request, prompt, options.raw)
     return request
+
+
+def request_metadata(options: GenerateOptions) -> tuple[tuple[str, str], ...]:
+    """What goes with a generation's call besides the message.
+
+    Raises:
+        InvalidArgumentError: the request id is malformed.
+    """
+    if not options.request_id:
+        return ()
+    return ((REQUEST_ID_METADATA, checked_request_id(options.request_id)),)
 
 
 def _set_prompt(request: gateway_pb2.GenerateRequest, prompt: Prompt, raw: bool) -> None:
@@ -147,6 +161,8 @@ class ResponseFold:
             trace_id=self.started.trace_id,
             model_id=self.started.model_id,
             num_failovers=finished.num_failovers,
+            request_id=self.started.request_id,
+            seed=self.started.seed,
         )
 
 
@@ -154,10 +170,12 @@ def _started(message: gateway_pb2.GenerateStarted) -> Started:
     return Started(
         input_tokens=message.input_tokens,
         method=message.method,
-        num_draft_tokens=message.num_draft_tokens,
+        draft_depth=message.draft_depth,
         trace_id=message.trace_id,
         model_id=message.model_id,
-        num_draft_nodes=message.num_draft_nodes,
+        draft_nodes=message.draft_nodes,
+        request_id=message.request_id,
+        seed=message.seed if message.HasField("seed") else None,
     )
 
 

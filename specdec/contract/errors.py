@@ -58,6 +58,8 @@ class SpecdecError(Exception):
         self.reason = reason or self.default_reason
         self.field = field
         self.retry_after_s = retry_after_s
+        self.request_id = ""
+        """Name of the request that failed, from google.rpc.RequestInfo; empty: it has none."""
 
 
 class InvalidArgumentError(SpecdecError):
@@ -161,8 +163,12 @@ def status_code(error: SpecdecError) -> grpc.StatusCode:
     return grpc.StatusCode.UNKNOWN
 
 
-def to_status(error: SpecdecError) -> grpc.Status:
-    """Status with google.rpc details, ready for `context.abort_with_status`."""
+def to_status(error: SpecdecError, request_id: str = "") -> grpc.Status:
+    """Status with google.rpc details, ready for `context.abort_with_status`.
+
+    Args:
+        request_id: name of the request that failed; empty: it has none.
+    """
     message = _shortened(error.message)
     proto = status_pb2.Status(code=status_code(error).value[0], message=message)
     _pack(proto, error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN))
@@ -174,6 +180,8 @@ def to_status(error: SpecdecError) -> grpc.Status:
             seconds=int(error.retry_after_s), nanos=int(error.retry_after_s % 1 * 1e9)
         )
         _pack(proto, error_details_pb2.RetryInfo(retry_delay=delay))
+    if request_id:
+        _pack(proto, error_details_pb2.RequestInfo(request_id=request_id))
     return rpc_status.to_status(proto)
 
 
@@ -217,10 +225,11 @@ def _read_details(error: SpecdecError, serialised: bytes) -> None:
     if proto.code == code_pb2.OK:
         return
     for detail in proto.details:
-        info, bad, retry = (
+        info, bad, retry, request = (
             error_details_pb2.ErrorInfo(),
             error_details_pb2.BadRequest(),
             error_details_pb2.RetryInfo(),
+            error_details_pb2.RequestInfo(),
         )
         if detail.Unpack(info):
             error.reason = info.reason
@@ -228,3 +237,5 @@ def _read_details(error: SpecdecError, serialised: bytes) -> None:
             error.field = bad.field_violations[0].field
         elif detail.Unpack(retry):
             error.retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+        elif detail.Unpack(request):
+            error.request_id = request.request_id

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.v1 import common_pb2
@@ -12,6 +13,8 @@ from specdec.v1 import common_pb2
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIASES = 4096
+_SEED_BITS = 32
+"""Bits of a seed that is drawn: few enough to be typed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,13 @@ class SamplingParams:
     """Added to the logits of token ids, each in [-100, 100]."""
     allowed_token_ids: tuple[int, ...] = ()
     """Only these token ids can be picked; empty: all."""
-    seed: int = 0
-    """Seed of the Gumbel noise, 0 to 2**64 - 1."""
+    seed: int | None = None
+    """Seed of the Gumbel noise, 0 to 2**64 - 1. None: the gateway draws one; a model service takes 0."""
+
+    @property
+    def noise_seed(self) -> int:
+        """The seed in effect where picks are made."""
+        return self.seed or 0
 
     @property
     def is_greedy(self) -> bool:
@@ -71,8 +79,8 @@ class SamplingParams:
             _refuse("repetition_penalty", self.repetition_penalty, "a number > 0; 1 is off")
         _require("presence_penalty", self.presence_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
         _require("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
-        if not 0 <= self.seed < 2**64:
-            _refuse("seed", self.seed, "an integer in [0, 2**64)")
+        if not 0 <= self.noise_seed < 2**64:
+            _refuse("seed", self.noise_seed, "an integer in [0, 2**64)")
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
             _refuse("logit_bias", len(self.logit_bias), f"of at most {MAX_LOGIT_BIASES} token ids")
         if vocab_size and len(self.allowed_token_ids) > vocab_size:
@@ -93,6 +101,8 @@ class SamplingParams:
         message = common_pb2.SamplingParams()
         for parameter in fields(self):
             value = getattr(self, parameter.name)
+            if value is None:
+                continue
             try:
                 message.MergeFrom(common_pb2.SamplingParams(**{parameter.name: value}))
             except (ValueError, TypeError) as error:
@@ -114,8 +124,15 @@ class SamplingParams:
             frequency_penalty=message.frequency_penalty,
             logit_bias=dict(message.logit_bias),
             allowed_token_ids=tuple(message.allowed_token_ids),
-            seed=message.seed,
+            seed=message.seed if message.HasField("seed") else None,
         )
+
+
+def with_seed(sampling: SamplingParams) -> SamplingParams:
+    """The parameters with a seed: their own, or one drawn now if picks are random and they have none."""
+    if sampling.is_greedy or sampling.seed is not None:
+        return sampling
+    return replace(sampling, seed=secrets.randbits(_SEED_BITS))
 
 
 def validate_min_draft_confidence(value: float) -> None:

@@ -21,6 +21,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json")
+_SAMPLE_BYTES = 2**16
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -66,6 +67,25 @@ def model_id(model: str) -> str:
         return MODEL_ID
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model
+
+
+def revision(folder: Path) -> str:
+    """Which weights a model folder holds: the hub's commit, or a digest of a folder that is not a hub's.
+
+    The digest covers the name and size of each file of configuration or weights, its first 64 KiB, where the
+    names and shapes of tensors are, and its last.
+    """
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\t{size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:40]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

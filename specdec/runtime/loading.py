@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specdec.contract.errors import InvalidArgumentError
-from specdec.models.files import model_id, resolve_model, vocabulary_fingerprint
+from specdec.models.files import model_id, resolve_model, revision, vocabulary_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ class LoadedModel:
     model_id: str
     vocabulary_fingerprint: str
     eos_token_ids: tuple[int, ...]
+    revision: str
+    """Which weights these are, see `specdec.models.files.revision`."""
 
 
 def load_causal_lm(
@@ -76,6 +78,7 @@ def load_causal_lm(
         model_id=model_id(model),
         vocabulary_fingerprint=vocabulary_fingerprint(folder),
         eos_token_ids=_eos_token_ids(loaded),
+        revision=revision(folder),
     )
 
 

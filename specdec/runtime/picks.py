@@ -105,7 +105,7 @@ class Picker:
         # Relative to the best: dividing by a temperature near 0 then cannot overflow to infinity.
         scores.sub_(scores.amax(-1, keepdim=True)).div_(sampling.temperature)
         truncate(scores, sampling)
-        return scores.add_(self._noise_at(sampling.seed, context.positions(len(scores))))
+        return scores.add_(self._noise_at(sampling.noise_seed, context.positions(len(scores))))
 
     def _noise_at(self, seed: int, positions: Sequence[int]) -> Tensor:
         """Noise [num_positions, vocab_size] of positions, some of them equal. Valid until the next call."""

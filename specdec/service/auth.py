@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,3 +43,9 @@ class Authenticator(Protocol):
 
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
 """The caller of the call this task answers; None where the server has no authenticator."""
+
+
+def caller_key() -> str:
+    """A key that tells the current caller from others without naming it; empty where nobody is known."""
+    caller = CALLER.get()
+    return hashlib.sha256(f"specdec caller {caller.name}".encode()).hexdigest()[:32] if caller else ""

@@ -104,8 +104,6 @@ class ModelServiceConfig(ServiceConfig):
     service is, and read target state by a session's id."""
     idle_timeout_s: float = 300.0
     """How long a session may go without a message, seconds; then it ends and its memory is free."""
-    max_num_draft_tokens: int = 64
-    """Most draft tokens in one round."""
     prefill_chunk_tokens: int = 128
     """Prompt tokens a session adds to one pass, and all sessions together to one with rounds, which wait."""
     max_batch_tokens: int = 1024
@@ -130,7 +128,6 @@ class ModelServiceConfig(ServiceConfig):
             "kv_cache_mib",
             "max_sessions",
             "idle_timeout_s",
-            "max_num_draft_tokens",
             "prefill_chunk_tokens",
             "max_batch_tokens",
         )

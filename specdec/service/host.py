@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.auth import Authenticator
 from specdec.service.health import LIVENESS, HealthService
-from specdec.service.interceptors import AuthInterceptor, HouseInterceptor
+from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, RequestIdInterceptor
 from specdec.transport.channel import server_options
 from specdec.transport.tls import PemFiles, server_credentials
 
@@ -49,9 +49,10 @@ class ServiceHost:
         self._service = service
         self._listen = listen
         self._credentials = server_credentials(tls) if tls else None
-        interceptors: list[grpc.aio.ServerInterceptor] = [HouseInterceptor()]
+        interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor()]
         if authenticator:
-            interceptors.insert(0, AuthInterceptor(authenticator))
+            interceptors.append(AuthInterceptor(authenticator))
+        interceptors.append(HouseInterceptor())
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options())
         self._health = HealthService()
         register(self._server)

@@ -12,6 +12,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from specdec.contract.errors import InternalError, InvalidArgumentError, SpecdecError, log_defect, to_status
+from specdec.contract.protocol import REQUEST_ID_METADATA
+from specdec.contract.request_id import REQUEST_ID, checked_request_id, new_request_id
 from specdec.service.auth import CALLER, Authenticator
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,26 @@ class _Malformed:
     """Stands for a request whose bytes are no message of its type."""
 
     reason: str
+
+
+class RequestIdInterceptor(grpc.aio.ServerInterceptor):
+    """Gives every call of ours a request id, the caller's or a new one. Stands before all others."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if handler_call_details.method.startswith(_OUR_METHODS):
+            metadata = dict(handler_call_details.invocation_metadata or ())
+            # The call's task has this context to itself.
+            REQUEST_ID.set(new_request_id())
+            if REQUEST_ID_METADATA in metadata:
+                try:
+                    REQUEST_ID.set(checked_request_id(str(metadata[REQUEST_ID_METADATA])))
+                except SpecdecError as error:
+                    return _refusing(error)
+        return await continuation(handler_call_details)
 
 
 class HouseInterceptor(grpc.aio.ServerInterceptor):
@@ -99,7 +121,7 @@ def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: boo
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SpecdecError) -> None:
-    status = to_status(error)
+    status = to_status(error, REQUEST_ID.get())
     await context.abort(status.code, status.details or "", status.trailing_metadata or ())
 
 

@@ -28,6 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from pythonjsonlogger.json import JsonFormatter
 
 from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.request_id import REQUEST_ID
 
 if TYPE_CHECKING:
     from specdec.service.prometheus import PrometheusEndpoint
@@ -36,6 +37,8 @@ AttributeValue = str | bool | int | float
 Attributes = Mapping[str, AttributeValue]
 
 _SCOPE = "specdec"
+REQUEST_ID_ATTRIBUTE = "specdec.request_id"
+"""Attribute of every span: the request it belongs to."""
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -178,16 +181,19 @@ def record_span(
 ) -> None:
     """Record a span that ends now, after the fact: cheaper than one kept open across awaits."""
     end_ns = time.time_ns()
+    attributes = {REQUEST_ID_ATTRIBUTE: REQUEST_ID.get(), **attributes}
     span = tracer.start_span(
         name, context=parent, kind=kind, attributes=attributes, start_time=end_ns - duration_ns
     )
     span.end(end_ns)
 
 
-class _TraceIdFilter(logging.Filter):
-    """Adds the current trace and span id to log records."""
+class _RequestFilter(logging.Filter):
+    """Adds the current request's id, and its trace and span id, to log records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if request_id := REQUEST_ID.get():
+            record.request_id = request_id
         context = trace.get_current_span().get_span_context()
         if context.is_valid:
             record.trace_id = trace.format_trace_id(context.trace_id)
@@ -206,7 +212,7 @@ def setup_logging(service_name: str, level: str = "INFO") -> None:
             static_fields={"service": service_name},
         )
     )
-    handler.addFilter(_TraceIdFilter())
+    handler.addFilter(_RequestFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     quiet_grpc()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specdec import PROTOCOL_VERSION
 from specdec.contract.errors import FailedPreconditionError
+from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.v1 import common_pb2
 
 
@@ -11,23 +11,33 @@ def make_handshake(model_id: str = "", vocabulary_fingerprint: str = "") -> comm
     """Our side of the exchange."""
     return common_pb2.Handshake(
         protocol_version=PROTOCOL_VERSION,
+        min_protocol_version=MIN_PROTOCOL_VERSION,
         model_id=model_id,
         vocabulary_fingerprint=vocabulary_fingerprint,
     )
 
 
-def check_protocol_version(version: int) -> None:
-    """Refuse another protocol.
+def check_protocol_version(newest: int, oldest: int = 0) -> None:
+    """Refuse a peer with which there is no common version of the protocol.
+
+    Args:
+        newest: the newest version that the peer speaks.
+        oldest: the oldest one; 0: it speaks the newest alone.
 
     Raises:
-        FailedPreconditionError: the peer speaks another version.
+        FailedPreconditionError: its range and ours share no version.
     """
-    if version != PROTOCOL_VERSION:
+    if newest < MIN_PROTOCOL_VERSION or (oldest or newest) > PROTOCOL_VERSION:
         raise FailedPreconditionError(
-            f"The peer speaks protocol version {version}, this service version {PROTOCOL_VERSION}; "
-            "run the same release on both sides.",
+            f"The peer speaks protocol {_range(oldest or newest, newest)}, this service "
+            f"{_range(MIN_PROTOCOL_VERSION, PROTOCOL_VERSION)}; upgrade the older side to a release that "
+            "shares a version with the newer one.",
             reason="PROTOCOL_VERSION_MISMATCH",
         )
+
+
+def _range(oldest: int, newest: int) -> str:
+    return f"version {newest}" if oldest == newest else f"versions {oldest} to {newest}"
 
 
 def check_handshake(peer: common_pb2.Handshake, *, model_id: str, vocabulary_fingerprint: str) -> None:
@@ -36,7 +46,7 @@ def check_handshake(peer: common_pb2.Handshake, *, model_id: str, vocabulary_fin
     Raises:
         FailedPreconditionError: naming both sides' values.
     """
-    check_protocol_version(peer.protocol_version)
+    check_protocol_version(peer.protocol_version, peer.min_protocol_version)
     if peer.model_id and model_id and peer.model_id != model_id:
         raise FailedPreconditionError(
             f"The peer wants model {peer.model_id!r}, this service runs {model_id!r}.",

@@ -19,7 +19,7 @@ class DraftRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[DraftOpen, _Mapping]] = ..., round: _Optional[_Union[DraftRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
-    __slots__ = ("handshake", "drafter", "committed_token_ids", "prompt_length", "sampling", "max_length", "min_draft_confidence")
+    __slots__ = ("handshake", "drafter", "committed_token_ids", "prompt_length", "sampling", "max_length", "min_draft_confidence", "request_id", "caller_key", "cache_salt")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,9 @@ class DraftOpen(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     MIN_DRAFT_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CALLER_KEY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     drafter: str
     committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -34,21 +37,24 @@ class DraftOpen(_message.Message):
     sampling: _common_pb2.SamplingParams
     max_length: int
     min_draft_confidence: float
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., drafter: _Optional[str] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_length: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ...) -> None: ...
+    request_id: str
+    caller_key: str
+    cache_salt: str
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., drafter: _Optional[str] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_length: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ..., request_id: _Optional[str] = ..., caller_key: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DraftRound(_message.Message):
-    __slots__ = ("committed_token_ids", "committed_length", "num_draft_tokens", "target_state", "num_draft_nodes")
+    __slots__ = ("committed_token_ids", "committed_length", "draft_depth", "target_state", "draft_nodes")
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LENGTH_FIELD_NUMBER: _ClassVar[int]
-    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_DEPTH_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_FIELD_NUMBER: _ClassVar[int]
-    NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     committed_length: int
-    num_draft_tokens: int
+    draft_depth: int
     target_state: _target_state_pb2.TargetStateRef
-    num_draft_nodes: int
-    def __init__(self, committed_token_ids: _Optional[_Iterable[int]] = ..., committed_length: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., num_draft_nodes: _Optional[int] = ...) -> None: ...
+    draft_nodes: int
+    def __init__(self, committed_token_ids: _Optional[_Iterable[int]] = ..., committed_length: _Optional[int] = ..., draft_depth: _Optional[int] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., draft_nodes: _Optional[int] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
     __slots__ = ("opened", "result")
@@ -81,36 +87,38 @@ class DrafterServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DrafterInfo(_message.Message):
-    __slots__ = ("name", "family", "model", "max_num_draft_tokens", "default_num_draft_tokens", "target_state_spec", "max_num_draft_nodes")
+    __slots__ = ("name", "family", "model", "max_draft_depth", "default_draft_depth", "target_state_spec", "max_draft_nodes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    MAX_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    DEFAULT_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_DRAFT_DEPTH_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_SPEC_FIELD_NUMBER: _ClassVar[int]
-    MAX_NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     model: _common_pb2.ModelInfo
-    max_num_draft_tokens: int
-    default_num_draft_tokens: int
+    max_draft_depth: int
+    default_draft_depth: int
     target_state_spec: _target_state_pb2.TargetStateSpec
-    max_num_draft_nodes: int
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., default_num_draft_tokens: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., max_num_draft_nodes: _Optional[int] = ...) -> None: ...
+    max_draft_nodes: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_draft_depth: _Optional[int] = ..., default_draft_depth: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., max_draft_nodes: _Optional[int] = ...) -> None: ...
 
 class DrafterServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions", "state_links")
+    __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions", "state_links", "min_protocol_version")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAFTERS_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     STATE_LINKS_FIELD_NUMBER: _ClassVar[int]
+    MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     drafters: _containers.RepeatedCompositeFieldContainer[DrafterInfo]
     max_sessions: int
     num_sessions: int
     state_links: _containers.RepeatedCompositeFieldContainer[StateLink]
-    def __init__(self, protocol_version: _Optional[int] = ..., drafters: _Optional[_Iterable[_Union[DrafterInfo, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., state_links: _Optional[_Iterable[_Union[StateLink, _Mapping]]] = ...) -> None: ...
+    min_protocol_version: int
+    def __init__(self, protocol_version: _Optional[int] = ..., drafters: _Optional[_Iterable[_Union[DrafterInfo, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., state_links: _Optional[_Iterable[_Union[StateLink, _Mapping]]] = ..., min_protocol_version: _Optional[int] = ...) -> None: ...
 
 class StateLink(_message.Message):
     __slots__ = ("verifier_uri", "storage", "num_sessions", "fallback_reason")

@@ -40,7 +40,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "num_draft_tokens", "num_top_logprobs", "min_draft_confidence", "num_draft_nodes")
+    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "draft_depth", "num_top_logprobs", "min_draft_confidence", "draft_nodes", "cache_salt")
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -50,10 +50,11 @@ class GenerateRequest(_message.Message):
     STOP_STRINGS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
-    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_DEPTH_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MIN_DRAFT_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
-    NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     chat: Chat
     text: str
     token_ids: TokenIds
@@ -63,11 +64,12 @@ class GenerateRequest(_message.Message):
     stop_strings: _containers.RepeatedScalarFieldContainer[str]
     ignore_eos: bool
     method: str
-    num_draft_tokens: int
+    draft_depth: int
     num_top_logprobs: int
     min_draft_confidence: float
-    num_draft_nodes: int
-    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ..., num_draft_nodes: _Optional[int] = ...) -> None: ...
+    draft_nodes: int
+    cache_salt: str
+    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., draft_depth: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ..., draft_nodes: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "chunk", "finished")
@@ -80,20 +82,24 @@ class GenerateResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[GenerateStarted, _Mapping]] = ..., chunk: _Optional[_Union[GenerateChunk, _Mapping]] = ..., finished: _Optional[_Union[GenerateFinished, _Mapping]] = ...) -> None: ...
 
 class GenerateStarted(_message.Message):
-    __slots__ = ("input_tokens", "method", "num_draft_tokens", "trace_id", "model_id", "num_draft_nodes")
+    __slots__ = ("input_tokens", "method", "draft_depth", "trace_id", "model_id", "draft_nodes", "request_id", "seed")
     INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
-    NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_DEPTH_FIELD_NUMBER: _ClassVar[int]
     TRACE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
-    NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     input_tokens: int
     method: str
-    num_draft_tokens: int
+    draft_depth: int
     trace_id: str
     model_id: str
-    num_draft_nodes: int
-    def __init__(self, input_tokens: _Optional[int] = ..., method: _Optional[str] = ..., num_draft_tokens: _Optional[int] = ..., trace_id: _Optional[str] = ..., model_id: _Optional[str] = ..., num_draft_nodes: _Optional[int] = ...) -> None: ...
+    draft_nodes: int
+    request_id: str
+    seed: int
+    def __init__(self, input_tokens: _Optional[int] = ..., method: _Optional[str] = ..., draft_depth: _Optional[int] = ..., trace_id: _Optional[str] = ..., model_id: _Optional[str] = ..., draft_nodes: _Optional[int] = ..., request_id: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "text", "origin", "logprobs")
@@ -214,7 +220,7 @@ class ReplicaInfo(_message.Message):
     def __init__(self, uri: _Optional[str] = ..., ready: _Optional[bool] = ..., num_sessions: _Optional[int] = ..., reason: _Optional[str] = ..., verifier: _Optional[_Union[_verifier_pb2.VerifierServiceGetInfoResponse, _Mapping]] = ..., drafter: _Optional[_Union[_drafter_pb2.DrafterServiceGetInfoResponse, _Mapping]] = ...) -> None: ...
 
 class GatewayServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "model", "methods", "default_method", "default_max_new_tokens", "verifiers", "drafters")
+    __slots__ = ("protocol_version", "model", "methods", "default_method", "default_max_new_tokens", "verifiers", "drafters", "min_protocol_version")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     METHODS_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +228,7 @@ class GatewayServiceGetInfoResponse(_message.Message):
     DEFAULT_MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VERIFIERS_FIELD_NUMBER: _ClassVar[int]
     DRAFTERS_FIELD_NUMBER: _ClassVar[int]
+    MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model: _common_pb2.ModelInfo
     methods: _containers.RepeatedScalarFieldContainer[str]
@@ -229,4 +236,5 @@ class GatewayServiceGetInfoResponse(_message.Message):
     default_max_new_tokens: int
     verifiers: _containers.RepeatedCompositeFieldContainer[ReplicaInfo]
     drafters: _containers.RepeatedCompositeFieldContainer[ReplicaInfo]
-    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., methods: _Optional[_Iterable[str]] = ..., default_method: _Optional[str] = ..., default_max_new_tokens: _Optional[int] = ..., verifiers: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ...) -> None: ...
+    min_protocol_version: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., methods: _Optional[_Iterable[str]] = ..., default_method: _Optional[str] = ..., default_max_new_tokens: _Optional[int] = ..., verifiers: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ..., drafters: _Optional[_Iterable[_Union[ReplicaInfo, _Mapping]]] = ..., min_protocol_version: _Optional[int] = ...) -> None: ...

@@ -26,31 +26,31 @@ from specdec.v1 import common_pb2 as specdec_dot_v1_dot_common__pb2
 from specdec.v1 import target_state_pb2 as specdec_dot_v1_dot_target__state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19specdec/v1/verifier.proto\x12\nspecdec.v1\x1a\x17specdec/v1/common.proto\x1a\x1dspecdec/v1/target_state.proto\"\x81\x01\n\rVerifyRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.specdec.v1.VerifyOpenH\x00\x12(\n\x05round\x18\x02 \x01(\x0b\x32\x17.specdec.v1.VerifyRoundH\x00\x12\x13\n\x0btraceparent\x18\x03 \x01(\tB\t\n\x07message\"\xe7\x02\n\nVerifyOpen\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x1a\n\x12num_resumed_tokens\x18\x03 \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x1d\n\x10num_top_logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x36\n\x11target_state_spec\x18\t \x01(\x0b\x32\x1b.specdec.v1.TargetStateSpec\x12\x1b\n\x13max_num_draft_nodes\x18\n \x01(\rB\x13\n\x11_num_top_logprobs\"]\n\x0bVerifyRound\x12\x1d\n\x15\x62\x61se_committed_length\x18\x01 \x01(\r\x12\x17\n\x0f\x64raft_token_ids\x18\x02 \x03(\r\x12\x16\n\x0eparent_indices\x18\x03 \x03(\x05\"s\n\x0eVerifyResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.specdec.v1.VerifyOpenedH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.specdec.v1.VerifyResultH\x00\x42\t\n\x07message\"\x7f\n\x0cVerifyOpened\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12\'\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x18.specdec.v1.VerifyResult\x12\x1c\n\x14target_state_refusal\x18\x03 \x01(\t\"\xce\x02\n\x0cVerifyResult\x12\x1b\n\x13num_accepted_tokens\x18\x01 \x01(\r\x12\x16\n\x0e\x62onus_token_id\x18\x02 \x01(\r\x12\x18\n\x10\x63ommitted_length\x18\x03 \x01(\r\x12\x15\n\rcached_length\x18\x04 \x01(\r\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.specdec.v1.FinishReason\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.specdec.v1.TokenLogprobs\x12\x30\n\x0ctarget_state\x18\x07 \x01(\x0b\x32\x1a.specdec.v1.TargetStateRef\x12)\n\x07timings\x18\x08 \x01(\x0b\x32\x18.specdec.v1.PhaseTimings\x12\x1d\n\x15\x61\x63\x63\x65pted_node_indices\x18\t \x03(\r\"\x1f\n\x1dVerifierServiceGetInfoRequest\"\xdd\x02\n\x1eVerifierServiceGetInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12$\n\x05model\x18\x02 \x01(\x0b\x32\x15.specdec.v1.ModelInfo\x12\x1c\n\x14max_num_draft_tokens\x18\x03 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_free_tokens\x18\x05 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x06 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12/\n\rstate_storage\x18\t \x01(\x0e\x32\x18.specdec.v1.StateStorage\x12\x1a\n\x12num_state_sessions\x18\n \x01(\r\x12\x19\n\x11num_state_streams\x18\x0b \x01(\r*\x84\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x32\xd3\x03\n\x0fVerifierService\x12\x43\n\x06Verify\x12\x19.specdec.v1.VerifyRequest\x1a\x1a.specdec.v1.VerifyResponse(\x01\x30\x01\x12\x62\n\x11StreamTargetState\x12$.specdec.v1.StreamTargetStateRequest\x1a%.specdec.v1.StreamTargetStateResponse0\x01\x12V\n\rPutProjection\x12 .specdec.v1.PutProjectionRequest\x1a!.specdec.v1.PutProjectionResponse(\x01\x12]\n\x10GetTargetWeights\x12#.specdec.v1.GetTargetWeightsRequest\x1a$.specdec.v1.GetTargetWeightsResponse\x12`\n\x07GetInfo\x12).specdec.v1.VerifierServiceGetInfoRequest\x1a*.specdec.v1.VerifierServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19specdec/v1/verifier.proto\x12\nspecdec.v1\x1a\x17specdec/v1/common.proto\x1a\x1dspecdec/v1/target_state.proto\"\x81\x01\n\rVerifyRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.specdec.v1.VerifyOpenH\x00\x12(\n\x05round\x18\x02 \x01(\x0b\x32\x17.specdec.v1.VerifyRoundH\x00\x12\x13\n\x0btraceparent\x18\x03 \x01(\tB\t\n\x07message\"\x9f\x03\n\nVerifyOpen\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12\x1b\n\x13\x63ommitted_token_ids\x18\x02 \x03(\r\x12\x15\n\rprompt_length\x18\x0e \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.SamplingParams\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x16\n\x0emax_new_tokens\x18\x07 \x01(\r\x12\x1d\n\x10num_top_logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x36\n\x11target_state_spec\x18\t \x01(\x0b\x32\x1b.specdec.v1.TargetStateSpec\x12\x13\n\x0b\x64raft_nodes\x18\n \x01(\r\x12\x12\n\nrequest_id\x18\x0b \x01(\t\x12\x12\n\ncaller_key\x18\x0c \x01(\t\x12\x12\n\ncache_salt\x18\r \x01(\tB\x13\n\x11_num_top_logprobsJ\x04\x08\x03\x10\x04\"]\n\x0bVerifyRound\x12\x1d\n\x15\x62\x61se_committed_length\x18\x01 \x01(\r\x12\x17\n\x0f\x64raft_token_ids\x18\x02 \x03(\r\x12\x16\n\x0eparent_indices\x18\x03 \x03(\x05\"s\n\x0eVerifyResponse\x12*\n\x06opened\x18\x01 \x01(\x0b\x32\x18.specdec.v1.VerifyOpenedH\x00\x12*\n\x06result\x18\x02 \x01(\x0b\x32\x18.specdec.v1.VerifyResultH\x00\x42\t\n\x07message\"\x7f\n\x0cVerifyOpened\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12\'\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x18.specdec.v1.VerifyResult\x12\x1c\n\x14target_state_refusal\x18\x03 \x01(\t\"\xce\x02\n\x0cVerifyResult\x12\x1b\n\x13num_accepted_tokens\x18\x01 \x01(\r\x12\x16\n\x0e\x62onus_token_id\x18\x02 \x01(\r\x12\x18\n\x10\x63ommitted_length\x18\x03 \x01(\r\x12\x15\n\rcached_length\x18\x04 \x01(\r\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.specdec.v1.FinishReason\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.specdec.v1.TokenLogprobs\x12\x30\n\x0ctarget_state\x18\x07 \x01(\x0b\x32\x1a.specdec.v1.TargetStateRef\x12)\n\x07timings\x18\x08 \x01(\x0b\x32\x18.specdec.v1.PhaseTimings\x12\x1d\n\x15\x61\x63\x63\x65pted_node_indices\x18\t \x03(\r\"\x1f\n\x1dVerifierServiceGetInfoRequest\"\xf6\x02\n\x1eVerifierServiceGetInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12$\n\x05model\x18\x02 \x01(\x0b\x32\x15.specdec.v1.ModelInfo\x12\x17\n\x0fmax_draft_nodes\x18\x03 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_free_tokens\x18\x05 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x06 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12/\n\rstate_storage\x18\t \x01(\x0e\x32\x18.specdec.v1.StateStorage\x12\x1a\n\x12num_state_sessions\x18\n \x01(\r\x12\x19\n\x11num_state_streams\x18\x0b \x01(\r\x12\x1c\n\x14min_protocol_version\x18\x0c \x01(\r*\x84\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x32\xd3\x03\n\x0fVerifierService\x12\x43\n\x06Verify\x12\x19.specdec.v1.VerifyRequest\x1a\x1a.specdec.v1.VerifyResponse(\x01\x30\x01\x12\x62\n\x11StreamTargetState\x12$.specdec.v1.StreamTargetStateRequest\x1a%.specdec.v1.StreamTargetStateResponse0\x01\x12V\n\rPutProjection\x12 .specdec.v1.PutProjectionRequest\x1a!.specdec.v1.PutProjectionResponse(\x01\x12]\n\x10GetTargetWeights\x12#.specdec.v1.GetTargetWeightsRequest\x1a$.specdec.v1.GetTargetWeightsResponse\x12`\n\x07GetInfo\x12).specdec.v1.VerifierServiceGetInfoRequest\x1a*.specdec.v1.VerifierServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'specdec.v1.verifier_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1655
-  _globals['_FINISHREASON']._serialized_end=1787
+  _globals['_FINISHREASON']._serialized_start=1736
+  _globals['_FINISHREASON']._serialized_end=1868
   _globals['_VERIFYREQUEST']._serialized_start=98
   _globals['_VERIFYREQUEST']._serialized_end=227
   _globals['_VERIFYOPEN']._serialized_start=230
-  _globals['_VERIFYOPEN']._serialized_end=589
-  _globals['_VERIFYROUND']._serialized_start=591
-  _globals['_VERIFYROUND']._serialized_end=684
-  _globals['_VERIFYRESPONSE']._serialized_start=686
-  _globals['_VERIFYRESPONSE']._serialized_end=801
-  _globals['_VERIFYOPENED']._serialized_start=803
-  _globals['_VERIFYOPENED']._serialized_end=930
-  _globals['_VERIFYRESULT']._serialized_start=933
-  _globals['_VERIFYRESULT']._serialized_end=1267
-  _globals['_VERIFIERSERVICEGETINFOREQUEST']._serialized_start=1269
-  _globals['_VERIFIERSERVICEGETINFOREQUEST']._serialized_end=1300
-  _globals['_VERIFIERSERVICEGETINFORESPONSE']._serialized_start=1303
-  _globals['_VERIFIERSERVICEGETINFORESPONSE']._serialized_end=1652
-  _globals['_VERIFIERSERVICE']._serialized_start=1790
-  _globals['_VERIFIERSERVICE']._serialized_end=2257
+  _globals['_VERIFYOPEN']._serialized_end=645
+  _globals['_VERIFYROUND']._serialized_start=647
+  _globals['_VERIFYROUND']._serialized_end=740
+  _globals['_VERIFYRESPONSE']._serialized_start=742
+  _globals['_VERIFYRESPONSE']._serialized_end=857
+  _globals['_VERIFYOPENED']._serialized_start=859
+  _globals['_VERIFYOPENED']._serialized_end=986
+  _globals['_VERIFYRESULT']._serialized_start=989
+  _globals['_VERIFYRESULT']._serialized_end=1323
+  _globals['_VERIFIERSERVICEGETINFOREQUEST']._serialized_start=1325
+  _globals['_VERIFIERSERVICEGETINFOREQUEST']._serialized_end=1356
+  _globals['_VERIFIERSERVICEGETINFORESPONSE']._serialized_start=1359
+  _globals['_VERIFIERSERVICEGETINFORESPONSE']._serialized_end=1733
+  _globals['_VERIFIERSERVICE']._serialized_start=1871
+  _globals['_VERIFIERSERVICE']._serialized_end=2338
 # @@protoc_insertion_point(module_scope)

@@ -31,28 +31,34 @@ class VerifyRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[VerifyOpen, _Mapping]] = ..., round: _Optional[_Union[VerifyRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class VerifyOpen(_message.Message):
-    __slots__ = ("handshake", "prompt_token_ids", "num_resumed_tokens", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "max_num_draft_nodes")
+    __slots__ = ("handshake", "committed_token_ids", "prompt_length", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "draft_nodes", "request_id", "caller_key", "cache_salt")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
-    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    NUM_RESUMED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_SPEC_FIELD_NUMBER: _ClassVar[int]
-    MAX_NUM_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CALLER_KEY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
-    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    num_resumed_tokens: int
+    committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_length: int
     sampling: _common_pb2.SamplingParams
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
     max_new_tokens: int
     num_top_logprobs: int
     target_state_spec: _target_state_pb2.TargetStateSpec
-    max_num_draft_nodes: int
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., num_resumed_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., max_num_draft_nodes: _Optional[int] = ...) -> None: ...
+    draft_nodes: int
+    request_id: str
+    caller_key: str
+    cache_salt: str
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., draft_nodes: _Optional[int] = ..., request_id: _Optional[str] = ..., caller_key: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class VerifyRound(_message.Message):
     __slots__ = ("base_committed_length", "draft_token_ids", "parent_indices")
@@ -109,10 +115,10 @@ class VerifierServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class VerifierServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "model", "max_num_draft_tokens", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids", "state_storage", "num_state_sessions", "num_state_streams")
+    __slots__ = ("protocol_version", "model", "max_draft_nodes", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids", "state_storage", "num_state_sessions", "num_state_streams", "min_protocol_version")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    MAX_NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -121,9 +127,10 @@ class VerifierServiceGetInfoResponse(_message.Message):
     STATE_STORAGE_FIELD_NUMBER: _ClassVar[int]
     NUM_STATE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATE_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model: _common_pb2.ModelInfo
-    max_num_draft_tokens: int
+    max_draft_nodes: int
     kv_capacity_tokens: int
     kv_free_tokens: int
     max_sessions: int
@@ -132,4 +139,5 @@ class VerifierServiceGetInfoResponse(_message.Message):
     state_storage: _target_state_pb2.StateStorage
     num_state_sessions: int
     num_state_streams: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_num_draft_tokens: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., state_storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_state_sessions: _Optional[int] = ..., num_state_streams: _Optional[int] = ...) -> None: ...
+    min_protocol_version: int
+    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_draft_nodes: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., state_storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_state_sessions: _Optional[int] = ..., num_state_streams: _Optional[int] = ..., min_protocol_version: _Optional[int] = ...) -> None: ...

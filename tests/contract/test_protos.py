@@ -162,3 +162,34 @@ def test_every_rpc_is_implemented(name: str) -> None:
         assert implementation is not getattr(base, method.name), f"{name}.{method.name} is not implemented"
         assert inspect.iscoroutinefunction(implementation)
         assert re.search(r"\w", implementation.__doc__ or "")
+
+
+class TestBreakingChanges:
+    """A change that peers of the last release would misunderstand does not pass `make lint`."""
+
+    def breaking(self, folder: Path) -> subprocess.CompletedProcess[str]:
+        released = REPOSITORY / "protos" / "released.binpb"
+        command = [Path(sys.executable).with_name("buf"), "breaking", folder, "--against", released]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def test_what_is_committed_breaks_nothing(self) -> None:
+        result = self.breaking(REPOSITORY / "protos")
+        assert (result.returncode, result.stdout) == (0, "")
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [
+            ("uint32 draft_depth = 3;", "uint32 depth = 3;"),
+            ("uint32 draft_depth = 3;", "uint32 draft_depth = 33;"),
+            ("uint32 draft_depth = 3;", "string draft_depth = 3;"),
+            ("rpc GetInfo(", "rpc Describe("),
+        ],
+    )
+    def test_a_break_is_seen(self, before: str, after: str, tmp_path: Path) -> None:
+        shutil.copytree(REPOSITORY / "protos", tmp_path / "protos")
+        drafter = tmp_path / "protos" / "specdec" / "v1" / "drafter.proto"
+        assert before in drafter.read_text()
+        drafter.write_text(drafter.read_text().replace(before, after))
+        result = self.breaking(tmp_path / "protos")
+        assert result.returncode != 0
+        assert "drafter.proto" in result.stdout

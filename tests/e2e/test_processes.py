@@ -228,9 +228,7 @@ async def test_a_drafter_killed_mid_stream_costs_nothing_but_speed(tiny_llama: P
             AsyncClient(address, timeout_s=60) as client,
         ):
             expected = await client.generate(PROMPT, LONG)
-            options = GenerateOptions(
-                max_new_tokens=NUM_LONG, ignore_eos=True, method="ngram", num_draft_tokens=1
-            )
+            options = GenerateOptions(max_new_tokens=NUM_LONG, ignore_eos=True, method="ngram", draft_depth=1)
             async with client.stream(PROMPT, options) as stream:
                 await anext(stream)
                 os.kill(drafter.pid, signal.SIGKILL)

@@ -25,7 +25,7 @@ from verifier_service.server import VerifierServer
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 NUM_TOKENS = 120
 PLAIN = GenerateOptions(max_new_tokens=NUM_TOKENS, ignore_eos=True, method="none")
-READING = GenerateOptions(max_new_tokens=NUM_TOKENS, ignore_eos=True, method="probe", num_draft_tokens=1)
+READING = GenerateOptions(max_new_tokens=NUM_TOKENS, ignore_eos=True, method="probe", draft_depth=1)
 READING_MS = 10
 """How long a drafter of these tests reads in each round: nearly all of the time."""
 

@@ -118,7 +118,7 @@ class VerifyPeer(Peer):
         if not self.is_opened:
             opening = verifier_pb2.VerifyOpen(
                 handshake=make_handshake(),
-                prompt_token_ids=PROMPT,
+                committed_token_ids=PROMPT,
                 max_new_tokens=NUM_TOKENS,
                 ignore_eos=True,
                 target_state_spec=all_of("llama").to_proto(),
@@ -174,7 +174,7 @@ class DraftPeer(Peer):
             )
             return drafter_pb2.DraftRequest(open=opening)
         message = drafter_pb2.DraftRound(
-            committed_token_ids=new, committed_length=len(token_ids), num_draft_tokens=NUM_DRAFT_TOKENS
+            committed_token_ids=new, committed_length=len(token_ids), draft_depth=NUM_DRAFT_TOKENS
         )
         if followed.state is not None:
             message.target_state.CopyFrom(followed.state)

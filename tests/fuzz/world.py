@@ -151,7 +151,7 @@ class World:
         for method in ("ngram", "model", "probe"):
             result = await self.system.client.generate(
                 PROMPT,
-                GenerateOptions(max_new_tokens=6, ignore_eos=True, method=method, num_draft_tokens=3),
+                GenerateOptions(max_new_tokens=6, ignore_eos=True, method=method, draft_depth=3),
             )
             assert list(result.token_ids) == self.expected[len(PROMPT) :][:6]
             assert result.speculation.num_fallback_rounds == 0, result.speculation.fallback_reason

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
-from specdec import PROTOCOL_VERSION
+from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.transport.channel import server_options
 from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, drafter_pb2
@@ -46,8 +46,8 @@ class Liar:
 
     def drafter(self, **fields: Any) -> drafter_pb2.DrafterInfo:
         """What it says of its one drafter, but for `fields`."""
-        right = {"name": NAME, "family": NAME, "max_num_draft_tokens": 8, "default_num_draft_tokens": 4}
-        return drafter_pb2.DrafterInfo(**(right | {"max_num_draft_nodes": 32} | fields))
+        right = {"name": NAME, "family": NAME, "max_draft_depth": 8, "default_draft_depth": 4}
+        return drafter_pb2.DrafterInfo(**(right | {"max_draft_nodes": 32} | fields))
 
     async def open(self, message: drafter_pb2.DraftOpen) -> Any:
         """The answer to an open."""

@@ -34,17 +34,17 @@ def tokens(*token_ids: int, parents: Sequence[int] = ()) -> Any:
 
 def at_random(liar: Liar, message: drafter_pb2.DraftRound) -> Any:
     rng = random.Random(len(liar.committed))
-    return tokens(*(rng.randrange(VOCAB_SIZE) for _ in range(message.num_draft_tokens)))
+    return tokens(*(rng.randrange(VOCAB_SIZE) for _ in range(message.draft_depth)))
 
 
 def always_wrong(liar: Liar, message: drafter_pb2.DraftRound) -> Any:
-    right = liar.expected[len(liar.committed) :][: message.num_draft_tokens]
+    right = liar.expected[len(liar.committed) :][: message.draft_depth]
     return tokens(*((token + 1) % VOCAB_SIZE for token in right))
 
 
 def random_tree(liar: Liar, message: drafter_pb2.DraftRound) -> Any:
     rng = random.Random(len(liar.committed))
-    nodes = range(max(message.num_draft_nodes, 2))
+    nodes = range(max(message.draft_nodes, 2))
     return tokens(
         *(rng.randrange(VOCAB_SIZE) for _ in nodes),
         parents=[rng.randrange(-1, node) if node else -1 for node in nodes],
@@ -66,7 +66,7 @@ ROUNDS: dict[str, Tell] = {
     "always wrong": always_wrong,
     "a random tree": random_tree,
     "nothing": lambda liar, message: tokens(),
-    "one too many": lambda liar, message: tokens(*[5] * (message.num_draft_tokens + 1)),
+    "one too many": lambda liar, message: tokens(*[5] * (message.draft_depth + 1)),
     "thousands": lambda liar, message: tokens(*[5] * 5000),
     "millions": lambda liar, message: tokens(*[5] * MANY),
     "millions in a tree": lambda liar, message: tokens(*range(200_000), parents=[-1] * 200_000),

@@ -33,9 +33,9 @@ class Scene:
     liar: Liar
 
     async def generate(self, method: str, **options: Any) -> Generation:
-        fields = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True, "num_draft_tokens": 4, **options}
+        fields = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True, "draft_depth": 4, **options}
         if method == "none":
-            fields |= {"num_draft_tokens": None, "num_draft_nodes": 0}
+            fields |= {"draft_depth": None, "draft_nodes": 0}
         async with asyncio.timeout(BOUND_S):
             return await self.client.generate(PROMPT, GenerateOptions(**({"method": method} | fields)))
 

@@ -109,7 +109,7 @@ def options(method: str, num_tokens: int) -> GenerateOptions:
         max_new_tokens=num_tokens,
         ignore_eos=True,
         method=method,
-        num_draft_tokens=None if method == "none" else 4,
+        draft_depth=None if method == "none" else 4,
     )
 
 

@@ -18,7 +18,7 @@ SAMPLED = SamplingParams(temperature=1.0, seed=7)
 REQUESTS: Sequence[tuple[str, dict[str, Any]]] = (
     (NAME, {}),
     (NAME, {"sampling": SAMPLED}),
-    (NAME, {"sampling": SAMPLED, "num_draft_nodes": 12}),
+    (NAME, {"sampling": SAMPLED, "draft_nodes": 12}),
     (f"{NAME}+model", {}),
 )
 """What is asked of the liar: four draft tokens in a row, or a tree of twelve."""

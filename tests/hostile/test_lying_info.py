@@ -11,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.v1 import drafter_pb2, target_state_pb2
 from tests.hostile.liar import NAME, Liar
 from tests.hostile.scene import Honest, scene_of
@@ -32,7 +33,9 @@ class SaysOfItself(Liar):
     def info(self) -> Any:
         self._num_asked += 1
         is_honest = self._changes and self._num_asked % 2
-        return Info(protocol_version=1, drafters=[self.drafter(**({} if is_honest else self._fields))])
+        return Info(
+            protocol_version=PROTOCOL_VERSION, drafters=[self.drafter(**({} if is_honest else self._fields))]
+        )
 
 
 class Says(Liar):
@@ -95,12 +98,14 @@ def projection(**fields: Any) -> Spec:
 
 
 def drafters(*names: str) -> Info:
-    return Info(protocol_version=1, drafters=[drafter_pb2.DrafterInfo(name=name) for name in names])
+    return Info(
+        protocol_version=PROTOCOL_VERSION, drafters=[drafter_pb2.DrafterInfo(name=name) for name in names]
+    )
 
 
 USED: dict[str, Callable[[], Liar]] = {
     "absurd limits": lambda: SaysOfItself(
-        max_num_draft_tokens=MOST, default_num_draft_tokens=MOST, max_num_draft_nodes=MOST
+        max_draft_depth=MOST, default_draft_depth=MOST, max_draft_nodes=MOST
     ),
     "a hundred layers": lambda: SaysOfItself(target_state_spec=Spec(hidden_layer_ids=range(100))),
     "one layer ten thousand times": lambda: SaysOfItself(
@@ -145,8 +150,8 @@ REFUSED: dict[str, tuple[Callable[[], Liar], str]] = {
 async def test_a_service_that_lies_about_its_drafter_costs_drafts_only(lie: str, honest: Honest) -> None:
     async with scene_of(USED[lie](), honest) as scene:
         expected = await scene.generate("none")
-        for num_draft_nodes in (0, 12, 0):
-            lied_to = await scene.generate(NAME, num_draft_nodes=num_draft_nodes, num_draft_tokens=None)
+        for draft_nodes in (0, 12, 0):
+            lied_to = await scene.generate(NAME, draft_nodes=draft_nodes, draft_depth=None)
             assert lied_to.token_ids == expected.token_ids
             info = await scene.client.info()
             assert {"model", NAME} <= set(info.methods)

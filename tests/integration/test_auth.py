@@ -95,7 +95,7 @@ async def test_nothing_but_health_works_without_a_token(tiny_llama: Path, tokens
 async def test_limits_are_each_callers_own(tiny_llama: Path, tokens: Path) -> None:
     limits = "max_concurrent_requests = 1\nmax_new_tokens = 8\nrequests_per_minute = 4"
     write(tokens, entry("small", name="small", more=limits) + entry("large", name="large"))
-    gated = GenerateOptions(method="gated", max_new_tokens=5, ignore_eos=True, num_draft_tokens=2)
+    gated = GenerateOptions(method="gated", max_new_tokens=5, ignore_eos=True, draft_depth=2)
     async with (
         guarded(tiny_llama, tokens) as (address, gate),
         AsyncClient(address, token="small", timeout_s=60) as small,

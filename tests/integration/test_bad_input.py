@@ -78,11 +78,11 @@ GATEWAY_REFUSALS = [
     ({"text": "\xe9" * 2_500_000}, "prompt", "5000000 bytes"),
     ({"chat": Chat(messages=[ChatMessage(role="user", content="a" * 2**19)] * 3)}, "prompt", "1048576"),
     (ids(*[5] * (POOL_TOKENS - 7)), "max_new_tokens", str(POOL_TOKENS)),
-    (ids(5, VOCAB_SIZE), "prompt_token_ids", str(VOCAB_SIZE)),
-    ({"num_draft_tokens": 65}, "num_draft_tokens", "64"),
-    ({"num_draft_tokens": 65, "method": "ngram+model"}, "num_draft_tokens", "64"),
-    ({"num_draft_nodes": 65}, "num_draft_nodes", "64"),
-    ({"num_draft_tokens": 0, "num_draft_nodes": 8}, "num_draft_nodes", "plain decoding"),
+    (ids(5, VOCAB_SIZE), "committed_token_ids", str(VOCAB_SIZE)),
+    ({"draft_depth": 65}, "draft_depth", "64"),
+    ({"draft_depth": 65, "method": "ngram+model"}, "draft_depth", "64"),
+    ({"draft_nodes": 65}, "draft_nodes", "64"),
+    ({"draft_depth": 0, "draft_nodes": 8}, "draft_nodes", "plain decoding"),
     ({"method": "ngram+oracle"}, "method", "Unknown method 'oracle'"),
     ({"method": "ngram+"}, "method", "nothing among drafters"),
     ({"method": "ngram+none"}, "method", "'none' or nothing among drafters"),
@@ -100,8 +100,8 @@ VERIFIER_REFUSALS = [
     ({"prompt": []}, "prompt", "empty"),
     ({"prompt": [5] * CONTEXT}, "prompt", str(CONTEXT)),
     ({"prompt": [5] * (POOL_TOKENS - 7)}, "max_new_tokens", str(POOL_TOKENS)),
-    ({"prompt": [5, 2**32 - 1]}, "prompt_token_ids", str(VOCAB_SIZE)),
-    ({"num_resumed_tokens": len(PROMPT)}, "num_resumed_tokens", str(len(PROMPT))),
+    ({"prompt": [5, 2**32 - 1]}, "committed_token_ids", str(VOCAB_SIZE)),
+    ({"prompt_length": len(PROMPT) + 1}, "prompt_length", str(len(PROMPT))),
     *SAMPLING_REFUSALS,
 ]
 
@@ -142,7 +142,7 @@ async def test_gateway_refuses_a_request_without_a_prompt(small: System) -> None
         ([2**32], {}, "prompt"),
         ("\udcff", {}, "prompt"),
         ([Message("user", "Hi")], {"raw": True}, "raw"),
-        (PROMPT, {"num_draft_tokens": -1}, "num_draft_tokens"),
+        (PROMPT, {"draft_depth": -1}, "draft_depth"),
         (PROMPT, {"max_new_tokens": -1}, "max_new_tokens"),
         (PROMPT, {"stop_token_ids": (-1,)}, "stop_token_ids"),
         (PROMPT, {"num_top_logprobs": -1}, "num_top_logprobs"),
@@ -215,7 +215,7 @@ async def test_a_full_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path
 @shared
 async def test_a_generation_longer_than_the_pool_is_refused_whatever_drafts(small: System) -> None:
     prompt = [i % 250 for i in range(100)]
-    options = GenerateOptions(max_new_tokens=10_000, ignore_eos=True, method="model", num_draft_tokens=4)
+    options = GenerateOptions(max_new_tokens=10_000, ignore_eos=True, method="model", draft_depth=4)
     with pytest.raises(InvalidArgumentError, match=str(POOL_TOKENS)):
         await small.client.generate(prompt, options)
     await assert_healthy(small)
@@ -224,7 +224,7 @@ async def test_a_generation_longer_than_the_pool_is_refused_whatever_drafts(smal
 async def test_max_new_tokens_beyond_the_context_is_cut_and_drafted(tiny_llama: Path) -> None:
     prompt = [i % 250 for i in range(CONTEXT - 20)]
     async with running_system(tiny_llama, f"model=causal-lm:{tiny_llama}") as system:
-        options = GenerateOptions(max_new_tokens=100_000, ignore_eos=True, method="model", num_draft_tokens=4)
+        options = GenerateOptions(max_new_tokens=100_000, ignore_eos=True, method="model", draft_depth=4)
         result = await system.client.generate(prompt, options)
         assert len(result.token_ids) == 20
         assert result.finish_reason == "length"

@@ -7,7 +7,6 @@ from typing import Any
 import grpc
 import pytest
 
-from specdec import PROTOCOL_VERSION
 from specdec.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -16,6 +15,7 @@ from specdec.contract.errors import (
     SpecdecError,
     from_rpc_error,
 )
+from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.transport.channel import MAX_MESSAGE_BYTES, aio_channel
 from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, drafter_pb2, target_state_pb2, verifier_pb2
@@ -37,7 +37,7 @@ OTHER_VOCABULARY = "0" * 64
 BAD_UTF8 = b"\xff\xfe"
 
 OPEN = verifier_pb2.VerifyRequest(
-    open=verifier_pb2.VerifyOpen(handshake=make_handshake(), prompt_token_ids=PROMPT, max_new_tokens=8)
+    open=verifier_pb2.VerifyOpen(handshake=make_handshake(), committed_token_ids=PROMPT, max_new_tokens=8)
 )
 
 
@@ -158,8 +158,8 @@ async def test_a_spec_the_target_cannot_meet_costs_the_state_only(
 
 DRAFT_ROUNDS = [
     ({"new": [5], "committed_length": 99}, FailedPreconditionError, "", "is 99"),
-    ({"new": [5], "num_draft_tokens": 0}, InvalidArgumentError, "num_draft_tokens", "1 to 64"),
-    ({"new": [5], "num_draft_tokens": 65}, InvalidArgumentError, "num_draft_tokens", "1 to 64"),
+    ({"new": [5], "draft_depth": 0}, InvalidArgumentError, "draft_depth", "1 to 64"),
+    ({"new": [5], "draft_depth": 65}, InvalidArgumentError, "draft_depth", "1 to 64"),
     ({"new": [VOCAB_SIZE]}, InvalidArgumentError, "committed_token_ids", str(VOCAB_SIZE)),
     ({"new": [5] * 200}, InvalidArgumentError, "committed_token_ids", "max_length"),
 ]
@@ -221,7 +221,12 @@ async def test_draft_stream_refuses_messages_out_of_order(small: System) -> None
 
 HANDSHAKES = [
     (common_pb2.Handshake(), "PROTOCOL_VERSION_MISMATCH", f"version {PROTOCOL_VERSION}"),
-    (common_pb2.Handshake(protocol_version=99), "PROTOCOL_VERSION_MISMATCH", "run the same release"),
+    (common_pb2.Handshake(protocol_version=99), "PROTOCOL_VERSION_MISMATCH", "upgrade the older side"),
+    (
+        common_pb2.Handshake(protocol_version=99, min_protocol_version=PROTOCOL_VERSION + 1),
+        "PROTOCOL_VERSION_MISMATCH",
+        f"versions {PROTOCOL_VERSION + 1} to 99",
+    ),
     (make_handshake(vocabulary_fingerprint=OTHER_VOCABULARY), "VOCABULARY_MISMATCH", "of one vocabulary"),
     (make_handshake(model_id="another/model"), "MODEL_MISMATCH", "another/model"),
 ]

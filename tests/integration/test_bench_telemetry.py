@@ -58,7 +58,7 @@ def test_a_run_over_real_systems(tiny_llama: Path, tmp_path: Path, monkeypatch: 
     taken = {(one["arm"], one["question_id"]) for one in written["samples"]}
     assert len(taken) == len(written["samples"]) == 6
     assert all(one["tpot_ms"] > 0 for one in written["samples"])
-    assert written["provenance"]["num_draft_tokens"] == 3
+    assert written["provenance"]["draft_depth"] == 3
     for name, label in (("control_over_off", "off again / off"), ("on_over_off", "on / off")):
         assert written[name]["low"] <= written[name]["median"] <= written[name]["high"]
         assert f"{label}: {written[name]['median']:.4f}" in result.output

@@ -44,7 +44,7 @@ async def test_greedy_equals_transformers_and_samples_depend_on_the_seed_alone()
             samples = []
             for method in ("none", "ngram", "mtp", "rounded"):
                 greedy = await system.client.generate(
-                    prompt, GenerateOptions(method=method, num_draft_tokens=4, max_new_tokens=MAX_NEW_TOKENS)
+                    prompt, GenerateOptions(method=method, draft_depth=4, max_new_tokens=MAX_NEW_TOKENS)
                 )
                 assert list(greedy.token_ids) == expected, (method, prompt)
                 assert greedy.usage.input_tokens == input_ids.shape[1]

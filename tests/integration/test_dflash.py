@@ -90,7 +90,7 @@ class RecordedDFlash(DFlashDrafter):
             committed = tuple(item.session.token_ids)
             storage = item.session.state.link.storage
             own = seen[0] if len(items) == 1 and seen else None
-            record = DraftRecord(committed, tuple(draft), item.num_draft_tokens, storage, own)
+            record = DraftRecord(committed, tuple(draft), item.draft_depth, storage, own)
             self.records.append(record)
         return drafts
 
@@ -105,7 +105,7 @@ class Recorder:
     def families(self) -> Mapping[str, DrafterFactory]:
         def make(spec: Any, config: Any) -> Drafter:
             checkpoint = DFlashCheckpoint.load(spec.model, dtype="float32", device="cpu")
-            drafter = RecordedDFlash(spec.name, checkpoint, kv_budget_bytes=2**20, max_num_draft_tokens=16)
+            drafter = RecordedDFlash(spec.name, checkpoint, kv_budget_bytes=2**20, max_draft_depth=16)
             drafter.records = self.records
             return drafter
 
@@ -178,7 +178,7 @@ def save_pair(folder: Path, family: str = "llama", **config: Any) -> tuple[Path,
 
 
 async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
-    defaults = {"method": "dflash", "num_draft_tokens": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    defaults = {"method": "dflash", "draft_depth": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     result = await system.client.generate(prompt, GenerateOptions(**(defaults | options)))
     assert result.speculation.fallback_reason == ""
     assert result.speculation.method == (defaults | options)["method"]
@@ -193,7 +193,7 @@ async def drafts_of(
     async with running_system(
         target, f"dflash:{drafter}", families=recorder.families, drafter_options=drafter_options
     ) as system:
-        plain = await generate(system, method="none", num_draft_tokens=None)
+        plain = await generate(system, method="none", draft_depth=None)
         assert await generate(system, **options) == plain
     return recorder
 
@@ -264,10 +264,10 @@ async def test_a_checkpoint_may_say_how_much_it_drafts(tmp_path: Path) -> None:
     target, drafter = save_pair(tmp_path, layer_types=["full_attention"] * 2)
     config = {"block_size": BLOCK_SIZE, "mask_token_id": MASK_TOKEN_ID, "target_layer_ids": [0, 2]}
     usual = save_as_z_lab(drafter, tmp_path / "usual", dflash_config=config)
-    short = save_as_z_lab(drafter, tmp_path / "short", dflash_config=config | {"default_num_draft_tokens": 2})
+    short = save_as_z_lab(drafter, tmp_path / "short", dflash_config=config | {"default_draft_depth": 2})
     for folder, expected in ((usual, K), (short, 2)):
         # Later rounds ask for what has paid until then.
-        records = (await drafts_of(target, folder, num_draft_tokens=None)).records
+        records = (await drafts_of(target, folder, draft_depth=None)).records
         assert records[0].num_wanted == expected
     assert max(map(len, (await drafts_of(target, short)).drafts.values())) == K
 
@@ -330,7 +330,7 @@ async def test_a_speculator_that_drafts_at_the_anchor(tmp_path: Path) -> None:
     target, source = save_pair(tmp_path, layer_types=["full_attention"] * 2)
     shifted = save_as_speculators(source, tmp_path / "anchor", sample_from_anchor=True)
     usual = save_as_speculators(source, tmp_path / "mask")
-    at_anchor = (await drafts_of(target, shifted, num_draft_tokens=BLOCK_SIZE)).records
+    at_anchor = (await drafts_of(target, shifted, draft_depth=BLOCK_SIZE)).records
     at_mask = (await drafts_of(target, usual)).drafts
     compared = 0
     for record in at_anchor:
@@ -347,9 +347,9 @@ async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Pat
     async with running_system(target, f"dflash:{drafter}") as system:
         for seed in range(3):
             sampling = SamplingParams(temperature=1.0, seed=seed)
-            plain = await generate(system, method="none", num_draft_tokens=None, sampling=sampling)
+            plain = await generate(system, method="none", draft_depth=None, sampling=sampling)
             for num_drafts in (1, 3, K):
-                assert await generate(system, sampling=sampling, num_draft_tokens=num_drafts) == plain
+                assert await generate(system, sampling=sampling, draft_depth=num_drafts) == plain
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -20,7 +20,7 @@ from tests.systems import running_drafter, running_gateway, running_verifier
 from verifier_service.server import VerifierServer
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5]
-LONG = GenerateOptions(max_new_tokens=250, ignore_eos=True, num_draft_tokens=3)
+LONG = GenerateOptions(max_new_tokens=250, ignore_eos=True, draft_depth=3)
 GREEDY = SamplingParams()
 PENALISED = SamplingParams(
     temperature=0.9, presence_penalty=0.7, frequency_penalty=0.5, repetition_penalty=1.2, seed=11

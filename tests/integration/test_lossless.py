@@ -28,10 +28,10 @@ class WrongDrafter(Drafter):
     """Drafts one token over and over, hardly ever the target's."""
 
     def __init__(self, spec: DrafterSpec, config: DrafterConfig) -> None:
-        self.info = DrafterInfo(spec.name, "wrong", config.max_num_draft_tokens, 4)
+        self.info = DrafterInfo(spec.name, "wrong", config.max_draft_depth, 4)
 
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
-        return [[VOCAB_SIZE - 1] * item.num_draft_tokens for item in items]
+        return [[VOCAB_SIZE - 1] * item.draft_depth for item in items]
 
 
 TEST_FAMILIES = {**FAMILIES, "wrong": WrongDrafter}
@@ -49,7 +49,7 @@ def reference(model: Path, prompt: Sequence[int], max_new_tokens: int) -> list[i
 
 async def generate(system: System, prompt: Sequence[int], **options: object) -> list[int]:
     """The output, of which it is certain that the method asked for had its part in it."""
-    options = {"num_draft_tokens": 4, **options}
+    options = {"draft_depth": 4, **options}
     result = await system.client.generate(prompt, GenerateOptions(**options))  # type: ignore[arg-type]
     speculation = result.speculation
     assert speculation.method == options["method"]
@@ -74,13 +74,13 @@ async def test_greedy_equals_transformers_for_every_drafter(family: str, tmp_pat
                 assert actual == expected, (family, method, prompt)
 
 
-@pytest.mark.parametrize("num_draft_tokens", [1, 3, 20])
+@pytest.mark.parametrize("draft_depth", [1, 3, 20])
 async def test_any_draft_length_gives_the_same_text(
-    tiny_llama: Path, noisy_llama: Path, num_draft_tokens: int
+    tiny_llama: Path, noisy_llama: Path, draft_depth: int
 ) -> None:
     async with running_system(tiny_llama, f"noisy=causal-lm:{noisy_llama}") as system:
         expected = reference(tiny_llama, PROMPTS[0], 50)
-        options = {"method": "noisy", "num_draft_tokens": num_draft_tokens, "max_new_tokens": 50}
+        options = {"method": "noisy", "draft_depth": draft_depth, "max_new_tokens": 50}
         assert await generate(system, PROMPTS[0], **options) == expected
 
 
@@ -158,7 +158,7 @@ async def test_a_drafter_with_the_targets_weights_and_noise_is_always_accepted(t
             GenerateOptions(
                 method="same",
                 max_new_tokens=41,
-                num_draft_tokens=4,
+                draft_depth=4,
                 ignore_eos=True,
                 sampling=SamplingParams(temperature=1.0, seed=3),
             ),

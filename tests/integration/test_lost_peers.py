@@ -79,7 +79,7 @@ async def test_a_lost_verifier_is_unavailable_and_says_what_to_do(tiny_llama: Pa
 async def test_a_lost_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path) -> None:
     async with running_system(tiny_llama) as system:
         expected = await system.client.generate(PROMPT, LONG)
-        options = GenerateOptions(max_new_tokens=300, ignore_eos=True, method="ngram", num_draft_tokens=1)
+        options = GenerateOptions(max_new_tokens=300, ignore_eos=True, method="ngram", draft_depth=1)
         async with system.client.stream(PROMPT, options) as stream:
             await anext(stream)
             await system.drafter.host.stop(0)
@@ -110,37 +110,37 @@ class Misbehaving(Drafter):
     """A drafter whose every draft is what `draft` makes of K."""
 
     def __init__(self, spec: DrafterSpec, config: DrafterConfig) -> None:
-        self.info = DrafterInfo(spec.name, spec.family, config.max_num_draft_tokens, 4)
+        self.info = DrafterInfo(spec.name, spec.family, config.max_draft_depth, 4)
 
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
-        return [self.draft(item.num_draft_tokens) for item in items]
+        return [self.draft(item.draft_depth) for item in items]
 
-    def draft(self, num_draft_tokens: int) -> list[int]:
+    def draft(self, draft_depth: int) -> list[int]:
         raise NotImplementedError
 
 
 class Raising(Misbehaving):
-    def draft(self, num_draft_tokens: int) -> list[int]:
+    def draft(self, draft_depth: int) -> list[int]:
         raise RuntimeError("out of guesses")
 
 
 class TooMany(Misbehaving):
-    def draft(self, num_draft_tokens: int) -> list[int]:
-        return [5] * (num_draft_tokens + 1)
+    def draft(self, draft_depth: int) -> list[int]:
+        return [5] * (draft_depth + 1)
 
 
 class OutsideTheVocabulary(Misbehaving):
-    def draft(self, num_draft_tokens: int) -> list[int]:
+    def draft(self, draft_depth: int) -> list[int]:
         return [VOCAB_SIZE]
 
 
 class Negative(Misbehaving):
-    def draft(self, num_draft_tokens: int) -> list[int]:
+    def draft(self, draft_depth: int) -> list[int]:
         return [-1]
 
 
 class Empty(Misbehaving):
-    def draft(self, num_draft_tokens: int) -> list[int]:
+    def draft(self, draft_depth: int) -> list[int]:
         return []
 
 
@@ -154,7 +154,7 @@ class Hanging(Misbehaving):
 
     released: threading.Event
 
-    def draft(self, num_draft_tokens: int) -> list[int]:
+    def draft(self, draft_depth: int) -> list[int]:
         assert self.released.wait(30)
         return []
 
@@ -180,7 +180,7 @@ async def test_a_misbehaving_drafter_costs_a_request_nothing_but_speed(tiny_llam
     families = {**FAMILIES, "empty": Empty, **{name: cls for name, (cls, _) in MISBEHAVING.items()}}
     names = ("ngram", "empty", *MISBEHAVING)
     async with running_system(tiny_llama, *names, families=families) as system:
-        options = {"max_new_tokens": 30, "ignore_eos": True, "num_draft_tokens": 4}
+        options = {"max_new_tokens": 30, "ignore_eos": True, "draft_depth": 4}
         expected = await system.client.generate(PROMPT, GenerateOptions(method="none", **options))
         for name, (_, reason) in MISBEHAVING.items():
             result = await system.client.generate(PROMPT, GenerateOptions(method=name, **options))
@@ -204,7 +204,7 @@ async def test_a_drafter_with_a_shorter_context_drafts_within_it(
     byte_tokenizer().save_pretrained(tmp_path)
     async with running_system(tiny_llama, "ngram", f"short=causal-lm:{tmp_path}") as system:
         prompt = [(7 * i) % 250 for i in range(prompt_length)]
-        options = {"max_new_tokens": 80, "ignore_eos": True, "num_draft_tokens": 4}
+        options = {"max_new_tokens": 80, "ignore_eos": True, "draft_depth": 4}
         expected = await system.client.generate(prompt, GenerateOptions(method="none", **options))
         result = await system.client.generate(prompt, GenerateOptions(method="short", **options))
         assert result.token_ids == expected.token_ids
@@ -223,7 +223,7 @@ async def test_a_hanging_drafter_costs_a_request_its_draft_timeout(
         families={**FAMILIES, "hanging": Hanging},
         gateway_options={"draft_timeout_s": 0.2},
     ) as system:
-        options = {"max_new_tokens": 20, "ignore_eos": True, "num_draft_tokens": 4}
+        options = {"max_new_tokens": 20, "ignore_eos": True, "draft_depth": 4}
         expected = await system.client.generate(PROMPT, GenerateOptions(method="none", **options))
         result = await system.client.generate(PROMPT, GenerateOptions(method="hanging", **options))
         assert result.token_ids == expected.token_ids

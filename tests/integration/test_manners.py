@@ -31,6 +31,7 @@ from specdec.contract.errors import (
     UnavailableError,
     from_rpc_error,
 )
+from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.service.health import LIVENESS
 from specdec.service.host import ServiceHost
 from specdec.service.telemetry import make_telemetry
@@ -162,7 +163,7 @@ class TestHealth:
             await server.host.set_serving()
             for name in ("", service):
                 assert await health(channel, name) == Status.SERVING
-            assert (await stub_type(channel).GetInfo(info_request())).protocol_version == 1
+            assert (await stub_type(channel).GetInfo(info_request())).protocol_version == PROTOCOL_VERSION
 
     async def test_an_unknown_service_is_not_found(self, tiny_llama: Path) -> None:
         async with (

@@ -93,14 +93,13 @@ async def test_sessions_side_by_side_with_other_numbers_of_drafts(temperature: f
     asked = [(PROMPT[shift:], num_drafts) for shift, num_drafts in ((0, 1), (3, K), (5, 3), (8, 2))]
     alone, together = Recorder(), Recorder()
     async with running_system(pair.target, f"dflash:{pair.drafter}", families=alone.families) as system:
-        expected = [await generate(system, p, sampling=sampling, num_draft_tokens=k) for p, k in asked]
+        expected = [await generate(system, p, sampling=sampling, draft_depth=k) for p, k in asked]
         plain = [
-            await generate(system, p, sampling=sampling, method="none", num_draft_tokens=None)
-            for p, _ in asked
+            await generate(system, p, sampling=sampling, method="none", draft_depth=None) for p, _ in asked
         ]
     assert expected == plain
     async with running_system(pair.target, f"dflash:{pair.drafter}", families=together.families) as system:
-        answers = (generate(system, p, sampling=sampling, num_draft_tokens=k) for p, k in asked)
+        answers = (generate(system, p, sampling=sampling, draft_depth=k) for p, k in asked)
         assert await asyncio.gather(*answers) == expected
     assert alone.drafts == together.drafts
     assert {len(draft) for draft in alone.drafts.values()} >= {1, 2, 3, K}

@@ -24,11 +24,11 @@ async def test_merged_drafts_give_the_same_text(
         for prompt in PROMPTS:
             plain = await system.client.generate(prompt, GenerateOptions(method="none", **options))
             for method in ("ngram+noisy", "wrong+ngram+noisy", "same+wrong"):
-                for num_draft_nodes in (0, 6):
+                for draft_nodes in (0, 6):
                     answer = await system.client.generate(
-                        prompt, GenerateOptions(method=method, num_draft_nodes=num_draft_nodes, **options)
+                        prompt, GenerateOptions(method=method, draft_nodes=draft_nodes, **options)
                     )
-                    assert answer.token_ids == plain.token_ids, (method, num_draft_nodes)
+                    assert answer.token_ids == plain.token_ids, (method, draft_nodes)
                     speculation = answer.speculation
                     assert speculation.method == method
                     assert [one.drafter for one in speculation.proposers] == method.split("+")
@@ -39,7 +39,7 @@ async def test_the_merged_tree_accepts_what_the_best_drafter_does(
     tiny_llama: Path, noisy_llama: Path
 ) -> None:
     drafters = ("wrong", f"same=causal-lm:{tiny_llama}")
-    options = {"max_new_tokens": 41, "num_draft_tokens": 4, "ignore_eos": True}
+    options = {"max_new_tokens": 41, "draft_depth": 4, "ignore_eos": True}
     async with running_system(tiny_llama, *drafters, families=TEST_FAMILIES) as system:
         alone = await system.client.generate(PROMPTS[0], GenerateOptions(method="same", **options))
         merged = await system.client.generate(PROMPTS[0], GenerateOptions(method="wrong+same", **options))
@@ -57,7 +57,7 @@ async def test_the_merged_tree_accepts_what_the_best_drafter_does(
 
 async def test_a_drafter_that_is_late_is_left_out(tiny_llama: Path) -> None:
     gate = Gate()
-    options = GenerateOptions(num_draft_tokens=4, max_new_tokens=60, ignore_eos=True)
+    options = GenerateOptions(draft_depth=4, max_new_tokens=60, ignore_eos=True)
     async with (
         running_verifier(tiny_llama) as (verifier, _),
         running_drafter("gated", families=gate.families) as (gated_at, _),

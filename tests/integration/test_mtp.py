@@ -60,7 +60,7 @@ class RecordedMtp(MtpDrafter):
             assert item.session.state.link is not None
             committed = tuple(item.session.token_ids)
             storage = item.session.state.link.storage
-            self.records.append(DraftRecord(committed, tuple(draft), item.num_draft_tokens, storage))
+            self.records.append(DraftRecord(committed, tuple(draft), item.draft_depth, storage))
         return drafts
 
 
@@ -75,7 +75,7 @@ class Recorder:
     def families(self) -> Mapping[str, DrafterFactory]:
         def make(spec: Any, config: Any) -> Drafter:
             assistant = Assistant.load(spec.model, dtype="float32", device="cpu")
-            drafter = RecordedMtp(spec.name, assistant, max_num_draft_tokens=8, position=self.position)
+            drafter = RecordedMtp(spec.name, assistant, max_draft_depth=8, position=self.position)
             drafter.records = self.records
             return drafter
 
@@ -119,7 +119,7 @@ class ByHand:
 
 
 async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
-    defaults = {"method": "mtp", "num_draft_tokens": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    defaults = {"method": "mtp", "draft_depth": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     result = await system.client.generate(prompt, GenerateOptions(**(defaults | options)))
     assert result.speculation.fallback_reason == ""
     assert result.speculation.method == (defaults | options)["method"]
@@ -214,7 +214,7 @@ async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Pat
     async with running_system(target, f"mtp:{assistant}") as system:
         for seed in range(3):
             sampling = SamplingParams(temperature=1.0, seed=seed)
-            plain = await generate(system, method="none", num_draft_tokens=None, sampling=sampling)
+            plain = await generate(system, method="none", draft_depth=None, sampling=sampling)
             assert await generate(system, sampling=sampling) == plain
 
 
@@ -285,10 +285,10 @@ async def test_an_assistant_for_a_target_with_one_attention_type(tiny_llama: Pat
     save_file({"token_ids": draft_vocab}, assistant / "draft_vocab.safetensors")
     recorder = Recorder()
     async with running_system(tiny_llama, f"mtp:{assistant}", families=recorder.families) as system:
-        plain = await generate(system, method="none", num_draft_tokens=None)
+        plain = await generate(system, method="none", draft_depth=None)
         assert await generate(system) == plain
         sampling = SamplingParams(temperature=1.0, seed=3)
-        sampled = await generate(system, method="none", num_draft_tokens=None, sampling=sampling)
+        sampled = await generate(system, method="none", draft_depth=None, sampling=sampling)
         assert await generate(system, sampling=sampling) == sampled
     drafted = {token for record in recorder.records for token in record.draft}
     assert len(drafted) > 5
@@ -301,7 +301,7 @@ async def test_ordered_embeddings_and_a_draft_vocabulary(tmp_path: Path) -> None
     save_file({"token_ids": torch.tensor(drafted_ids)}, assistant / "draft_vocab.safetensors")
     recorder = Recorder()
     async with running_system(target, f"mtp:{assistant}", families=recorder.families) as system:
-        assert await generate(system) == await generate(system, method="none", num_draft_tokens=None)
+        assert await generate(system) == await generate(system, method="none", draft_depth=None)
     assert {token for record in recorder.records for token in record.draft} <= set(drafted_ids)
     assert sum(len(record.draft) for record in recorder.records) > NUM_TOKENS
 

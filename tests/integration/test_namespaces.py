@@ -111,7 +111,7 @@ async def test_state_is_streamed_between_hosts(
             ),
             AsyncClient(address, timeout_s=60) as client,
         ):
-            options = {"max_new_tokens": 80, "ignore_eos": True, "num_draft_tokens": 4}
+            options = {"max_new_tokens": 80, "ignore_eos": True, "draft_depth": 4}
             plain = await client.generate(PROMPT, GenerateOptions(method="none", **options))
             async with client.stream(PROMPT, GenerateOptions(method="probe", **options)) as stream:
                 for _ in range(10):

@@ -59,10 +59,10 @@ async def test_a_table_gives_the_same_text(sampling: SamplingParams, tiny_llama:
         for prompt in (*PROMPTS, [200, 201, 202]):
             plain = await system.client.generate(prompt, replace(common, method="none"))
             for method in ("ngram-lm", "ngram+ngram-lm"):
-                for num_draft_nodes in (0, 14):
-                    options = replace(common, num_draft_tokens=4, num_draft_nodes=num_draft_nodes)
+                for draft_nodes in (0, 14):
+                    options = replace(common, draft_depth=4, draft_nodes=draft_nodes)
                     answer = await system.client.generate(prompt, replace(options, method=method))
-                    assert answer.token_ids == plain.token_ids, (prompt, method, num_draft_nodes)
+                    assert answer.token_ids == plain.token_ids, (prompt, method, draft_nodes)
                     speculation = answer.speculation
                     assert (speculation.method, speculation.fallback_reason) == (method, "")
                     assert not any(one.fallback_reason for one in speculation.proposers)
@@ -73,7 +73,7 @@ async def test_a_table_gives_the_same_text(sampling: SamplingParams, tiny_llama:
 
 
 async def test_the_table_knows_what_the_text_has_not_said_yet(tiny_llama: Path, table: Path) -> None:
-    options = replace(OPTIONS, num_draft_tokens=4, max_new_tokens=30)
+    options = replace(OPTIONS, draft_depth=4, max_new_tokens=30)
     async with running_system(tiny_llama, "ngram", f"usual=ngram-lm:{table}") as system:
         copying, usual = [
             (await system.client.generate(PROMPTS[1], replace(options, method=method))).speculation

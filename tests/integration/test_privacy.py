@@ -58,7 +58,7 @@ def witness(caplog: pytest.LogCaptureFixture) -> Witness:
 
 async def test_no_text_in_logs_and_spans(tiny_llama: Path, witness: Witness) -> None:
     async with running_system(tiny_llama, "ngram", telemetry=witness.telemetry()) as system:
-        options = GenerateOptions(max_new_tokens=24, ignore_eos=True, stop=(SECRET,), num_draft_tokens=4)
+        options = GenerateOptions(max_new_tokens=24, ignore_eos=True, stop=(SECRET,), draft_depth=4)
         answer = await system.client.generate(SECRET, options)
         chat = await system.client.generate([Message("user", SECRET)], options)
         with pytest.raises(SpecdecError):
@@ -105,7 +105,7 @@ class Quoting(Drafter):
     """Fails with what it was told on its lips."""
 
     def __init__(self, spec: DrafterSpec, config: DrafterConfig) -> None:
-        self.info = DrafterInfo(spec.name, spec.family, config.max_num_draft_tokens, 4)
+        self.info = DrafterInfo(spec.name, spec.family, config.max_draft_depth, 4)
 
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
         raise ValueError(SECRET)

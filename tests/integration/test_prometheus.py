@@ -43,7 +43,7 @@ async def test_both_readers_tell_the_same(tiny_llama: Path) -> None:
     assert telemetry.prometheus
     address = telemetry.prometheus.address
     async with running_system(tiny_llama, telemetry=telemetry) as system:
-        options = GenerateOptions(method="ngram", num_draft_tokens=3, max_new_tokens=20, ignore_eos=True)
+        options = GenerateOptions(method="ngram", draft_depth=3, max_new_tokens=20, ignore_eos=True)
         result = await system.client.generate([5, 6, 7, 5, 6, 7], options)
         await eventually(lambda: bool(sums(reader, "specdec.requests")))
         assert sums(reader, "specdec.rounds") == {"ngram": result.speculation.num_rounds}

@@ -30,14 +30,14 @@ from tests.tiny_models import VOCAB_SIZE
 from tests.unit.test_stats import points
 
 PROMPTS = ([5, 6, 7, 5, 6, 7, 5, 6], [40, 41, 42, 40, 41])
-BASE = GenerateOptions(num_draft_tokens=3, max_new_tokens=30, ignore_eos=True)
-TREE = replace(BASE, num_draft_nodes=8)
+BASE = GenerateOptions(draft_depth=3, max_new_tokens=30, ignore_eos=True)
+TREE = replace(BASE, draft_nodes=8)
 FINISHED = [
     *(replace(BASE, method=method) for method in ("none", "ngram", "noisy", "broken")),
     *(replace(BASE, method=method) for method in ("noisy+ngram", "ngram+noisy", "broken+ngram")),
     *(replace(TREE, method=method) for method in ("ngram", "ngram+noisy")),
     replace(BASE, method="noisy", sampling=SamplingParams(temperature=0.8, seed=3)),
-    replace(BASE, method="noisy", num_draft_tokens=None),
+    replace(BASE, method="noisy", draft_depth=None),
 ]
 CHOSEN = replace(BASE, method="noisy", max_new_tokens=400)
 """One that is cancelled, or loses its verifier, in mid-generation."""

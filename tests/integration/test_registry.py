@@ -147,7 +147,7 @@ class TestSpreading:
 
     async def test_a_session_stays_with_its_pair(self, tiny_llama: Path) -> None:
         async with running_cluster(tiny_llama) as cluster:
-            options = GenerateOptions(method="ngram", num_draft_tokens=4, max_new_tokens=40, ignore_eos=True)
+            options = GenerateOptions(method="ngram", draft_depth=4, max_new_tokens=40, ignore_eos=True)
             result = await cluster.client.generate([5, 6, 7, 5, 6, 7, 5, 6], options)
             for readers, name in (
                 (cluster.verifier_rounds, "specdec.verifier.rounds"),
@@ -315,9 +315,7 @@ class TestFitting:
         ):
             await eventually(lambda: all_ready(client))
             for method in ("ngram", "lookup", "ngram"):
-                options = GenerateOptions(
-                    method=method, num_draft_tokens=4, max_new_tokens=12, ignore_eos=True
-                )
+                options = GenerateOptions(method=method, draft_depth=4, max_new_tokens=12, ignore_eos=True)
                 result = await client.generate(EVERY_BYTE, options)
                 assert result.speculation.method == method
                 assert result.speculation.num_draft_tokens > 0
@@ -335,9 +333,7 @@ class TestFitting:
                 running_gateway(tiny_llama, verifier=verifier_uri, drafter=drafter_uri, listen=gateway_uri),
                 AsyncClient(gateway_uri) as client,
             ):
-                options = GenerateOptions(
-                    method="ngram", num_draft_tokens=4, max_new_tokens=12, ignore_eos=True
-                )
+                options = GenerateOptions(method="ngram", draft_depth=4, max_new_tokens=12, ignore_eos=True)
                 result = await client.generate(EVERY_BYTE, options)
                 assert len(result.token_ids) == 12
                 assert result.speculation.num_draft_tokens > 0

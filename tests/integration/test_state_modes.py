@@ -33,7 +33,7 @@ from tests.tiny_models import save_tiny_model
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 SPEC = all_of("llama")
 PLAIN = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="none")
-READING = replace(PLAIN, method="probe", num_draft_tokens=4)
+READING = replace(PLAIN, method="probe", draft_depth=4)
 MODES = ("auto", "handle", "stream")
 BY_HANDLE, BY_STREAM = StateStorage.SHARED_MEMORY, StateStorage.STREAM
 
@@ -365,7 +365,7 @@ async def test_what_is_in_use_can_be_seen(
         assert verifier.num_state_sessions == verifier.num_state_streams == 0
         assert list(drafter.state_links) == []
         assert TargetStateSpec.from_proto(drafter.drafters[0].target_state_spec) == SPEC
-        options = GenerateOptions(max_new_tokens=300, ignore_eos=True, method="probe", num_draft_tokens=1)
+        options = GenerateOptions(max_new_tokens=300, ignore_eos=True, method="probe", draft_depth=1)
         async with system.client.stream(PROMPT, options) as stream:
             for _ in range(4):
                 await anext(stream)

@@ -18,7 +18,7 @@ from tests.systems import running_system, running_verifier
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 PLAIN = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="none")
-READING = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="probe", num_draft_tokens=4)
+READING = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="probe", draft_depth=4)
 
 
 @dataclass

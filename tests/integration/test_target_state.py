@@ -222,7 +222,7 @@ async def test_a_generation_with_a_drafter_that_reads_state(
         plain = await system.client.generate(prompt, GenerateOptions(method="none", max_new_tokens=60))
         probe.expected = plain.token_ids
         result = await system.client.generate(
-            prompt, GenerateOptions(method="probe", num_draft_tokens=4, max_new_tokens=60)
+            prompt, GenerateOptions(method="probe", draft_depth=4, max_new_tokens=60)
         )
     assert result.token_ids == plain.token_ids
     assert result.speculation.fallback_reason == ""

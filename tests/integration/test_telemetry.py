@@ -107,7 +107,7 @@ class TestSpanTree:
     async def test_every_round_of_a_request_is_a_complete_tree(
         self, recorded: Recorded, tiny_llama: Path, noisy_llama: Path
     ) -> None:
-        options = {"method": "noisy", "num_draft_tokens": 3, "max_new_tokens": 32}
+        options = {"method": "noisy", "draft_depth": 3, "max_new_tokens": 32}
         async with traced_generation(recorded, tiny_llama, f"noisy=causal-lm:{noisy_llama}", **options) as (
             result,
             request,
@@ -138,7 +138,7 @@ class TestSpanTree:
     async def test_attributes_agree_with_the_answer(
         self, recorded: Recorded, tiny_llama: Path, noisy_llama: Path
     ) -> None:
-        options = {"method": "noisy", "num_draft_tokens": 3, "max_new_tokens": 32}
+        options = {"method": "noisy", "draft_depth": 3, "max_new_tokens": 32}
         async with traced_generation(recorded, tiny_llama, f"noisy=causal-lm:{noisy_llama}", **options) as (
             result,
             request,
@@ -255,7 +255,7 @@ class TestTraceContext:
 
     async def test_concurrent_requests_do_not_mix(self, recorded: Recorded, tiny_llama: Path) -> None:
         async with running_system(tiny_llama, telemetry=recorded.telemetry) as system:
-            options = GenerateOptions(num_draft_tokens=4, max_new_tokens=10, ignore_eos=True)
+            options = GenerateOptions(draft_depth=4, max_new_tokens=10, ignore_eos=True)
             results = await asyncio.gather(*(system.client.generate(PROMPT, options) for _ in range(3)))
             await eventually(lambda: len(recorded.named("specdec.generate")) == 3)
             assert len({result.trace_id for result in results}) == 3
@@ -308,7 +308,7 @@ class TestMetrics:
         ) as system:
             results = [
                 await system.client.generate(
-                    prompt, GenerateOptions(method=method, num_draft_tokens=4, max_new_tokens=24)
+                    prompt, GenerateOptions(method=method, draft_depth=4, max_new_tokens=24)
                 )
                 for method in ("noisy", "ngram", "none")
                 for prompt in (PROMPT, [40, 41, 42])
@@ -316,7 +316,7 @@ class TestMetrics:
             await eventually(lambda: sum(sums(reader, "specdec.requests").values()) == len(results))
             for instrument, name in (
                 ("specdec.rounds", "num_rounds"),
-                ("specdec.draft_tokens", "num_draft_tokens"),
+                ("specdec.draft_tokens", "draft_depth"),
                 ("specdec.accepted_tokens", "num_accepted_tokens"),
             ):
                 expected: Counter[str] = Counter()
@@ -356,7 +356,7 @@ async def test_drafts_say_how_target_state_was_read(
         verifier_options=here,
         drafter_options={**here, "target_state": mode},
     ) as system:
-        options = GenerateOptions(method="probe", num_draft_tokens=4, max_new_tokens=24, ignore_eos=True)
+        options = GenerateOptions(method="probe", draft_depth=4, max_new_tokens=24, ignore_eos=True)
         result = await system.client.generate(PROMPT, options)
         await recorded.request()
         drafts = recorded.named("specdec.draft")

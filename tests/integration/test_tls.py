@@ -36,7 +36,7 @@ from verifier_service.config import VerifierConfig
 from verifier_service.server import VerifierServer
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
-OPTIONS = GenerateOptions(max_new_tokens=16, ignore_eos=True, method="probe", num_draft_tokens=3)
+OPTIONS = GenerateOptions(max_new_tokens=16, ignore_eos=True, method="probe", draft_depth=3)
 REFUSED = "CERTIFICATE_VERIFY_FAILED"
 
 
@@ -109,7 +109,7 @@ class SecureSystem:
 
 async def test_a_generation_with_streamed_state_over_mutual_tls(tiny_llama: Path, files: Folder) -> None:
     async with SecureSystem(tiny_llama, files) as system, system.client() as client:
-        plain = await client.generate(PROMPT, with_(OPTIONS, method="none", num_draft_tokens=None))
+        plain = await client.generate(PROMPT, with_(OPTIONS, method="none", draft_depth=None))
         async with client.stream(PROMPT, OPTIONS) as stream:
             links = [
                 link
@@ -197,7 +197,7 @@ async def test_a_drafter_reads_no_state_from_a_verifier_it_does_not_trust(
         SecureSystem(tiny_llama, files, drafter_options=suspicious) as system,
         system.client() as client,
     ):
-        plain = await client.generate(PROMPT, with_(OPTIONS, method="none", num_draft_tokens=None))
+        plain = await client.generate(PROMPT, with_(OPTIONS, method="none", draft_depth=None))
         answer = await client.generate(PROMPT, OPTIONS)
     assert answer.token_ids == plain.token_ids
     assert answer.speculation.num_draft_tokens == 0
@@ -218,7 +218,7 @@ async def test_who_is_no_gateway_opens_no_session(
         tiny_llama, files, drafter_options=drafters.options | rules, verifier_options=files.options | rules
     ) as system:
         async with system.client() as client:
-            plain = await client.generate(PROMPT, with_(OPTIONS, method="none", num_draft_tokens=None))
+            plain = await client.generate(PROMPT, with_(OPTIONS, method="none", draft_depth=None))
             answer = await client.generate(PROMPT, OPTIONS)
         assert answer.token_ids == plain.token_ids
         assert answer.speculation.num_draft_tokens > 0, "the drafter reads state with its own certificate"

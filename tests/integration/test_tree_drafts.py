@@ -69,13 +69,13 @@ class Recorder:
             committed = tuple(item.session.token_ids)
             if isinstance(draft, DraftTree):
                 assert item.wants_tree
-                assert len(draft) <= item.num_draft_nodes
-                assert draft.depth <= item.num_draft_tokens
-                self.records.append((committed, item.num_draft_tokens, draft))
-            elif item.num_draft_tokens:
+                assert len(draft) <= item.draft_nodes
+                assert draft.depth <= item.draft_depth
+                self.records.append((committed, item.draft_depth, draft))
+            elif item.draft_depth:
                 assert isinstance(draft, list)
                 assert not item.wants_tree
-                self.chains[committed, item.num_draft_tokens] = draft
+                self.chains[committed, item.draft_depth] = draft
         return drafts
 
     @property
@@ -84,7 +84,7 @@ class Recorder:
             drafter = RecordedMtp(
                 spec.name,
                 Assistant.load(spec.model, dtype="float32", device="cpu"),
-                max_num_draft_tokens=config.max_num_draft_tokens,
+                max_draft_depth=config.max_draft_depth,
             )
             drafter.recorder = self
             return drafter
@@ -94,7 +94,7 @@ class Recorder:
                 spec.name,
                 DFlashCheckpoint.load(spec.model, dtype="float32", device="cpu"),
                 kv_budget_bytes=2**20,
-                max_num_draft_tokens=config.max_num_draft_tokens,
+                max_draft_depth=config.max_draft_depth,
             )
             drafter.recorder = self
             return drafter
@@ -148,7 +148,7 @@ async def test_trees_are_right_round_after_round(
 ) -> None:
     case, recorder = make(tmp_path, family), Recorder()
     method = case.drafter.partition(":")[0]
-    options = {"num_draft_tokens": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    options = {"draft_depth": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     async with running_system(
         case.target,
         case.drafter,
@@ -160,12 +160,12 @@ async def test_trees_are_right_round_after_round(
         for sampling in SAMPLINGS:
             prompt, common = test_mtp.PROMPT, {**options, "sampling": sampling}
             plain = await system.client.generate(
-                prompt, GenerateOptions(**{**common, "num_draft_tokens": None}, method="none")
+                prompt, GenerateOptions(**{**common, "draft_depth": None}, method="none")
             )
             for name in (method, f"{method}+ngram"):
                 recorder.records.clear()
                 answer = await system.client.generate(
-                    prompt, GenerateOptions(**common, method=name, num_draft_nodes=NUM_NODES)
+                    prompt, GenerateOptions(**common, method=name, draft_nodes=NUM_NODES)
                 )
                 assert answer.token_ids == plain.token_ids, (name, sampling)
                 assert answer.speculation.fallback_reason == ""
@@ -194,16 +194,16 @@ async def test_the_tree_of_a_markov_head_has_its_chain(tmp_path: Path) -> None:
     sizes = {"markov.state.weight": (12, 32), "markov.token.weight": (12, 32), "markov.out.weight": (32, 12)}
     random = {name: torch.randn(size, generator=generator) * 0.5 for name, size in sizes.items()}
     save_file({**load_file(weights), **random}, weights, metadata={"format": "pt"})
-    options = {"method": "dflash", "num_draft_tokens": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    options = {"method": "dflash", "draft_depth": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     async with running_system(case.target, case.drafter, families=recorder.families) as system:
         await system.client.generate(test_mtp.PROMPT, GenerateOptions(**options))
         for sampling in SAMPLINGS:
             options["sampling"] = sampling
             plain = await system.client.generate(
-                test_mtp.PROMPT, GenerateOptions(**{**options, "method": "none", "num_draft_tokens": None})
+                test_mtp.PROMPT, GenerateOptions(**{**options, "method": "none", "draft_depth": None})
             )
             answer = await system.client.generate(
-                test_mtp.PROMPT, GenerateOptions(**options, num_draft_nodes=NUM_NODES)
+                test_mtp.PROMPT, GenerateOptions(**options, draft_nodes=NUM_NODES)
             )
             assert answer.token_ids == plain.token_ids
             assert answer.speculation.fallback_reason == ""
@@ -228,21 +228,19 @@ async def test_drafters_that_read_different_state_draft_together(mode: str, tmp_
         for num_nodes in (0, 24):
             answer = await system.client.generate(
                 test_mtp.PROMPT,
-                GenerateOptions(**options, method="mtp+dflash+ngram", num_draft_nodes=num_nodes),
+                GenerateOptions(**options, method="mtp+dflash+ngram", draft_nodes=num_nodes),
             )
             assert answer.token_ids == plain.token_ids
             assert [one.fallback_reason for one in answer.speculation.proposers] == [""] * 3
-            assert all(one.num_draft_tokens for one in answer.speculation.proposers)
+            assert all(one.draft_depth for one in answer.speculation.proposers)
 
 
 async def test_a_tree_accepts_more_than_a_chain(tmp_path: Path) -> None:
     case = dflash_case(tmp_path, "llama")
-    options = {"method": "dflash", "num_draft_tokens": K, "max_new_tokens": 150, "ignore_eos": True}
+    options = {"method": "dflash", "draft_depth": K, "max_new_tokens": 150, "ignore_eos": True}
     async with running_system(case.target, case.drafter) as system:
         chain, tree = [
-            await system.client.generate(
-                test_mtp.PROMPT, GenerateOptions(**options, num_draft_nodes=num_nodes)
-            )
+            await system.client.generate(test_mtp.PROMPT, GenerateOptions(**options, draft_nodes=num_nodes))
             for num_nodes in (0, NUM_NODES)
         ]
     assert chain.token_ids == tree.token_ids

@@ -51,7 +51,7 @@ async def test_any_tree_commits_the_same_tokens(sampling: SamplingParams, addres
     output = [result.bonus_token_id for result in plain]
     rng = random.Random(str(sampling))
     async with verify_stream(address) as stream:
-        result = await stream.open(PROMPT, num_top_logprobs=2, max_num_draft_nodes=40, **options)
+        result = await stream.open(PROMPT, num_top_logprobs=2, draft_nodes=40, **options)
         logprobs, num_moved = list(result.logprobs), 0
         while not result.finish_reason:
             done = len(stream.token_ids) - len(PROMPT)
@@ -77,7 +77,7 @@ async def test_trees_of_many_sessions_share_passes(address: str) -> None:
         output = await output_of(address, prompt, **options)
         rng = random.Random(str(sampling))
         async with verify_stream(address) as stream:
-            result = await stream.open(prompt, max_num_draft_nodes=12, **options)
+            result = await stream.open(prompt, draft_nodes=12, **options)
             while not result.finish_reason:
                 done = len(stream.token_ids) - len(prompt)
                 right = output[done : done + rng.randrange(4)]
@@ -129,7 +129,7 @@ async def test_nodes_behind_the_last_token_need_room_that_was_asked_for(has_room
     wrong = [token for token in range(30) if token != output[1]]
     tree = DraftTree.of([*wrong, *output[1:]], [*[-1] * len(wrong), -1, *range(len(wrong), len(wrong) + 4)])
     async with verify_stream(address) as stream:
-        await stream.open(prompt, max_num_draft_nodes=len(tree) if has_room else 0, **options)
+        await stream.open(prompt, draft_nodes=len(tree) if has_room else 0, **options)
         result = await stream.round(tree.token_ids, parents=tree.parent_indices)
         assert result.num_accepted_tokens == (4 if has_room else 0)
         while not result.finish_reason:
@@ -140,5 +140,5 @@ async def test_nodes_behind_the_last_token_need_room_that_was_asked_for(has_room
 async def test_room_for_nodes_is_no_reason_to_refuse_what_fits_without(tiny_llama: Path) -> None:
     async with running_verifier(tiny_llama, kv_cache_mib=2 * BLOCK_TOKENS * 512 / 2**20) as (small, server):
         assert server.servicer.verifier.pool.capacity_tokens == 2 * BLOCK_TOKENS
-        options = {"max_new_tokens": 2 * BLOCK_TOKENS - len(PROMPT), "max_num_draft_nodes": 64}
+        options = {"max_new_tokens": 2 * BLOCK_TOKENS - len(PROMPT), "draft_nodes": 64}
         assert len(await output_of(small, PROMPT, ignore_eos=True, **options)) == options["max_new_tokens"]

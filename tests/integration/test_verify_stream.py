@@ -88,7 +88,7 @@ async def test_a_resumed_session_goes_on_as_if_it_had_not_stopped(
     rest = await output_of(
         address,
         [*PROMPT, *whole[:num_before]],
-        num_resumed_tokens=num_before,
+        prompt_length=len(PROMPT),
         max_new_tokens=24 - num_before,
         **options,
     )

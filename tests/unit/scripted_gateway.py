@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from specdec.contract.errors import ResourceExhaustedError, to_status
+from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.transport.channel import server_options
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
 
@@ -37,7 +38,13 @@ def started(method: str = "ngram") -> gateway_pb2.GenerateResponse:
     """First response."""
     return gateway_pb2.GenerateResponse(
         started=gateway_pb2.GenerateStarted(
-            input_tokens=5, method=method, num_draft_tokens=4, trace_id=TRACE_ID, model_id="tiny"
+            input_tokens=5,
+            method=method,
+            draft_depth=4,
+            trace_id=TRACE_ID,
+            model_id="tiny",
+            request_id="request-1",
+            seed=7,
         )
     )
 
@@ -105,21 +112,19 @@ def information() -> gateway_pb2.GatewayServiceGetInfoResponse:
         model_id="tiny", vocabulary_fingerprint="ab" * 32, vocab_size=100, max_length=64, dtype="bfloat16"
     )
     verifier = verifier_pb2.VerifierServiceGetInfoResponse(
-        protocol_version=1,
+        protocol_version=PROTOCOL_VERSION,
         model=model,
-        max_num_draft_tokens=15,
+        max_draft_nodes=15,
         kv_capacity_tokens=1000,
         kv_free_tokens=900,
         max_sessions=8,
         num_sessions=1,
         eos_token_ids=[2],
     )
-    ngram = drafter_pb2.DrafterInfo(
-        name="ngram", family="ngram", max_num_draft_tokens=15, default_num_draft_tokens=4
-    )
+    ngram = drafter_pb2.DrafterInfo(name="ngram", family="ngram", max_draft_depth=15, default_draft_depth=4)
     drafter = drafter_pb2.DrafterServiceGetInfoResponse(drafters=[ngram], max_sessions=9, num_sessions=2)
     return gateway_pb2.GatewayServiceGetInfoResponse(
-        protocol_version=1,
+        protocol_version=PROTOCOL_VERSION,
         model=model,
         methods=["none", "ngram"],
         default_method="ngram",

@@ -25,6 +25,7 @@ from specdec.bench.stats import Row, compute_rows
 from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin
 from specdec.client import GenerateOptions, Speculation
 from specdec.contract.errors import InvalidArgumentError, UnavailableError
+from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
 
 # Workload
@@ -175,11 +176,11 @@ def test_none_is_always_run_and_first() -> None:
 
 
 def test_options_of_a_method() -> None:
-    config = BenchConfig(num_draft_tokens=(4,), temperature=0.5, seed=7, max_new_tokens=9)
-    assert config.options("ngram", 4).num_draft_tokens == 4
+    config = BenchConfig(draft_depth=(4,), temperature=0.5, seed=7, max_new_tokens=9)
+    assert config.options("ngram", 4).draft_depth == 4
     assert config.options("ngram").sampling.seed == 7
     assert config.options("ngram").max_new_tokens == 9
-    assert config.options("none").num_draft_tokens is None
+    assert config.options("none").draft_depth is None
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_options_of_a_method() -> None:
     [
         (BenchConfig(temperature=-1.0), "temperature"),
         (BenchConfig(concurrencies=()), "concurrency"),
-        (BenchConfig(num_draft_tokens=(4, 0)), "num-draft-tokens"),
+        (BenchConfig(draft_depth=(4, 0)), "draft-depth"),
         (BenchConfig(concurrencies=(0,)), "concurrency"),
         (BenchConfig(peers=("other",)), "no peer 'other'"),
         (BenchConfig(peers=("transformers",), concurrencies=(4,)), "add 1"),
@@ -345,7 +346,7 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> gateway_pb2.GatewayServiceGetInfoResponse:
         model = common_pb2.ModelInfo(model_id=self.model_id, dtype="float32", device="cpu", vocab_size=128)
         return gateway_pb2.GatewayServiceGetInfoResponse(
-            protocol_version=1, model=model, methods=["none", "ngram"], default_method="ngram"
+            protocol_version=PROTOCOL_VERSION, model=model, methods=["none", "ngram"], default_method="ngram"
         )
 
     def Generate(  # noqa: N802
@@ -414,7 +415,7 @@ def bench_run(address: str, out: Path, *arguments: str) -> Result:
 
 def test_a_run_writes_its_files(gateway: tuple[str, ScriptedGateway], tmp_path: Path) -> None:
     address, servicer = gateway
-    arguments = ["--limit", "6", "--max-new-tokens", "5", "--num-draft-tokens", "2", "--concurrency", "1,2"]
+    arguments = ["--limit", "6", "--max-new-tokens", "5", "--draft-depth", "2", "--concurrency", "1,2"]
     result = bench_run(address, tmp_path / "new" / "out", *arguments)
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
@@ -439,18 +440,18 @@ def test_a_run_writes_its_files(gateway: tuple[str, ScriptedGateway], tmp_path: 
     assert "By category" in result.output
     # One warm-up prompt each, and none at K = 2.
     assert len(servicer.requests) == len(requests) + 2
-    assert {(r.method, r.num_draft_tokens) for r in servicer.requests} == {("none", 0), ("ngram", 2)}
+    assert {(r.method, r.draft_depth) for r in servicer.requests} == {("none", 0), ("ngram", 2)}
 
 
 def test_several_numbers_of_draft_tokens_are_methods_of_their_own(
     gateway: tuple[str, ScriptedGateway], tmp_path: Path
 ) -> None:
     address, servicer = gateway
-    result = bench_run(address, tmp_path, "--limit", "2", "--num-draft-tokens", "2,3,2", "--warmup", "0")
+    result = bench_run(address, tmp_path, "--limit", "2", "--draft-depth", "2,3,2", "--warmup", "0")
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"none", "ngram@2", "ngram@3"}
-    asked = [(request.method, request.num_draft_tokens) for request in servicer.requests]
+    asked = [(request.method, request.draft_depth) for request in servicer.requests]
     assert sorted(asked) == [("ngram", 2)] * 2 + [("ngram", 3)] * 2 + [("none", 0)] * 2
     assert (tmp_path / "draft_time.png").exists() == plots.has_matplotlib()
 

@@ -28,7 +28,7 @@ SAMPLINGS = (SamplingParams(), SamplingParams(temperature=1.0, repetition_penalt
 @pytest.fixture(scope="module")
 def drafter(tiny_llama: Path) -> CausalLmDrafter:
     loaded = load_causal_lm(str(tiny_llama), dtype="float32", device="cpu")
-    return CausalLmDrafter("small", loaded, kv_budget_bytes=2**20, max_num_draft_tokens=16)
+    return CausalLmDrafter("small", loaded, kv_budget_bytes=2**20, max_draft_depth=16)
 
 
 @contextmanager
@@ -47,16 +47,16 @@ def session_of(
         drafter.close(session)
 
 
-def item(drafter: CausalLmDrafter, session: CausalLmSession, num_draft_tokens: int) -> DraftItem:
-    return DraftItem(drafter, session, num_draft_tokens, session.num_prefill_tokens + 1)
+def item(drafter: CausalLmDrafter, session: CausalLmSession, draft_depth: int) -> DraftItem:
+    return DraftItem(drafter, session, draft_depth, session.num_prefill_tokens + 1)
 
 
-def draft(drafter: CausalLmDrafter, session: CausalLmSession, num_draft_tokens: int) -> list[int]:
-    (tokens,) = drafter.propose([item(drafter, session, num_draft_tokens)])
+def draft(drafter: CausalLmDrafter, session: CausalLmSession, draft_depth: int) -> list[int]:
+    (tokens,) = drafter.propose([item(drafter, session, draft_depth)])
     return tokens
 
 
-def fresh_draft(drafter: CausalLmDrafter, session: CausalLmSession, num_draft_tokens: int) -> list[int]:
+def fresh_draft(drafter: CausalLmDrafter, session: CausalLmSession, draft_depth: int) -> list[int]:
     """What a session that never drafted before makes of the same committed tokens."""
     with session_of(
         drafter,
@@ -65,7 +65,7 @@ def fresh_draft(drafter: CausalLmDrafter, session: CausalLmSession, num_draft_to
         max_length=session.max_length,
         sampling=session.sampling,
     ) as fresh:
-        return draft(drafter, fresh, num_draft_tokens)
+        return draft(drafter, fresh, draft_depth)
 
 
 ROUNDS = st.lists(
@@ -88,11 +88,11 @@ def test_drafts_depend_on_the_committed_tokens_alone(
     sampling: SamplingParams,
 ) -> None:
     with session_of(drafter, prompt, prompt_length=len(prompt), sampling=sampling) as session:
-        for num_draft_tokens, num_accepted, corrections in rounds:
-            expected = fresh_draft(drafter, session, num_draft_tokens)
-            actual = draft(drafter, session, num_draft_tokens)
+        for draft_depth, num_accepted, corrections in rounds:
+            expected = fresh_draft(drafter, session, draft_depth)
+            actual = draft(drafter, session, draft_depth)
             assert actual == expected
-            assert len(actual) == num_draft_tokens
+            assert len(actual) == draft_depth
             committed = [*actual[:num_accepted], *corrections]
             session.commit(committed, len(session.token_ids) + len(committed))
 

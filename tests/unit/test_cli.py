@@ -70,7 +70,8 @@ def test_generate_json_is_one_object(gateway: ScriptedGateway) -> None:
     answer = json.loads(result.stdout)
     assert (result.exit_code, result.stderr) == (0, "")
     assert list(answer) == [
-        *("text", "token_ids", "finish_reason", "usage", "timing", "speculation", "trace_id", "num_failovers")
+        *("text", "token_ids", "finish_reason", "usage", "timing", "speculation"),
+        *("request_id", "trace_id", "seed", "num_failovers"),
     ]
     assert set(answer["speculation"]) == {
         *("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "mean_acceptance_length"),
@@ -100,7 +101,7 @@ def test_every_option_reaches_the_gateway(gateway: ScriptedGateway) -> None:
         ("system", "Be brief."),
         ("user", "Hi"),
     ]
-    assert (request.method, request.num_draft_tokens, request.max_new_tokens) == ("none", 3, 9)
+    assert (request.method, request.draft_depth, request.max_new_tokens) == ("none", 3, 9)
     assert (list(request.stop_strings), request.ignore_eos) == (["a", "b"], True)
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.75, 40, 0.25)
     assert (sampling.repetition_penalty, sampling.presence_penalty) == (1.5, 0.5)
@@ -117,7 +118,7 @@ def test_prompt_from_standard_input_raw(gateway: ScriptedGateway) -> None:
     [
         (("generate", "a\udcff"), "prompt is not valid Unicode"),
         (("generate", "-"), "prompt is not valid Unicode"),
-        (("generate", "Hi", "-k", "-1"), "num_draft_tokens cannot be -1"),
+        (("generate", "Hi", "-k", "-1"), "draft_depth cannot be -1"),
         (("generate", "Hi", "-n", "-5"), "max_new_tokens cannot be -5"),
         (("generate", "Hi", "-t", "nan"), "temperature is nan"),
         (("generate", "Hi", "--top-p", "0"), "top_p is 0.0"),
@@ -250,8 +251,8 @@ def test_compare_runs_each_method_after_a_warm_up(gateway: ScriptedGateway) -> N
         ("none", 20),
         ("ngram", 20),
     ]
-    assert not gateway.requests[2].HasField("num_draft_tokens")
-    assert gateway.requests[3].num_draft_tokens == 4
+    assert not gateway.requests[2].HasField("draft_depth")
+    assert gateway.requests[3].draft_depth == 4
     for shown in ("Compared with none", "ngram", "1.00x", "2.50", "same"):
         assert shown in result.stdout
 

@@ -72,6 +72,7 @@ def check_answer(answer: Generation) -> None:
     assert answer.speculation.num_draft_tokens_per_position == (2, 2, 1)
     assert answer.speculation.gateway_ms == 0.05
     assert (answer.trace_id, answer.model_id) == (TRACE_ID, "tiny")
+    assert (answer.request_id, answer.seed) == ("request-1", 7)
 
 
 def test_generate_folds_the_responses(client: Client) -> None:
@@ -90,7 +91,7 @@ def test_stream_yields_tokens_then_has_the_result(client: Client) -> None:
             _ = stream.result
         assert next(stream).text == "Hello"
         assert stream.started is not None
-        assert (stream.started.method, stream.started.num_draft_tokens) == ("ngram", 4)
+        assert (stream.started.method, stream.started.draft_depth) == ("ngram", 4)
         assert "".join(item.text for item in stream) == ", world!"
     check_answer(stream.result)
 
@@ -111,7 +112,9 @@ def test_to_json_has_the_documented_keys(client: Client) -> None:
         "usage",
         "timing",
         "speculation",
+        "request_id",
         "trace_id",
+        "seed",
         "num_failovers",
     }
     assert result["usage"] == {"input_tokens": 5, "output_tokens": 5}
@@ -142,7 +145,7 @@ def test_log_probabilities_come_with_the_tokens_that_have_them(client: Client) -
 def test_options_reach_the_gateway(client: Client, gateway: ScriptedGateway) -> None:
     options = GenerateOptions(
         method="none",
-        num_draft_tokens=0,
+        draft_depth=0,
         max_new_tokens=7,
         sampling=SamplingParams(temperature=0.5, seed=3),
         stop=("\n\n", "END"),
@@ -154,8 +157,8 @@ def test_options_reach_the_gateway(client: Client, gateway: ScriptedGateway) -> 
     request = gateway.requests[0]
     assert list(request.token_ids.token_ids) == [1, 2, 3]
     assert request.method == "none"
-    assert request.HasField("num_draft_tokens")
-    assert request.num_draft_tokens == 0
+    assert request.HasField("draft_depth")
+    assert request.draft_depth == 0
     assert request.max_new_tokens == 7
     assert (request.sampling.temperature, request.sampling.seed) == (0.5, 3)
     assert list(request.stop_strings) == ["\n\n", "END"]
@@ -167,7 +170,7 @@ def test_options_reach_the_gateway(client: Client, gateway: ScriptedGateway) -> 
 def test_the_three_forms_of_a_prompt() -> None:
     chat = build_request("Hi", GenerateOptions())
     assert [(turn.role, turn.content) for turn in chat.chat.messages] == [("user", "Hi")]
-    assert not chat.HasField("num_draft_tokens")
+    assert not chat.HasField("draft_depth")
     assert not chat.HasField("max_new_tokens")
     assert build_request("Hi", GenerateOptions(raw=True)).text == "Hi"
     turns = build_request([Message("system", "Be brief."), Message("user", "Hi")], GenerateOptions())
@@ -186,7 +189,7 @@ def test_the_three_forms_of_a_prompt() -> None:
         ([1.5], {}, "prompt"),
         ([Message("user", "a"), 3], {}, "prompt"),
         ([Message("user", "a")], {"raw": True}, "raw"),
-        ("a", {"num_draft_tokens": -1}, "num_draft_tokens"),
+        ("a", {"draft_depth": -1}, "draft_depth"),
         ("a", {"max_new_tokens": -1}, "max_new_tokens"),
         ("a", {"max_new_tokens": 2**32}, "max_new_tokens"),
         ("a", {"stop": ("\ud800",)}, "stop_strings"),

@@ -47,15 +47,15 @@ class World:
 
     def round(self, size: DraftSize) -> Round:
         """One round of that size."""
-        num_nodes = size.num_draft_nodes or size.num_draft_tokens
-        rate = self.rate + (self.gain if size.num_draft_nodes else 0)
+        num_nodes = size.draft_nodes or size.draft_depth
+        rate = self.rate + (self.gain if size.draft_nodes else 0)
         accepted = 0
-        while accepted < size.num_draft_tokens and self._random.random() < rate:
+        while accepted < size.draft_depth and self._random.random() < rate:
             accepted += 1
         num_tokens = self.batch_size * (num_nodes + 1)
         noise = self._random.uniform(0.9, 1.1)
         compute_ns = int(self.pass_ms(num_tokens) * MS * noise)
-        draft = Draft(tuple(range(num_nodes)), elapsed_ns=int(self.draft_ms(size.num_draft_tokens) * MS))
+        draft = Draft(tuple(range(num_nodes)), elapsed_ns=int(self.draft_ms(size.draft_depth) * MS))
         verified = Verified(
             accepted,
             0,
@@ -102,7 +102,7 @@ def steep(num_tokens: float) -> float:
 
 
 def test_cheap_passes_and_good_drafts_make_long_drafts() -> None:
-    assert learned(World(flat, lambda k: 1.0, 0.9)).num_draft_tokens >= 12
+    assert learned(World(flat, lambda k: 1.0, 0.9)).draft_depth >= 12
 
 
 def test_drafts_that_are_never_accepted_end() -> None:
@@ -112,7 +112,7 @@ def test_drafts_that_are_never_accepted_end() -> None:
 def test_drafts_end_where_a_busy_verifier_pays_for_every_token() -> None:
     alone = World(steep, lambda k: 2.0, 0.6)
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8)
-    assert learned(alone).num_draft_tokens > 0
+    assert learned(alone).draft_depth > 0
     assert learned(busy) == DraftSize(0)
 
 
@@ -141,7 +141,7 @@ def test_a_small_gain_is_taken_alone_and_left_where_others_pay() -> None:
     def world(batch_size: int) -> World:
         return World(flat, lambda k: 4.0, 0.2, batch_size=batch_size)
 
-    assert learned(world(1)).num_draft_tokens > 0
+    assert learned(world(1)).draft_depth > 0
     assert learned(world(8)) == DraftSize(0)
 
 
@@ -171,18 +171,18 @@ def test_the_choice_is_nearly_the_best(rate: float) -> None:
         return expected / (world.pass_ms(k + 1) + 1 + (world.draft_ms(k) if k else 0))
 
     best = max(map(tokens_per_ms, range(17)))
-    assert tokens_per_ms(learned(world).num_draft_tokens) > 0.95 * best
+    assert tokens_per_ms(learned(world).draft_depth) > 0.95 * best
 
 
 def test_trees_are_taken_where_passes_are_cheap_and_left_where_they_are_not() -> None:
-    assert learned(World(flat, lambda k: 2.0, 0.4, gain=0.3), budgets=(0, 8, 16)).num_draft_nodes > 0
-    assert learned(World(steep, lambda k: 2.0, 0.5, gain=0.05), budgets=(0, 8, 16)).num_draft_nodes == 0
+    assert learned(World(flat, lambda k: 2.0, 0.4, gain=0.3), budgets=(0, 8, 16)).draft_nodes > 0
+    assert learned(World(steep, lambda k: 2.0, 0.5, gain=0.05), budgets=(0, 8, 16)).draft_nodes == 0
 
 
 def test_a_new_session_starts_with_what_others_learned() -> None:
     controller, replica = Controller(), Replica()
     run(session(controller, replica), World(flat, lambda k: 1.0, 0.95), 400)
-    assert usual(run(session(controller, replica), World(flat, lambda k: 1.0, 0.95), 8)).num_draft_tokens > 8
+    assert usual(run(session(controller, replica), World(flat, lambda k: 1.0, 0.95), 8)).draft_depth > 8
 
 
 def short_answers(
@@ -195,7 +195,7 @@ def short_answers(
         for _ in range(12):
             size = control.choose(1000)
             this = world.round(size)
-            if size.num_draft_tokens and is_first:
+            if size.draft_depth and is_first:
                 elapsed_ns = this.draft.elapsed_ns + first_ms * MS
                 this = replace(this, draft=replace(this.draft, elapsed_ns=elapsed_ns, is_first=True))
                 is_first = False
@@ -207,7 +207,7 @@ def short_answers(
 def test_the_first_draft_of_a_session_is_not_what_drafts_cost() -> None:
     """It maps the target's state, reads the prompt, and may load the target's embedding."""
     sizes = short_answers(Controller(), World(flat, lambda k: 1.0, 0.8), first_ms=400, budgets=(0,))
-    assert usual(sizes).num_draft_tokens >= 6
+    assert usual(sizes).draft_depth >= 6
 
 
 def test_a_draft_that_was_slow_once_is_forgotten() -> None:
@@ -217,18 +217,18 @@ def test_a_draft_that_was_slow_once_is_forgotten() -> None:
         size = control.choose(1000)
         this = world.round(size)
         control.observe(size, replace(this, draft=replace(this.draft, elapsed_ns=900 * MS)))
-    assert usual(run(control, world, 600)[300:]).num_draft_tokens >= 12
+    assert usual(run(control, world, 600)[300:]).draft_depth >= 12
 
 
 def test_short_answers_find_out_about_trees_together() -> None:
     world = World(flat, lambda k: 1.0, 0.4, gain=0.3)
-    assert usual(short_answers(Controller(), world, first_ms=0, budgets=(0, 8, 16))).num_draft_nodes > 0
+    assert usual(short_answers(Controller(), world, first_ms=0, budgets=(0, 8, 16))).draft_nodes > 0
 
 
 def test_trees_grow_only_while_it_pays() -> None:
     def tried(world: World) -> set[int]:
         control = session(Controller(), Replica(), (0, 8, 16, 32, 64))
-        return {size.num_draft_nodes for size in run(control, world, 400)}
+        return {size.draft_nodes for size in run(control, world, 400)}
 
     assert 64 in tried(World(flat, lambda k: 2.0, 0.4, gain=0.3))
     assert max(tried(World(steep, lambda k: 2.0, 0.5, gain=0.05))) <= 16
@@ -237,9 +237,9 @@ def test_trees_grow_only_while_it_pays() -> None:
 def test_no_tree_is_deeper_than_it_has_nodes() -> None:
     control = session(Controller(), Replica(), (0, 8))
     sizes = run(control, World(flat, lambda k: 0.1, 0.6, gain=0.38), 400)
-    trees = [size for size in sizes if size.num_draft_nodes]
+    trees = [size for size in sizes if size.draft_nodes]
     assert trees
-    assert all(size.num_draft_tokens <= 8 for size in trees)
+    assert all(size.draft_depth <= 8 for size in trees)
 
 
 def test_each_session_follows_its_own_text() -> None:
@@ -248,16 +248,16 @@ def test_each_session_follows_its_own_text() -> None:
     first, second = session(controller, replica), session(controller, replica)
     for _ in range(10):
         easy_sizes, hard_sizes = run(first, easy, 20), run(second, hard, 20)
-    assert usual(easy_sizes).num_draft_tokens > usual(hard_sizes).num_draft_tokens + 2
+    assert usual(easy_sizes).draft_depth > usual(hard_sizes).draft_depth + 2
 
 
 def test_the_load_is_followed() -> None:
     control = session(Controller(), Replica())
     quiet = World(steep, lambda k: 2.0, 0.6)
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8)
-    assert usual(run(control, quiet, 300)[100:]).num_draft_tokens > 0
-    assert usual(run(control, busy, 600)[300:]).num_draft_tokens == 0
-    assert usual(run(control, quiet, 600)[300:]).num_draft_tokens > 0
+    assert usual(run(control, quiet, 300)[100:]).draft_depth > 0
+    assert usual(run(control, busy, 600)[300:]).draft_depth == 0
+    assert usual(run(control, quiet, 600)[300:]).draft_depth > 0
 
 
 def test_a_lost_drafter_says_nothing_of_drafts() -> None:
@@ -269,7 +269,7 @@ def test_a_lost_drafter_says_nothing_of_drafts() -> None:
         size = control.choose(1000)
         lost = Draft(elapsed_ns=2_000 * MS, fallback_reason="no draft within 2 s")
         control.observe(size, Round(lost, world.round(DraftSize(0)).verified))
-    assert usual(run(control, world, 20)).num_draft_tokens > 8
+    assert usual(run(control, world, 20)).draft_depth > 8
 
 
 def test_a_draft_is_no_longer_than_there_is_room_for() -> None:

@@ -68,10 +68,10 @@ class FakeDrafter:
         self.calls: list[tuple[list[int], int, str]] = []
 
     async def propose(self, request: DraftRequest) -> Draft:
-        num_draft_tokens = request.size.num_draft_tokens
-        self.calls.append((list(request.committed_token_ids), num_draft_tokens, request.traceparent))
+        draft_depth = request.size.draft_depth
+        self.calls.append((list(request.committed_token_ids), draft_depth, request.traceparent))
         start = len(request.committed_token_ids) - len(PROMPT)
-        stop = min(start + num_draft_tokens, len(self.output))
+        stop = min(start + draft_depth, len(self.output))
         right = [*self.is_right, *[True] * len(self.output)]
         return Draft(tuple(self.output[at] if right[at] else WRONG for at in range(start, stop)))
 
@@ -88,7 +88,7 @@ async def run(
     verifier: FakeVerifier,
     drafter: FakeDrafter,
     *,
-    num_draft_tokens: int,
+    draft_depth: int,
     telemetry: Telemetry | None = None,
 ) -> list[Round]:
     """All rounds of a generation."""
@@ -100,7 +100,7 @@ async def run(
             drafter,
             prompt_token_ids=PROMPT,
             max_new_tokens=len(verifier.output),
-            control=FixedSize(DraftSize(num_draft_tokens)),
+            control=FixedSize(DraftSize(draft_depth)),
             trace=trace,
         )
     ]
@@ -109,9 +109,9 @@ async def run(
 async def test_a_tree_commits_its_accepted_path() -> None:
     class TreeDrafter(FakeDrafter):
         async def propose(self, request: DraftRequest) -> Draft:
-            assert request.size.num_draft_nodes == 9
+            assert request.size.draft_nodes == 9
             done = len(request.committed_token_ids) - len(PROMPT)
-            right = self.output[done : done + request.size.num_draft_tokens]
+            right = self.output[done : done + request.size.draft_depth]
             nodes, tip = [(-1, WRONG)], -1
             for token in right:
                 nodes += [(tip, token), (tip, WRONG - 1)]
@@ -160,12 +160,12 @@ async def test_a_tree_commits_its_accepted_path() -> None:
 
 @given(
     is_right=st.lists(st.booleans(), min_size=1, max_size=20),
-    num_draft_tokens=st.integers(0, 6),
+    draft_depth=st.integers(0, 6),
 )
-async def test_any_draft_commits_the_targets_tokens(is_right: list[bool], num_draft_tokens: int) -> None:
+async def test_any_draft_commits_the_targets_tokens(is_right: list[bool], draft_depth: int) -> None:
     output = list(range(len(is_right)))
     verifier, drafter = FakeVerifier(output), FakeDrafter(output, is_right)
-    rounds = await run(verifier, drafter, num_draft_tokens=num_draft_tokens)
+    rounds = await run(verifier, drafter, draft_depth=draft_depth)
 
     assert [token_id for this in rounds for token_id in this.token_ids] == output
     assert [this.is_prefill for this in rounds] == [True] + [False] * (len(rounds) - 1)
@@ -177,12 +177,12 @@ async def test_any_draft_commits_the_targets_tokens(is_right: list[bool], num_dr
     for tokens, wanted, _ in drafter.calls:
         assert tokens in committed
         remaining = len(PROMPT) + len(output) - len(tokens)
-        assert wanted == min(num_draft_tokens, remaining - 1) > 0
+        assert wanted == min(draft_depth, remaining - 1) > 0
 
 
 async def test_the_prefill_is_a_round_of_its_own() -> None:
     verifier, drafter = FakeVerifier([7]), FakeDrafter([7])
-    (only,) = await run(verifier, drafter, num_draft_tokens=4)
+    (only,) = await run(verifier, drafter, draft_depth=4)
     assert only == Round(Draft(), Verified(0, 7, "length"), is_prefill=True)
     assert not verifier.drafts
     assert not drafter.calls
@@ -191,7 +191,7 @@ async def test_the_prefill_is_a_round_of_its_own() -> None:
 async def test_drafts_get_shorter_towards_the_end() -> None:
     output = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     drafter = FakeDrafter(output)
-    rounds = await run(FakeVerifier(output), drafter, num_draft_tokens=4)
+    rounds = await run(FakeVerifier(output), drafter, draft_depth=4)
     # 1 of the prefill, 4 + 1, then 3 are left: 2 + 1.
     assert [wanted for _, wanted, _ in drafter.calls] == [4, 2]
     assert [len(this.token_ids) for this in rounds] == [1, 5, 3]
@@ -200,7 +200,7 @@ async def test_drafts_get_shorter_towards_the_end() -> None:
 async def test_the_last_token_needs_no_draft() -> None:
     output = [1, 2, 3]
     verifier, drafter = FakeVerifier(output), FakeDrafter(output, [True, False])
-    await run(verifier, drafter, num_draft_tokens=4)
+    await run(verifier, drafter, draft_depth=4)
     assert [wanted for _, wanted, _ in drafter.calls] == [1]
     assert verifier.drafts == [(WRONG,), ()]
 
@@ -208,7 +208,7 @@ async def test_the_last_token_needs_no_draft() -> None:
 async def test_without_a_guess_a_round_is_plain_decoding() -> None:
     output = [1, 2, 3, 4]
     verifier, drafter = FakeVerifier(output), NoGuess(output)
-    rounds = await run(verifier, drafter, num_draft_tokens=2)
+    rounds = await run(verifier, drafter, draft_depth=2)
     assert verifier.drafts == [(), (), ()]
     assert len(drafter.calls) == 2
     assert [this.draft.fallback_reason for this in rounds] == ["", "no idea", "no idea", ""]
@@ -216,7 +216,7 @@ async def test_without_a_guess_a_round_is_plain_decoding() -> None:
 
 async def test_zero_draft_tokens_never_ask_the_drafter() -> None:
     drafter = FakeDrafter([1, 2, 3])
-    rounds = await run(FakeVerifier([1, 2, 3]), drafter, num_draft_tokens=0)
+    rounds = await run(FakeVerifier([1, 2, 3]), drafter, draft_depth=0)
     assert not drafter.calls
     assert len(rounds) == 3
 
@@ -228,7 +228,7 @@ async def test_a_lost_verifier_ends_the_generation(fails_at: int) -> None:
     telemetry = make_telemetry("test", span_processor=SimpleSpanProcessor(exporter))
     verifier, drafter = FakeVerifier(output, fails_at=fails_at), FakeDrafter(output)
     with pytest.raises(UnavailableError, match="the verifier was lost"):
-        await run(verifier, drafter, num_draft_tokens=3, telemetry=telemetry)
+        await run(verifier, drafter, draft_depth=3, telemetry=telemetry)
     assert len(drafter.calls) == fails_at
     *good, failed = exporter.get_finished_spans()
     assert len(good) == fails_at
@@ -241,7 +241,7 @@ async def test_both_sides_get_the_span_of_their_round() -> None:
     telemetry = make_telemetry("test", span_processor=SimpleSpanProcessor(exporter))
     output = list(range(8))
     verifier, drafter = FakeVerifier(output), FakeDrafter(output)
-    await run(verifier, drafter, num_draft_tokens=2, telemetry=telemetry)
+    await run(verifier, drafter, draft_depth=2, telemetry=telemetry)
     assert [span.name for span in exporter.get_finished_spans()] == ["specdec.prefill"] + [
         "specdec.round"
     ] * 3
@@ -253,5 +253,5 @@ async def test_both_sides_get_the_span_of_their_round() -> None:
 
 async def test_untraced_requests_send_no_span() -> None:
     verifier = FakeVerifier([1, 2])
-    await run(verifier, FakeDrafter([1, 2]), num_draft_tokens=2)
+    await run(verifier, FakeDrafter([1, 2]), draft_depth=2)
     assert verifier.traceparents == ["", ""]

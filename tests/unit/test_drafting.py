@@ -30,10 +30,10 @@ FIRST = Draft((7, 8), is_first=True)
 
 
 def ask(
-    committed_token_ids: Sequence[int], num_draft_tokens: int, traceparent: str = "", num_draft_nodes: int = 0
+    committed_token_ids: Sequence[int], draft_depth: int, traceparent: str = "", draft_nodes: int = 0
 ) -> DraftRequest:
     """What a round asks for."""
-    return DraftRequest(committed_token_ids, DraftSize(num_draft_tokens, num_draft_nodes), traceparent)
+    return DraftRequest(committed_token_ids, DraftSize(draft_depth, draft_nodes), traceparent)
 
 
 async def answer() -> Draft:
@@ -72,7 +72,7 @@ class FakeSession:
 
     async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
         length, size = len(request.committed_token_ids), request.size
-        self.rounds.append((list(new_token_ids), length, size.num_draft_tokens, request.traceparent))
+        self.rounds.append((list(new_token_ids), length, size.draft_depth, request.traceparent))
         return await (self.script.pop(0) if self.script else answer)()
 
     async def close(self) -> None:
@@ -175,9 +175,9 @@ class TestADraftTree:
         tree = drafting(7, 8, 7, parents=(-1, -1, 1))
         drafters = FakeDrafters([tree, drafting(7, 8, parents=(-1, 0))])
         async with drafters.link() as link:
-            draft = await link.propose(ask(PROMPT, 2, num_draft_nodes=3))
+            draft = await link.propose(ask(PROMPT, 2, draft_nodes=3))
             assert draft == Draft((7, 8, 7), parent_indices=(-1, -1, 1), is_first=True)
-            assert await link.propose(ask(PROMPT, 2, num_draft_nodes=3)) == Draft((7, 8))
+            assert await link.propose(ask(PROMPT, 2, draft_nodes=3)) == Draft((7, 8))
         assert drafters.num_attempts == 1
 
     @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ class TestADraftTree:
     ) -> None:
         drafters = FakeDrafters([draft])
         async with drafters.link() as link:
-            checked = await link.propose(ask(PROMPT, 2, num_draft_nodes=3))
+            checked = await link.propose(ask(PROMPT, 2, draft_nodes=3))
             assert fragment in checked.fallback_reason
             assert bool(checked.token_ids) == (not fragment)
         drafters.assert_all_closed_once()

@@ -11,9 +11,9 @@ from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize, Proposal
 PROMPT = [1, 2, 3]
 
 
-def ask(num_draft_tokens: int, num_draft_nodes: int = 0) -> DraftRequest:
+def ask(draft_depth: int, draft_nodes: int = 0) -> DraftRequest:
     """What a round asks for."""
-    return DraftRequest(PROMPT, DraftSize(num_draft_tokens, num_draft_nodes), "trace")
+    return DraftRequest(PROMPT, DraftSize(draft_depth, draft_nodes), "trace")
 
 
 class Source:
@@ -26,7 +26,7 @@ class Source:
 
     async def propose(self, request: DraftRequest) -> Draft:
         assert (list(request.committed_token_ids), request.traceparent) == (PROMPT, "trace")
-        self.asked.append((request.size.num_draft_tokens, request.size.num_draft_nodes))
+        self.asked.append((request.size.draft_depth, request.size.draft_nodes))
         await asyncio.sleep(self.delay_s)
         return self.draft
 

@@ -15,59 +15,59 @@ from specdec.contract.errors import FailedPreconditionError
 
 
 def make_drafter(min_size: int = 2, max_size: int = 4) -> NgramDrafter:
-    return NgramDrafter("ngram", min_size=min_size, max_size=max_size, max_num_draft_tokens=64)
+    return NgramDrafter("ngram", min_size=min_size, max_size=max_size, max_draft_depth=64)
 
 
 def open_session(drafter: NgramDrafter, token_ids: Sequence[int]) -> DraftSession:
     return drafter.open(OpenDraft(tuple(token_ids), prompt_length=len(token_ids), max_length=1000))
 
 
-def draft(drafter: NgramDrafter, session: DraftSession, num_draft_tokens: int) -> list[int]:
-    (tokens,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1)])
+def draft(drafter: NgramDrafter, session: DraftSession, draft_depth: int) -> list[int]:
+    (tokens,) = drafter.propose([DraftItem(drafter, session, draft_depth, 1)])
     assert isinstance(tokens, list)
     return tokens
 
 
-def draft_after(token_ids: Sequence[int], num_draft_tokens: int, *, min_size: int = 2) -> list[int]:
+def draft_after(token_ids: Sequence[int], draft_depth: int, *, min_size: int = 2) -> list[int]:
     drafter = make_drafter(min_size)
-    return draft(drafter, open_session(drafter, token_ids), num_draft_tokens)
+    return draft(drafter, open_session(drafter, token_ids), draft_depth)
 
 
-def search(token_ids: Sequence[int], num_draft_tokens: int, min_size: int, max_size: int) -> list[int]:
+def search(token_ids: Sequence[int], draft_depth: int, min_size: int, max_size: int) -> list[int]:
     """The definition: longest suffix that occurred before, its most recent occurrence, what followed it."""
     tokens = list(token_ids)
     for size in range(max_size, min_size - 1, -1):
         for start in range(len(tokens) - size - 1, -1, -1):
             if tokens[start : start + size] == tokens[-size:]:
-                return continuation(tokens[start + size :], size, num_draft_tokens)
+                return continuation(tokens[start + size :], size, draft_depth)
     return []
 
 
-def continuation(following: Sequence[int], size: int, num_draft_tokens: int) -> list[int]:
+def continuation(following: Sequence[int], size: int, draft_depth: int) -> list[int]:
     """What follows a match, over and over; of a match of one token no more than two tokens."""
-    length = min(2, num_draft_tokens) if size == 1 else num_draft_tokens
+    length = min(2, draft_depth) if size == 1 else draft_depth
     return [following[index % len(following)] for index in range(length)]
 
 
 @given(
     pieces=st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=6),
-    num_draft_tokens=st.integers(1, 10),
+    draft_depth=st.integers(1, 10),
     min_size=st.integers(1, 3),
     more=st.integers(0, 3),
 )
 def test_equals_a_search_after_every_commit(
-    pieces: list[list[int]], num_draft_tokens: int, min_size: int, more: int
+    pieces: list[list[int]], draft_depth: int, min_size: int, more: int
 ) -> None:
     drafter = make_drafter(min_size, min_size + more)
     committed = [0, *pieces[0]]
     session = open_session(drafter, committed)
     for piece in pieces[1:]:
-        expected = search(committed, num_draft_tokens, min_size, min_size + more)
-        assert draft(drafter, session, num_draft_tokens) == expected
+        expected = search(committed, draft_depth, min_size, min_size + more)
+        assert draft(drafter, session, draft_depth) == expected
         committed += piece
         session.commit(piece, len(committed))
-    expected = search(committed, num_draft_tokens, min_size, min_size + more)
-    assert draft(drafter, session, num_draft_tokens) == expected
+    expected = search(committed, draft_depth, min_size, min_size + more)
+    assert draft(drafter, session, draft_depth) == expected
 
 
 def test_the_longest_ngram_wins_over_a_more_recent_one() -> None:
@@ -103,27 +103,27 @@ def test_a_shorter_minimum_finds_more_and_trusts_it_less() -> None:
     st.data(),
 )
 def test_a_tree_has_what_followed_earlier_occurrences_the_best_match_whole(
-    token_ids: list[int], num_draft_tokens: int, num_draft_nodes: int, min_size: int, data: st.DataObject
+    token_ids: list[int], draft_depth: int, draft_nodes: int, min_size: int, data: st.DataObject
 ) -> None:
     drafter = make_drafter(min_size)
     cut = data.draw(st.integers(1, len(token_ids)))
     session = open_session(drafter, token_ids[:cut])
-    draft(drafter, session, num_draft_tokens)
+    draft(drafter, session, draft_depth)
     session.commit(token_ids[cut:], len(token_ids))
-    (found,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1, num_draft_nodes)])
-    if num_draft_nodes <= num_draft_tokens:
-        assert found == search(token_ids, num_draft_tokens, min_size, 4)
+    (found,) = drafter.propose([DraftItem(drafter, session, draft_depth, 1, draft_nodes)])
+    if draft_nodes <= draft_depth:
+        assert found == search(token_ids, draft_depth, min_size, 4)
         return
     chains = [
-        continuation(token_ids[start + size :], size, num_draft_tokens)
+        continuation(token_ids[start + size :], size, draft_depth)
         for size in range(4, min_size - 1, -1)
         for start in range(len(token_ids) - size - 1, -1, -1)
         if token_ids[start : start + size] == token_ids[-size:]
     ]
-    assert found == from_chains(chains, num_draft_nodes)
+    assert found == from_chains(chains, draft_nodes)
     assert isinstance(found, DraftTree)
-    assert len(found) <= num_draft_nodes
-    best = search(token_ids, num_draft_tokens, min_size, 4)
+    assert len(found) <= draft_nodes
+    best = search(token_ids, draft_depth, min_size, 4)
     assert list(found.token_ids[: len(best)]) == best
 
 
@@ -145,5 +145,5 @@ def test_sessions_do_not_share_an_index() -> None:
 
 def test_info() -> None:
     info = make_drafter().info
-    assert (info.name, info.family, info.max_num_draft_tokens) == ("ngram", "ngram", 64)
+    assert (info.name, info.family, info.max_draft_depth) == ("ngram", "ngram", 64)
     assert info.model_id == info.vocabulary_fingerprint == ""

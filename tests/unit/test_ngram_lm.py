@@ -40,14 +40,14 @@ NOTHING_KNOWN = table_of({(15,): Following({15: 1.0})})
 
 
 def make_drafter(
-    table: NgramTable, *, min_size: int = 1, max_size: int = 4, max_num_draft_tokens: int = 16
+    table: NgramTable, *, min_size: int = 1, max_size: int = 4, max_draft_depth: int = 16
 ) -> NgramLmDrafter:
     return NgramLmDrafter(
         "ngram-lm",
         table,
         min_size=min_size,
         max_size=max_size,
-        max_num_draft_tokens=max_num_draft_tokens,
+        max_draft_depth=max_draft_depth,
     )
 
 
@@ -83,16 +83,16 @@ def indexed(
     return session
 
 
-def chain(session: NgramLmSession, num_draft_tokens: int) -> list[int]:
+def chain(session: NgramLmSession, draft_depth: int) -> list[int]:
     drafter = make_drafter(NOTHING_KNOWN)  # a session has its own table
-    (draft,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1)])
+    (draft,) = drafter.propose([DraftItem(drafter, session, draft_depth, 1)])
     assert isinstance(draft, list)
     return draft
 
 
-def tree(session: NgramLmSession, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
+def tree(session: NgramLmSession, draft_depth: int, draft_nodes: int) -> DraftTree:
     drafter = make_drafter(NOTHING_KNOWN)  # a session has its own table
-    (draft,) = drafter.propose([DraftItem(drafter, session, num_draft_tokens, 1, num_draft_nodes)])
+    (draft,) = drafter.propose([DraftItem(drafter, session, draft_depth, 1, draft_nodes)])
     assert isinstance(draft, DraftTree)
     return draft
 
@@ -147,21 +147,21 @@ def test_nothing_known_no_guess() -> None:
 @given(
     seed=st.integers(0, 2**32),
     token_ids=st.lists(st.integers(0, 5), min_size=1, max_size=20),
-    num_draft_tokens=st.integers(1, 8),
+    draft_depth=st.integers(1, 8),
 )
 def test_each_token_of_a_chain_is_the_best_candidate(
-    sampling: SamplingParams, seed: int, token_ids: list[int], num_draft_tokens: int
+    sampling: SamplingParams, seed: int, token_ids: list[int], draft_depth: int
 ) -> None:
     session = indexed(random_table(Random(seed)), token_ids, sampling=sampling)
-    draft = chain(session, num_draft_tokens)
-    assert len(draft) <= num_draft_tokens
+    draft = chain(session, draft_depth)
+    assert len(draft) <= draft_depth
     log_prob = 0.0
     for length, token_id in enumerate(draft):
         own, best = session.candidates(draft[:length])[0]
         assert token_id == best
         log_prob += own
         assert length == 0 or log_prob >= math.log(LEAST_PROBABILITY)
-    if len(draft) < num_draft_tokens and (left_out := session.candidates(draft)):
+    if len(draft) < draft_depth and (left_out := session.candidates(draft)):
         assert log_prob + left_out[0][0] < math.log(LEAST_PROBABILITY)
 
 
@@ -384,7 +384,9 @@ def test_sessions_are_drafted_for_side_by_side() -> None:
 
 def test_a_folder_becomes_a_drafter(tmp_path: Path) -> None:
     KNOWN.save(tmp_path)
-    config = DrafterConfig(drafter=(f"usual=ngram-lm:{tmp_path}",), max_num_draft_tokens=5, ngram_min=2)
+    config = DrafterConfig(
+        drafter=(f"usual=ngram-lm:{tmp_path}",), max_draft_depth=5, max_draft_nodes=9, ngram_min=2
+    )
     (drafter,) = load_drafters(config).values()
     assert isinstance(drafter, NgramLmDrafter)
     info = drafter.info
@@ -394,7 +396,7 @@ def test_a_folder_becomes_a_drafter(tmp_path: Path) -> None:
         "its-fingerprint",
         16,
     )
-    assert (info.max_num_draft_tokens, info.default_num_draft_tokens, info.max_num_draft_nodes) == (5, 5, 5)
+    assert (info.max_draft_depth, info.default_draft_depth, info.max_draft_nodes) == (5, 5, 9)
     assert chain(open_session(drafter, [9, 1]), 8) == [2, 5, 6]
     # Matches of one token are not looked for.
     assert chain(open_session(drafter, [13, 14, 13]), 4) == []

@@ -43,7 +43,7 @@ def mtp(folder: Path) -> Drafter:
     """An assistant with the target's head."""
     path = save_tiny_assistant(folder / "mtp", "llama", specdec_target_head=True)
     assistant = Assistant.load(str(path), dtype="float32", device="cpu")
-    return MtpDrafter("mtp", assistant, max_num_draft_tokens=8)
+    return MtpDrafter("mtp", assistant, max_draft_depth=8)
 
 
 def dflash(folder: Path) -> Drafter:
@@ -59,7 +59,7 @@ def muse(folder: Path) -> Drafter:
 
 def loaded_dflash(path: Path) -> Drafter:
     checkpoint = DFlashCheckpoint.load(str(path), dtype="float32", device="cpu")
-    return DFlashDrafter("dflash", checkpoint, kv_budget_bytes=2**20, max_num_draft_tokens=8)
+    return DFlashDrafter("dflash", checkpoint, kv_budget_bytes=2**20, max_draft_depth=8)
 
 
 @pytest.fixture(params=[mtp, dflash, muse])
@@ -180,7 +180,7 @@ async def test_drafts_go_between_the_parts_of_a_long_context(
     original = drafter.propose
 
     def noted(items: Sequence[DraftItem]) -> Sequence[list[int] | SpecdecError]:
-        steps.append([(item.session is long, item.num_draft_tokens, item.num_tokens) for item in items])
+        steps.append([(item.session is long, item.draft_depth, item.num_tokens) for item in items])
         return original(items)
 
     monkeypatch.setattr(drafter, "propose", noted)

@@ -74,7 +74,7 @@ def test_acceptance_is_measured_on_drafts_a_block_has(
     block_size: int, num_drafts: int, calm: Path, data: TokenData, tmp_path: Path
 ) -> None:
     acceptance = training(calm, data, tmp_path, steps=1, block_size=block_size).evaluate()
-    assert len(acceptance.per_position) == acceptance.num_draft_tokens == num_drafts
+    assert len(acceptance.per_position) == acceptance.draft_depth == num_drafts
     assert acceptance.length <= 1 + num_drafts
 
 
@@ -101,7 +101,7 @@ async def test_the_saved_drafter_is_the_trained_one(
             answer = sequence.token_ids[sequence.prompt_length :]
             options = GenerateOptions(
                 method="dflash",
-                num_draft_tokens=BLOCK_SIZE - 1,
+                draft_depth=BLOCK_SIZE - 1,
                 max_new_tokens=len(answer),
                 ignore_eos=True,
             )

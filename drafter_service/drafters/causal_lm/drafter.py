@@ -68,7 +68,7 @@ class CausalLmDrafter(Drafter):
         loaded: LoadedModel,
         *,
         kv_budget_bytes: int,
-        max_num_draft_tokens: int,
+        max_draft_depth: int,
     ) -> None:
         self._packed = PackedModel(loaded.model, kv_budget_bytes=kv_budget_bytes)
         self.kv_pool = self._packed.pool
@@ -76,9 +76,10 @@ class CausalLmDrafter(Drafter):
         self.info = DrafterInfo(
             name=name,
             family="causal-lm",
-            max_num_draft_tokens=max_num_draft_tokens,
-            default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
+            max_draft_depth=max_draft_depth,
+            default_draft_depth=min(DEFAULT_NUM_DRAFT_TOKENS, max_draft_depth),
             model_id=loaded.model_id,
+            revision=loaded.revision,
             vocabulary_fingerprint=loaded.vocabulary_fingerprint,
             vocab_size=self._packed.vocab_size,
             max_length=self._packed.max_length,
@@ -144,7 +145,7 @@ class CausalLmDrafter(Drafter):
 def _num_to_draft(item: DraftItem) -> int:
     """K, less where the generation or the model's context ends sooner."""
     session = _checked(item.session)
-    return max(0, min(item.num_draft_tokens, session.context_length - len(session.token_ids)))
+    return max(0, min(item.draft_depth, session.context_length - len(session.token_ids)))
 
 
 def _catch_up(session: CausalLmSession, num_tokens: int, is_drafting: bool) -> Segment:

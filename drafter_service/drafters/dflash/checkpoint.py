@@ -21,7 +21,7 @@ from drafter_service.drafters.dflash.layers import LayerMask
 from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.drafters.head import read_draft_vocab
 from specdec.contract.errors import InvalidArgumentError
-from specdec.models.files import model_id, resolve_model
+from specdec.models.files import model_id, resolve_model, revision
 from specdec.runtime.loading import usable_device
 from specdec.state.view import Projection
 
@@ -56,12 +56,12 @@ class DFlashSettings:
     """Of the logits, 0 for none; None: the target's."""
     vocab_size: int = 0
     """0: not said."""
-    default_num_draft_tokens: int = 0
+    default_draft_depth: int = 0
     """Drafts of a round that does not say how many; 0: a whole block."""
     vocabulary_fingerprint: str = ""
 
     @property
-    def max_num_draft_tokens(self) -> int:
+    def max_draft_depth(self) -> int:
         """Drafts of a whole block."""
         return self.block_size if self.sample_from_anchor else self.block_size - 1
 
@@ -71,6 +71,7 @@ class DFlashCheckpoint:
     """A checkpoint in memory."""
 
     model_id: str
+    revision: str
     settings: DFlashSettings
     model: MuseGlimmerAssistantModel
     projection: Projection
@@ -120,6 +121,7 @@ class DFlashCheckpoint:
         encoder = decoder.encoder
         return cls(
             model_id(model),
+            revision(folder),
             settings,
             decoder,
             Projection(encoder.fc.weight, encoder.output_norm_enc.weight, decoder_config.rms_norm_eps),
@@ -173,7 +175,7 @@ def _read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         logit_scale=float(own.get("output_multiplier", 1.0)),
         logit_softcap=float(own.get("final_logit_softcapping") or 0.0),
         vocab_size=source.vocab_size,
-        default_num_draft_tokens=int(own.get("default_num_draft_tokens", 0)),
+        default_draft_depth=int(own.get("default_draft_depth", 0)),
         vocabulary_fingerprint=config.get("specdec_vocabulary_fingerprint", ""),
     )
 

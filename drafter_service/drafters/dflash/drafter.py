@@ -128,7 +128,13 @@ class DFlashDrafter(Drafter):
     """Drafts a block for all sessions of a step in one pass."""
 
     def __init__(
-        self, name: str, checkpoint: DFlashCheckpoint, *, kv_budget_bytes: int, max_num_draft_tokens: int
+        self,
+        name: str,
+        checkpoint: DFlashCheckpoint,
+        *,
+        kv_budget_bytes: int,
+        max_draft_depth: int,
+        max_draft_nodes: int = 64,
     ) -> None:
         model, settings = checkpoint.model, checkpoint.settings
         config, self._settings = model.config, settings
@@ -156,14 +162,15 @@ class DFlashDrafter(Drafter):
             dtype=self._dtype,
             device=self._device,
         )
-        most = min(max_num_draft_tokens, settings.max_num_draft_tokens)
+        most = min(max_draft_depth, settings.max_draft_depth)
         self.info = DrafterInfo(
             name=name,
             family="dflash",
-            max_num_draft_tokens=most,
-            max_num_draft_nodes=max_num_draft_tokens,
-            default_num_draft_tokens=min(settings.default_num_draft_tokens or most, most),
+            max_draft_depth=most,
+            max_draft_nodes=max_draft_nodes,
+            default_draft_depth=min(settings.default_draft_depth or most, most),
             model_id=checkpoint.model_id,
+            revision=checkpoint.revision,
             vocabulary_fingerprint=settings.vocabulary_fingerprint,
             vocab_size=settings.vocab_size,
             dtype=dtype_name(self._dtype),
@@ -201,10 +208,10 @@ class DFlashDrafter(Drafter):
         """
         session = _checked(item.session)
         self._check(session)
-        if not item.num_draft_tokens:
+        if not item.draft_depth:
             self._read(session, item.num_tokens)
             return None
-        num_drafts = min(item.num_draft_tokens, session.max_length - len(session.token_ids))
+        num_drafts = min(item.draft_depth, session.max_length - len(session.token_ids))
         if num_drafts <= 0:
             return None
         return self._round(session, num_drafts, growing_tree(item, num_drafts) if item.wants_tree else None)

@@ -141,7 +141,13 @@ class MtpDrafter(Drafter):
     """
 
     def __init__(
-        self, name: str, assistant: Assistant, *, max_num_draft_tokens: int, position: str = "anchor"
+        self,
+        name: str,
+        assistant: Assistant,
+        *,
+        max_draft_depth: int,
+        max_draft_nodes: int = 64,
+        position: str = "anchor",
     ) -> None:
         model: Any = assistant.loaded.model
         config = model.config.get_text_config()
@@ -164,10 +170,11 @@ class MtpDrafter(Drafter):
         self.info = DrafterInfo(
             name=name,
             family="mtp",
-            max_num_draft_tokens=max_num_draft_tokens,
-            max_num_draft_nodes=max_num_draft_tokens,
-            default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
+            max_draft_depth=max_draft_depth,
+            max_draft_nodes=max_draft_nodes,
+            default_draft_depth=min(DEFAULT_NUM_DRAFT_TOKENS, max_draft_depth),
             model_id=assistant.loaded.model_id,
+            revision=assistant.loaded.revision,
             vocabulary_fingerprint=assistant.loaded.vocabulary_fingerprint,
             vocab_size=config.vocab_size,
             dtype=dtype_name(self._dtype),
@@ -188,7 +195,7 @@ class MtpDrafter(Drafter):
             FailedPreconditionError: the assistant cannot draft from the target's state.
         """
         session = item.session
-        num_wanted = min(item.num_draft_tokens, session.max_length - len(session.token_ids))
+        num_wanted = min(item.draft_depth, session.max_length - len(session.token_ids))
         assert session.view is not None
         kv = {kind: session.view.kv(_layer_of(session.view, kind)) for kind in self._kv_shapes}
         length = session.view.length

@@ -37,20 +37,18 @@ class NgramSession(DraftSession):
         """By (size, position after an n-gram of that size), the position after its occurrence before."""
         self._num_indexed = 0
 
-    def propose(self, num_draft_tokens: int) -> list[int]:
+    def propose(self, draft_depth: int) -> list[int]:
         """The continuation of the longest n-gram that occurred before."""
         self.index()
         for size, start in self._matches():
-            return self._continuation(start, _length(size, num_draft_tokens))
+            return self._continuation(start, _length(size, draft_depth))
         return []
 
-    def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
+    def propose_tree(self, draft_depth: int, draft_nodes: int) -> DraftTree:
         """What followed earlier occurrences of the last tokens, of longer n-grams first, the latest first."""
         self.index()
-        chains = (
-            self._continuation(start, _length(size, num_draft_tokens)) for size, start in self._matches()
-        )
-        return from_chains(islice(chains, _MAX_MATCHES), num_draft_nodes)
+        chains = (self._continuation(start, _length(size, draft_depth)) for size, start in self._matches())
+        return from_chains(islice(chains, _MAX_MATCHES), draft_nodes)
 
     def _matches(self) -> Iterator[tuple[int, int]]:
         """Sizes of earlier occurrences of the last tokens, and the positions after them."""
@@ -77,31 +75,33 @@ class NgramSession(DraftSession):
                     self._next_position[ngram] = position
         self._num_indexed = len(self.token_ids)
 
-    def _continuation(self, start: int, num_draft_tokens: int) -> list[int]:
+    def _continuation(self, start: int, draft_depth: int) -> list[int]:
         """Tokens from `start` on; a match close to the end repeats its period."""
-        draft = self.token_ids[start : start + num_draft_tokens]
+        draft = self.token_ids[start : start + draft_depth]
         period = len(draft)
-        while len(draft) < num_draft_tokens:
+        while len(draft) < draft_depth:
             draft.append(draft[len(draft) - period])
         return draft
 
 
-def _length(size: int, num_draft_tokens: int) -> int:
+def _length(size: int, draft_depth: int) -> int:
     """How far a match of that size is followed."""
-    return num_draft_tokens if size > 1 else min(num_draft_tokens, _AFTER_ONE_TOKEN)
+    return draft_depth if size > 1 else min(draft_depth, _AFTER_ONE_TOKEN)
 
 
 class NgramDrafter(Drafter):
     """Drafts by looking up n-grams of `min_size` to `max_size` tokens, longest first."""
 
-    def __init__(self, name: str, *, min_size: int, max_size: int, max_num_draft_tokens: int) -> None:
+    def __init__(
+        self, name: str, *, min_size: int, max_size: int, max_draft_depth: int, max_draft_nodes: int = 64
+    ) -> None:
         self._sizes = range(min_size, max_size + 1)
         self.info = DrafterInfo(
             name=name,
             family="ngram",
-            max_num_draft_tokens=max_num_draft_tokens,
-            default_num_draft_tokens=min(DEFAULT_NUM_DRAFT_TOKENS, max_num_draft_tokens),
-            max_num_draft_nodes=max_num_draft_tokens,
+            max_draft_depth=max_draft_depth,
+            default_draft_depth=min(DEFAULT_NUM_DRAFT_TOKENS, max_draft_depth),
+            max_draft_nodes=max_draft_nodes,
         )
 
     def open(self, request: OpenDraft) -> NgramSession:
@@ -116,5 +116,5 @@ class NgramDrafter(Drafter):
 def _draft(item: DraftItem) -> Drafted:
     assert isinstance(item.session, NgramSession)
     if item.wants_tree:
-        return item.session.propose_tree(item.num_draft_tokens, item.num_draft_nodes)
-    return item.session.propose(item.num_draft_tokens)
+        return item.session.propose_tree(item.draft_depth, item.draft_nodes)
+    return item.session.propose(item.draft_depth)

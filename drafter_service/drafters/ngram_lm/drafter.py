@@ -42,14 +42,14 @@ class NgramLmSession(NgramSession):
         super().__init__(request, sizes)
         self._table = table
 
-    def propose(self, num_draft_tokens: int) -> list[int]:
+    def propose(self, draft_depth: int) -> list[int]:
         """The likeliest token after the likeliest, until all together are unlikely."""
         self.index()
         least = math.log(_LEAST_PROBABILITY)
         confidence = math.log(self.min_draft_confidence) if self.min_draft_confidence else -math.inf
         draft: list[int] = []
         log_prob = 0.0
-        while len(draft) < num_draft_tokens and (candidates := self.candidates(draft)):
+        while len(draft) < draft_depth and (candidates := self.candidates(draft)):
             own, token_id = candidates[0]
             log_prob += own
             if draft and (log_prob < least or own < confidence):
@@ -57,12 +57,12 @@ class NgramLmSession(NgramSession):
             draft.append(token_id)
         return draft
 
-    def propose_tree(self, num_draft_tokens: int, num_draft_nodes: int) -> DraftTree:
+    def propose_tree(self, draft_depth: int, draft_nodes: int) -> DraftTree:
         """The likeliest paths of all."""
         self.index()
         tree = GrowingTree(
-            max_depth=num_draft_tokens,
-            max_num_nodes=num_draft_nodes,
+            max_depth=draft_depth,
+            max_num_nodes=draft_nodes,
             min_confidence=self.min_draft_confidence,
         )
         return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
@@ -98,7 +98,7 @@ class NgramLmSession(NgramSession):
     def _as_picked(self, probabilities: dict[int, float], position: int) -> Candidates:
         """Candidates in the order of log probability / temperature + gumbel(seed, position)."""
         known = {token_id: value for token_id, value in probabilities.items() if value}
-        noise = gumbel(self.sampling.seed, position, list(known)).tolist()
+        noise = gumbel(self.sampling.noise_seed, position, list(known)).tolist()
         scores = {
             token_id: math.log(value) / self.sampling.temperature + perturbation
             for (token_id, value), perturbation in zip(known.items(), noise, strict=True)
@@ -123,10 +123,21 @@ class NgramLmDrafter(NgramDrafter):
     """Drafts from a table, and from n-grams of the text itself of `min_size` to `max_size` tokens."""
 
     def __init__(
-        self, name: str, table: NgramTable, *, min_size: int, max_size: int, max_num_draft_tokens: int
+        self,
+        name: str,
+        table: NgramTable,
+        *,
+        min_size: int,
+        max_size: int,
+        max_draft_depth: int,
+        max_draft_nodes: int = 64,
     ) -> None:
         super().__init__(
-            name, min_size=min_size, max_size=max_size, max_num_draft_tokens=max_num_draft_tokens
+            name,
+            min_size=min_size,
+            max_size=max_size,
+            max_draft_depth=max_draft_depth,
+            max_draft_nodes=max_draft_nodes,
         )
         self._table = table
         self.info = replace(

@@ -1,0 +1,74 @@
+"""What a gateway works with, and which methods that gives it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from gateway.config import GatewayConfig
+from gateway.metrics import OTHER, GatewayMetrics
+from gateway.replicas.replicas import DrafterSet, VerifierSet
+from gateway.request.text import TextCodec
+from gateway.rounds.controller import Controller
+from specdec.contract.methods import AUTO, LOOKUP_FAMILIES, PLAIN, drafters_of, method_of
+from specdec.v1 import drafter_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    """What a gateway works with."""
+
+    config: GatewayConfig
+    codec: TextCodec
+    verifiers: VerifierSet
+    drafters: DrafterSet
+    metrics: GatewayMetrics
+    controller: Controller = field(default_factory=Controller)
+    long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a long text is tokenised: one at a time, for the memory it takes."""
+
+    @property
+    def known_drafters(self) -> dict[str, drafter_pb2.DrafterInfo]:
+        """Drafters by name, in the order their services have them."""
+        return {drafter.name: drafter for info in self.drafters.known_infos for drafter in info.drafters}
+
+    @property
+    def methods(self) -> list[str]:
+        """What a request's `method` may be."""
+        return [PLAIN, *sorted(self.known_drafters)]
+
+    @property
+    def default_method(self) -> str:
+        """Method of requests that name none."""
+        method = self.config.default_method
+        if method != AUTO:
+            return method if self.offers(method) or not self.drafters.is_known else PLAIN
+        # What knows most of the target guesses best; what only looks up errs elsewhere and costs nothing.
+        drafters = [drafter for drafter in self.known_drafters.values() if self._speaks_its_tokens(drafter)]
+        computing = [drafter for drafter in drafters if drafter.family not in LOOKUP_FAMILIES]
+        looking_up = [one for family in LOOKUP_FAMILIES for one in drafters if one.family == family]
+        chosen = [*sorted(computing, key=_ignorance)[:1], *looking_up[:1]]
+        return method_of([drafter.name for drafter in chosen])
+
+    def _speaks_its_tokens(self, drafter: drafter_pb2.DrafterInfo) -> bool:
+        """Whether a drafter has the target's vocabulary, or none of its own."""
+        own = drafter.model.vocabulary_fingerprint
+        return not own or own == self.codec.vocabulary_fingerprint
+
+    def offers(self, method: str) -> bool:
+        """Whether a request may name that method, several drafters perhaps."""
+        return set(drafters_of(method)) <= set(self.methods[1:])
+
+    def label(self, method: str) -> str:
+        """A method as label of metrics: of the drafters of a merged method the order does not matter, and one
+        that may be a client's invention, since no drafter service was reached yet, is OTHER."""
+        if method != self.default_method and not self.offers(method):
+            return OTHER
+        return method_of(sorted(drafters_of(method)))
+
+
+def _ignorance(drafter: drafter_pb2.DrafterInfo) -> int:
+    """Rank of a drafter by what it drafts from: the target's state, a model of its own, the text alone."""
+    if drafter.HasField("target_state_spec"):
+        return 0
+    return 1 if drafter.model.model_id else 2

@@ -1,0 +1,157 @@
+"""How a request is drafted for: by which method and drafters, and how much a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from gateway.request.backends import Backends
+from gateway.rounds.controller import Controller, FixedSize
+from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, SizeControl
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.methods import PLAIN, drafters_of
+from specdec.v1 import drafter_pb2, gateway_pb2
+
+_NODE_BUDGETS = (7, 15, 31, 63)
+"""Sizes of draft trees the controller tries; with the anchor a power of two, the rows kernels are best at."""
+_UNKNOWN_DRAFTER = drafter_pb2.DrafterInfo(default_draft_depth=4)
+"""Stands for a drafter whose service was never reached: it may come up while the request runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposer:
+    """A drafter's part in a request."""
+
+    drafter: str
+    draft_depth: int
+    """Most tokens it drafts in a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """Who drafts, and how much."""
+
+    method: str = PLAIN
+    proposers: tuple[Proposer, ...] = ()
+    draft_nodes: int = 0
+    """Most tokens of a draft that is a tree, of one drafter or merged; 0: there are none."""
+    size: DraftSize = PLAIN_SIZE
+    """What every round asks for, or the first one where sizes are chosen round by round."""
+    budgets: tuple[int, ...] = ()
+    """Node budgets to choose from round by round, 0 being chains; empty: `size` stays."""
+
+    @property
+    def num_reserved_nodes(self) -> int:
+        """Tokens of KV kept free for trees to a session's very end; chosen sizes make do with what is."""
+        return 0 if self.budgets else self.draft_nodes
+
+    def control(self, controller: Controller, verifier: object) -> SizeControl:
+        """What decides the size of each round's draft, on that verifier."""
+        if not self.budgets:
+            return FixedSize(self.size)
+        longest = max(proposer.draft_depth for proposer in self.proposers)
+        return controller.session(verifier, self.method, self.size, longest=longest, budgets=self.budgets)
+
+
+def plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_num_nodes: int) -> DraftPlan:
+    """Method, drafters, K and node budget in effect; `max_num_nodes` is the verifier's limit."""
+    method = _settle_method(request, backends)
+    names = drafters_of(method)
+    if request.draft_nodes > max_num_nodes:
+        raise InvalidArgumentError(
+            f"draft_nodes is {request.draft_nodes}; the verifier takes at most {max_num_nodes} draft "
+            "tokens a round.",
+            field="draft_nodes",
+        )
+    known = backends.known_drafters
+    drafters = {name: known.get(name, _UNKNOWN_DRAFTER) for name in names}
+    if request.HasField("draft_depth"):
+        return _fixed_drafts(request, method, drafters, max_num_nodes)
+    return _chosen_drafts(request, method, drafters, max_num_nodes)
+
+
+def _fixed_drafts(
+    request: gateway_pb2.GenerateRequest,
+    method: str,
+    drafters: Mapping[str, drafter_pb2.DrafterInfo],
+    max_num_nodes: int,
+) -> DraftPlan:
+    """Every round asks for what the request says."""
+    limits = _limits(drafters, max_num_nodes)
+    if limits and request.draft_depth > max(limits):
+        raise InvalidArgumentError(
+            f"draft_depth is {request.draft_depth}; {method} drafts at most {max(limits)} tokens a round.",
+            field="draft_depth",
+        )
+    if limits and request.draft_nodes and not request.draft_depth:
+        raise InvalidArgumentError(
+            "draft_depth 0 is plain decoding, which has no trees; leave draft_nodes out, or "
+            "draft_depth, to have it chosen.",
+            field="draft_nodes",
+        )
+    budget = request.draft_nodes or max_num_nodes
+    counts = [min(request.draft_depth, limit, budget) for limit in limits]
+    if not any(counts):
+        return DraftPlan(method)
+    num_nodes = request.draft_nodes
+    if not num_nodes and len(counts) > 1:
+        num_nodes = min(sum(counts), max_num_nodes)
+    return DraftPlan(
+        method, _proposers(drafters, counts), num_nodes, DraftSize(max(counts), request.draft_nodes)
+    )
+
+
+def _chosen_drafts(
+    request: gateway_pb2.GenerateRequest,
+    method: str,
+    drafters: Mapping[str, drafter_pb2.DrafterInfo],
+    max_num_nodes: int,
+) -> DraftPlan:
+    """The controller chooses, round by round, within the limits of drafters, verifier and request."""
+    if not drafters:
+        return DraftPlan(method)
+    most = request.draft_nodes or max_num_nodes
+    limits = [min(limit, most) for limit in _limits(drafters, max_num_nodes)]
+    start = max(
+        min(drafter.default_draft_depth, limit)
+        for drafter, limit in zip(drafters.values(), limits, strict=True)
+    )
+    can_branch = all(drafter.max_draft_nodes for drafter in drafters.values())
+    trees = [nodes for nodes in _NODE_BUDGETS if nodes < most]
+    if request.draft_nodes:
+        trees.append(request.draft_nodes)
+    return DraftPlan(
+        method,
+        _proposers(drafters, limits),
+        most if can_branch or len(drafters) > 1 else 0,
+        DraftSize(start, request.draft_nodes),
+        budgets=(0, *trees) if can_branch else (0,),
+    )
+
+
+def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> str:
+    """Method in effect."""
+    method = request.method or backends.default_method
+    names = drafters_of(method)
+    if len(set(names)) < len(names) or (len(names) > 1 and (PLAIN in names or "" in names)):
+        raise InvalidArgumentError(
+            f"{method!r} names a drafter twice, or {PLAIN!r} or nothing among drafters.", field="method"
+        )
+    if not request.method or not backends.drafters.is_known or backends.offers(method):
+        return method
+    unknown = next(name for name in names if name not in backends.methods[1:])
+    raise InvalidArgumentError(
+        f"Unknown method {unknown!r}; this gateway offers {', '.join(backends.methods)}.",
+        field="method",
+        reason="UNKNOWN_METHOD",
+    )
+
+
+def _limits(drafters: Mapping[str, drafter_pb2.DrafterInfo], max_num_nodes: int) -> list[int]:
+    """Most tokens each drafter may draft in a row."""
+    return [min(max_num_nodes, drafter.max_draft_depth or max_num_nodes) for drafter in drafters.values()]
+
+
+def _proposers(names: Iterable[str], counts: Iterable[int]) -> tuple[Proposer, ...]:
+    """Drafters and the most each drafts in a row."""
+    return tuple(Proposer(name, count) for name, count in zip(names, counts, strict=True))

@@ -1,0 +1,59 @@
+"""The prompt of a request as token ids, refused before it costs much memory or time."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import nullcontext
+
+from gateway.request.backends import Backends
+from gateway.request.text import TextCodec
+from specdec.contract.errors import InvalidArgumentError
+from specdec.v1 import gateway_pb2
+
+_LONG_TEXT_BYTES = 2**16
+"""Shorter texts are tokenised side by side."""
+
+
+async def tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, context: int) -> list[int]:
+    """Token ids of the prompt. What is surely too long is refused before memory is spent on it."""
+    if request.WhichOneof("prompt") == "token_ids":
+        num_tokens = len(request.token_ids.token_ids)
+        if context:
+            require_shorter(num_tokens, context)
+        return await asyncio.to_thread(list, request.token_ids.token_ids)
+    num_bytes, most = _num_text_bytes(request), backends.config.max_prompt_bytes
+    if num_bytes > most:
+        raise InvalidArgumentError(
+            f"The prompt has {num_bytes} bytes of text, this gateway takes {most}; shorten it.",
+            field="prompt",
+            reason="PROMPT_TOO_LONG",
+        )
+    async with backends.long_texts if num_bytes > _LONG_TEXT_BYTES else nullcontext():
+        return await asyncio.to_thread(_encode, request, backends.codec)
+
+
+def _num_text_bytes(request: gateway_pb2.GenerateRequest) -> int:
+    # Of a protobuf's text the size on the wire is its UTF-8 and a few bytes for each field.
+    return request.chat.ByteSize() if request.WhichOneof("prompt") == "chat" else len(request.text.encode())
+
+
+def _encode(request: gateway_pb2.GenerateRequest, codec: TextCodec) -> list[int]:
+    kind = request.WhichOneof("prompt")
+    if kind == "chat":
+        return codec.encode_chat([(message.role, message.content) for message in request.chat.messages])
+    if kind == "text":
+        return codec.encode_text(request.text)
+    raise InvalidArgumentError(
+        "The request has no prompt; set chat, text or token_ids.", field="prompt", reason="EMPTY_PROMPT"
+    )
+
+
+def require_shorter(num_tokens: int, context: int) -> None:
+    """Refuse a prompt the verifier would refuse, before a message is made of it that is too large to send."""
+    if num_tokens >= context:
+        raise InvalidArgumentError(
+            f"The prompt has {num_tokens} tokens, the model's context {context}; shorten the prompt so "
+            "that at least one token fits after it.",
+            field="prompt",
+            reason="PROMPT_TOO_LONG",
+        )
