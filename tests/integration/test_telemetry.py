@@ -26,7 +26,6 @@ from opentelemetry.trace import SpanKind, StatusCode, format_trace_id
 
 from specdec.client import AsyncClient, GenerateOptions, Generation
 from specdec.contract.errors import InvalidArgumentError
-from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import TargetStateSpec
 from specdec.service.telemetry import Telemetry, make_telemetry, telemetry_from_environment
 from specdec.transport.channel import aio_channel
@@ -38,7 +37,7 @@ from tests.tiny_models import VOCAB_SIZE
 from tests.unit.test_stats import points, sums
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
-REFUSED = GenerateOptions(sampling=SamplingParams(top_k=VOCAB_SIZE + 1))
+REFUSED = GenerateOptions(stop_token_ids=(VOCAB_SIZE,))
 """Something only the verifier can refuse."""
 CLOCK_SKEW_NS = 1_000_000
 """Ends are read from the wall clock, durations from the monotonic one; they may drift apart this much."""
@@ -151,6 +150,7 @@ class TestSpanTree:
                 "gen_ai.usage.input_tokens": len(PROMPT),
                 "gen_ai.usage.output_tokens": 32,
                 "specdec.method": "noisy",
+                "specdec.request_id": result.request_id,
                 "specdec.num_rounds": speculation.num_rounds,
                 "specdec.num_draft_tokens": speculation.num_draft_tokens,
                 "specdec.num_accepted_tokens": speculation.num_accepted_tokens,
@@ -218,7 +218,7 @@ class TestSpanTree:
                 (first_round, {"specdec.transport.drafter_ns", "specdec.transport.verifier_ns"}),
             ):
                 (transport,) = recorded.children(this, "specdec.transport")
-                assert set(transport.attributes or ()) == peers
+                assert set(transport.attributes or ()) == {*peers, "specdec.request_id"}
                 assert sum(attribute(transport, peer) for peer in peers) == duration_ns(transport)
 
 
@@ -316,7 +316,7 @@ class TestMetrics:
             await eventually(lambda: sum(sums(reader, "specdec.requests").values()) == len(results))
             for instrument, name in (
                 ("specdec.rounds", "num_rounds"),
-                ("specdec.draft_tokens", "draft_depth"),
+                ("specdec.draft_tokens", "num_draft_tokens"),
                 ("specdec.accepted_tokens", "num_accepted_tokens"),
             ):
                 expected: Counter[str] = Counter()

@@ -232,7 +232,7 @@ async def test_drafters_that_read_different_state_draft_together(mode: str, tmp_
             )
             assert answer.token_ids == plain.token_ids
             assert [one.fallback_reason for one in answer.speculation.proposers] == [""] * 3
-            assert all(one.draft_depth for one in answer.speculation.proposers)
+            assert all(one.num_draft_tokens for one in answer.speculation.proposers)
 
 
 async def test_a_tree_accepts_more_than_a_chain(tmp_path: Path) -> None:

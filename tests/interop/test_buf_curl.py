@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from google.rpc import error_details_pb2
 
+from specdec.contract.protocol import PROTOCOL_VERSION
 from tests.integration.gated_drafter import Gate, eventually
 from tests.refusals import PROMPT
 from tests.systems import System
@@ -70,7 +71,7 @@ async def test_every_service_is_found_by_reflection_and_healthy(name: str, syste
     assert (messages, error) == ([{"status": "SERVING"}], {})
     messages, error = await outcome(await buf_curl(address, f"{service}/GetInfo", {}))
     assert not error
-    assert messages[0]["protocolVersion"] == 1
+    assert messages[0]["protocolVersion"] == PROTOCOL_VERSION
 
 
 async def test_an_answer_is_streamed(system: System) -> None:
