@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/specdec/v1/*.proto)
 CHECKOV := .venv/checkov/bin/checkov --config-file .ci/checkov.yaml
 DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
-.PHONY: demo test lint proto proto-release prometheus-rule manifests clean
+.PHONY: demo test test-all lint proto proto-release prometheus-rule manifests clean
 
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
@@ -21,8 +21,14 @@ demo: .venv/installed
 		--draft-nodes 15 --max-new-tokens 160 || status=$$?; \
 	exit $$status
 
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 25 --durations-min 2
+
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0
+	$(PYTEST) -m "not slow"
+
+# Everything: what `make test` runs, then the tests that take long.
+test-all: test
+	$(PYTEST) -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

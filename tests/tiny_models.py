@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Gemma4Config,
     Gemma4TextConfig,
     Gemma4UnifiedTextConfig,
     LlamaConfig,
@@ -107,10 +108,23 @@ def tiny_config(family: str) -> PreTrainedConfig:
             global_head_dim=16,
             use_bidirectional_attention=None,
         )
+    if family == "gemma4-conditional":
+        tiny = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+        return Gemma4Config(
+            text_config=tiny_config("gemma4").to_dict(), vision_config=tiny | heads, audio_config=None
+        )
     raise ValueError(family)
 
 
+PUBLISHED = "gemma4-conditional"
+"""The class of the real Gemma 4 checkpoints, Gemma4ForConditionalGeneration, with a vision tower that no text
+uses."""
 FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe", "gemma4-unified")
+
+
+QUICK_FAMILIES = ("llama", "gemma4")
+"""Without and with sliding windows, K for V, heads of two sizes: what the engine treats differently."""
 
 
 def save_tiny_model(

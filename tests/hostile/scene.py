@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Scene:
     gateway: Any
     verifier: VerifierServer
     liar: Liar
+    plain_answers: dict[str, Generation]
 
     async def generate(self, method: str, **options: Any) -> Generation:
         fields = {"max_new_tokens": NUM_TOKENS, "ignore_eos": True, "draft_depth": 4, **options}
@@ -38,6 +39,13 @@ class Scene:
             fields |= {"draft_depth": None, "draft_nodes": 0}
         async with asyncio.timeout(BOUND_S):
             return await self.client.generate(PROMPT, GenerateOptions(**({"method": method} | fields)))
+
+    async def plain(self, **options: Any) -> Generation:
+        """The answer without any drafter, which is the same in every scene."""
+        key = repr(options)
+        if key not in self.plain_answers:
+            self.plain_answers[key] = await self.generate("none", **options)
+        return self.plain_answers[key]
 
     async def assert_clean(self) -> None:
         """Nobody holds anything, and the honest drafter still drafts."""
@@ -62,6 +70,7 @@ class Honest:
     verifier_address: str
     verifier: VerifierServer
     drafter_address: str
+    plain_answers: dict[str, Generation] = field(default_factory=dict)
 
 
 @asynccontextmanager
@@ -82,4 +91,4 @@ async def scene_of(liar: Liar, honest: Honest, *, waits: bool = True) -> AsyncIt
         if waits:
             await until(lambda: all(r.reason != "not serving yet" for r in heard), timeout_s=20)
         await until(lambda: heard[1].is_ready, timeout_s=20)
-        yield Scene(client, gateway, honest.verifier, liar)
+        yield Scene(client, gateway, honest.verifier, liar, honest.plain_answers)

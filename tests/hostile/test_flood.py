@@ -113,6 +113,7 @@ def options(method: str, num_tokens: int) -> GenerateOptions:
     )
 
 
+@pytest.mark.slow
 async def test_a_gigabyte_of_drafts_takes_no_memory(tiny_llama: Path) -> None:
     liar = Floods()
     async with flooded_system(tiny_llama, liar) as (system, client):
@@ -139,6 +140,7 @@ async def test_a_message_far_above_the_limit_is_refused_unread(tiny_llama: Path)
         assert max(growth.values()) < MAX_GROWTH_BYTES, growth
 
 
+@pytest.mark.slow
 async def test_long_prompts_take_no_more_memory_than_one(tiny_llama: Path) -> None:
     """Tokenising takes hundreds of times a text's memory: a few long ones at once would end the process."""
     longest = ["word " * (LARGEST_PROMPT_BYTES // 5)] * 4

@@ -18,7 +18,8 @@ from specdec.contract.draft_tree import DraftTree
 from specdec.contract.sampling import SamplingParams
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
+from tests.slow import quick_only
+from tests.tiny_models import FAMILIES, QUICK_FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.trees import random_tree
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest
@@ -78,7 +79,7 @@ class Setup:
     """Rounds and prefill chunks of every step so far."""
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=quick_only(FAMILIES, QUICK_FAMILIES))
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder = save_tiny_model(tmp_path_factory.mktemp("batched"), request.param)
     config = VerifierConfig(

@@ -47,6 +47,7 @@ def test_drafters_are_those_of_the_method() -> None:
     assert TelemetryConfig(method="none").drafters == ("ngram",)
 
 
+@pytest.mark.slow
 def test_a_run_over_real_systems(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")  # the caller's own settings change nothing

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
 from tests.raw_streams import draft_stream, output_of, run_session, tokens_of, until, verify_stream
@@ -59,6 +60,7 @@ async def churn(verifier: str, drafter: str, num_sessions: int, seed: int) -> in
     return sum(await asyncio.gather(*(work() for _ in range(NUM_WORKERS))))
 
 
+@pytest.mark.slow
 async def test_nothing_leaks_over_500_sessions_with_random_cancels(tiny_llama: Path) -> None:
     async with (
         running_verifier(tiny_llama) as (verifier_at, verifier_server),

@@ -2,64 +2,114 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from specdec.client import GenerateOptions
+from specdec.client import GenerateOptions, Generation
+from specdec.contract.methods import PLAIN
 from specdec.contract.sampling import SamplingParams
 from specdec.models.embedded import prepare_default_model
-from tests.systems import running_system
+from tests.systems import System, running_system
 
-pytestmark = [pytest.mark.default_model, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.default_model,
+    pytest.mark.timeout(900),
+    pytest.mark.asyncio(loop_scope="module"),
+]
 
 PROMPTS = (
     "Write the numbers from one to twelve as words, separated by commas.",
     "Repeat this sentence three times: The river bends twice before it meets the sea.",
 )
-MAX_NEW_TOKENS = 40
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=11)
 # The same weights rounded to bf16: a noisy copy of the target as an independent draft model.
 ROUNDED = "rounded=causal-lm:default"
+DRAFTERS = ("ngram", "ngram-lm", "mtp", "dflash", ROUNDED)
+TREE = {"draft_nodes": 15}
+METHODS: list[tuple[str, dict[str, int]]] = [
+    *((method, {}) for method in ("ngram", "ngram-lm", "mtp", "dflash", "rounded")),
+    *((method, TREE) for method in ("ngram-lm", "mtp", "dflash", "mtp+ngram", "dflash+ngram-lm")),
+]
+"""What drafts, as chains and as trees, alone and merged."""
 
 
-async def test_greedy_equals_transformers_and_samples_depend_on_the_seed_alone() -> None:
-    folder = prepare_default_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+@dataclass(frozen=True)
+class Target:
+    """The target served, and as transformers runs it."""
+
+    system: System
+    model: PreTrainedModel
+    folder: Path
+
+    def reference(self, prompt: str, max_new_tokens: int) -> list[int]:
+        """transformers' own greedy answer."""
+        chat = [{"role": "user", "content": prompt}]
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answer: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return answer
+
+    async def answer(self, prompt: str, method: str, max_new_tokens: int, **options: object) -> Generation:
+        """An answer of the system, for which the method did draft."""
+        fields = {"draft_depth": None if method == PLAIN else 4, "max_new_tokens": max_new_tokens, **options}
+        result = await self.system.client.generate(prompt, GenerateOptions(method=method, **fields))  # type: ignore[arg-type]
+        if method != PLAIN:
+            assert result.speculation.num_draft_tokens > 0, "drafts were made"
+            assert result.speculation.fallback_reason == ""
+            assert not any(part.fallback_reason for part in result.speculation.proposers)
+        return result
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[None]:
     torch.set_num_threads(2)
-    options = {"kv_cache_mib": 64.0}
-    drafter_options = {"dtype": "bfloat16", "kv_cache_mib": 32.0}
-    async with running_system(
-        folder, "ngram", "mtp", ROUNDED, verifier_options=options, drafter_options=drafter_options
-    ) as system:
-        num_accepted = Counter[str]()
-        for prompt in PROMPTS:
-            chat = [{"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-            input_ids = inputs["input_ids"]
-            output = target.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-            expected = output[0, input_ids.shape[1] :].tolist()
-            samples = []
-            for method in ("none", "ngram", "mtp", "rounded"):
-                greedy = await system.client.generate(
-                    prompt, GenerateOptions(method=method, draft_depth=4, max_new_tokens=MAX_NEW_TOKENS)
-                )
-                assert list(greedy.token_ids) == expected, (method, prompt)
-                assert greedy.usage.input_tokens == input_ids.shape[1]
-                assert greedy.text == tokenizer.decode(expected, skip_special_tokens=True)
-                num_accepted[method] += greedy.speculation.num_accepted_tokens
-                sampled = await system.client.generate(
-                    prompt,
-                    GenerateOptions(
-                        method=method,
-                        max_new_tokens=MAX_NEW_TOKENS,
-                        sampling=SamplingParams(temperature=0.8, top_p=0.95, seed=11),
-                    ),
-                )
-                samples.append(sampled.token_ids)
-            assert all(sample == samples[0] for sample in samples)
-        assert num_accepted["ngram"] + num_accepted["rounded"] > 3 * MAX_NEW_TOKENS // 4
-        assert num_accepted["mtp"] > MAX_NEW_TOKENS // 4, "the drafters must have been of use"
+    yield
     torch.set_num_threads(1)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def target(threads: None) -> AsyncIterator[Target]:
+    folder = prepare_default_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    async with running_system(
+        folder,
+        *DRAFTERS,
+        verifier_options={"kv_cache_mib": 64.0},
+        drafter_options={"dtype": "bfloat16", "kv_cache_mib": 32.0},
+    ) as system:
+        yield Target(system, model, folder)
+
+
+async def test_a_greedy_answer_is_that_of_transformers(target: Target) -> None:
+    expected = target.reference(PROMPTS[0], 16)
+    answer = await target.answer(PROMPTS[0], "dflash+ngram-lm", 16, **TREE)
+    assert list(answer.token_ids) == expected
+    assert answer.text == AutoTokenizer.from_pretrained(target.folder).decode(
+        expected, skip_special_tokens=True
+    )
+    assert answer.speculation.num_accepted_tokens > 4, "the drafters were of use"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", PROMPTS)
+async def test_every_method_gives_the_greedy_answer_of_transformers(prompt: str, target: Target) -> None:
+    expected = target.reference(prompt, 40)
+    assert list((await target.answer(prompt, PLAIN, 40)).token_ids) == expected
+    for method, options in METHODS:
+        answer = await target.answer(prompt, method, 40, **options)
+        assert list(answer.token_ids) == expected, (method, options)
+
+
+@pytest.mark.slow
+async def test_every_method_gives_the_same_sample(target: Target) -> None:
+    plain = await target.answer(PROMPTS[1], PLAIN, 40, sampling=SAMPLED)
+    for method, options in METHODS:
+        answer = await target.answer(PROMPTS[1], method, 40, sampling=SAMPLED, **options)
+        assert answer.token_ids == plain.token_ids, (method, options)

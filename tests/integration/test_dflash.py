@@ -30,6 +30,7 @@ from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import InvalidArgumentError, SpecdecError
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import StateStorage
+from tests.slow import quick_only
 from tests.systems import System, running_system
 from tests.tiny_assistants import NARROW, narrow
 from tests.tiny_dflash import (
@@ -341,7 +342,7 @@ async def test_a_speculator_that_drafts_at_the_anchor(tmp_path: Path) -> None:
     assert compared > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4-shared-kv"])
+@pytest.mark.parametrize("family", quick_only(["llama", "gemma3", "gemma4-shared-kv"], ["gemma3"]))
 async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Path) -> None:
     target, drafter = save_pair(tmp_path, family)
     async with running_system(target, f"dflash:{drafter}") as system:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import TargetStateSpec
 from tests.integration.gated_drafter import eventually_offers
 from tests.raw_streams import until
+from tests.slow import quick_only
 from tests.state_probe import StateProbe
 from tests.systems import running_drafter, running_gateway, running_verifier
 from verifier_service.server import VerifierServer
@@ -47,8 +49,13 @@ async def lose_one(
         return stream.result
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, PENALISED], ids=["greedy", "penalised"])
-@pytest.mark.parametrize("method", ["none", "ngram", "noisy", "probe", "probe+noisy"])
+@pytest.mark.parametrize(
+    ("method", "sampling"),
+    quick_only(
+        product(["none", "ngram", "noisy", "probe", "probe+noisy"], [GREEDY, PENALISED]),
+        [("none", PENALISED), ("noisy", GREEDY), ("probe+noisy", PENALISED)],
+    ),
+)
 async def test_another_verifier_goes_on_with_the_same_text(
     method: str, sampling: SamplingParams, tiny_llama: Path, noisy_llama: Path
 ) -> None:

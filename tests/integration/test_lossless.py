@@ -17,9 +17,10 @@ from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
 from drafter_service.families import FAMILIES, DrafterSpec
 from specdec.client import GenerateOptions
 from specdec.contract.sampling import SamplingParams
+from tests.slow import quick_only
 from tests.systems import System, running_system
 from tests.tiny_models import FAMILIES as MODEL_FAMILIES
-from tests.tiny_models import VOCAB_SIZE, save_tiny_model
+from tests.tiny_models import PUBLISHED, QUICK_FAMILIES, VOCAB_SIZE, save_tiny_model
 
 PROMPTS = ([5, 6, 7, 5, 6, 7, 5, 6], list(range(40, 100)), [9])
 
@@ -56,12 +57,14 @@ async def generate(system: System, prompt: Sequence[int], **options: object) -> 
     assert speculation.fallback_reason == ""
     if speculation.num_rounds > 1 and options["method"] in ("wrong", "same", "noisy"):
         assert speculation.num_draft_tokens >= speculation.num_rounds - 1
+    if speculation.num_rounds > 8 and options["method"] == "ngram":
+        assert speculation.num_draft_tokens > 0
     if options["method"] == "wrong":
         assert speculation.num_accepted_tokens < speculation.num_draft_tokens / 4
     return list(result.token_ids)
 
 
-@pytest.mark.parametrize("family", MODEL_FAMILIES)
+@pytest.mark.parametrize("family", quick_only([*MODEL_FAMILIES, PUBLISHED], [*QUICK_FAMILIES, PUBLISHED]))
 async def test_greedy_equals_transformers_for_every_drafter(family: str, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "target", family)
     noisy = save_tiny_model(tmp_path / "noisy", family, noise=0.05)
@@ -74,7 +77,7 @@ async def test_greedy_equals_transformers_for_every_drafter(family: str, tmp_pat
                 assert actual == expected, (family, method, prompt)
 
 
-@pytest.mark.parametrize("draft_depth", [1, 3, 20])
+@pytest.mark.parametrize("draft_depth", quick_only([1, 3, 20], [20]))
 async def test_any_draft_length_gives_the_same_text(
     tiny_llama: Path, noisy_llama: Path, draft_depth: int
 ) -> None:
@@ -84,6 +87,7 @@ async def test_any_draft_length_gives_the_same_text(
         assert await generate(system, PROMPTS[0], **options) == expected
 
 
+@pytest.mark.slow
 async def test_sizes_chosen_round_by_round_give_the_same_text(tiny_llama: Path, noisy_llama: Path) -> None:
     drafters = ("ngram", "wrong", f"noisy=causal-lm:{noisy_llama}")
     options = GenerateOptions(max_new_tokens=120, ignore_eos=True)
@@ -120,7 +124,7 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", quick_only(SAMPLINGS, SAMPLINGS[3:5]), ids=str)
 async def test_every_drafter_gives_the_same_sample(
     sampling: SamplingParams, tiny_llama: Path, noisy_llama: Path
 ) -> None:

@@ -11,10 +11,13 @@ from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.sampling import SamplingParams
 from tests.integration.gated_drafter import Gate, eventually_offers
 from tests.integration.test_lossless import PROMPTS, SAMPLINGS, TEST_FAMILIES
+from tests.slow import quick_only
 from tests.systems import running_drafter, running_gateway, running_system, running_verifier
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), *SAMPLINGS[:5]], ids=str)
+@pytest.mark.parametrize(
+    "sampling", quick_only([SamplingParams(), *SAMPLINGS[:5]], [SamplingParams(), SAMPLINGS[3]]), ids=str
+)
 async def test_merged_drafts_give_the_same_text(
     sampling: SamplingParams, tiny_llama: Path, noisy_llama: Path
 ) -> None:

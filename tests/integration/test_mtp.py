@@ -25,6 +25,7 @@ from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError, SpecdecError
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import StateStorage
+from tests.slow import quick_only
 from tests.systems import System, running_system
 from tests.tiny_assistants import FAMILIES as GEMMAS
 from tests.tiny_assistants import NARROW, save_narrow_pair, save_tiny_assistant
@@ -208,7 +209,7 @@ async def test_the_other_convention_of_the_position(family: str, tmp_path: Path)
     assert drafts != [by_hand.draft(r.committed, len(r.draft)) for r in recorder.records]
 
 
-@pytest.mark.parametrize("family", GEMMAS)
+@pytest.mark.parametrize("family", quick_only(GEMMAS, ["gemma4-shared-kv"]))
 async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Path) -> None:
     target, assistant = save_narrow_pair(tmp_path, family)
     async with running_system(target, f"mtp:{assistant}") as system:
@@ -219,7 +220,7 @@ async def test_sampled_text_is_that_of_plain_decoding(family: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("temperature", [0.0, 20.0])
-@pytest.mark.parametrize("family", ["gemma4", "gemma4-shared-kv"])
+@pytest.mark.parametrize("family", quick_only(["gemma4", "gemma4-shared-kv"], ["gemma4-shared-kv"]))
 async def test_sessions_drafted_together_get_the_drafts_they_get_alone(
     family: str, temperature: float, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.state.view import Projection
 from tests.raw_streams import until
 from tests.refusals import shared
+from tests.slow import quick_only
 from tests.state_probe import (
     Followed,
     Reading,
@@ -32,7 +33,7 @@ from tests.state_probe import (
     state_reader,
 )
 from tests.systems import running_system, running_verifier
-from tests.tiny_models import FAMILIES, save_tiny_model
+from tests.tiny_models import FAMILIES, QUICK_FAMILIES, save_tiny_model
 from verifier_service.server import VerifierServer
 
 PROMPTS = {
@@ -58,7 +59,7 @@ class Target:
     reference: PreTrainedModel
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=FAMILIES)
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=quick_only(FAMILIES, QUICK_FAMILIES))
 async def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Target]:

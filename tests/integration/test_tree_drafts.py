@@ -22,6 +22,7 @@ from specdec.contract.draft_tree import ANCHOR, DraftTree
 from specdec.contract.errors import SpecdecError
 from specdec.contract.sampling import SamplingParams
 from tests.integration import test_dflash, test_mtp
+from tests.slow import quick_only
 from tests.systems import running_system
 from tests.tiny_assistants import save_narrow_pair
 from tests.tiny_dflash import save_tiny_dflash
@@ -141,8 +142,13 @@ def along_the_best(tree: DraftTree) -> list[int]:
     return path
 
 
-@pytest.mark.parametrize("mode", ["handle", "stream"])
-@pytest.mark.parametrize(("make", "family"), CASES)
+@pytest.mark.parametrize(
+    ("make", "family", "mode"),
+    quick_only(
+        [(*case, mode) for case in CASES for mode in ("handle", "stream")],
+        [(mtp_case, "gemma4", "stream"), (dflash_case, "llama", "handle")],
+    ),
+)
 async def test_trees_are_right_round_after_round(
     make: Callable[[Path, str], Case], family: str, mode: str, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from tests.tiny_models import save_tiny_model
 PROMPT_LENGTH, MAX_LENGTH = 8, 40
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma4"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("gemma4", marks=pytest.mark.slow)])
 def calm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny target whose next token hangs on the last few: random ones of full size cannot be foreseen."""
     folder = save_tiny_model(tmp_path_factory.mktemp("calm") / request.param, request.param)

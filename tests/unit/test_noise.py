@@ -73,7 +73,8 @@ def test_the_noise_of_some_tokens_is_their_columns_bit_for_bit(token_ids: list[i
 def test_values_are_gumbel_along_the_vocabulary_and_along_positions(seed: int) -> None:
     noise = GumbelNoise(VOCAB_SIZE)
     row = noise(seed, [11])[0].numpy().copy()
-    column = np.concatenate([noise(seed, range(p, p + 64))[:, 17].numpy().copy() for p in range(0, 8192, 64)])
+    # A vocabulary that ends with the column has the same values in it.
+    column = GumbelNoise(18)(seed, range(8192))[:, 17].numpy().copy()
     for values in (row, column):
         assert stats.kstest(values, "gumbel_r").pvalue > 1e-3
         assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.05

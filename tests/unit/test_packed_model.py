@@ -16,14 +16,15 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.packed_model import PackedModel
-from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
+from tests.slow import quick_only
+from tests.tiny_models import FAMILIES, QUICK_FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.trees import random_tree
 
 TEXTS = [torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
 TOLERANCE = 2e-3
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=quick_only(FAMILIES, QUICK_FAMILIES))
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PackedModel, list[Tensor]]:
