@@ -1,11 +1,7 @@
 """The engine: the one thread of a process that runs the model.
 
-A forward pass on the event loop would stall health checks, keepalive and every other stream. Work items
-are awaited from the loop; the thread takes all that wait, within a token budget, and runs them as one step.
-
-Sessions take turns with the engine: each sends its next item when it has the result of the last. One that is
-a millisecond late would miss the others' step, and they its own: two convoys, and twice the steps. So a step
-with work at hand waits a little for sources known to come back at once.
+A forward pass on the event loop would stall health checks, keepalive and every other stream. Work items are
+awaited from the loop; the thread asks the scheduler which of them go together, and runs them as one step.
 """
 
 from __future__ import annotations
@@ -14,40 +10,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from specdec.contract.errors import (
-    InternalError,
-    ResourceExhaustedError,
-    SpecdecError,
-    UnavailableError,
-    log_defect,
-)
+from specdec.contract.errors import InternalError, SpecdecError, UnavailableError, log_defect
+from specdec.runtime.scheduler import Scheduler, WorkItem, num_tokens_of
 
 logger = logging.getLogger(__name__)
-
-
-class WorkItem(Protocol):
-    """What an engine schedules."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the item adds to a pass."""
-
-    @property
-    def is_urgent(self) -> bool:
-        """Goes before items that are not: a round waits for nothing but a prefill chunk under way."""
-
-
-_LINGER_SHARE = 1 / 8
-"""Longest wait for a source that is on its way back, as a share of the last step's time."""
-_PATIENCE_STEPS = 3
-"""Steps in a row that items which are not urgent may be left out of because urgent ones fill the budget."""
 
 ItemT = TypeVar("ItemT", bound=WorkItem)
 ResultT = TypeVar("ResultT")
@@ -69,15 +41,34 @@ class EngineResult(Generic[ResultT]):
     """Tokens of all of them."""
 
 
-@dataclass(slots=True)
-class _Pending(Generic[ItemT, ResultT]):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Submission(Generic[ItemT, ResultT]):
+    """An item that somebody awaits the result of."""
+
     item: ItemT
     future: asyncio.Future[EngineResult[ResultT]]
     loop: asyncio.AbstractEventLoop
     submitted_ns: int
     source: Hashable
-    away_ns: int
-    """From the source's last result to this item, nanoseconds; 0 if it is the first."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.item.num_tokens
+
+    @property
+    def is_urgent(self) -> bool:
+        return self.item.is_urgent
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.future.cancelled()
+
+    def post(self, outcome: EngineResult[ResultT] | SpecdecError) -> None:
+        """Hand the outcome to the event loop that waits for it."""
+        try:
+            self.loop.call_soon_threadsafe(_resolve, self.future, outcome)
+        except RuntimeError:
+            logger.debug("the event loop ended before a result was ready")
 
 
 class ModelThread:
@@ -122,11 +113,10 @@ class Engine(Generic[ItemT, ResultT]):
 
     Args:
         step: one result, or the exception of that item alone, per item and in order. An exception it
-            raises fails the whole batch.
-        max_batch_tokens: token budget of a step; urgent items are taken first. At least one item is taken.
-        max_background_tokens: budget of the items that are not urgent in a step with urgent ones, which wait
-            for all of it; None: no other than the step's.
-        max_queued: items that may wait; one more is refused.
+            raises fails the whole batch, and nothing but the batch.
+        max_batch_tokens: see Scheduler, as for the next two.
+        max_background_tokens: budget of a step's background items.
+        max_queued: how many items may wait.
         thread: the one that loaded the model. Every thread that ever ran a parallel operation keeps OpenMP
             workers of its own, and with more workers than cores none of them spins and each operation waits
             for the scheduler (measured: a pass takes 1.5 times as long). None: a new one.
@@ -146,23 +136,20 @@ class Engine(Generic[ItemT, ResultT]):
     ) -> None:
         self._step = step
         self._on_step = on_step
-        self._max_batch_tokens = max_batch_tokens
-        self._max_background_tokens = max_background_tokens or max_batch_tokens
-        self._max_queued = max_queued
-        self._waiting: deque[_Pending[ItemT, ResultT]] = deque()
-        self._delivered_ns: dict[Hashable, int] = {}  # of sources whose next item is not here
-        self._expected: set[Hashable] = set()  # those of them that will be back at once
-        self._linger_until_ns = 0
-        self._num_steps_without_background = 0
-        self._wakeup = threading.Condition()
+        self._scheduler: Scheduler[_Submission[ItemT, ResultT]] = Scheduler(
+            max_batch_tokens=max_batch_tokens,
+            max_background_tokens=max_background_tokens,
+            max_queued=max_queued,
+        )
+        self._wakeup = threading.Condition()  # holds the scheduler for one thread at a time
         self._closed = False
         self._thread = thread or ModelThread("engine")
         self._thread.submit(self._run)
 
     @property
     def num_waiting(self) -> int:
-        """Items that wait for a step; may be read by any thread."""
-        return len(self._waiting)
+        """Items that wait for a step; any thread may read this."""
+        return self._scheduler.num_waiting
 
     async def submit(self, item: ItemT, source: Hashable = None) -> EngineResult[ResultT]:
         """Run one item. Cancelling the caller drops an item that waits, and the result of one that runs.
@@ -181,26 +168,15 @@ class Engine(Generic[ItemT, ResultT]):
         now_ns = time.monotonic_ns()
         with self._wakeup:
             if self._closed:
-                raise UnavailableError("The service is shutting down; try another replica.")
-            if len(self._waiting) >= self._max_queued:
-                raise ResourceExhaustedError(
-                    f"{self._max_queued} work items wait already; try again later.",
-                    reason="QUEUE_FULL",
-                    retry_after_s=1.0,
-                )
-            away_ns = now_ns - self._delivered_ns.pop(source, now_ns)
-            self._expected.discard(source)
-            self._waiting.append(_Pending(item, future, loop, now_ns, source, away_ns))
-            # While the engine lingers only the last one it expects need wake it, or one it lingers not for.
-            if len(self._waiting) == 1 or not self._expected or source is None:
+                raise _closed_error()
+            if self._scheduler.add(_Submission(item, future, loop, now_ns, source), now_ns):
                 self._wakeup.notify()
         return await future
 
     def forget(self, source: Hashable) -> None:
         """Expect nothing more of a source."""
         with self._wakeup:
-            self._delivered_ns.pop(source, None)
-            self._expected.discard(source)
+            self._scheduler.forget(source)
             self._wakeup.notify()
 
     def close(self) -> None:
@@ -213,110 +189,61 @@ class Engine(Generic[ItemT, ResultT]):
     def _run(self) -> None:
         while batch := self._next_batch():
             started_ns = time.monotonic_ns()
-            values: Sequence[ResultT | SpecdecError]
-            try:
-                values = self._step([pending.item for pending in batch])
-            except SpecdecError as error:
-                values = [error] * len(batch)
-            except Exception as error:  # a defect must fail the batch, not the service
-                log_defect(logger, "engine step failed", error)
-                values = [InternalError(f"The model pass failed: {type(error).__name__}: {error}")] * len(
-                    batch
-                )
-            self._deliver(batch, values, started_ns)
-        for pending in self._waiting:
-            _post(pending, UnavailableError("The service is shutting down; try another replica."))
+            outcomes = self._outcomes(batch)
+            ended_ns = time.monotonic_ns()
+            with self._wakeup:
+                self._scheduler.finish(batch, started_ns, ended_ns)
+            self._deliver(batch, outcomes, started_ns, ended_ns)
+        for submission in self._scheduler.drain():
+            submission.post(_closed_error())
 
-    def _next_batch(self) -> list[_Pending[ItemT, ResultT]]:
-        """Wait for work; the items of the next step, none when closed."""
+    def _next_batch(self) -> list[_Submission[ItemT, ResultT]]:
+        """Wait for work. Return the items of the next step, none when closed."""
         with self._wakeup:
             while not self._closed:
-                live = [pending for pending in self._waiting if not pending.future.cancelled()]
-                linger_ns = self._linger_until_ns - time.monotonic_ns() if self._expected else 0
-                batch = self._choose(live, is_lingering=linger_ns > 0)
-                if batch:
-                    taken = set(map(id, batch))
-                    self._waiting = deque(pending for pending in live if id(pending) not in taken)
+                now_ns = time.monotonic_ns()
+                if batch := self._scheduler.take(now_ns):
                     return batch
-                self._waiting = deque(live)
-                self._wakeup.wait(linger_ns / 1e9 if live else None)
+                self._wakeup.wait(self._scheduler.wait_s(now_ns))
             return []
 
-    def _choose(
-        self, live: Sequence[_Pending[ItemT, ResultT]], *, is_lingering: bool
-    ) -> list[_Pending[ItemT, ResultT]]:
-        """Of the items that wait the next step; of a kind, first come, first served."""
-        if is_lingering:
-            # Items of no source wait with nobody.
-            return _fitting([p for p in live if p.source is None], self._max_batch_tokens, at_least_one=True)
-        self._expected.clear()
-        urgent = [pending for pending in live if pending.item.is_urgent]
-        background = [pending for pending in live if not pending.item.is_urgent]
-        batch: list[_Pending[ItemT, ResultT]] = []
-        if background and self._num_steps_without_background >= _PATIENCE_STEPS:
-            batch.append(background.pop(0))
-        num_left = self._max_batch_tokens - _num_tokens(batch)
-        num_left_in_background = self._max_background_tokens - _num_tokens(batch) if urgent else num_left
-        rounds = _fitting(urgent, num_left, at_least_one=not batch)
-        num_left = min(num_left - _num_tokens(rounds), num_left_in_background)
-        batch += rounds
-        batch += _fitting(background, num_left, at_least_one=not batch)
-        starves = background and all(pending.item.is_urgent for pending in batch)
-        self._num_steps_without_background = self._num_steps_without_background + 1 if starves else 0
-        return batch
+    def _outcomes(self, batch: Sequence[_Submission[ItemT, ResultT]]) -> Sequence[ResultT | SpecdecError]:
+        """Run the step. Return an outcome per item, whatever the step raises."""
+        try:
+            values = self._step([submission.item for submission in batch])
+            if len(values) != len(batch):
+                raise ValueError(f"a step over {len(batch)} items had {len(values)} results")
+            return values
+        except SpecdecError as error:
+            return [error] * len(batch)
+        # A defect must fail the batch and not the service. Native libraries raise a BaseException when they
+        # panic, and a thread that has ended would leave every later item waiting for ever.
+        except BaseException as error:
+            log_defect(logger, "engine step failed", error)
+            return [InternalError(f"The model pass failed: {type(error).__name__}: {error}")] * len(batch)
 
     def _deliver(
         self,
-        batch: Sequence[_Pending[ItemT, ResultT]],
-        values: Sequence[ResultT | SpecdecError],
+        batch: Sequence[_Submission[ItemT, ResultT]],
+        outcomes: Sequence[ResultT | SpecdecError],
         started_ns: int,
+        ended_ns: int,
     ) -> None:
-        ended_ns = time.monotonic_ns()
-        compute_ns = ended_ns - started_ns
-        self._expect(batch, ended_ns, int(compute_ns * _LINGER_SHARE))
-        num_tokens = _num_tokens(batch)
-        for pending, value in zip(batch, values, strict=True):
-            if isinstance(value, SpecdecError):
-                _post(pending, value)
+        compute_ns, num_tokens = ended_ns - started_ns, num_tokens_of(batch)
+        for submission, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, SpecdecError):
+                submission.post(outcome)
             else:
-                queue_ns = started_ns - pending.submitted_ns
-                _post(pending, EngineResult(value, queue_ns, compute_ns, len(batch), num_tokens))
-        self._on_step(len(batch), num_tokens, compute_ns)
-
-    def _expect(self, batch: Sequence[_Pending[ItemT, ResultT]], ended_ns: int, linger_ns: int) -> None:
-        """Note whose next items may be waited for: of sources that were back in time the last time, too."""
-        with self._wakeup:
-            if any(pending.source is not None for pending in batch):
-                self._linger_until_ns = ended_ns + linger_ns
-            for pending in batch:
-                if pending.source is not None and not pending.future.cancelled():
-                    self._delivered_ns[pending.source] = ended_ns
-                    if pending.away_ns <= linger_ns:
-                        self._expected.add(pending.source)
+                queue_ns = started_ns - submission.submitted_ns
+                submission.post(EngineResult(outcome, queue_ns, compute_ns, len(batch), num_tokens))
+        try:
+            self._on_step(len(batch), num_tokens, compute_ns)
+        except Exception as error:  # what watches the engine must not end it
+            log_defect(logger, "the report of a step failed", error)
 
 
-def _num_tokens(batch: Sequence[_Pending[ItemT, ResultT]]) -> int:
-    return sum(pending.item.num_tokens for pending in batch)
-
-
-def _fitting(
-    waiting: Sequence[_Pending[ItemT, ResultT]], num_tokens: int, *, at_least_one: bool = False
-) -> list[_Pending[ItemT, ResultT]]:
-    """The first items, as many as fit into a number of tokens."""
-    batch: list[_Pending[ItemT, ResultT]] = []
-    for pending in waiting:
-        num_tokens -= pending.item.num_tokens
-        if num_tokens < 0 and (batch or not at_least_one):
-            break
-        batch.append(pending)
-    return batch
-
-
-def _post(pending: _Pending[ItemT, ResultT], outcome: EngineResult[ResultT] | SpecdecError) -> None:
-    try:
-        pending.loop.call_soon_threadsafe(_resolve, pending.future, outcome)
-    except RuntimeError:
-        logger.debug("the event loop ended before a result was ready")
+def _closed_error() -> UnavailableError:
+    return UnavailableError("The service is shutting down; try another replica.")
 
 
 def _resolve(

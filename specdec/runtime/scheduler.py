@@ -1,0 +1,184 @@
+"""The scheduler: which items wait for the model, and which of them go into its next step.
+
+The scheduler has neither a thread nor a clock: its caller says what time it is, and calls it from one
+thread at a time.
+
+Sessions take turns with the model: each sends its next item when it has the result of the last. A session
+that is a millisecond late would miss the others' step, and they would miss its step: two convoys, and twice
+the steps. So a step with work at hand waits a little for sources that came back at once the last time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from specdec.contract.errors import ResourceExhaustedError
+
+_LINGER_SHARE = 1 / 8
+"""The longest wait for a source on its way back, as a share of the last step's time."""
+_PATIENCE_STEPS = 3
+"""How many steps in a row may leave out all background items because urgent ones fill the budget."""
+
+
+class WorkItem(Protocol):
+    """A piece of work for the model."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the item adds to a pass."""
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the item goes before background items: a round waits for a prefill chunk under way only."""
+
+
+class Job(WorkItem, Protocol):
+    """A work item in the queue."""
+
+    @property
+    def source(self) -> Hashable:
+        """Who sends one item after the other, each with the last one's result at hand; None: nobody does."""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody wants the result any longer."""
+
+
+JobT = TypeVar("JobT", bound=Job)
+
+
+class Scheduler(Generic[JobT]):
+    """Jobs that wait, and the rules by which steps are made of them.
+
+    Args:
+        max_batch_tokens: token budget of a step; urgent jobs are taken first. A step takes at least one job.
+        max_background_tokens: budget of the background jobs in a step that has urgent ones, which wait for
+            all of it; None: the step's own budget.
+        max_queued: how many jobs may wait; the next one is refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int = 2048,
+        max_background_tokens: int | None = None,
+        max_queued: int = 1024,
+    ) -> None:
+        self._max_batch_tokens = max_batch_tokens
+        self._max_background_tokens = max_background_tokens or max_batch_tokens
+        self._max_queued = max_queued
+        self._waiting: deque[JobT] = deque()
+        self._away_ns: dict[Hashable, int] = {}  # how long each source took to come back with its last item
+        self._delivered_ns: dict[Hashable, int] = {}  # of sources that are away: when they got a result
+        self._expected: set[Hashable] = set()  # the sources among them that should be back at once
+        self._linger_until_ns = 0
+        self._num_steps_without_background = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that wait for a step; any thread may read this."""
+        return len(self._waiting)
+
+    def add(self, job: JobT, now_ns: int) -> bool:
+        """Queue a job. Return whether `take` should be asked again before the time it last said.
+
+        Raises:
+            ResourceExhaustedError: too many jobs wait.
+        """
+        if len(self._waiting) >= self._max_queued:
+            raise ResourceExhaustedError(
+                f"{self._max_queued} work items wait already; try again later.",
+                reason="QUEUE_FULL",
+                retry_after_s=1.0,
+            )
+        if job.source is not None:
+            self._away_ns[job.source] = now_ns - self._delivered_ns.pop(job.source, now_ns)
+            self._expected.discard(job.source)
+        self._waiting.append(job)
+        # While others are expected, `take` has no use for a further job that can wait for them.
+        return len(self._waiting) == 1 or not self._expected or job.source is None
+
+    def forget(self, source: Hashable) -> None:
+        """Expect nothing more of a source."""
+        self._away_ns.pop(source, None)
+        self._delivered_ns.pop(source, None)
+        self._expected.discard(source)
+
+    def take(self, now_ns: int) -> list[JobT]:
+        """Remove the jobs of the next step from the queue and return them; none: no step is due yet."""
+        live = [job for job in self._waiting if not job.is_cancelled]
+        batch = self._while_lingering(live) if self._linger_ns(now_ns) else self._choose(live)
+        taken = set(map(id, batch))
+        self._waiting = deque(job for job in live if id(job) not in taken)
+        return batch
+
+    def wait_s(self, now_ns: int) -> float | None:
+        """How long a step that is not due may still become due by waiting alone; None: it never does."""
+        return self._linger_ns(now_ns) / 1e9 if self._waiting else None
+
+    def finish(self, batch: Sequence[JobT], started_ns: int, ended_ns: int) -> None:
+        """Note that a step has ended, and whose next items are worth a wait.
+
+        Those are sources that took no longer to come back the last time than a step may wait for them.
+        """
+        linger_ns = int((ended_ns - started_ns) * _LINGER_SHARE)
+        sources = [job.source for job in batch if job.source is not None]
+        if sources:
+            self._linger_until_ns = ended_ns + linger_ns
+        for job in batch:
+            # A source that was forgotten during the step has no entry, and comes back no more.
+            if job.source in self._away_ns and not job.is_cancelled:
+                self._delivered_ns[job.source] = ended_ns
+                if self._away_ns[job.source] <= linger_ns:
+                    self._expected.add(job.source)
+
+    def drain(self) -> list[JobT]:
+        """Remove all that waits and return it."""
+        drained = list(self._waiting)
+        self._waiting.clear()
+        return drained
+
+    def _linger_ns(self, now_ns: int) -> int:
+        """How long the next step still waits for the sources that are expected."""
+        return max(0, self._linger_until_ns - now_ns) if self._expected else 0
+
+    def _while_lingering(self, live: Sequence[JobT]) -> list[JobT]:
+        """Jobs without a source wait for nobody."""
+        sourceless = [job for job in live if job.source is None]
+        return _fitting(sourceless, self._max_batch_tokens, at_least_one=True)
+
+    def _choose(self, live: Sequence[JobT]) -> list[JobT]:
+        """Compose the next step: urgent jobs, then background ones, each kind first come, first served."""
+        self._expected.clear()
+        urgent = [job for job in live if job.is_urgent]
+        background = [job for job in live if not job.is_urgent]
+        batch: list[JobT] = []
+        if background and self._num_steps_without_background >= _PATIENCE_STEPS:
+            batch.append(background.pop(0))
+        num_left = self._max_batch_tokens - num_tokens_of(batch)
+        num_left_in_background = self._max_background_tokens - num_tokens_of(batch) if urgent else num_left
+        rounds = _fitting(urgent, num_left, at_least_one=not batch)
+        num_left = min(num_left - num_tokens_of(rounds), num_left_in_background)
+        batch += rounds
+        batch += _fitting(background, num_left, at_least_one=not batch)
+        starves = background and all(job.is_urgent for job in batch)
+        self._num_steps_without_background = self._num_steps_without_background + 1 if starves else 0
+        return batch
+
+
+def num_tokens_of(items: Sequence[WorkItem]) -> int:
+    """Tokens of all items."""
+    return sum(item.num_tokens for item in items)
+
+
+def _fitting(waiting: Sequence[JobT], num_tokens: int, *, at_least_one: bool = False) -> list[JobT]:
+    """Return the first jobs, as many as fit into a number of tokens."""
+    batch: list[JobT] = []
+    for job in waiting:
+        num_tokens -= job.num_tokens
+        if num_tokens < 0 and (batch or not at_least_one):
+            break
+        batch.append(job)
+    return batch
