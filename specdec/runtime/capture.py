@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import LAST_HIDDEN, hidden_name
-from specdec.runtime.attention import Pass
+from specdec.runtime.attention_plan import Pass
 from specdec.runtime.kv_pool import KvPool, write_rows
 
 

@@ -1,7 +1,7 @@
 """Any Hugging Face causal LM, run over the KV pool: the tokens of many sessions in one forward pass.
 
 The model's own code is untouched. All sessions' new tokens are concatenated into a batch of one with their
-own position ids; `attention` lets each session see its own keys and values only.
+own position ids; `paged_attention` lets each session see its own keys and values only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError
-from specdec.runtime.attention import ATTENTION_NAME, Pass, PoolCache, Segment
+from specdec.runtime.attention import Segment
+from specdec.runtime.attention_plan import Pass
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import KvPool, KvShape, join_slots
 from specdec.runtime.memory import StateMemory
+from specdec.runtime.paged_attention import ATTENTION_NAME, PoolCache
 from specdec.runtime.prepack import prepack_linears, stable_head
 from specdec.runtime.tree_keys import Branches
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.runtime import attention
-from specdec.runtime.attention import Pass, Segment
+from specdec.runtime import paged_attention
+from specdec.runtime.attention import Segment, Span
+from specdec.runtime.attention_plan import Pass
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel
@@ -144,14 +145,14 @@ def test_tokens_of_a_chain_get_the_bits_they_get_alone(packed: PackedModel, star
 def attention_shapes(packed: PackedModel, start: int, num_tokens: int) -> set[tuple[int, ...]]:
     """Shapes of the queries that one head of one token or more has in a kernel call, over a chain."""
     allocation, seen = packed.pool.allocate(start + num_tokens), set()
-    attend = attention._attend
+    attend = paged_attention._attend
 
     def note(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         seen.add(query.shape[2:])
         return attend(query, *others, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_attend", note)
+        patch.setattr(paged_attention, "_attend", note)
         packed.forward([Segment(allocation, start, TEXT[:num_tokens], num_tokens)])
     packed.pool.free(allocation)
     return seen
@@ -175,7 +176,7 @@ def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
     own, free = packed.branches, packed.pool.free_tokens
     settle_branches(packed)
     assert not caplog.records
-    attend = attention._attend
+    attend = paged_attention._attend
 
     def rounds_by_rows(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         output: torch.Tensor = attend(query, *others, **named)
@@ -184,7 +185,7 @@ def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
         return output
 
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_attend", rounds_by_rows)
+        patch.setattr(paged_attention, "_attend", rounds_by_rows)
         settle_branches(packed)
     assert "the output may depend on the drafts" in caplog.text
     packed.branches = own
@@ -235,11 +236,11 @@ def test_masked_branches_attend_to_their_own_ancestors(family: str, tmp_path: Pa
 def test_what_would_change_bits_is_left_apart(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     own, free = packed.branches, packed.pool.free_tokens
 
-    def shows_too_much(span: attention._Span, device: torch.device) -> torch.Tensor:
+    def shows_too_much(span: Span, device: torch.device) -> torch.Tensor:
         return torch.zeros(span.num_queries, span.num_keys, dtype=torch.bool, device=device)
 
     for owner, name, replacement in (
-        (attention._Span, "hidden", shows_too_much),
+        (Span, "hidden", shows_too_much),
         (torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"),
     ):
         packed.branches = Branches.APART

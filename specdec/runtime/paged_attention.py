@@ -1,0 +1,112 @@
+"""Attention of a packed pass over the KV pool, in the shape transformers calls it.
+
+A cache object stores each layer's K and V in the pool and hands the layer on as a reference; the attention
+function, registered with transformers' AttentionInterface, resolves the reference to each session's own K
+and V, and attends as the pass has planned. Layers that share another layer's KV pass the reference along.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, Cache
+
+from specdec.runtime.attention_plan import Pass
+from specdec.runtime.kv_pool import KvPool, write_rows
+
+ATTENTION_NAME = "specdec_paged"
+
+
+class _LayerKv:
+    """Stands for one layer's K (and V) of all sessions on the way from cache to attention."""
+
+    def __init__(self, cache: PoolCache, layer: int) -> None:
+        self.cache = cache
+        self.layer = layer
+
+    def to(self, *_args: Any, **_kwargs: Any) -> _LayerKv:
+        """Models move shared KV between devices; the pool stays where it is."""
+        return self
+
+
+class PoolCache(Cache):
+    """The cache a model sees during one pass."""
+
+    def __init__(self, pool: KvPool, current: Pass) -> None:
+        super().__init__(layers=[])
+        self.pool = pool
+        self.current = current
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[_LayerKv, _LayerKv]:
+        """Store [1, heads, tokens, dim] of all segments; the result goes to attention as it is."""
+        slots = self.current.slots
+        for pool, states in (
+            (self.pool.keys[layer_idx], key_states),
+            (self.pool.values[layer_idx], value_states),
+        ):
+            # [tokens, heads, dim], without what pads the pass
+            tokens = states[0].transpose(0, 1)[: self.current.num_tokens]
+            write_rows(pool, slots, tokens)
+        reference = _LayerKv(self, layer_idx)
+        return reference, reference
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are given to the model; nothing may be derived from the cache."""
+        return 0
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, num_heads, num_tokens, head_dim]
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each segment over its own KV; returns [1, num_tokens, num_heads, value_dim]."""
+    keys, values = key.cache.pool.keys[key.layer], key.cache.pool.values[key.layer]
+    _, num_heads, num_tokens, head_dim = query.shape
+    plan = key.cache.current.plan(sliding_window or 0, keys.shape[1], query)
+    rows = query[0].transpose(0, 1).reshape(-1, head_dim)
+    outputs = [
+        group.attend(rows, keys, values, partial(_attend, scaling=scaling, softcap=softcap))
+        .transpose(1, 2)
+        .reshape(-1, values.shape[-1])
+        for group in plan.groups
+    ]
+    output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, plan.output_index)
+    return output.view(1, num_tokens, num_heads, -1), None
+
+
+def _attend(
+    query: Tensor,  # [spans, kv_heads, rows, head_dim]
+    key: Tensor,  # [spans, kv_heads, keys, head_dim]
+    value: Tensor,  # [spans, kv_heads, keys, value_dim]
+    mask: Tensor,  # [spans, 1, rows, keys]
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:  # [spans, kv_heads, rows, value_dim]
+    if softcap:
+        return _softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float
+) -> Tensor:
+    """Attention with tanh-capped scores (Gemma 2), which the fused kernels do not offer."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    scores = torch.tanh(scores / softcap) * softcap + mask
+    return scores.float().softmax(-1).to(value.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION_NAME, _paged_attention)
