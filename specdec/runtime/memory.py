@@ -1,4 +1,4 @@
-"""Memory a verifier keeps its KV and hidden states in, and how another process on the host maps it.
+"""Memory a verifier keeps its KV and hidden states in, so that another process on the host can map it.
 
 Files in a memory-backed directory: mode 0600 in a directory of mode 0700, with names nobody can guess. The
 owner holds a lock on each file for as long as it lives, which the kernel drops however it ends: a file
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import math
-import mmap
 import os
 import secrets
 import stat
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,7 +27,7 @@ from specdec.contract.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from specdec.contract.target_state import SharedMemory, StateStorage, Storage, TensorRef, boot_id
+from specdec.contract.target_state import SharedMemory, StateStorage, Storage, boot_id
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +205,10 @@ class SharedDirectory:
             raise
         return descriptor, path
 
+    def may_hold(self, path: str) -> bool:
+        """Whether a state file may be there, in the spelling its owner uses: each file is mapped once."""
+        return path == str(self.path / Path(path).name) and path.endswith(_SUFFIX)
+
     def sweep(self) -> int:
         """Remove files whose owner is gone; how many."""
         num_removed = 0
@@ -215,7 +216,7 @@ class SharedDirectory:
             with suppress(OSError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
                 try:
-                    if _is_abandoned(descriptor):
+                    if is_abandoned(descriptor):
                         path.unlink()
                         num_removed += 1
                 finally:
@@ -225,73 +226,14 @@ class SharedDirectory:
         return num_removed
 
 
-def _is_abandoned(descriptor: int) -> bool:
-    """Whether nobody holds the lock of a file."""
+def is_abandoned(descriptor: int) -> bool:
+    """Whether nobody holds the lock of a file: its owner is gone."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     fcntl.flock(descriptor, fcntl.LOCK_UN)
     return True
-
-
-class MappedFile:
-    """A state file of another process, mapped for reading only: no reader can change what the target sees.
-
-    Raises:
-        FailedPreconditionError: it is not in the shared directory, not this user's, or its owner is gone.
-    """
-
-    def __init__(self, directory: SharedDirectory, path: str) -> None:
-        # The one spelling its owner uses: each file is mapped once.
-        if path != str(directory.path / Path(path).name) or not path.endswith(_SUFFIX):
-            raise FailedPreconditionError(
-                f"The state is not in this service's shared directory {directory.path}; start both services "
-                "with the same --shared-dir.",
-                reason="STATE_NOT_MAPPED",
-            )
-        try:
-            # Not blocking: a FIFO would wait for its writer.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                self._map(self._descriptor)
-            except BaseException:
-                os.close(self._descriptor)
-                raise
-        except (OSError, ValueError) as error:
-            raise FailedPreconditionError(
-                f"The state file cannot be mapped: {error}.", reason="STATE_NOT_MAPPED"
-            ) from error
-
-    def _map(self, descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or not status.st_size:
-            raise FailedPreconditionError("The state file is not this user's.", reason="STATE_NOT_MAPPED")
-        if _is_abandoned(descriptor):
-            raise FailedPreconditionError("The state's verifier is gone.", reason="STALE_STATE")
-        mapping = mmap.mmap(descriptor, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ)
-        with warnings.catch_warnings():
-            # torch has no read-only tensors and says so; nothing here writes.
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            self._bytes = torch.frombuffer(mapping, dtype=torch.uint8)
-
-    @property
-    def is_abandoned(self) -> bool:
-        """Whether the owner is gone."""
-        return _is_abandoned(self._descriptor)
-
-    def tensor(self, ref: TensorRef, offset: int) -> Tensor:
-        """A tensor of the file.
-
-        Raises:
-            FailedPreconditionError: it would end after the file.
-        """
-        return carve(self._bytes, ref, offset)
-
-    def close(self) -> None:
-        """Give the descriptor back; the memory goes with the last tensor."""
-        os.close(self._descriptor)
-        del self._bytes
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -308,20 +250,3 @@ def dtype_of(name: str) -> torch.dtype:
     if name not in _DTYPES:
         raise FailedPreconditionError(f"Unknown element type {name!r}.", reason="STATE_NOT_MAPPED")
     return _DTYPES[name]
-
-
-def carve(memory: Tensor, ref: TensorRef, offset: int) -> Tensor:
-    """The tensor a ref describes, in uint8 [num_bytes] memory from byte `offset` on.
-
-    Raises:
-        FailedPreconditionError: it is of no known type, is empty, or would end after the memory.
-    """
-    dtype = dtype_of(ref.dtype)
-    if not ref.shape or not all(ref.shape):
-        raise FailedPreconditionError(f"{ref.name} is said to have no rows.", reason="STATE_NOT_MAPPED")
-    num_bytes = math.prod(ref.shape) * dtype.itemsize
-    if offset % dtype.itemsize or offset + num_bytes > len(memory):
-        raise FailedPreconditionError(
-            f"{ref.name} would lie outside the memory it is said to be in.", reason="STATE_NOT_MAPPED"
-        )
-    return memory[offset : offset + num_bytes].view(dtype).view(ref.shape)

@@ -21,7 +21,8 @@ from specdec.contract.target_state import (
     boot_id,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
-from specdec.runtime.memory import MappedFile, SharedDirectory, carve
+from specdec.runtime.memory import SharedDirectory
+from specdec.state.mapped_file import MappedFile, carve
 from specdec.state.view import Projection, TargetStateView
 
 

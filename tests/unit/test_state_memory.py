@@ -15,7 +15,8 @@ import torch
 
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import SharedMemory, StateStorage, TensorRef, boot_id
-from specdec.runtime.memory import MappedFile, PrivateMemory, SharedDirectory, SharedHostMemory, carve
+from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory
+from specdec.state.mapped_file import MappedFile, carve
 from tests.probe_service import ENV
 
 REF = TensorRef("hidden.0", "float32", (4, 8))
