@@ -5,21 +5,14 @@ A drafter gets the same view either way.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import grpc
 import torch
 
-from specdec.contract.errors import (
-    FailedPreconditionError,
-    InvalidArgumentError,
-    from_rpc_error,
-)
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.contract.target_state import (
     GENERATIONS,
     LAST_HIDDEN,
@@ -33,17 +26,13 @@ from specdec.contract.target_state import (
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.memory import SharedDirectory
 from specdec.state.mirror import MirrorBudget, MirroredState
+from specdec.state.peers import VerifierPeers
 from specdec.state.source import MappedState, Mappings, StateSource
 from specdec.state.view import Projection, TargetStateView
-from specdec.state.weights import TargetWeights, TargetWeightsRef
-from specdec.transport.channel import ServiceChannel
+from specdec.state.weights import TargetWeights
 from specdec.transport.tls import OutgoingTls
-from specdec.v1 import target_state_pb2 as pb
-from specdec.v1 import verifier_pb2_grpc
 
 logger = logging.getLogger(__name__)
-
-_MAX_IDLE_CHANNELS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +82,11 @@ class StateReader:
         tls: OutgoingTls | None = None,
     ) -> None:
         self.config = config
-        self._tls = tls
         self._on_link = on_link
-        self._checkpoint = checkpoint
-        self._weights: dict[str, TargetWeights] = {}
-        self._weights_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.mirrors = MirrorBudget(config.mirror_bytes)
         self._mappings = Mappings(config.device, config.directory)
-        self._channels: dict[str, ServiceChannel] = {}
+        may_map = config.mode != "stream"
+        self._verifiers = VerifierPeers(self._mappings if may_map else None, checkpoint, tls)
         self._links: Counter[Link] = Counter()
 
     @property
@@ -122,53 +108,11 @@ class StateReader:
     async def close(self) -> None:
         """Close what is left open."""
         self._mappings.close()
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
+        await self._verifiers.close()
 
     async def weights(self, verifier_uri: str) -> TargetWeights:
-        """A target's embedding and LM head: its verifier's own where they can be mapped, else a checkpoint's.
-
-        Raises:
-            FailedPreconditionError: they cannot be mapped, and no checkpoint was given.
-            SpecdecError: the verifier did not answer.
-        """
-        # One at a time: two first rounds at once would map them twice, and drafters pack a head for each.
-        async with self._weights_locks[verifier_uri]:
-            if verifier_uri not in self._weights:
-                self._weights[verifier_uri] = await self._map_or_read_weights(verifier_uri)
-            return self._weights[verifier_uri]
-
-    async def _map_or_read_weights(self, verifier_uri: str) -> TargetWeights:
-        try:
-            return await self._map_weights(verifier_uri)
-        except FailedPreconditionError as error:
-            if self._checkpoint is None:
-                raise FailedPreconditionError(
-                    f"The target's embedding and LM head cannot be mapped ({error.message}); start the "
-                    "drafter with --target MODEL, and it reads them from there.",
-                    reason="NO_TARGET_WEIGHTS",
-                ) from error
-            return self._checkpoint
-
-    async def _map_weights(self, verifier_uri: str) -> TargetWeights:
-        if self.config.mode == "stream":
-            raise FailedPreconditionError("--target-state is stream", reason="STATE_NOT_MAPPED")
-        try:
-            response = await self.stub(verifier_uri).GetTargetWeights(pb.GetTargetWeightsRequest())
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        ref = TargetWeightsRef.from_proto(response)
-        if reason := self._mappings.why_not((ref.embedding, ref.lm_head)):
-            raise FailedPreconditionError(reason, reason="STATE_NOT_MAPPED")
-        embedding, lm_head = (self._mappings.tensor(tensor) for tensor in (ref.embedding, ref.lm_head))
-        return TargetWeights(embedding, lm_head, ref.embedding_scale, ref.final_logit_softcap)
-
-    def stub(self, uri: str) -> Any:
-        """A verifier's methods."""
-        if uri not in self._channels:
-            self._channels[uri] = ServiceChannel(uri, tls=self._tls)
-        return verifier_pb2_grpc.VerifierServiceStub(self._channels[uri].current())
+        """A target's embedding and LM head; see VerifierPeers."""
+        return await self._verifiers.weights(verifier_uri)
 
     def attach(
         self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None
@@ -221,7 +165,7 @@ class StateReader:
         self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None
     ) -> StateSource:
         return MirroredState(
-            self.stub(ref.verifier_uri),
+            self._verifiers.stub(ref.verifier_uri),
             self.mirrors,
             ref,
             spec,
@@ -237,19 +181,8 @@ class StateReader:
         if not self._links[link]:
             del self._links[link]
         if self._mappings.sweep():
-            # Another process, with another model perhaps, may answer at the address by now.
-            self._weights.clear()
-        if len(self._channels) > _MAX_IDLE_CHANNELS:
-            await self._close_idle_channels()
-
-    async def _close_idle_channels(self) -> None:
-        used = {link.verifier_uri for link in self._links}
-        idle = [uri for uri in self._channels if uri not in used]
-        for uri in idle:
-            self._weights.pop(uri, None)
-            if not self._weights_locks[uri].locked():
-                del self._weights_locks[uri]
-        await asyncio.gather(*[self._channels.pop(uri).close() for uri in idle])
+            self._verifiers.forget_weights()
+        await self._verifiers.close_idle({used.verifier_uri for used in self._links})
 
 
 class StateSession:

@@ -87,8 +87,8 @@ async def test_idle_channels_are_closed_once_and_used_ones_are_kept() -> None:
         )
         session.link, session._source = link, source
     await asyncio.gather(*(session.close() for session in sessions[1:]))
-    assert set(reader._channels) >= {"127.0.0.1:1"}
-    assert len(reader._channels) < 20
+    assert set(reader._verifiers.uris) >= {"127.0.0.1:1"}
+    assert len(reader._verifiers.uris) < 20
     assert [link.verifier_uri for link, _ in reader.links] == ["127.0.0.1:1"]
     await sessions[0].close()
     await reader.close()

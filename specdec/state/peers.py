@@ -1,0 +1,110 @@
+"""The verifiers that state is read from: by address, a channel to each and the weights of its target."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Collection, Set
+from typing import Any
+
+import grpc
+
+from specdec.contract.errors import FailedPreconditionError, from_rpc_error
+from specdec.state.source import Mappings
+from specdec.state.weights import TargetWeights, TargetWeightsRef
+from specdec.transport.channel import ServiceChannel
+from specdec.transport.tls import OutgoingTls
+from specdec.v1 import target_state_pb2 as pb
+from specdec.v1 import verifier_pb2_grpc
+
+_MAX_IDLE_CHANNELS = 8
+
+
+class VerifierPeers:
+    """Channels to verifiers and their targets' weights. Used from one event loop.
+
+    Args:
+        mappings: memory of verifiers on this host; None: nothing may be mapped.
+        checkpoint: weights for where a verifier's own cannot be mapped.
+        tls: credentials for verifiers; None: no encryption.
+    """
+
+    def __init__(
+        self, mappings: Mappings | None, checkpoint: TargetWeights | None, tls: OutgoingTls | None
+    ) -> None:
+        self._mappings = mappings
+        self._checkpoint = checkpoint
+        self._tls = tls
+        self._channels: dict[str, ServiceChannel] = {}
+        self._weights: dict[str, TargetWeights] = {}
+        self._weights_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    @property
+    def uris(self) -> Set[str]:
+        """Addresses there is a channel to."""
+        return self._channels.keys()
+
+    def stub(self, uri: str) -> Any:
+        """A verifier's methods."""
+        if uri not in self._channels:
+            self._channels[uri] = ServiceChannel(uri, tls=self._tls)
+        return verifier_pb2_grpc.VerifierServiceStub(self._channels[uri].current())
+
+    async def weights(self, uri: str) -> TargetWeights:
+        """A target's embedding and LM head: its verifier's own where they can be mapped, else a checkpoint's.
+
+        Raises:
+            FailedPreconditionError: they cannot be mapped, and no checkpoint was given.
+            SpecdecError: the verifier did not answer.
+        """
+        # One at a time: two first rounds at once would map them twice, and drafters pack a head for each.
+        async with self._weights_locks[uri]:
+            if uri not in self._weights:
+                self._weights[uri] = await self._map_or_read_weights(uri)
+            return self._weights[uri]
+
+    def forget_weights(self) -> None:
+        """Ask for all weights anew: another process, with another model, may answer at an address by now."""
+        self._weights.clear()
+
+    async def close_idle(self, used: Collection[str]) -> None:
+        """Close the channels to verifiers that are not in use, once there are many channels."""
+        if len(self._channels) <= _MAX_IDLE_CHANNELS:
+            return
+        idle = [uri for uri in self._channels if uri not in used]
+        for uri in idle:
+            self._weights.pop(uri, None)
+            if not self._weights_locks[uri].locked():
+                del self._weights_locks[uri]
+        await asyncio.gather(*[self._channels.pop(uri).close() for uri in idle])
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+    async def _map_or_read_weights(self, uri: str) -> TargetWeights:
+        try:
+            return await self._map_weights(uri)
+        except FailedPreconditionError as error:
+            if self._checkpoint is None:
+                raise FailedPreconditionError(
+                    f"The target's embedding and LM head cannot be mapped ({error.message}); start the "
+                    "drafter with --target MODEL, and it reads them from there.",
+                    reason="NO_TARGET_WEIGHTS",
+                ) from error
+            return self._checkpoint
+
+    async def _map_weights(self, uri: str) -> TargetWeights:
+        if self._mappings is None:
+            raise FailedPreconditionError("--target-state is stream", reason="STATE_NOT_MAPPED")
+        try:
+            response = await self.stub(uri).GetTargetWeights(pb.GetTargetWeightsRequest())
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        ref = TargetWeightsRef.from_proto(response)
+        if reason := self._mappings.why_not((ref.embedding, ref.lm_head)):
+            raise FailedPreconditionError(reason, reason="STATE_NOT_MAPPED")
+        embedding, lm_head = (self._mappings.tensor(tensor) for tensor in (ref.embedding, ref.lm_head))
+        return TargetWeights(embedding, lm_head, ref.embedding_scale, ref.final_logit_softcap)
