@@ -30,7 +30,7 @@ from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_
 from verifier_service.acceptance import FinishReason
 from verifier_service.metrics import VerifierMetrics
 from verifier_service.session import OpenRequest, Session
-from verifier_service.state_export import StateChunk
+from verifier_service.state_stream import StateChunk
 from verifier_service.verifier import Timed, Verifier
 
 SERVICE_NAME = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name

@@ -11,7 +11,7 @@ from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
 from verifier_service.acceptance import Acceptance, FinishReason
-from verifier_service.state_export import ExportedState
+from verifier_service.state_stream import ExportedState
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from specdec.runtime.rounding import settle_branches
 from specdec.state.weights import TargetWeightsRef, share_weights
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest, Session
-from verifier_service.state_export import ExportedState, StateExport
+from verifier_service.state_export import StateExport
+from verifier_service.state_stream import ExportedState
 from verifier_service.target_model import (
     PrefillChunk,
     SideWork,

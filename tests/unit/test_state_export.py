@@ -15,7 +15,8 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import ProjectionInfo, TargetStateSpec
 from specdec.runtime.packed_model import PackedModel
 from tests.state_probe import random_projection
-from verifier_service.state_export import StateChunk, StateExport
+from verifier_service.state_export import StateExport
+from verifier_service.state_stream import StateChunk
 
 PROJECTION = random_projection(2, 32, 48, torch.float32)
 SPEC = TargetStateSpec((0, 2), projection=PROJECTION.info)
