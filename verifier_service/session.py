@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from specdec.contract.draft_tree import DraftTree
-from specdec.contract.errors import FailedPreconditionError
-from specdec.contract.sampling import SamplingParams
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
@@ -30,6 +30,44 @@ class OpenRequest:
     target_state_spec: TargetStateSpec | None = None
     draft_nodes: int = 0
     """Most nodes of a draft tree that rounds will bring."""
+
+    def validate(self, vocab_size: int, model_max_length: int) -> int:
+        """Check all values. Return the most tokens the session can reach.
+
+        Args:
+            vocab_size: number of the model's tokens.
+            model_max_length: the model's context, tokens; 0: it has no limit.
+
+        Raises:
+            InvalidArgumentError: a value is out of range.
+        """
+        num_committed = len(self.committed_token_ids)
+        if not num_committed:
+            raise InvalidArgumentError(
+                "The prompt is empty; send at least one token.", field="prompt", reason="EMPTY_PROMPT"
+            )
+        if model_max_length and num_committed >= model_max_length:
+            raise InvalidArgumentError(
+                f"The prompt has {num_committed} tokens, the model's context {model_max_length}; shorten the "
+                "prompt so that at least one token fits after it.",
+                field="prompt",
+                reason="PROMPT_TOO_LONG",
+            )
+        if self.max_new_tokens < 1:
+            raise InvalidArgumentError(
+                f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.", field="max_new_tokens"
+            )
+        if self.prompt_length > num_committed:
+            raise InvalidArgumentError(
+                f"prompt_length is {self.prompt_length}; there are {num_committed} committed tokens.",
+                field="prompt_length",
+            )
+        self.sampling.validate(vocab_size)
+        validate_num_top_logprobs(self.num_top_logprobs)
+        validate_token_ids("committed_token_ids", self.committed_token_ids, vocab_size)
+        validate_token_ids("stop_token_ids", tuple(self.stop_token_ids), vocab_size)
+        max_length = num_committed + self.max_new_tokens
+        return min(max_length, model_max_length) if model_max_length else max_length
 
 
 class Session:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
-from specdec.contract.sampling import validate_num_top_logprobs, validate_token_ids
+from specdec.contract.sampling import validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 from specdec.runtime.kv_pool import KvAllocation
@@ -156,7 +156,7 @@ class Verifier:
             InvalidArgumentError: a value of the request is out of range.
             ResourceExhaustedError: no session slot or KV is free.
         """
-        max_length = self._validate(request)
+        max_length = request.validate(self.vocab_size, self.max_length)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken; try again when one has ended.",
@@ -257,36 +257,6 @@ class Verifier:
             batch_size=results[-1].batch_size,
             batch_tokens=results[-1].batch_tokens,
         )
-
-    def _validate(self, request: OpenRequest) -> int:
-        """Check an open request; the most tokens its session can reach."""
-        num_committed = len(request.committed_token_ids)
-        if not num_committed:
-            raise InvalidArgumentError(
-                "The prompt is empty; send at least one token.", field="prompt", reason="EMPTY_PROMPT"
-            )
-        if self.max_length and num_committed >= self.max_length:
-            raise InvalidArgumentError(
-                f"The prompt has {num_committed} tokens, the model's context {self.max_length}; shorten the "
-                "prompt so that at least one token fits after it.",
-                field="prompt",
-                reason="PROMPT_TOO_LONG",
-            )
-        if request.max_new_tokens < 1:
-            raise InvalidArgumentError(
-                f"max_new_tokens is {request.max_new_tokens}; it must be at least 1.", field="max_new_tokens"
-            )
-        if request.prompt_length > num_committed:
-            raise InvalidArgumentError(
-                f"prompt_length is {request.prompt_length}; there are {num_committed} committed tokens.",
-                field="prompt_length",
-            )
-        request.sampling.validate(self.vocab_size)
-        validate_num_top_logprobs(request.num_top_logprobs)
-        validate_token_ids("committed_token_ids", request.committed_token_ids, self.vocab_size)
-        validate_token_ids("stop_token_ids", tuple(request.stop_token_ids), self.vocab_size)
-        max_length = num_committed + request.max_new_tokens
-        return min(max_length, self.max_length) if self.max_length else max_length
 
 
 def make_memory(config: VerifierConfig) -> StateMemory:
