@@ -22,7 +22,7 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Acceptance:
+class DraftAcceptance:
     """What a round commits: the tokens of the accepted path, then the bonus token."""
 
     path: tuple[int, ...]
@@ -43,7 +43,7 @@ def accept(
     *,
     stop_token_ids: Collection[int],
     max_tokens: int,
-) -> Acceptance:
+) -> DraftAcceptance:
     """Walk from the anchor to the child that equals the target's pick, as long as there is one.
 
     The token that ends the walk is the bonus: the first pick the draft did not foresee, the pick after a
@@ -66,9 +66,9 @@ def accept(
         node = path[-1] if path else ANCHOR
         pick = target_picks[node + 1]
         if pick in stop_token_ids:
-            return Acceptance(tuple(path), pick, FinishReason.STOP_TOKEN)
+            return DraftAcceptance(tuple(path), pick, FinishReason.STOP_TOKEN)
         if len(path) + 1 == max_tokens:
-            return Acceptance(tuple(path), pick, FinishReason.LENGTH)
+            return DraftAcceptance(tuple(path), pick, FinishReason.LENGTH)
         if (node, pick) not in children:
-            return Acceptance(tuple(path), pick)
+            return DraftAcceptance(tuple(path), pick)
         path.append(children[node, pick])

@@ -10,7 +10,7 @@ from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs,
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
-from verifier_service.acceptance import Acceptance, FinishReason
+from verifier_service.acceptance import DraftAcceptance, FinishReason
 from verifier_service.state_stream import ExportedState
 
 
@@ -141,7 +141,7 @@ class Session:
                 reason="STALE_BASE",
             )
 
-    def commit(self, draft: DraftTree, acceptance: Acceptance) -> None:
+    def commit(self, draft: DraftTree, acceptance: DraftAcceptance) -> None:
         """Make a round's tokens final. KV of refused draft tokens is forgotten by not being counted."""
         # The pass wrote KV for the anchor and the draft; what was accepted of it is final, and in its place.
         self.cached_length = self.committed_length + acceptance.num_accepted_tokens

@@ -15,7 +15,7 @@ from specdec.contract.errors import InternalError, SpecdecError, log_defect
 from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import Picker, top_logprobs
-from verifier_service.acceptance import Acceptance, accept
+from verifier_service.acceptance import DraftAcceptance, accept
 from verifier_service.session import Session
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ StepItem = PassItem | SideWork
 class Verdict:
     """What a step says of one item."""
 
-    acceptance: Acceptance
+    acceptance: DraftAcceptance
     logprobs: list[TokenLogprobs]
     """One per committed token, if the session asked for them."""
 

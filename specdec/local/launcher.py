@@ -18,10 +18,9 @@ from typing import Self
 
 from specdec.contract.errors import NotFoundError, UnavailableError
 from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
+from specdec.models.embedded import DEFAULT_MODEL
 
 HOST = "127.0.0.1"
-DEFAULT_MODEL = "default"
-"""Name of the embedded model."""
 
 SERVICE_GROUP = "specdec.services"
 """Entry points that name the program of each service."""

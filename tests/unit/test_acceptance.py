@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from specdec.contract.draft_tree import ANCHOR, DraftTree
 from tests.trees import random_tree
-from verifier_service.acceptance import Acceptance, FinishReason, accept
+from verifier_service.acceptance import DraftAcceptance, FinishReason, accept
 
 tokens = st.integers(0, 3)
 
@@ -105,16 +105,16 @@ def test_a_tree_commits_what_the_chain_of_its_right_path_commits(
 @pytest.mark.parametrize(
     ("draft", "picks", "expected"),
     [
-        ([], [7], Acceptance((), 7)),
-        ([1, 2], [1, 2, 3], Acceptance((0, 1), 3)),
-        ([1, 2], [1, 9, 3], Acceptance((0,), 9)),
-        ([5, 2], [1, 2, 3], Acceptance((), 1)),
-        ([0, 2], [0, 2, 3], Acceptance((), 0, FinishReason.STOP_TOKEN)),
-        ([1, 0], [1, 4, 0], Acceptance((0,), 4)),
-        ([1, 2, 3, 4], [1, 2, 3, 4, 5], Acceptance((0, 1, 2), 4, FinishReason.LENGTH)),
+        ([], [7], DraftAcceptance((), 7)),
+        ([1, 2], [1, 2, 3], DraftAcceptance((0, 1), 3)),
+        ([1, 2], [1, 9, 3], DraftAcceptance((0,), 9)),
+        ([5, 2], [1, 2, 3], DraftAcceptance((), 1)),
+        ([0, 2], [0, 2, 3], DraftAcceptance((), 0, FinishReason.STOP_TOKEN)),
+        ([1, 0], [1, 4, 0], DraftAcceptance((0,), 4)),
+        ([1, 2, 3, 4], [1, 2, 3, 4, 5], DraftAcceptance((0, 1, 2), 4, FinishReason.LENGTH)),
     ],
 )
-def test_examples(draft: list[int], picks: list[int], expected: Acceptance) -> None:
+def test_examples(draft: list[int], picks: list[int], expected: DraftAcceptance) -> None:
     assert accept(DraftTree.of(draft), picks, stop_token_ids={0}, max_tokens=4) == expected
 
 
