@@ -1,0 +1,31 @@
+"""The command that makes bearer tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+
+import click
+
+
+def _not_blank(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter("give the caller a name: limits count by it.")
+    return value
+
+
+@click.command()
+@click.argument("name", callback=_not_blank)
+def token(name: str) -> None:
+    """Make a bearer token for a gateway that is run with --auth-tokens FILE.
+
+    The token is shown once, on the error output; the table that goes into FILE, on the output, holds its
+    checksum only: specdec token alice >> tokens.toml
+    """
+    secret = secrets.token_urlsafe(32)
+    click.echo(f"[[tokens]]\nname = {json.dumps(name)}")
+    click.echo(f'sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"')
+    click.echo("# max_concurrent_requests = 4\n# max_new_tokens = 1024\n# requests_per_minute = 60")
+    click.echo("# expires = 2030-01-31T00:00:00Z\n")
+    click.echo(f"The token of {name}, for SPECDEC_TOKEN: {secret}", err=True)
