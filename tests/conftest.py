@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from specdec.service.telemetry import quiet_grpc
+from specdec.service.logs import quiet_grpc
 from specdec.service.tuning import tune_process
 from tests.tiny_models import save_tiny_model
 

@@ -18,7 +18,8 @@ from drafter_service.families import DrafterFactory, DrafterSpec
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import TargetStateSpec
-from specdec.service.telemetry import Telemetry, make_telemetry
+from specdec.service.exporters import make_telemetry
+from specdec.service.telemetry import Telemetry
 from tests.integration.gated_drafter import eventually_offers
 from tests.state_probe import StateProbe
 from tests.systems import ANY_PORT, running_drafter, running_gateway, running_verifier

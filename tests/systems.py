@@ -14,7 +14,8 @@ from drafter_service.server import DrafterServer
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from specdec.client import AsyncClient
-from specdec.service.telemetry import Telemetry, make_telemetry
+from specdec.service.exporters import make_telemetry
+from specdec.service.telemetry import Telemetry
 from verifier_service.config import VerifierConfig
 from verifier_service.server import VerifierServer
 

@@ -13,8 +13,10 @@ from typing import NoReturn, Protocol, TypeVar
 import click
 
 from specdec.contract.errors import SpecdecError
+from specdec.service.exporters import telemetry_from_environment
 from specdec.service.host import ServiceHost
-from specdec.service.telemetry import Telemetry, setup_logging, telemetry_from_environment
+from specdec.service.logs import setup_logging
+from specdec.service.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 

@@ -216,6 +216,15 @@ def test_clients_and_the_gateway_load_no_torch() -> None:
     )
 
 
+def test_spans_need_the_interface_of_telemetry_alone() -> None:
+    run(
+        "import sys, gateway.rounds.tracing, specdec.service.telemetry\n"
+        "names = ('opentelemetry.sdk', 'opentelemetry.exporter')\n"
+        "loaded = [module for module in sys.modules if module.startswith(names)]\n"
+        "assert not loaded, loaded"
+    )
+
+
 def test_clients_and_the_gateway_work_where_torch_is_not_installed(tmp_path: Path) -> None:
     run(
         "import sys, importlib.abc\n"
@@ -226,7 +235,7 @@ def test_clients_and_the_gateway_work_where_torch_is_not_installed(tmp_path: Pat
         "sys.meta_path.insert(0, Absent())\n"
         "import gateway.server, gateway.cli, specdec.client, specdec.cli.main, specdec.local.launcher\n"
         "from gateway.config import GatewayConfig\n"
-        "from specdec.service.telemetry import make_telemetry\n"
+        "from specdec.service.exporters import make_telemetry\n"
         "import asyncio\n"
         "async def main():\n"
         "    config = GatewayConfig(listen='127.0.0.1:0')\n"

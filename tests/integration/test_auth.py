@@ -21,7 +21,7 @@ from specdec.cli.main import main
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
 from specdec.service.auth import CALLER, Caller, Limits
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from specdec.v1 import gateway_pb2
 from tests.integration.gated_drafter import Gate, eventually_offers
 from tests.systems import running_drafter, running_gateway, running_verifier

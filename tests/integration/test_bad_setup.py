@@ -28,7 +28,7 @@ from gateway.server import GatewayServer
 from specdec.contract.errors import InvalidArgumentError, NotFoundError, SpecdecError, UnavailableError
 from specdec.models.embedded import cache_directory, find_damage, prepare_default_model
 from specdec.models.files import resolve_model
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from tests.raw_streams import output_of
 from tests.systems import running_verifier
 from tests.tiny_models import VOCAB_SIZE, byte_tokenizer

@@ -32,9 +32,9 @@ from specdec.contract.errors import (
     from_rpc_error,
 )
 from specdec.contract.protocol import PROTOCOL_VERSION
+from specdec.service.exporters import make_telemetry
 from specdec.service.health import LIVENESS
 from specdec.service.host import ServiceHost
-from specdec.service.telemetry import make_telemetry
 from specdec.transport.channel import MAX_MESSAGE_BYTES, aio_channel, client_options, server_options
 from specdec.transport.tls import PemFiles
 from specdec.v1 import (

@@ -12,7 +12,7 @@ from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import UnavailableError
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from tests.raw_streams import run_session, until
 from tests.refusals import PROMPT, ask, assert_healthy, generate_request
 from tests.systems import ANY_PORT, running_system, running_verifier

@@ -17,7 +17,8 @@ from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
 from drafter_service.families import FAMILIES, DrafterSpec
 from specdec.client import AsyncClient, GenerateOptions, Message
 from specdec.contract.errors import InternalError, InvalidArgumentError, SpecdecError
-from specdec.service.telemetry import Telemetry, make_telemetry
+from specdec.service.exporters import make_telemetry
+from specdec.service.telemetry import Telemetry
 from tests.systems import running_gateway, running_system, running_verifier
 
 SECRET = "the password is swordfish"

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.config import GatewayConfig
 from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError
-from specdec.service.telemetry import make_telemetry, telemetry_from_environment
+from specdec.service.exporters import make_telemetry, telemetry_from_environment
 from tests.integration.gated_drafter import eventually
 from tests.systems import ANY_PORT, running_system
 from tests.unit.test_stats import sums

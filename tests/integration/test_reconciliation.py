@@ -22,7 +22,7 @@ from specdec.client import AsyncClient, GenerateOptions, Generation
 from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.contract.methods import drafters_of, method_of
 from specdec.contract.sampling import SamplingParams
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from tests.exposition import make_broken
 from tests.integration.gated_drafter import eventually, eventually_offers
 from tests.systems import FAMILIES, System, running_gateway, running_system, running_verifier

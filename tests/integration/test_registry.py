@@ -14,7 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from drafter_service.server import DrafterServer
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, VerifierInfo
 from specdec.contract.errors import UnavailableError
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from tests.integration.gated_drafter import WAIT_S, Gate, eventually
 from tests.systems import ANY_PORT, running_drafter, running_gateway, running_verifier
 from tests.tiny_models import byte_tokenizer, save_tiny_model

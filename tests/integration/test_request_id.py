@@ -16,7 +16,7 @@ from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import InvalidArgumentError, NotFoundError, SpecdecError, from_rpc_error
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.sampling import SamplingParams
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.raw_streams import draft_stream, verify_stream
 from tests.refusals import shared

@@ -27,7 +27,8 @@ from opentelemetry.trace import SpanKind, StatusCode, format_trace_id
 from specdec.client import AsyncClient, GenerateOptions, Generation
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import TargetStateSpec
-from specdec.service.telemetry import Telemetry, make_telemetry, telemetry_from_environment
+from specdec.service.exporters import make_telemetry, telemetry_from_environment
+from specdec.service.telemetry import Telemetry
 from specdec.transport.channel import aio_channel
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.integration.gated_drafter import eventually, gated_system
@@ -504,7 +505,7 @@ class TestEnvironment:
 LOGGING_SCRIPT = """
 import logging
 from opentelemetry.sdk.trace import TracerProvider
-from specdec.service.telemetry import setup_logging
+from specdec.service.logs import setup_logging
 setup_logging("specdec-test", "info")
 log = logging.getLogger("here")
 log.debug("too quiet")
@@ -539,7 +540,7 @@ def test_logs_are_one_json_object_per_line_with_trace_ids() -> None:
 DROPPED_SERVER_SCRIPT = """
 import asyncio, gc, logging
 import grpc.aio
-from specdec.service.telemetry import setup_logging
+from specdec.service.logs import setup_logging
 setup_logging("specdec-test", "debug")
 records = []
 logging.getLogger().handlers[0].addFilter(lambda record: records.append(record) or True)

@@ -27,7 +27,7 @@ from specdec.contract.errors import (
     UnavailableError,
 )
 from specdec.contract.target_state import StateStorage
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from specdec.transport.channel import TlsConfig
 from specdec.transport.tls import OutgoingTls, PemFiles, PemWatch
 from tests.certificates import Authority, Folder, Issued, replace

@@ -16,7 +16,8 @@ from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize, Round, Verified
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import UnavailableError
-from specdec.service.telemetry import Telemetry, make_telemetry
+from specdec.service.exporters import make_telemetry
+from specdec.service.telemetry import Telemetry
 
 PROMPT = (90, 91, 92)
 WRONG = -1

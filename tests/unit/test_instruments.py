@@ -7,8 +7,8 @@ from opentelemetry.sdk.metrics import Counter as SdkCounter
 from opentelemetry.sdk.metrics import ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 
+from specdec.service.exporters import make_telemetry
 from specdec.service.instruments import Counter
-from specdec.service.telemetry import make_telemetry
 
 
 def collected(reader: InMemoryMetricReader) -> dict[tuple[object, ...], float]:

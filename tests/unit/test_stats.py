@@ -10,7 +10,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from gateway.metrics import OTHER, GatewayMetrics
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.vocabulary import Draft, Proposal, Round, Verified
-from specdec.service.telemetry import make_telemetry
+from specdec.service.exporters import make_telemetry
 from specdec.v1 import gateway_pb2
 
 PREFILL = Round(Draft(), Verified(0, 1, server_ns=99, elapsed_ns=999), is_prefill=True)
