@@ -34,7 +34,7 @@ class WorkItem(Protocol):
         """Whether the item goes before background items: a round waits for a prefill chunk under way only."""
 
 
-class Job(WorkItem, Protocol):
+class QueuedJob(WorkItem, Protocol):
     """A work item in the queue."""
 
     @property
@@ -46,7 +46,7 @@ class Job(WorkItem, Protocol):
         """Whether nobody wants the result any longer."""
 
 
-JobT = TypeVar("JobT", bound=Job)
+JobT = TypeVar("JobT", bound=QueuedJob)
 
 
 class Scheduler(Generic[JobT]):

@@ -26,8 +26,8 @@ from specdec.contract.target_state import (
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.memory import SharedDirectory
 from specdec.state.mirror import MirrorBudget, MirroredState
-from specdec.state.peers import VerifierPeers
 from specdec.state.source import MappedState, Mappings, StateSource
+from specdec.state.verifier_peers import VerifierPeers
 from specdec.state.view import Projection, TargetStateView
 from specdec.state.weights import TargetWeights
 from specdec.transport.tls import OutgoingTls
