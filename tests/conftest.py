@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from specdec.service.logs import quiet_grpc
 from specdec.service.tuning import tune_process
@@ -12,6 +13,9 @@ from tests.tiny_models import save_tiny_model
 tune_process()
 quiet_grpc()
 torch.set_num_threads(1)  # tiny models gain nothing from a second thread
+# How long an example takes says how busy the machine is; speed is measured by benchmarks.
+settings.register_profile("specdec", deadline=None)
+settings.load_profile("specdec")
 
 
 @pytest.fixture(scope="session")

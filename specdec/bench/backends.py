@@ -102,7 +102,7 @@ class TransformersBackend:
             "prompt": prompt.text,
             "max_new_tokens": self._options.max_new_tokens,
             "temperature": self._options.sampling.temperature,
-            "seed": self._options.sampling.seed,
+            "seed": self._options.sampling.noise_seed,
         }
         reply = await self._ask(request)
         return Answer(

@@ -16,6 +16,9 @@ from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, Requ
 from specdec.transport.channel import server_options
 from specdec.transport.tls import PemFiles, server_credentials
 
+_WATCH_GRACE_S = 1.0
+"""How long watchers of the health port have to read that the service drains, seconds."""
+
 
 class ServiceHost:
     """One gRPC server on one address.
@@ -93,7 +96,8 @@ class ServiceHost:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         if self.health_address:
-            await self._health_server.stop(0)
+            # Watches end by themselves once they have told of the drain.
+            await self._health_server.stop(_WATCH_GRACE_S)
 
 
 def _bind(
