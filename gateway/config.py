@@ -13,43 +13,46 @@ from specdec.transport.channel import parse_uris
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig(ServiceConfig):
-    """Which services a gateway uses and how."""
+    """Options of the gateway."""
 
     listen: str = "127.0.0.1:50050"
     """Address to serve on: host:port or unix:/path."""
     verifier: str = "127.0.0.1:50051"
-    """Verifier replicas: gRPC URIs (host:port, dns:///name:port, unix:/path), separated by commas."""
+    """Addresses of the verifiers: gRPC URIs (host:port, dns:///name:port, unix:/path), separated by commas.
+    Each address that a name resolves to is a replica."""
     drafter: str = "127.0.0.1:50052"
-    """Drafter replicas, likewise; empty: no drafters."""
+    """Addresses of the drafter services, written alike. Empty: the gateway uses no drafters."""
     tokenizer: str = DEFAULT_MODEL
-    """Whose tokenizer and chat template to use: "default", the target's folder, or its hub id."""
+    """Model whose tokenizer and chat template are used, which must be the target's: a folder, a hub id, or
+    "default" for the embedded model."""
     default_method: str = AUTO
-    """Drafter of requests that name none, or several joined by +; "none": plain decoding; "auto": the first
-    that reads the target's state, or else has a model, together with ngram-lm or else ngram, where they have
-    the target's vocabulary."""
+    """Method of requests that name none: a drafter, several drafters joined by +, or "none" for plain
+    decoding. "auto" takes the first drafter that reads the target's state, or else the first that has a
+    model, and adds ngram-lm, or else ngram; drafters of another vocabulary are left out."""
     default_max_new_tokens: int = 256
-    """Most tokens to emit when a request does not say."""
+    """Most tokens of an answer whose request sets no limit."""
     max_requests: int = 256
-    """Most requests at a time."""
+    """Most requests that run at a time."""
     max_prompt_bytes: int = 2**20
-    """Longest text of a prompt, all messages of a chat together, bytes of UTF-8; tokenising takes some 300
-    times as much memory for a moment."""
+    """Longest text of a prompt, all messages of a chat together, bytes of UTF-8. While a text is tokenised it
+    takes about 300 times as much memory."""
     draft_timeout_s: float = 2.0
-    """How long a round waits for its draft, seconds; a later draft counts as lost."""
+    """How long a round waits for its draft, seconds; a draft that comes later counts as lost."""
     drafter_wait_s: float = 5.0
-    """How long a starting gateway waits for a drafter before it serves without, seconds."""
+    """How long a gateway waits for a drafter when it starts, seconds; then it serves without one."""
     failover_wait_s: float = 10.0
-    """How long a request whose verifier was lost waits for another to go on with, seconds; then it fails."""
+    """How long a request whose verifier was lost waits for another verifier, seconds; then the request
+    fails."""
     auth_tokens: str = ""
-    """TOML file of who may call, one [[tokens]] table each, as `specdec token` makes them; read anew when it
-    changes. Health checks stay open to all. Empty: everyone that can connect may call."""
+    """TOML file of the callers, one [[tokens]] table for each, as `specdec token` prints it. The file is read
+    again when it changes. Health checks need no token. Empty: everyone who can connect may call."""
     authenticator: str = ""
-    """MODULE:NAME of a callable that returns a specdec.service.auth.Authenticator. It stands in place of
-    --auth-tokens."""
+    """MODULE:NAME of a callable that returns a specdec.service.auth.Authenticator, which then decides who may
+    call. It replaces --auth-tokens."""
     drain_grace_s: float = 30.0
     """How long running requests may go on after SIGTERM, seconds."""
     log_level: str = "info"
-    """Least severe log level written."""
+    """Least severe level of log records that are written."""
 
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.
@@ -72,10 +75,10 @@ class GatewayConfig(ServiceConfig):
 
     @property
     def verifier_uris(self) -> tuple[str, ...]:
-        """Verifier addresses."""
+        """Addresses of the verifiers."""
         return parse_uris(self.verifier)
 
     @property
     def drafter_uris(self) -> tuple[str, ...]:
-        """Drafter addresses, none if there are no drafters."""
+        """Addresses of the drafter services; empty: there are no drafters."""
         return parse_uris(self.drafter) if self.drafter else ()

@@ -11,20 +11,21 @@ from specdec.transport.channel import parse_uris
 
 @dataclass(frozen=True, slots=True)
 class VerifierConfig(ModelServiceConfig):
-    """What a verifier runs and how much it may use."""
+    """Options of the verifier service."""
 
     listen: str = "127.0.0.1:50051"
     """Address to serve on: host:port or unix:/path."""
     model: str = DEFAULT_MODEL
-    """Target model: "default" (SmolLM2-135M-Instruct), a folder, or a hub id."""
+    """Target model: a folder, a hub id, or "default" for the embedded model, SmolLM2-135M-Instruct."""
     advertise: str = ""
-    """Address at which drafters reach this replica to stream target state, host:port or a gRPC URI; empty:
-    --listen, or HOSTNAME:PORT where that is every interface (0.0.0.0)."""
+    """Address at which drafters reach this replica to stream target state: host:port or a gRPC URI. Empty:
+    the address of --listen, or HOSTNAME:PORT where --listen is every interface (0.0.0.0)."""
     max_draft_nodes: int = 64
     """Most draft tokens that a round may bring, all branches of a tree together."""
     max_hidden_layers: int = 16
-    """Most layers whose hidden states are kept for drafters, in memory besides the KV pool: one hidden size
-    per token of the pool each. A drafter that wants more gets none, and its requests no drafts."""
+    """Most layers whose hidden states are kept for drafters. Each layer takes memory besides the KV pool: one
+    hidden size per token of the pool. A drafter that needs more layers gets no state, and its requests run
+    without drafts."""
 
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.

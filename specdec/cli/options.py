@@ -1,4 +1,4 @@
-"""Command line options that the client commands share, and the request options made of them."""
+"""Command-line options that the client commands share, and the request options made of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _CONNECTION = (
         "--gateway",
         metavar="ADDRESS",
         default="",
-        help=f"Gateway, HOST:PORT or gRPC URI.  [default: ${GATEWAY_VARIABLE}, else what `specdec up` runs]",
+        help=f"Gateway, HOST:PORT or a gRPC URI.  [default: ${GATEWAY_VARIABLE}, else the one that "
+        "`specdec up` started]",
     ),
     click.option(
         "--timeout",
@@ -27,14 +28,14 @@ _CONNECTION = (
         type=float,
         default=DEFAULT_TIMEOUT_S,
         show_default=True,
-        help="Give up on an answer after this long.",
+        help="Give up on an answer after this many seconds.",
     ),
 )
 
 _METHOD = click.option(
     "--method",
     default="",
-    help="Drafter, as `specdec info` lists them, several joined by + (dflash+ngram), or `none` for plain "
+    help="Drafter that `specdec info` lists, several joined by + (dflash+ngram), or `none` for plain "
     "decoding.  [default: the gateway's]",
 )
 
@@ -44,34 +45,44 @@ _LENGTH = (
         "--draft-depth",
         metavar="K",
         type=int,
-        help="Tokens to draft per round in a row; 0 is plain decoding.  [default: chosen round by round by "
-        "what pays]",
+        help="Tokens to draft in a row in each round; 0 is plain decoding.  [default: the gateway chooses "
+        "round by round what pays]",
     ),
     click.option(
         "--draft-nodes",
         metavar="N",
         type=click.IntRange(min=0),
         default=0,
-        help="Most tokens of a round's draft tree, all drafters together.  [default: with -k a chain per "
-        "drafter, else chosen, too]",
+        help="Most tokens of a round's draft tree, all drafters together.  [default: with -k one chain per "
+        "drafter, without it the gateway chooses]",
     ),
     click.option(
         "--min-draft-confidence",
         metavar="P",
         type=click.FloatRange(0, 1),
         default=0.0,
-        help="End a draft before a token its drafter gives less than this probability.  [default: 0, off]",
+        help="End a draft before the first token that its drafter gives less than this probability.  "
+        "[default: 0, off]",
     ),
     click.option(
-        "-n", "--max-new-tokens", metavar="N", type=int, help="Most tokens to emit.  [default: the gateway's]"
+        "-n",
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        help="Most tokens of the answer.  [default: the gateway's]",
     ),
-    click.option("--stop", metavar="TEXT", multiple=True, help="End before this text; may be repeated."),
+    click.option(
+        "--stop",
+        metavar="TEXT",
+        multiple=True,
+        help="End the answer before this text; may be given several times.",
+    ),
     click.option("--ignore-eos", is_flag=True, help="Go on after the model's own end token."),
 )
 
 
 def _sampling_option(*names: str, default: float, help: str) -> Callable[[CommandT], CommandT]:
-    """An option of the type of its default."""
+    """An option whose type is that of its default."""
     return click.option(*names, type=type(default), default=default, show_default=True, help=help)
 
 
@@ -89,33 +100,40 @@ _SAMPLING = (
     ),
     _sampling_option("--top-k", default=0, help="Pick among the K most probable tokens; 0: all."),
     _sampling_option(
-        "--min-p", default=0.0, help="Drop tokens less probable than this times the best one, in [0, 1]."
+        "--min-p",
+        default=0.0,
+        help="Drop tokens less probable than this times the most probable one, in [0, 1].",
     ),
     _sampling_option(
-        "--repetition-penalty", default=1.0, help="Above 1 disfavours tokens of prompt and answer."
+        "--repetition-penalty",
+        default=1.0,
+        help="Values above 1 disfavour tokens of the prompt and the answer.",
     ),
-    _sampling_option("--presence-penalty", default=0.0, help="Disfavours tokens of the answer, in [-2, 2]."),
-    _sampling_option("--frequency-penalty", default=0.0, help="The same per occurrence, in [-2, 2]."),
+    _sampling_option(
+        "--presence-penalty", default=0.0, help="Positive values disfavour tokens of the answer, in [-2, 2]."
+    ),
+    _sampling_option("--frequency-penalty", default=0.0, help="The same, once per occurrence, in [-2, 2]."),
     click.option(
         "--seed",
         metavar="N",
         type=int,
-        help="Same seed and request, same answer, whatever the method.  [default: drawn for each request]",
+        help="Seed of random picks: the same request and seed give the same answer with every method.  "
+        "[default: the gateway draws one for each request]",
     ),
 )
 
 NO_COLOR = click.option(
-    "--no-color", is_flag=True, help="No colours in the terminal; $NO_COLOR does so, too."
+    "--no-color", is_flag=True, help="Show no colours in the terminal; $NO_COLOR does the same."
 )
 
 
 def connection_options(command: CommandT) -> Callable[..., Any]:
-    """Adds --gateway and --timeout; the command gets `gateway` and `timeout_s`."""
+    """Add --gateway and --timeout; the command gets `gateway` and `timeout_s`."""
     return _apply(_CONNECTION, command)
 
 
 def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Callable[..., Any]]:
-    """Adds what a generation can be asked for; the command gets one `options: GenerateOptions`."""
+    """Add the options of a generation; the command gets one `options: GenerateOptions`."""
 
     def decorate(command: CommandT) -> Callable[..., Any]:
         @functools.wraps(command)

@@ -1,4 +1,4 @@
-"""Service configuration: a frozen dataclass is checked here and becomes command-line options."""
+"""Service configuration: frozen dataclasses that check their values and become command-line options."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ TARGET_STATE_MODES = ("auto", "handle", "stream")
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
-    """What all services have in common."""
+    """Options that all three services have."""
 
     tls_certificate: str = ""
-    """PEM file of this service's certificate, and of those between it and an authority: turns TLS on for its
-    port, and is shown to the services it calls. Changed files are used without a restart."""
+    """PEM file with this service's certificate, followed by any intermediate ones. It turns TLS on for the
+    service's port, and the service shows it to the services it calls. A changed file takes effect without a
+    restart."""
     tls_private_key: str = ""
-    """PEM file of the certificate's private key."""
+    """PEM file with the certificate's private key."""
     tls_authorities: str = ""
-    """PEM file of who may have signed the certificates of the services this one calls; calls then go over
-    TLS. Empty: they are plaintext."""
+    """PEM file with the authorities that this service trusts when it calls other services; calls then use
+    TLS. Empty: calls are plaintext."""
     tls_client_authorities: str = ""
-    """PEM file of who may have signed callers' certificates, which they then must show (mutual TLS); empty:
-    none is demanded."""
+    """PEM file with the authorities that must have signed a caller's certificate (mutual TLS). Empty: callers
+    need no certificate."""
     tls_server_name: str = ""
-    """Name the certificates of the services it calls must carry; empty: the one of their address."""
+    """Name that the certificates of the called services must carry. Empty: the name in their address."""
     metrics_listen: str = ""
-    """Address of the Prometheus endpoint, host:port, with path /metrics; empty: there is none. OTLP, by the
-    OTEL_* variables, does not depend on it."""
+    """Address of the Prometheus endpoint, host:port; its path is /metrics. Empty: there is no such endpoint.
+    Export by OTLP is set by the OTEL_* variables alone."""
     health_listen: str = ""
     """Address of a second port, host:port, that answers health checks and nothing else, always in plaintext,
-    for probes that know neither TLS nor tokens; empty: there is none."""
+    for probes that know neither TLS nor tokens. Empty: there is no second port."""
 
     def __post_init__(self) -> None:
         for name in ("metrics_listen", "health_listen"):
@@ -65,14 +66,14 @@ class ServiceConfig:
 
     @property
     def server_tls(self) -> PemFiles | None:
-        """Files of the own port; None: it is plaintext."""
+        """Files for TLS on the service's own port; None: the port is plaintext."""
         return self._files(self.tls_client_authorities) if self.tls_certificate else None
 
     def outgoing_tls(self) -> OutgoingTls | None:
-        """Credentials for the services it calls; None: calls are plaintext.
+        """Credentials for calls to other services; None: calls are plaintext.
 
         Raises:
-            InvalidArgumentError: a file is missing or no good.
+            InvalidArgumentError: a file is missing, or its content cannot be used.
         """
         if not self.tls_authorities:
             return None
@@ -85,40 +86,41 @@ class ServiceConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelServiceConfig(ServiceConfig):
-    """What the two services that run models have in common."""
+    """Options that the two services that run models have."""
 
     dtype: str = "bfloat16"
-    """Data type of weights and KV."""
+    """Data type of the weights and the KV cache."""
     device: str = "cpu"
-    """Device of weights and KV."""
+    """Device that holds the weights and the KV cache, such as cpu or cuda:0."""
     threads: int = 0
-    """CPU threads of the model; 0: one per core. Fewer where other processes keep cores busy: an operation
-    ends when its last thread does."""
+    """CPU threads of the model; 0: one per core. Give it fewer where other processes keep cores busy: an
+    operation ends only when its slowest thread does."""
     kv_cache_mib: float = 256.0
-    """Memory of a model's KV pool, MiB; allocated at start, never more."""
+    """Memory of a model's KV pool, MiB. It is allocated at start and never grows."""
     max_sessions: int = 64
-    """Most sessions at a time."""
+    """Most sessions that run at a time."""
     tls_session_callers: str = ""
-    """DNS names, separated by commas, one of which a caller's certificate must carry to open a session, the
-    gateways' that is; empty: any that --tls-client-authorities signed will do. Others may still ask what the
-    service is, and read target state by a session's id."""
+    """DNS names of the gateways, separated by commas: a caller may open sessions only if its certificate
+    carries one of them. Other callers may still ask what the service is, and read target state by a session's
+    id. Empty: every certificate that --tls-client-authorities signed will do."""
     idle_timeout_s: float = 300.0
-    """How long a session may go without a message, seconds; then it ends and its memory is free."""
+    """How long a session may stay silent, seconds; then it ends and its memory is freed."""
     prefill_chunk_tokens: int = 128
-    """Prompt tokens a session adds to one pass, and all sessions together to one with rounds, which wait."""
+    """Prompt tokens that one session adds to a pass. Where a pass also serves rounds, which have to wait for
+    it, all sessions together add no more than this."""
     max_batch_tokens: int = 1024
-    """Tokens of all sessions in one pass."""
+    """Most tokens of all sessions together in one pass."""
     target_state: str = "auto"
-    """How target state goes from verifier to drafter: "auto" (by handle on one host or GPU, else by stream),
-    "handle" (by handle or not at all: a verifier that cannot share memory does not start, a drafter that
-    cannot map it does not draft) or "stream" (over gRPC only)."""
+    """How target state gets from the verifier to the drafter. "auto": by handle where both share a host or a
+    GPU, else by stream. "handle": by handle or not at all; a verifier that cannot share memory does not
+    start, and a drafter that cannot map it does not draft. "stream": over gRPC only."""
     shared_dir: str = "/dev/shm"
-    """Memory-backed directory of the handles, the same for verifiers and drafters of a host; they use a
-    folder specdec-UID in it. A verifier puts its KV pool there."""
+    """Memory-backed directory in which verifiers and drafters of one host share target state; both must be
+    given the same. They use a folder specdec-UID in it, and a verifier puts its KV pool there."""
     drain_grace_s: float = 30.0
     """How long running sessions may go on after SIGTERM, seconds."""
     log_level: str = "info"
-    """Least severe log level written."""
+    """Least severe level of log records that are written."""
 
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.
@@ -141,7 +143,7 @@ class ModelServiceConfig(ServiceConfig):
 
     @property
     def session_callers(self) -> frozenset[str]:
-        """Names one of which a certificate must carry; empty: any will do."""
+        """Names of which a caller's certificate must carry one; empty: every name will do."""
         return frozenset(self.tls_session_callers.replace(",", " ").split())
 
 
@@ -153,9 +155,9 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 def config_options(
     config_type: type[Any], *, choices: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[[CommandT], CommandT]:
-    """Add one option per field: `max_sessions` is --max-sessions, its default and its docstring are the help.
+    """Add one option per field: `max_sessions` becomes --max-sessions, its docstring becomes the help.
 
-    Fields whose default is a tuple may be given several times.
+    Options of fields whose default is a tuple may be given several times.
     """
     docs = _field_docs(config_type)
     allowed = {"log_level": _LOG_LEVELS, "target_state": TARGET_STATE_MODES, **(choices or {})}
@@ -186,7 +188,7 @@ def parse_address(address: str, name: str) -> tuple[str, int]:
     """Host and port of host:port or [IPv6 host]:port.
 
     Args:
-        name: the field it is the value of.
+        name: the field that holds the address.
 
     Raises:
         InvalidArgumentError: naming the option.
@@ -221,7 +223,7 @@ def require_not_negative(config: object, *names: str) -> None:
 
 
 def require_choice(config: object, name: str, choices: Sequence[str]) -> None:
-    """Refuse a field that is none of `choices`.
+    """Refuse a field whose value is not among `choices`.
 
     Raises:
         InvalidArgumentError: naming the option.
@@ -236,7 +238,7 @@ def _require(is_right: bool, config: object, name: str, expected: str) -> None:
 
 
 def _field_docs(config_type: type[Any]) -> dict[str, str]:
-    """The string literal under each field, inherited ones included, which Python itself does not keep."""
+    """The string literal under each field, inherited fields included; Python itself does not keep them."""
     docs: dict[str, str] = {}
     for owner in reversed(config_type.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]
