@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/specdec/v1/*.proto)
 CHECKOV := .venv/checkov/bin/checkov --config-file .ci/checkov.yaml
 DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
-.PHONY: demo test test-all lint proto proto-release prometheus-rule manifests clean
+.PHONY: demo test test-all lint docs proto proto-release prometheus-rule manifests clean
 
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
@@ -36,6 +36,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/buf lint protos
 	$(BIN)/buf breaking protos --against protos/released.binpb
+
+# docs/configuration.md as the code has it; a test fails when it drifts.
+docs: .venv/installed
+	$(BIN)/python -m docs.make_configuration > docs/configuration.md
 
 # The contract as it is now becomes the one that later changes must not break.
 proto-release: .venv/installed
