@@ -62,7 +62,7 @@ bench.add_command(telemetry_command)
     type=_CommaList(str),
     default="ngram",
     show_default=True,
-    help="Methods to compare, separated by commas, dflash+ngram for one; `none` is always run.",
+    help="Methods to compare, separated by commas, such as ngram,dflash+ngram; `none` is always run.",
 )
 @click.option(
     "--prompts",
@@ -95,14 +95,14 @@ bench.add_command(telemetry_command)
     type=_CommaList(int),
     default="",
     show_default="chosen by the gateway",
-    help="Draft tokens per round in a row (K); with several, 3,7,15 for one, every method runs with each.",
+    help="Draft tokens in a row per round (K). With several, such as 3,7,15, every method runs with each.",
 )
 @click.option(
     "--draft-nodes",
     type=_CommaList(int),
     default="",
-    show_default="with a K a chain per drafter, else chosen, too",
-    help="Most tokens of a draft tree, 0 being a chain per drafter; with several, 0,15,31 for one, every "
+    show_default="with a K one chain per drafter, without it the gateway chooses",
+    help="Most tokens of a draft tree; 0 is one chain per drafter. With several, such as 0,15,31, every "
     "method runs with each.",
 )
 @click.option(
@@ -111,7 +111,7 @@ bench.add_command(telemetry_command)
     type=_CommaList(int),
     default="1",
     show_default=True,
-    help="Requests under way at a time; the workload is run once for each, 1,4,8 for one.",
+    help="Requests under way at a time. With several, such as 1,4,8, the workload is run with each.",
 )
 @click.option(
     "--peers",
@@ -125,7 +125,7 @@ bench.add_command(telemetry_command)
     type=click.IntRange(min=0),
     default=_DEFAULTS.num_warmup_prompts,
     show_default=True,
-    help="Prompts each method answers first, unrecorded.",
+    help="Prompts that each method answers first, without a record.",
 )
 @click.option("--gateway", help="Address of a running gateway.  [default: start the services for the run]")
 @click.option(
@@ -137,7 +137,7 @@ bench.add_command(telemetry_command)
     "--drafter",
     "drafters",
     multiple=True,
-    help="Drafter to start; may be given more than once.  [default: one for each method, by its name]",
+    help="Drafter to start; may be given several times.  [default: one for each drafter of the methods]",
 )
 @click.option(
     "--out",
@@ -177,7 +177,7 @@ def run_command(
     type=_CommaList(int),
     default="1,2,4,8,9,16,32",
     show_default=True,
-    help="Tokens in a pass, K + 1 each; the first is the one the others are compared with.",
+    help="Tokens in a pass, K + 1 each; the others are compared with the first.",
 )
 @click.option(
     "--context",
@@ -188,12 +188,12 @@ def run_command(
     help="Tokens in the KV cache at the start.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=50, show_default=True, help="Rounds per size.")
-@click.option("--trees", "with_trees", is_flag=True, help="Measure each size as a draft tree, too.")
+@click.option("--trees", "with_trees", is_flag=True, help="Measure each size as a draft tree as well.")
 @click.option(
     "--peers",
     type=_CommaList(str),
     default="",
-    help="Engines to run passes of the same sizes by turns, with --model: transformers.",
+    help="Engines that take turns with passes of the same sizes over --model: transformers.",
 )
 @click.option(
     "--out",
@@ -270,14 +270,14 @@ def pass_command(
     type=click.IntRange(min=1),
     default=_TRANSPORT_DEFAULTS.round_tokens,
     show_default=True,
-    help="New tokens of a round, all of its draft and the bonus.",
+    help="New tokens of a round, its whole draft and the bonus.",
 )
 @click.option(
     "--prefills",
     type=click.IntRange(min=1),
     default=_TRANSPORT_DEFAULTS.prefills,
     show_default=True,
-    help="New readers per row, each of which gets the whole prompt's state.",
+    help="New readers per row; each gets the state of the whole prompt.",
 )
 @click.option(
     "--repeats",
@@ -301,13 +301,13 @@ def transport_command(
     directory: Path,
     **settings: Any,
 ) -> None:
-    """Measure what getting at target state costs a drafter, by handle and by stream.
+    """Measure what it costs a drafter to get at target state, by handle and by stream.
 
-    A real verifier is driven, and its state is read with the code of the drafter service, in this process.
-    Per round the time from the arrival of the verifier's answer until a view of the new positions is there;
-    per prompt the time until a new reader has a view of the whole prompt, which includes mapping the memory,
-    or connecting and opening the stream. A view by handle refers to the verifier's memory; what reading it
-    then takes is measured apart, for both. The data of both is compared; a difference fails the run.
+    The run drives a real verifier and reads its state with the code of the drafter service, in this process.
+    The time of a round lasts from the arrival of the verifier's answer until there is a view of the new
+    positions. The time of a prompt lasts until a new reader has a view of the whole prompt, and includes
+    mapping the memory, or connecting and opening the stream. A view by handle refers to the verifier's
+    memory; the reading itself is measured apart, for both. A difference between the two fails the run.
     """
     if not models or (verifier and len(models) > 1):
         raise InvalidArgumentError("--models must name one model or more, exactly one with --verifier.")

@@ -65,12 +65,12 @@ _DEFAULTS = TelemetryConfig()
     help="Folder for telemetry.json.",
 )
 def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> None:
-    """Measure what telemetry costs: TPOT with traces and metrics by OTLP and scrapes, over TPOT without, and
-    the CPU time of each service.
+    """Measure what telemetry costs: TPOT with traces, metrics and scrapes over TPOT without, and the CPU time
+    of each service.
 
     Three systems run side by side and answer the same prompts in turn, one request at a time: one with
-    telemetry, two without, whose ratio to each other shows what is chance. On a busy machine nothing is
-    learnt.
+    telemetry and two without. The ratio of these two shows what is chance. On a busy machine the result means
+    nothing.
     """
     config = TelemetryConfig(**settings)
     prepare_models(SystemConfig(model=config.model, drafters=config.drafters), _report)
