@@ -1,1 +1,1 @@
-"""Words that every process shares: errors, sampling parameters, methods, draft trees, target state."""
+"""The words that every process shares: errors, sampling parameters, methods, draft trees, target state."""

@@ -1,9 +1,9 @@
-"""Draft trees: several guesses at what follows, common beginnings once.
+"""Draft trees: several guesses at what follows, in which common beginnings are stored once.
 
-Nodes are numbered so that a parent comes before its children; the root, which is no node, is the anchor
-token. A chain is the tree with one path. Under the rule that a token is accepted if and only if it equals the
-target's own pick, a tree is as exact as a chain: the accepted path leads from the anchor to the child that
-equals the pick, as far as there is one.
+Nodes are numbered so that a parent comes before its children. The root is the anchor token, which does not
+count as a node. A chain is the tree with one path. A token is accepted if and only if it equals the target's
+own pick, and that makes a tree as exact as a chain: the accepted path leads from the anchor to the child that
+equals the pick, and ends at the first node without such a child.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ from dataclasses import dataclass
 from specdec.contract.errors import InvalidArgumentError
 
 ANCHOR = -1
-"""Parent of a node at depth 1."""
+"""The parent index of a node at depth 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
-    """A draft; made by `of`, which checks it."""
+    """A checked draft. Make one with `of`, which does the checking."""
 
     token_ids: tuple[int, ...] = ()
     parent_indices: tuple[int, ...] = ()
-    """Per token the index of its parent, ANCHOR for a child of the anchor. Empty: a chain."""
+    """The parent index of each token; ANCHOR stands for the anchor token. Empty: the draft is a chain."""
 
     @classmethod
     def of(cls, token_ids: Sequence[int], parent_indices: Sequence[int] = ()) -> DraftTree:
-        """The tree of these nodes; where every node is the parent of the next, the chain it is.
+        """Build the tree of the given nodes; a chain if every node is the parent of the next.
 
         Raises:
-            InvalidArgumentError: a parent is missing or does not precede its child, or siblings are equal.
+            InvalidArgumentError: a parent is missing or comes after its child, or two siblings are equal.
         """
         if not parent_indices:
             return cls(tuple(token_ids))
         if len(parent_indices) != len(token_ids):
             raise _no_tree(
-                f"There are {len(parent_indices)} parent_indices for {len(token_ids)} tokens; send one for "
-                "each, or none for a chain."
+                f"There are {len(parent_indices)} parent_indices for {len(token_ids)} tokens; send one index "
+                "for each token, or leave parent_indices empty for a chain."
             )
         for index, parent in enumerate(parent_indices):
             if not ANCHOR <= parent < index:
                 raise _no_tree(
-                    f"parent_indices[{index}] is {parent}; it must be -1, for the anchor, or the index of an "
-                    "earlier token."
+                    f"parent_indices[{index}] is {parent}; send the index of an earlier token, or -1 for the "
+                    "anchor."
                 )
         if len(set(zip(parent_indices, token_ids, strict=True))) < len(token_ids):
-            raise _no_tree("Two children of one parent are the same token; send each once.")
+            raise _no_tree("Two children of one parent are the same token; send each child once.")
         if all(parent == index - 1 for index, parent in enumerate(parent_indices)):
             return cls(tuple(token_ids))
         return cls(tuple(token_ids), tuple(parent_indices))
@@ -56,26 +56,26 @@ class DraftTree:
 
     @property
     def is_chain(self) -> bool:
-        """Whether it has one path, or none."""
+        """Whether the draft has at most one path."""
         return not self.parent_indices
 
     @property
     def parents(self) -> Sequence[int]:
-        """Per token the index of its parent, of chains, too."""
+        """The parent index of each token; chains have them as well."""
         return self.parent_indices or range(ANCHOR, len(self) - 1)
 
     @property
     def depths(self) -> Sequence[int]:
-        """Per token how many tokens it is after the anchor, at least 1."""
+        """The depth of each token: how many steps it is away from the anchor, at least 1."""
         return depths_of(self.parent_indices) if self.parent_indices else range(1, len(self) + 1)
 
     @property
     def depth(self) -> int:
-        """Tokens on the longest path."""
+        """The number of tokens on the longest path."""
         return max(self.depths, default=0)
 
     def path_to(self, index: int) -> list[int]:
-        """Nodes from the anchor's child to `index`."""
+        """The nodes of the path that leads from the anchor to node `index`, that node included."""
         path: list[int] = []
         while index != ANCHOR:
             path.append(index)
@@ -83,10 +83,10 @@ class DraftTree:
         return path[::-1]
 
     def select(self, indices: Sequence[int]) -> DraftTree:
-        """The tree of some nodes, in another order perhaps; each node's parent must come before it."""
+        """Build the tree of the nodes at `indices`, in that order. A parent must come before its children."""
         if self.is_chain:
             assert all(index == place for place, index in enumerate(indices)), (
-                "a chain is cut, not picked from"
+                "a chain is cut short; nodes are never picked out of it"
             )
             return DraftTree(self.token_ids[: len(indices)])
         places = {index: place for place, index in enumerate(indices)} | {ANCHOR: ANCHOR}
@@ -94,20 +94,20 @@ class DraftTree:
         return DraftTree.of([self.token_ids[index] for index in indices], parents)
 
     def fitting(self, *, max_depth: int, max_num_nodes: int) -> list[int]:
-        """Nodes that are not too deep, of those the first `max_num_nodes`, depth first.
+        """The first `max_num_nodes` of the nodes within `max_depth`, listed depth first.
 
-        Depth first, a path's nodes that no earlier path has follow one another.
+        In that order, the nodes that a path does not share with an earlier path follow one another.
         """
         kept = [index for index, depth in enumerate(self.depths) if depth <= max_depth][:max_num_nodes]
         return kept if self.is_chain else sorted(kept, key=self.path_to)
 
 
 NO_DRAFT = DraftTree()
-"""No guess: the anchor alone."""
+"""The empty draft, which leaves the anchor alone."""
 
 
 def depths_of(parent_indices: Sequence[int]) -> list[int]:
-    """Per node how many nodes its path has, itself included."""
+    """The depth of each node: how many nodes its path has, the node itself included."""
     depths: list[int] = []
     for parent in parent_indices:
         depths.append(1 if parent == ANCHOR else depths[parent] + 1)
@@ -119,12 +119,12 @@ def _no_tree(message: str) -> InvalidArgumentError:
 
 
 def from_chains(chains: Iterable[Sequence[int]], max_num_nodes: int) -> DraftTree:
-    """The tree of several chains, the first ones whole, until it has `max_num_nodes` nodes.
+    """Build a tree from chains, in their order, until the tree has `max_num_nodes` nodes.
 
-    No more chains are taken than are needed for that.
+    Only the last chain that is used can be cut short; the chains after it are never read.
     """
     nodes: dict[tuple[int, int], int] = {}
-    """Index by (parent, token id)."""
+    """Index of each node by (parent, token id)."""
     for chain in chains:
         parent = ANCHOR
         for token_id in chain:
@@ -137,16 +137,17 @@ def from_chains(chains: Iterable[Sequence[int]], max_num_nodes: int) -> DraftTre
 
 
 def merge(trees: Sequence[DraftTree], max_num_nodes: int) -> tuple[DraftTree, list[list[int]]]:
-    """One tree of several proposals, of at most `max_num_nodes` nodes.
+    """Merge several proposals into one tree of at most `max_num_nodes` nodes.
 
-    Proposers take turns, a node each, in the order in which they sent them: best first, if they do as they
-    should. A node that is there already takes no room; one that finds none goes without its descendants.
+    The proposers take turns, one node each, in the order in which they sent their nodes, which should be
+    best first. A node that the tree already has takes no room. A node that does not find room is left out,
+    together with its descendants.
 
     Returns:
-        The tree, and per proposal which of the tree's nodes it contains, in its own order.
+        The tree, and for each proposal the nodes of the tree that it contains, in the proposal's own order.
     """
     nodes: dict[tuple[int, int], int] = {}
-    """Index by (parent, token id)."""
+    """Index of each node by (parent, token id)."""
 
     def place(parent: int | None, token_id: int) -> int | None:
         if parent is None:
@@ -156,11 +157,11 @@ def merge(trees: Sequence[DraftTree], max_num_nodes: int) -> tuple[DraftTree, li
         return nodes.get((parent, token_id))
 
     places: list[list[int | None]] = [[] for _ in trees]
-    """Per proposal, where each of its nodes is in the merged tree; None: it found no room."""
+    """For each proposal, the index of each of its nodes in the merged tree; None: the node found no room."""
     for index in range(max(map(len, trees), default=0)):
-        for tree, mine in zip(trees, places, strict=True):
+        for tree, placed in zip(trees, places, strict=True):
             if index < len(tree):
                 parent = tree.parents[index]
-                mine.append(place(ANCHOR if parent == ANCHOR else mine[parent], tree.token_ids[index]))
+                placed.append(place(ANCHOR if parent == ANCHOR else placed[parent], tree.token_ids[index]))
     tree = DraftTree.of([token_id for _, token_id in nodes], [parent for parent, _ in nodes])
-    return tree, [[node for node in mine if node is not None] for mine in places]
+    return tree, [[node for node in placed if node is not None] for placed in places]

@@ -1,17 +1,17 @@
-"""The error tree, its one mapping to gRPC status codes, and the way back on the client.
+"""The tree of errors, how they become gRPC statuses, and how a client turns a status back into an error.
 
 SpecdecError
 ├── InvalidArgumentError        a value is out of range; `field` names it
-├── FailedPreconditionError     right request, wrong state (stale base, round before open, mismatch)
-├── NotFoundError               no such drafter, session or model
-├── ResourceExhaustedError      pool, slots or message size; `retry_after_s` says when to try again
-├── UnauthenticatedError        no or wrong credentials
-├── PermissionDeniedError       right credentials, of someone who may not do this
+├── FailedPreconditionError     the request is right, the state is wrong (stale base, round before open)
+├── NotFoundError               the named drafter, session or model does not exist
+├── ResourceExhaustedError      no room or quota is left; `retry_after_s` says when to try again
+├── UnauthenticatedError        credentials are missing or wrong
+├── PermissionDeniedError       the caller is known but may not do this
 ├── UnavailableError            a service is loading, draining or gone
-├── UnimplementedError          part of the contract this build does not have yet
+├── UnimplementedError          the server does not have this part of the contract
 ├── DeadlineExceededError       the caller's deadline passed
 ├── RequestCancelledError       the caller went away
-└── InternalError               a defect
+└── InternalError               the server has a defect
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from grpc_status import rpc_status
 
 ERROR_DOMAIN = "specdec.v1"
 _MAX_MESSAGE_BYTES = 1500
-"""Bytes of a message kept: status travels three times over in HTTP/2 trailers, which are limited to 8 KiB."""
+"""Longest message that is sent, bytes. HTTP/2 trailers repeat a status three times and end at 8 KiB."""
 
 
 class SpecdecError(Exception):
-    """Base of every error this project raises on purpose.
+    """Base class of every error that this project raises on purpose.
 
     Args:
-        message: what is wrong and what to do about it, one sentence or two.
-        reason: UPPER_SNAKE_CASE constant a program can act on, sent as google.rpc.ErrorInfo.reason.
-        field: request field at fault, sent as google.rpc.BadRequest.
-        retry_after_s: seconds to wait before another try, sent as google.rpc.RetryInfo.
+        message: what is wrong, then what to do about it, in one or two sentences.
+        reason: UPPER_SNAKE_CASE constant that a program can act on, sent as google.rpc.ErrorInfo.reason.
+        field: the request field at fault, sent as google.rpc.BadRequest.
+        retry_after_s: seconds to wait before the next try, sent as google.rpc.RetryInfo.
     """
 
     default_reason = "UNKNOWN"
@@ -59,7 +59,7 @@ class SpecdecError(Exception):
         self.field = field
         self.retry_after_s = retry_after_s
         self.request_id = ""
-        """Name of the request that failed, from google.rpc.RequestInfo; empty: it has none."""
+        """Id of the request that failed, from google.rpc.RequestInfo. Empty: the request has no id."""
 
 
 class InvalidArgumentError(SpecdecError):
@@ -81,7 +81,7 @@ class NotFoundError(SpecdecError):
 
 
 class ResourceExhaustedError(SpecdecError):
-    """No room now; try again later or ask for less."""
+    """The server has no room now; try again later or ask for less."""
 
     default_reason = "RESOURCE_EXHAUSTED"
 
@@ -93,7 +93,7 @@ class UnauthenticatedError(SpecdecError):
 
 
 class PermissionDeniedError(SpecdecError):
-    """The caller is known, and may not do this."""
+    """The caller is known but may not do this."""
 
     default_reason = "PERMISSION_DENIED"
 
@@ -117,13 +117,13 @@ class DeadlineExceededError(SpecdecError):
 
 
 class RequestCancelledError(SpecdecError):
-    """The caller cancelled."""
+    """The caller cancelled the request."""
 
     default_reason = "CANCELLED"
 
 
 class InternalError(SpecdecError):
-    """A defect in the server."""
+    """The server has a defect."""
 
     default_reason = "INTERNAL"
 
@@ -145,18 +145,18 @@ _ERROR_TYPES = {code: error_type for error_type, code in STATUS_CODES.items()}
 
 
 def kind_of(error: BaseException) -> str:
-    """What went wrong without what was said of it, which may quote a prompt: for spans and logs."""
+    """The kind of an error for spans and logs. The message is left out because it may quote a prompt."""
     return error.reason if isinstance(error, SpecdecError) else type(error).__name__
 
 
 def log_defect(logger: logging.Logger, what: str, error: BaseException, **extra: object) -> None:
-    """Log a defect by its kind and place: a traceback without its last line, the message."""
+    """Log the kind and place of a defect: its traceback without the last line, which is the message."""
     place = "".join(traceback.format_tb(error.__traceback__))
     logger.error(what, extra={"error": kind_of(error), "traceback": place, **extra}, stacklevel=2)
 
 
 def status_code(error: SpecdecError) -> grpc.StatusCode:
-    """Status code of an error, by the nearest class in `STATUS_CODES`."""
+    """The status code of an error, taken from its nearest class in `STATUS_CODES`."""
     for error_type in type(error).__mro__:
         if error_type in STATUS_CODES:
             return STATUS_CODES[error_type]
@@ -164,10 +164,10 @@ def status_code(error: SpecdecError) -> grpc.StatusCode:
 
 
 def to_status(error: SpecdecError, request_id: str = "") -> grpc.Status:
-    """Status with google.rpc details, ready for `context.abort_with_status`.
+    """The status of an error with google.rpc details, ready for `context.abort_with_status`.
 
     Args:
-        request_id: name of the request that failed; empty: it has none.
+        request_id: id of the request that failed; empty: the request has no id.
     """
     message = _shortened(error.message)
     proto = status_pb2.Status(code=status_code(error).value[0], message=message)
@@ -186,12 +186,11 @@ def to_status(error: SpecdecError, request_id: str = "") -> grpc.Status:
 
 
 def _shortened(message: str) -> str:
-    """Beginning and end of a message too long to send: what is wrong comes first, what to do last."""
-    if (
-        len(message) > 2 * _MAX_MESSAGE_BYTES
-    ):  # megabytes of it need not be looked at: none of the middle is kept
+    """Cut the middle out of a long message, which begins with what is wrong and ends with what to do."""
+    # The middle is never kept, so megabytes of it need not be measured.
+    if len(message) > 2 * _MAX_MESSAGE_BYTES:
         message = message[:_MAX_MESSAGE_BYTES] + message[-_MAX_MESSAGE_BYTES:]
-    # A character that is not printable ASCII is percent-encoded in a header, three bytes for each of its own.
+    # A header percent-encodes characters that are not printable ASCII: each of their bytes becomes three.
     sizes = [1 if " " <= c <= "~" else 3 * len(c.encode(errors="replace")) for c in message]
     if sum(sizes) <= _MAX_MESSAGE_BYTES:
         return message
@@ -208,14 +207,14 @@ def _pack(status: status_pb2.Status, detail: Message) -> None:
 
 
 def from_rpc_error(error: grpc.RpcError) -> SpecdecError:
-    """The typed error behind a failed call, on either gRPC stack, with its details if the server sent any."""
+    """The typed error of a failed call, on either gRPC stack, with the details that the server sent."""
     code, message = error.code(), error.details() or ""
     error_type = _ERROR_TYPES.get(code, InternalError)
     result = error_type(message or f"The call failed with {code.name}.")
     metadata: Any = error.trailing_metadata() or ()  # pairs on either stack; the stubs disagree
     for key, value in metadata:
         if key == "grpc-status-details-bin":
-            with suppress(DecodeError):  # the code stands whatever a peer adds to it
+            with suppress(DecodeError):  # the code counts even if the details are garbage
                 _read_details(result, value)
     return result
 

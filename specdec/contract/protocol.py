@@ -1,8 +1,8 @@
-"""Versions of the wire protocol, and names in the metadata of calls."""
+"""The versions of the wire protocol, and the keys that calls carry in their metadata."""
 
 PROTOCOL_VERSION = 2
-"""Newest version of protos/specdec/v1 that this release speaks."""
+"""The newest version of protos/specdec/v1 that this release speaks."""
 MIN_PROTOCOL_VERSION = 2
-"""Oldest version that it speaks. Peers whose ranges share no version refuse each other."""
+"""The oldest version that this release speaks. Peers whose ranges do not overlap refuse each other."""
 REQUEST_ID_METADATA = "x-request-id"
-"""Key of a call's metadata by which a client names its request."""
+"""The metadata key under which a client sends the id of its request."""

@@ -1,4 +1,4 @@
-"""The name of one generation, by which it is found in every log record, span and error of every service."""
+"""The request id: the name of one generation in the log records, spans and errors of every service."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from specdec.contract.protocol import REQUEST_ID_METADATA
 _LAWFUL = re.compile(r"[!-~]{1,128}")
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""Name of the request that this task works on; empty where there is none."""
+"""The id of the request that the current task works on. Empty: the task works on no request."""
 
 
 def new_request_id() -> str:
-    """A name that no other request has: 32 hexadecimal digits."""
+    """Make an id that no other request has: 32 hexadecimal digits."""
     return secrets.token_hex(16)
 
 
 def checked_request_id(request_id: str) -> str:
-    """The id itself.
+    """Return the id unchanged if it is well formed.
 
     Raises:
-        InvalidArgumentError: it is not 1 to 128 printable ASCII characters without spaces.
+        InvalidArgumentError: the id is not 1 to 128 printable ASCII characters without spaces.
     """
     if not _LAWFUL.fullmatch(request_id):
         raise InvalidArgumentError(
-            f"The request id {request_id[:40]!r} must be 1 to 128 printable ASCII characters without spaces.",
+            f"The request id {request_id[:40]!r} is malformed; "
+            "send 1 to 128 printable ASCII characters without spaces.",
             field=REQUEST_ID_METADATA,
         )
     return request_id
 
 
 def adopt_request_id(request_id: str) -> None:
-    """Take over the id that a session's first message brings; empty: the call's own stays.
+    """Use the id of a session's first message from now on. If it is empty, the call keeps its own id.
 
     Raises:
-        InvalidArgumentError: it is malformed.
+        InvalidArgumentError: the id is malformed.
     """
     if request_id:
         REQUEST_ID.set(checked_request_id(request_id))

@@ -1,4 +1,4 @@
-"""Sampling parameters: what a request may ask of the target's pick, and which values are right."""
+"""Sampling parameters: how a request can influence the target's picks, and which values are valid."""
 
 from __future__ import annotations
 
@@ -14,59 +14,59 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIASES = 4096
 _SEED_BITS = 32
-"""Bits of a seed that is drawn: few enough to be typed again."""
+"""Number of bits of a drawn seed; few enough that a person can type the seed again."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the target turns logits into the one token it picks; see specdec.v1.SamplingParams."""
+    """How the target turns logits into the one token that it picks; see specdec.v1.SamplingParams."""
 
     temperature: float = 0.0
     """Softmax temperature, >= 0; 0 is greedy."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    """Keep the most probable tokens, as few as reach the total probability top_p, in (0, 1]."""
     min_p: float = 0.0
-    """Drop tokens less probable than this times the most probable one, in [0, 1]."""
+    """Drop tokens that are less probable than min_p times the most probable token, in [0, 1]."""
     repetition_penalty: float = 1.0
-    """Divides positive, multiplies negative logits of tokens in prompt and output, > 0; 1 is off."""
+    """Divides positive and multiplies negative logits of tokens in prompt and output, > 0; 1 is off."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens in the output, in [-2, 2]."""
+    """Subtracted from the logits of tokens that are in the output, in [-2, 2]; 0 is off."""
     frequency_penalty: float = 0.0
-    """Subtracted per occurrence in the output, in [-2, 2]."""
+    """Subtracted from a token's logit once per occurrence in the output, in [-2, 2]; 0 is off."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    """Added to the logits of token ids, each in [-100, 100]."""
+    """Value added to the logit of each named token id, in [-100, 100]."""
     allowed_token_ids: tuple[int, ...] = ()
-    """Only these token ids can be picked; empty: all."""
+    """The only token ids that can be picked. Empty: every token can be picked."""
     seed: int | None = None
     """Seed of the Gumbel noise, 0 to 2**64 - 1. None: the gateway draws one; a model service takes 0."""
 
     @property
     def noise_seed(self) -> int:
-        """The seed in effect where picks are made."""
+        """The seed that picks are made with."""
         return self.seed or 0
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the pick is the arg max, with no noise."""
+        """Whether the pick is the arg max of the processed logits, without noise."""
         return self.temperature == 0.0
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the pick at a position depends on the tokens before it beyond the logits."""
+        """Whether penalties make a pick depend on earlier tokens."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
     def is_plain(self) -> bool:
-        """Whether the raw logits' arg max is the pick."""
+        """Whether the pick is the arg max of the raw logits."""
         return self.is_greedy and not (self.has_penalties or self.logit_bias or self.allowed_token_ids)
 
     def validate(self, vocab_size: int = 0) -> None:
-        """Refuse what is out of range. `vocab_size` 0: token ids are not checked here.
+        """Refuse parameters that are out of range. With `vocab_size` 0, token ids are not checked.
 
         Raises:
-            InvalidArgumentError: with the field and the range it must be in.
+            InvalidArgumentError: a parameter is out of range; the error names it and its range.
         """
         _require("temperature", self.temperature, 0.0, math.inf, "a number >= 0; 0 is greedy")
         if self.top_k < 0 or (vocab_size and self.top_k > vocab_size):
@@ -82,21 +82,20 @@ class SamplingParams:
         if not 0 <= self.noise_seed < 2**64:
             _refuse("seed", self.noise_seed, "an integer in [0, 2**64)")
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
-            _refuse("logit_bias", len(self.logit_bias), f"of at most {MAX_LOGIT_BIASES} token ids")
+            _refuse("logit_bias", f"{len(self.logit_bias)} entries long", f"at most {MAX_LOGIT_BIASES}")
         if vocab_size and len(self.allowed_token_ids) > vocab_size:
-            _refuse(
-                "allowed_token_ids", len(self.allowed_token_ids), f"no more ids than there are, {vocab_size}"
-            )
+            length = len(self.allowed_token_ids)
+            _refuse("allowed_token_ids", f"{length} ids long", f"at most {vocab_size}, the vocabulary's size")
         for token_id, bias in self.logit_bias.items():
             _require("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "in [-100, 100]")
             validate_token_ids("logit_bias", [token_id], vocab_size)
         validate_token_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
 
     def to_proto(self) -> common_pb2.SamplingParams:
-        """The message that carries these parameters.
+        """The message that carries the parameters.
 
         Raises:
-            InvalidArgumentError: if a value does not fit the wire type.
+            InvalidArgumentError: a value does not fit the type of its field.
         """
         message = common_pb2.SamplingParams()
         for parameter in fields(self):
@@ -113,7 +112,7 @@ class SamplingParams:
 
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
-        """Parameters of a message, unset fields at their defaults; not validated."""
+        """Read parameters from a message without validating them. Unset fields get their defaults."""
         return cls(
             temperature=message.temperature,
             top_k=message.top_k,
@@ -129,17 +128,17 @@ class SamplingParams:
 
 
 def with_seed(sampling: SamplingParams) -> SamplingParams:
-    """The parameters with a seed: their own, or one drawn now if picks are random and they have none."""
+    """The same parameters with a seed. A seed is drawn now if picks are random and none is set."""
     if sampling.is_greedy or sampling.seed is not None:
         return sampling
     return replace(sampling, seed=secrets.randbits(_SEED_BITS))
 
 
 def validate_min_draft_confidence(value: float) -> None:
-    """Refuse what is no probability.
+    """Refuse a draft confidence that is not a probability.
 
     Raises:
-        InvalidArgumentError: it is less than 0, more than 1, or not a number.
+        InvalidArgumentError: the value is less than 0, more than 1, or not a number.
     """
     if not 0.0 <= value <= 1.0:
         raise InvalidArgumentError(
@@ -148,36 +147,36 @@ def validate_min_draft_confidence(value: float) -> None:
 
 
 def validate_token_ids(field_name: str, token_ids: list[int] | tuple[int, ...], vocab_size: int) -> None:
-    """Refuse token ids the vocabulary does not have. `vocab_size` 0: any id passes.
+    """Refuse token ids that the vocabulary does not have. With `vocab_size` 0, every id passes.
 
     Raises:
-        InvalidArgumentError: naming the first wrong id.
+        InvalidArgumentError: an id is too large; the error names the first such id.
     """
     if vocab_size and token_ids and max(token_ids) >= vocab_size:
-        index, wrong = next((i, t) for i, t in enumerate(token_ids) if t >= vocab_size)
+        index, wrong_id = next((i, t) for i, t in enumerate(token_ids) if t >= vocab_size)
         raise InvalidArgumentError(
-            f"{field_name}[{index}] is {wrong}, but the vocabulary has {vocab_size} tokens; "
-            f"token ids must be below that. Was the text tokenised with another model's tokenizer?",
+            f"{field_name}[{index}] is {wrong_id}, but the vocabulary has {vocab_size} tokens; "
+            "send smaller token ids. Was the text tokenised with another model's tokenizer?",
             field=field_name,
             reason="TOKEN_ID_OUT_OF_RANGE",
         )
 
 
 def validate_num_top_logprobs(num_top_logprobs: int | None) -> None:
-    """Refuse more alternatives per token than the service reports.
+    """Refuse a number of alternatives per token that the service does not report.
 
     Raises:
-        InvalidArgumentError: out of [0, MAX_TOP_LOGPROBS].
+        InvalidArgumentError: the number is not in [0, MAX_TOP_LOGPROBS].
     """
     if num_top_logprobs is not None and not 0 <= num_top_logprobs <= MAX_TOP_LOGPROBS:
         _refuse("num_top_logprobs", num_top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]")
 
 
 def _require(name: str, value: float, low: float, high: float, expected: str) -> None:
-    # Written so that NaN, which compares false with everything, is refused.
+    # NaN compares false with everything, so this form of the condition refuses it.
     if not (low <= value <= high and math.isfinite(value)):
         _refuse(name, value, expected)
 
 
-def _refuse(name: str, value: float, expected: str) -> None:
+def _refuse(name: str, value: object, expected: str) -> None:
     raise InvalidArgumentError(f"{name} is {value}; it must be {expected}.", field=name)

@@ -60,7 +60,7 @@ SAMPLING_REFUSALS = [
     (sampling(logit_bias={5: NAN}), "logit_bias", "[-100, 100]"),
     (sampling(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias", str(VOCAB_SIZE)),
     (sampling(allowed_token_ids=[5, VOCAB_SIZE]), "allowed_token_ids", str(VOCAB_SIZE)),
-    (sampling(allowed_token_ids=[5] * (VOCAB_SIZE + 1)), "allowed_token_ids", "no more ids"),
+    (sampling(allowed_token_ids=[5] * (VOCAB_SIZE + 1)), "allowed_token_ids", "ids long"),
     (sampling(logit_bias=dict.fromkeys(range(4097), 1.0)), "logit_bias", "at most 4096"),
     ({"num_top_logprobs": 21}, "num_top_logprobs", "[0, 20]"),
     ({"stop_token_ids": [5, VOCAB_SIZE]}, "stop_token_ids", str(VOCAB_SIZE)),
