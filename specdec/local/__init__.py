@@ -1,1 +1,1 @@
-"""The system on this machine: its processes, and the file that says where they are."""
+"""The system on this machine: its processes, and the file that says where they listen."""

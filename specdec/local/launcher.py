@@ -1,4 +1,4 @@
-"""The three services on this machine: their command lines, and a `with` block that runs them.
+"""The three services on this machine: their command lines, and a context manager that runs them.
 
 with LocalSystem(drafters=["ngram"]) as system:
     print(Client(system.gateway).generate("Hello").text)
@@ -23,53 +23,53 @@ from specdec.models.embedded import DEFAULT_MODEL
 HOST = "127.0.0.1"
 
 SERVICE_GROUP = "specdec.services"
-"""Entry points that name the program of each service."""
+"""The group of entry points that name the program of each service."""
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SystemConfig:
-    """What a local system runs."""
+    """The models, drafters and settings that a local system runs with."""
 
     model: str = DEFAULT_MODEL
-    """Target model: a local folder, a Hugging Face id, or "default", the embedded one."""
+    """Target model: a local folder, a Hugging Face id, or "default" for the embedded model."""
     dtype: str = "bfloat16"
     """Weight data type of the target."""
     device: str = "cpu"
-    """Device of the target, "cuda:0" for one."""
+    """Device of the target, for example "cuda:0"."""
     drafters: tuple[str, ...] = ("ngram",)
     """Drafters to load: "ngram", "mtp[:MODEL]", "dflash[:MODEL]", "causal-lm:MODEL"."""
     target_state: str = "auto"
     """How drafters read the target's state: "auto", "handle" or "stream"."""
     threads: int = 0
-    """CPU threads of each of the two model services; 0: one per core."""
+    """CPU threads of each of the two model services; 0: one thread per core."""
     kv_cache_mib: float | None = None
-    """Memory of the target's KV, MiB; None: the verifier's default."""
+    """Memory for the target's KV, MiB; None: the verifier's default."""
     gateway_port: int = 0
-    """Port of the gateway; 0: a free one."""
+    """Port of the gateway; 0: any free port."""
     extra_args: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """More arguments, by service: "gateway", "drafter", "verifier"."""
+    """More command-line arguments of each service, by its name: "gateway", "drafter" or "verifier"."""
     ready_timeout_s: float = 120.0
-    """Seconds the services have to become healthy."""
+    """Seconds within which the services must become healthy."""
 
     @property
     def needs_default_model(self) -> bool:
-        """Whether the embedded model must be fetched first."""
+        """Whether the system uses the embedded model, which must then be fetched first."""
         draft_models = [drafter.partition(":")[2] for drafter in self.drafters]
         return DEFAULT_MODEL in (self.model, *draft_models)
 
 
 def default_drafters(model: str) -> tuple[str, ...]:
-    """Drafters of a system that names none, the best first: those that need no model, or come with one."""
+    """The drafters of a system that names none, best first: those that come with the model or need none."""
     return ("dflash", "mtp", "ngram-lm", "ngram") if model == DEFAULT_MODEL else ("ngram",)
 
 
 def prepare_models(config: SystemConfig, report: Report) -> None:
-    """Fetch the embedded model if it is used, once and with progress, before two services want it.
+    """Fetch the embedded model if the system uses it, so that two services do not both fetch it later.
 
     Raises:
-        UnavailableError: it cannot be fetched.
+        UnavailableError: the model cannot be fetched.
     """
     if config.needs_default_model:
         from specdec.models.embedded import prepare_default_model
@@ -78,7 +78,7 @@ def prepare_models(config: SystemConfig, report: Report) -> None:
 
 
 def service_specs(config: SystemConfig) -> list[ServiceSpec]:
-    """The services of a system on free ports, in the order of stopping.
+    """The services of a system, on free ports, in the order in which they stop.
 
     Raises:
         UnavailableError: the gateway's port is taken.
@@ -113,16 +113,16 @@ def _spec(config: SystemConfig, name: str, address: str, arguments: Sequence[str
 
 
 def service_module(name: str) -> str:
-    """The module that runs a service, "gateway", "verifier" or "drafter".
+    """The module that runs the service "gateway", "verifier" or "drafter".
 
     Raises:
-        NotFoundError: the package is not installed, or not as a whole.
+        NotFoundError: the package is not installed, or only a part of it is.
     """
     programs = entry_points(group=SERVICE_GROUP, name=name)
     if not programs:
         raise NotFoundError(
-            f"The {name} service is not installed here: no entry point {name!r} in {SERVICE_GROUP!r}. "
-            "Install the package anew: pip install --editable '.[models]'",
+            f"The {name} service is not installed here: the entry points {SERVICE_GROUP!r} do not have "
+            f"{name!r}. Install the package again: pip install --editable '.[models]'",
             reason="SERVICE_NOT_INSTALLED",
         )
     return next(iter(programs)).module
@@ -134,27 +134,27 @@ def _require_free(port: int) -> None:
     except OSError as error:
         raise UnavailableError(
             f"Port {port} of {HOST} cannot be used ({error.strerror}); "
-            f"pass another --port, or 0 for a free one.",
+            "pass another --port, or 0 for any free port.",
             reason="PORT_IN_USE",
         ) from error
 
 
 class LocalSystem:
-    """The three services, for as long as a `with` block lasts; `specdec up` knows nothing of it.
+    """The three services, running while a `with` block runs. `specdec up` and `down` do not know of them.
 
     Args:
-        model: target model, as `SystemConfig.model`.
+        model: target model; see `SystemConfig.model`.
         dtype: weight data type of the target.
         device: device of the target.
-        drafters: drafters to load, as `SystemConfig.drafters`.
-        extra_args: more arguments by service, `{"verifier": ["--kv-cache-mib", "64"]}` for one.
-        log_dir: directory of the logs; None: a temporary one, removed after a clean end.
-        env: environment variables of the services, besides this process's own.
-        ready_timeout_s: seconds the services have to become healthy.
-        report: called with one line per slow step.
+        drafters: drafters to load; see `SystemConfig.drafters`.
+        extra_args: more arguments by service, for example `{"verifier": ["--kv-cache-mib", "64"]}`.
+        log_dir: directory of the logs; None: a temporary directory, which is removed at the end.
+        env: environment variables of the services, added to those of this process.
+        ready_timeout_s: seconds within which the services must become healthy.
+        report: receives one line of text per slow step.
 
     Raises:
-        UnavailableError: on entering, with the end of the log of the service that failed.
+        UnavailableError: a service did not start. Entering the block raises it, with the end of the log.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class LocalSystem:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Pid of each service by name, "gateway", "drafter" and "verifier"; empty outside the block."""
+        """The pid of each service by name ("gateway", "drafter", "verifier"); empty outside the block."""
         return self._group.pids if self._group else {}
 
     def __enter__(self) -> Self:

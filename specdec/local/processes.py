@@ -1,4 +1,4 @@
-"""Child processes that serve gRPC: start, wait until healthy, stop; none outlives its launcher."""
+"""Child processes that serve gRPC: start them, wait until they are healthy, stop them with their launcher."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from specdec.contract.errors import RequestCancelledError, UnavailableError
 
 POLL_S = 0.1
-"""Seconds between two looks at a starting service."""
+"""Seconds between two checks of a starting service."""
 
 STOP_GRACE_S = 35.0
-"""Seconds a service has after SIGTERM, before SIGKILL; a little more than it gives the answers it runs."""
+"""Seconds between SIGTERM and SIGKILL, a little more than a service gives its running answers to finish."""
 
 LOG_TAIL_LINES = 15
 
-# The kernel signals a process when the thread that started it ends, so that not even SIGKILL of the
-# launcher leaves services behind. Done by a process that then becomes the service, because Python code
-# between fork and exec (preexec_fn) can deadlock in a process with gRPC's threads.
+# The kernel signals a process when the thread that started it ends, so that not even SIGKILL of the launcher
+# leaves services behind. A small program asks for that signal and then becomes the service, because Python
+# code between fork and exec (preexec_fn) can deadlock in a process with gRPC's threads.
 _DIE_WITH_LAUNCHER = """
 import os, signal, sys
 if sys.platform == "linux":
@@ -50,17 +50,17 @@ class ServiceSpec:
     """How to run a service."""
 
     name: str
-    """Short name, of the log file too."""
+    """Short name of the service, which also names its log file."""
     address: str
-    """HOST:PORT it listens on."""
+    """HOST:PORT that the service listens on."""
     command: tuple[str, ...]
-    """Program, as an absolute path, and its arguments."""
+    """The absolute path of the program, then its arguments."""
     health_service: str
-    """Name its health check answers to."""
+    """Name of the service in its health check."""
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Ports nothing listens on, all different."""
+    """Find different ports on which nothing listens."""
     sockets = [socket.create_server((host, 0)) for _ in range(count)]
     try:
         return [listener.getsockname()[1] for listener in sockets]
@@ -74,9 +74,9 @@ class Service:
 
     Args:
         spec: what to run.
-        log_dir: directory of the log file, which is appended to.
+        log_dir: directory of the log file; output is appended to the file.
         env: the environment of the process.
-        run_in_owner: runs a function in the thread whose end ends the process.
+        run_in_owner: runs a function in the thread that the process must not outlive.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """Pid of the process; 0 before the first start."""
+        """The pid of the process; 0 before the first start."""
         return self._process.pid if self._process else 0
 
     @property
     def exit_code(self) -> int | None:
-        """Exit code of the process, negative for a signal; None while it runs or before the first start."""
+        """The exit code of the process, negative for a signal; None while it runs and before its start."""
         return self._process.poll() if self._process else None
 
     def start(self) -> None:
-        """Start the process, or start it anew."""
+        """Start the process, or start it again after it ended."""
         with self.log_path.open("ab") as log:
             self._process = self._run_in_owner(lambda: self._spawn(log))
         self.started_at = time.monotonic()
@@ -120,7 +120,7 @@ class Service:
 
     def is_serving(self) -> bool:
         """Whether the health check says SERVING."""
-        # Reconnects at once: the default backoff would look at a service again only seconds later.
+        # A short backoff: by default gRPC would only try the service again after seconds.
         options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.enable_http_proxy", 0)]
         with grpc.insecure_channel(self.spec.address, options=options) as channel:
             request = health_pb2.HealthCheckRequest(service=self.spec.health_service)
@@ -132,7 +132,7 @@ class Service:
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
-        """Ask the process to finish, and kill it and its children if it has not after the grace."""
+        """Ask the process to end; kill it and its children if it still runs after the grace period."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
@@ -143,18 +143,18 @@ class Service:
             self._process.wait()
 
     def describe_exit(self) -> str:
-        """How the process ended and the last lines of its log."""
+        """Describe how the process ended, with the last lines of its log."""
         code = self.exit_code or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"stopped with exit code {code}"
         return f"The {self.spec.name} {how}. {self.describe_log()}"
 
     def describe_log(self) -> str:
-        """The last lines of the log."""
+        """Quote the last lines of the service's log."""
         return describe_log(self.log_path)
 
 
 def describe_log(path: Path) -> str:
-    """The last lines of a log, for an error message."""
+    """Quote the last lines of a log, for an error message."""
     lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if path.exists() else []
     if not lines:
         return f"Its log {path} is empty."
@@ -165,10 +165,10 @@ class ServiceGroup:
     """Services that start together and stop one after the other.
 
     Args:
-        specs: what to run, in the order of stopping.
+        specs: what to run, in the order in which the services stop.
         log_dir: directory of the log files.
-        env: variables set for the services, besides this process's own.
-        ready_timeout_s: seconds the services have to become healthy.
+        env: environment variables of the services, added to those of this process.
+        ready_timeout_s: seconds within which the services must become healthy.
     """
 
     def __init__(
@@ -180,11 +180,11 @@ class ServiceGroup:
         ready_timeout_s: float = 120.0,
     ) -> None:
         self.stopping = threading.Event()
-        """Set to give up a start or a supervision under way."""
+        """Event that ends a start or a supervision that is running."""
         self.ready_timeout_s = ready_timeout_s
-        # One thread that lives as long as the group starts every process; see _DIE_WITH_LAUNCHER.
+        # One thread, which lives as long as the group, starts every process; see _DIE_WITH_LAUNCHER.
         self._owner = ThreadPoolExecutor(1, thread_name_prefix="specdec-services")
-        # Services are found as installed: a folder named `gateway` where the user stands is not meant.
+        # PYTHONSAFEPATH keeps a folder `gateway` in the current directory from hiding the installed package.
         merged = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", **(env or {})}
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.services = [Service(spec, log_dir, merged, self._spawn) for spec in specs]
@@ -194,15 +194,15 @@ class ServiceGroup:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Pid of each service by name."""
+        """The pid of each service by name."""
         return {service.spec.name: service.pid for service in self.services}
 
     def start(self) -> None:
-        """Start all services and wait until they are healthy; on failure none is left running.
+        """Start all services and wait until they are healthy. If one fails, all are stopped.
 
         Raises:
-            UnavailableError: a service stopped, or was not healthy in time.
-            RequestCancelledError: `stopping` was set meanwhile.
+            UnavailableError: a service ended, or was not healthy in time.
+            RequestCancelledError: `stopping` was set during the start.
         """
         try:
             for service in self.services:
@@ -223,8 +223,8 @@ class ServiceGroup:
             if pending and time.monotonic() > deadline:
                 name = pending[0].spec.name
                 raise UnavailableError(
-                    f"The {name} was not ready after {self.ready_timeout_s:g} s; a longer --timeout gives it "
-                    f"more time. {pending[0].describe_log()}",
+                    f"The {name} was not ready after {self.ready_timeout_s:g} s; pass a longer --timeout. "
+                    f"{pending[0].describe_log()}",
                     reason="START_TIMEOUT",
                 )
             if pending and self.stopping.wait(POLL_S):

@@ -1,4 +1,4 @@
-"""The state file: where the system that `specdec up` started can be found."""
+"""The state file, which says where the system that `specdec up` started is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 from specdec.contract.errors import FailedPreconditionError
 
 STATE_DIR_VARIABLE = "SPECDEC_STATE_DIR"
-"""Environment variable that names the directory of the state file and the logs."""
+"""The environment variable that names the directory of the state file and the logs."""
 
 STATE_VERSION = 1
 _STATE_FILE = "system.json"
@@ -29,9 +29,9 @@ class SystemState:
     """A running local system."""
 
     supervisor_pid: int
-    """Process that supervises the services."""
+    """Pid of the process that supervises the services."""
     supervisor_started_at: float
-    """When it started, seconds since the epoch, which tells it from a later process with the same pid."""
+    """Start time of the supervisor, seconds since the epoch; a later process with its pid has another."""
     gateway: str
     """Address of the gateway, HOST:PORT."""
     verifier: str
@@ -39,11 +39,11 @@ class SystemState:
     drafter: str
     """Address of the drafter service, HOST:PORT."""
     pids: dict[str, int]
-    """Pid of each service by name."""
+    """The pid of each service by name."""
     log_dir: str
     """Directory of the logs."""
     version: int = STATE_VERSION
-    """Layout of the file."""
+    """Version of the file's layout."""
 
     @property
     def is_alive(self) -> bool:
@@ -57,21 +57,21 @@ class SystemState:
 
 
 def how_to_stop() -> str:
-    """The command that stops the system whose state is in this directory, from any shell."""
+    """The command that stops this system from any shell."""
     override = os.environ.get(STATE_DIR_VARIABLE)
     return f"{STATE_DIR_VARIABLE}={shlex.quote(override)} specdec down" if override else "specdec down"
 
 
 def state_dir() -> Path:
-    """The directory of the state file, made if it is not there: mode 0700, this user's.
+    """Return the directory of the state file; make it, with mode 0700, if it does not exist.
 
-    $SPECDEC_STATE_DIR, else the user's runtime directory, else, where there is none, the cache.
+    It is $SPECDEC_STATE_DIR if set, else a folder of the user's runtime directory, else of the cache.
     """
     override = os.environ.get(STATE_DIR_VARIABLE)
     if override:
         return _private(Path(override))
-    # Asked for here, not of platformdirs: without a directory of the user's own it names a place every user
-    # can write to, and says so once per process only.
+    # platformdirs is not asked: if the user has no runtime directory, it names a place that every user can
+    # write to, and warns of it only once per process.
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}")
     try:
         if runtime.is_dir():
@@ -82,15 +82,15 @@ def state_dir() -> Path:
 
 
 def _private(directory: Path) -> Path:
-    # A directory that is there already keeps its mode; the file in it is private by its own.
+    # An existing directory keeps its mode; the mode of the file in it makes the file private.
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(directory, os.W_OK):
-        raise PermissionError(f"{directory} is not writable")
+        raise PermissionError(f"{directory} is not writable; set {STATE_DIR_VARIABLE} to one that is.")
     return directory
 
 
 def write_state(state: SystemState) -> None:
-    """Write the file, mode 0600, in one step, so that a reader never sees half of it."""
+    """Write the state file, mode 0600, in one step, so that no reader sees a part of it."""
     directory = state_dir()
     descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=_STATE_FILE)
     with os.fdopen(descriptor, "w") as file:
@@ -99,17 +99,17 @@ def write_state(state: SystemState) -> None:
 
 
 def read_live_state() -> SystemState | None:
-    """The running system; None if there is none. The file of a system that is gone is removed."""
+    """Read the state of the running system; None if none runs. The file of a system that ended is removed."""
     try:
         path = state_dir() / _STATE_FILE
         fields = json.loads(path.read_text())
     except (OSError, ValueError):
-        # Not there, not readable or not JSON: nothing that could be talked to.
+        # The file is missing, not readable or not JSON, so it does not name a system.
         return None
     try:
         state = SystemState(**fields)
     except TypeError:
-        # Written by another version.
+        # Another version wrote the file.
         path.unlink(missing_ok=True)
         return None
     if not state.is_alive:
@@ -119,16 +119,16 @@ def read_live_state() -> SystemState | None:
 
 
 def remove_state() -> None:
-    """Forget the system."""
+    """Remove the state file."""
     (state_dir() / _STATE_FILE).unlink(missing_ok=True)
 
 
 @contextmanager
 def sole_supervisor() -> Iterator[None]:
-    """Holds the lock that only one supervisor can hold; the kernel frees it however the holder ends.
+    """Hold the lock that makes this process the only supervisor; the kernel frees it if the process dies.
 
     Raises:
-        FailedPreconditionError: another one holds it.
+        FailedPreconditionError: another supervisor holds the lock.
     """
     with (state_dir() / "lock").open("w") as lock:
         try:
@@ -139,10 +139,10 @@ def sole_supervisor() -> Iterator[None]:
 
 
 def refuse_if_running() -> None:
-    """Look for a running system before starting one takes time.
+    """Refuse to start a second system, before the start takes time.
 
     Raises:
-        FailedPreconditionError: there is one.
+        FailedPreconditionError: a system runs already.
     """
     state = read_live_state()
     if state is not None:
@@ -150,8 +150,8 @@ def refuse_if_running() -> None:
 
 
 def _already_running(state: SystemState | None) -> FailedPreconditionError:
-    where = f"its gateway on {state.gateway}" if state else "still starting or stopping"
+    where = f"its gateway is {state.gateway}" if state else "it is still starting or stopping"
     return FailedPreconditionError(
-        f"A system runs already, {where}. Use it, or stop it with `{how_to_stop()}`.",
+        f"A system runs already; {where}. Use it, or stop it with `{how_to_stop()}`.",
         reason="ALREADY_RUNNING",
     )

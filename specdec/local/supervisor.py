@@ -1,4 +1,4 @@
-"""Keeps a group of services running: restarts what dies, stops in order on a signal."""
+"""A supervisor that restarts the services of a group when they die, and stops on a signal."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from specdec.contract.errors import UnavailableError
 from specdec.local.processes import Service, ServiceGroup
 
 WATCH_S = 0.2
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When a service that died is started again."""
+    """When a dead service is restarted."""
 
     first_delay_s: float = 0.5
-    """Wait before the first restart; doubles with every quick death."""
+    """Seconds before the first restart; the delay doubles with every quick death."""
     max_delay_s: float = 10.0
-    """Longest wait."""
+    """Longest delay before a restart, seconds."""
     quick_death_s: float = 60.0
-    """A service that lived shorter died quickly; one that lived longer starts with a clean record."""
+    """Lifetime below which a death is quick, seconds. A longer life clears the record of quick deaths."""
     max_quick_deaths: int = 5
-    """Quick deaths in a row after which the supervisor gives up."""
+    """Number of quick deaths in a row after which the supervisor gives up."""
 
 
 DEFAULT_POLICY = RestartPolicy()
-"""What `specdec up` does."""
+"""The policy of `specdec up`."""
 
 
 class _Record:
-    """The deaths of one service."""
+    """The record of one service's deaths."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self.num_quick_deaths = 0
         self.restart_at: float | None = None
-        """Monotonic time of the next start, seconds; None: the service runs."""
+        """Monotonic time of the next restart, seconds; None: the service runs."""
 
     def note_death(self, now: float, policy: RestartPolicy) -> None:
         quick = now - self.service.started_at < policy.quick_death_s
@@ -52,13 +52,13 @@ class _Record:
 
 
 class Supervisor:
-    """Restarts the services of a group as they die.
+    """Restarts the services of a group when they die.
 
     Args:
-        group: the services, started.
-        policy: when to restart and when to give up.
-        report: called with one line per death and restart.
-        on_restart: called after a restart, when the pids have changed.
+        group: the services, which must run already.
+        policy: when to restart a service and when to give up.
+        report: receives one line of text per death.
+        on_restart: called after a restart, which changes the pids.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Supervisor:
         self._records = [_Record(service) for service in group.services]
 
     def run(self) -> None:
-        """Watch until the group's `stopping` is set.
+        """Restart dead services until the group's `stopping` is set.
 
         Raises:
             UnavailableError: a service kept dying.
@@ -106,7 +106,7 @@ class Supervisor:
 
 @contextmanager
 def stop_on_signals(stopping: threading.Event) -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM set the event; works in the main thread only."""
+    """Make SIGINT and SIGTERM set the event during the block. Only the main thread can use it."""
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
         stopping.set()

@@ -1,4 +1,4 @@
-"""A system that outlives a command: `specdec up` in the foreground or detached, and `specdec down`."""
+"""`specdec up`, which runs a system in the foreground or detached, and `specdec down`, which stops it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from specdec.local.state_file import (
 from specdec.local.supervisor import Supervisor, stop_on_signals
 
 DOWN_TIMEOUT_S = 120.0
-"""Seconds `stop_running` waits for the supervisor: three graces and some."""
+"""Seconds that `stop_running` waits for the supervisor, which gives three services a grace period each."""
 
 _SUPERVISOR_LOG = "supervisor.log"
 
@@ -35,8 +35,8 @@ def run_foreground(config: SystemConfig, *, report: Report, announce: Callable[[
 
     Args:
         config: what to run.
-        report: called with one line per slow step, death and restart.
-        announce: called once all services are healthy.
+        report: receives one line of text per slow step and death.
+        announce: called once, when all services are healthy.
 
     Raises:
         FailedPreconditionError: a system runs already.
@@ -50,11 +50,11 @@ def run_foreground(config: SystemConfig, *, report: Report, announce: Callable[[
 
 
 def _fresh_log_dir() -> Path:
-    """The directory of the logs of `specdec up`, emptied of those of the last system."""
+    """Return the log directory of `specdec up`, without the logs of the last system."""
     log_dir = state_dir() / "logs"
     log_dir.mkdir(mode=0o700, exist_ok=True)
     for path in log_dir.glob("*.log"):
-        # The supervisor's own log is open already where it runs detached.
+        # A detached supervisor has its own log open already.
         if path.name != _SUPERVISOR_LOG:
             path.unlink()
     return log_dir
@@ -63,13 +63,13 @@ def _fresh_log_dir() -> Path:
 def supervise(
     group: ServiceGroup, log_dir: Path, *, report: Report, announce: Callable[[SystemState], None]
 ) -> None:
-    """Start a group, write the state file, restart what dies, and stop on a signal; see `run_foreground`."""
+    """Start a group, write the state file, restart dead services, stop on a signal; see `run_foreground`."""
     with stop_on_signals(group.stopping), group:
         try:
             announce(_publish(group, log_dir))
             Supervisor(group, report=report, on_restart=lambda: _publish(group, log_dir)).run()
         finally:
-            # Before the services stop: nobody should be sent to a gateway that drains.
+            # The file goes before the services stop, so that it does not send anyone to a draining gateway.
             remove_state()
             report("Stopping.")
 
@@ -93,12 +93,12 @@ def run_detached(command: Sequence[str], *, timeout_s: float) -> SystemState:
     """Run a supervisor in a session of its own and wait until its services are healthy.
 
     Args:
-        command: program and arguments that end up in `supervise`.
-        timeout_s: seconds until it must have written the state file.
+        command: program and arguments of a process that calls `supervise`.
+        timeout_s: seconds within which that process must write the state file.
 
     Raises:
         FailedPreconditionError: a system runs already.
-        UnavailableError: the supervisor failed, with the end of its log.
+        UnavailableError: the supervisor failed; the error quotes the end of its log.
     """
     refuse_if_running()
     log_dir = state_dir() / "logs"
@@ -114,7 +114,7 @@ def run_detached(command: Sequence[str], *, timeout_s: float) -> SystemState:
 
 
 def _spawn_detached(command: Sequence[str], log_path: Path) -> int:
-    # Not subprocess.Popen, which insists that whoever starts a process also waits for its end.
+    # subprocess.Popen does not fit: it warns when it is dropped while its process still runs.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     file_actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -135,21 +135,22 @@ def _await_state(pid: int, log_path: Path, timeout_s: float) -> SystemState:
             raise UnavailableError(_failure(log_path), reason="START_FAILED")
         time.sleep(POLL_S)
     raise UnavailableError(
-        f"The system was not ready after {timeout_s:g} s. {describe_log(log_path)}", reason="START_TIMEOUT"
+        f"The system was not ready after {timeout_s:g} s; pass a longer --timeout. {describe_log(log_path)}",
+        reason="START_TIMEOUT",
     )
 
 
 def _failure(log_path: Path) -> str:
-    """The error a supervisor ended with, as it printed it."""
+    """Find the error that the supervisor printed before it ended."""
     found = re.search(r"^error: (.*)", log_path.read_text(errors="replace"), re.DOTALL | re.MULTILINE)
     return found[1].strip() if found else f"The supervisor stopped. {describe_log(log_path)}"
 
 
 def stop_running(timeout_s: float = DOWN_TIMEOUT_S) -> SystemState | None:
-    """Stop the system that `specdec up` started, wait until it is gone and return what it was.
+    """Stop the system that `specdec up` started, wait for its end, and return its last state.
 
     Raises:
-        SpecdecError: it did not stop in time.
+        SpecdecError: the system did not stop in time.
     """
     state = read_live_state()
     if state is None:
@@ -161,6 +162,6 @@ def stop_running(timeout_s: float = DOWN_TIMEOUT_S) -> SystemState | None:
     except psutil.TimeoutExpired:
         raise SpecdecError(
             f"The supervisor (pid {state.supervisor_pid}) did not stop within {timeout_s:g} s; "
-            f"`kill -9 {state.supervisor_pid}` ends it and its services. Logs: {state.log_dir}"
+            f"end it and its services with `kill -9 {state.supervisor_pid}`. Logs: {state.log_dir}"
         ) from None
     return state

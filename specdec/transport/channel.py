@@ -1,4 +1,4 @@
-"""Channels and their options: one place for message sizes, keepalive, load balancing and TLS."""
+"""gRPC channels and their options: message sizes, keepalive, load balancing and TLS."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.transport.tls import OutgoingTls, Pem, PemFiles, channel_credentials
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Largest message either side accepts; larger tensors travel in chunks."""
+"""Largest message that either side accepts; larger tensors travel in chunks."""
 
 KEEPALIVE_TIME_S = 30
-"""A silent connection is pinged this often, so that a dead peer is noticed within a minute."""
+"""Seconds between two pings of a silent connection; a dead peer is noticed within a minute."""
 
 MAX_CONNECTION_AGE_S = 1800
-"""A server sends its clients away from a connection that old: they look names up again and find new replicas.
-Calls under way go on over it."""
+"""Age at which a server closes a connection to new calls, seconds. The client then looks the name up again
+and finds new replicas; running calls continue on the old connection."""
 
 _RETIRE_AFTER_S = 10.0
-"""Seconds a channel with outdated credentials still takes the calls of those that were handed it."""
+"""Seconds for which a channel with outdated credentials still accepts calls from its holders."""
 _RETIRED_GRACE_S = 24 * 3600.0
-"""Seconds the calls on it may go on after that."""
+"""Seconds for which calls may continue on such a channel after that."""
 URI_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
 
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """PEM files of a client. All unset: the system's roots and no client certificate."""
+    """The PEM files of a client. All unset: gRPC's default roots, without a client certificate."""
 
     root_certificates: Path | None = None
-    """Authorities that may have signed the server's certificate."""
+    """The authorities that may have signed the server's certificate."""
     private_key: Path | None = None
-    """Key of the client certificate, for mutual TLS."""
+    """The key of the client certificate, for mutual TLS."""
     certificate_chain: Path | None = None
-    """Client certificate, for mutual TLS."""
+    """The client certificate, for mutual TLS."""
     server_name: str = ""
-    """Name the server's certificate must carry, if it is not the address's."""
+    """The name that the server's certificate must carry. Empty: the host name of the address."""
 
     @classmethod
     def from_environment(cls) -> TlsConfig | None:
-        """What SPECDEC_TLS_AUTHORITIES, _PRIVATE_KEY, _CERTIFICATE and _SERVER_NAME say; None: nothing."""
+        """Read SPECDEC_TLS_AUTHORITIES, _PRIVATE_KEY, _CERTIFICATE and _SERVER_NAME; None if none is set."""
         names = ("AUTHORITIES", "PRIVATE_KEY", "CERTIFICATE")
         values = [os.environ.get(f"SPECDEC_TLS_{name}", "") for name in names]
         server_name = os.environ.get("SPECDEC_TLS_SERVER_NAME", "")
@@ -57,7 +57,7 @@ class TlsConfig:
         return cls(authorities, key, certificate, server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Channel credentials from the files, read now.
+        """Read the files and make channel credentials of them.
 
         Raises:
             InvalidArgumentError: a file cannot be read, or key and certificate do not match.
@@ -67,13 +67,13 @@ class TlsConfig:
 
 
 def client_options(uri: str, service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
-    """Channel arguments of a client.
+    """The channel arguments of a client.
 
     Args:
-        uri: where the channel goes; an http_proxy of the environment is not used for this host.
-        service: full name of the gRPC service whose health decides which backends of a `dns:` name are
-            used ("specdec.v1.VerifierService"); empty: none is checked.
-        server_name: overrides the name checked in the server's certificate.
+        uri: where the channel goes. An http_proxy of the environment is ignored for addresses of this host.
+        service: full name of the gRPC service, "specdec.v1.VerifierService" for example, whose health decides
+            which backends of a `dns:` name are used. Empty: health is not checked.
+        server_name: replaces the name that the server's certificate must carry. Empty: the name is kept.
     """
     service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if service:
@@ -96,7 +96,7 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
 
 
 def is_local(uri: str) -> bool:
-    """Whether an address can only be this host: a unix socket, "localhost" or a loopback address."""
+    """Whether an address always means this host: a unix socket, "localhost" or a loopback address."""
     if uri.startswith(("unix:", "unix-abstract:")):
         return True
     scheme = next((scheme for scheme in URI_SCHEMES if uri.startswith(scheme)), "")
@@ -110,7 +110,7 @@ def is_local(uri: str) -> bool:
 
 
 def server_options() -> list[tuple[str, Any]]:
-    """Server arguments. Ports are not shared: one in use must be an error, not a split of traffic."""
+    """The arguments of a server. Servers never share a port: that would split the traffic unnoticed."""
     return [
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -118,7 +118,7 @@ def server_options() -> list[tuple[str, Any]]:
         ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
-        # The default allows a client one ping per five minutes and then closes its connection.
+        # By default gRPC closes the connection of a client that pings more often than every five minutes.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_S * 1000 // 2),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_concurrent_streams", 1024),
@@ -130,12 +130,12 @@ def parse_uris(text: str) -> tuple[str, ...]:
     """Split a comma-separated list of gRPC URIs or host:port pairs.
 
     Raises:
-        InvalidArgumentError: empty, or an entry is no address.
+        InvalidArgumentError: the list is empty, or an entry is not an address.
     """
     uris = tuple(part.strip() for part in text.split(",") if part.strip())
     if not uris:
         raise InvalidArgumentError(
-            "No address given; pass host:port, dns:///host:port, unix:/path, or several separated by commas."
+            "The address is empty; pass host:port, dns:///host:port, unix:/path, or several, comma-separated."
         )
     for uri in uris:
         if uri.startswith(URI_SCHEMES) and not uri.startswith("dns:"):
@@ -143,13 +143,13 @@ def parse_uris(text: str) -> tuple[str, ...]:
         host, _, port = uri.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise InvalidArgumentError(
-                f"{uri!r} is no gRPC address; write host:port, dns:///host:port or unix:/path."
+                f"{uri!r} is not a gRPC address; write host:port, dns:///host:port or unix:/path."
             )
     return uris
 
 
 def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
-    """An asyncio channel; must be created on the event loop that uses it."""
+    """Open an asyncio channel. Call this on the event loop that will use the channel."""
     server_name = tls.server_name if tls else ""
     return _aio_channel(uri, service, tls.credentials() if tls else None, server_name)
 
@@ -164,13 +164,13 @@ def _aio_channel(
 
 
 class ServiceChannel:
-    """A service's channel to another, replaced by a new one once its certificates change.
+    """A channel from one service to another; a new channel replaces it when the certificates change.
 
     Args:
-        uri: one address of the service.
+        uri: one address of the service that is called.
         service: see `client_options`.
-        tls: credentials; None: no encryption.
-        server_name: name the peer's certificate must carry where `tls` names none; empty: the address's.
+        tls: credentials of the calls; None: calls are not encrypted.
+        server_name: name that the peer's certificate must carry if `tls` has none; empty: the address's.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class ServiceChannel:
         self._retiring: set[asyncio.Task[None]] = set()
 
     def current(self) -> grpc.aio.Channel:
-        """The channel for a new call. Calls on the one before it go on until they end."""
+        """The channel for a new call. Calls on a replaced channel continue until they end."""
         if self._tls and (pem := self._tls.latest()) is not self._pem:
             task = asyncio.ensure_future(_retire(self._channel))
             self._retiring.add(task)
@@ -194,7 +194,7 @@ class ServiceChannel:
         return self._channel
 
     async def close(self) -> None:
-        """Close all its channels; calls under way are cancelled."""
+        """Close the channel and all that it replaced; running calls are cancelled."""
         for task in list(self._retiring):
             task.cancel()
         await asyncio.gather(*self._retiring, return_exceptions=True)
@@ -215,7 +215,7 @@ async def _retire(channel: grpc.aio.Channel) -> None:
 
 
 def sync_channel(uri: str, *, tls: TlsConfig | None = None) -> grpc.Channel:
-    """A blocking channel."""
+    """Open a blocking channel."""
     options = client_options(uri, server_name=tls.server_name if tls else "")
     if tls:
         return grpc.secure_channel(uri, tls.credentials(), options=options)

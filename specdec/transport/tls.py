@@ -1,4 +1,4 @@
-"""Certificates of services and clients: checked when read, read anew when their files change."""
+"""The certificates of services and clients. They are checked when read, and read again when files change."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from specdec.contract.errors import InvalidArgumentError
 logger = logging.getLogger(__name__)
 
 _NUM_TRIES = 3
-"""Readings before files that keep changing are given up, until the next look at them."""
+"""How many times files that keep changing are read before the attempt fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pem:
-    """What the files held, certificate and key being a pair; None: not configured."""
+    """The contents of PEM files, whose certificate and key are a pair. None: the file is not configured."""
 
     authorities: bytes | None = None
     private_key: bytes | None = None
@@ -33,16 +33,16 @@ class PemFiles:
     """PEM files that are used together."""
 
     authorities: Path | None = None
-    """Who may have signed the peer's certificate."""
+    """The authorities that may have signed the peer's certificate."""
     private_key: Path | None = None
     certificate: Path | None = None
-    """Own certificate, and those between it and an authority."""
+    """Our own certificate, followed by the certificates between it and an authority."""
 
     def read(self) -> Pem:
-        """What the files hold, all of one moment.
+        """Read all files as they are at one moment.
 
         Raises:
-            InvalidArgumentError: one is missing or no PEM, or key and certificate do not match.
+            InvalidArgumentError: a file is missing or is not PEM, or key and certificate do not match.
         """
         if (self.private_key is None) != (self.certificate is None):
             given, missing = ("certificate", "private key")[:: 1 if self.certificate else -1]
@@ -50,13 +50,13 @@ class PemFiles:
         for _ in range(_NUM_TRIES):
             pem = self._contents()
             self._check(pem)
-            # The check reads the files itself; contents that stayed the same around it are those it saw.
+            # The check reads the files itself. It saw these contents if they are the same before and after.
             if pem == self._contents():
                 return pem
-        raise _refused(f"The TLS files {self} keep changing while they are read.")
+        raise _refused(f"The TLS files {self} keep changing while they are read; replace each in one step.")
 
     def stamp(self) -> tuple[object, ...]:
-        """Differs once a file was written or replaced."""
+        """A value that changes whenever a file is written or replaced."""
         return tuple(_stamp(path) for path in (self.authorities, self.private_key, self.certificate))
 
     def _contents(self) -> Pem:
@@ -91,7 +91,7 @@ def _check_authorities(pem: bytes, path: Path | None) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode())
     except (ssl.SSLError, ValueError) as error:
-        raise _refused(f"{path} holds no PEM certificate authorities ({error}).") from error
+        raise _refused(f"{path} does not hold PEM certificate authorities ({error}).") from error
 
 
 def _check_pair(certificate: Path, private_key: Path) -> None:
@@ -102,7 +102,7 @@ def _check_pair(certificate: Path, private_key: Path) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key, no_password)
     except (ssl.SSLError, ValueError) as error:
         raise _refused(
-            f"{certificate} and {private_key} are no PEM certificate and its plain private key ({error})."
+            f"{certificate} and {private_key} are not a PEM certificate and its plain private key ({error})."
         ) from error
     except OSError as error:
         raise _refused(f"A TLS file cannot be read: {error}") from error
@@ -113,10 +113,10 @@ def _refused(message: str) -> InvalidArgumentError:
 
 
 class PemWatch:
-    """The newest good contents of PEM files. May be used from any thread.
+    """The newest valid contents of PEM files. Any thread may use it.
 
     Raises:
-        InvalidArgumentError: the files are not good to begin with.
+        InvalidArgumentError: the files are not valid at the start.
     """
 
     def __init__(self, files: PemFiles) -> None:
@@ -127,7 +127,7 @@ class PemWatch:
         self._pem = files.read()
 
     def latest(self) -> Pem:
-        """The contents, the same object until they change; a change to what is no good is not taken."""
+        """The contents, as the same object until they change. Invalid changes are ignored."""
         with self._lock:
             stamp = self._files.stamp()
             if stamp != self._stamp:
@@ -138,7 +138,7 @@ class PemWatch:
         try:
             pem = self._files.read()
         except InvalidArgumentError as error:
-            # The stamp stays the old one: a file that is being written is looked at again next time.
+            # The old stamp is kept, so that a file that is still being written is read again next time.
             if stamp != self._warned:
                 logger.warning("changed TLS files are not used", extra={"reason": error.message})
                 self._warned = stamp
@@ -150,11 +150,11 @@ class PemWatch:
 
 
 class OutgoingTls:
-    """Credentials of the calls a service makes.
+    """The credentials of the calls that a service makes.
 
     Args:
-        files: authorities of the services it calls, and its own certificate.
-        server_name: name their certificates must carry; empty: that of the address.
+        files: authorities of the called services, and the calling service's own certificate.
+        server_name: name that the called services' certificates must carry; empty: the address's name.
     """
 
     def __init__(self, files: PemFiles, server_name: str = "") -> None:
@@ -162,23 +162,24 @@ class OutgoingTls:
         self._watch = PemWatch(files)
 
     def latest(self) -> Pem:
-        """What to connect with now; the same object until it changes."""
+        """The contents to connect with now, as the same object until they change."""
         return self._watch.latest()
 
 
 def channel_credentials(pem: Pem) -> grpc.ChannelCredentials:
-    """Credentials of a client; without authorities those that gRPC trusts by itself."""
+    """The credentials of a client. Without authorities, gRPC uses those that it trusts by default."""
     return grpc.ssl_channel_credentials(pem.authorities, pem.private_key, pem.certificate)
 
 
 def server_credentials(files: PemFiles) -> grpc.ServerCredentials:
-    """Credentials of a server; each new connection gets the newest good certificate.
+    """The credentials of a server. Each new connection gets the newest valid certificate.
 
     Args:
-        files: `authorities` given: callers must show a certificate signed by one of them.
+        files: the server's certificate and key. If `authorities` is set, callers must show a certificate that
+            one of the authorities signed.
 
     Raises:
-        InvalidArgumentError: the files are no good.
+        InvalidArgumentError: the files are not valid.
     """
     watch = PemWatch(files)
 

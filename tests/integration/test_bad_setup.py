@@ -218,7 +218,7 @@ def test_a_damaged_cache_is_found_and_not_used(
 
 def test_a_damaged_cache_that_cannot_be_made_again_says_what_to_do(damaged_cache: Path) -> None:
     reports: list[str] = []
-    with pytest.raises(UnavailableError, match="check that pip can reach its index") as raised:
+    with pytest.raises(UnavailableError, match="Check that pip can reach its index") as raised:
         prepare_default_model(reports.append)
     assert "another model" in raised.value.message
     assert "is damaged" in reports[0]

@@ -369,9 +369,9 @@ def test_a_changed_pair_is_taken_as_one(files: Folder, authority: Authority) -> 
 
 BAD_FILES = {
     "missing": ("tls_certificate", None, "No such file"),
-    "no certificate": ("tls_certificate", b"text", "no PEM certificate and its plain private key"),
+    "no certificate": ("tls_certificate", b"text", "not a PEM certificate and its plain private key"),
     "another key": ("tls_private_key", Authority().issue().private_key, "KEY_VALUES_MISMATCH|mismatch"),
-    "no authorities": ("tls_client_authorities", b"", "no PEM certificate authorities"),
+    "no authorities": ("tls_client_authorities", b"", "does not hold PEM certificate authorities"),
 }
 
 

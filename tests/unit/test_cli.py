@@ -166,7 +166,7 @@ def test_commands_find_the_running_system(gateway: ScriptedGateway) -> None:
     assert run("generate", "Hi").stdout == "Hello, world!\n"
     result = run("up")
     assert result.exit_code == 1
-    assert f"runs already, its gateway on {gateway.address}" in result.stderr
+    assert f"runs already; its gateway is {gateway.address}" in result.stderr
     # Its state directory is none of the usual: without it `specdec down` would find nothing.
     assert f"SPECDEC_STATE_DIR={os.environ['SPECDEC_STATE_DIR']} specdec down" in result.stderr
 
