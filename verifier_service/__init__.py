@@ -1,1 +1,1 @@
-"""The target-verifier service: runs the target model, checks drafts, always has the last word."""
+"""The verifier service: it runs the target model, checks drafts and always has the last word."""

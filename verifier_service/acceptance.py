@@ -2,7 +2,7 @@
 
 Because the pick at a position depends on (target, prompt, parameters, seed, position) and on nothing else,
 the output is the same whatever the draft was, chain or tree, greedy or sampled (Daliri, Musco, Suresh 2024).
-This is not speculative sampling's ratio test, and shared noise would be wrong under that.
+This rule is not the ratio test of speculative sampling, under which shared noise would be wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from specdec.contract.draft_tree import ANCHOR, DraftTree
 
 
 class FinishReason(Enum):
-    """Why a generation ended."""
+    """The reason why a generation ended."""
 
     STOP_TOKEN = "stop_token"
     LENGTH = "length"
@@ -23,17 +23,17 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class DraftAcceptance:
-    """What a round commits: the tokens of the accepted path, then the bonus token."""
+    """The tokens that a round commits: those of the accepted path, then the bonus token."""
 
     path: tuple[int, ...]
-    """Which of the draft's tokens are accepted, from the anchor's child on; of a chain, the first ones."""
+    """Indices of the accepted draft tokens, from a child of the anchor on; in a chain, the first indices."""
     bonus_token_id: int
     """The target's correction or continuation, or the token that ended the generation."""
     finish_reason: FinishReason | None = None
 
     @property
     def num_accepted_tokens(self) -> int:
-        """Length of the accepted path, bonus excluded."""
+        """The length of the accepted path, bonus token excluded."""
         return len(self.path)
 
 
@@ -44,21 +44,27 @@ def accept(
     stop_token_ids: Collection[int],
     max_tokens: int,
 ) -> DraftAcceptance:
-    """Walk from the anchor to the child that equals the target's pick, as long as there is one.
+    """Walk from the anchor to the child that equals the target's pick, until no child does.
 
-    The token that ends the walk is the bonus: the first pick the draft did not foresee, the pick after a
-    whole path, a stop token, or the last token `max_tokens` allows. A round therefore always commits
-    num_accepted_tokens + 1 tokens, all of them the target's picks.
+    The pick that ends the walk is the bonus token: a pick that the draft did not foresee, the pick after a
+    whole path, a stop token, or the last token that `max_tokens` allows. A round therefore always commits
+    num_accepted_tokens + 1 tokens, and all of them are the target's picks.
 
     Args:
-        draft: K >= 0 tokens.
-        target_picks: K + 1 tokens; entry 0 is the target's pick after the anchor, entry i + 1 the one after
-            the draft's token i.
+        draft: zero or more tokens.
+        target_picks: one token more than the draft has. Entry 0 is the target's pick after the anchor, entry
+            i + 1 its pick after the draft's token i.
         stop_token_ids: tokens that end the generation.
-        max_tokens: tokens the round may commit, at least 1.
+        max_tokens: number of tokens that the round may commit, at least 1.
+
+    Raises:
+        ValueError: the number of picks is wrong, or `max_tokens` is less than 1.
     """
     if len(target_picks) != len(draft) + 1 or max_tokens < 1:
-        raise ValueError("one pick per draft token and one more, and room for a token, are needed")
+        raise ValueError(
+            f"{len(target_picks)} picks for {len(draft)} draft tokens, max_tokens {max_tokens}; "
+            "pass one pick per draft token and one more, and max_tokens of at least 1"
+        )
     nodes = zip(draft.parents, draft.token_ids, strict=True)
     children = {node: index for index, node in enumerate(nodes)}
     path: list[int] = []

@@ -1,4 +1,4 @@
-"""Command line of the verifier service."""
+"""The command line of the verifier service."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(**options: object) -> None:
     Example: specdec-verifier --model google/gemma-4-31B-it --device cuda:0 --kv-cache-mib 16384
     """
     tune_process()
-    # Imported here: --help needs none of it.
+    # These imports are slow and --help does not need them.
     from specdec.service.process import serve_from_command_line
     from verifier_service.server import VerifierServer
 

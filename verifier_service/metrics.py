@@ -1,4 +1,4 @@
-"""What a verifier counts."""
+"""The metrics of a verifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class VerifierMetrics:
-    """Counters of rounds, and gauges of a verifier once it is loaded. docs/metrics.md explains each."""
+    """Counters, and the gauges that `observe` adds for a loaded verifier; docs/metrics.md explains each."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter

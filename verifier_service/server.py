@@ -1,4 +1,4 @@
-"""Put a verifier service together."""
+"""The verifier server, put together from its parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verifier_service.verifier import Verifier, make_memory
 
 
 class VerifierServer:
-    """One verifier process's parts, in the order they start."""
+    """The parts of a verifier process: they start, run and close together."""
 
     def __init__(self, config: VerifierConfig, telemetry: Telemetry) -> None:
         self._config = config
@@ -39,7 +39,7 @@ class VerifierServer:
         )
 
     async def load(self) -> None:
-        """Load the model off the event loop, so that health checks are answered meanwhile."""
+        """Load the model on the engine thread, so that the event loop can answer health checks."""
         uri = self._config.advertise or _reachable(self.host.address)
         self._memory = memory = make_memory(self._config)
         metrics = self.servicer.metrics
@@ -54,12 +54,12 @@ class VerifierServer:
         self.servicer.verifier = verifier
 
     async def close(self) -> None:
-        """Stop the engine and send what telemetry is buffered."""
+        """Stop the engine and send the buffered telemetry."""
         if self.servicer.verifier:
             await asyncio.to_thread(self.servicer.verifier.close)
         if self._memory:
-            self._memory.close()  # what was loaded so far, too: nothing stays in the shared directory
-        self._thread.close(wait=False)  # a load under way is not waited for
+            self._memory.close()  # even after a partial load: no file may stay in the shared directory
+        self._thread.close(wait=False)  # do not wait for a load that still runs
         await asyncio.to_thread(self._telemetry.shutdown)
 
     async def run(self) -> None:
@@ -68,6 +68,6 @@ class VerifierServer:
 
 
 def _reachable(address: str) -> str:
-    """A listen address as others may use it: every interface becomes this host's name."""
+    """The address that peers can use: if the server listens on every interface, the name of this host."""
     host, _, port = address.rpartition(":")
     return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "*") else address

@@ -1,4 +1,4 @@
-"""The verifier's gRPC edge: parse, call, answer."""
+"""The gRPC edge of the verifier: it parses requests, calls the verifier and answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from verifier_service.verifier import Timed, Verifier
 SERVICE_NAME = verifier_pb2.DESCRIPTOR.services_by_name["VerifierService"].full_name
 
 UPLOAD_TIMEOUT_S = 60.0
-"""Longest a projection may take to arrive."""
+"""Seconds within which a projection must arrive."""
 
 _FINISH_REASONS = {
     None: verifier_pb2.FINISH_REASON_UNSPECIFIED,
@@ -48,7 +48,7 @@ VerifyContext = grpc.aio.ServicerContext[verifier_pb2.VerifyRequest, verifier_pb
 
 
 class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
-    """Serves a verifier once it is loaded."""
+    """Serves a verifier. Until the verifier is loaded, every call gets UnavailableError."""
 
     def __init__(self, telemetry: Telemetry, rules: SessionRules) -> None:
         self._rules = rules
@@ -67,7 +67,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     async def Verify(  # noqa: N802
         self, requests: AsyncIterator[verifier_pb2.VerifyRequest], context: VerifyContext
     ) -> None:
-        """One session: an open, then rounds."""
+        """Serve one session: an open, then rounds."""
         verifier = self._loaded()
         self._rules.admit(context)
         messages = self._rules.messages(requests)
@@ -170,11 +170,11 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             target_state_pb2.StreamTargetStateRequest, target_state_pb2.StreamTargetStateResponse
         ],
     ) -> None:
-        """A session's state, position by position, until the session ends."""
+        """Stream the state of a session as positions become final, until the session ends."""
         verifier = self._loaded()
         if verifier.config.target_state == "handle":
             raise UnimplementedError(
-                "This verifier shares target state by handle only (--target-state handle).",
+                "This verifier shares target state by handle only; it streams with --target-state auto.",
                 reason="NO_STATE_STREAM",
             )
         export = verifier.export
@@ -192,23 +192,23 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             target_state_pb2.PutProjectionRequest, target_state_pb2.PutProjectionResponse
         ],
     ) -> target_state_pb2.PutProjectionResponse:
-        """Take a projection's weights."""
+        """Receive the weights of a projection."""
         export = self._loaded().export
         first = await anext(aiter(requests), None)
         if first is None or not first.HasField("projection"):
-            raise InvalidArgumentError("No projection was sent.", field="projection")
+            raise InvalidArgumentError("No projection was sent; send it first.", field="projection")
         info = ProjectionInfo.from_proto(first.projection)
         export.expect_projection(info)
-        async with self._projection_upload:  # one at a time: they may be large
+        async with self._projection_upload:  # one upload at a time: projections may be large
             try:
-                # Whoever stops sending must not hold the others up.
+                # A peer that stops sending must not block the other uploads.
                 async with asyncio.timeout(self.upload_timeout_s):
                     data = await _receive(info, first.data, requests)
             except TimeoutError:
                 raise DeadlineExceededError(
-                    f"The projection was not here within {self.upload_timeout_s:g} s; send it again."
+                    f"The projection did not arrive within {self.upload_timeout_s:g} s; send it again."
                 ) from None
-            # Hashing a large one takes a while; no torch operation runs on that thread.
+            # Hashing a large projection takes a while; it runs no torch operation on that thread.
             projection = await asyncio.to_thread(Projection.from_bytes, info, data)
             export.put_projection(projection)
         return target_state_pb2.PutProjectionResponse()
@@ -220,7 +220,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             target_state_pb2.GetTargetWeightsRequest, target_state_pb2.GetTargetWeightsResponse
         ],
     ) -> target_state_pb2.GetTargetWeightsResponse:
-        """Where embedding and LM head are."""
+        """Say where the target's embedding and LM head are."""
         return (await self._loaded().weights()).to_proto()
 
     async def GetInfo(  # noqa: N802
@@ -230,7 +230,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             verifier_pb2.VerifierServiceGetInfoRequest, verifier_pb2.VerifierServiceGetInfoResponse
         ],
     ) -> verifier_pb2.VerifierServiceGetInfoResponse:
-        """The model, the limits and the load."""
+        """Describe the model, the limits and the current load."""
         verifier = self._loaded()
         return verifier_pb2.VerifierServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION,
@@ -259,11 +259,11 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
 async def _receive(
     info: ProjectionInfo, first: bytes, requests: AsyncIterator[target_state_pb2.PutProjectionRequest]
 ) -> bytearray:
-    """A projection's weights, from its messages."""
+    """Collect the weights of a projection from its messages."""
     data = bytearray(first)
     async for request in requests:
         if len(data) + len(request.data) > num_projection_bytes(info):
-            raise InvalidArgumentError("More data than the projection's sizes say.", field="data")
+            raise InvalidArgumentError("There is more data than the projection's sizes say.", field="data")
         data += request.data
     return data
 

@@ -1,4 +1,4 @@
-"""One generation's state: the committed tokens and how many of them the KV pool holds."""
+"""The state of one session: the committed tokens, and how many of them the KV pool holds."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from verifier_service.state_stream import ExportedState
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """What a session is opened with; see specdec.v1.VerifyOpen."""
+    """The parameters that open a session; see specdec.v1.VerifyOpen."""
 
     committed_token_ids: tuple[int, ...]
-    """The prompt, and output of an earlier session."""
+    """The prompt, then the output of an earlier session that was lost."""
     max_new_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     prompt_length: int = 0
-    """How many of committed_token_ids are the prompt; 0: all."""
+    """How many of committed_token_ids belong to the prompt; 0: all of them."""
     num_top_logprobs: int | None = None
     target_state_spec: TargetStateSpec | None = None
     draft_nodes: int = 0
-    """Most nodes of a draft tree that rounds will bring."""
+    """Most nodes that the draft tree of a round will have."""
 
     def validate(self, vocab_size: int, model_max_length: int) -> int:
-        """Check all values. Return the most tokens the session can reach.
+        """Check all values, and return the most tokens that the session can reach.
 
         Args:
-            vocab_size: number of the model's tokens.
-            model_max_length: the model's context, tokens; 0: it has no limit.
+            vocab_size: number of tokens in the model's vocabulary.
+            model_max_length: length of the model's context, tokens; 0: there is no limit.
 
         Raises:
             InvalidArgumentError: a value is out of range.
@@ -48,8 +48,8 @@ class OpenRequest:
             )
         if model_max_length and num_committed >= model_max_length:
             raise InvalidArgumentError(
-                f"The prompt has {num_committed} tokens, the model's context {model_max_length}; shorten the "
-                "prompt so that at least one token fits after it.",
+                f"The prompt has {num_committed} tokens, but the model's context is {model_max_length}; "
+                "shorten the prompt so that at least one token fits after it.",
                 field="prompt",
                 reason="PROMPT_TOO_LONG",
             )
@@ -59,7 +59,8 @@ class OpenRequest:
             )
         if self.prompt_length > num_committed:
             raise InvalidArgumentError(
-                f"prompt_length is {self.prompt_length}; there are {num_committed} committed tokens.",
+                f"prompt_length is {self.prompt_length}; it must be at most {num_committed}, the number of "
+                "committed tokens.",
                 field="prompt_length",
             )
         self.sampling.validate(vocab_size)
@@ -71,15 +72,15 @@ class OpenRequest:
 
 
 class Session:
-    """State of one session. Holds 0 <= cached_length < committed_length <= max_length at every step.
+    """The state of one session. At every step 0 <= cached_length < committed_length <= max_length.
 
     Args:
-        request: validated.
-        stop_token_ids: every token that ends the generation, the model's own included.
-        allocation: KV slots for `max_length` tokens, and for a draft tree's nodes behind them if it has room.
-        max_length: most tokens, prompt included.
-        state: what the session exports; None: nothing.
-        state_refusal: why it exports nothing although something was asked for.
+        request: the parameters, already validated.
+        stop_token_ids: every token that ends the generation, including the model's own end tokens.
+        allocation: KV slots for `max_length` tokens and, if there is room, for the nodes of a draft tree.
+        max_length: most tokens that the session may hold, prompt included.
+        state: the target state that the session exports; None: it exports no state.
+        state_refusal: why the session exports no state although the request asked for it; empty otherwise.
     """
 
     def __init__(
@@ -106,44 +107,44 @@ class Session:
 
     @property
     def committed_length(self) -> int:
-        """Tokens that are final, prompt included."""
+        """The number of final tokens, prompt included."""
         return len(self.token_ids)
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Tokens that may still be committed."""
+        """The number of tokens that may still be committed."""
         return self.max_length - self.committed_length
 
     @property
     def num_free_slots(self) -> int:
-        """Slots behind the anchor's, for a draft."""
+        """The number of slots behind the anchor's slot, which a draft can use."""
         return self.allocation.capacity - self.committed_length
 
     def pick_context(self, draft: DraftTree) -> PickContext:
-        """What the target's picks after the committed tokens depend on."""
+        """The values on which the target's picks after the committed tokens depend."""
         return PickContext(self.sampling, self.token_ids, self.prompt_length, draft)
 
     def check_round(self, base_committed_length: int) -> None:
-        """Refuse a round that does not continue this session's state.
+        """Refuse a round that does not continue the state of the session.
 
         Raises:
             FailedPreconditionError: the session has finished, or the base is not its committed length.
         """
         if self.finish_reason:
             raise FailedPreconditionError(
-                f"The session has finished ({self.finish_reason.value}); open a new one.",
+                f"The session has finished ({self.finish_reason.value}); open a new session.",
                 reason="SESSION_FINISHED",
             )
         if base_committed_length != self.committed_length:
             raise FailedPreconditionError(
-                f"base_committed_length is {base_committed_length}, the session has committed "
-                f"{self.committed_length} tokens; nothing was changed.",
+                f"base_committed_length is {base_committed_length}, but the session has committed "
+                f"{self.committed_length} tokens; nothing was changed. Send the round with that length.",
                 reason="STALE_BASE",
             )
 
     def commit(self, draft: DraftTree, acceptance: DraftAcceptance) -> None:
-        """Make a round's tokens final. KV of refused draft tokens is forgotten by not being counted."""
-        # The pass wrote KV for the anchor and the draft; what was accepted of it is final, and in its place.
+        """Make a round's tokens final. The KV past cached_length, of refused tokens, is forgotten."""
+        # The pass wrote KV for the anchor and the draft. The KV of accepted tokens is final and in its place.
         self.cached_length = self.committed_length + acceptance.num_accepted_tokens
         self.token_ids.extend(draft.token_ids[index] for index in acceptance.path)
         self.token_ids.append(acceptance.bonus_token_id)

@@ -1,4 +1,4 @@
-"""The target model: one `step` over a list of work items, prefill chunks and verify rounds together."""
+"""The target model: one `step` processes a list of work items, prefill chunks and verify rounds together."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from verifier_service.session import Session
 logger = logging.getLogger(__name__)
 
 TokenLogprobs = tuple[float, list[tuple[int, float]]]
-"""Log probability of an emitted token, and the best (token id, log probability) pairs."""
+"""The log probability of an emitted token, and the most probable (token id, log probability) pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Prompt tokens start to stop of a session. The last chunk picks the first token."""
+    """Part of a session's prompt: the tokens from `start` to `stop`. The last chunk picks the first token."""
 
     session: Session
     start: int
@@ -35,23 +35,23 @@ class PrefillChunk:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the chunk adds to a pass."""
+        """The number of tokens that the chunk adds to a pass."""
         return self.stop - self.start
 
     @property
     def is_last(self) -> bool:
-        """Whether it ends the prompt."""
+        """Whether the chunk ends the prompt."""
         return self.stop == self.session.committed_length
 
     def segment(self) -> Segment:
-        """Its part of the pass."""
+        """The chunk's part of the pass."""
         tokens = self.session.token_ids[self.start : self.stop]
         return Segment(self.session.allocation, self.start, tokens, num_logits=int(self.is_last))
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyItem:
-    """A draft of a session to be checked: the anchor and K draft tokens."""
+    """A verify round of a session: the anchor token and the draft that is checked."""
 
     session: Session
     draft: DraftTree
@@ -59,11 +59,11 @@ class VerifyItem:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens the round adds to a pass."""
+        """The number of tokens that the round adds to a pass."""
         return len(self.draft) + 1
 
     def segment(self) -> Segment:
-        """Its part of the pass."""
+        """The round's part of the pass."""
         tokens = [self.session.token_ids[-1], *self.draft.token_ids]
         parents = () if self.draft.is_chain else (-1, *(parent + 1 for parent in self.draft.parent_indices))
         return Segment(self.session.allocation, self.session.cached_length, tokens, len(tokens), parents)
@@ -71,11 +71,11 @@ class VerifyItem:
 
 @dataclass(frozen=True, slots=True)
 class SideWork:
-    """Anything else the engine thread has to do; it runs after the pass, whose rounds wait for it."""
+    """Other work for the engine thread. It runs after the pass of its step, whose rounds wait for it."""
 
     function: Callable[[], Any]
     num_tokens: int = 0
-    """What it costs, in tokens of prefill."""
+    """Cost of the work, as the number of prefill tokens that take as long."""
     is_urgent: bool = False
 
 
@@ -85,26 +85,26 @@ StepItem = PassItem | SideWork
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a step says of one item."""
+    """The result of a step for one item that picks tokens."""
 
     acceptance: DraftAcceptance
     logprobs: list[TokenLogprobs]
-    """One per committed token, if the session asked for them."""
+    """One entry per committed token. Empty: the session did not ask for log probabilities."""
 
 
 class TargetModel:
-    """Runs work items on the engine thread. Changes the KV pool only, never a session."""
+    """Runs work items on the engine thread. It changes the KV pool, but never a session."""
 
     def __init__(self, packed: PackedModel) -> None:
         self._packed = packed
         self._picker = Picker(packed.vocab_size, packed.device)
 
     def step(self, items: Sequence[StepItem]) -> Sequence[Verdict | SpecdecError | Any]:
-        """One forward pass over all items, then side work.
+        """Run one forward pass over all items, then the side work.
 
         Returns:
-            A verdict per item; None for a prefill chunk that is not its prompt's last; of side work, what
-            its function returned.
+            One entry per item: a verdict; None for a prefill chunk that does not end its prompt; for side
+            work what its function returned, or an error if it failed.
         """
         in_pass = [item for item in items if not isinstance(item, SideWork)]
         verdicts = iter(self._pass(in_pass) if in_pass else ())
@@ -128,12 +128,12 @@ class TargetModel:
         return verdicts
 
     def _compact(self, session: Session, path: Sequence[int]) -> None:
-        """Put what the pass made of the accepted path where a chain's is, before anyone may read it."""
+        """Move the state of the accepted path to where a chain's would be, before anyone may read it."""
         moved = [(node, depth) for depth, node in enumerate(path) if node != depth]
         if not moved:
             return
         device = self._packed.device
-        first = session.committed_length  # of the draft's tokens: the anchor is the last committed one
+        first = session.committed_length  # position of the draft's first token: the one after the anchor
         sources, targets = (first + torch.tensor(moved, device=device)).T
         slots_at = session.allocation.slots_at
         hidden_names = session.state.hidden_names if session.state else ()
@@ -141,7 +141,7 @@ class TargetModel:
 
 
 def _run(work: SideWork) -> Any:
-    """Side work's result; its failure is its own."""
+    """Run side work and return its result, or its error: a failure must not end the step."""
     try:
         return work.function()
     except SpecdecError as error:

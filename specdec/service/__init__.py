@@ -1,1 +1,1 @@
-"""What any server is made of: configuration, interceptors, health, sessions, telemetry."""
+"""The parts of which every server is made: configuration, interceptors, health, sessions, telemetry."""

@@ -1,4 +1,4 @@
-"""Who calls a server: what an authenticator is, and what it says of a caller."""
+"""Callers of a server: who they are, what they may ask for, and the interface of an authenticator."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a caller may ask for; None: no limit of its own."""
+    """The limits of a caller. None: the caller does not have that limit."""
 
     max_concurrent_requests: int | None = None
-    """Most generations at a time."""
+    """Most generations that run at the same time."""
     max_new_tokens: int | None = None
-    """Most tokens one generation may emit."""
+    """Most tokens that one generation may emit."""
     requests_per_minute: int | None = None
-    """Most generations begun within any 60 seconds."""
+    """Most generations that begin within any 60 seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a call, as far as the authenticator tells."""
+    """The caller of a request, as an authenticator knows it."""
 
     name: str
-    """Limits count per name."""
+    """Name of the caller; calls with the same name share the limits."""
     limits: Limits = Limits()
 
 
@@ -34,18 +34,18 @@ class Authenticator(Protocol):
     """Decides who may call a server."""
 
     async def authenticate(self, metadata: Mapping[str, str | bytes]) -> Caller:
-        """Who sent this metadata, keys in lower case.
+        """Find the caller that sent the metadata, whose keys are in lower case.
 
         Raises:
-            UnauthenticatedError: nobody known; the message must not help to guess.
+            UnauthenticatedError: the caller is not known. The message must not help to guess credentials.
         """
 
 
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
-"""The caller of the call this task answers; None where the server has no authenticator."""
+"""The caller that the current task answers. None: the server does not have an authenticator."""
 
 
 def caller_key() -> str:
-    """A key that tells the current caller from others without naming it; empty where nobody is known."""
+    """A key that tells callers apart without naming them. Empty: the current caller is not known."""
     caller = CALLER.get()
     return hashlib.sha256(f"specdec caller {caller.name}".encode()).hexdigest()[:32] if caller else ""

@@ -1,4 +1,4 @@
-"""Health of a server: watches end when it drains, and liveness is told apart from readiness."""
+"""The health of a server: liveness is reported apart from readiness, and watches end when a server drains."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
 LIVENESS = "liveness"
-"""Health service name that is SERVING from the start until the drain, whatever is loaded or reachable: a
-process that does not answer for it is to be started anew."""
+"""The health service name of liveness: SERVING from the start until the drain, whatever is loaded or
+reachable. A process that does not answer for it should be restarted."""
 
 
 class _WatchContext:
-    """A health watch's context that knows whether the peer believes us to be serving."""
+    """The context of a health watch, which knows the status that was last sent to the peer."""
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self._context = context
@@ -30,7 +30,7 @@ class _WatchContext:
 
 
 class HealthService(health_aio.HealthServicer):
-    """Health whose watches end with NOT_SERVING: a drain would wait for them until its grace is over."""
+    """A health service that ends its watches during a drain, which would otherwise wait for them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +57,6 @@ class HealthService(health_aio.HealthServicer):
         await watched.is_down.wait()
 
     async def enter_graceful_shutdown(self) -> None:
-        """Report NOT_SERVING from now on and end every watch."""
+        """Report NOT_SERVING from now on, and end every watch."""
         await super().enter_graceful_shutdown()
         self._draining.set()

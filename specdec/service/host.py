@@ -1,4 +1,4 @@
-"""One gRPC server on one address, with health, reflection and typed errors."""
+"""A gRPC server on one address, with health, reflection and typed errors."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _WATCH_GRACE_S = 1.0
 
 
 class ServiceHost:
-    """One gRPC server on one address.
+    """A gRPC server on one address.
 
     Args:
-        service: full name of the service, whose health is reported besides the server's own ("").
+        service: full name of the service. Its health is reported as well as the server's own, which is "".
         register: adds the servicer to the server.
-        listen: host:port (port 0: a free one) or unix:/path.
-        tls: certificate and key of the port, and who may sign callers'; None: plaintext.
-        authenticator: who may call; None: everyone that can connect.
-        health_listen: host:port of a plaintext port with health alone; empty: none.
+        listen: host:port or unix:/path; port 0 is any free port.
+        tls: certificate and key of the server, and the authorities of callers' certificates; None: plaintext.
+        authenticator: decides who may call; None: everyone that can connect may call.
+        health_listen: host:port of a plaintext port that serves health only; empty: there is no such port.
 
     Raises:
-        InvalidArgumentError: the TLS files are no good.
+        InvalidArgumentError: the TLS files are not valid.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class ServiceHost:
         health_listen: str = "",
     ) -> None:
         self.address = listen
-        """Where it listens, with the real port once it does."""
+        """The address of the server, with the real port after the start."""
         self.health_address = health_listen
-        """Where health alone is answered, likewise; empty: nowhere."""
+        """The address that serves health only, with the real port after the start. Empty: there is none."""
         self._service = service
         self._listen = listen
         self._credentials = server_credentials(tls) if tls else None
@@ -68,7 +68,10 @@ class ServiceHost:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
 
     async def start(self) -> str:
-        """Bind and answer, NOT_SERVING until `set_serving`. Returns the address with its real port.
+        """Bind the address and answer calls; health is NOT_SERVING until `set_serving`.
+
+        Returns:
+            The address with its real port.
 
         Raises:
             InvalidArgumentError: an address cannot be bound.
@@ -83,7 +86,7 @@ class ServiceHost:
         return self.address
 
     async def set_serving(self) -> None:
-        """Report SERVING."""
+        """Report SERVING from now on."""
         await self._set_health(serving=True)
 
     async def _set_health(self, *, serving: bool) -> None:
@@ -92,7 +95,7 @@ class ServiceHost:
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Report NOT_SERVING, refuse new calls, give running ones `grace_s` seconds, then cancel them."""
+        """Report NOT_SERVING, refuse new calls, and cancel calls that still run after `grace_s` seconds."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
         if self.health_address:
@@ -103,7 +106,7 @@ class ServiceHost:
 def _bind(
     server: grpc.aio.Server, listen: str, option: str, credentials: grpc.ServerCredentials | None = None
 ) -> str:
-    """Give a server its port. Returns the address with the real one."""
+    """Bind a server to an address, and return the address with the real port."""
     try:
         _require_unused(listen)
         if credentials:
@@ -112,8 +115,8 @@ def _bind(
             port = server.add_insecure_port(listen)
     except (RuntimeError, FileExistsError) as error:
         raise InvalidArgumentError(
-            f"Cannot listen on {listen}: the port is in use or the address is not this host's. "
-            f"Pass another one with --{option.replace('_', '-')}.",
+            f"Cannot listen on {listen}: the port is in use, or the address is not this host's. "
+            f"Pass another address with --{option.replace('_', '-')}.",
             field=option,
             reason="ADDRESS_IN_USE",
         ) from error
@@ -121,7 +124,7 @@ def _bind(
 
 
 def _require_unused(listen: str) -> None:
-    """Refuse a unix socket that a server answers on; gRPC would take it away from that server."""
+    """Refuse a unix socket on which a server answers; gRPC would take the socket away from that server."""
     path = listen.removeprefix("unix:")
     if path == listen:
         return
@@ -129,5 +132,5 @@ def _require_unused(listen: str) -> None:
         try:
             probe.connect(path)
         except OSError:
-            return  # nobody there: a file left behind is replaced
+            return  # nobody answers: gRPC may replace the file that was left behind
     raise FileExistsError(path)

@@ -1,4 +1,4 @@
-"""Instruments that several services have: gauges read when somebody looks, and those of an engine."""
+"""Instruments that several services have: counters, gauges that are read on demand, engine metrics."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from weakref import WeakKeyDictionary
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 SHORT_TIMES_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-"""Bucket boundaries of parts of a round and of engine steps, seconds."""
+"""Bucket boundaries for parts of a round and for engine steps, seconds."""
 LabelValue = str | bool | int
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _BATCH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _totals: WeakKeyDictionary[Meter, dict[str, dict[tuple[LabelValue, ...], int]]] = WeakKeyDictionary()
-"""By meter and name what counters have counted, by label values."""
+"""The totals of all counters, by meter, name and label values."""
 
 
 class Counter:
-    """A counter that costs a round no more than an addition: OpenTelemetry reads the totals when it collects.
+    """A counter whose cost in a round is one addition: OpenTelemetry reads the totals when it collects.
 
-    As of other instruments, there is one of a name and meter, whoever asks for it: a second observable one
-    would not be read.
+    Counters of one meter and name share their totals, because OpenTelemetry would not read a second
+    observable instrument of the same name.
 
     Args:
-        labels: names of the label values that `add` takes.
+        labels: names of the labels whose values `add` takes.
     """
 
     def __init__(self, meter: Meter, name: str, *labels: str, unit: str, description: str = "") -> None:
@@ -35,7 +35,7 @@ class Counter:
             meter.create_observable_counter(name, [self._observe], unit=unit, description=description)
 
     def add(self, amount: int, *values: LabelValue) -> None:
-        """Count `amount` under these label values, one for each label; by one thread only."""
+        """Add `amount` to the total of the label values, one per label. Only one thread may call this."""
         assert len(values) == len(self._labels), self._labels
         self._of_values[values] = self._of_values.get(values, 0) + amount
 
@@ -55,7 +55,7 @@ def observe_values(
     unit: str,
     description: str,
 ) -> None:
-    """A gauge with one series per value of `label`; `read` is called by the thread that collects."""
+    """Make a gauge with one series per value of `label`. The thread that collects metrics calls `read`."""
 
     def observe(options: CallbackOptions) -> Iterable[Observation]:
         return [Observation(value, {label: key}) for key, value in read().items()]
@@ -64,7 +64,7 @@ def observe_values(
 
 
 def observe_value(meter: Meter, name: str, read: Callable[[], int], *, unit: str, description: str) -> None:
-    """A gauge of one series; see `observe_values`."""
+    """Make a gauge with a single series; see `observe_values`."""
 
     def observe(options: CallbackOptions) -> Sequence[Observation]:
         return [Observation(read())]
@@ -73,10 +73,10 @@ def observe_value(meter: Meter, name: str, read: Callable[[], int], *, unit: str
 
 
 class EngineMetrics:
-    """What the engine of a service does, step by step.
+    """The metrics of a service's engine and of its steps.
 
     Args:
-        prefix: the service's, such as "specdec.verifier".
+        prefix: beginning of the metrics' names, such as "specdec.verifier".
     """
 
     def __init__(self, meter: Meter, prefix: str) -> None:
@@ -101,13 +101,13 @@ class EngineMetrics:
         )
 
     def add_step(self, batch_size: int, batch_tokens: int, duration_ns: int) -> None:
-        """Count a step that ended; called by the engine's own thread."""
+        """Record a finished step. The engine's thread calls this."""
         self._batch_size.record(batch_size)
         self._batch_tokens.record(batch_tokens)
         self._step_duration.record(duration_ns / 1e9)
 
     def observe_queue(self, num_waiting: Callable[[], int]) -> None:
-        """Report how many items wait for a step."""
+        """Report how many items wait for an engine step."""
         observe_value(
             self._meter,
             f"{self._prefix}.queue_depth",
@@ -117,7 +117,7 @@ class EngineMetrics:
         )
 
     def observe_sessions(self, num_sessions: Callable[[], int], max_sessions: int) -> None:
-        """Report the session slots in use, and how many there are."""
+        """Report how many session slots are in use, and how many exist."""
         observe_value(
             self._meter,
             f"{self._prefix}.sessions",

@@ -1,4 +1,4 @@
-"""What wraps every call to a server: credentials are checked, errors become statuses."""
+"""The interceptors around every call to a server: they name requests, check credentials and send errors."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _METHOD_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 @dataclass(frozen=True, slots=True)
 class _Malformed:
-    """Stands for a request whose bytes are no message of its type."""
+    """A request whose bytes are not a message of its type."""
 
     reason: str
 
 
 class RequestIdInterceptor(grpc.aio.ServerInterceptor):
-    """Gives every call of ours a request id, the caller's or a new one. Stands before all others."""
+    """Gives every call of our services a request id, the caller's or a new one. It must come first."""
 
     async def intercept_service(
         self,
@@ -41,7 +41,7 @@ class RequestIdInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         if handler_call_details.method.startswith(_OUR_METHODS):
             metadata = dict(handler_call_details.invocation_metadata or ())
-            # The call's task has this context to itself.
+            # Every call has a task and a context of its own.
             REQUEST_ID.set(new_request_id())
             if REQUEST_ID_METADATA in metadata:
                 try:
@@ -52,7 +52,7 @@ class RequestIdInterceptor(grpc.aio.ServerInterceptor):
 
 
 class HouseInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of ours: SpecdecError becomes its status, undecodable bytes INVALID_ARGUMENT."""
+    """Turns the errors of our methods into statuses, and undecodable requests into INVALID_ARGUMENT."""
 
     async def intercept_service(
         self,
@@ -69,7 +69,7 @@ class HouseInterceptor(grpc.aio.ServerInterceptor):
 
 
 class AuthInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call without credentials, reflection and unknown methods too; health is open to all."""
+    """Refuses every call without credentials, even of reflection or unknown methods; health needs none."""
 
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
@@ -82,18 +82,18 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         if not handler_call_details.method.startswith(_HEALTH_METHODS):
             metadata = dict(handler_call_details.invocation_metadata or ())
             try:
-                # The call's task has this context to itself.
+                # Every call has a task and a context of its own.
                 CALLER.set(await self._authenticator.authenticate(metadata))
             except SpecdecError as error:
                 return _refusing(error)
             except Exception as error:
                 log_defect(logger, "the authenticator failed", error)
-                return _refusing(InternalError("The authenticator failed; its log says why."))
+                return _refusing(InternalError("The authenticator failed; the log of the server says why."))
         return await continuation(handler_call_details)
 
 
 def _refusing(error: SpecdecError) -> grpc.RpcMethodHandler[Any, Any]:
-    """Answers any call, whatever it streams, with an error, and reads nothing of it."""
+    """Make a handler that answers any kind of call with an error, without reading the request."""
 
     async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         await _abort(context, error)
@@ -111,11 +111,11 @@ def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: boo
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except grpc.aio.InternalError:
-            # A write that broke, for the peer is gone; gRPC's own ending of the call finds that out, too.
+            # A write failed because the peer is gone; gRPC ends the call by itself.
             logger.info("the peer went away in a write", extra={"peer": context.peer()})
         except Exception as error:
             log_defect(logger, "request failed", error)
-            await _abort(context, InternalError(f"Defect in the server: {type(error).__name__}: {error}"))
+            await _abort(context, InternalError(f"The server has a defect: {type(error).__name__}: {error}"))
 
     return call
 
@@ -126,7 +126,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SpecdecErro
 
 
 def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """A decoder that reports what it cannot read to the handler; gRPC itself would answer INTERNAL."""
+    """Make a decoder that hands malformed requests to the handler; gRPC itself would answer INTERNAL."""
 
     def tolerant(data: bytes) -> Any:
         try:
@@ -140,7 +140,7 @@ def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 def _check(request: _Message | _Malformed) -> _Message:
     if isinstance(request, _Malformed):
         raise InvalidArgumentError(
-            f"The request is no valid protobuf message ({request.reason}); text must be UTF-8.",
+            f"The request is not a valid protobuf message ({request.reason}); text must be UTF-8.",
             reason="MALFORMED_MESSAGE",
         )
     return request

@@ -1,4 +1,4 @@
-"""The process around a server: from the command line to its exit code, with a drain on SIGTERM."""
+"""The process of a server, from its command line to its exit code, with a drain on SIGTERM."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ async def run_service(
     """Serve until SIGTERM or SIGINT, then drain.
 
     Args:
-        load: makes the service ready; runs after the port is open, so that probes get an answer.
-        close: frees what load made.
+        load: makes the service ready. It runs after the port is open, so that health checks get an answer.
+        close: frees everything that `load` made.
 
     Raises:
         SpecdecError: the address cannot be bound, or `load` failed.
@@ -65,7 +65,7 @@ async def run_service(
 
 
 class RunnableServer(Protocol):
-    """A service put together."""
+    """A server that is ready to run."""
 
     async def run(self) -> None:
         """Serve until a signal, then drain."""
@@ -77,7 +77,7 @@ def serve_from_command_line(
     options: Mapping[str, object],
     make_server: Callable[[ConfigT, Telemetry], RunnableServer],
 ) -> NoReturn:
-    """Run a service process; exits with 0 after a drain, with 2 and a message for a wrong set-up."""
+    """Run a service process. It exits with 0 after a drain, with 2 and a message if the set-up is wrong."""
     try:
         config = config_type(**options)
     except SpecdecError as error:
@@ -85,7 +85,7 @@ def serve_from_command_line(
     setup_logging(name, str(options["log_level"]))
 
     async def serve() -> None:
-        # Made on the loop it serves on.
+        # The server must be made on the event loop on which it serves.
         telemetry = telemetry_from_environment(name, str(options["metrics_listen"]))
         await make_server(config, telemetry).run()
 
@@ -101,8 +101,11 @@ def serve_from_command_line(
 
 
 def _exit(code: int) -> NoReturn:
-    """End the process at once: a load that was cut short still runs native code on its thread, which would
-    abort the interpreter's own way out."""
+    """End the process at once.
+
+    A cancelled load still runs native code on its thread, which would make a normal exit of the interpreter
+    abort.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

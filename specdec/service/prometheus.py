@@ -1,4 +1,4 @@
-"""The Prometheus endpoint of a service: its metrics at /metrics, by a server on a thread of its own."""
+"""The Prometheus endpoint of a service, which serves /metrics from a thread of its own."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from specdec.service.config import parse_address
 
 
 class PrometheusEndpoint:
-    """Serves what `reader` collects, each time it is asked for. The reader belongs into a MeterProvider.
+    """Serves the metrics that `reader` collects on each request. Add the reader to a MeterProvider.
 
     Args:
-        listen: host:port; port 0: a free one.
+        listen: host:port; port 0 is any free port.
 
     Raises:
-        InvalidArgumentError: no such address, or the port is in use.
+        InvalidArgumentError: the address is malformed or cannot be bound.
     """
 
     def __init__(self, listen: str) -> None:
         host, port = parse_address(listen, "metrics_listen")
-        # A registry of its own: two services of one process have an endpoint each.
+        # Each endpoint has its own registry, because two services of one process have one endpoint each.
         registry = CollectorRegistry()
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
             raise InvalidArgumentError(
                 f"Cannot serve metrics on {listen}: {error.strerror or error}. Pass another address with "
-                "--metrics-listen, or an empty one for no metrics endpoint.",
+                "--metrics-listen, or an empty address to serve no metrics.",
                 field="metrics_listen",
                 reason="ADDRESS_IN_USE",
             ) from error
         self.reader = PrometheusMetricReader(registry=registry, scope_info_enabled=False)
         self.address = f"{listen.rpartition(':')[0]}:{self._server.server_port}"
-        """Where it listens, with the real port."""
+        """The address of the endpoint, with the real port."""
 
     def close(self) -> None:
         """Stop serving and free the port."""

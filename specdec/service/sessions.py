@@ -1,4 +1,4 @@
-"""Rules for the streams of a server: who may open a session, how long a peer may be silent or not read."""
+"""Rules for a server's streams: who may open a session, how long a peer may be silent or not read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from specdec.contract.errors import DeadlineExceededError, PermissionDeniedError
 _Message = TypeVar("_Message")
 
 WRITE_TIMEOUT_S = 60.0
-"""How long a peer may leave unread what it is sent; it holds memory and a session until then."""
+"""Seconds within which a peer must read a message; until then it holds memory and a session."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRules:
-    """Who may open sessions at a model service, and how long one may be silent.
+    """Who may open sessions at a model service, and how long a session may be silent.
 
     Args:
-        callers: DNS names one of which a caller's certificate must carry; empty: anyone may.
-        idle_timeout_s: longest time between two messages.
+        callers: DNS names, one of which a caller's certificate must carry; empty: anyone may open sessions.
+        idle_timeout_s: longest time between two messages of a session, seconds.
     """
 
     callers: frozenset[str] = frozenset()
@@ -33,22 +33,22 @@ class SessionRules:
         """Refuse a caller that may not open a session.
 
         Raises:
-            PermissionDeniedError: its certificate carries none of the names.
+            PermissionDeniedError: the caller's certificate carries none of the names.
         """
         if not self.callers:
             return
         names = context.auth_context().get("x509_subject_alternative_name", ())
         if self.callers.isdisjoint(name.decode(errors="replace") for name in names):
             raise PermissionDeniedError(
-                "This certificate may not open sessions; --tls-session-callers names those that may.",
+                "This certificate may not open sessions; use one whose DNS name --tls-session-callers lists.",
                 reason="NOT_A_SESSION_CALLER",
             )
 
     async def messages(self, requests: AsyncIterator[_Message]) -> AsyncIterator[_Message]:
-        """A session's messages.
+        """Yield the messages of a session until the peer ends it.
 
         Raises:
-            DeadlineExceededError: none came for too long.
+            DeadlineExceededError: no message arrived within the idle timeout.
         """
         while True:
             try:
@@ -56,7 +56,7 @@ class SessionRules:
                     request = await anext(requests, None)
             except TimeoutError:
                 raise DeadlineExceededError(
-                    f"The session had no message for {self.idle_timeout_s:g} s and has ended; open another.",
+                    f"The session got no message for {self.idle_timeout_s:g} s and ended; open a new one.",
                     reason="IDLE_SESSION",
                 ) from None
             if request is None:
@@ -67,22 +67,22 @@ class SessionRules:
 async def send(
     context: grpc.aio.ServicerContext[Any, Any], message: Any, timeout_s: float = WRITE_TIMEOUT_S
 ) -> None:
-    """Write a message of a stream.
+    """Write a message to a stream.
 
     Raises:
-        DeadlineExceededError: the peer does not read.
+        DeadlineExceededError: the peer did not read the message in time.
     """
     try:
         async with asyncio.timeout(timeout_s):
             await context.write(message)
     except TimeoutError:
         raise DeadlineExceededError(
-            f"What was sent has not been read for {timeout_s:g} s, so the call has ended.",
+            f"The peer did not read a message for {timeout_s:g} s, so the call has ended; call again.",
             reason="NOT_READ",
         ) from None
 
 
 def remaining_timeout_s(context: grpc.aio.ServicerContext[Any, Any], margin_s: float = 0.05) -> float | None:
-    """Seconds left of the caller's deadline, less a margin for the answer; None: no deadline."""
+    """Seconds until the caller's deadline, minus a margin for the answer; None: the call has no deadline."""
     remaining = context.time_remaining()
     return None if remaining is None else max(0.0, remaining - margin_s)

@@ -1,4 +1,4 @@
-"""Set a process up before it loads a model or serves: threads, memory, the interpreter. Loads no torch."""
+"""Settings of threads, memory and interpreter for a process that will load torch; this module does not."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import sys
 from contextlib import suppress
 
 _SPIN_COUNT = "10000"
-"""How long an idle OpenMP thread spins. The default steals cores from the other model process on the host;
-no spin at all nearly doubles a pass."""
+"""How many times an idle OpenMP thread spins before it sleeps. The default takes cores away from the other
+model process of the host; without spinning, a pass takes nearly twice as long."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-"""Options of glibc's mallopt."""
+"""Option numbers of glibc's mallopt."""
 _LARGE_BYTES = 2**20
 
 _SWITCH_INTERVAL_S = 0.0005
-"""How long the engine thread may hold the GIL while the event loop wants it."""
+"""Seconds for which the engine thread may hold the GIL while the event loop waits for it."""
 
 
 def tune_process() -> None:
-    """Prepare this process for running a model; must come before the first import of torch."""
+    """Prepare this process for running a model. Call this before the first import of torch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,20 +28,20 @@ def tune_process() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what large tensors give back, where it is glibc's.
+    """Make glibc's malloc keep the memory of freed large tensors; other allocators are left alone.
 
-    Pages that go back to the system are cleared and mapped anew for the next tensor, which costs a step of
-    training on a CPU a third of its time.
+    The system clears and maps returned pages again for the next tensor, which takes a third of the time of a
+    training step on a CPU.
     """
     _mallopt(_M_MMAP_MAX, 0)
     _mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> None:
-    """Have malloc give large buffers back at once, where it is glibc's.
+    """Make glibc's malloc return large buffers to the system at once; other allocators are left alone.
 
-    By itself it keeps buffers as large as the largest it was given back, scattered over the heaps of all
-    threads: messages of megabytes then leave hundreds of them behind.
+    By default it keeps buffers up to the size of the largest buffer that was freed, in the heaps of all
+    threads: messages of several megabytes then leave hundreds of them behind.
     """
     _mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 

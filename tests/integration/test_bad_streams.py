@@ -69,7 +69,7 @@ OPEN = verifier_pb2.VerifyRequest(
             {"base_committed_length": len(PROMPT) + 1, "draft_token_ids": [5, 6], "parent_indices": [-1]},
             InvalidArgumentError,
             "NO_DRAFT_TREE",
-            "one for each",
+            "one index for each",
         ),
         (
             {"base_committed_length": len(PROMPT) + 1, "draft_token_ids": [VOCAB_SIZE]},
@@ -117,7 +117,7 @@ async def test_verify_stream_refuses_rounds_before_open_and_after_finish(small: 
         assert raised.value.reason == "ROUND_BEFORE_OPEN"
     async with verify_stream(small.verifier_address) as stream:
         await stream.open(PROMPT, max_new_tokens=1)
-        with pytest.raises(FailedPreconditionError, match="open a new one") as raised:
+        with pytest.raises(FailedPreconditionError, match="open a new session") as raised:
             await stream.round()
         assert raised.value.reason == "SESSION_FINISHED"
     await assert_healthy(small)

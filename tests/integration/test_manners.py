@@ -472,7 +472,7 @@ class TestIdleSessions:
                 await verify.round()
             for stream in (verify, never_opened, draft):
                 assert await stream.call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-                assert "open another" in await stream.call.details()
+                assert "open a new one" in await stream.call.details()
             held = verifier.servicer.verifier
             assert held is not None
             assert held.pool.free_tokens == held.pool.capacity_tokens
