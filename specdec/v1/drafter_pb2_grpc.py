@@ -55,8 +55,8 @@ class DrafterServiceServicer:
         """Draft is one session. The stream's first request is an open, each later one a round; every
         request gets one response, in order. The session lives as long as the stream.
 
-        NOT_FOUND: no drafter of that name. FAILED_PRECONDITION: round before open, a second open, a
-        vocabulary or protocol mismatch, a stale committed_length. RESOURCE_EXHAUSTED: no slot free.
+        NOT_FOUND: no drafter has that name. FAILED_PRECONDITION: a round before the open, a second open, a
+        vocabulary or protocol mismatch, a stale committed_length. RESOURCE_EXHAUSTED: no session slot is free.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

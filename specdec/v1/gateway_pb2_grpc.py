@@ -52,8 +52,8 @@ class GatewayServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Generate streams the answer to one prompt: started, chunks, finished. A response is sent per
-        round. Cancelling the call frees everything the request holds.
+        """Generate streams the answer to one prompt: started, chunks, finished. A round sends at most one chunk.
+        Cancelling the call frees everything that the request holds.
 
         INVALID_ARGUMENT: google.rpc.BadRequest names the fields. RESOURCE_EXHAUSTED: try again after
         google.rpc.RetryInfo. UNAVAILABLE: no verifier is healthy, or the verifier was lost.

@@ -70,31 +70,31 @@ class VerifierServiceServicer:
     def Verify(self, request_iterator, context):
         """Verify is one session. The stream's first request is an open, each later one a round; every
         request gets one response, in order. The session lives as long as the stream: its KV and its
-        exported state are freed when the stream ends, for whatever reason.
+        exported state are freed when the stream ends for any reason.
 
-        FAILED_PRECONDITION: round before open, a second open, a message after the session finished, a
-        stale base_committed_length, a vocabulary or protocol mismatch. INVALID_ARGUMENT: a value out of
-        range. RESOURCE_EXHAUSTED: no KV or session slot free; google.rpc.RetryInfo says when to retry.
+        FAILED_PRECONDITION: a round before the open, a second open, a message after the session finished, a
+        stale base_committed_length, a vocabulary or protocol mismatch. INVALID_ARGUMENT: a value is out of
+        range. RESOURCE_EXHAUSTED: no KV or session slot is free; google.rpc.RetryInfo says when to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamTargetState(self, request, context):
-        """StreamTargetState pushes a session's target state to a drafter that cannot map it, each round's
-        new positions as they become final; it ends with the session.
+        """StreamTargetState sends a session's target state to a drafter that cannot map it. Each round's new
+        positions are sent when they are final. The stream ends with the session.
 
-        NOT_FOUND: no such session, or a projection that was not put. UNIMPLEMENTED: this verifier was told
-        to share state by handle only.
+        NOT_FOUND: the session does not exist, or the verifier does not have the projection. UNIMPLEMENTED: the
+        verifier was told to share state by handle only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutProjection(self, request_iterator, context):
-        """PutProjection hands the verifier a projection, to be applied to what it streams. The least recently
-        used one is forgotten when there are too many. INVALID_ARGUMENT: sizes that do not fit the target, or
-        a checksum that is not the data's.
+        """PutProjection sends the verifier a projection that it can apply to what it streams. If there are too
+        many projections, the verifier forgets the least recently used. INVALID_ARGUMENT: the sizes do not fit
+        the target, or the checksum does not match the data.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
