@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
-import ipaddress
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+import trustme
 
-_DAY = dt.timedelta(days=1)
-_LOCAL = (x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-
-def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def _new_key() -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP256R1())
+LOCAL = ("localhost", "127.0.0.1")
+"""Names of this host."""
 
 
 @dataclass(frozen=True)
@@ -41,42 +21,22 @@ class Issued:
     private_key: bytes
 
 
-@dataclass(frozen=True)
 class Authority:
     """Signs certificates."""
 
-    name: str = "test authority"
-    key: ec.EllipticCurvePrivateKey = field(default_factory=_new_key)
+    def __init__(self, name: str = "test authority") -> None:
+        self._ca = trustme.CA(organization_name=name)
 
     @property
     def pem(self) -> bytes:
         """Its own certificate."""
-        builder = self._builder(_name(self.name), self.key.public_key(), days=30)
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        return self._ca.cert_pem.bytes()
 
-    def issue(self, *, days: int = 30, names: tuple[x509.GeneralName, ...] = _LOCAL) -> Issued:
-        """A certificate for server and client, by default of this host; `days` < 0: expired."""
-        key = _new_key()
-        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        builder = self._builder(_name("service"), key.public_key(), days)
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-        signed = builder.sign(self.key, hashes.SHA256())
-        return Issued(signed.public_bytes(serialization.Encoding.PEM), _pem_of(key))
-
-    def _builder(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int
-    ) -> x509.CertificateBuilder:
-        now = dt.datetime.now(dt.UTC)
-        return x509.CertificateBuilder(
-            issuer_name=_name(self.name),
-            subject_name=subject,
-            public_key=key,
-            serial_number=x509.random_serial_number(),
-            not_valid_before=now - 10 * _DAY,
-            not_valid_after=now + days * _DAY,
-        )
+    def issue(self, *names: str, days: int = 30) -> Issued:
+        """A certificate for server and client, of this host and of `names`; `days` < 0: expired."""
+        not_after = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+        issued = self._ca.issue_cert(*LOCAL, *names, not_after=not_after)
+        return Issued(issued.cert_chain_pems[0].bytes(), issued.private_key_pem.bytes())
 
 
 def replace(path: Path, content: bytes) -> None:
