@@ -67,7 +67,8 @@ class AnswerPrinter:
 
 
 def closing_line(generation: Generation) -> str:
-    """Speed and acceptance of an answer in a line; a second one if the drafter failed meanwhile."""
+    """Speed and acceptance of an answer in a line, with the seed that gives it again if picks were random; a
+    second one if the drafter failed meanwhile."""
     speculation, timing = generation.speculation, generation.timing
     parts = [
         f"{generation.usage.output_tokens} tokens, {format_rate(generation)} tokens/s",
@@ -76,6 +77,8 @@ def closing_line(generation: Generation) -> str:
         f"{speculation.num_rounds} rounds",
         f"TTFT {timing.ttft_ms:.0f} ms",
     ]
+    if generation.seed is not None:
+        parts.append(f"seed {generation.seed}")
     line = " | ".join(parts)
     if _is_tree(speculation):
         line += f"\n{tree_line(speculation)}"
@@ -186,6 +189,7 @@ def info_tables(info: GatewayInfo) -> list[Table]:
     system.add_row("model", model.model_id if model else "none ready")
     if model:
         system.add_row("weights", f"{model.dtype} on {model.device}")
+        system.add_row("revision", model.revision or "not known")
         system.add_row("context", f"{model.max_length} tokens" if model.max_length else "no limit")
         system.add_row("vocabulary", f"{model.vocab_size} tokens, {model.vocabulary_fingerprint[:12]}")
     system.add_row("methods", ", ".join(info.methods))

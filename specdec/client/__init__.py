@@ -1,24 +1,26 @@
 """The client SDK: `Client` on the blocking gRPC stack, `AsyncClient` on asyncio. Needs no torch.
 
     with Client("127.0.0.1:50050") as client:
-        print(client.generate("Write a haiku about rivers.").text)
-        with client.stream("Count to ten.", GenerateOptions(method="ngram")) as stream:
+        print(client.generate("Write a haiku about rivers.", temperature=0.8, seed=7).text)
+        with client.stream("Count to ten.", method="ngram") as stream:
             for token in stream:
                 print(token.text, end="", flush=True)
         print(stream.result.speculation.mean_acceptance_length)
 
-Every failed call raises a `specdec.errors.SpecdecError`. The caller's trace goes on in the services.
+Every failed call raises a `specdec.errors.SpecdecError`. The caller's trace goes on in the services. Tests of
+a program that uses a client need no server: see `specdec.testing`.
 """
 
 from specdec.client.aio import AsyncClient
 from specdec.client.blocking import Client
-from specdec.client.common import DEFAULT_TIMEOUT_S, GATEWAY_VARIABLE, TOKEN_VARIABLE, find_gateway
+from specdec.client.common import DEFAULT_TIMEOUT_S
 from specdec.client.gateway_info import (
     DrafterInfo,
     DrafterServiceInfo,
     GatewayInfo,
     ModelInfo,
     ReplicaInfo,
+    StateLinkInfo,
     VerifierInfo,
 )
 from specdec.client.generation import (
@@ -33,7 +35,15 @@ from specdec.client.generation import (
     Token,
     Usage,
 )
+from specdec.client.over_grpc import (
+    GATEWAY_VARIABLE,
+    TOKEN_VARIABLE,
+    AsyncGrpcTransport,
+    GrpcTransport,
+    find_gateway,
+)
 from specdec.client.streams import AsyncGenerationStream, GenerationStream
+from specdec.client.transport import AsyncCall, AsyncTransport, Call, Metadata, Transport
 from specdec.contract.sampling import SamplingParams
 from specdec.transport.channel import TlsConfig
 
@@ -41,8 +51,12 @@ __all__ = [
     "DEFAULT_TIMEOUT_S",
     "GATEWAY_VARIABLE",
     "TOKEN_VARIABLE",
+    "AsyncCall",
     "AsyncClient",
     "AsyncGenerationStream",
+    "AsyncGrpcTransport",
+    "AsyncTransport",
+    "Call",
     "Client",
     "DrafterInfo",
     "DrafterServiceInfo",
@@ -50,7 +64,9 @@ __all__ = [
     "GenerateOptions",
     "Generation",
     "GenerationStream",
+    "GrpcTransport",
     "Message",
+    "Metadata",
     "ModelInfo",
     "Prompt",
     "ProposerStats",
@@ -58,9 +74,11 @@ __all__ = [
     "SamplingParams",
     "Speculation",
     "Started",
+    "StateLinkInfo",
     "Timing",
     "TlsConfig",
     "Token",
+    "Transport",
     "Usage",
     "VerifierInfo",
     "find_gateway",

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self
 
-import grpc
-
-from specdec.client.common import CLIENT_DEFAULT, DEFAULT_TIMEOUT_S, ClientBase, Timeout, gateway_stub
+from specdec.client.common import (
+    CLIENT_DEFAULT,
+    DEFAULT_TIMEOUT_S,
+    ClientBase,
+    Timeout,
+    call_metadata,
+    refuse_two_ways,
+)
 from specdec.client.gateway_info import GatewayInfo
-from specdec.client.generation import DEFAULT_OPTIONS, GenerateOptions, Generation, Prompt
+from specdec.client.generation import DEFAULT_OPTIONS, GenerateOptions, Generation, Prompt, with_keywords
+from specdec.client.over_grpc import AsyncGrpcTransport
 from specdec.client.streams import AsyncGenerationStream
-from specdec.client.wire import build_request, request_metadata
-from specdec.transport.channel import TlsConfig, aio_channel
-from specdec.v1 import gateway_pb2
+from specdec.client.transport import AsyncTransport
+from specdec.client.wire import build_request
+from specdec.transport.channel import TlsConfig
 
 
 class AsyncClient(ClientBase):
@@ -25,24 +32,23 @@ class AsyncClient(ClientBase):
         tls: TlsConfig | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         token: str = "",
+        transport: AsyncTransport | None = None,
     ) -> None:
-        super().__init__(target, tls, timeout_s, token)
-        self._channel: grpc.aio.Channel | None = None
-        self._lazy_stub: Any = None
-
-    @property
-    def _stub(self) -> Any:
-        # A channel binds to the running loop, which there may not be yet where the client is made.
-        if self._channel is None:
-            self._channel = aio_channel(self.target, tls=self._tls)
-            self._lazy_stub = gateway_stub(self._channel)
-        return self._lazy_stub
+        super().__init__(timeout_s)
+        refuse_two_ways(transport, target, tls, token)
+        self._transport: AsyncTransport = transport or AsyncGrpcTransport(target, tls=tls, token=token)
 
     async def generate(
         self,
         prompt: Prompt,
         options: GenerateOptions = DEFAULT_OPTIONS,
         *,
+        method: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
         timeout_s: Timeout = CLIENT_DEFAULT,
     ) -> Generation:
         """Generate the whole answer.
@@ -50,6 +56,7 @@ class AsyncClient(ClientBase):
         Raises:
             SpecdecError: the one that fits; see `specdec.errors`.
         """
+        options = with_keywords(options, method, max_new_tokens, temperature, top_p, seed, stop)
         async with self.stream(prompt, options, timeout_s=timeout_s) as stream:
             async for _ in stream:
                 pass
@@ -60,32 +67,39 @@ class AsyncClient(ClientBase):
         prompt: Prompt,
         options: GenerateOptions = DEFAULT_OPTIONS,
         *,
+        method: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
         timeout_s: Timeout = CLIENT_DEFAULT,
     ) -> AsyncGenerationStream:
         """Start a generation and iterate over its tokens; leaving the `async with` block early cancels it.
 
         Raises:
             InvalidArgumentError: the request cannot be sent; later failures are raised by the iteration.
+            FailedPreconditionError: the client is closed.
         """
-        request = build_request(prompt, options)
-        metadata = (*self._metadata, *request_metadata(options))
-        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        return AsyncGenerationStream(call, self._error)
+        options = with_keywords(options, method, max_new_tokens, temperature, top_p, seed, stop)
+        deadline_s = self._timeout(timeout_s)
+        request, metadata = build_request(prompt, options), call_metadata(options.request_id)
+        return AsyncGenerationStream(self._transport.generate_async(request, metadata, deadline_s))
 
     async def info(self, *, timeout_s: Timeout = CLIENT_DEFAULT) -> GatewayInfo:
-        """What the gateway and the services behind it are and how loaded they are."""
-        try:
-            request = gateway_pb2.GatewayServiceGetInfoRequest()
-            return GatewayInfo.from_proto(
-                await self._stub.GetInfo(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
-            )
-        except grpc.RpcError as error:
-            raise self._error(error) from error
+        """What the gateway and the services behind it are and how loaded they are.
+
+        Raises:
+            SpecdecError: the one that fits; see `specdec.errors`.
+        """
+        answer = await self._transport.info_async(call_metadata(), self._timeout(timeout_s))
+        return GatewayInfo.from_proto(answer)
 
     async def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
-        if self._channel is not None:
-            await self._channel.close()
+        """Close the connection; calls under way are cancelled. Closing again does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            await self._transport.close_async()
 
     async def __aenter__(self) -> Self:
         return self

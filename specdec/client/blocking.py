@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
-import grpc
-
-from specdec.client.common import CLIENT_DEFAULT, DEFAULT_TIMEOUT_S, ClientBase, Timeout, gateway_stub
+from specdec.client.common import (
+    CLIENT_DEFAULT,
+    DEFAULT_TIMEOUT_S,
+    ClientBase,
+    Timeout,
+    call_metadata,
+    refuse_two_ways,
+)
 from specdec.client.gateway_info import GatewayInfo
-from specdec.client.generation import DEFAULT_OPTIONS, GenerateOptions, Generation, Prompt
+from specdec.client.generation import DEFAULT_OPTIONS, GenerateOptions, Generation, Prompt, with_keywords
+from specdec.client.over_grpc import GrpcTransport
 from specdec.client.streams import GenerationStream
-from specdec.client.wire import build_request, request_metadata
-from specdec.transport.channel import TlsConfig, sync_channel
-from specdec.v1 import gateway_pb2
+from specdec.client.transport import Transport
+from specdec.client.wire import build_request
+from specdec.transport.channel import TlsConfig
 
 
 class Client(ClientBase):
     """Blocking client of a gateway; safe to share between threads.
+
+    `generate` and `stream` take a prompt (a string, messages, or token ids), a `GenerateOptions`, and
+    keywords for what is asked for most; a keyword that is not None replaces the field of the options.
 
     Args:
         target: address of the gateway, HOST:PORT or a gRPC URI; empty: see `find_gateway`.
         tls: PEM files for TLS; None: those of the SPECDEC_TLS_* variables, no encryption without them.
         timeout_s: deadline of every call that names none, seconds; None: no deadline.
         token: bearer token for the gateway; empty: $SPECDEC_TOKEN. Sent over TLS or within this host only.
+        transport: what requests go through, in place of gRPC to `target`; closed with the client.
 
     Raises:
         InvalidArgumentError: an argument is malformed.
@@ -36,16 +47,23 @@ class Client(ClientBase):
         tls: TlsConfig | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         token: str = "",
+        transport: Transport | None = None,
     ) -> None:
-        super().__init__(target, tls, timeout_s, token)
-        self._channel = sync_channel(self.target, tls=self._tls)
-        self._stub = gateway_stub(self._channel)
+        super().__init__(timeout_s)
+        refuse_two_ways(transport, target, tls, token)
+        self._transport: Transport = transport or GrpcTransport(target, tls=tls, token=token)
 
     def generate(
         self,
         prompt: Prompt,
         options: GenerateOptions = DEFAULT_OPTIONS,
         *,
+        method: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
         timeout_s: Timeout = CLIENT_DEFAULT,
     ) -> Generation:
         """Generate the whole answer.
@@ -53,6 +71,7 @@ class Client(ClientBase):
         Raises:
             SpecdecError: the one that fits; see `specdec.errors`.
         """
+        options = with_keywords(options, method, max_new_tokens, temperature, top_p, seed, stop)
         with self.stream(prompt, options, timeout_s=timeout_s) as stream:
             for _ in stream:
                 pass
@@ -63,31 +82,38 @@ class Client(ClientBase):
         prompt: Prompt,
         options: GenerateOptions = DEFAULT_OPTIONS,
         *,
+        method: str | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
         timeout_s: Timeout = CLIENT_DEFAULT,
     ) -> GenerationStream:
         """Start a generation and iterate over its tokens; leaving the `with` block early cancels it.
 
         Raises:
             InvalidArgumentError: the request cannot be sent; later failures are raised by the iteration.
+            FailedPreconditionError: the client is closed.
         """
-        request = build_request(prompt, options)
-        metadata = (*self._metadata, *request_metadata(options))
-        call = self._stub.Generate(request, timeout=self._timeout(timeout_s), metadata=metadata)
-        return GenerationStream(call, self._error)
+        options = with_keywords(options, method, max_new_tokens, temperature, top_p, seed, stop)
+        deadline_s = self._timeout(timeout_s)
+        request, metadata = build_request(prompt, options), call_metadata(options.request_id)
+        return GenerationStream(self._transport.generate(request, metadata, deadline_s))
 
     def info(self, *, timeout_s: Timeout = CLIENT_DEFAULT) -> GatewayInfo:
-        """What the gateway and the services behind it are and how loaded they are."""
-        try:
-            request = gateway_pb2.GatewayServiceGetInfoRequest()
-            return GatewayInfo.from_proto(
-                self._stub.GetInfo(request, timeout=self._timeout(timeout_s), metadata=self._metadata)
-            )
-        except grpc.RpcError as error:
-            raise self._error(error) from error
+        """What the gateway and the services behind it are and how loaded they are.
+
+        Raises:
+            SpecdecError: the one that fits; see `specdec.errors`.
+        """
+        return GatewayInfo.from_proto(self._transport.info(call_metadata(), self._timeout(timeout_s)))
 
     def close(self) -> None:
-        """Close the connection; calls under way are cancelled."""
-        self._channel.close()
+        """Close the connection; calls under way are cancelled. Closing again does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._transport.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,122 +1,87 @@
-"""What the blocking and the asyncio client share: which gateway, with what credentials, and for how long."""
+"""What the blocking and the asyncio client share: deadlines, what goes with a call, and their end."""
 
 from __future__ import annotations
 
 import math
-import os
-from typing import Any
 
-import grpc
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from specdec.contract.errors import (
-    InvalidArgumentError,
-    RequestCancelledError,
-    SpecdecError,
-    UnavailableError,
-    from_rpc_error,
-)
-from specdec.local.state_file import read_live_state
-from specdec.transport.channel import TlsConfig, is_local, parse_uris
-from specdec.v1 import gateway_pb2_grpc
-
-GATEWAY_VARIABLE = "SPECDEC_GATEWAY"
-"""Environment variable that names the gateway's address."""
-
-TOKEN_VARIABLE = "SPECDEC_TOKEN"
-"""Environment variable of the bearer token."""
+from specdec.client.transport import Metadata
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.protocol import REQUEST_ID_METADATA
+from specdec.contract.request_id import checked_request_id
+from specdec.transport.channel import TlsConfig
 
 DEFAULT_TIMEOUT_S = 300.0
 """Seconds a call may take when neither the client nor the call says."""
 
 
-_CANCELLED_HERE = "Locally cancelled by application!"
-"""What gRPC's own stacks say of a call that this process cancelled."""
-
-
 class ClientDefault:
     """Marks a timeout that was not given, since None means no deadline."""
+
+    def __repr__(self) -> str:
+        return "<the client's>"
 
 
 CLIENT_DEFAULT = ClientDefault()
 Timeout = float | None | ClientDefault
 
 
-def find_gateway(target: str = "") -> str:
-    """The gateway's address: `target`, else $SPECDEC_GATEWAY, else the system that `specdec up` started.
-
-    Raises:
-        InvalidArgumentError: the address is malformed.
-        UnavailableError: none is given and nothing runs.
-    """
-    target = target or os.environ.get(GATEWAY_VARIABLE, "")
-    if target:
-        addresses = parse_uris(target)
-        if len(addresses) > 1:
-            raise InvalidArgumentError(
-                f"{target!r} is more than one address; pass one gateway.", field="target"
-            )
-        return addresses[0]
-    state = read_live_state()
-    if state is None:
-        raise UnavailableError(
-            f"No gateway is running here. Start one with `specdec up`, or name one with --gateway or "
-            f"{GATEWAY_VARIABLE}=HOST:PORT.",
-            reason="NO_GATEWAY",
-        )
-    return state.gateway
-
-
 class ClientBase:
-    """What the two clients share: the address, the default deadline and the naming of failures."""
+    """What the two clients share."""
 
-    def __init__(self, target: str, tls: TlsConfig | None, timeout_s: float | None, token: str) -> None:
-        self.target = find_gateway(target)
-        self._tls = tls or TlsConfig.from_environment()
+    _transport: object
+
+    def __init__(self, timeout_s: float | None) -> None:
         self._timeout_s = _checked_timeout(timeout_s)
-        self._token = token or os.environ.get(TOKEN_VARIABLE, "")
-        if self._token and not self._tls and not is_local(self.target):
-            raise InvalidArgumentError(
-                f"A token is not sent to {self.target} in plain text, where others can read it: set "
-                "SPECDEC_TLS_AUTHORITIES, or pass tls=TlsConfig().",
-                field="token",
-            )
+        self._is_closed = False
 
     @property
-    def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with every call."""
-        token = (("authorization", f"Bearer {self._token}"),) if self._token else ()
-        return (*_trace_context(), *token)
+    def is_closed(self) -> bool:
+        """Whether the client was closed; it takes no more calls then."""
+        return self._is_closed
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._transport!r}{', closed' if self._is_closed else ''}>"
 
     def _timeout(self, timeout_s: Timeout) -> float | None:
+        """The deadline of a call.
+
+        Raises:
+            FailedPreconditionError: the client is closed.
+            InvalidArgumentError: the deadline is malformed.
+        """
+        if self._is_closed:
+            raise FailedPreconditionError("The client is closed; make a new one.", reason="CLIENT_CLOSED")
         return self._timeout_s if isinstance(timeout_s, ClientDefault) else _checked_timeout(timeout_s)
 
-    def _error(self, error: grpc.RpcError) -> SpecdecError:
-        typed = from_rpc_error(error)
-        metadata: Any = error.trailing_metadata() or ()
-        from_server = any(key == "grpc-status-details-bin" for key, _ in metadata)
-        is_lost = isinstance(typed, UnavailableError) or (
-            # A gateway that stops cancels what its grace did not suffice for.
-            isinstance(typed, RequestCancelledError) and error.details() != _CANCELLED_HERE
+
+def refuse_two_ways(transport: object, target: str, tls: TlsConfig | None, token: str) -> None:
+    """Refuse a transport beside an address, for a transport knows where it goes.
+
+    Raises:
+        InvalidArgumentError: both are given.
+    """
+    if transport is not None and (target or tls is not None or token):
+        raise InvalidArgumentError(
+            "Give the client a transport or an address with its tls and token, not both; "
+            "GrpcTransport(target, tls=..., token=...) is the transport of an address.",
+            field="transport",
         )
-        if is_lost and not from_server:
-            return UnavailableError(
-                f"The gateway at {self.target} does not answer or went away; check that it runs "
-                f"(`specdec up` starts one here). {typed.message}",
-                reason="GATEWAY_UNREACHABLE",
-            )
-        return typed
 
 
-def _trace_context() -> tuple[tuple[str, str], ...]:
-    """The caller's span, if there is one, so that its trace goes on in the services."""
+def call_metadata(request_id: str = "") -> Metadata:
+    """What goes with a call beside its message: the caller's span, so that its trace goes on in the services,
+    and the request's id; empty: it has none.
+
+    Raises:
+        InvalidArgumentError: the request id is malformed.
+    """
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
+    if request_id:
+        carrier[REQUEST_ID_METADATA] = checked_request_id(request_id)
     return tuple(carrier.items())
-
-
-def gateway_stub(channel: grpc.Channel | grpc.aio.Channel) -> Any:
-    return gateway_pb2_grpc.GatewayServiceStub(channel)
 
 
 def _checked_timeout(timeout_s: float | None) -> float | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specdec.client.wire import from_message
 from specdec.contract.target_state import STORAGE_TO_PROTO
-from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
+from specdec.v1 import drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class ModelInfo:
     """Weight data type; empty: no weights."""
     device: str
     """Device of the weights; empty: no weights."""
+    revision: str = ""
+    """Which weights these are: the hub's commit, or a digest of the files; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class DrafterInfo:
     name: str
     """What a request names as its method."""
     family: str
-    """Kind of drafter, "ngram" for one."""
+    """Kind of drafter, such as "ngram"."""
     model: ModelInfo | None
     """The draft model; None: the drafter has none."""
     max_draft_depth: int
@@ -70,6 +73,10 @@ class VerifierInfo:
     """Sessions that export target state."""
     num_state_streams: int
     """Streams of target state."""
+    protocol_version: int = 0
+    """Newest protocol version it speaks."""
+    min_protocol_version: int = 0
+    """Oldest protocol version it speaks; 0: `protocol_version` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +105,10 @@ class DrafterServiceInfo:
     """Sessions now, of all gateways."""
     state_links: tuple[StateLinkInfo, ...]
     """Where sessions read target state now."""
+    protocol_version: int = 0
+    """Newest protocol version it speaks."""
+    min_protocol_version: int = 0
+    """Oldest protocol version it speaks; 0: `protocol_version` alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,7 @@ class GatewayInfo:
     """The system as the gateway sees it."""
 
     protocol_version: int
-    """Protocol version the gateway speaks."""
+    """Newest protocol version the gateway speaks."""
     model: ModelInfo | None
     """The target model; None: no verifier has been ready yet."""
     methods: tuple[str, ...]
@@ -135,29 +146,27 @@ class GatewayInfo:
     drafters: tuple[ReplicaInfo, ...]
     """Drafter replicas."""
 
+    min_protocol_version: int = 0
+    """Oldest protocol version the gateway speaks; 0: `protocol_version` alone."""
+
     @classmethod
     def from_proto(cls, message: gateway_pb2.GatewayServiceGetInfoResponse) -> GatewayInfo:
         """The dataclasses of a GetInfo response."""
-        return cls(
-            protocol_version=message.protocol_version,
-            model=_model(message.model) if message.HasField("model") else None,
-            methods=tuple(message.methods),
-            default_method=message.default_method,
-            default_max_new_tokens=message.default_max_new_tokens,
+        return from_message(
+            cls,
+            message,
+            model=_model(message),
             verifiers=tuple(_replica(replica) for replica in message.verifiers),
             drafters=tuple(_replica(replica) for replica in message.drafters),
         )
 
 
-def _model(message: common_pb2.ModelInfo) -> ModelInfo:
-    return ModelInfo(
-        model_id=message.model_id,
-        vocabulary_fingerprint=message.vocabulary_fingerprint,
-        vocab_size=message.vocab_size,
-        max_length=message.max_length,
-        dtype=message.dtype,
-        device=message.device,
-    )
+def _model(
+    owner: gateway_pb2.GatewayServiceGetInfoResponse
+    | verifier_pb2.VerifierServiceGetInfoResponse
+    | drafter_pb2.DrafterInfo,
+) -> ModelInfo | None:
+    return from_message(ModelInfo, owner.model) if owner.HasField("model") else None
 
 
 def _replica(message: gateway_pb2.ReplicaInfo) -> ReplicaInfo:
@@ -167,47 +176,29 @@ def _replica(message: gateway_pb2.ReplicaInfo) -> ReplicaInfo:
             info = _verifier(message.verifier)
         case "drafter":
             info = _drafter_service(message.drafter)
-    return ReplicaInfo(message.uri, message.ready, message.num_sessions, message.reason, info)
+    return from_message(ReplicaInfo, message, info=info)
 
 
 def _verifier(message: verifier_pb2.VerifierServiceGetInfoResponse) -> VerifierInfo:
-    return VerifierInfo(
-        model=_model(message.model) if message.HasField("model") else None,
-        max_draft_nodes=message.max_draft_nodes,
-        kv_capacity_tokens=message.kv_capacity_tokens,
-        kv_free_tokens=message.kv_free_tokens,
-        max_sessions=message.max_sessions,
-        num_sessions=message.num_sessions,
-        eos_token_ids=tuple(message.eos_token_ids),
-        state_storage=_storage(message.state_storage),
-        num_state_sessions=message.num_state_sessions,
-        num_state_streams=message.num_state_streams,
-    )
+    storage = _storage(message.state_storage)
+    return from_message(VerifierInfo, message, model=_model(message), state_storage=storage)
 
 
 def _drafter_service(message: drafter_pb2.DrafterServiceGetInfoResponse) -> DrafterServiceInfo:
     drafters = tuple(
-        DrafterInfo(
-            name=drafter.name,
-            family=drafter.family,
-            model=_model(drafter.model) if drafter.model.model_id else None,
-            max_draft_depth=drafter.max_draft_depth,
-            default_draft_depth=drafter.default_draft_depth,
+        from_message(
+            DrafterInfo,
+            drafter,
+            # A drafter without a model has one without a name, which says what vocabulary it works with.
+            model=_model(drafter) if drafter.model.model_id else None,
             reads_target_state=drafter.HasField("target_state_spec"),
-            max_draft_nodes=drafter.max_draft_nodes,
         )
         for drafter in message.drafters
     )
     links = tuple(
-        StateLinkInfo(
-            verifier_uri=link.verifier_uri,
-            storage=_storage(link.storage),
-            num_sessions=link.num_sessions,
-            fallback_reason=link.fallback_reason,
-        )
-        for link in message.state_links
+        from_message(StateLinkInfo, link, storage=_storage(link.storage)) for link in message.state_links
     )
-    return DrafterServiceInfo(drafters, message.max_sessions, message.num_sessions, links)
+    return from_message(DrafterServiceInfo, message, drafters=drafters, state_links=links)
 
 
 def _storage(number: target_state_pb2.StateStorage) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from specdec.contract.sampling import SamplingParams
@@ -19,8 +19,9 @@ class Message:
     """The turn's text."""
 
 
-Prompt = str | Sequence[Message] | Sequence[int]
-"""A string (one user turn, or raw text with `GenerateOptions.raw`), a conversation, or token ids."""
+Prompt = str | Sequence[Message | Mapping[str, str]] | Sequence[int]
+"""A string (one user turn, or raw text with `GenerateOptions.raw`), a conversation, or token ids. Turns of a
+conversation are messages, or dicts of "role" and "content"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,26 @@ class GenerateOptions:
 
 DEFAULT_OPTIONS = GenerateOptions()
 """The gateway's defaults throughout."""
+
+
+def with_keywords(
+    options: GenerateOptions,
+    method: str | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: str | Sequence[str] | None,
+) -> GenerateOptions:
+    """The options with the fields replaced that have a value here; None leaves a field as it is."""
+    strings = (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop)
+    sampling = _given(temperature=temperature, top_p=top_p, seed=seed)
+    changes = _given(method=method, max_new_tokens=max_new_tokens, stop=strings)
+    return replace(options, **changes, sampling=replace(options.sampling, **sampling))
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,39 +247,30 @@ class Generation:
         `logprobs` is there if asked for; the number and the reason of fallback rounds if there were any;
         `proposers` if several drafters were asked.
         """
-        speculation = self.speculation
-        result: dict[str, Any] = {
-            "text": self.text,
-            "token_ids": list(self.token_ids),
-            "finish_reason": self.finish_reason,
-            "usage": asdict(self.usage),
-            "timing": asdict(self.timing),
-            "speculation": {
-                "method": speculation.method,
-                "num_rounds": speculation.num_rounds,
-                "num_draft_tokens": speculation.num_draft_tokens,
-                "num_accepted_tokens": speculation.num_accepted_tokens,
-                "mean_acceptance_length": speculation.mean_acceptance_length,
-                "acceptance_histogram": list(speculation.acceptance_histogram),
-                "acceptance_by_depth": list(speculation.acceptance_by_depth),
-                "draft_tokens_per_token": speculation.draft_tokens_per_token,
-                "draft_ms": speculation.draft_ms,
-                "verify_ms": speculation.verify_ms,
-                "transport_ms": speculation.transport_ms,
-            },
-            "request_id": self.request_id,
-            "trace_id": self.trace_id,
-            "seed": self.seed,
-            "num_failovers": self.num_failovers,
-        }
-        if speculation.num_fallback_rounds:
-            result["speculation"]["num_fallback_rounds"] = speculation.num_fallback_rounds
-            result["speculation"]["fallback_reason"] = speculation.fallback_reason
-        if speculation.proposers:
-            result["speculation"]["proposers"] = [asdict(proposer) for proposer in speculation.proposers]
+        document: dict[str, Any] = {"text": self.text, "token_ids": list(self.token_ids)}
+        document |= _plain(asdict(replace(self, tokens=())))
+        del document["tokens"]
+        derived = {name: getattr(self.speculation, name) for name in _DERIVED}
+        speculation = document["speculation"] | _plain(derived)
+        for name in _SHOWN_IF_SET:
+            if not speculation[name]:
+                del speculation[name]
+        document["speculation"] = speculation
         if any(token.logprob is not None for token in self.tokens):
-            result["logprobs"] = [
-                {"logprob": token.logprob, "top": [list(pair) for pair in token.top_logprobs]}
-                for token in self.tokens
+            document["logprobs"] = [
+                {"logprob": token.logprob, "top": _plain(token.top_logprobs)} for token in self.tokens
             ]
-        return result
+        return document
+
+
+_DERIVED = ("mean_acceptance_length", "acceptance_by_depth", "draft_tokens_per_token")
+"""Properties of `Speculation` that its JSON shows beside its fields."""
+_SHOWN_IF_SET = ("num_fallback_rounds", "fallback_reason", "proposers")
+"""Fields of `Speculation` that its JSON leaves out where they say nothing."""
+
+
+def _plain(value: Any) -> Any:
+    """The same of what JSON has: lists in place of tuples."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

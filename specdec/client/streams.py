@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Self
-
-import grpc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Self
 
 from specdec.client.generation import Generation, Started, Token
+from specdec.client.transport import AsyncCall, Call
 from specdec.client.wire import ResponseFold
-from specdec.contract.errors import FailedPreconditionError, RequestCancelledError, SpecdecError
-
-ToError = Callable[[grpc.RpcError], SpecdecError]
+from specdec.contract.errors import FailedPreconditionError, SpecdecError
 
 
 class _Stream:
     """What the two streams share: the call, the fold of its responses and how to stop it."""
 
-    def __init__(self, call: Any, to_error: ToError) -> None:
+    def __init__(self, call: Call | AsyncCall) -> None:
         self._call = call
-        self._to_error = to_error
         self._fold = ResponseFold()
         self._result: Generation | None = None
+
+    def __repr__(self) -> str:
+        request = f" {self.started.request_id!r}" if self.started else ""
+        state = "complete" if self._result else "under way"
+        return f"<{type(self).__name__}{request}, {self._fold.num_tokens} tokens, {state}>"
 
     @property
     def started(self) -> Started | None:
@@ -44,21 +45,29 @@ class _Stream:
         """Stop the generation; an iteration under way raises RequestCancelledError."""
         self._call.cancel()
 
+    @contextmanager
+    def _naming_the_request(self) -> Iterator[None]:
+        """A connection that breaks does not say whose answer it carried; the answer's beginning did."""
+        try:
+            yield
+        except SpecdecError as error:
+            if self.started and not error.request_id:
+                error.request_id = self.started.request_id
+            raise
+
 
 class GenerationStream(_Stream):
     """The tokens of one answer as they come; made by `Client.stream`."""
 
-    def __init__(self, call: Any, to_error: ToError) -> None:
-        super().__init__(call, to_error)
-        self._tokens = self._read()
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._tokens = self._read(call)
 
-    def _read(self) -> Iterator[Token]:
-        try:
-            for response in self._call:
+    def _read(self, call: Call) -> Iterator[Token]:
+        with self._naming_the_request():
+            for response in call:
                 yield from self._fold.add(response)
-        except grpc.RpcError as error:
-            raise self._to_error(error) from error
-        self._result = self._fold.result()
+            self._result = self._fold.result()
 
     def __iter__(self) -> Iterator[Token]:
         return self._tokens
@@ -76,24 +85,16 @@ class GenerationStream(_Stream):
 class AsyncGenerationStream(_Stream):
     """The tokens of one answer as they come; made by `AsyncClient.stream`."""
 
-    def __init__(self, call: Any, to_error: ToError) -> None:
-        super().__init__(call, to_error)
-        self._tokens = self._read()
+    def __init__(self, call: AsyncCall) -> None:
+        super().__init__(call)
+        self._tokens = self._read(call)
 
-    async def _read(self) -> AsyncIterator[Token]:
-        try:
-            async for response in self._call:
+    async def _read(self, call: AsyncCall) -> AsyncIterator[Token]:
+        with self._naming_the_request():
+            async for response in call:
                 for token in self._fold.add(response):
                     yield token
-        except grpc.RpcError as error:
-            raise self._to_error(error) from error
-        except asyncio.CancelledError:
-            # grpc.aio raises this for a call that was cancelled, too; only a cancelled task may see it.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise RequestCancelledError("The generation was cancelled.") from None
-        self._result = self._fold.result()
+            self._result = self._fold.result()
 
     def __aiter__(self) -> AsyncIterator[Token]:
         return self._tokens

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+from google.protobuf.message import Message as ProtoMessage
 
 from specdec.client.generation import (
     GenerateOptions,
@@ -19,8 +22,6 @@ from specdec.client.generation import (
     Usage,
 )
 from specdec.contract.errors import InternalError, InvalidArgumentError
-from specdec.contract.protocol import REQUEST_ID_METADATA
-from specdec.contract.request_id import checked_request_id
 from specdec.contract.sampling import validate_num_top_logprobs
 from specdec.v1 import gateway_pb2, verifier_pb2
 
@@ -31,6 +32,14 @@ FINISH_REASONS = {
     verifier_pb2.FINISH_REASON_LENGTH: "length",
     verifier_pb2.FINISH_REASON_STOP_STRING: "stop_string",
 }
+
+
+_ELSEWHERE = {"sampling", "raw", "request_id"}
+"""Options that are no field of the request: a message of their own, the kind of prompt, and metadata."""
+_RENAMED = {"stop": "stop_strings"}
+"""Options whose field in the request has another name."""
+
+DataT = TypeVar("DataT")
 
 
 def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.GenerateRequest:
@@ -44,19 +53,8 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     if isinstance(options.stop, str):
         raise InvalidArgumentError("stop is one string; pass a tuple of strings.", field="stop")
     request = gateway_pb2.GenerateRequest(sampling=options.sampling.to_proto())
-    fields: dict[str, Any] = {
-        "method": options.method,
-        "draft_depth": options.draft_depth,
-        "draft_nodes": options.draft_nodes,
-        "min_draft_confidence": options.min_draft_confidence,
-        "max_new_tokens": options.max_new_tokens,
-        "stop_strings": options.stop,
-        "stop_token_ids": options.stop_token_ids,
-        "ignore_eos": options.ignore_eos,
-        "num_top_logprobs": options.num_top_logprobs,
-        "cache_salt": options.cache_salt,
-    }
-    for name, value in fields.items():
+    for option, name in request_fields():
+        value = getattr(options, option)
         with _refusing(name, value):
             request.MergeFrom(gateway_pb2.GenerateRequest(**{name: value}))
     with _refusing("prompt", prompt):
@@ -64,15 +62,10 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     return request
 
 
-def request_metadata(options: GenerateOptions) -> tuple[tuple[str, str], ...]:
-    """What goes with a generation's call besides the message.
-
-    Raises:
-        InvalidArgumentError: the request id is malformed.
-    """
-    if not options.request_id:
-        return ()
-    return ((REQUEST_ID_METADATA, checked_request_id(options.request_id)),)
+def request_fields() -> list[tuple[str, str]]:
+    """Names of options, and of their fields in the request."""
+    names = [option.name for option in fields(GenerateOptions) if option.name not in _ELSEWHERE]
+    return [(name, _RENAMED.get(name, name)) for name in names]
 
 
 def _set_prompt(request: gateway_pb2.GenerateRequest, prompt: Prompt, raw: bool) -> None:
@@ -88,17 +81,31 @@ def _set_prompt(request: gateway_pb2.GenerateRequest, prompt: Prompt, raw: bool)
         raise InvalidArgumentError(
             "The prompt is empty; give at least one message or token id.", field="prompt"
         )
-    if isinstance(prompt[0], Message):
+    if isinstance(prompt[0], Message | Mapping):
         if raw:
             raise InvalidArgumentError(
                 "raw needs a string prompt; a conversation goes through the template.", field="raw"
             )
-        for message in prompt:
-            if not isinstance(message, Message):
-                raise TypeError(f"{message!r} is no Message")
+        for turn in prompt:
+            message = _message(turn)
             request.chat.messages.add(role=message.role, content=message.content)
     else:
         request.token_ids.token_ids.extend(cast(Sequence[int], prompt))
+
+
+def _message(turn: object) -> Message:
+    """A turn of a conversation, however it was written."""
+    if isinstance(turn, Mapping):
+        if turn.keys() != {"role", "content"}:
+            keys = ", ".join(map(str, turn)) or "nothing"
+            raise ValueError(f"a turn has a role and a content, this one has {keys}")
+        turn = Message(**turn)
+    if not isinstance(turn, Message):
+        raise TypeError(f"{turn!r} is neither a Message nor a dict")
+    # Protobuf would take None for a field that is not set.
+    if not (isinstance(turn.role, str) and isinstance(turn.content, str)):
+        raise TypeError(f"role and content are strings, not {turn.role!r} and {turn.content!r}")
+    return turn
 
 
 @contextmanager
@@ -125,11 +132,16 @@ class ResponseFold:
         self._tokens: list[Token] = []
         self._finished: gateway_pb2.GenerateFinished | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self._tokens)
+
     def add(self, response: gateway_pb2.GenerateResponse) -> list[Token]:
         """Take in one response; returns the tokens it brought."""
         match response.WhichOneof("message"):
             case "started":
-                self.started = _started(response.started)
+                self.started = from_message(Started, response.started)
             case "chunk":
                 tokens = [_token(message) for message in response.chunk.tokens]
                 self._tokens += tokens
@@ -151,12 +163,8 @@ class ResponseFold:
             text="".join(token.text for token in self._tokens),
             tokens=tuple(self._tokens),
             finish_reason=FINISH_REASONS.get(finished.finish_reason, ""),
-            usage=Usage(finished.usage.input_tokens, finished.usage.output_tokens),
-            timing=Timing(
-                ttft_ms=finished.timing.ttft_ns / NS_PER_MS,
-                tpot_ms=finished.timing.tpot_ns / NS_PER_MS,
-                total_ms=finished.timing.total_ns / NS_PER_MS,
-            ),
+            usage=from_message(Usage, finished.usage),
+            timing=from_message(Timing, finished.timing),
             speculation=_speculation(finished.speculation),
             trace_id=self.started.trace_id,
             model_id=self.started.model_id,
@@ -164,19 +172,6 @@ class ResponseFold:
             request_id=self.started.request_id,
             seed=self.started.seed,
         )
-
-
-def _started(message: gateway_pb2.GenerateStarted) -> Started:
-    return Started(
-        input_tokens=message.input_tokens,
-        method=message.method,
-        draft_depth=message.draft_depth,
-        trace_id=message.trace_id,
-        model_id=message.model_id,
-        draft_nodes=message.draft_nodes,
-        request_id=message.request_id,
-        seed=message.seed if message.HasField("seed") else None,
-    )
 
 
 def _token(message: gateway_pb2.Token) -> Token:
@@ -191,29 +186,30 @@ def _token(message: gateway_pb2.Token) -> Token:
 
 
 def _speculation(stats: gateway_pb2.SpeculationStats) -> Speculation:
-    return Speculation(
-        method=stats.method,
-        num_rounds=stats.num_rounds,
-        num_draft_tokens=stats.num_draft_tokens,
-        num_accepted_tokens=stats.num_accepted_tokens,
-        acceptance_histogram=tuple(stats.acceptance_histogram),
-        num_draft_tokens_per_position=tuple(stats.num_draft_tokens_per_position),
-        num_accepted_tokens_per_position=tuple(stats.num_accepted_tokens_per_position),
-        draft_ms=stats.draft_ns / NS_PER_MS,
-        verify_ms=stats.verify_ns / NS_PER_MS,
-        transport_ms=stats.transport_ns / NS_PER_MS,
-        gateway_ms=stats.gateway_ns / NS_PER_MS,
-        num_fallback_rounds=stats.num_fallback_rounds,
-        fallback_reason=stats.fallback_reason,
-        proposers=tuple(
-            ProposerStats(
-                drafter=proposer.drafter,
-                num_draft_tokens=proposer.num_draft_tokens,
-                num_accepted_tokens=proposer.num_accepted_tokens,
-                num_sole_accepted_tokens=proposer.num_sole_accepted_tokens,
-                num_fallback_rounds=proposer.num_fallback_rounds,
-                fallback_reason=proposer.fallback_reason,
-            )
-            for proposer in stats.proposers
-        ),
-    )
+    proposers = tuple(from_message(ProposerStats, proposer) for proposer in stats.proposers)
+    return from_message(Speculation, stats, proposers=proposers)
+
+
+def from_message(kind: type[DataT], message: ProtoMessage, **given: Any) -> DataT:
+    """A dataclass whose fields are those of a message of the same names.
+
+    Repeated fields become tuples, an unset field that tells so None, and `x_ms` is the message's `x_ns`.
+
+    Args:
+        kind: the dataclass.
+        message: what came.
+        given: fields that are not taken from the message.
+    """
+    names = [field.name for field in fields(cast(Any, kind)) if field.name not in given]
+    return kind(**{name: value_of(message, name) for name in names}, **given)
+
+
+def value_of(message: ProtoMessage, name: str) -> Any:
+    """A field of a message as a dataclass has it; see `from_message`."""
+    if name.endswith("_ms"):
+        return getattr(message, f"{name.removesuffix('_ms')}_ns") / NS_PER_MS
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if field.has_presence and not message.HasField(name):
+        return None
+    value = getattr(message, name)
+    return tuple(value) if field.is_repeated else value

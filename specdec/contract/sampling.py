@@ -113,18 +113,10 @@ class SamplingParams:
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
         """Read parameters from a message without validating them. Unset fields get their defaults."""
-        return cls(
-            temperature=message.temperature,
-            top_k=message.top_k,
-            top_p=message.top_p if message.HasField("top_p") else 1.0,
-            min_p=message.min_p,
-            repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
-            presence_penalty=message.presence_penalty,
-            frequency_penalty=message.frequency_penalty,
-            logit_bias=dict(message.logit_bias),
-            allowed_token_ids=tuple(message.allowed_token_ids),
-            seed=message.seed if message.HasField("seed") else None,
-        )
+        values = {field.name: value for field, value in message.ListFields()}
+        values["logit_bias"] = dict(message.logit_bias)
+        values["allowed_token_ids"] = tuple(message.allowed_token_ids)
+        return cls(**values)
 
 
 def with_seed(sampling: SamplingParams) -> SamplingParams:

@@ -1,7 +1,7 @@
 """The three services on this machine: their command lines, and a context manager that runs them.
 
-with LocalSystem(drafters=["ngram"]) as system:
-    print(Client(system.gateway).generate("Hello").text)
+with LocalSystem(drafters=["ngram"]) as system, Client(system.gateway) as client:
+    print(client.generate("Hello").text)
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ LEVELS = (
     {"errors", "transport", "models"},
     {"service", "runtime", "local"},
     {"state", "client"},
-    {"cli"},
+    {"cli", "testing"},
     {"bench", "__main__"},
 )
 """The rooms of `specdec`, from the ground up. Each may import those below it and itself."""

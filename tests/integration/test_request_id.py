@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from specdec.client import AsyncClient, GenerateOptions
+from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError, NotFoundError, SpecdecError, from_rpc_error
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.sampling import SamplingParams
@@ -120,7 +120,7 @@ async def test_log_records_carry_it(
     async with running_system(tiny_llama, "ngram") as system:
         await system.drafter.host.stop(0)
         options = GenerateOptions(max_new_tokens=6, ignore_eos=True, method="ngram", request_id="logged-1")
-        await AsyncClient(system.address).generate(PROMPT, options)
+        await system.client.generate(PROMPT, options)
     assert ("gateway.rounds.drafting", "logged-1") in records
 
 

@@ -34,7 +34,7 @@ def token(
     return message
 
 
-def started(method: str = "ngram") -> gateway_pb2.GenerateResponse:
+def started(method: str = "ngram", seed: int | None = None) -> gateway_pb2.GenerateResponse:
     """First response."""
     return gateway_pb2.GenerateResponse(
         started=gateway_pb2.GenerateStarted(
@@ -44,7 +44,7 @@ def started(method: str = "ngram") -> gateway_pb2.GenerateResponse:
             trace_id=TRACE_ID,
             model_id="tiny",
             request_id="request-1",
-            seed=7,
+            seed=seed,
         )
     )
 
@@ -84,7 +84,7 @@ def answer(_gateway: object, request: gateway_pb2.GenerateRequest, _context: obj
     """The usual script: "Hello, world!" in three chunks."""
     method = request.method or "ngram"
     logprob = -0.5 if request.HasField("num_top_logprobs") else None
-    yield started(method)
+    yield started(method, 7 if request.sampling.temperature else None)
     yield chunk(token(11, "Hello", logprob=logprob))
     yield chunk(token(12, ",", draft=True, logprob=logprob), token(13, " world", logprob=logprob))
     yield chunk(token(14, "!", draft=True, logprob=logprob), token(2, "", logprob=logprob))

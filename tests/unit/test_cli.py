@@ -65,18 +65,31 @@ def test_generate_prints_the_text_and_nothing_else(gateway: ScriptedGateway) -> 
     )
 
 
+def test_a_sampled_answer_says_which_seed_gives_it_again(gateway: ScriptedGateway) -> None:
+    result = run("generate", "Hi", "-t", "0.5", gateway=gateway)
+    assert result.stderr.endswith(" | TTFT 2 ms | seed 7\n")
+
+
+def test_an_answer_that_breaks_off_says_which_request_it_was(gateway: ScriptedGateway) -> None:
+    gateway.script = hang
+    result = run("generate", "Hi", "--timeout", "0.5", gateway=gateway)
+    assert result.exit_code == 1
+    assert result.stderr.endswith(" (request request-1)\n")
+
+
 def test_generate_json_is_one_object(gateway: ScriptedGateway) -> None:
     result = run("generate", "Hi", "--json", gateway=gateway)
     answer = json.loads(result.stdout)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert list(answer) == [
+    assert set(answer) == {
         *("text", "token_ids", "finish_reason", "usage", "timing", "speculation"),
-        *("request_id", "trace_id", "seed", "num_failovers"),
-    ]
+        *("request_id", "trace_id", "model_id", "seed", "num_failovers"),
+    }
     assert set(answer["speculation"]) == {
         *("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "mean_acceptance_length"),
         *("acceptance_histogram", "acceptance_by_depth", "draft_tokens_per_token"),
-        *("draft_ms", "verify_ms", "transport_ms"),
+        *("num_draft_tokens_per_position", "num_accepted_tokens_per_position"),
+        *("draft_ms", "verify_ms", "transport_ms", "gateway_ms"),
     }
     assert answer["token_ids"] == [11, 12, 13, 14, 2]
 

@@ -72,7 +72,7 @@ def check_answer(answer: Generation) -> None:
     assert answer.speculation.num_draft_tokens_per_position == (2, 2, 1)
     assert answer.speculation.gateway_ms == 0.05
     assert (answer.trace_id, answer.model_id) == (TRACE_ID, "tiny")
-    assert (answer.request_id, answer.seed) == ("request-1", 7)
+    assert (answer.request_id, answer.seed) == ("request-1", None)
 
 
 def test_generate_folds_the_responses(client: Client) -> None:
@@ -114,6 +114,7 @@ def test_to_json_has_the_documented_keys(client: Client) -> None:
         "speculation",
         "request_id",
         "trace_id",
+        "model_id",
         "seed",
         "num_failovers",
     }
@@ -127,10 +128,13 @@ def test_to_json_has_the_documented_keys(client: Client) -> None:
         "mean_acceptance_length": 2.5,
         "acceptance_histogram": [0, 1, 1],
         "acceptance_by_depth": [1.0, 0.5, 0.0],
+        "num_draft_tokens_per_position": [2, 2, 1],
+        "num_accepted_tokens_per_position": [2, 1, 0],
         "draft_tokens_per_token": 1.0,
         "draft_ms": 0.1,
         "verify_ms": 1.5,
         "transport_ms": 0.3,
+        "gateway_ms": 0.05,
     }
 
 
