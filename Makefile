@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/specdec/v1/*.proto)
 CHECKOV := .venv/checkov/bin/checkov --config-file .ci/checkov.yaml
 DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
-.PHONY: demo test test-all lint docs proto proto-release prometheus-rule manifests clean
+.PHONY: demo test test-all lint docs wheel-check proto proto-release prometheus-rule manifests clean
 
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
@@ -29,6 +29,10 @@ test: lint
 # Everything: what `make test` runs, then the tests that take long.
 test-all: test
 	$(PYTEST) -m slow
+
+# The package as users get it: built, installed apart from its sources, and run. `make test-all` does it as well.
+wheel-check: .venv/installed
+	$(BIN)/pytest tests/contract/test_wheel.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
