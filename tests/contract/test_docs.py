@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -185,10 +186,20 @@ def test_the_front_page_is_short() -> None:
     assert len(text_of(Path("README.md")).splitlines()) <= 150
 
 
-def test_python_on_the_front_page_is_python() -> None:
+def test_python_on_the_front_page_fits_the_client() -> None:
     (block,) = fenced(text_of(Path("README.md")), "python")
     assert len([line for line in block.splitlines() if line.strip()]) <= 8
-    ast.parse(block)
+    tree = ast.parse(block)
+    names: dict[str, object] = {}
+    exec(compile(ast.Module([tree.body[0]], []), "README.md", "exec"), names)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    methods = [call for call in calls if isinstance(call.func, ast.Attribute) and call.keywords]
+    assert [ast.unparse(call.func) for call in methods] == ["client.generate", "client.stream"]
+    for call in methods:
+        assert isinstance(call.func, ast.Attribute)
+        keywords = {one.arg: ast.literal_eval(one.value) for one in call.keywords if one.arg}
+        signature = inspect.signature(getattr(names["Client"], call.func.attr))
+        signature.bind(None, *map(ast.literal_eval, call.args), **keywords)
 
 
 def architecture_block(after: str) -> list[str]:
