@@ -20,6 +20,8 @@ PAGES = sorted(
     path.relative_to(REPOSITORY)
     for pattern in ("*.md", "docs/*.md", "deploy/*.md", "drafter_service/pretrained/*/*.md")
     for path in REPOSITORY.glob(pattern)
+    # A history names what there is no more.
+    if path.name != "CHANGELOG.md"
 )
 CONFIGURATION = Path("docs/configuration.md")
 FOREIGN_OPTIONS = {"--build-arg"}
