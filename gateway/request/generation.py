@@ -16,7 +16,8 @@ from gateway.request.drafts import Proposer
 from gateway.request.plan import Plan
 from gateway.request.text import TextStream, TextToken
 from gateway.rounds.decode import decode
-from gateway.rounds.drafting import DrafterSession, DraftLink, NoDrafts
+from gateway.rounds.drafting import DraftLink, NoDrafts
+from gateway.rounds.link_states import DrafterSession
 from gateway.rounds.merging import MergedDrafts, NamedSource
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize, StateHandle
+from gateway.rounds.link_states import DrafterSession, Fallback, FirstDraft, LinkState, Lost, Opening, Ready
+from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import (
     DeadlineExceededError,
@@ -34,7 +35,6 @@ _OPEN_TIMEOUT_S = 60.0
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _MAX_REASON_LENGTH = 500
-_OPENING = "opening"
 _PERMANENT = (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -43,21 +43,6 @@ _PERMANENT = (
     UnimplementedError,
 )
 """Errors another try would meet again."""
-
-
-class DrafterSession(Protocol):
-    """One generation on one drafter."""
-
-    @property
-    def reads_target_state(self) -> bool:
-        """Whether it reads the state of the verifier's session it began with."""
-
-    async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
-        """Guess what follows, after `new_token_ids` were committed since the last call."""
-
-    async def close(self) -> None:
-        """End the session."""
-
 
 Connect = Callable[[Sequence[int]], Awaitable[DrafterSession]]
 """Open a session whose committed tokens are the argument, on a healthy drafter."""
@@ -72,13 +57,15 @@ class NoDrafts:
 
 
 class DraftLink:
-    """Keeps a request supplied with a drafter as long as one is healthy.
+    """Keeps a request supplied with a drafter as long as one is healthy. Use as `async with`.
 
     Opening runs beside the target's prefill; only the first round waits for it. A first draft, which may
-    have much to read, may take until `open_timeout_s`, the rounds after `timeout_s` going on without it. What
-    goes wrong - no drafter, an error, another draft later than `timeout_s`, token ids the target does not
-    have - costs the round its draft and is tried again, elsewhere perhaps, after a pause of `retry_s`, which
-    grows while it fails. Use as `async with`.
+    have much to read, may take `open_timeout_s`; the rounds go on without it after `timeout_s`. What goes
+    wrong costs the round its draft: no drafter, an error, another draft later than `timeout_s`, token ids the
+    target does not have. It is tried again, maybe elsewhere, after a pause of `retry_s`, which grows while it
+    fails.
+
+    The link is always in one state of `link_states`, and `_enter` is the only place where that changes.
     """
 
     def __init__(
@@ -96,29 +83,20 @@ class DraftLink:
         self._vocab_size = vocab_size
         self._timeout_s = timeout_s
         self._open_timeout_s = open_timeout_s
-        self._may_wait_for_opening = True
-        self._session: DrafterSession | None = None
-        self._opening: asyncio.Task[DrafterSession] | None = None
-        self._is_new = False
-        self._first_draft: asyncio.Task[Draft] | None = None
-        self._num_sent = 0
         self._first_retry_s = retry_s
         self._retry_s = retry_s
-        self._retry_at = 0.0
-        self._reason = ""
-        self._code = ""
+        self._state: LinkState = Lost(retry_at=0.0)
+        self._loss: Fallback | None = None
+        """What went wrong last; None again once there is a draft."""
         self._state_session_id = ""
+        """The verifier's session whose state the drafter may read."""
 
     async def __aenter__(self) -> DraftLink:
-        self._open(self._prompt)
+        await self._open(self._prompt, round_waits=True)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._opening:
-            self._opening.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                self._session = await self._opening
-        await self._leave()
+        await self._enter(Lost(retry_at=math.inf))
 
     async def propose(self, request: DraftRequest) -> Draft:
         """A draft, or an empty one that says why."""
@@ -127,91 +105,102 @@ class DraftLink:
             async with asyncio.timeout(self._timeout_s):
                 draft = await self._propose(request)
         except TimeoutError:
-            if self._opening or self._first_draft:
-                # Not yet a failure: the rounds go on and it may join later, even if it is done this moment.
-                self._note_opening()
-            else:
+            # What takes long to begin with is no failure yet: the rounds go on and it may join later, even if
+            # it is done this moment.
+            if not isinstance(self._state, Opening | FirstDraft):
                 await self._lose(DeadlineExceededError(f"no draft within {self._timeout_s:g} s"))
         except SpecdecError as error:
-            await self._lose(error, permanent=isinstance(error, _PERMANENT))
+            await self._lose(error)
         except Exception as error:  # no defect around a drafter may fail a request
             log_defect(logger, "drafting failed", error)
             await self._lose(InternalError(f"{type(error).__name__}: {error}"))
         else:
             if draft:
-                self._retry_s = self._first_retry_s
-                self._reason = self._code = ""
+                self._retry_s, self._loss = self._first_retry_s, None
                 return draft
-        # Time spent waiting for a draft is the drafter's, not the wire's.
-        waited_ns = time.monotonic_ns() - started_ns
+        return self._no_draft(time.monotonic_ns() - started_ns)
+
+    def _no_draft(self, waited_ns: int) -> Draft:
+        """An empty draft; the time spent waiting for it is the drafter's, not the wire's."""
+        # How a drafter was lost says more than that the next one is not there yet.
+        fallback = self._loss or self._state.why_no_draft
         return Draft(
             server_ns=waited_ns,
             elapsed_ns=waited_ns,
-            fallback_reason=self._reason,
-            fallback_code=self._code,
+            fallback_reason=fallback.reason,
+            fallback_code=fallback.code,
         )
 
     async def _propose(self, request: DraftRequest) -> Draft | None:
         """A draft; None while there is no drafter to ask."""
-        await self._follow(request.target_state)
-        committed = request.committed_token_ids
-        session = await self._ready_session(committed)
-        if session is None:
-            return None
-        if self._first_draft:
-            if not self._first_draft.done():
-                self._note_opening()
+        await self._follow_verifier(request)
+        if isinstance(self._state, Lost) and time.monotonic() >= self._state.retry_at:
+            await self._open(request.committed_token_ids)
+        match self._state:
+            case Opening() as opening if opening.round_waits or opening.session.done():
+                draft = await self._draft_first(opening, request)
+            case FirstDraft() as first if first.draft.done():
+                await first.draft  # for its failure; what it drafted is for a round long past
+                draft = await self._draft(first.session, first.num_sent, request)
+            case Ready() as ready:
+                draft = await self._draft(ready.session, ready.num_sent, request)
+            case _:
                 return None
-            await self._first_draft  # for its failure; what it drafted is for a round long past
-            self._first_draft = None
-        coming = session.propose(committed[self._num_sent :], request)
-        self._num_sent = len(committed)
-        if self._is_new:
-            self._is_new = False
-            self._first_draft = asyncio.ensure_future(self._in_time(coming, "first draft"))
-            draft = replace(await asyncio.shield(self._first_draft), is_first=True)
-            self._first_draft = None
-        else:
-            draft = await coming
         return self._checked(draft, request.size)
 
-    async def _follow(self, target_state: StateHandle | None) -> None:
+    async def _follow_verifier(self, request: DraftRequest) -> None:
         """After a verifier was lost, leave the session that read its state for one that reads the next's."""
-        session_id = target_state.session_id if target_state else ""
+        session_id = request.target_state.session_id if request.target_state else ""
         if session_id == self._state_session_id:
             return
         self._state_session_id = session_id
-        # What failed may have failed for want of the lost one's state.
-        self._retry_at, self._reason, self._code = 0.0, "", ""
-        if self._session and self._session.reads_target_state:
-            self._may_wait_for_opening = True
-            await self._leave()
+        self._loss = None
+        match self._state:
+            case Lost():
+                # What failed may have failed for want of the lost one's state.
+                await self._open(request.committed_token_ids)
+            case FirstDraft(session=session) | Ready(session=session) if session.reads_target_state:
+                await self._enter(Lost(retry_at=0.0))
+                await self._open(request.committed_token_ids, round_waits=True)
 
-    async def _ready_session(self, committed_token_ids: Sequence[int]) -> DrafterSession | None:
-        if self._session is None and self._opening is None:
-            if time.monotonic() < self._retry_at:
-                return None
-            self._open(committed_token_ids)
-        if self._opening and (self._opening.done() or self._may_wait_for_opening):
-            self._may_wait_for_opening = False
-            # A slow opening must outlive the round that waits for it.
-            opening = asyncio.shield(self._opening)
-            self._session, self._opening = await opening, None
-            self._is_new = True
-        if self._opening:
-            self._note_opening()
-        return self._session
-
-    def _note_opening(self) -> None:
-        if self._reason and self._code != _OPENING:
-            return  # that one was lost before, and how, says more
-        still = "its first draft takes longer" if self._first_draft else "the drafter is still opening"
-        self._reason, self._code = still, _OPENING
-
-    def _open(self, committed_token_ids: Sequence[int]) -> None:
-        self._num_sent = len(committed_token_ids)
+    async def _open(self, committed_token_ids: Sequence[int], *, round_waits: bool = False) -> None:
         connecting = self._connect(list(committed_token_ids))
-        self._opening = asyncio.ensure_future(self._in_time(connecting, "session"))
+        session = asyncio.ensure_future(self._in_time(connecting, "session"))
+        await self._enter(Opening(session, len(committed_token_ids), round_waits))
+
+    async def _draft_first(self, opening: Opening, request: DraftRequest) -> Draft:
+        """The first draft of a session. It outlives the round that waits for it, as the opening does."""
+        await self._enter(replace(opening, round_waits=False))
+        session = await asyncio.shield(opening.session)
+        committed = request.committed_token_ids
+        proposing = session.propose(committed[opening.num_sent :], request)
+        drafting = asyncio.ensure_future(self._in_time(proposing, "first draft"))
+        await self._enter(FirstDraft(session, len(committed), drafting))
+        draft = await asyncio.shield(drafting)
+        await self._enter(Ready(session, len(committed)))
+        return replace(draft, is_first=True)
+
+    async def _draft(self, session: DrafterSession, num_sent: int, request: DraftRequest) -> Draft:
+        """Another draft of a session that was sent `num_sent` committed tokens so far."""
+        committed = request.committed_token_ids
+        await self._enter(Ready(session, len(committed)))
+        return await session.propose(committed[num_sent:], request)
+
+    async def _lose(self, error: SpecdecError) -> None:
+        self._loss = Fallback(_readable(error.message), status_code(error).name.lower())
+        logger.warning("drafting without a drafter", extra={"code": self._loss.code})
+        # A drafter knows the prompt, and its words are its own.
+        logger.debug("why there is no drafter", extra={"reason": self._loss.reason})
+        is_permanent = isinstance(error, _PERMANENT)
+        retry_at = math.inf if is_permanent else time.monotonic() + self._retry_s
+        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
+        await self._enter(Lost(retry_at))
+
+    async def _enter(self, state: LinkState) -> None:
+        """Go over to a state. What is left for `Lost` is closed; else the next state takes it over."""
+        left, self._state = self._state, state
+        if isinstance(state, Lost):
+            await left.close()
 
     async def _in_time(self, coming: Awaitable[_T], what: str) -> _T:
         try:
@@ -220,35 +209,15 @@ class DraftLink:
         except TimeoutError:
             raise UnavailableError(f"no {what} within {self._open_timeout_s:g} s") from None
 
-    async def _leave(self) -> None:
-        """End the session, if there is one."""
-        session, self._session = self._session, None
-        reading, self._first_draft = self._first_draft, None
-        if reading:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-        if session:
-            await session.close()
-
     def _checked(self, draft: Draft, size: DraftSize) -> Draft:
         """Refuse what the verifier would refuse: a drafter may waste time, never fail a request."""
         tree = DraftTree.of(draft.token_ids, draft.parent_indices)
-        most = size.draft_depth if tree.is_chain else size.draft_nodes
-        if len(tree) > most or tree.depth > size.draft_depth:
-            raise InvalidArgumentError(f"the drafter sent more than {most} tokens")
+        limit = size.draft_depth if tree.is_chain else size.draft_nodes
+        if len(tree) > limit or tree.depth > size.draft_depth:
+            raise InvalidArgumentError(f"the drafter sent more than {limit} tokens")
         if tree.token_ids and max(tree.token_ids) >= self._vocab_size:
             raise InvalidArgumentError("the drafter sent a token the target does not have")
         return replace(draft, parent_indices=tree.parent_indices)
-
-    async def _lose(self, error: SpecdecError, *, permanent: bool = False) -> None:
-        self._reason, self._code = _readable(error.message), status_code(error).name.lower()
-        logger.warning("drafting without a drafter", extra={"code": self._code})
-        # A drafter knows the prompt, and its words are its own.
-        logger.debug("why there is no drafter", extra={"reason": self._reason})
-        self._opening = None
-        self._retry_at = float("inf") if permanent else time.monotonic() + self._retry_s
-        self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
-        await self._leave()
 
 
 def _readable(reason: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -29,11 +30,23 @@ FIRST = Draft((7, 8), is_first=True)
 """What a session's first round gets, unless told otherwise."""
 
 
+@dataclass(frozen=True)
+class State:
+    """The target's state of one verifier session."""
+
+    session_id: str
+    cached_length: int = 3
+
+
 def ask(
-    committed_token_ids: Sequence[int], draft_depth: int, traceparent: str = "", draft_nodes: int = 0
+    committed_token_ids: Sequence[int],
+    draft_depth: int,
+    traceparent: str = "",
+    draft_nodes: int = 0,
+    state: State | None = None,
 ) -> DraftRequest:
     """What a round asks for."""
-    return DraftRequest(committed_token_ids, DraftSize(draft_depth, draft_nodes), traceparent)
+    return DraftRequest(committed_token_ids, DraftSize(draft_depth, draft_nodes), traceparent, state)
 
 
 async def answer() -> Draft:
@@ -64,6 +77,8 @@ def drafting(*token_ids: int, parents: tuple[int, ...] = ()) -> Callable[[], Awa
 class FakeSession:
     """Plays a script of answers, then keeps to the default."""
 
+    reads_target_state = False
+
     def __init__(self, opened_with: Sequence[int], script: Sequence[Callable[[], Awaitable[Draft]]]) -> None:
         self.opened_with = list(opened_with)
         self.script = list(script)
@@ -79,28 +94,40 @@ class FakeSession:
         self.num_closed += 1
 
 
+class ReadingSession(FakeSession):
+    """Reads the target's state."""
+
+    reads_target_state = True
+
+
 class FakeDrafters:
     """Hands out sessions: per attempt a script, or an error to refuse it with."""
 
-    def __init__(self, *attempts: Sequence[Callable[[], Awaitable[Draft]]] | SpecdecError) -> None:
+    session_class = FakeSession
+
+    def __init__(self, *attempts: Sequence[Callable[[], Awaitable[Draft]]] | Exception) -> None:
         self.attempts = list(attempts)
-        self.num_attempts = 0
+        self.attempted_at: list[float] = []
         self.num_cancelled = 0
         self.sessions: list[FakeSession] = []
         self.may_open = asyncio.Event()
         self.may_open.set()
 
+    @property
+    def num_attempts(self) -> int:
+        return len(self.attempted_at)
+
     async def connect(self, committed_token_ids: Sequence[int]) -> FakeSession:
-        self.num_attempts += 1
+        self.attempted_at.append(time.monotonic())
         attempt = self.attempts.pop(0) if self.attempts else ()
         try:
             await self.may_open.wait()
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
-        if isinstance(attempt, SpecdecError):
+        if isinstance(attempt, Exception):
             raise attempt
-        self.sessions.append(FakeSession(committed_token_ids, attempt))
+        self.sessions.append(self.session_class(committed_token_ids, attempt))
         return self.sessions[-1]
 
     def link(
@@ -408,20 +435,16 @@ class TestALostDrafter:
         pause_s = 0.05
         lost = UnavailableError("x")
         drafters = FakeDrafters(lost, lost, lost, [answer, failing(lost)])
-        attempted_at: list[float] = []
         async with drafters.link(retry_s=pause_s) as link, asyncio.timeout(10):
             while drafters.num_attempts < 5:
                 await link.propose(ask(PROMPT, 2))
-                await settled()
-                if drafters.num_attempts > len(attempted_at):
-                    attempted_at.append(time.monotonic())
                 await asyncio.sleep(0.001)
-        pauses = [b - a for a, b in pairwise(attempted_at)]
-        assert len(pauses) >= 3
-        assert pauses[0] >= pause_s * 0.9
+        pauses = [later - earlier for earlier, later in pairwise(drafters.attempted_at)]
+        assert len(pauses) == 4
+        assert pauses[0] >= pause_s
         assert pauses[1] >= 2 * pause_s
         assert pauses[2] >= 4 * pause_s
-        assert pauses[-1] < 8 * pause_s
+        assert pauses[3] < 8 * pause_s
         drafters.assert_all_closed_once()
 
     @pytest.mark.parametrize(
@@ -442,6 +465,116 @@ class TestALostDrafter:
                 draft = await link.propose(ask(PROMPT, 2))
                 assert (draft.token_ids, draft.fallback_reason) == ((), error.message)
         assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    @pytest.mark.parametrize("opens", [False, True])
+    async def test_a_defect_counts_as_lost(self, opens: bool) -> None:
+        async def defective() -> Draft:
+            raise KeyError("x")
+
+        drafters = FakeDrafters([answer, defective] if opens else RuntimeError("x"))
+        async with drafters.link() as link:
+            if opens:
+                assert await link.propose(ask(PROMPT, 2)) == FIRST
+            for _ in range(2):
+                draft = await link.propose(ask(PROMPT, 2))
+                assert (draft.token_ids, draft.fallback_code) == ((), "internal")
+                assert draft.fallback_reason == ("KeyError: 'x'" if opens else "RuntimeError: x")
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+
+class ReadingDrafters(FakeDrafters):
+    """Their sessions read the target's state."""
+
+    session_class = ReadingSession
+
+
+class TestALostVerifier:
+    """The next verifier's session has another state; a drafter's session cannot go over to it."""
+
+    OLD, NEW = State("old"), State("new")
+
+    async def test_a_session_that_reads_its_state_is_left_for_another_which_the_round_waits_for(self) -> None:
+        drafters = ReadingDrafters()
+        loop = asyncio.get_running_loop()
+        async with drafters.link(retry_s=NEVER_S) as link:
+            assert await link.propose(ask(PROMPT, 2, state=self.OLD)) == FIRST
+            assert await link.propose(ask([*PROMPT, 4], 2, state=self.OLD)) == Draft((7, 8))
+            drafters.may_open.clear()
+            loop.call_later(0.05, drafters.may_open.set)
+            assert await link.propose(ask([*PROMPT, 4, 5], 2, state=self.NEW)) == FIRST
+            first, second = drafters.sessions
+            assert (first.num_closed, second.num_closed) == (1, 0)
+            assert second.opened_with == [*PROMPT, 4, 5]
+            assert second.rounds == [([], 5, 2, "")]
+            assert await link.propose(ask([*PROMPT, 4, 5, 6], 2, state=self.NEW)) == Draft((7, 8))
+        drafters.assert_all_closed_once()
+
+    async def test_only_one_round_waits_for_the_other_session(self) -> None:
+        drafters = ReadingDrafters()
+        async with drafters.link(timeout_s=0.2) as link:
+            assert await link.propose(ask(PROMPT, 2, state=self.OLD)) == FIRST
+            drafters.may_open.clear()
+            drafts = [await link.propose(ask(PROMPT, 2, state=self.NEW)) for _ in range(3)]
+            assert {draft.fallback_code for draft in drafts} == {"opening"}
+            assert drafts[0].elapsed_ns >= 0.2e9
+            assert sum(draft.elapsed_ns for draft in drafts[1:]) < 0.2e9
+        assert drafters.num_cancelled == 1
+        drafters.assert_all_closed_once()
+
+    async def test_a_first_draft_that_reads_its_state_is_given_up(self) -> None:
+        cancelled = asyncio.Event()
+
+        async def forever() -> Draft:
+            try:
+                return await hang()
+            finally:
+                cancelled.set()
+
+        drafters = ReadingDrafters([forever])
+        async with drafters.link(timeout_s=0.2) as link:
+            assert (await link.propose(ask(PROMPT, 2, state=self.OLD))).fallback_code == "opening"
+            assert await link.propose(ask([*PROMPT, 4], 2, state=self.NEW)) == FIRST
+            assert cancelled.is_set()
+            assert drafters.sessions[1].opened_with == [*PROMPT, 4]
+        drafters.assert_all_closed_once()
+
+    async def test_a_session_that_is_still_opening_is_kept(self) -> None:
+        drafters = ReadingDrafters()
+        drafters.may_open.clear()
+        async with drafters.link(timeout_s=0.02) as link:
+            for state in (self.OLD, self.NEW):
+                assert (await link.propose(ask(PROMPT, 2, state=state))).fallback_code == "opening"
+            drafters.may_open.set()
+            await settled()
+            assert await link.propose(ask(PROMPT, 2, state=self.NEW)) == FIRST
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    async def test_a_session_that_reads_no_state_is_kept(self) -> None:
+        drafters = FakeDrafters()
+        async with drafters.link() as link:
+            assert await link.propose(ask(PROMPT, 2, state=self.OLD)) == FIRST
+            assert await link.propose(ask(PROMPT, 2, state=self.NEW)) == Draft((7, 8))
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+    async def test_what_failed_for_good_is_tried_again(self) -> None:
+        drafters = ReadingDrafters([failing(FailedPreconditionError("no state"))])
+        async with drafters.link(retry_s=NEVER_S) as link:
+            for _ in range(2):
+                lost = await link.propose(ask(PROMPT, 2, state=self.OLD))
+                assert lost.fallback_reason == "no state"
+            # Nobody waits for it, and why the one before was lost does not matter any more.
+            drafters.may_open.clear()
+            opening = await link.propose(ask([*PROMPT, 4], 2, state=self.NEW))
+            assert opening.fallback_reason == "the drafter is still opening"
+            drafters.may_open.set()
+            await settled()
+            assert await link.propose(ask([*PROMPT, 4], 2, state=self.NEW)) == FIRST
+            assert drafters.sessions[1].opened_with == [*PROMPT, 4]
+        assert drafters.num_attempts == 2
         drafters.assert_all_closed_once()
 
 
