@@ -90,8 +90,8 @@ class DrafterHost:
                 field="max_length",
             )
         token_ids = list(request.committed_token_ids)
-        validate_token_ids("committed_token_ids", token_ids, drafter.info.vocab_size)
-        request.sampling.validate(drafter.info.vocab_size)
+        validate_token_ids("committed_token_ids", token_ids, drafter.traits.vocab_size)
+        request.sampling.validate(drafter.traits.vocab_size)
         validate_min_draft_confidence(request.min_draft_confidence)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(
@@ -102,9 +102,9 @@ class DrafterHost:
         session = drafter.open(request)
         self.num_sessions += 1
         try:
-            if self.reader and drafter.info.target_state_spec:
+            if self.reader and drafter.traits.target_state_spec:
                 session.state = self.reader.open(
-                    drafter.info.target_state_spec, request.max_length, drafter.projection
+                    drafter.traits.target_state_spec, request.max_length, drafter.projection
                 )
             yield session
         finally:
@@ -128,7 +128,7 @@ class DrafterHost:
             FailedPreconditionError: a round was missed.
             InvalidArgumentError: tokens the drafter lacks, or has no room for.
         """
-        validate_token_ids("committed_token_ids", list(committed_token_ids), drafter.info.vocab_size)
+        validate_token_ids("committed_token_ids", list(committed_token_ids), drafter.traits.vocab_size)
         session.commit(committed_token_ids, committed_length)
 
     async def read_state(self, drafter: Drafter, session: DraftSession, ref: TargetStateRef | None) -> None:
@@ -142,7 +142,7 @@ class DrafterHost:
             return
         if ref is None:
             raise FailedPreconditionError(
-                f"{drafter.info.name} reads the target's state, and the round has no handle on it.",
+                f"{drafter.traits.name} reads the target's state, and the round has no handle on it.",
                 reason="NO_TARGET_STATE",
             )
         if ref.cached_length != len(session.token_ids) - 1:
@@ -152,7 +152,7 @@ class DrafterHost:
                 reason="STALE_BASE",
             )
         session.view = await session.state.view(ref)
-        if drafter.info.needs_target_weights:
+        if drafter.traits.needs_target_weights:
             session.target_weights = await self.reader.weights(ref.verifier_uri)
 
     async def prefill(self, drafter: Drafter, session: DraftSession, *, num_left: int = 0) -> None:
@@ -176,16 +176,16 @@ class DrafterHost:
         Raises:
             InvalidArgumentError: K or the number of nodes out of range.
         """
-        if not 1 <= draft_depth <= drafter.info.max_draft_depth:
+        if not 1 <= draft_depth <= drafter.traits.max_draft_depth:
             raise InvalidArgumentError(
-                f"draft_depth is {draft_depth}; {drafter.info.name} drafts 1 to "
-                f"{drafter.info.max_draft_depth} tokens a round.",
+                f"draft_depth is {draft_depth}; {drafter.traits.name} drafts 1 to "
+                f"{drafter.traits.max_draft_depth} tokens a round.",
                 field="draft_depth",
             )
-        if draft_nodes > drafter.info.max_draft_nodes:
+        if draft_nodes > drafter.traits.max_draft_nodes:
             raise InvalidArgumentError(
-                f"draft_nodes is {draft_nodes}; {drafter.info.name} drafts trees of at most "
-                f"{drafter.info.max_draft_nodes} tokens.",
+                f"draft_nodes is {draft_nodes}; {drafter.traits.name} drafts trees of at most "
+                f"{drafter.traits.max_draft_nodes} tokens.",
                 field="draft_nodes",
             )
         # What a drafter reads of the target comes with the first round: a whole prompt.

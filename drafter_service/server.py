@@ -50,7 +50,7 @@ class DrafterServer:
             self._thread.submit(lambda: load_drafters(self._config, self._families))
         )
         reader = None
-        if any(drafter.info.target_state_spec for drafter in drafters.values()):
+        if any(drafter.traits.target_state_spec for drafter in drafters.values()):
             # Imported here: a process with the ngram drafter alone starts without torch.
             from drafter_service.state import load_reader
 

@@ -9,7 +9,7 @@ import grpc
 from opentelemetry.context import attach
 from opentelemetry.trace import SpanKind
 
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftSession, OpenDraft
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftSession, OpenDraft
 from drafter_service.host import DrafterHost
 from drafter_service.metrics import DrafterMetrics
 from specdec.contract.draft_tree import DraftTree
@@ -65,12 +65,12 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         check_handshake(
             request.open.handshake,
             model_id="",
-            vocabulary_fingerprint=drafter.info.vocabulary_fingerprint,
+            vocabulary_fingerprint=drafter.traits.vocabulary_fingerprint,
         )
         async with host.open(drafter, _open_draft(request.open)) as session:
             await host.prefill(drafter, session)
             opened = drafter_pb2.DraftOpened(
-                handshake=make_handshake(drafter.info.model_id, drafter.info.vocabulary_fingerprint),
+                handshake=make_handshake(drafter.traits.model_id, drafter.traits.vocabulary_fingerprint),
                 timings=common_pb2.PhaseTimings(total_ns=time.monotonic_ns() - arrived_ns),
             )
             await send(context, drafter_pb2.DraftResponse(opened=opened))
@@ -92,7 +92,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         await host.read_state(drafter, session, TargetStateRef.from_proto(ref) if ref else None)
         state_ns = time.monotonic_ns() - arrived_ns
         drafted = await host.propose(drafter, session, message.draft_depth, message.draft_nodes)
-        self.metrics.add_round(drafter.info.name)
+        self.metrics.add_round(drafter.traits.name)
         total_ns = time.monotonic_ns() - arrived_ns
         record_span(
             self._tracer,
@@ -101,7 +101,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             duration_ns=total_ns,
             kind=SpanKind.SERVER,
             attributes={
-                "specdec.method": drafter.info.name,
+                "specdec.method": drafter.traits.name,
                 "specdec.num_draft_tokens": len(drafted.value),
                 "specdec.queue_ns": drafted.queue_ns,
                 "specdec.compute_ns": drafted.compute_ns,
@@ -140,7 +140,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         return drafter_pb2.DrafterServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION,
             min_protocol_version=MIN_PROTOCOL_VERSION,
-            drafters=[_info(drafter.info) for drafter in host.drafters.values()],
+            drafters=[_info(drafter.traits) for drafter in host.drafters.values()],
             max_sessions=host.config.max_sessions,
             num_sessions=host.num_sessions,
             state_links=[
@@ -175,21 +175,21 @@ def _timings(drafted: EngineResult[DraftTree], total_ns: int) -> common_pb2.Phas
     )
 
 
-def _info(info: DrafterInfo) -> drafter_pb2.DrafterInfo:
+def _info(traits: DrafterTraits) -> drafter_pb2.DrafterInfo:
     return drafter_pb2.DrafterInfo(
-        name=info.name,
-        family=info.family,
+        name=traits.name,
+        family=traits.family,
         model=common_pb2.ModelInfo(
-            model_id=info.model_id,
-            vocabulary_fingerprint=info.vocabulary_fingerprint,
-            vocab_size=info.vocab_size,
-            max_length=info.max_length,
-            revision=info.revision,
-            dtype=info.dtype,
-            device=info.device,
+            model_id=traits.model_id,
+            vocabulary_fingerprint=traits.vocabulary_fingerprint,
+            vocab_size=traits.vocab_size,
+            max_length=traits.max_length,
+            revision=traits.revision,
+            dtype=traits.dtype,
+            device=traits.device,
         ),
-        max_draft_depth=info.max_draft_depth,
-        default_draft_depth=info.default_draft_depth,
-        target_state_spec=info.target_state_spec.to_proto() if info.target_state_spec else None,
-        max_draft_nodes=info.max_draft_nodes,
+        max_draft_depth=traits.max_draft_depth,
+        default_draft_depth=traits.default_draft_depth,
+        target_state_spec=traits.target_state_spec.to_proto() if traits.target_state_spec else None,
+        max_draft_nodes=traits.max_draft_nodes,
     )

@@ -16,8 +16,9 @@ from gateway.replicas.failover import VerifierReplica
 from gateway.replicas.replicas import Replica
 from gateway.replicas.sessions import FINISH_REASONS
 from gateway.request.backends import Backends
-from gateway.request.generation import Generation
+from gateway.request.peers import Peers
 from gateway.request.plan import make_plan
+from gateway.request.running import RunningRequest
 from gateway.rounds.tracing import RequestTrace
 from specdec.contract.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
 from specdec.contract.methods import PLAIN
@@ -112,16 +113,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             seed=None if plan.sampling.is_greedy else plan.sampling.seed,
         )
         await send(context, gateway_pb2.GenerateResponse(started=started))
-        generation = Generation(
-            plan,
-            backends,
-            trace,
-            timeout_s=remaining_timeout_s(context),
-            arrived_ns=arrived_ns,
-        )
+        peers = Peers(plan, backends, verifier, remaining_timeout_s(context))
+        running = RunningRequest(plan, backends, peers, trace, arrived_ns=arrived_ns)
         outcome = "cancelled"
         try:
-            async with aclosing(generation.run(verifier)) as responses:
+            async with aclosing(running.responses()) as responses:
                 async for response in responses:
                     await send(context, response)
             outcome = FINISH_REASONS[response.finished.finish_reason]
@@ -129,8 +125,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             outcome = status_code(error).name.lower()
             raise
         finally:
-            trace.finish(generation.num_output_tokens, generation.speculation())
-            backends.metrics.add_request(model_id, generation.label, outcome, generation.timing())
+            trace.finish(running.num_output_tokens, running.speculation())
+            backends.metrics.add_request(model_id, running.label, outcome, running.timing())
 
     async def GetInfo(  # noqa: N802
         self,

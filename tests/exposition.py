@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
 from drafter_service.families import DrafterFactory, DrafterSpec
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import InvalidArgumentError
@@ -34,7 +34,7 @@ class BrokenDrafter(Drafter):
     """Fails whenever it is asked."""
 
     def __init__(self, name: str) -> None:
-        self.info = DrafterInfo(name, "broken", 8, 2)
+        self.traits = DrafterTraits(name, "broken", 8, 2)
 
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
         raise RuntimeError("broken")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.ngram.drafter import NgramSession
 from drafter_service.families import FAMILIES, DrafterFactory
 from specdec.contract.draft_tree import DraftTree
@@ -66,7 +66,7 @@ class StateProbe(Drafter):
     sessions: list[ProbeSession] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.info = DrafterInfo(
+        self.traits = DrafterTraits(
             self.name, "probe", 8, 4, target_state_spec=self.spec, needs_target_weights=self.needs_weights
         )
 

@@ -51,7 +51,7 @@ def client(*arguments: str) -> list[str]:
     return [*run, "--entrypoint", "specdec", CLIENT_IMAGE, *arguments, "--gateway", GATEWAY]
 
 
-class Generation:
+class BackgroundGeneration:
     """A generation that runs in the background."""
 
     def __init__(self) -> None:
@@ -183,13 +183,13 @@ def run(gateway: Pod, first: Pod, second: Pod) -> None:
     found = wait_for(num_ready(1), "a verifier and a drafter are ready")
     say(f"     methods: {', '.join(found['methods'])}")
 
-    undisturbed = Generation().result()
+    undisturbed = BackgroundGeneration().result()
     speculation = undisturbed["speculation"]
     say(f"     method {speculation['method']}, acceptance length {speculation['mean_acceptance_length']:.2f}")
     say(f"     answer: {undisturbed['text'][:160]!r} ...")
 
     say("== Target state")
-    live = Generation()
+    live = BackgroundGeneration()
     found = wait_for(lambda found: bool(storages(found)), "a session reads target state")
     check(storages(found) == ["shared_memory"], f"it is read by handle: {storages(found)}")
 
@@ -197,7 +197,7 @@ def run(gateway: Pod, first: Pod, second: Pod) -> None:
     second.start()
     wait_for(num_ready(2), "two verifiers and two drafters are ready")
     check(live.is_running, "the session on the first is still live")
-    other = Generation()
+    other = BackgroundGeneration()
     found = wait_for(
         lambda found: sessions(found, "verifiers") == [1, 1] and len(storages(found)) == 2,
         "the new session is on the new verifier",
@@ -216,7 +216,7 @@ def run(gateway: Pod, first: Pod, second: Pod) -> None:
     wait_for(num_ready(1), "one verifier and one drafter are left")
 
     say("== The gateway gets SIGTERM, while a session lives")
-    live = Generation()
+    live = BackgroundGeneration()
     wait_for(lambda found: sessions(found, "verifiers") == [1], "a session is live")
     gateway.terminate()
     is_refused = not info()

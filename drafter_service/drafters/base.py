@@ -37,8 +37,8 @@ Drafted = list[int] | DraftTree
 
 
 @dataclass(frozen=True, slots=True)
-class DrafterInfo:
-    """How peers know a drafter; see specdec.v1.DrafterInfo."""
+class DrafterTraits:
+    """What a drafter is and can do. Its peers are told as specdec.v1.DrafterInfo."""
 
     name: str
     family: str
@@ -144,7 +144,7 @@ class Drafter(ABC):
     `open` and `close` run on the event loop, `propose` on the engine thread.
     """
 
-    info: DrafterInfo
+    traits: DrafterTraits
     projection: Projection | None = None
     """The projection of its target state spec."""
     kv_pool: KvPool | None = None
@@ -172,8 +172,8 @@ class Drafter(ABC):
         """What those are told whose draft raised; a defect is logged."""
         if isinstance(error, SpecdecError):
             return error
-        log_defect(logger, "drafter failed", error, drafter=self.info.name)
-        return InternalError(f"{self.info.name} failed: {type(error).__name__}: {error}")
+        log_defect(logger, "drafter failed", error, drafter=self.traits.name)
+        return InternalError(f"{self.traits.name} failed: {type(error).__name__}: {error}")
 
     def propose_by_target(
         self,

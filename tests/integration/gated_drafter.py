@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
 from drafter_service.families import FAMILIES, DrafterFactory, DrafterSpec
 from specdec.client import AsyncClient
 from tests.systems import System, running_system
@@ -42,7 +42,7 @@ class _GatedDrafter(Drafter):
     """Has no guess, and takes its time to say so."""
 
     def __init__(self, name: str, reached: threading.Event, may_pass: threading.Event) -> None:
-        self.info = DrafterInfo(name, "gated", 8, 2)
+        self.traits = DrafterTraits(name, "gated", 8, 2)
         self._reached = reached
         self._may_pass = may_pass
 

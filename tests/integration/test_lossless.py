@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
 from drafter_service.families import FAMILIES, DrafterSpec
 from specdec.client import GenerateOptions
 from specdec.contract.sampling import SamplingParams
@@ -29,7 +29,7 @@ class WrongDrafter(Drafter):
     """Drafts one token over and over, hardly ever the target's."""
 
     def __init__(self, spec: DrafterSpec, config: DrafterConfig) -> None:
-        self.info = DrafterInfo(spec.name, "wrong", config.max_draft_depth, 4)
+        self.traits = DrafterTraits(spec.name, "wrong", config.max_draft_depth, 4)
 
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
         return [[VOCAB_SIZE - 1] * item.draft_depth for item in items]

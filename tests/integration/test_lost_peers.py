@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
 from drafter_service.families import FAMILIES, DrafterSpec
 from gateway.replicas.sessions import RemoteDrafterSession
 from specdec.client import GenerateOptions
@@ -110,7 +110,7 @@ class Misbehaving(Drafter):
     """A drafter whose every draft is what `draft` makes of K."""
 
     def __init__(self, spec: DrafterSpec, config: DrafterConfig) -> None:
-        self.info = DrafterInfo(spec.name, spec.family, config.max_draft_depth, 4)
+        self.traits = DrafterTraits(spec.name, spec.family, config.max_draft_depth, 4)
 
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
         return [self.draft(item.draft_depth) for item in items]

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
 from drafter_service.families import FAMILIES, DrafterSpec
 from specdec.client import AsyncClient, GenerateOptions, Message
 from specdec.contract.errors import InternalError, InvalidArgumentError, SpecdecError
@@ -106,7 +106,7 @@ class Quoting(Drafter):
     """Fails with what it was told on its lips."""
 
     def __init__(self, spec: DrafterSpec, config: DrafterConfig) -> None:
-        self.info = DrafterInfo(spec.name, spec.family, config.max_draft_depth, 4)
+        self.traits = DrafterTraits(spec.name, spec.family, config.max_draft_depth, 4)
 
     def propose(self, items: Sequence[DraftItem]) -> list[list[int]]:
         raise ValueError(SECRET)

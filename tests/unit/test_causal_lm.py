@@ -164,7 +164,7 @@ def test_drafts_end_where_the_generation_does(drafter: CausalLmDrafter) -> None:
 
 
 def test_drafts_end_where_the_models_context_does(drafter: CausalLmDrafter) -> None:
-    assert drafter.info.max_length == CONTEXT
+    assert drafter.traits.max_length == CONTEXT
     with session_of(drafter, [1] * (CONTEXT - 2), max_length=CONTEXT + 50) as session:
         assert len(draft(drafter, session, 10)) == 2
         session.commit([2, 3], CONTEXT)

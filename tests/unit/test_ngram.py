@@ -144,6 +144,6 @@ def test_sessions_do_not_share_an_index() -> None:
 
 
 def test_info() -> None:
-    info = make_drafter().info
-    assert (info.name, info.family, info.max_draft_depth) == ("ngram", "ngram", 64)
-    assert info.model_id == info.vocabulary_fingerprint == ""
+    traits = make_drafter().traits
+    assert (traits.name, traits.family, traits.max_draft_depth) == ("ngram", "ngram", 64)
+    assert traits.model_id == traits.vocabulary_fingerprint == ""

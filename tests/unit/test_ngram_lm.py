@@ -389,14 +389,14 @@ def test_a_folder_becomes_a_drafter(tmp_path: Path) -> None:
     )
     (drafter,) = load_drafters(config).values()
     assert isinstance(drafter, NgramLmDrafter)
-    info = drafter.info
-    assert (info.name, info.family) == ("usual", "ngram-lm")
-    assert (info.model_id, info.vocabulary_fingerprint, info.vocab_size) == (
+    traits = drafter.traits
+    assert (traits.name, traits.family) == ("usual", "ngram-lm")
+    assert (traits.model_id, traits.vocabulary_fingerprint, traits.vocab_size) == (
         "a-target",
         "its-fingerprint",
         16,
     )
-    assert (info.max_draft_depth, info.default_draft_depth, info.max_draft_nodes) == (5, 5, 9)
+    assert (traits.max_draft_depth, traits.default_draft_depth, traits.max_draft_nodes) == (5, 5, 9)
     assert chain(open_session(drafter, [9, 1]), 8) == [2, 5, 6]
     # Matches of one token are not looked for.
     assert chain(open_session(drafter, [13, 14, 13]), 4) == []
@@ -405,8 +405,8 @@ def test_a_folder_becomes_a_drafter(tmp_path: Path) -> None:
 
 def test_without_a_folder_it_is_the_table_of_the_embedded_target() -> None:
     (drafter,) = load_drafters(DrafterConfig(drafter=("ngram-lm",))).values()
-    assert drafter.info.model_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert drafter.info.vocab_size == 49152
+    assert drafter.traits.model_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert drafter.traits.vocab_size == 49152
 
 
 def test_a_folder_without_a_table_is_no_drafter(tmp_path: Path) -> None:

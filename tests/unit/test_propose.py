@@ -71,7 +71,7 @@ def drafter(request: pytest.FixtureRequest, tmp_path: Path) -> Drafter:
 def target_weights(drafter: Drafter, num_padding: int = 0, *, head_width: int | None = None) -> TargetWeights:
     """Those of one target, always the same but for rows of padding, which any state would choose."""
     generator = torch.Generator().manual_seed(0)
-    width = head_width or (24 if drafter.info.family == "mtp" else HIDDEN_SIZE)
+    width = head_width or (24 if drafter.traits.family == "mtp" else HIDDEN_SIZE)
     embedding = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
     head = torch.randn(VOCAB_SIZE, width, generator=generator)
     padding = torch.cat([torch.eye(width), -torch.eye(width)])[:num_padding] * 100
@@ -93,7 +93,7 @@ def state(drafter: Drafter, length: int) -> TargetStateView:
         for name in (key_name(layer), value_name(layer)):
             tensors[name] = rows(2, 8)
             refs.append(TensorRef(name, "float32", (BLOCK_TOKENS, 2, 8), attention_type=kind))
-    spec = drafter.info.target_state_spec or TargetStateSpec()
+    spec = drafter.traits.target_state_spec or TargetStateSpec()
     allocation = KvAllocation.of([0], torch.device("cpu"))
     return TargetStateView(spec, tensors, refs, allocation, length, drafter.projection)
 

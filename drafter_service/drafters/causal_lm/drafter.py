@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from drafter_service.drafters.base import Drafter, DrafterInfo, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem, DraftSession, OpenDraft
 from specdec.contract.sampling import validate_token_ids
 from specdec.runtime.attention import Segment
 from specdec.runtime.kv_pool import KvAllocation
@@ -73,7 +73,7 @@ class CausalLmDrafter(Drafter):
         self._packed = PackedModel(loaded.model, kv_budget_bytes=kv_budget_bytes)
         self.kv_pool = self._packed.pool
         self._picker = Picker(self._packed.vocab_size, self._packed.device)
-        self.info = DrafterInfo(
+        self.traits = DrafterTraits(
             name=name,
             family="causal-lm",
             max_draft_depth=max_draft_depth,

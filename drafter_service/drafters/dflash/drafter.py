@@ -19,7 +19,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from drafter_service.drafters.base import (
     Drafted,
     Drafter,
-    DrafterInfo,
+    DrafterTraits,
     DraftItem,
     DraftSession,
     OpenDraft,
@@ -163,7 +163,7 @@ class DFlashDrafter(Drafter):
             device=self._device,
         )
         most = min(max_draft_depth, settings.max_draft_depth)
-        self.info = DrafterInfo(
+        self.traits = DrafterTraits(
             name=name,
             family="dflash",
             max_draft_depth=most,
@@ -228,7 +228,7 @@ class DFlashDrafter(Drafter):
         assert weights is not None
         if not view.length:
             raise FailedPreconditionError(
-                f"{self.info.name} drafts from the target's state of at least one position.",
+                f"{self.traits.name} drafts from the target's state of at least one position.",
                 reason="NO_TARGET_STATE",
             )
         width = weights.embedding.shape[1]
@@ -237,9 +237,9 @@ class DFlashDrafter(Drafter):
             misfit = f"it reads embeddings of {self._hidden_size} elements, the target's have {width}"
         if misfit:
             raise FailedPreconditionError(
-                f"{self.info.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
+                f"{self.traits.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
             )
-        if not self.info.vocab_size:
+        if not self.traits.vocab_size:
             # Of a drafter that names no vocabulary nothing was checked when these came.
             vocab_size = self._head.vocab_size(weights)
             session.sampling.validate(vocab_size)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from drafter_service.config import MTP_POSITIONS
-from drafter_service.drafters.base import Drafted, Drafter, DrafterInfo, DraftItem, DraftSession
+from drafter_service.drafters.base import Drafted, Drafter, DrafterTraits, DraftItem, DraftSession
 from drafter_service.drafters.growing import MAX_CHILDREN, GrowingTree, growing_tree
 from drafter_service.drafters.head import DraftHead, Logits, read_draft_vocab
 from drafter_service.drafters.mtp.layers import AssistantLayers
@@ -167,7 +167,7 @@ class MtpDrafter(Drafter):
         model.lm_head = model.model.embed_tokens = nn.Identity()
         prepack_linears(model, keep=model.lm_head)
         self._layers = AssistantLayers(model)
-        self.info = DrafterInfo(
+        self.traits = DrafterTraits(
             name=name,
             family="mtp",
             max_draft_depth=max_draft_depth,
@@ -201,13 +201,13 @@ class MtpDrafter(Drafter):
         length = session.view.length
         if not length:
             raise FailedPreconditionError(
-                f"{self.info.name} drafts from the target's state of at least one position.",
+                f"{self.traits.name} drafts from the target's state of at least one position.",
                 reason="NO_TARGET_STATE",
             )
         hidden = session.view.last_hidden(length - 1, length)
         if misfit := self._misfit(session, kv, hidden):
             raise FailedPreconditionError(
-                f"{self.info.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
+                f"{self.traits.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
             )
         if num_wanted <= 0:
             return None

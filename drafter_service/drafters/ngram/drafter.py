@@ -11,7 +11,7 @@ from itertools import islice
 from drafter_service.drafters.base import (
     Drafted,
     Drafter,
-    DrafterInfo,
+    DrafterTraits,
     DraftItem,
     DraftSession,
     OpenDraft,
@@ -96,7 +96,7 @@ class NgramDrafter(Drafter):
         self, name: str, *, min_size: int, max_size: int, max_draft_depth: int, max_draft_nodes: int = 64
     ) -> None:
         self._sizes = range(min_size, max_size + 1)
-        self.info = DrafterInfo(
+        self.traits = DrafterTraits(
             name=name,
             family="ngram",
             max_draft_depth=max_draft_depth,

@@ -140,8 +140,8 @@ class NgramLmDrafter(NgramDrafter):
             max_draft_nodes=max_draft_nodes,
         )
         self._table = table
-        self.info = replace(
-            self.info,
+        self.traits = replace(
+            self.traits,
             family="ngram-lm",
             model_id=table.vocabulary.model_id,
             vocabulary_fingerprint=table.vocabulary.fingerprint,

@@ -1,0 +1,198 @@
+"""The verifier and the drafters of one request: which replicas will do, and sessions on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+
+from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
+from gateway.replicas.replicas import Replica, find_drafter
+from gateway.replicas.sessions import RemoteDrafterSession, RemoteVerifierSession
+from gateway.request.backends import Backends
+from gateway.request.drafts import Proposer
+from gateway.request.plan import Plan
+from gateway.rounds.drafting import DraftLink, NoDrafts
+from gateway.rounds.link_states import DrafterSession
+from gateway.rounds.merging import MergedDrafts, NamedSource
+from gateway.rounds.vocabulary import DraftSource
+from specdec.contract.request_id import REQUEST_ID
+from specdec.contract.target_state import TargetStateSpec
+from specdec.service.auth import caller_key
+from specdec.transport.handshake import make_handshake
+from specdec.v1 import common_pb2, drafter_pb2, verifier_pb2
+
+
+class Peers:
+    """Opens a request's sessions: on its first verifier, on those it goes on with, and on its drafters.
+
+    Args:
+        verifier: whom the request starts on; leased by the caller.
+        timeout_s: what is left of the request's deadline; None: it has none.
+    """
+
+    def __init__(
+        self, plan: Plan, backends: Backends, verifier: VerifierReplica, timeout_s: float | None
+    ) -> None:
+        self._plan = plan
+        self._backends = backends
+        self.verifier = verifier
+        """Whom the request starts on."""
+        self._verifier_uri = verifier.uri
+        """Address of the verifier that runs it now."""
+        self._timeout_s = timeout_s
+        self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._state_spec = self._find_state_spec()
+        """What the drafters read of the target."""
+
+    def verifier_session(self, on_lost: Callable[[str], None]) -> LastingVerifierSession:
+        """A session that goes on elsewhere whenever its verifier is lost, and tells `on_lost` why."""
+        assert self.verifier.info is not None
+        model = self.verifier.info.model
+        return LastingVerifierSession(
+            self.verifier,
+            self._connect_verifier,
+            partial(self._backends.verifiers.pick, partial(_is_same_model, model)),
+            prompt_token_ids=self._plan.prompt_token_ids,
+            wait_s=self._backends.config.failover_wait_s,
+            on_lost=on_lost,
+        )
+
+    def _connect_verifier(
+        self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
+    ) -> RemoteVerifierSession:
+        timeout_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        message = self._verify_open(verifier, committed_token_ids)
+        self._verifier_uri = verifier.uri
+        return RemoteVerifierSession(verifier.channel, verifier.uri, message, timeout_s)
+
+    def _verify_open(
+        self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
+    ) -> verifier_pb2.VerifyOpen:
+        plan, info = self._plan, verifier.info
+        prompt_length = len(plan.prompt_token_ids)
+        assert info is not None
+        return verifier_pb2.VerifyOpen(
+            handshake=make_handshake(info.model.model_id, self._backends.codec.vocabulary_fingerprint),
+            committed_token_ids=committed_token_ids,
+            prompt_length=prompt_length,
+            sampling=plan.sampling.to_proto(),
+            stop_token_ids=plan.stop_token_ids,
+            ignore_eos=plan.ignore_eos,
+            max_new_tokens=plan.max_new_tokens + prompt_length - len(committed_token_ids),
+            num_top_logprobs=plan.num_top_logprobs,
+            target_state_spec=self._state_spec.to_proto() if self._state_spec else None,
+            draft_nodes=plan.drafting.num_reserved_nodes,
+            request_id=REQUEST_ID.get(),
+            caller_key=caller_key(),
+            cache_salt=plan.cache_salt,
+        )
+
+    async def enter_draft_source(self, stack: AsyncExitStack) -> DraftSource:
+        """Where the request's drafts come from, until the stack is closed."""
+        drafting = self._plan.drafting
+        sources = [
+            NamedSource(
+                proposer.drafter,
+                await stack.enter_async_context(self._link(proposer)),
+                proposer.draft_depth,
+            )
+            for proposer in drafting.proposers
+            if proposer.draft_depth
+        ]
+        if len(sources) > 1:
+            return await stack.enter_async_context(MergedDrafts(sources, drafting.draft_nodes))
+        return sources[0].source if sources else NoDrafts()
+
+    def _link(self, proposer: Proposer) -> DraftLink:
+        assert self.verifier.info is not None
+        return DraftLink(
+            partial(self._connect_drafter, proposer.drafter),
+            self._plan.prompt_token_ids,
+            vocab_size=self.verifier.info.model.vocab_size,
+            timeout_s=self._backends.config.draft_timeout_s,
+        )
+
+    async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:
+        """Open a session on a replica that offers the drafter, best one beside the verifier."""
+        replica = self._backends.drafters.pick(partial(self._fits, name), near=self._verifier_uri)
+        assert replica.info is not None
+        drafter = find_drafter(replica.info, name)
+        assert drafter is not None
+        session = RemoteDrafterSession(replica.channel, replica.uri, self._timeout_s, drafter)
+        leased = LeasedDrafterSession(session, replica)
+        try:
+            await session.open(self._draft_open(name, committed_token_ids))
+        except BaseException:
+            await leased.close()
+            raise
+        return leased
+
+    def _draft_open(self, name: str, committed_token_ids: Sequence[int]) -> drafter_pb2.DraftOpen:
+        plan = self._plan
+        return drafter_pb2.DraftOpen(
+            handshake=make_handshake(vocabulary_fingerprint=self._backends.codec.vocabulary_fingerprint),
+            drafter=name,
+            committed_token_ids=committed_token_ids,
+            prompt_length=len(plan.prompt_token_ids),
+            sampling=plan.sampling.to_proto(),
+            max_length=len(plan.prompt_token_ids) + plan.max_new_tokens,
+            min_draft_confidence=plan.min_draft_confidence,
+            request_id=REQUEST_ID.get(),
+            caller_key=caller_key(),
+            cache_salt=plan.cache_salt,
+        )
+
+    def _find_state_spec(self) -> TargetStateSpec | None:
+        """What the drafters read of the target; None: nothing, or no such drafters are known yet.
+
+        Of drafters that cannot be served together the first is.
+        """
+        session: TargetStateSpec | None = None
+        for proposer in self._plan.drafting.proposers:
+            infos = self._backends.drafters.known_infos
+            found = (find_drafter(info, proposer.drafter) for info in infos)
+            spec = _state_spec(next((drafter for drafter in found if drafter), None))
+            if spec:
+                session = (session.union(spec) or session) if session else spec
+        return session
+
+    def _fits(self, name: str, info: drafter_pb2.DrafterServiceGetInfoResponse) -> bool:
+        """Whether a drafter service has the drafter, reading what this session's verifier exports."""
+        drafter = find_drafter(info, name)
+        if drafter is None:
+            return False
+        spec, session = _state_spec(drafter), self._state_spec
+        return spec is None or (session is not None and session.union(spec) == session)
+
+
+class LeasedDrafterSession:
+    """A drafter session that counts against its replica until it is closed."""
+
+    def __init__(
+        self, session: RemoteDrafterSession, replica: Replica[drafter_pb2.DrafterServiceGetInfoResponse]
+    ) -> None:
+        self._lease = replica.lease()
+        self._lease.__enter__()
+        self.propose = session.propose
+        self.reads_target_state = session.reads_target_state
+        self._session = session
+
+    async def close(self) -> None:
+        """End the session."""
+        self._lease.__exit__(None, None, None)
+        await self._session.close()
+
+
+def _is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
+    """Whether a verifier would go on as another one with that model: revisions are compared where known."""
+    revisions = {model.revision, info.model.revision} - {""}
+    return info.model.model_id == model.model_id and len(revisions) <= 1
+
+
+def _state_spec(drafter: drafter_pb2.DrafterInfo | None) -> TargetStateSpec | None:
+    """What a drafter reads of the target."""
+    if drafter is None or not drafter.HasField("target_state_spec"):
+        return None
+    return TargetStateSpec.from_proto(drafter.target_state_spec)

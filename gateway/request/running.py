@@ -1,0 +1,136 @@
+"""One generate request while it runs: its rounds become text, times and sums."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict
+
+from gateway.replicas.sessions import FINISH_REASONS
+from gateway.request.backends import Backends
+from gateway.request.peers import Peers
+from gateway.request.plan import Plan
+from gateway.request.text import TextStream, TextToken
+from gateway.rounds.decode import decode
+from gateway.rounds.stats import SpeculationStats, SpeculationTally
+from gateway.rounds.tracing import RequestTrace
+from gateway.rounds.vocabulary import Round
+from specdec.v1 import common_pb2, gateway_pb2
+
+
+class RunningRequest:
+    """Runs one plan on its peers and turns the rounds into responses."""
+
+    def __init__(
+        self, plan: Plan, backends: Backends, peers: Peers, trace: RequestTrace, *, arrived_ns: int
+    ) -> None:
+        self._plan = plan
+        self._backends = backends
+        self._peers = peers
+        self._trace = trace
+        self._num_failovers = 0
+        self._arrived_ns = arrived_ns
+        self._first_ns = 0
+        self._last_ns = 0
+        self.num_output_tokens = 0
+        """Tokens of the text so far."""
+        self._text = TextStream(backends.codec, plan.stop_strings)
+        self._tally = SpeculationTally(plan.method)
+        self.label = backends.label(plan.method)
+        """The method in metrics."""
+        self._emitted: list[gateway_pb2.Token] = []
+
+    async def responses(self) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
+        """Run the request: chunks, then the closing message.
+
+        Raises:
+            SpecdecError: the verifier refused or was lost.
+        """
+        async with AsyncExitStack() as stack:
+            # Closed in reverse order: the verifier's slot is freed first, a drafter may be slow to go.
+            drafter = await self._peers.enter_draft_source(stack)
+            session = await stack.enter_async_context(self._peers.verifier_session(self._count_failover))
+            rounds = decode(
+                session,
+                drafter,
+                prompt_token_ids=self._plan.prompt_token_ids,
+                max_new_tokens=self._plan.max_new_tokens,
+                control=self._plan.drafting.control(self._backends.controller, self._peers.verifier),
+                trace=self._trace,
+            )
+            await stack.enter_async_context(aclosing(rounds))
+            finish_reason = ""
+            async for this in rounds:
+                chunk = self._take(this)
+                finish_reason = "stop_string" if self._text.stopped else this.verified.finish_reason
+                if chunk.tokens:
+                    yield gateway_pb2.GenerateResponse(chunk=chunk)
+                if finish_reason:
+                    break
+            yield gateway_pb2.GenerateResponse(finished=self._finished(finish_reason))
+
+    def timing(self) -> gateway_pb2.GenerateTiming:
+        """Times so far."""
+        num_later = self.num_output_tokens - 1
+        return gateway_pb2.GenerateTiming(
+            ttft_ns=self._first_ns - self._arrived_ns if self._first_ns else 0,
+            tpot_ns=(self._last_ns - self._first_ns) // num_later if num_later > 0 else 0,
+            total_ns=(self._last_ns or time.monotonic_ns()) - self._arrived_ns,
+        )
+
+    def speculation(self) -> SpeculationStats:
+        """What its rounds did so far."""
+        return self._tally.stats()
+
+    def _take(self, this: Round) -> gateway_pb2.GenerateChunk:
+        """Count a round and turn its tokens into text."""
+        self._last_ns = time.monotonic_ns()
+        self._first_ns = self._first_ns or self._last_ns
+        self._tally.add(this)
+        self._backends.metrics.add_round(self.label, this)
+        released: list[TextToken] = []
+        for index, token_id in enumerate(this.token_ids):
+            self._emitted.append(_token(this, index))
+            released += self._text.push(token_id)
+            if self._text.stopped:
+                break
+        if this.verified.finish_reason and not self._text.stopped:
+            released += self._text.flush()
+        self.num_output_tokens = self._text.num_tokens
+        return gateway_pb2.GenerateChunk(tokens=[self._with_text(token) for token in released])
+
+    def _with_text(self, released: TextToken) -> gateway_pb2.Token:
+        token = self._emitted[released.index]
+        token.text = released.text
+        return token
+
+    def _finished(self, finish_reason: str) -> gateway_pb2.GenerateFinished:
+        number = next(number for number, name in FINISH_REASONS.items() if name == finish_reason)
+        return gateway_pb2.GenerateFinished(
+            finish_reason=number,
+            usage=gateway_pb2.Usage(
+                input_tokens=len(self._plan.prompt_token_ids), output_tokens=self.num_output_tokens
+            ),
+            timing=self.timing(),
+            speculation=gateway_pb2.SpeculationStats(**asdict(self.speculation())),
+            num_failovers=self._num_failovers,
+        )
+
+    def _count_failover(self, reason: str) -> None:
+        self._num_failovers += 1
+        self._backends.metrics.add_failover(self.label)
+
+
+def _token(this: Round, index: int) -> gateway_pb2.Token:
+    """Token `index` of a round, its text not yet known."""
+    accepted = index < this.verified.num_accepted_tokens
+    token = gateway_pb2.Token(
+        token_id=this.token_ids[index],
+        origin=gateway_pb2.TOKEN_ORIGIN_ACCEPTED_DRAFT if accepted else gateway_pb2.TOKEN_ORIGIN_BONUS,
+    )
+    if this.verified.logprobs:
+        own, top = this.verified.logprobs[index]
+        candidates = [common_pb2.Candidate(token_id=i, logprob=lp) for i, lp in top]
+        token.logprobs.CopyFrom(common_pb2.TokenLogprobs(logprob=own, top=candidates))
+    return token
