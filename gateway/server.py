@@ -10,7 +10,7 @@ from functools import partial
 from gateway.callers import make_authenticator
 from gateway.config import GatewayConfig
 from gateway.metrics import GatewayMetrics
-from gateway.replicas.replicas import VerifierSet, make_drafter_set, make_verifier_set
+from gateway.replicas.services import VerifierSet, make_drafter_set, make_verifier_set
 from gateway.request.backends import Backends
 from gateway.request.text import TextCodec
 from gateway.service import SERVICE_NAME, GatewayServicer

@@ -13,7 +13,7 @@ from opentelemetry.trace import set_span_in_context
 
 from gateway.callers import CallerLimits
 from gateway.replicas.failover import VerifierReplica
-from gateway.replicas.replicas import Replica
+from gateway.replicas.replica import Replica
 from gateway.replicas.sessions import FINISH_REASONS
 from gateway.request.backends import Backends
 from gateway.request.peers import Peers

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Protocol, Self
 
-from gateway.replicas.replicas import Replica
+from gateway.replicas.replica import Replica
 from gateway.rounds.vocabulary import Draft, Round, Verified, VerifierSession
 from specdec.contract.errors import ResourceExhaustedError, UnavailableError
 from specdec.v1 import verifier_pb2

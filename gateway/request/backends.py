@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from gateway.config import GatewayConfig
 from gateway.metrics import OTHER, GatewayMetrics
-from gateway.replicas.replicas import DrafterSet, VerifierSet
+from gateway.replicas.services import DrafterSet, VerifierSet
 from gateway.request.text import TextCodec
 from gateway.rounds.controller import Controller
 from specdec.contract.methods import AUTO, LOOKUP_FAMILIES, PLAIN, drafters_of, method_of

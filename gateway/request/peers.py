@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
-from gateway.replicas.replicas import Replica, find_drafter
+from gateway.replicas.replica import Replica
+from gateway.replicas.services import find_drafter
 from gateway.replicas.sessions import RemoteDrafterSession, RemoteVerifierSession
 from gateway.request.backends import Backends
 from gateway.request.drafts import Proposer

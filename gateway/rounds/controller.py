@@ -10,43 +10,27 @@ Nothing here can change an answer, only how fast it comes.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from statistics import median_low
 from weakref import WeakKeyDictionary
 
+from gateway.rounds.costs import MethodStats, VerifierLoad
+from gateway.rounds.estimates import Survival
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round, SizeControl
 
-_NEW_SHARE = 0.1
-"""Weight of a new observation once there are many."""
 _PROBE_EVERY = 24
 """Another size than the best is tried once in so many rounds of a method, times those who share a pass: what
 nobody tries nobody knows."""
 _EXPLORE_EVERY = 4
 """The same while there is a node budget that was hardly tried yet."""
-_DRAFTS_TO_KNOW = 3
-"""Drafts after which a node budget's cost is known."""
 _WORTH_GROWING = 0.8
 """A larger tree is tried once the next smaller one comes so near to the best rate."""
-_CAUTION = 0.3
-"""What drafts must bring beyond plain decoding where very many sessions share a pass; alone nothing."""
-_WINDOW = 15
-"""Latest observations a usual value is of."""
-_FORGOTTEN_AFTER = 200
-"""Observations at other sizes after which what was seen at one says nothing any more."""
-_FIRST_GUESS = 0.6
-"""Acceptance at any depth before anything is known."""
-_GUESS_ROUNDS = 4.0
-"""How many rounds the first guess weighs, of a method."""
 _METHOD_ROUNDS = 12.0
 """How many rounds what is known of a method weighs in a session."""
 _SESSION_MEMORY = 0.97
-_METHOD_MEMORY = 0.995
 """What a round's weight becomes with the next one."""
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 
@@ -63,208 +47,6 @@ class FixedSize:
 
     def observe(self, size: DraftSize, this: Round) -> None:
         """Nothing is learned."""
-
-
-@dataclass(slots=True)
-class Mean:
-    """A mean that follows: exact at first, exponential once there are many observations."""
-
-    value: float = 0.0
-    count: int = 0
-
-    def add(self, value: float) -> None:
-        """Take one observation in."""
-        self.count += 1
-        self.value += max(_NEW_SHARE, 1 / self.count) * (value - self.value)
-
-
-class Median:
-    """Of the latest values: what was slow for a reason of its own, once, does not count."""
-
-    def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=_WINDOW)
-
-    def add(self, value: float) -> None:
-        """Take one observation in."""
-        self._values.append(value)
-
-    @property
-    def value(self) -> float:
-        """The median; 0 while nothing is known."""
-        return median_low(self._values) if self._values else 0.0
-
-    @property
-    def count(self) -> int:
-        """Values it is of."""
-        return len(self._values)
-
-
-@dataclass(slots=True)
-class _Group:
-    """What was seen at sizes near each other."""
-
-    values: Mean | Median
-    sizes: Mean = field(default_factory=Mean)
-    last_seen: int = 0
-    """Number of the latest observation."""
-
-
-class Curve:
-    """A quantity by size, learned at the sizes that occur: linear between them, on with the outer slopes
-    beyond. So where all draft, it is known what passes would cost if none did.
-
-    Sizes are grouped, about three groups to a doubling; one long out of use is forgotten, lest a bad moment
-    keeps it so. What the curve tells does not fall with size: where observations do, it is the mean of both.
-
-    Args:
-        value: what to make of a group's observations.
-        through_origin: whether it is 0 at 0.
-    """
-
-    def __init__(self, value: Callable[[], Mean | Median] = Median, *, through_origin: bool = False) -> None:
-        self._value = value
-        self._through_origin = through_origin
-        self._groups: dict[int, _Group] = {}
-        self._count = 0
-        self._points: list[tuple[float, float]] = []
-
-    def add(self, size: float, value: float) -> None:
-        """Observe a value at a size."""
-        group = self._groups.setdefault(round(3 * math.log2(size + 1)), _Group(self._value()))
-        group.sizes.add(size)
-        group.values.add(value)
-        self._count += 1
-        group.last_seen = self._count
-        oldest = self._count - _FORGOTTEN_AFTER
-        self._groups = {key: one for key, one in self._groups.items() if one.last_seen >= oldest}
-        self._points = _rising(
-            sorted(
-                (one.sizes.value, one.values.value, min(one.values.count, _WINDOW))
-                for one in self._groups.values()
-            )
-        )
-        if self._through_origin and self._points[0][0] > 0:
-            self._points.insert(0, (0.0, 0.0))
-
-    def __call__(self, size: float) -> float:
-        """The value at a size; 0 while nothing is known."""
-        points = self._points
-        if len(points) < 2:
-            return points[0][1] if points else 0.0
-        index = min(max(bisect_left(points, (size,)), 1), len(points) - 1)
-        (x0, y0), (x1, y1) = points[index - 1], points[index]
-        return max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0))
-
-
-def _rising(points: Iterable[tuple[float, float, int]]) -> list[tuple[float, float]]:
-    """The nearest curve, in squares, through (size, value, weight) by size that does not fall."""
-    pools: list[tuple[float, int, list[float]]] = []
-    for size, value, weight in points:
-        height, mass, sizes = value, weight, [size]
-        while pools and pools[-1][0] > height:
-            above, its_mass, its_sizes = pools.pop()
-            height = (above * its_mass + height * mass) / (its_mass + mass)
-            mass, sizes = its_mass + mass, its_sizes + sizes
-        pools.append((height, mass, sizes))
-    return [(size, height) for height, _, sizes in pools for size in sizes]
-
-
-class Survival:
-    """How often drafts are accepted to each depth, given that the depth before was."""
-
-    def __init__(self, memory: float) -> None:
-        self._memory = memory
-        self._tried: list[float] = []
-        self._accepted: list[float] = []
-
-    def add(self, num_asked: int, num_accepted: int) -> None:
-        """A round that asked for `num_asked` tokens in a row. One not drafted is one not accepted."""
-        while len(self._tried) < num_asked:
-            self._tried.append(0.0)
-            self._accepted.append(0.0)
-        for depth in range(min(num_asked, num_accepted + 1)):
-            self._tried[depth] = self._memory * self._tried[depth] + 1
-            self._accepted[depth] = self._memory * self._accepted[depth] + (depth < num_accepted)
-
-    def rates(self, depth: int, prior: Sequence[float], weight: float) -> list[float]:
-        """Acceptance at the first `depth` depths, with a prior that weighs as much as `weight` rounds."""
-        padding = [0.0] * max(0, depth - len(self._tried))
-        return [
-            (accepted + weight * guess) / (tried + weight)
-            for accepted, tried, guess in zip(
-                [*self._accepted, *padding], [*self._tried, *padding], prior, strict=False
-            )
-        ]
-
-
-class VerifierLoad:
-    """What passes of one verifier cost now."""
-
-    def __init__(self) -> None:
-        self.pass_ns = Curve()
-        """Compute time by tokens of a pass."""
-        self.batch_size = Mean(1.0)
-        self.queue_share = Median()
-        """Time an item waits for its pass, over the pass: who comes while one runs waits for its end, longer
-        the more everyone drafts."""
-        self.transport_ns = Median()
-        """The rest of what an answer waits for."""
-
-    def observe(self, this: Round) -> None:
-        """Take a round's timings in."""
-        verified = this.verified
-        if this.is_prefill or not verified.compute_ns:
-            return
-        self.pass_ns.add(verified.batch_tokens, verified.compute_ns)
-        self.batch_size.add(verified.batch_size)
-        self.queue_share.add(max(0, verified.server_ns - verified.compute_ns) / verified.compute_ns)
-        self.transport_ns.add(max(0, verified.elapsed_ns - verified.server_ns))
-
-    @property
-    def caution(self) -> float:
-        """By how much drafts must beat plain decoding: not all sessions that share passes draft as well, and
-        those that do not draft pay for those that do."""
-        return 1 + _CAUTION * (1 - 1 / max(1.0, self.batch_size.value))
-
-    def round_ns(self, num_nodes: float) -> float:
-        """Time of a verify with that many draft tokens, every session of the pass having as many."""
-        pass_ns = self.pass_ns(self.batch_size.value * (num_nodes + 1))
-        return pass_ns * (1 + self.queue_share.value) + self.transport_ns.value
-
-
-@dataclass(slots=True)
-class MethodStats:
-    """What drafts of one method with one node budget cost and bring, over all sessions."""
-
-    num_nodes: Curve
-    """Tokens drafted, by K."""
-    draft_ns: Curve = field(default_factory=lambda: Curve(through_origin=True))
-    """Time until a draft is here, by K."""
-    survival: Survival = field(default_factory=lambda: Survival(_METHOD_MEMORY))
-    num_timed: int = 0
-    """Drafts whose time was taken."""
-
-    @classmethod
-    def of(cls, budget: int) -> MethodStats:
-        """Of a node budget, 0 being chains. A tree uses its budget at any depth, a chain has K tokens."""
-        return cls(Curve(Mean, through_origin=not budget))
-
-    @property
-    def is_known(self) -> bool:
-        """Whether what they cost is more than a first impression."""
-        return self.num_timed >= _DRAFTS_TO_KNOW
-
-    def observe(self, size: DraftSize, this: Round) -> None:
-        """Take a round in that asked for such a draft."""
-        if not this.draft.is_first:
-            self.num_timed += 1
-            self.draft_ns.add(size.draft_depth, this.draft.elapsed_ns)
-        self.num_nodes.add(size.draft_depth, len(this.draft.token_ids))
-        self.survival.add(size.draft_depth, this.verified.num_accepted_tokens)
-
-    def rates(self, depth: int) -> list[float]:
-        """Acceptance at the first depths."""
-        return self.survival.rates(depth, [_FIRST_GUESS] * depth, _GUESS_ROUNDS)
 
 
 @dataclass(slots=True)

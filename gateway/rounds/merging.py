@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from gateway.rounds.controller import Mean
+from gateway.rounds.estimates import Mean
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource, Proposal
 from specdec.contract.draft_tree import merge
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.replicas.replicas import VerifierSet, make_verifier_set, resolve_name
+from gateway.replicas.names import resolve_name
+from gateway.replicas.services import VerifierSet, make_verifier_set
 from specdec.contract.errors import UnavailableError
 from specdec.models.files import vocabulary_fingerprint
 from tests.integration.gated_drafter import eventually

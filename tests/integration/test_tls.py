@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.config import GatewayConfig
-from gateway.replicas.replicas import VerifierSet, make_verifier_set
+from gateway.replicas.services import VerifierSet, make_verifier_set
 from specdec.client import AsyncClient, Client, GenerateOptions
 from specdec.contract.errors import (
     InvalidArgumentError,

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.rounds.controller import Controller, Curve, FixedSize, SizeControl
+from gateway.rounds.controller import Controller, FixedSize, SizeControl
 from gateway.rounds.vocabulary import Draft, DraftSize, Round, Verified
 
 MS = 1_000_000
@@ -277,22 +277,3 @@ def test_a_draft_is_no_longer_than_there_is_room_for() -> None:
     assert control.choose(2) == DraftSize(2)
     assert control.choose(0) == DraftSize(0)
     assert FixedSize(DraftSize(4, 9)).choose(1) == DraftSize(1, 9)
-
-
-def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
-    curve = Curve()
-    assert curve(5) == 0
-    curve.add(1, 10)
-    assert curve(1) == curve(50) == 10
-    for size, value in ((9, 18), (33, 12)):
-        curve.add(size, value)
-    assert curve(0) == pytest.approx(9.375)
-    assert curve(5) == pytest.approx(12.5)
-    assert curve(33) == curve(100) == 15
-    for _ in range(8):
-        curve.add(9, 18)
-        curve.add(33, 24)
-    assert (curve(9), curve(33)) == (18, 24)
-    rising = Curve(through_origin=True)
-    rising.add(4, 8)
-    assert [rising(k) for k in (0, 2, 8)] == [0, 4, 16]

@@ -1,0 +1,186 @@
+"""One replica of a service: what is known of it, and the watch that keeps it known."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from specdec.contract.errors import SpecdecError, UnavailableError
+from specdec.transport.channel import ServiceChannel
+from specdec.transport.tls import OutgoingTls
+
+logger = logging.getLogger(__name__)
+
+InfoT = TypeVar("InfoT")
+
+_RETRY_S = 0.2
+_REFUSED_RETRY_S = 2.0
+"""Until a replica is asked again that cannot be used: reading what it says of itself may be work."""
+_NOT_YET = "not serving yet"
+_CHECK_TIMEOUT_S = 5.0
+_TLS_CHECK_S = 1.0
+"""How often a health watch over TLS looks whether certificates changed, seconds."""
+
+
+class Replica(Generic[InfoT]):
+    """One address of a service and what is known of it.
+
+    Args:
+        server_name: name its certificate must carry; empty: the address's.
+    """
+
+    def __init__(self, uri: str, service: str, tls: OutgoingTls | None = None, server_name: str = "") -> None:
+        self.uri = uri
+        self.service = service
+        self.uses_tls = tls is not None
+        self._channel = ServiceChannel(uri, service=service, tls=tls, server_name=server_name)
+        self.num_sessions = 0
+        self.reason = _NOT_YET
+        """Why it gets no sessions; empty: it does."""
+        self.info: InfoT | None = None
+        """What it said of itself when it was last ready; kept while it is not."""
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The channel for a new call; another one once certificates changed."""
+        return self._channel.current()
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it may be given sessions."""
+        return not self.reason
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Count a session as long as the block runs."""
+        self.num_sessions += 1
+        try:
+            yield
+        finally:
+            self.num_sessions -= 1
+
+
+class ReplicaWatch(Generic[InfoT]):
+    """Follows a replica's health through grpc.health.v1, and asks what it is whenever it comes up.
+
+    Args:
+        get_info: asks the service at a channel what it is; None: the answer cannot be read.
+        check: raises a SpecdecError if what it says does not do.
+        on_change: told whenever the replica may have become ready, or not ready.
+    """
+
+    def __init__(
+        self,
+        replica: Replica[InfoT],
+        *,
+        get_info: Callable[[grpc.aio.Channel], Any],
+        check: Callable[[InfoT], None],
+        on_change: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.replica = replica
+        self._get_info = get_info
+        self._check = check
+        self._on_change = on_change
+        self._asked_at = -math.inf
+        """When it was last asked what it is, by time.monotonic."""
+        self._watching = asyncio.ensure_future(self._watch())
+
+    async def close(self) -> None:
+        """Stop watching and close the replica's channel."""
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+        await self.replica.close()
+
+    async def refresh(self) -> None:
+        """Ask anew what the replica is; without a right answer it keeps what it said."""
+        with suppress(grpc.aio.AioRpcError, SpecdecError):
+            self.replica.info = await self._ask()
+
+    async def _ask(self) -> InfoT:
+        """What the replica says of itself.
+
+        Raises:
+            SpecdecError: it makes no sense, or is of a replica that cannot be used.
+            AioRpcError: it does not answer.
+        """
+        info: InfoT | None = await self._get_info(self.replica.channel)
+        if info is None:
+            # What grpc.aio makes of bytes that are not a message of the type.
+            raise UnavailableError("Its answer to GetInfo cannot be read.", reason="MALFORMED_REPLY")
+        self._check(info)
+        return info
+
+    async def _watch(self) -> None:
+        """Follow the replica's health for as long as the gateway runs."""
+        while True:
+            channel = self.replica.channel
+            heard = asyncio.Event()
+            following = asyncio.ensure_future(self._follow(channel, heard))
+            try:
+                while not following.done() and self.replica.channel is channel:
+                    await asyncio.wait((following,), timeout=_TLS_CHECK_S if self.replica.uses_tls else None)
+                    if not heard.is_set() and not following.done():
+                        await self._explain_silence(channel, heard)
+            finally:
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+
+    async def _follow(self, channel: grpc.aio.Channel, heard: asyncio.Event) -> None:
+        """Follow the replica's health until the watch ends, which is told after a pause."""
+        request = health_pb2.HealthCheckRequest(service=self.replica.service)
+        retry_s = _RETRY_S
+        try:
+            # Waiting for ready: the call starts when the server is there and serving.
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            async for response in stub.Watch(request, wait_for_ready=True):
+                heard.set()
+                await self._update(response.status)
+            await self._mark("the server ended the health watch")
+        except grpc.aio.AioRpcError as error:
+            await self._mark(f"{error.code().name}: {error.details()}")
+        except SpecdecError as error:
+            retry_s = _REFUSED_RETRY_S
+            await self._mark(error.message)
+        except Exception as error:  # a replica that answers nonsense must not end its watch
+            logger.exception("watching a replica failed", extra={"uri": self.replica.uri})
+            await self._mark(f"{type(error).__name__}: {error}")
+        await asyncio.sleep(retry_s)
+
+    async def _explain_silence(self, channel: grpc.aio.Channel, heard: asyncio.Event) -> None:
+        """Say why a watch over TLS does not begin: it waits and never tells of a certificate refused."""
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=_CHECK_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if not heard.is_set():
+                await self._mark(f"{error.code().name}: {error.details()}")
+
+    async def _update(self, status: int) -> None:
+        if status != health_pb2.HealthCheckResponse.SERVING:
+            await self._mark(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+            return
+        # One that goes up and down all the time is let wait before it is up, never before it is down.
+        await asyncio.sleep(max(0.0, self._asked_at + _RETRY_S - time.monotonic()))
+        self._asked_at = time.monotonic()
+        self.replica.info = await self._ask()
+        await self._mark("")
+
+    async def _mark(self, reason: str) -> None:
+        replica = self.replica
+        if reason != replica.reason:
+            event = "replica lost" if reason else "replica ready"
+            logger.info(event, extra={"uri": replica.uri, "service": replica.service, "reason": reason})
+        replica.reason = reason
+        await self._on_change()

@@ -1,0 +1,173 @@
+"""The replicas of one service: which there are, which are healthy, who gets the next session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Generic
+
+import grpc
+
+from gateway.replicas.names import Resolve, host_of, is_name, resolve_name
+from gateway.replicas.replica import InfoT, Replica, ReplicaWatch
+from specdec.contract.errors import UnavailableError
+from specdec.transport.tls import OutgoingTls
+
+RESOLVE_INTERVAL_S = 5.0
+
+
+class ReplicaSet(Generic[InfoT]):
+    """All replicas of one service, each watched.
+
+    A `dns:` URI stands for every address its name has, each a replica of its own; the name is resolved again
+    and again, so that replicas may come and go. A session stays with its replica; a new one goes to the ready
+    replica with the fewest.
+
+    Args:
+        service: the service's full name.
+        uris: addresses and names.
+        get_info: see ReplicaWatch.
+        check: see ReplicaWatch.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        uris: Sequence[str],
+        *,
+        get_info: Callable[[grpc.aio.Channel], Any],
+        check: Callable[[InfoT], None],
+        resolve: Resolve = resolve_name,
+        resolve_interval_s: float = RESOLVE_INTERVAL_S,
+        tls: OutgoingTls | None = None,
+    ) -> None:
+        self.service = service
+        self._tls = tls
+        self._get_info = get_info
+        self._check = check
+        self._resolve = resolve
+        self._resolve_interval_s = resolve_interval_s
+        self._changed = asyncio.Condition()
+        self._watches: dict[str, ReplicaWatch[InfoT]] = {}
+        """By the replica's address."""
+        self._unresolved: dict[str, str] = {}
+        """Why a name has no addresses."""
+        for uri in uris:
+            if not is_name(uri):
+                self._add(uri)
+        names = [uri for uri in uris if is_name(uri)]
+        self._resolving = [asyncio.ensure_future(self._follow_name(uri)) for uri in names]
+
+    @property
+    def replicas(self) -> list[Replica[InfoT]]:
+        """The replicas, ready or not; may be read by any thread."""
+        return [watch.replica for watch in list(self._watches.values())]
+
+    @property
+    def num_ready(self) -> int:
+        """Replicas that can be picked; may be read by any thread."""
+        return sum(replica.is_ready for replica in self.replicas)
+
+    async def close(self) -> None:
+        """Stop watching and close the channels."""
+        for task in self._resolving:
+            task.cancel()
+        await asyncio.gather(*self._resolving, return_exceptions=True)
+        for uri in list(self._watches):
+            await self._remove(uri)
+
+    def _add(self, uri: str, server_name: str = "") -> None:
+        self._watches[uri] = ReplicaWatch(
+            Replica(uri, self.service, self._tls, server_name),
+            get_info=self._get_info,
+            check=self._check,
+            on_change=self._notify,
+        )
+
+    async def _remove(self, uri: str) -> None:
+        await self._watches.pop(uri).close()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _follow_name(self, uri: str) -> None:
+        """Keep the replicas of a name in step with its addresses."""
+        mine: set[str] = set()
+        while True:
+            try:
+                found = set(await self._resolve(uri))
+                self._unresolved.pop(uri, None)
+            except OSError as error:
+                found = mine  # a failing name server does not make replicas go away
+                self._unresolved[uri] = f"the name cannot be resolved: {error}"
+            for address in found - self._watches.keys():
+                # The certificate is made out to the name, not to each address it has.
+                self._add(address, server_name=host_of(uri))
+            for address in mine - found:
+                # Not while it is in use or answers health checks: it may only have left the name to drain.
+                if (replica := self._watches[address].replica).num_sessions or replica.is_ready:
+                    found.add(address)
+                else:
+                    await self._remove(address)
+            mine = found
+            await asyncio.sleep(self._resolve_interval_s)
+
+    def pick(self, suits: Callable[[InfoT], bool] = lambda _: True, *, near: str = "") -> Replica[InfoT]:
+        """The least busy ready replica that suits.
+
+        Args:
+            suits: whether what a replica says of itself will do.
+            near: URI of another service; a replica at its address, in its pod that is, goes before all
+                others: it may map what they would have to stream.
+
+        Raises:
+            UnavailableError: there is none; the message says why for each.
+        """
+        fitting = [
+            replica
+            for replica in self.replicas
+            if replica.is_ready and replica.info is not None and suits(replica.info)
+        ]
+        if not fitting:
+            name = self.service.rpartition(".")[2]
+            raise UnavailableError(
+                f"No {name} replica is ready ({self.describe()}). Start one, or check the "
+                "gateway's addresses.",
+                reason="NO_REPLICA",
+                retry_after_s=1.0,
+            )
+        return min(
+            fitting, key=lambda replica: (_machine(replica.uri) != _machine(near), replica.num_sessions)
+        )
+
+    def describe(self) -> str:
+        """Why each replica that is not used is not."""
+        known = {r.uri: r.reason or "does not suit" for r in self.replicas} | self._unresolved
+        return "; ".join(f"{uri}: {reason}" for uri, reason in known.items()) or "none configured"
+
+    async def wait_until_ready(self) -> None:
+        """Return once a replica is ready."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: any(replica.is_ready for replica in self.replicas))
+
+    async def refresh(self) -> None:
+        """Ask every ready replica anew how busy it is."""
+        watches = list(self._watches.values())
+        await asyncio.gather(*(watch.refresh() for watch in watches if watch.replica.is_ready))
+
+    @property
+    def known_infos(self) -> list[InfoT]:
+        """What every replica that was ever ready said of itself."""
+        return [replica.info for replica in self.replicas if replica.info is not None]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a replica was ready at least once, or there is none to wait for."""
+        nothing_to_wait_for = not self.replicas and not self._resolving
+        return nothing_to_wait_for or bool(self.known_infos)
+
+
+def _machine(uri: str) -> str:
+    """A URI without its port; that of every Unix socket is the same."""
+    return uri.rpartition(":")[0]

@@ -1,0 +1,149 @@
+"""Estimates that follow what they observe: usual values, quantities by size, acceptance by depth."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median_low
+
+_NEW_SHARE = 0.1
+"""Weight of a new observation once there are many."""
+_WINDOW = 15
+"""Latest observations a usual value is of."""
+_FORGOTTEN_AFTER = 200
+"""Observations at other sizes after which what was seen at one says nothing any more."""
+
+
+@dataclass(slots=True)
+class Mean:
+    """A mean that follows: exact at first, exponential once there are many observations."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        """Take one observation in."""
+        self.count += 1
+        self.value += max(_NEW_SHARE, 1 / self.count) * (value - self.value)
+
+
+class Median:
+    """Of the latest values: what was slow for a reason of its own, once, does not count."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=_WINDOW)
+
+    def add(self, value: float) -> None:
+        """Take one observation in."""
+        self._values.append(value)
+
+    @property
+    def value(self) -> float:
+        """The median; 0 while nothing is known."""
+        return median_low(self._values) if self._values else 0.0
+
+    @property
+    def count(self) -> int:
+        """Values it is of."""
+        return len(self._values)
+
+
+@dataclass(slots=True)
+class _Group:
+    """What was seen at sizes near each other."""
+
+    values: Mean | Median
+    sizes: Mean = field(default_factory=Mean)
+    last_seen: int = 0
+    """Number of the latest observation."""
+
+
+class Curve:
+    """A quantity by size, learned at the sizes that occur: linear between them, on with the outer slopes
+    beyond. So where all draft, it is known what passes would cost if none did.
+
+    Sizes are grouped, about three groups to a doubling; one long out of use is forgotten, lest a bad moment
+    keeps it so. What the curve tells does not fall with size: where observations do, it is the mean of both.
+
+    Args:
+        value: what to make of a group's observations.
+        through_origin: whether it is 0 at 0.
+    """
+
+    def __init__(self, value: Callable[[], Mean | Median] = Median, *, through_origin: bool = False) -> None:
+        self._value = value
+        self._through_origin = through_origin
+        self._groups: dict[int, _Group] = {}
+        self._count = 0
+        self._points: list[tuple[float, float]] = []
+
+    def add(self, size: float, value: float) -> None:
+        """Observe a value at a size."""
+        group = self._groups.setdefault(round(3 * math.log2(size + 1)), _Group(self._value()))
+        group.sizes.add(size)
+        group.values.add(value)
+        self._count += 1
+        group.last_seen = self._count
+        oldest = self._count - _FORGOTTEN_AFTER
+        self._groups = {key: one for key, one in self._groups.items() if one.last_seen >= oldest}
+        self._points = _rising(
+            sorted(
+                (one.sizes.value, one.values.value, min(one.values.count, _WINDOW))
+                for one in self._groups.values()
+            )
+        )
+        if self._through_origin and self._points[0][0] > 0:
+            self._points.insert(0, (0.0, 0.0))
+
+    def __call__(self, size: float) -> float:
+        """The value at a size; 0 while nothing is known."""
+        points = self._points
+        if len(points) < 2:
+            return points[0][1] if points else 0.0
+        index = min(max(bisect_left(points, (size,)), 1), len(points) - 1)
+        (x0, y0), (x1, y1) = points[index - 1], points[index]
+        return max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0))
+
+
+def _rising(points: Iterable[tuple[float, float, int]]) -> list[tuple[float, float]]:
+    """The nearest curve, in squares, through (size, value, weight) by size that does not fall."""
+    pools: list[tuple[float, int, list[float]]] = []
+    for size, value, weight in points:
+        height, mass, sizes = value, weight, [size]
+        while pools and pools[-1][0] > height:
+            above, its_mass, its_sizes = pools.pop()
+            height = (above * its_mass + height * mass) / (its_mass + mass)
+            mass, sizes = its_mass + mass, its_sizes + sizes
+        pools.append((height, mass, sizes))
+    return [(size, height) for height, _, sizes in pools for size in sizes]
+
+
+class Survival:
+    """How often drafts are accepted to each depth, given that the depth before was."""
+
+    def __init__(self, memory: float) -> None:
+        self._memory = memory
+        self._tried: list[float] = []
+        self._accepted: list[float] = []
+
+    def add(self, num_asked: int, num_accepted: int) -> None:
+        """A round that asked for `num_asked` tokens in a row. One not drafted is one not accepted."""
+        while len(self._tried) < num_asked:
+            self._tried.append(0.0)
+            self._accepted.append(0.0)
+        for depth in range(min(num_asked, num_accepted + 1)):
+            self._tried[depth] = self._memory * self._tried[depth] + 1
+            self._accepted[depth] = self._memory * self._accepted[depth] + (depth < num_accepted)
+
+    def rates(self, depth: int, prior: Sequence[float], weight: float) -> list[float]:
+        """Acceptance at the first `depth` depths, with a prior that weighs as much as `weight` rounds."""
+        padding = [0.0] * max(0, depth - len(self._tried))
+        return [
+            (accepted + weight * guess) / (tried + weight)
+            for accepted, tried, guess in zip(
+                [*self._accepted, *padding], [*self._tried, *padding], prior, strict=False
+            )
+        ]
