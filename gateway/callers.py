@@ -37,10 +37,10 @@ class _Entry:
 
 
 class TokenFile:
-    """Callers by the SHA-256 of their tokens, from a TOML file; a change that is no good is not taken.
+    """Callers by the SHA-256 of their tokens, from a TOML file; an invalid change is not taken.
 
     Raises:
-        InvalidArgumentError: the file is no good to begin with.
+        InvalidArgumentError: the file is invalid to begin with.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class TokenFile:
         """Whose token the call has; how long it takes does not tell how nearly right a token is.
 
         Raises:
-            UnauthenticatedError: none, or nobody's, or one that has expired.
+            UnauthenticatedError: the call has no token, or nobody's, or an expired token.
         """
         self._follow()
         header = str(metadata.get("authorization", ""))
@@ -100,10 +100,10 @@ def _read(path: Path) -> list[_Entry]:
 
 
 def _entry(table: Mapping[str, Any]) -> _Entry:
-    names = {one.name for one in fields(Limits)}
+    names = {limit.name for limit in fields(Limits)}
     unknown = table.keys() - names - {"name", "sha256", "expires"}
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))} is nothing a token has")
+        raise ValueError(f"{', '.join(sorted(unknown))} is not a field of a token")
     limits = {name: table[name] for name in names & table.keys()}
     for name, value in limits.items():
         if type(value) is not int or value < 1:
@@ -112,17 +112,17 @@ def _entry(table: Mapping[str, Any]) -> _Entry:
         raise ValueError("sha256 must be 64 hexadecimal digits")
     expires = table.get("expires")
     if expires is not None and (not isinstance(expires, dt.datetime) or expires.tzinfo is None):
-        raise ValueError("expires must be a time with its offset, 2027-01-31T00:00:00Z for one")
+        raise ValueError("expires must be a time with its offset, such as 2027-01-31T00:00:00Z")
     if not isinstance(table["name"], str) or not table["name"]:
         raise ValueError("name must be some text")
     return _Entry(Caller(table["name"], Limits(**limits)), bytes.fromhex(table["sha256"]), expires)
 
 
 def make_authenticator(config: GatewayConfig) -> Authenticator | None:
-    """What the configuration asks for; None: everyone may call.
+    """The authenticator that the configuration asks for; None: everyone may call.
 
     Raises:
-        InvalidArgumentError: the file is no good, or there is no such authenticator.
+        InvalidArgumentError: the file is invalid, or there is no such authenticator.
     """
     if config.auth_tokens:
         return TokenFile(Path(config.auth_tokens))
@@ -133,7 +133,7 @@ def make_authenticator(config: GatewayConfig) -> Authenticator | None:
         made: Authenticator = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InvalidArgumentError(
-            f"--authenticator {config.authenticator!r} is no MODULE:NAME of a callable without arguments: "
+            f"--authenticator {config.authenticator!r} is not MODULE:NAME of a callable without arguments: "
             f"{error}",
             field="authenticator",
         ) from error
@@ -141,7 +141,7 @@ def make_authenticator(config: GatewayConfig) -> Authenticator | None:
 
 
 class CallerLimits:
-    """Counts what each caller does, by name, over all its tokens."""
+    """Counts what each caller does, by the caller's name, over all its tokens."""
 
     def __init__(self) -> None:
         self._running: Counter[str] = Counter()
@@ -150,7 +150,7 @@ class CallerLimits:
 
     @property
     def num_known(self) -> int:
-        """Callers something is kept of."""
+        """How many callers something is kept of."""
         return len(self._running.keys() | self._begun.keys())
 
     @contextmanager
@@ -158,8 +158,8 @@ class CallerLimits:
         """Stand around a caller's generation; the value is how many tokens it may emit.
 
         Args:
-            wanted: max_new_tokens of the request; None: it names none and gets `default`, or what its caller
-                may have if that is less.
+            wanted: max_new_tokens of the request; None: the request does not say and gets `default`, or
+                what its caller may have if that is less.
 
         Raises:
             InvalidArgumentError: it asks for more tokens than its caller may have.
@@ -183,10 +183,10 @@ class CallerLimits:
         limits, now = caller.limits, time.monotonic()
         self._forget_until(now - _MINUTE_S)
         begun: Sequence[float] = self._begun.get(caller.name, ())
-        most = limits.max_concurrent_requests
-        if most is not None and self._running[caller.name] >= most:
+        limit = limits.max_concurrent_requests
+        if limit is not None and self._running[caller.name] >= limit:
             raise ResourceExhaustedError(
-                f"This token's {most} requests at a time are under way; try again later.",
+                f"This token's {limit} requests at a time are under way; try again later.",
                 reason="TOO_MANY_REQUESTS_OF_CALLER",
                 retry_after_s=1.0,
             )

@@ -15,7 +15,7 @@ def main(**options: object) -> None:
 
     Example: specdec-gateway --verifier dns:///verifier:50051 --drafter dns:///drafter:50052
     """
-    # Imported here: --help needs none of it.
+    # These are imported here because --help needs none of them.
     from gateway.server import GatewayServer
     from specdec.service.process import serve_from_command_line
     from specdec.service.tuning import return_freed_memory

@@ -13,9 +13,9 @@ from specdec.service.instruments import SHORT_TIMES_S, Counter, observe_value, o
 from specdec.v1 import gateway_pb2
 
 OTHER = "other"
-"""Label of methods and drafters that no known drafter service offers: clients cannot make up series."""
+"""Label of methods and drafters that none of the known services offers: clients cannot make up series."""
 
-# As the OpenTelemetry semantic conventions of GenAI metrics give them, seconds.
+# Bucket boundaries as the OpenTelemetry semantic conventions of GenAI metrics give them, seconds.
 _REQUEST_DURATIONS_S = tuple(0.01 * 2**exponent for exponent in range(14))
 _FIRST_TOKEN_TIMES_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1),
@@ -122,33 +122,33 @@ class GatewayMetrics:
             description="Replicas that are ready, by service",
         )
 
-    def add_round(self, method: str, this: Round) -> None:
+    def add_round(self, method: str, completed: Round) -> None:
         """Count a round after the prefill."""
-        if this.is_prefill:
+        if completed.is_prefill:
             return
         self._rounds.add(1, method)
-        for phase, duration_ns in this.phases_ns.items():
+        for phase, duration_ns in completed.phases_ns.items():
             self._phase.record(duration_ns / 1e9, {"method": method, "phase": phase})
-        if this.draft.fallback_reason:
-            self._fallback_rounds.add(1, method, this.draft.fallback_code)
-        if this.draft.token_ids:
-            self._add_draft(method, this)
-        self._add_proposals(method, this)
+        if completed.draft.fallback_reason:
+            self._fallback_rounds.add(1, method, completed.draft.fallback_code)
+        if completed.draft.token_ids:
+            self._add_draft(method, completed)
+        self._add_proposals(method, completed)
 
-    def _add_draft(self, method: str, this: Round) -> None:
+    def _add_draft(self, method: str, completed: Round) -> None:
         self._drafts.add(1, method)
-        self._draft_tokens.add(len(this.draft.token_ids), method)
-        self._accepted_tokens.add(this.verified.num_accepted_tokens, method)
-        for position in range(this.draft.tree.depth):
+        self._draft_tokens.add(len(completed.draft.token_ids), method)
+        self._accepted_tokens.add(completed.verified.num_accepted_tokens, method)
+        for position in range(completed.draft.tree.depth):
             self._drafted_per_position.add(1, method, position)
-        for position in range(this.verified.num_accepted_tokens):
+        for position in range(completed.verified.num_accepted_tokens):
             self._accepted_per_position.add(1, method, position)
 
-    def _add_proposals(self, method: str, this: Round) -> None:
-        for proposal in this.draft.proposals:
+    def _add_proposals(self, method: str, completed: Round) -> None:
+        for proposal in completed.draft.proposals:
             drafter = OTHER if method == OTHER else proposal.drafter
             self._proposed_tokens.add(len(proposal.nodes), method, drafter)
-            self._won_tokens.add(len(proposal.nodes.intersection(this.verified.path)), method, drafter)
+            self._won_tokens.add(len(proposal.nodes.intersection(completed.verified.path)), method, drafter)
             if proposal.fallback_reason:
                 self._missed_rounds.add(1, method, drafter, proposal.fallback_code)
 

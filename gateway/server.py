@@ -67,7 +67,7 @@ class GatewayServer:
             },
         )
         await self._wait_for_a_verifier(self.servicer.backends.verifiers)
-        # Drafters are welcome but not waited for for long: their absence only costs speed.
+        # Drafters are welcome, but not worth a long wait: their absence only costs speed.
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drafter_wait_s if self._config.drafter else 0):
                 await self.servicer.backends.drafters.wait_until_ready()

@@ -40,8 +40,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self.backends: Backends | None = None
         self._tracer = telemetry.tracer
         self.num_requests = 0
-        self._callers = CallerLimits()
         """Requests under way."""
+        self._callers = CallerLimits()
 
     def _loaded(self) -> Backends:
         if self.backends is None:
@@ -51,7 +51,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def Generate(  # noqa: N802
         self, request: gateway_pb2.GenerateRequest, context: GenerateContext
     ) -> None:
-        """One generation."""
+        """Run one generation and stream its text."""
         arrived_ns = time.monotonic_ns()
         backends = self._loaded()
         metadata = dict(context.invocation_metadata() or ())
@@ -68,7 +68,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                     self._callers.admitted(wanted, backends.config.default_max_new_tokens)
                 )
                 verifier = backends.verifiers.pick()
-            # Counted from the pick on: requests that come together must not all take the same replica.
+            # It counts from the pick on: requests that come together must not all take the same replica.
             with verifier.lease():
                 await self._generate(request, context, backends, verifier, trace, arrived_ns, max_new_tokens)
         except BaseException as error:
@@ -135,7 +135,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             gateway_pb2.GatewayServiceGetInfoRequest, gateway_pb2.GatewayServiceGetInfoResponse
         ],
     ) -> gateway_pb2.GatewayServiceGetInfoResponse:
-        """The models, the methods and the replicas."""
+        """Tell which models, methods and replicas there are."""
         backends = self._loaded()
         await asyncio.gather(backends.verifiers.refresh(), backends.drafters.refresh())
         known = backends.verifiers.known_infos

@@ -1,4 +1,4 @@
-"""A verifier session that outlives its verifier: reopened elsewhere from its committed ids."""
+"""A verifier session that outlives its verifier: it is reopened elsewhere from its committed ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RETRY_S = 0.2
 
 
 class OpenableSession(VerifierSession, Protocol):
-    """A session on one replica, closed on leaving its block."""
+    """A session on one replica; leaving its block closes it."""
 
     async def __aenter__(self) -> Self: ...
 
@@ -42,7 +42,7 @@ class LastingVerifierSession:
     lost one would have. The round in which it was lost commits the one token that opening emits.
 
     Args:
-        first: whom it starts on; leased by the caller.
+        first: the replica the generation starts on; the caller leases it.
         connect: makes the session on a replica.
         pick: finds the next replica.
         prompt_token_ids: what the generation starts with, without any output.
@@ -122,7 +122,7 @@ class LastingVerifierSession:
         """Open on another replica, or on the same when it is back.
 
         Raises:
-            UnavailableError: as it was lost, if nobody takes the session in time.
+            UnavailableError: the error it was lost with, if nobody takes the session in time.
         """
         logger.warning("verifier lost", extra={"reason": lost.message})
         self._on_lost(lost.message)

@@ -23,7 +23,7 @@ InfoT = TypeVar("InfoT")
 
 _RETRY_S = 0.2
 _REFUSED_RETRY_S = 2.0
-"""Until a replica is asked again that cannot be used: reading what it says of itself may be work."""
+"""Pause before a replica that cannot be used is asked again: reading what it says of itself may be work."""
 _NOT_YET = "not serving yet"
 _CHECK_TIMEOUT_S = 5.0
 _TLS_CHECK_S = 1.0
@@ -34,7 +34,7 @@ class Replica(Generic[InfoT]):
     """One address of a service and what is known of it.
 
     Args:
-        server_name: name its certificate must carry; empty: the address's.
+        server_name: name that the replica's certificate must carry; empty: the address's own.
     """
 
     def __init__(self, uri: str, service: str, tls: OutgoingTls | None = None, server_name: str = "") -> None:
@@ -44,13 +44,13 @@ class Replica(Generic[InfoT]):
         self._channel = ServiceChannel(uri, service=service, tls=tls, server_name=server_name)
         self.num_sessions = 0
         self.reason = _NOT_YET
-        """Why it gets no sessions; empty: it does."""
+        """Why it does not get sessions; empty: it does."""
         self.info: InfoT | None = None
         """What it said of itself when it was last ready; kept while it is not."""
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """The channel for a new call; another one once certificates changed."""
+        """The channel for a new call; another channel once certificates changed."""
         return self._channel.current()
 
     async def close(self) -> None:
@@ -112,8 +112,8 @@ class ReplicaWatch(Generic[InfoT]):
         """What the replica says of itself.
 
         Raises:
-            SpecdecError: it makes no sense, or is of a replica that cannot be used.
-            AioRpcError: it does not answer.
+            SpecdecError: the answer makes no sense, or is of a replica that cannot be used.
+            AioRpcError: the replica does not answer.
         """
         info: InfoT | None = await self._get_info(self.replica.channel)
         if info is None:
@@ -142,7 +142,7 @@ class ReplicaWatch(Generic[InfoT]):
         request = health_pb2.HealthCheckRequest(service=self.replica.service)
         retry_s = _RETRY_S
         try:
-            # Waiting for ready: the call starts when the server is there and serving.
+            # The call waits for ready: it starts when the server is there and serving.
             stub: Any = health_pb2_grpc.HealthStub(channel)
             async for response in stub.Watch(request, wait_for_ready=True):
                 heard.set()
@@ -171,7 +171,7 @@ class ReplicaWatch(Generic[InfoT]):
         if status != health_pb2.HealthCheckResponse.SERVING:
             await self._mark(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
             return
-        # One that goes up and down all the time is let wait before it is up, never before it is down.
+        # A replica that goes up and down all the time has to wait before it is up, never before it is down.
         await asyncio.sleep(max(0.0, self._asked_at + _RETRY_S - time.monotonic()))
         self._asked_at = time.monotonic()
         self.replica.info = await self._ask()

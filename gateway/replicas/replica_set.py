@@ -49,9 +49,9 @@ class ReplicaSet(Generic[InfoT]):
         self._resolve_interval_s = resolve_interval_s
         self._changed = asyncio.Condition()
         self._watches: dict[str, ReplicaWatch[InfoT]] = {}
-        """By the replica's address."""
+        """The watches, by the replica's address."""
         self._unresolved: dict[str, str] = {}
-        """Why a name has no addresses."""
+        """Reasons why names have no addresses, by name."""
         for uri in uris:
             if not is_name(uri):
                 self._add(uri)
@@ -105,7 +105,7 @@ class ReplicaSet(Generic[InfoT]):
                 # The certificate is made out to the name, not to each address it has.
                 self._add(address, server_name=host_of(uri))
             for address in mine - found:
-                # Not while it is in use or answers health checks: it may only have left the name to drain.
+                # One in use, or that answers health checks, stays: it may have left the name only to drain.
                 if (replica := self._watches[address].replica).num_sessions or replica.is_ready:
                     found.add(address)
                 else:
@@ -118,11 +118,11 @@ class ReplicaSet(Generic[InfoT]):
 
         Args:
             suits: whether what a replica says of itself will do.
-            near: URI of another service; a replica at its address, in its pod that is, goes before all
+            near: URI of another service; a replica at its address, that is in its pod, goes before all
                 others: it may map what they would have to stream.
 
         Raises:
-            UnavailableError: there is none; the message says why for each.
+            UnavailableError: no such replica is ready; the message says why for each.
         """
         fitting = [
             replica
@@ -142,7 +142,7 @@ class ReplicaSet(Generic[InfoT]):
         )
 
     def describe(self) -> str:
-        """Why each replica that is not used is not."""
+        """Why replicas are not used, each with its reason."""
         known = {r.uri: r.reason or "does not suit" for r in self.replicas} | self._unresolved
         return "; ".join(f"{uri}: {reason}" for uri, reason in known.items()) or "none configured"
 
@@ -169,5 +169,5 @@ class ReplicaSet(Generic[InfoT]):
 
 
 def _machine(uri: str) -> str:
-    """A URI without its port; that of every Unix socket is the same."""
+    """A URI without its port; it is the same for every Unix socket."""
     return uri.rpartition(":")[0]

@@ -48,19 +48,19 @@ class RemoteState:
     """Handle on a session's target state, as its verifier gave it out."""
 
     opened: target_state_pb2.TargetStateRef | None
-    """With all tensors, as of the opening; None: the session exports none."""
+    """The reference with all tensors, as of the opening; None: the session does not export its state."""
     cached_length: int
     """Positions that may be read."""
     refusal: str = ""
-    """Why the session exports none although it was asked to."""
+    """Why the session does not export its state although it was asked to."""
 
     @property
     def session_id(self) -> str:
-        """Of the verifier's session; empty: it exports none."""
+        """Id of the verifier's session; empty: it does not export its state."""
         return self.opened.session_id if self.opened else ""
 
     def message(self, *, with_tensors: bool) -> target_state_pb2.TargetStateRef | None:
-        """What a drafter is sent."""
+        """The message that a drafter is sent."""
         if self.opened is None:
             return None
         if with_tensors:
@@ -84,10 +84,10 @@ class _Stream:
         self._peer = peer
 
     async def exchange(self, request: Any) -> tuple[Any, int]:
-        """Send one message and await its answer; also the time it took, nanoseconds.
+        """Send one message and await its answer; the result is the answer and the time it took, nanoseconds.
 
         Raises:
-            SpecdecError: what the service answered, or that it is gone.
+            SpecdecError: the service refused, or it is gone.
         """
         started_ns = time.monotonic_ns()
         try:
@@ -98,7 +98,7 @@ class _Stream:
         if response is grpc.aio.EOF:
             raise await self._failure()
         if response is None:
-            # What grpc.aio makes of bytes that are no message of the type.
+            # What grpc.aio makes of bytes that are not a message of the type.
             raise UnavailableError(
                 f"{self._peer} sent a message that cannot be read.", reason="MALFORMED_REPLY"
             )
@@ -244,7 +244,7 @@ class RemoteDrafterSession:
         message = drafter_pb2.DraftRound(
             committed_token_ids=new_token_ids,
             committed_length=len(request.committed_token_ids),
-            # The plan may have been made when no replica had told its limits.
+            # The plan may be older than what the replica told of its limits.
             draft_depth=min(draft_depth, self._drafter.max_draft_depth or draft_depth),
             target_state=self._state_message(request.target_state) if self.reads_target_state else None,
             draft_nodes=min(draft_nodes, self._drafter.max_draft_nodes),
@@ -252,13 +252,13 @@ class RemoteDrafterSession:
         round_message = drafter_pb2.DraftRequest(round=message, traceparent=request.traceparent)
         response, elapsed_ns = await self._stream.exchange(round_message)
         result = response.result
-        # One token too many is refused as a million are, which would only take memory and time.
-        most = max(draft_depth, draft_nodes) + 1
+        # One token too many is refused like a million, which would only take memory and time.
+        limit = max(draft_depth, draft_nodes) + 1
         return Draft(
-            tuple(result.draft_token_ids[:most]),
+            tuple(result.draft_token_ids[:limit]),
             min(result.timings.total_ns, elapsed_ns),
             elapsed_ns,
-            parent_indices=tuple(result.parent_indices[:most]),
+            parent_indices=tuple(result.parent_indices[:limit]),
         )
 
     def _state_message(self, state: StateHandle | None) -> target_state_pb2.TargetStateRef | None:

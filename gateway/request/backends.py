@@ -25,11 +25,11 @@ class Backends:
     metrics: GatewayMetrics
     controller: Controller = field(default_factory=Controller)
     long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a long text is tokenised: one at a time, for the memory it takes."""
+    """A lock held while a long text is tokenised: one text at a time, for the memory it takes."""
 
     @property
     def known_drafters(self) -> dict[str, drafter_pb2.DrafterInfo]:
-        """Drafters by name, in the order their services have them."""
+        """Drafters by name, in the order of their services."""
         return {drafter.name: drafter for info in self.drafters.known_infos for drafter in info.drafters}
 
     @property
@@ -39,29 +39,31 @@ class Backends:
 
     @property
     def default_method(self) -> str:
-        """Method of requests that name none."""
+        """Method of requests that do not name a method."""
         method = self.config.default_method
         if method != AUTO:
             return method if self.offers(method) or not self.drafters.is_known else PLAIN
         # What knows most of the target guesses best; what only looks up errs elsewhere and costs nothing.
         drafters = [drafter for drafter in self.known_drafters.values() if self._speaks_its_tokens(drafter)]
         computing = [drafter for drafter in drafters if drafter.family not in LOOKUP_FAMILIES]
-        looking_up = [one for family in LOOKUP_FAMILIES for one in drafters if one.family == family]
+        looking_up = [
+            drafter for family in LOOKUP_FAMILIES for drafter in drafters if drafter.family == family
+        ]
         chosen = [*sorted(computing, key=_ignorance)[:1], *looking_up[:1]]
         return method_of([drafter.name for drafter in chosen])
 
     def _speaks_its_tokens(self, drafter: drafter_pb2.DrafterInfo) -> bool:
-        """Whether a drafter has the target's vocabulary, or none of its own."""
+        """Whether a drafter has the target's vocabulary, or does not have a vocabulary of its own."""
         own = drafter.model.vocabulary_fingerprint
         return not own or own == self.codec.vocabulary_fingerprint
 
     def offers(self, method: str) -> bool:
-        """Whether a request may name that method, several drafters perhaps."""
+        """Whether a request may name that method, be it of several drafters."""
         return set(drafters_of(method)) <= set(self.methods[1:])
 
     def label(self, method: str) -> str:
-        """A method as label of metrics: of the drafters of a merged method the order does not matter, and one
-        that may be a client's invention, since no drafter service was reached yet, is OTHER."""
+        """A method as label of metrics. The order of a merged method's drafters does not matter, and a method
+        that may be a client's invention, as a drafter service was not reached yet, is OTHER."""
         if method != self.default_method and not self.offers(method):
             return OTHER
         return method_of(sorted(drafters_of(method)))

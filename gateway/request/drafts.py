@@ -13,7 +13,7 @@ from specdec.contract.methods import PLAIN, drafters_of
 from specdec.v1 import drafter_pb2, gateway_pb2
 
 _NODE_BUDGETS = (7, 15, 31, 63)
-"""Sizes of draft trees the controller tries; with the anchor a power of two, the rows kernels are best at."""
+"""Sizes of draft trees that the controller tries; with the anchor a power of two, as kernels like best."""
 _UNKNOWN_DRAFTER = drafter_pb2.DrafterInfo(default_draft_depth=4)
 """Stands for a drafter whose service was never reached: it may come up while the request runs."""
 
@@ -34,15 +34,15 @@ class DraftPlan:
     method: str = PLAIN
     proposers: tuple[Proposer, ...] = ()
     draft_nodes: int = 0
-    """Most tokens of a draft that is a tree, of one drafter or merged; 0: there are none."""
+    """Most tokens of a draft that is a tree, of one drafter or merged; 0: there are only chains."""
     size: DraftSize = PLAIN_SIZE
-    """What every round asks for, or the first one where sizes are chosen round by round."""
+    """What every round asks for, or the first round where sizes are chosen round by round."""
     budgets: tuple[int, ...] = ()
     """Node budgets to choose from round by round, 0 being chains; empty: `size` stays."""
 
     @property
     def num_reserved_nodes(self) -> int:
-        """Tokens of KV kept free for trees to a session's very end; chosen sizes make do with what is."""
+        """KV kept free for trees to a session's very end, in tokens; chosen sizes do without a reserve."""
         return 0 if self.budgets else self.draft_nodes
 
     def control(self, controller: Controller, verifier: object) -> SizeControl:
@@ -110,20 +110,20 @@ def _chosen_drafts(
     """The controller chooses, round by round, within the limits of drafters, verifier and request."""
     if not drafters:
         return DraftPlan(method)
-    most = request.draft_nodes or max_num_nodes
-    limits = [min(limit, most) for limit in _limits(drafters, max_num_nodes)]
+    node_limit = request.draft_nodes or max_num_nodes
+    limits = [min(limit, node_limit) for limit in _limits(drafters, max_num_nodes)]
     start = max(
         min(drafter.default_draft_depth, limit)
         for drafter, limit in zip(drafters.values(), limits, strict=True)
     )
     can_branch = all(drafter.max_draft_nodes for drafter in drafters.values())
-    trees = [nodes for nodes in _NODE_BUDGETS if nodes < most]
+    trees = [nodes for nodes in _NODE_BUDGETS if nodes < node_limit]
     if request.draft_nodes:
         trees.append(request.draft_nodes)
     return DraftPlan(
         method,
         _proposers(drafters, limits),
-        most if can_branch or len(drafters) > 1 else 0,
+        node_limit if can_branch or len(drafters) > 1 else 0,
         DraftSize(start, request.draft_nodes),
         budgets=(0, *trees) if can_branch else (0,),
     )

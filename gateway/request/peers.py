@@ -29,7 +29,7 @@ class Peers:
     """Opens a request's sessions: on its first verifier, on those it goes on with, and on its drafters.
 
     Args:
-        verifier: whom the request starts on; leased by the caller.
+        verifier: the replica the request starts on; the caller leases it.
         timeout_s: what is left of the request's deadline; None: it has none.
     """
 
@@ -39,7 +39,7 @@ class Peers:
         self._plan = plan
         self._backends = backends
         self.verifier = verifier
-        """Whom the request starts on."""
+        """The replica the request starts on."""
         self._verifier_uri = verifier.uri
         """Address of the verifier that runs it now."""
         self._timeout_s = timeout_s
@@ -116,7 +116,7 @@ class Peers:
         )
 
     async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:
-        """Open a session on a replica that offers the drafter, best one beside the verifier."""
+        """Open a session on a replica that offers the drafter, by preference beside the verifier."""
         replica = self._backends.drafters.pick(partial(self._fits, name), near=self._verifier_uri)
         assert replica.info is not None
         drafter = find_drafter(replica.info, name)
@@ -146,9 +146,9 @@ class Peers:
         )
 
     def _find_state_spec(self) -> TargetStateSpec | None:
-        """What the drafters read of the target; None: nothing, or no such drafters are known yet.
+        """What the drafters read of the target; None: nothing, or the drafters are not known yet.
 
-        Of drafters that cannot be served together the first is.
+        Where two drafters cannot be served together, the first is served.
         """
         session: TargetStateSpec | None = None
         for proposer in self._plan.drafting.proposers:
@@ -187,7 +187,7 @@ class LeasedDrafterSession:
 
 
 def _is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
-    """Whether a verifier would go on as another one with that model: revisions are compared where known."""
+    """Whether a verifier would go on as one with that model does: revisions are compared where known."""
     revisions = {model.revision, info.model.revision} - {""}
     return info.model.model_id == model.model_id and len(revisions) <= 1
 

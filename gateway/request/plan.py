@@ -57,7 +57,7 @@ async def make_plan(
         max_new_tokens: most tokens that the caller wants and may have.
 
     Raises:
-        InvalidArgumentError: naming the field at fault.
+        InvalidArgumentError: a value is wrong; the error names its field.
     """
     if not 0 < max_new_tokens < 2**31:
         raise InvalidArgumentError(
@@ -67,7 +67,7 @@ async def make_plan(
     validate_num_top_logprobs(num_top_logprobs)
     validate_stop_strings(request.stop_strings)
     validate_min_draft_confidence(request.min_draft_confidence)
-    # Millions of ids fit into a request: no work for the event loop.
+    # Millions of ids fit into a request: that is not work for the event loop.
     sampling = await asyncio.to_thread(_settle_sampling, request, verifier.model.vocab_size)
     drafting = plan_drafts(request, backends, verifier.max_draft_nodes)
     context = verifier.model.max_length

@@ -11,7 +11,7 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.v1 import gateway_pb2
 
 _LONG_TEXT_BYTES = 2**16
-"""Shorter texts are tokenised side by side."""
+"""Texts shorter than that are tokenised side by side."""
 
 
 async def tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, context: int) -> list[int]:
@@ -21,10 +21,10 @@ async def tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, con
         if context:
             require_shorter(num_tokens, context)
         return await asyncio.to_thread(list, request.token_ids.token_ids)
-    num_bytes, most = _num_text_bytes(request), backends.config.max_prompt_bytes
-    if num_bytes > most:
+    num_bytes, limit = _num_text_bytes(request), backends.config.max_prompt_bytes
+    if num_bytes > limit:
         raise InvalidArgumentError(
-            f"The prompt has {num_bytes} bytes of text, this gateway takes {most}; shorten it.",
+            f"The prompt has {num_bytes} bytes of text, this gateway takes {limit}; shorten it.",
             field="prompt",
             reason="PROMPT_TOO_LONG",
         )
@@ -33,7 +33,7 @@ async def tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, con
 
 
 def _num_text_bytes(request: gateway_pb2.GenerateRequest) -> int:
-    # Of a protobuf's text the size on the wire is its UTF-8 and a few bytes for each field.
+    # A protobuf's text takes its UTF-8 on the wire, and a few bytes for each field.
     return request.chat.ByteSize() if request.WhichOneof("prompt") == "chat" else len(request.text.encode())
 
 

@@ -38,7 +38,7 @@ class RunningRequest:
         self._text = TextStream(backends.codec, plan.stop_strings)
         self._tally = SpeculationTally(plan.method)
         self.label = backends.label(plan.method)
-        """The method in metrics."""
+        """The method as metrics name it."""
         self._emitted: list[gateway_pb2.Token] = []
 
     async def responses(self) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
@@ -48,7 +48,7 @@ class RunningRequest:
             SpecdecError: the verifier refused or was lost.
         """
         async with AsyncExitStack() as stack:
-            # Closed in reverse order: the verifier's slot is freed first, a drafter may be slow to go.
+            # Left in reverse order, the verifier's slot is freed first: a drafter may be slow to go.
             drafter = await self._peers.enter_draft_source(stack)
             session = await stack.enter_async_context(self._peers.verifier_session(self._count_failover))
             rounds = decode(
@@ -61,9 +61,9 @@ class RunningRequest:
             )
             await stack.enter_async_context(aclosing(rounds))
             finish_reason = ""
-            async for this in rounds:
-                chunk = self._take(this)
-                finish_reason = "stop_string" if self._text.stopped else this.verified.finish_reason
+            async for current in rounds:
+                chunk = self._take(current)
+                finish_reason = "stop_string" if self._text.stopped else current.verified.finish_reason
                 if chunk.tokens:
                     yield gateway_pb2.GenerateResponse(chunk=chunk)
                 if finish_reason:
@@ -80,22 +80,22 @@ class RunningRequest:
         )
 
     def speculation(self) -> SpeculationStats:
-        """What its rounds did so far."""
+        """What the request's rounds did so far."""
         return self._tally.stats()
 
-    def _take(self, this: Round) -> gateway_pb2.GenerateChunk:
+    def _take(self, completed: Round) -> gateway_pb2.GenerateChunk:
         """Count a round and turn its tokens into text."""
         self._last_ns = time.monotonic_ns()
         self._first_ns = self._first_ns or self._last_ns
-        self._tally.add(this)
-        self._backends.metrics.add_round(self.label, this)
+        self._tally.add(completed)
+        self._backends.metrics.add_round(self.label, completed)
         released: list[TextToken] = []
-        for index, token_id in enumerate(this.token_ids):
-            self._emitted.append(_token(this, index))
+        for index, token_id in enumerate(completed.token_ids):
+            self._emitted.append(_token(completed, index))
             released += self._text.push(token_id)
             if self._text.stopped:
                 break
-        if this.verified.finish_reason and not self._text.stopped:
+        if completed.verified.finish_reason and not self._text.stopped:
             released += self._text.flush()
         self.num_output_tokens = self._text.num_tokens
         return gateway_pb2.GenerateChunk(tokens=[self._with_text(token) for token in released])
@@ -122,15 +122,15 @@ class RunningRequest:
         self._backends.metrics.add_failover(self.label)
 
 
-def _token(this: Round, index: int) -> gateway_pb2.Token:
-    """Token `index` of a round, its text not yet known."""
-    accepted = index < this.verified.num_accepted_tokens
+def _token(completed: Round, index: int) -> gateway_pb2.Token:
+    """Token `index` of a round; its text is not yet known."""
+    accepted = index < completed.verified.num_accepted_tokens
     token = gateway_pb2.Token(
-        token_id=this.token_ids[index],
+        token_id=completed.token_ids[index],
         origin=gateway_pb2.TOKEN_ORIGIN_ACCEPTED_DRAFT if accepted else gateway_pb2.TOKEN_ORIGIN_BONUS,
     )
-    if this.verified.logprobs:
-        own, top = this.verified.logprobs[index]
+    if completed.verified.logprobs:
+        own, top = completed.verified.logprobs[index]
         candidates = [common_pb2.Candidate(token_id=i, logprob=lp) for i, lp in top]
         token.logprobs.CopyFrom(common_pb2.TokenLogprobs(logprob=own, top=candidates))
     return token

@@ -38,7 +38,7 @@ class TextCodec:
         """The codec of a model folder, hub id or "default".
 
         Raises:
-            NotFoundError: no such model, or it has no tokenizer.
+            NotFoundError: there is no such model, or it has no tokenizer.
         """
         folder = resolve_model(model, TOKENIZER_FILES)
         config = _read_json(folder / "tokenizer_config.json")
@@ -55,7 +55,7 @@ class TextCodec:
         """Token ids of a conversation of (role, content), up to where the assistant's answer starts.
 
         Raises:
-            InvalidArgumentError: no messages, an unknown role, or the template refuses the conversation.
+            InvalidArgumentError: there are no messages, a role is unknown, or the template refuses.
         """
         if not messages:
             raise InvalidArgumentError("The chat has no messages.", field="chat", reason="EMPTY_PROMPT")
@@ -101,7 +101,7 @@ class TextToken:
 
 
 class TextStream:
-    """Turns tokens into text as they come: no broken characters, nothing past a stop string.
+    """Turns tokens into text as they come: without broken characters, and nothing past a stop string.
 
     A token is released once its text is final: characters are whole, and the text cannot become part of a
     stop string any more. The released texts join to the decoded whole, cut at the first stop string.
@@ -118,11 +118,11 @@ class TextStream:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens pushed."""
+        """How many tokens were pushed."""
         return len(self._token_ids)
 
     def push(self, token_id: int) -> list[TextToken]:
-        """Add a token; the tokens released by it. Sets `stopped` when a stop string is complete."""
+        """Add a token and return those it releases; sets `stopped` when a stop string is complete."""
         self._token_ids.append(token_id)
         self._held.append(TextToken(token_id, self._next_piece(), len(self._token_ids) - 1))
         return self._release(self._num_held_characters())
@@ -142,7 +142,7 @@ class TextStream:
         of a token depends on the one before it."""
         before = self._text_from(self._prefix, self._read)
         now = self._text_from(self._prefix)
-        if now == before:  # a special token, which has no text and waits for none
+        if now == before:  # a special token, which has no text and does not wait for text
             self._read = len(self._token_ids)
             return ""
         if len(now) <= len(before) or now.endswith(_REPLACEMENT):
@@ -191,7 +191,7 @@ def validate_stop_strings(stop_strings: Sequence[str]) -> None:
     """Refuse empty, long or too many stop strings.
 
     Raises:
-        InvalidArgumentError: with the limit.
+        InvalidArgumentError: a limit is exceeded; the message names it.
     """
     if len(stop_strings) > MAX_STOP_STRINGS:
         raise InvalidArgumentError(f"At most {MAX_STOP_STRINGS} stop strings.", field="stop_strings")

@@ -1,9 +1,9 @@
 """How much to draft: K and the node budget of each round, by measured cost and acceptance.
 
 A round with draft size s emits tau(s) tokens and takes draft(s) + pass(B x (nodes(s) + 1)) x (1 + queue) +
-transport, where B is how many items share a pass of the verifier now. What is chosen has the most tokens per
-second, K = 0 included. Every session is taken to choose alike: one that drafts more makes others wait, and on
-a busy verifier all of them drafting is what costs.
+transport, where B is how many items share a pass of the verifier now. The choice is the size with the most
+tokens per second, K = 0 included. Every session is taken to choose alike: a session that drafts more makes
+others wait, and on a busy verifier all of them drafting is what costs.
 
 Nothing here can change an answer, only how fast it comes.
 """
@@ -22,14 +22,14 @@ from gateway.rounds.estimates import Survival
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round, SizeControl
 
 _PROBE_EVERY = 24
-"""Another size than the best is tried once in so many rounds of a method, times those who share a pass: what
-nobody tries nobody knows."""
+"""A size other than the best is tried once in so many rounds of a method, times the sessions that share a
+pass: what nobody tries nobody knows."""
 _EXPLORE_EVERY = 4
-"""The same while there is a node budget that was hardly tried yet."""
+"""How many rounds instead, while there is a node budget that was hardly tried yet."""
 _WORTH_GROWING = 0.8
-"""A larger tree is tried once the next smaller one comes so near to the best rate."""
+"""A larger tree is tried once the next smaller tree reaches this share of the best rate."""
 _METHOD_ROUNDS = 12.0
-"""How many rounds what is known of a method weighs in a session."""
+"""How many of a session's rounds the knowledge of a method weighs."""
 _SESSION_MEMORY = 0.97
 """What a round's weight becomes with the next one."""
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
@@ -37,24 +37,24 @@ _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 
 @dataclass(frozen=True, slots=True)
 class FixedSize:
-    """What the request asked for, in every round."""
+    """Drafts what the request asked for, in every round."""
 
     size: DraftSize
 
-    def choose(self, most: int) -> DraftSize:
-        """The size, cut to `most`."""
-        return DraftSize(min(self.size.draft_depth, most), self.size.draft_nodes)
+    def choose(self, limit: int) -> DraftSize:
+        """The size, cut to `limit`."""
+        return DraftSize(min(self.size.draft_depth, limit), self.size.draft_nodes)
 
-    def observe(self, size: DraftSize, this: Round) -> None:
-        """Nothing is learned."""
+    def observe(self, size: DraftSize, completed: Round) -> None:
+        """Learn nothing: the size is fixed."""
 
 
 @dataclass(slots=True)
 class Method:
-    """A method, over all sessions: each is short, and what one has tried the others need not."""
+    """What is known of a method over all sessions: each is short, and need not try what another tried."""
 
     stats: dict[int, MethodStats] = field(default_factory=dict)
-    """By node budget."""
+    """What its drafts cost and bring, by node budget."""
     num_rounds: int = 0
     num_probes: int = 0
 
@@ -72,7 +72,7 @@ class Controller:
         """The control of one generation.
 
         Args:
-            verifier: whom it runs on; any object that lives as long as the replica does.
+            verifier: the replica it runs on; any object that lives as long as the replica does.
             method: a method the gateway offers.
             start: the size until something is known of the method.
             longest: largest K.
@@ -96,32 +96,32 @@ class AdaptiveSize:
         self._mine = {budget: Survival(_SESSION_MEMORY) for budget in budgets}
         self._lengths = [k for k in _LENGTHS if k < longest] + [longest]
 
-    def choose(self, most: int) -> DraftSize:
-        """The best size, or now and then another one."""
-        if most <= 0:
+    def choose(self, limit: int) -> DraftSize:
+        """The best size, or now and then another."""
+        if limit <= 0:
             return PLAIN_SIZE
         self._method.num_rounds += 1
-        return FixedSize(self._wanted(self._method.num_rounds)).choose(most)
+        return FixedSize(self._wanted(self._method.num_rounds)).choose(limit)
 
     def _wanted(self, num_rounds: int) -> DraftSize:
         if not any(stats.is_known for stats in self._stats.values()):
             return self._start
         best, rate = self._best()
-        # All who share a pass wait for the one that tries something.
+        # All who share a pass wait for the session that tries something.
         sharers = max(1, round(self._load.batch_size.value))
         if num_rounds % (_EXPLORE_EVERY * sharers) == 0 and (unknown := self._unknown(best, rate)):
             return unknown
         return self._probe(best) if num_rounds % (_PROBE_EVERY * sharers) == 0 else best
 
-    def observe(self, size: DraftSize, this: Round) -> None:
-        """Learn what the round cost and brought; while a drafter is lost or late, nothing of drafts."""
-        self._load.observe(this)
-        if size.draft_depth and this.draft.is_complete:
-            self._stats[size.draft_nodes].observe(size, this)
-            self._mine[size.draft_nodes].add(size.draft_depth, this.verified.num_accepted_tokens)
+    def observe(self, size: DraftSize, completed: Round) -> None:
+        """Learn what the round cost and brought; where a drafter is lost or late, learn nothing of drafts."""
+        self._load.observe(completed)
+        if size.draft_depth and completed.draft.is_complete:
+            self._stats[size.draft_nodes].observe(size, completed)
+            self._mine[size.draft_nodes].add(size.draft_depth, completed.verified.num_accepted_tokens)
 
     def _best(self) -> tuple[DraftSize, float]:
-        """The size with the most tokens per nanosecond, and how many."""
+        """The size with the most tokens per nanosecond, and how many those are."""
         best, best_rate = PLAIN_SIZE, self._load.caution / self._cost_ns(PLAIN_SIZE)
         for budget in self._budgets:
             if self._stats[budget].is_known:
@@ -131,7 +131,7 @@ class AdaptiveSize:
         return best, best_rate
 
     def _best_length(self, budget: int) -> tuple[int, float]:
-        """The best K with that budget, which is deeper in no tree, and its tokens per nanosecond."""
+        """The best K with that budget, not deeper than a tree of it can be, and its tokens per nanosecond."""
         lengths = [length for length in self._lengths if not budget or length <= budget]
         expected = self._expected_lengths(budget, lengths[-1])
         rates = [expected[length] / self._cost_ns(DraftSize(length, budget)) for length in lengths]
@@ -139,7 +139,7 @@ class AdaptiveSize:
         return lengths[best], rates[best]
 
     def _unknown(self, best: DraftSize, best_rate: float) -> DraftSize | None:
-        """A draft with a budget that was hardly tried yet; None: all were, or trees have grown enough."""
+        """A draft with a budget that was hardly tried yet; None: all were, or trees grew enough."""
         for smaller, budget in zip([None, *self._budgets], self._budgets, strict=False):
             if self._stats[budget].is_known:
                 continue
@@ -166,7 +166,8 @@ class AdaptiveSize:
         return max(1.0, stats.draft_ns(size.draft_depth) + self._load.round_ns(num_nodes))
 
     def _probe(self, best: DraftSize) -> DraftSize:
-        """In turn: the next longer draft, the next shorter, none, and the next larger and smaller budget."""
+        """Another size, in turn: the next longer draft, the next shorter, none, the next larger budget, the
+        next smaller."""
         index = bisect_left(self._lengths, best.draft_depth) if best.draft_depth else -1
         longer = self._lengths[min(index + 1, len(self._lengths) - 1)]
         shorter = self._lengths[max(index - 1, 0)]

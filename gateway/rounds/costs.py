@@ -8,13 +8,14 @@ from gateway.rounds.estimates import Curve, Mean, Median, Survival
 from gateway.rounds.vocabulary import DraftSize, Round
 
 _DRAFTS_TO_KNOW = 3
-"""Drafts after which a node budget's cost is known."""
+"""How many drafts it takes to know a node budget's cost."""
 _CAUTION = 0.3
-"""What drafts must bring beyond plain decoding where very many sessions share a pass; alone nothing."""
+"""What drafts must bring beyond plain decoding, as a share, where very many sessions share a pass. A session
+that is alone needs to bring nothing beyond."""
 _FIRST_GUESS = 0.6
 """Acceptance at any depth before anything is known."""
 _GUESS_ROUNDS = 4.0
-"""How many rounds the first guess weighs, of a method."""
+"""How many rounds of a method the first guess weighs."""
 _METHOD_MEMORY = 0.995
 """What a round's weight becomes with the next one."""
 
@@ -27,15 +28,15 @@ class VerifierLoad:
         """Compute time by tokens of a pass."""
         self.batch_size = Mean(1.0)
         self.queue_share = Median()
-        """Time an item waits for its pass, over the pass: who comes while one runs waits for its end, longer
-        the more everyone drafts."""
+        """Time an item waits for its pass, over that of the pass. An item that comes while a pass runs waits
+        for its end, the longer the more everyone drafts."""
         self.transport_ns = Median()
-        """The rest of what an answer waits for."""
+        """The rest of the time until an answer is here."""
 
-    def observe(self, this: Round) -> None:
+    def observe(self, completed: Round) -> None:
         """Take a round's timings in."""
-        verified = this.verified
-        if this.is_prefill or not verified.compute_ns:
+        verified = completed.verified
+        if completed.is_prefill or not verified.compute_ns:
             return
         self.pass_ns.add(verified.batch_tokens, verified.compute_ns)
         self.batch_size.add(verified.batch_size)
@@ -44,8 +45,8 @@ class VerifierLoad:
 
     @property
     def caution(self) -> float:
-        """By how much drafts must beat plain decoding: not all sessions that share passes draft as well, and
-        those that do not draft pay for those that do."""
+        """Factor by which drafts must beat plain decoding: not all sessions that share passes draft as well,
+        and those that do not draft pay for those that do."""
         return 1 + _CAUTION * (1 - 1 / max(1.0, self.batch_size.value))
 
     def round_ns(self, num_nodes: float) -> float:
@@ -64,25 +65,25 @@ class MethodStats:
     """Time until a draft is here, by K."""
     survival: Survival = field(default_factory=lambda: Survival(_METHOD_MEMORY))
     num_timed: int = 0
-    """Drafts whose time was taken."""
+    """How many drafts were timed."""
 
     @classmethod
     def of(cls, budget: int) -> MethodStats:
-        """Of a node budget, 0 being chains. A tree uses its budget at any depth, a chain has K tokens."""
+        """The start with a node budget; 0: chains. A tree uses its budget at any depth, a chain K tokens."""
         return cls(Curve(Mean, through_origin=not budget))
 
     @property
     def is_known(self) -> bool:
-        """Whether what they cost is more than a first impression."""
+        """Whether the cost of the drafts is more than a first impression."""
         return self.num_timed >= _DRAFTS_TO_KNOW
 
-    def observe(self, size: DraftSize, this: Round) -> None:
-        """Take a round in that asked for such a draft."""
-        if not this.draft.is_first:
+    def observe(self, size: DraftSize, completed: Round) -> None:
+        """Take in a round that asked for such a draft."""
+        if not completed.draft.is_first:
             self.num_timed += 1
-            self.draft_ns.add(size.draft_depth, this.draft.elapsed_ns)
-        self.num_nodes.add(size.draft_depth, len(this.draft.token_ids))
-        self.survival.add(size.draft_depth, this.verified.num_accepted_tokens)
+            self.draft_ns.add(size.draft_depth, completed.draft.elapsed_ns)
+        self.num_nodes.add(size.draft_depth, len(completed.draft.token_ids))
+        self.survival.add(size.draft_depth, completed.verified.num_accepted_tokens)
 
     def rates(self, depth: int) -> list[float]:
         """Acceptance at the first depths."""

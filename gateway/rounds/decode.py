@@ -1,4 +1,4 @@
-"""The draft-verify loop. Pure asyncio: services appear as two small interfaces, tokens as ids."""
+"""The draft-verify loop, in pure asyncio: services appear as two small interfaces, tokens as ids."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ async def decode(
     committed = list(prompt_token_ids)
     max_length = len(committed) + max_new_tokens
     with trace.prefill() as span:
-        this = Round(Draft(), await verifier.open(span.traceparent), is_prefill=True)
-        span.describe(this)
-    committed.extend(this.token_ids)
-    yield this
-    while not this.verified.finish_reason:
+        current = Round(Draft(), await verifier.open(span.traceparent), is_prefill=True)
+        span.describe(current)
+    committed.extend(current.token_ids)
+    yield current
+    while not current.verified.finish_reason:
         with trace.round() as span:
             # A round commits one token more than it accepts, so the last remaining token needs no draft.
             size = control.choose(max_length - len(committed) - 1)
             draft = Draft()
             if size.draft_depth > 0:
-                request = DraftRequest(committed, size, span.traceparent, this.verified.target_state)
+                request = DraftRequest(committed, size, span.traceparent, current.verified.target_state)
                 draft = await drafter.propose(request)
             verified = await verifier.verify(
                 len(committed), draft.token_ids, span.traceparent, draft.parent_indices
             )
-            this = Round(draft, verified)
-            span.describe(this, size)
-        control.observe(size, this)
-        committed.extend(this.token_ids)
-        yield this
+            current = Round(draft, verified)
+            span.describe(current, size)
+        control.observe(size, current)
+        committed.extend(current.token_ids)
+        yield current

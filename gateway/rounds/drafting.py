@@ -1,4 +1,4 @@
-"""A drafter that may be late, lost or wrong, seen by a loop that must not care."""
+"""Links to drafters, which may be late, lost or wrong, for a loop that must not care."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PERMANENT = (
     PermissionDeniedError,
     UnimplementedError,
 )
-"""Errors another try would meet again."""
+"""Errors that another try would meet again."""
 
 Connect = Callable[[Sequence[int]], Awaitable[DrafterSession]]
 """Open a session whose committed tokens are the argument, on a healthy drafter."""
@@ -52,7 +52,7 @@ class NoDrafts:
     """The draft source of plain decoding."""
 
     async def propose(self, request: DraftRequest) -> Draft:
-        """No guess."""
+        """Give an empty draft."""
         return Draft()
 
 
@@ -105,8 +105,8 @@ class DraftLink:
             async with asyncio.timeout(self._timeout_s):
                 draft = await self._propose(request)
         except TimeoutError:
-            # What takes long to begin with is no failure yet: the rounds go on and it may join later, even if
-            # it is done this moment.
+            # A long beginning is not a failure yet: the rounds go on and the drafter may join later, even if
+            # it is ready this moment.
             if not isinstance(self._state, Opening | FirstDraft):
                 await self._lose(DeadlineExceededError(f"no draft within {self._timeout_s:g} s"))
         except SpecdecError as error:
@@ -140,7 +140,7 @@ class DraftLink:
             case Opening() as opening if opening.round_waits or opening.session.done():
                 draft = await self._draft_first(opening, request)
             case FirstDraft() as first if first.draft.done():
-                await first.draft  # for its failure; what it drafted is for a round long past
+                await first.draft  # its failure is raised; what it drafted is for a round long past
                 draft = await self._draft(first.session, first.num_sent, request)
             case Ready() as ready:
                 draft = await self._draft(ready.session, ready.num_sent, request)
@@ -189,7 +189,7 @@ class DraftLink:
     async def _lose(self, error: SpecdecError) -> None:
         self._loss = Fallback(_readable(error.message), status_code(error).name.lower())
         logger.warning("drafting without a drafter", extra={"code": self._loss.code})
-        # A drafter knows the prompt, and its words are its own.
+        # A drafter knows the prompt, and may repeat it in its message.
         logger.debug("why there is no drafter", extra={"reason": self._loss.reason})
         is_permanent = isinstance(error, _PERMANENT)
         retry_at = math.inf if is_permanent else time.monotonic() + self._retry_s

@@ -12,9 +12,9 @@ from statistics import median_low
 _NEW_SHARE = 0.1
 """Weight of a new observation once there are many."""
 _WINDOW = 15
-"""Latest observations a usual value is of."""
+"""How many of the latest observations a usual value is taken from."""
 _FORGOTTEN_AFTER = 200
-"""Observations at other sizes after which what was seen at one says nothing any more."""
+"""How many observations at other sizes it takes to forget what was seen at a size."""
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class Mean:
 
 
 class Median:
-    """Of the latest values: what was slow for a reason of its own, once, does not count."""
+    """The median of the latest values: one that was slow for a reason of its own does not count."""
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=_WINDOW)
@@ -47,7 +47,7 @@ class Median:
 
     @property
     def count(self) -> int:
-        """Values it is of."""
+        """How many values it is taken from."""
         return len(self._values)
 
 
@@ -62,11 +62,11 @@ class _Group:
 
 
 class Curve:
-    """A quantity by size, learned at the sizes that occur: linear between them, on with the outer slopes
-    beyond. So where all draft, it is known what passes would cost if none did.
+    """A quantity by size, learned at the sizes that occur: it is linear between them and goes on with the
+    outer slopes beyond. So where all draft, it is known what passes would cost if nobody did.
 
-    Sizes are grouped, about three groups to a doubling; one long out of use is forgotten, lest a bad moment
-    keeps it so. What the curve tells does not fall with size: where observations do, it is the mean of both.
+    Sizes are grouped, about three groups to a doubling; a group long out of use is forgotten, lest a bad
+    moment keeps it so. What the curve tells does not fall with size: where observations do, it is their mean.
 
     Args:
         value: what to make of a group's observations.
@@ -88,11 +88,11 @@ class Curve:
         self._count += 1
         group.last_seen = self._count
         oldest = self._count - _FORGOTTEN_AFTER
-        self._groups = {key: one for key, one in self._groups.items() if one.last_seen >= oldest}
+        self._groups = {key: group for key, group in self._groups.items() if group.last_seen >= oldest}
         self._points = _rising(
             sorted(
-                (one.sizes.value, one.values.value, min(one.values.count, _WINDOW))
-                for one in self._groups.values()
+                (group.sizes.value, group.values.value, min(group.values.count, _WINDOW))
+                for group in self._groups.values()
             )
         )
         if self._through_origin and self._points[0][0] > 0:
@@ -130,7 +130,7 @@ class Survival:
         self._accepted: list[float] = []
 
     def add(self, num_asked: int, num_accepted: int) -> None:
-        """A round that asked for `num_asked` tokens in a row. One not drafted is one not accepted."""
+        """Take in a round that asked for `num_asked` tokens in a row; what is not drafted is not accepted."""
         while len(self._tried) < num_asked:
             self._tried.append(0.0)
             self._accepted.append(0.0)

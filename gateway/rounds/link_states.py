@@ -5,7 +5,7 @@
     FirstDraft  -> Ready        the first draft is there, for its round or after it
     any         -> Lost         something went wrong, the verifier was lost, or the request ends
 
-A state holds what is there in it and nowhere else. `DraftLink` moves from one to the next.
+A state holds what exists only in that state. `DraftLink` moves from each to the next.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource, Proposal
 from specdec.contract.draft_tree import merge
 
 _PATIENCE = 3.0
-"""How many times as long as it usually takes a draft may take, when others have theirs ready or not."""
+"""How many times its usual time a draft may take, whether others have theirs ready or not."""
 _LEAST_PATIENCE_S = 0.25
 _ROUNDS_TO_KNOW = 3
 """Drafts after which it is known what is usual; until then only the link's own timeout ends the wait."""
@@ -27,9 +27,9 @@ class NamedSource:
     draft_depth: int
     """Most tokens it drafts in a row."""
     pending: asyncio.Task[Draft] | None = None
-    """The draft under way, perhaps one of an earlier round, which nobody waits for any more."""
+    """The draft under way; it may be of an earlier round, and nobody waits for it any more."""
     usual_s: Mean = field(default_factory=Mean)
-    """Time a draft takes, late ones included."""
+    """Time that a draft takes, counting late drafts."""
 
     @property
     def patience_s(self) -> float | None:
@@ -42,9 +42,9 @@ class NamedSource:
 class MergedDrafts:
     """Asks several drafters at once and merges what they propose. Use as `async with`.
 
-    They err in different places: what one misses another may have. Each may be late, lost or wrong on its
-    own; the round's draft is what the others propose. One that is late is not asked again until it is done,
-    and what it drafted for an earlier round is thrown away.
+    Drafters err in different places: what one misses another may have. Each may be late, lost or wrong on its
+    own; the round's draft is what the others propose. A late drafter is not asked again until it is done, and
+    what it drafted for an earlier round is thrown away.
 
     Args:
         max_num_nodes: most tokens of the merged tree, where a round names no budget.
@@ -58,7 +58,7 @@ class MergedDrafts:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        pending = [one.pending for one in self._sources if one.pending]
+        pending = [proposer.pending for proposer in self._sources if proposer.pending]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
@@ -66,24 +66,25 @@ class MergedDrafts:
     async def propose(self, request: DraftRequest) -> Draft:
         """A tree of everyone's proposals, or an empty draft that says why there are none.
 
-        With a budget of nodes each may propose a tree as large as the merged one, without one a chain.
+        With a budget of nodes each drafter may propose a tree as large as the merged one; without a budget,
+        each proposes a chain.
         """
         started_ns = time.monotonic_ns()
-        # A late drafter reads them while the rounds go on.
+        # A late drafter reads the tokens while the rounds go on.
         request = replace(request, committed_token_ids=tuple(request.committed_token_ids))
-        drafts = await asyncio.gather(*(_ask(one, request) for one in self._sources))
+        drafts = await asyncio.gather(*(_ask(proposer, request) for proposer in self._sources))
         elapsed_ns = time.monotonic_ns() - started_ns
         budget = request.size.draft_nodes or self._max_num_nodes
         tree, nodes = merge([draft.tree for draft in drafts], budget)
         proposals = tuple(
-            Proposal(one.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)
-            for one, draft, mine in zip(self._sources, drafts, nodes, strict=True)
+            Proposal(proposer.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)
+            for proposer, draft, mine in zip(self._sources, drafts, nodes, strict=True)
         )
-        missing = [one for one in proposals if one.fallback_reason]
-        reason = "; ".join(f"{one.drafter}: {one.fallback_reason}" for one in missing)
+        missing = [proposal for proposal in proposals if proposal.fallback_reason]
+        reason = "; ".join(f"{proposal.drafter}: {proposal.fallback_reason}" for proposal in missing)
         return Draft(
             tree.token_ids,
-            # They work side by side: the slowest is what the round waits for.
+            # Drafters work side by side: the slowest is what the round waits for.
             server_ns=min(elapsed_ns, max(draft.server_ns for draft in drafts)),
             elapsed_ns=elapsed_ns,
             fallback_reason="" if tree.token_ids else reason,
@@ -94,16 +95,16 @@ class MergedDrafts:
         )
 
 
-async def _ask(one: NamedSource, request: DraftRequest) -> Draft:
-    """One drafter's draft, or an empty one if it is late."""
-    if one.pending and not one.pending.done():
+async def _ask(proposer: NamedSource, request: DraftRequest) -> Draft:
+    """Ask one drafter for its draft, or give an empty draft if it is late."""
+    if proposer.pending and not proposer.pending.done():
         return Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
     started = time.monotonic()
-    length = min(request.size.draft_depth, one.draft_depth)
+    length = min(request.size.draft_depth, proposer.draft_depth)
     own = replace(request, size=replace(request.size, draft_depth=length))
-    one.pending = task = asyncio.ensure_future(one.source.propose(own))
-    task.add_done_callback(lambda _: one.usual_s.add(time.monotonic() - started))
-    patience_s = one.patience_s
+    proposer.pending = task = asyncio.ensure_future(proposer.source.propose(own))
+    task.add_done_callback(lambda _: proposer.usual_s.add(time.monotonic() - started))
+    patience_s = proposer.patience_s
     await asyncio.wait({task}, timeout=patience_s)
     if task.done():
         return task.result()

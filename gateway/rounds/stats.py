@@ -1,4 +1,4 @@
-"""What a request did: rounds, acceptance by position, times."""
+"""Sums of what a request did: rounds, acceptance by position, times."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SpeculationStats:
 
 
 class _Fallbacks:
-    """Why drafts were missing: reasons differ in their figures, so they are told apart by their codes."""
+    """Counts why drafts were missing. Reasons differ in their figures, so their codes tell them apart."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -55,12 +55,12 @@ class _Fallbacks:
 
     @property
     def count(self) -> int:
-        """Rounds without a draft."""
+        """How many rounds had no draft."""
         return self._counts.total()
 
     @property
     def commonest(self) -> str:
-        """The latest reason of the commonest code, the first of several; empty: there were none."""
+        """The latest reason of the commonest code, the first of several; empty: no draft was missing."""
         return self._latest[self._counts.most_common(1)[0][0]] if self._counts else ""
 
 
@@ -82,25 +82,25 @@ class SpeculationTally:
         self._elapsed_ns = 0
         self._started_ns = 0
 
-    def add(self, this: Round) -> None:
+    def add(self, completed: Round) -> None:
         """Count a round; the prefill only starts the clock."""
-        if this.is_prefill:
+        if completed.is_prefill:
             self._started_ns = time.monotonic_ns()
             return
-        draft, verified = this.draft, this.verified
+        draft, verified = completed.draft, completed.verified
         self.num_rounds += 1
         self.num_draft_tokens += len(draft.token_ids)
         self.num_accepted_tokens += verified.num_accepted_tokens
         self._accepted[verified.num_accepted_tokens] += 1
         self._drafted[draft.tree.depth] += 1
         for proposal in draft.proposals:
-            self._proposers.setdefault(proposal.drafter, _ProposerTally()).add(proposal, this)
+            self._proposers.setdefault(proposal.drafter, _ProposerTally()).add(proposal, completed)
         if draft.fallback_reason:
             self._fallbacks.add(draft.fallback_code, draft.fallback_reason)
         self._draft_ns += draft.server_ns
         self._verify_ns += verified.server_ns
         self._elapsed_ns += draft.elapsed_ns + verified.elapsed_ns
-        self._transport_ns += this.transport_ns
+        self._transport_ns += completed.transport_ns
 
     def stats(self) -> SpeculationStats:
         """The sums, as of now."""
@@ -133,10 +133,10 @@ class _ProposerTally:
     num_sole_accepted_tokens: int = 0
     fallbacks: _Fallbacks = field(default_factory=_Fallbacks)
 
-    def add(self, proposal: Proposal, this: Round) -> None:
+    def add(self, proposal: Proposal, completed: Round) -> None:
         """Count a round."""
-        accepted = proposal.nodes.intersection(this.verified.path)
-        others = (other.nodes for other in this.draft.proposals if other is not proposal)
+        accepted = proposal.nodes.intersection(completed.verified.path)
+        others = (other.nodes for other in completed.draft.proposals if other is not proposal)
         self.num_draft_tokens += len(proposal.nodes)
         self.num_accepted_tokens += len(accepted)
         self.num_sole_accepted_tokens += len(accepted.difference(*others))

@@ -22,7 +22,7 @@ from specdec.service.telemetry import (
 
 
 class RoundSpan:
-    """An open span the services' own spans hang under."""
+    """An open span, the parent of the services' own spans."""
 
     def __init__(self, tracer: Tracer, name: str, parent: Context) -> None:
         self._tracer = tracer
@@ -30,24 +30,25 @@ class RoundSpan:
             name, context=parent, attributes={REQUEST_ID_ATTRIBUTE: REQUEST_ID.get()}
         )
         self.traceparent = traceparent_of(self.span)
-        """Sent with the round's messages; empty if the request is not traced."""
+        """The span's context as the round's messages carry it; empty if the request is not traced."""
 
-    def describe(self, this: Round, size: DraftSize = PLAIN_SIZE) -> None:
+    def describe(self, completed: Round, size: DraftSize = PLAIN_SIZE) -> None:
         """Record what the round was to draft, what it did, and the time it spent on the wire."""
         if not self.span.is_recording():
             return
+        draft, verified = completed.draft, completed.verified
         self.span.set_attributes(
             {
-                "specdec.num_draft_tokens": len(this.draft.token_ids),
+                "specdec.num_draft_tokens": len(draft.token_ids),
                 "specdec.draft_depth": size.draft_depth,
                 "specdec.draft_nodes": size.draft_nodes,
-                "specdec.num_accepted_tokens": this.verified.num_accepted_tokens,
-                "specdec.fallback_code": this.draft.fallback_code if this.draft.fallback_reason else "",
+                "specdec.num_accepted_tokens": verified.num_accepted_tokens,
+                "specdec.fallback_code": draft.fallback_code if draft.fallback_reason else "",
             }
         )
         waits_ns = {
             f"specdec.transport.{peer}_ns": answer.elapsed_ns - answer.server_ns
-            for peer, answer in (("drafter", this.draft), ("verifier", this.verified))
+            for peer, answer in (("drafter", draft), ("verifier", verified))
             if answer.elapsed_ns > answer.server_ns
         }
         if waits_ns:
@@ -75,7 +76,7 @@ class RequestTrace:
 
     @property
     def trace_id(self) -> str:
-        """32 hex digits; empty if not traced."""
+        """Id of the request's trace, 32 hex digits; empty if it is not traced."""
         return trace_id_of(self.span)
 
     def describe(self, model_id: str, method: str, num_input_tokens: int) -> None:
@@ -91,7 +92,7 @@ class RequestTrace:
         )
 
     def finish(self, num_output_tokens: int, speculation: SpeculationStats) -> None:
-        """Record what came out, up to an error or a cancellation perhaps."""
+        """Record what came out, be it only up to an error or a cancellation."""
         self.span.set_attributes(
             {
                 "gen_ai.usage.output_tokens": num_output_tokens,
@@ -106,13 +107,13 @@ class RequestTrace:
 
     @contextmanager
     def prefill(self) -> Iterator[RoundSpan]:
-        """Around the opening of the sessions."""
+        """Span around the opening of the sessions."""
         with self._child("specdec.prefill") as child:
             yield child
 
     @contextmanager
     def round(self) -> Iterator[RoundSpan]:
-        """Around one draft and one verify."""
+        """Span around one draft and one verify."""
         with self._child("specdec.round") as child:
             yield child
 

@@ -38,19 +38,19 @@ class Draft:
     fallback_reason: str = ""
     """Why there is no draft although one was wanted; empty: nothing went wrong."""
     fallback_code: str = "unavailable"
-    """Kind of reason, one of a few: "opening", "busy", or a status code's name in lower case; means something
-    with a reason only."""
+    """Kind of reason, one of a few: "opening", "busy", or a status code's name in lower case; it has a
+    meaning only with a reason."""
     parent_indices: tuple[int, ...] = ()
-    """Of a draft tree, see DraftTree; empty: a chain."""
+    """The parents of a draft tree's tokens, see DraftTree; empty: a chain."""
     proposals: tuple[Proposal, ...] = ()
     """Who proposed what, if several were asked."""
     is_first: bool = False
-    """Whether it is a drafter session's first, which reads all that was before: its time is not the usual."""
+    """Whether it is its session's first draft, which reads all that was before: its time is not the usual."""
 
     @property
     def is_complete(self) -> bool:
         """Whether everyone who was asked answered in time."""
-        return not (self.fallback_reason or any(one.fallback_reason for one in self.proposals))
+        return not (self.fallback_reason or any(proposal.fallback_reason for proposal in self.proposals))
 
     @property
     def tree(self) -> DraftTree:
@@ -66,7 +66,7 @@ class Proposal:
     nodes: frozenset[int] = frozenset()
     """Which of the draft's tokens it proposed."""
     fallback_reason: str = ""
-    """Why it was left out of the round; empty: it was not."""
+    """Why the drafter was left out of the round; empty: it was not."""
     fallback_code: str = "unavailable"
     """Kind of reason, see Draft."""
 
@@ -78,7 +78,7 @@ class Verified:
     num_accepted_tokens: int
     bonus_token_id: int
     finish_reason: str = ""
-    """Why the generation ended with the bonus token; empty: it did not."""
+    """Why the generation ended with the bonus token; empty: it goes on."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     server_ns: int = 0
     """Time the verifier itself took, nanoseconds."""
@@ -89,7 +89,7 @@ class Verified:
     batch_size: int = 1
     """Items of that pass."""
     batch_tokens: int = 1
-    """Tokens of all of them."""
+    """Tokens of all items of that pass."""
     target_state: StateHandle | None = None
     """Where the drafter finds the target's state as of this answer."""
     accepted_node_indices: tuple[int, ...] = ()
@@ -117,13 +117,13 @@ class Round:
 
     @property
     def phases_ns(self) -> dict[str, int]:
-        """Time of each phase, nanoseconds; of "draft" only where a drafter was asked."""
+        """Time of each phase, nanoseconds; "draft" is left out where nobody was asked to draft."""
         phases = {"verify": self.verified.server_ns, "transport": self.transport_ns}
         return {"draft": self.draft.server_ns, **phases} if self.draft.elapsed_ns else phases
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """What the round commits, all of it the target's picks."""
+        """The tokens that the round commits, all of them picks of the target."""
         accepted = (self.draft.token_ids[node] for node in self.verified.path)
         return (*accepted, self.verified.bonus_token_id)
 
@@ -133,7 +133,7 @@ class StateHandle(Protocol):
 
     @property
     def session_id(self) -> str:
-        """Whose state it is; another one after the verifier was lost."""
+        """Id of the verifier's session whose state it is; it changes after a verifier was lost."""
 
     @property
     def cached_length(self) -> int:
@@ -148,9 +148,9 @@ class DraftRequest:
     """Prompt and output so far."""
     size: DraftSize
     traceparent: str = ""
-    """Of the round's span; empty: it is not traced."""
+    """Context of the round's span; empty: the round is not traced."""
     target_state: StateHandle | None = None
-    """The target's, as of the last committed token but one; None: none is exported."""
+    """The target's state as of the last committed token but one; None: it is not exported."""
 
 
 class VerifierSession(Protocol):
@@ -179,8 +179,8 @@ class DraftSource(Protocol):
 class SizeControl(Protocol):
     """Decides how much a generation drafts."""
 
-    def choose(self, most: int) -> DraftSize:
-        """Size of the next round's draft, K no more than `most`."""
+    def choose(self, limit: int) -> DraftSize:
+        """Size of the next round's draft, K no more than `limit`."""
 
-    def observe(self, size: DraftSize, this: Round) -> None:
+    def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn from a round whose draft had that size."""
