@@ -153,7 +153,7 @@ def test_commands_and_options_in_the_text_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_environment_variables_are_read_somewhere(page: Path) -> None:
-    sources = (*SOURCES, Path("tests/fuzz/conftest.py"))
+    sources = (*SOURCES, Path("tests/fuzz/world.py"))
     source = "".join((REPOSITORY / path).read_text() for path in sources)
     of_options = set(re.findall(r"SPECDEC_\w+", text_of(CONFIGURATION)))
     for name in re.findall(r"\bSPECDEC_[A-Z_]*[A-Z]\b", text_of(page)):
