@@ -22,7 +22,7 @@ from transformers import (
 
 VOCAB_SIZE = 260
 """256 bytes and four special tokens."""
-EOS = 257
+BOS, EOS = 256, 257
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -37,7 +37,7 @@ _COMMON = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 512,
-    "bos_token_id": 256,
+    "bos_token_id": BOS,
     "eos_token_id": EOS,
     "pad_token_id": 258,
     # Large weights make the tiny model opinionated: its logits differ by far more than rounding.

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -44,12 +47,8 @@ class TextCodec:
         config = _read_json(folder / "tokenizer_config.json")
         template_file = folder / "chat_template.jinja"
         template = template_file.read_text() if template_file.is_file() else _inline_template(config)
-        special = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token") and value
-        }
-        return cls(load_tokenizer(folder), template, special, vocabulary_fingerprint(folder))
+        special_tokens = _named_special_tokens(folder, config)
+        return cls(load_tokenizer(folder), template, special_tokens, vocabulary_fingerprint(folder))
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of a conversation of (role, content), up to where the assistant's answer starts.
@@ -71,6 +70,8 @@ class TextCodec:
         try:
             text = self._template.render(
                 messages=[{"role": role, "content": content} for role, content in messages],
+                tools=None,  # defined, as transformers defines them
+                documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
             )
@@ -209,6 +210,18 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InvalidArgumentError(f"{path} cannot be parsed: {error}", field="tokenizer") from error
 
 
+def _named_special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The tokens that a template may name ("bos_token"), found where transformers finds them."""
+    if "added_tokens_decoder" not in config:  # older checkpoints keep the names in a file of their own
+        config = {**config, **_read_json(folder / "special_tokens_map.json")}
+    extra = config.get("extra_special_tokens")
+    named = {**config, **(extra if isinstance(extra, dict) else {})}
+    texts = {
+        name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()
+    }
+    return {name: text for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)}
+
+
 def _inline_template(config: Mapping[str, Any]) -> str:
     """Older checkpoints keep the template, or several named ones, in tokenizer_config.json."""
     template = config.get("chat_template") or ""
@@ -218,10 +231,21 @@ def _inline_template(config: Mapping[str, Any]) -> str:
     return str(template)
 
 
+class _GenerationTag(Extension):
+    """`{% generation %}`: marks what an assistant said, for training; here it adds nothing to the text."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The statements between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _compile(chat_template: str) -> Template:
     """Chat templates come with a model and are run in a sandbox, with the functions transformers offers."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.globals["raise_exception"] = _raise_template_error
     environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
