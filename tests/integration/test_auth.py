@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -19,11 +20,16 @@ from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
 from specdec.cli.main import main
 from specdec.client import AsyncClient, GenerateOptions
-from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
+from specdec.contract.errors import (
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
 from specdec.service.auth import CALLER, Caller, Limits
 from specdec.service.exporters import make_telemetry
 from specdec.v1 import gateway_pb2
-from tests.integration.gated_drafter import Gate, eventually_offers
+from tests.integration.gated_drafter import Gate, eventually, eventually_offers
 from tests.systems import running_drafter, running_gateway, running_verifier
 
 PROMPT = [5, 6, 7]
@@ -54,10 +60,11 @@ def tokens(tmp_path: Path) -> Path:
 async def guarded(model: Path, tokens: Path) -> AsyncIterator[tuple[str, Gate]]:
     """A gateway that wants a token, and the gate of its drafter "gated"."""
     gate = Gate()
+    options = {"auth_tokens": str(tokens), "default_max_new_tokens": 12}
     async with (
         running_verifier(model) as (verifier, _),
         running_drafter("gated", families=gate.families) as (drafter, _),
-        running_gateway(model, verifier=verifier, drafter=drafter, auth_tokens=str(tokens)) as (gateway, _),
+        running_gateway(model, verifier=verifier, drafter=drafter, **options) as (gateway, _),
     ):
         try:
             yield gateway, gate
@@ -94,7 +101,8 @@ async def test_nothing_but_health_works_without_a_token(tiny_llama: Path, tokens
 
 async def test_limits_are_each_callers_own(tiny_llama: Path, tokens: Path) -> None:
     limits = "max_concurrent_requests = 1\nmax_new_tokens = 8\nrequests_per_minute = 4"
-    write(tokens, entry("small", name="small", more=limits) + entry("large", name="large"))
+    more_than_usual = entry("large", name="large", more="max_new_tokens = 400")
+    write(tokens, entry("small", name="small", more=limits) + more_than_usual)
     gated = GenerateOptions(method="gated", max_new_tokens=5, ignore_eos=True, draft_depth=2)
     async with (
         guarded(tiny_llama, tokens) as (address, gate),
@@ -114,8 +122,9 @@ async def test_limits_are_each_callers_own(tiny_llama: Path, tokens: Path) -> No
         with pytest.raises(InvalidArgumentError, match="this token may have 8") as long:
             await small.generate(PROMPT, GenerateOptions(max_new_tokens=9))
         assert long.value.field == "max_new_tokens"
-        unsaid = await small.generate(PROMPT, GenerateOptions(method="none", ignore_eos=True))
-        assert len(unsaid.token_ids) == 8
+        unsaid = GenerateOptions(method="none", ignore_eos=True)
+        assert len((await small.generate(PROMPT, unsaid)).token_ids) == 8
+        assert len((await large.generate(PROMPT, unsaid)).token_ids) == 12, "the gateway's own default"
         for _ in range(2):
             await small.generate(PROMPT, SHORT)
         with pytest.raises(ResourceExhaustedError, match="a minute") as used_up:
@@ -123,6 +132,44 @@ async def test_limits_are_each_callers_own(tiny_llama: Path, tokens: Path) -> No
         assert used_up.value.retry_after_s is not None
         assert 0 < used_up.value.retry_after_s <= 60
         assert len((await large.generate(PROMPT, SHORT)).token_ids) == 3
+
+
+async def test_who_gave_up_or_failed_may_ask_again(tiny_llama: Path, tokens: Path) -> None:
+    write(tokens, entry("one", more="max_concurrent_requests = 1"))
+    async with guarded(tiny_llama, tokens) as (address, _), AsyncClient(address, token="one") as client:
+
+        async def is_let_in() -> bool:
+            try:
+                await client.generate(PROMPT, SHORT)
+            except ResourceExhaustedError:
+                return False
+            return True
+
+        async with client.stream(PROMPT, replace(SHORT, max_new_tokens=400)) as stream:
+            await anext(aiter(stream))
+            assert not await is_let_in()
+        await eventually(is_let_in)
+        with pytest.raises(InvalidArgumentError):
+            await client.generate([10**6], SHORT)
+        assert await is_let_in()
+
+
+@pytest.mark.parametrize("error", [UnavailableError("lost"), ValueError("defect"), asyncio.CancelledError()])
+def test_a_request_is_no_longer_counted_however_it_ended(error: BaseException) -> None:
+    limits = CallerLimits()
+    token = CALLER.set(Caller("one", Limits(max_concurrent_requests=1)))
+    try:
+        for _ in range(2):
+            with pytest.raises(type(error)), limits.admitted(None, 256):
+                raise error
+        assert limits.num_known == 0
+        with limits.admitted(None, 256):
+            assert limits.num_known == 1
+            with pytest.raises(ResourceExhaustedError), limits.admitted(None, 256):
+                raise AssertionError("a second request at a time")
+        assert limits.num_known == 0
+    finally:
+        CALLER.reset(token)
 
 
 def test_callers_that_ask_no_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +201,20 @@ async def test_a_changed_file_is_followed_and_a_bad_one_is_not(tiny_llama: Path,
             async with AsyncClient(address, token=bad) as client:
                 with pytest.raises(UnauthenticatedError):
                     await client.info()
+
+
+async def test_a_change_is_read_once(tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = TokenFile(tokens)
+    caplog.set_level("INFO", "gateway.callers")
+    for text, token, event in (
+        (entry("second"), "second", "tokens changed"),
+        ("no toml [[", "second", "a changed token file is not used"),
+    ):
+        write(tokens, text)
+        caplog.clear()
+        for _ in range(3):
+            await file.authenticate({"authorization": f"Bearer {token}"})
+        assert [record.message for record in caplog.records] == [event]
 
 
 class OnlyTuesdays:
