@@ -28,7 +28,10 @@ async def resolve_name(uri: str) -> list[str]:
     """
     port = uri.rpartition(":")[2]
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host_of(uri), int(port), type=socket.SOCK_STREAM)
+    try:
+        found = await loop.getaddrinfo(host_of(uri), int(port), type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # a part of the name is empty or too long to be asked for
+        raise OSError(f"{uri} does not hold a host name: {error}") from error
     addresses = {(family, address[0]) for family, _, _, _, address in found}
     return sorted(
         f"ipv6:[{ip}]:{port}" if family == socket.AF_INET6 else f"ipv4:{ip}:{port}"

@@ -104,7 +104,8 @@ class ReplicaSet(Generic[InfoT]):
             for address in found - self._watches.keys():
                 # The certificate is made out to the name, not to each address it has.
                 self._add(address, server_name=host_of(uri))
-            for address in mine - found:
+            # Another name that had the address may have removed it.
+            for address in (mine - found) & self._watches.keys():
                 # One in use, or that answers health checks, stays: it may have left the name only to drain.
                 if (replica := self._watches[address].replica).num_sessions or replica.is_ready:
                     found.add(address)

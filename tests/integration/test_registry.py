@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from drafter_service.server import DrafterServer
+from gateway.replicas import replica
+from gateway.replicas.replica_set import ReplicaSet
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, VerifierInfo
-from specdec.contract.errors import UnavailableError
+from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.service.exporters import make_telemetry
 from tests.integration.gated_drafter import WAIT_S, Gate, eventually
 from tests.systems import ANY_PORT, running_drafter, running_gateway, running_verifier
@@ -23,6 +29,7 @@ from verifier_service.config import VerifierConfig
 from verifier_service.server import VerifierServer
 
 OPTIONS = GenerateOptions(method="none", max_new_tokens=4)
+SERVING = health_pb2.HealthCheckResponse.SERVING
 EVERY_BYTE = list(range(256))
 """A prompt after which prompt lookup of single tokens always has a guess."""
 
@@ -274,6 +281,63 @@ class TestHealth:
                     await client.generate([1, 2], OPTIONS)
                 assert caught.value.reason == "NO_REPLICA"
                 assert caught.value.retry_after_s
+
+    @pytest.mark.parametrize(
+        ("code", "answer"),
+        [
+            (grpc.StatusCode.OK, None),
+            (grpc.StatusCode.UNIMPLEMENTED, None),
+            (None, InvalidArgumentError("of no use")),
+            (None, ValueError("nonsense")),
+        ],
+        ids=["it ends", "no health service", "refused", "nonsense"],
+    )
+    async def test_a_watch_that_ended_begins_again_after_a_pause(
+        self, code: grpc.StatusCode | None, answer: Exception | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pause_s = 0.1
+        monkeypatch.setattr(replica, "_RETRY_S", pause_s)
+        monkeypatch.setattr(replica, "_REFUSED_RETRY_S", pause_s)
+        health = ShortWatches(code)
+
+        async def get_info(channel: grpc.aio.Channel) -> object:
+            assert answer
+            raise answer
+
+        server = grpc.aio.server()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        port = server.add_insecure_port(ANY_PORT)
+        await server.start()
+        # Without a name of a service the channel itself watches nothing.
+        watching = ReplicaSet("", [f"127.0.0.1:{port}"], get_info=get_info, check=lambda info: None)
+        try:
+            await eventually(lambda: len(health.begun) >= 3)
+            assert min(after - before for before, after in pairwise(health.begun)) > 0.9 * pause_s
+            assert not watching.num_ready
+            assert watching.replicas[0].reason != "not serving yet"
+        finally:
+            await watching.close()
+            await server.stop(0)
+
+
+class ShortWatches(health_pb2_grpc.HealthServicer):
+    """Health whose watches end with a code at once; None: they go on, SERVING."""
+
+    def __init__(self, code: grpc.StatusCode | None) -> None:
+        self._code = code
+        self.begun: list[float] = []
+
+    async def Watch(  # noqa: N802
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse],
+    ) -> None:
+        self.begun.append(time.monotonic())
+        if self._code is None:
+            await context.write(health_pb2.HealthCheckResponse(status=SERVING))
+            await asyncio.Event().wait()
+        elif self._code is not grpc.StatusCode.OK:
+            await context.abort(self._code)
 
 
 class TestFitting:

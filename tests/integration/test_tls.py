@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.config import GatewayConfig
+from gateway.replicas import replica
 from gateway.replicas.services import VerifierSet, make_verifier_set
 from specdec.client import AsyncClient, Client, GenerateOptions
 from specdec.contract.errors import (
@@ -25,6 +26,7 @@ from specdec.contract.errors import (
     UnavailableError,
 )
 from specdec.contract.target_state import StateStorage
+from specdec.models.files import vocabulary_fingerprint
 from specdec.service.exporters import make_telemetry
 from specdec.transport.channel import TlsConfig
 from specdec.transport.tls import OutgoingTls, PemFiles, PemWatch
@@ -38,6 +40,11 @@ from verifier_service.server import VerifierServer
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 OPTIONS = GenerateOptions(max_new_tokens=16, ignore_eos=True, method="probe", draft_depth=3)
 REFUSED = "CERTIFICATE_VERIFY_FAILED"
+
+
+@pytest.fixture(autouse=True)
+def quick_look_at_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "_TLS_CHECK_S", 0.05)
 
 
 @pytest.fixture
@@ -262,6 +269,31 @@ async def test_a_gateway_says_why_it_refuses_a_verifier(
             await until_described(verifiers, lambda text: REFUSED in text or "Hostname" in text)
             with pytest.raises(UnavailableError, match="No VerifierService replica is ready"):
                 verifiers.pick()
+        finally:
+            await verifiers.close()
+
+
+@pytest.mark.parametrize("named", ["verifiers.example", "others.example"])
+async def test_replicas_of_a_name_must_show_a_certificate_of_that_name(
+    named: str, tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
+) -> None:
+    """As behind a headless service: the certificate has the name, and none of the addresses."""
+    files.write(authority.issue(names=(x509.DNSName(named),)), authority)
+    tls = outgoing(tmp_path / "caller", authority, authority.issue())
+    async with running_verifier(tiny_llama, **files.options) as (address, _):
+        port = address.rpartition(":")[2]
+
+        async def resolve(uri: str) -> list[str]:
+            return [f"ipv4:127.0.0.1:{port}"]
+
+        name = f"dns:///verifiers.example:{port}"
+        verifiers = make_verifier_set([name], vocabulary_fingerprint(tiny_llama), resolve=resolve, tls=tls)
+        try:
+            if named == "verifiers.example":
+                await until_described(verifiers, lambda text: text.endswith("does not suit"))
+                assert verifiers.pick().is_ready
+            else:
+                await until_described(verifiers, lambda text: "Hostname" in text)
         finally:
             await verifiers.close()
 

@@ -1,0 +1,195 @@
+"""A verifier session that outlives its verifier, over sessions made up: who is asked, leased and closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from typing import Self
+
+import pytest
+import pytest_asyncio
+from gateway.replicas.replicas import Replica
+
+from gateway.replicas import failover
+from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
+from gateway.rounds.vocabulary import Verified
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InternalError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnavailableError,
+)
+
+PROMPT = [1, 2]
+LOST = UnavailableError("it was lost")
+FULL = ResourceExhaustedError("every slot is taken")
+
+
+class Session:
+    """Emits one token after the other: 10, 11, ... It fails as told, in opening or in its first round."""
+
+    def __init__(self, world: World, uri: str, committed: Sequence[int]) -> None:
+        self.world, self.uri, self.committed = world, uri, list(committed)
+        self.failure = world.failures.pop(0) if world.failures else None
+        self.num_closed = 0
+
+    async def __aenter__(self) -> Self:
+        assert not any(other.is_open for other in self.world.sessions), "the lost one is closed first"
+        self.world.sessions.append(self)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.num_closed += 1
+
+    @property
+    def is_open(self) -> bool:
+        return not self.num_closed
+
+    async def open(self, traceparent: str) -> Verified:
+        if self.failure:
+            raise self.failure
+        return Verified(0, 10 + len(self.committed))
+
+    async def verify(
+        self,
+        base_committed_length: int,
+        draft_token_ids: Sequence[int],
+        traceparent: str,
+        parent_indices: Sequence[int] = (),
+    ) -> Verified:
+        if self is self.world.sessions[0]:
+            raise LOST
+        return Verified(len(draft_token_ids), 99)
+
+
+class World:
+    """Two replicas; the first loses its session in the first round, and the second takes it over.
+
+    Args:
+        failures: of the sessions in the order they are made; None: it opens.
+    """
+
+    def __init__(self, failures: Sequence[SpecdecError | None] = ()) -> None:
+        self.failures = list(failures)
+        self.sessions: list[Session] = []
+        self.lost: list[str] = []
+        self.num_picked = 0
+        self.first: VerifierReplica = Replica("127.0.0.1:1", "")
+        self.second: VerifierReplica = Replica("127.0.0.1:2", "")
+
+    def pick(self) -> VerifierReplica:
+        self.num_picked += 1
+        return self.second
+
+    def session(self, *, wait_s: float = 20.0) -> LastingVerifierSession:
+        return LastingVerifierSession(
+            self.first,
+            lambda replica, committed: Session(self, replica.uri, committed),
+            self.pick,
+            prompt_token_ids=PROMPT,
+            wait_s=wait_s,
+            on_lost=self.lost.append,
+        )
+
+    def assert_all_is_given_back(self) -> None:
+        assert [session.num_closed for session in self.sessions] == [1] * len(self.sessions)
+        assert (self.first.num_sessions, self.second.num_sessions) == (0, 0)
+
+
+@pytest_asyncio.fixture
+async def make_world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., World]]:
+    monkeypatch.setattr(failover, "_RETRY_S", 0.01)
+    worlds: list[World] = []
+
+    def make(*failures: SpecdecError | None) -> World:
+        worlds.append(World(failures))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        await world.first.close()
+        await world.second.close()
+
+
+async def test_who_takes_a_session_over_is_leased_and_told_what_was_committed(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world()
+    async with world.session() as session:
+        assert (await session.open("")).bonus_token_id == 12
+        assert world.second.num_sessions == 0
+        taken_over = await session.verify(3, [7, 8], "")
+        assert (taken_over.num_accepted_tokens, taken_over.bonus_token_id) == (0, 13)
+        assert world.second.num_sessions == 1
+        await session.verify(4, [5, 6], "")
+        assert [one.committed for one in world.sessions] == [[1, 2], [1, 2, 12]]
+        assert [one.uri for one in world.sessions] == ["127.0.0.1:1", "127.0.0.1:2"]
+        assert [one.is_open for one in world.sessions] == [False, True]
+    assert world.lost == ["it was lost"]
+    world.assert_all_is_given_back()
+
+
+async def test_who_is_full_or_lost_as_well_is_asked_again(make_world: Callable[..., World]) -> None:
+    world = make_world(None, FULL, UnavailableError("lost again"), FULL, None)
+    async with world.session() as session:
+        await session.open("")
+        assert (await session.verify(3, [], "")).bonus_token_id == 13
+        assert (world.num_picked, world.second.num_sessions) == (4, 1)
+    assert world.lost == ["it was lost"], "one loss, however often somebody was asked"
+    world.assert_all_is_given_back()
+
+
+async def test_a_session_that_never_opened_is_taken_over_as_well(make_world: Callable[..., World]) -> None:
+    world = make_world(LOST)
+    async with world.session() as session:
+        assert (await session.open("")).bonus_token_id == 12
+        assert [one.committed for one in world.sessions] == [PROMPT, PROMPT]
+    world.assert_all_is_given_back()
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.2])
+async def test_where_nobody_takes_it_in_time_the_loss_is_told(
+    wait_s: float, make_world: Callable[..., World]
+) -> None:
+    world = make_world(None, *[FULL] * 1000)
+    async with world.session(wait_s=wait_s) as session:
+        await session.open("")
+        with pytest.raises(UnavailableError, match="it was lost"):
+            await session.verify(3, [], "")
+    assert world.num_picked == 1 if wait_s == 0 else 2 <= world.num_picked <= 20
+    world.assert_all_is_given_back()
+
+
+@pytest.mark.parametrize("error", [InternalError("a defect"), FailedPreconditionError("another vocabulary")])
+async def test_what_another_try_would_meet_again_is_told_at_once(
+    error: SpecdecError, make_world: Callable[..., World]
+) -> None:
+    world = make_world(None, error, None)
+    async with world.session() as session:
+        await session.open("")
+        with pytest.raises(type(error), match=error.message):
+            await session.verify(3, [], "")
+    assert world.num_picked == 1
+    world.assert_all_is_given_back()
+
+
+async def test_who_gives_up_waiting_leaves_nothing_behind(make_world: Callable[..., World]) -> None:
+    world = make_world(None, *[FULL] * 10_000)
+
+    async def generate() -> None:
+        async with world.session() as session:
+            await session.open("")
+            await session.verify(3, [], "")
+
+    waiting = asyncio.create_task(generate())
+    async with asyncio.timeout(20):
+        while world.num_picked < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert world.second.num_sessions == 1
+    waiting.cancel()
+    with suppress(asyncio.CancelledError):
+        await waiting
+    assert waiting.cancelled()
+    world.assert_all_is_given_back()
