@@ -32,10 +32,11 @@ class Authority:
         """Its own certificate."""
         return self._ca.cert_pem.bytes()
 
-    def issue(self, *names: str, days: int = 30) -> Issued:
-        """A certificate for server and client, of this host and of `names`; `days` < 0: expired."""
+    def issue(self, *names: str, days: int = 30, is_local: bool = True) -> Issued:
+        """A certificate for server and client, of `names` and of this host unless not `is_local`; `days` < 0:
+        it has expired."""
         not_after = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
-        issued = self._ca.issue_cert(*LOCAL, *names, not_after=not_after)
+        issued = self._ca.issue_cert(*(LOCAL if is_local else ()), *names, not_after=not_after)
         return Issued(issued.cert_chain_pems[0].bytes(), issued.private_key_pem.bytes())
 
 

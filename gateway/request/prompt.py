@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import nullcontext
 
 from gateway.request.backends import Backends
 from gateway.request.text import TextCodec
@@ -28,8 +27,17 @@ async def tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, con
             field="prompt",
             reason="PROMPT_TOO_LONG",
         )
-    async with backends.long_texts if num_bytes > _LONG_TEXT_BYTES else nullcontext():
-        return await asyncio.to_thread(_encode, request, backends.codec)
+    if num_bytes > _LONG_TEXT_BYTES:
+        return await _encode_in_turn(request, backends)
+    return await asyncio.to_thread(_encode, request, backends.codec)
+
+
+async def _encode_in_turn(request: gateway_pb2.GenerateRequest, backends: Backends) -> list[int]:
+    """Encode a long text. Its thread keeps the turn to its end, although nobody may wait for it any more."""
+    await backends.long_texts.acquire()
+    encoding = asyncio.ensure_future(asyncio.to_thread(_encode, request, backends.codec))
+    encoding.add_done_callback(lambda _: backends.long_texts.release())
+    return await asyncio.shield(encoding)
 
 
 def _num_text_bytes(request: gateway_pb2.GenerateRequest) -> int:

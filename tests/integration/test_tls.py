@@ -278,7 +278,7 @@ async def test_replicas_of_a_name_must_show_a_certificate_of_that_name(
     named: str, tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
 ) -> None:
     """As behind a headless service: the certificate has the name, and none of the addresses."""
-    files.write(authority.issue(names=(x509.DNSName(named),)), authority)
+    files.write(authority.issue(named, is_local=False), authority)
     tls = outgoing(tmp_path / "caller", authority, authority.issue())
     async with running_verifier(tiny_llama, **files.options) as (address, _):
         port = address.rpartition(":")[2]

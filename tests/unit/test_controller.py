@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from gateway.rounds.controller import Controller, FixedSize, SizeControl
-from gateway.rounds.vocabulary import Draft, DraftSize, Round, Verified
+from gateway.rounds.vocabulary import Draft, DraftSize, Proposal, Round, Verified
 
 MS = 1_000_000
 
@@ -29,6 +29,7 @@ class World:
         batch_size: sessions in every pass, all drafting as this one does.
         gain: by how much a tree raises the rate.
         queue_share: time an item waits for its pass, over the pass.
+        transport_ms: time an answer of the verifier is on the wire.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class World:
         batch_size: int = 1,
         gain: float = 0.0,
         queue_share: float = 0.0,
+        transport_ms: int = 1,
     ) -> None:
         self.pass_ms, self.draft_ms, self.rate = pass_ms, draft_ms, rate
         self.batch_size, self.gain, self.queue_share = batch_size, gain, queue_share
+        self.transport_ns = transport_ms * MS
         self._random = random.Random(0)
 
     def round(self, size: DraftSize) -> Round:
@@ -60,7 +63,7 @@ class World:
             accepted,
             0,
             server_ns=int(compute_ns * (1 + self.queue_share)),
-            elapsed_ns=int(compute_ns * (1 + self.queue_share)) + MS,
+            elapsed_ns=int(compute_ns * (1 + self.queue_share)) + self.transport_ns,
             compute_ns=compute_ns,
             batch_size=self.batch_size,
             batch_tokens=num_tokens,
@@ -162,6 +165,11 @@ def test_a_queue_is_no_reason_to_draft() -> None:
     assert learned(busy) == DraftSize(0)
 
 
+def test_drafts_are_longer_where_every_answer_comes_a_long_way() -> None:
+    near, far = (World(steep, lambda k: 2.0, 0.8, transport_ms=ms) for ms in (0, 80))
+    assert 0 < learned(near).num_draft_tokens < learned(far).num_draft_tokens - 2
+
+
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 0.85])
 def test_the_choice_is_nearly_the_best(rate: float) -> None:
     world = World(lambda n: 35 + 1.0 * n, lambda k: 2.5 * k, rate)
@@ -234,6 +242,19 @@ def test_trees_grow_only_while_it_pays() -> None:
     assert max(tried(World(steep, lambda k: 2.0, 0.5, gain=0.05))) <= 16
 
 
+def test_what_is_not_the_best_is_tried_now_and_then() -> None:
+    """None, shorter and longer drafts, and the budgets next to the best one."""
+    control = session(Controller(), Replica(), (0, 8, 16, 32))
+    sizes = run(control, World(lambda n: 40 + 1.5 * n, lambda k: 3.0 * k, 0.5, gain=0.2), 600)[200:]
+    best = usual(sizes)
+    assert best.num_draft_nodes == 8
+    assert 0.8 * len(sizes) < sizes.count(best) < len(sizes)
+    assert DraftSize(0) in sizes
+    same_budget = [size.num_draft_tokens for size in sizes if size.num_draft_nodes == 8]
+    assert min(same_budget) < best.num_draft_tokens < max(same_budget)
+    assert {0, 16} <= {size.num_draft_nodes for size in sizes if size.num_draft_tokens}
+
+
 def test_no_tree_is_deeper_than_it_has_nodes() -> None:
     control = session(Controller(), Replica(), (0, 8))
     sizes = run(control, World(flat, lambda k: 0.1, 0.6, gain=0.38), 400)
@@ -260,14 +281,21 @@ def test_the_load_is_followed() -> None:
     assert usual(run(control, quiet, 600)[300:]).draft_depth > 0
 
 
-def test_a_lost_drafter_says_nothing_of_drafts() -> None:
+@pytest.mark.parametrize(
+    "lost",
+    [
+        Draft(elapsed_ns=2_000 * MS, fallback_reason="no draft within 2 s"),
+        Draft((5,), elapsed_ns=2_000 * MS, proposals=(Proposal("a", fallback_reason="late"), Proposal("b"))),
+    ],
+    ids=["the only one", "one of two"],
+)
+def test_a_lost_drafter_says_nothing_of_drafts(lost: Draft) -> None:
     controller, replica = Controller(), Replica()
     world = World(flat, lambda k: 1.0, 0.9)
     control = session(controller, replica)
     run(control, world, 200)
     for _ in range(50):
         size = control.choose(1000)
-        lost = Draft(elapsed_ns=2_000 * MS, fallback_reason="no draft within 2 s")
         control.observe(size, Round(lost, world.round(DraftSize(0)).verified))
     assert usual(run(control, world, 20)).draft_depth > 8
 

@@ -16,6 +16,7 @@ from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
 from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
 from drafter_service.host import DrafterHost
+from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import (
@@ -103,8 +104,9 @@ def session(
     weights: TargetWeights,
     token_ids: tuple[int, ...] = PROMPT,
     sampling: SamplingParams = SAMPLED,
+    max_length: int = 40,
 ) -> DraftSession:
-    opened = drafter.open(OpenDraft(token_ids, len(token_ids), 40, sampling))
+    opened = drafter.open(OpenDraft(token_ids, len(token_ids), max_length, sampling))
     opened.view, opened.target_weights = state(drafter, len(token_ids) - 1), weights
     return opened
 
@@ -124,6 +126,17 @@ def test_rows_of_the_head_that_no_token_has_change_nothing(
     assert isinstance(plain, list)
     assert len(plain) == K
     assert propose(drafter, *padded)[0] == plain
+
+
+def test_drafts_end_where_the_generation_does(drafter: Drafter) -> None:
+    weights = target_weights(drafter)
+    rooms = range(K + 2)
+    sessions = [session(drafter, weights, max_length=len(PROMPT) + room) for room in rooms]
+    assert [len(draft) for draft in propose(drafter, *sessions)] == [0, 1, 2, 3, 3]  # type: ignore[arg-type]
+    sessions = [session(drafter, weights, max_length=len(PROMPT) + room) for room in rooms]
+    nothing, *trees = drafter.propose([DraftItem(drafter, one, K, 1, 64) for one in sessions])
+    assert nothing == []
+    assert [tree.depth for tree in trees if isinstance(tree, DraftTree)] == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED])

@@ -52,7 +52,9 @@ def training(
     data: TokenData,
     out: Path,
     *,
-    steps: int,
+    steps: int = 0,
+    minutes: float = 20.0,
+    evaluate_minutes: float = 2.0,
     num_batches: float = math.inf,
     seed: int = 0,
     max_length: int = 512,
@@ -62,6 +64,8 @@ def training(
     config = LoopConfig(
         out,
         steps=steps,
+        minutes=minutes,
+        evaluate_minutes=evaluate_minutes,
         warmup_steps=10,
         learning_rate=3e-3,
         tokens_per_step=256,
@@ -92,6 +96,26 @@ def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) 
     assert after.length > before.length + 0.1
     assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.5
     assert run.history.step == 120
+
+
+def test_a_run_takes_the_minutes_it_is_given(
+    calm: Path, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With steps of 30 seconds, by a clock that is made up."""
+    run = training(calm, data, tmp_path, minutes=2.5, evaluate_minutes=1.0)
+    monkeypatch.setattr("drafter_service.training.loop.time.perf_counter", count(0, 30).__next__)
+    progress, parameter = [], next(run.trainee.parameters())
+
+    def loss(features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
+        progress.append(run.progress)
+        return parameter.square().sum()
+
+    run.trainee.loss = loss  # type: ignore[method-assign]
+    run.trainee.accepted = lambda features, num_draft_tokens: [[0]]  # type: ignore[method-assign]
+    run.run()
+    assert progress == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
+    assert (run.history.step, run.history.seconds, run.progress) == (5, 150.0, 1.0)
+    assert [step for step, _ in run.history.acceptance] == [2, 4]
 
 
 def test_held_out_answers_are_cut_as_those_trained_on(calm: Path, data: TokenData, tmp_path: Path) -> None:
