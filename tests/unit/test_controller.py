@@ -167,7 +167,7 @@ def test_a_queue_is_no_reason_to_draft() -> None:
 
 def test_drafts_are_longer_where_every_answer_comes_a_long_way() -> None:
     near, far = (World(steep, lambda k: 2.0, 0.8, transport_ms=ms) for ms in (0, 80))
-    assert 0 < learned(near).num_draft_tokens < learned(far).num_draft_tokens - 2
+    assert 0 < learned(near).num_draft_tokens < learned(far).num_draft_tokens
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 0.85])
@@ -244,15 +244,19 @@ def test_trees_grow_only_while_it_pays() -> None:
 
 def test_what_is_not_the_best_is_tried_now_and_then() -> None:
     """None, shorter and longer drafts, and the budgets next to the best one."""
+
+    class Steady(World):
+        def round(self, size: DraftSize) -> Round:
+            this = super().round(size)
+            accepted = min(size.num_draft_tokens, 3 if size.num_draft_nodes else 1)
+            return replace(this, verified=replace(this.verified, num_accepted_tokens=accepted))
+
     control = session(Controller(), Replica(), (0, 8, 16, 32))
-    sizes = run(control, World(lambda n: 40 + 1.5 * n, lambda k: 3.0 * k, 0.5, gain=0.2), 600)[200:]
-    best = usual(sizes)
-    assert best.num_draft_nodes == 8
-    assert 0.8 * len(sizes) < sizes.count(best) < len(sizes)
-    assert DraftSize(0) in sizes
-    same_budget = [size.num_draft_tokens for size in sizes if size.num_draft_nodes == 8]
-    assert min(same_budget) < best.num_draft_tokens < max(same_budget)
-    assert {0, 16} <= {size.num_draft_nodes for size in sizes if size.num_draft_tokens}
+    sizes = run(control, Steady(lambda n: 40 + 1.5 * n, lambda k: 3.0 * k, 0.0), 600)[200:]
+    assert usual(sizes) == DraftSize(3, 8)
+    assert sizes.count(DraftSize(3, 8)) > 0.8 * len(sizes)
+    for other in (DraftSize(0), DraftSize(2, 8), DraftSize(4, 8), DraftSize(4, 0), DraftSize(4, 16)):
+        assert other in sizes
 
 
 def test_no_tree_is_deeper_than_it_has_nodes() -> None:
