@@ -167,7 +167,7 @@ def test_a_queue_is_no_reason_to_draft() -> None:
 
 def test_drafts_are_longer_where_every_answer_comes_a_long_way() -> None:
     near, far = (World(steep, lambda k: 2.0, 0.8, transport_ms=ms) for ms in (0, 80))
-    assert 0 < learned(near).num_draft_tokens < learned(far).num_draft_tokens
+    assert 0 < learned(near).draft_depth < learned(far).draft_depth
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.7, 0.85])
@@ -248,7 +248,7 @@ def test_what_is_not_the_best_is_tried_now_and_then() -> None:
     class Steady(World):
         def round(self, size: DraftSize) -> Round:
             this = super().round(size)
-            accepted = min(size.num_draft_tokens, 3 if size.num_draft_nodes else 1)
+            accepted = min(size.draft_depth, 3 if size.draft_nodes else 1)
             return replace(this, verified=replace(this.verified, num_accepted_tokens=accepted))
 
     control = session(Controller(), Replica(), (0, 8, 16, 32))
