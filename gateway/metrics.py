@@ -24,6 +24,11 @@ _FIRST_TOKEN_TIMES_S = (
 _TOKEN_TIMES_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 
 
+def outcome_of(error: Exception) -> str:
+    """How a request that failed is counted: by its status code, which is INTERNAL for a defect."""
+    return status_code(error).name.lower() if isinstance(error, SpecdecError) else "internal"
+
+
 class GatewayMetrics:
     """Counters, not ratios: rates and means are for whoever reads them. docs/metrics.md explains each.
 
@@ -161,8 +166,8 @@ class GatewayMetrics:
         """Count a request that is refused in the block, before it has a method: its label is empty."""
         try:
             yield
-        except SpecdecError as error:
-            self._requests.add(1, "", status_code(error).name.lower())
+        except Exception as error:
+            self._requests.add(1, "", outcome_of(error))
             raise
 
     def add_request(

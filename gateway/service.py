@@ -12,6 +12,7 @@ from opentelemetry.context import attach
 from opentelemetry.trace import set_span_in_context
 
 from gateway.callers import CallerLimits
+from gateway.metrics import outcome_of
 from gateway.replicas.failover import VerifierReplica
 from gateway.replicas.replica import Replica
 from gateway.replicas.sessions import FINISH_REASONS
@@ -20,7 +21,7 @@ from gateway.request.peers import Peers
 from gateway.request.plan import make_plan
 from gateway.request.running import RunningRequest
 from gateway.rounds.tracing import RequestTrace
-from specdec.contract.errors import ResourceExhaustedError, SpecdecError, UnavailableError, status_code
+from specdec.contract.errors import ResourceExhaustedError, UnavailableError
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID
@@ -121,8 +122,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 async for response in responses:
                     await send(context, response)
             outcome = FINISH_REASONS[response.finished.finish_reason]
-        except SpecdecError as error:
-            outcome = status_code(error).name.lower()
+        except Exception as error:
+            outcome = outcome_of(error)
             raise
         finally:
             trace.finish(running.num_output_tokens, running.speculation())

@@ -24,8 +24,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_trace_id
 
+from gateway.request.text import TextCodec
 from specdec.client import AsyncClient, GenerateOptions, Generation
-from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.errors import InternalError, InvalidArgumentError
 from specdec.contract.target_state import TargetStateSpec
 from specdec.service.exporters import make_telemetry, telemetry_from_environment
 from specdec.service.telemetry import Telemetry
@@ -300,6 +301,19 @@ class TestUnhappyEnds:
             assert [span.name for span in recorded.children(request)] == ["specdec.prefill", "specdec.round"]
 
 
+class BrokenCodec(TextCodec):
+    """Has defects."""
+
+    def __init__(self) -> None:
+        self.vocabulary_fingerprint = ""
+
+    def encode_text(self, text: str) -> list[int]:
+        raise ValueError("a defect")
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        raise KeyError("a defect")
+
+
 class TestMetrics:
     async def test_counters_equal_the_sum_of_the_answers(self, tiny_llama: Path, noisy_llama: Path) -> None:
         reader = InMemoryMetricReader()
@@ -338,6 +352,16 @@ class TestMetrics:
                 await system.client.generate(PROMPT, REFUSED)
             await eventually(lambda: bool(points(reader, "specdec.requests")))
             assert sums(reader, "specdec.requests", "outcome") == {"invalid_argument": 1}
+            # A defect is a failure as well, whether the request has begun or not.
+            backends = system.gateway.servicer.backends
+            assert backends
+            system.gateway.servicer.backends = replace(backends, codec=BrokenCodec())
+            for prompt in ("text", PROMPT):
+                with pytest.raises(InternalError):
+                    await system.client.generate(prompt, GenerateOptions(method="none"))
+            await eventually(
+                lambda: sums(reader, "specdec.requests", "outcome") == {"invalid_argument": 1, "internal": 2}
+            )
 
 
 @pytest.mark.parametrize("mode", ["handle", "stream"])
