@@ -280,6 +280,20 @@ class RecordingVerifier(verifier_pb2_grpc.VerifierServiceServicer):  # type: ign
         await self._inner.Verify(requests, context)
 
 
+class LosingVerifier(RecordingVerifier):
+    """Loses its first session after it was held for some time."""
+
+    held_s = 0.4
+    """gRPC may send a deadline that was sent before in place of one up to 3 % sooner."""
+
+    async def Verify(self, requests: Any, context: Any) -> None:  # noqa: N802
+        if not self.timeouts_s:
+            self.timeouts_s.append(context.time_remaining())
+            await asyncio.sleep(self.held_s)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+        await super().Verify(requests, context)
+
+
 class RecordingDrafter(drafter_pb2_grpc.DrafterServiceServicer):  # type: ignore[misc]
     """Stands before a drafter service and notes the time each session is given."""
 
@@ -398,6 +412,21 @@ class TestDeadlines:
             assert with_deadline is not None
             assert 50 < with_deadline < 105  # gRPC rounds a deadline up
             assert without is None
+
+    async def test_who_takes_over_a_lost_session_gets_what_is_left_of_it(self, tiny_llama: Path) -> None:
+        async with running_verifier(tiny_llama) as (_, server):
+            verifier = LosingVerifier(server)
+            add_verifier = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, verifier)
+            async with (
+                serving(VERIFIER, add_verifier) as verifier_at,
+                running_gateway(tiny_llama, verifier=verifier_at, failover_wait_s=WAIT_S) as (gateway_at, _),
+                AsyncClient(gateway_at, timeout_s=8) as client,
+            ):
+                assert (await client.generate(PROMPT, PLAIN)).num_failovers == 1
+        lost_s, taken_over_s = verifier.timeouts_s
+        assert lost_s is not None
+        assert taken_over_s is not None
+        assert taken_over_s < lost_s - 0.75 * LosingVerifier.held_s
 
 
 class TestCancellation:

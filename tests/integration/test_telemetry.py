@@ -341,6 +341,12 @@ class TestMetrics:
             num_rounds = sum(result.speculation.num_rounds for result in results)
             (verified,) = points(reader, "specdec.verifier.rounds")
             assert verified.value == num_rounds
+            for result in results:
+                timing, num_later = result.timing, result.usage.output_tokens - 1
+                assert 0 < timing.ttft_ms < timing.total_ms
+                # Whole nanoseconds are told.
+                usual_ms = (timing.total_ms - timing.ttft_ms) / num_later
+                assert timing.tpot_ms == pytest.approx(usual_ms, abs=1.1e-6)
             outcomes = Counter(result.finish_reason for result in results)
             assert Counter(sums(reader, "specdec.requests", "outcome")) == outcomes
 
