@@ -29,7 +29,6 @@ class DrafterServer:
     ) -> None:
         self._config = config
         self._telemetry = telemetry
-        self._thread = ModelThread(SERVICE_NAME)
         self._families = families
         self._outgoing_tls = config.outgoing_tls()
         self.servicer = DrafterServicer(
@@ -43,6 +42,7 @@ class DrafterServer:
             tls=config.server_tls,
             health_listen=config.health_listen,
         )
+        self._thread = ModelThread(SERVICE_NAME)  # last: a wrong configuration leaves no thread behind
 
     async def load(self) -> None:
         """Load the drafters off the event loop, so that health checks are answered meanwhile."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import settings
 
 from specdec.service.logs import quiet_grpc
 from specdec.service.tuning import tune_process
+from tests.leftovers import nothing_left
 from tests.tiny_models import save_tiny_model
 
 tune_process()
@@ -28,3 +30,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def noisy_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama with noise on its weights: a drafter that is right now and then."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "noisy-llama", noise=0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidy() -> Iterator[None]:
+    """No module leaves anything open, whatever its tests do, fail at or cancel."""
+    with nothing_left():
+        yield

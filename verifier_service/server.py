@@ -24,7 +24,6 @@ class VerifierServer:
     def __init__(self, config: VerifierConfig, telemetry: Telemetry) -> None:
         self._config = config
         self._telemetry = telemetry
-        self._thread = ModelThread(SERVICE_NAME)
         self._memory: StateMemory | None = None
         self.servicer = VerifierServicer(
             telemetry, SessionRules(config.session_callers, config.idle_timeout_s)
@@ -37,6 +36,7 @@ class VerifierServer:
             tls=config.server_tls,
             health_listen=config.health_listen,
         )
+        self._thread = ModelThread(SERVICE_NAME)  # last: a wrong configuration leaves no thread behind
 
     async def load(self) -> None:
         """Load the model on the engine thread, so that the event loop can answer health checks."""

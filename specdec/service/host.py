@@ -79,10 +79,10 @@ class ServiceHost:
         await self._set_health(serving=False)
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         self.address = _bind(self._server, self._listen, "listen", self._credentials)
+        await self._server.start()  # a server that has not started keeps its port, whatever `stop` does
         if self.health_address:
             self.health_address = _bind(self._health_server, self.health_address, "health_listen")
             await self._health_server.start()
-        await self._server.start()
         return self.address
 
     async def set_serving(self) -> None:

@@ -126,6 +126,7 @@ class World:
     async def stop(self) -> None:
         """Stop the services."""
         await self._stack.aclose()
+        self.probe.sessions.clear()  # what they read is mapped for as long as they are kept
 
     def _shared_files(self) -> set[str]:
         return {str(path) for path in self.shared_dir.rglob("*") if path.is_file()}

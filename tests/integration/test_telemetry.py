@@ -377,7 +377,8 @@ async def test_drafts_say_how_target_state_was_read(
     probe = StateProbe(TargetStateSpec((0, 2), True, (1,)))
     row_bytes = 3 * 128 + 2 * 64
     reader = InMemoryMetricReader()
-    telemetry = replace(recorded.telemetry, meter=make_telemetry("test", metric_reader=reader).meter)
+    metered = make_telemetry("test", metric_reader=reader)
+    telemetry = replace(recorded.telemetry, meter=metered.meter)
     here = {"shared_dir": str(tmp_path)}
     async with running_system(
         tiny_llama,
@@ -402,6 +403,7 @@ async def test_drafts_say_how_target_state_was_read(
         assert sums(reader, "specdec.drafter.target_state", "storage") == {storage: read}
         sent = sum(point.value for point in points(reader, "specdec.verifier.streamed_state"))
         assert sent >= read if mode == "stream" else sent == 0
+    metered.shutdown()  # until then it keeps the services, whose load it reads
 
 
 class Collector(

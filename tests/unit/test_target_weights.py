@@ -66,7 +66,9 @@ def mapped(ref: TargetWeightsRef, directory: SharedDirectory) -> TargetWeights:
     tensors = []
     for tensor in (ref.embedding, ref.lm_head):
         assert isinstance(tensor.storage, SharedMemory)
-        tensors.append(MappedFile(directory, tensor.storage.path).tensor(tensor, tensor.storage.offset))
+        file = MappedFile(directory, tensor.storage.path)
+        tensors.append(file.tensor(tensor, tensor.storage.offset))
+        file.close()
     return TargetWeights(*tensors, ref.embedding_scale, ref.final_logit_softcap)
 
 

@@ -1,0 +1,78 @@
+"""What this process holds of the system: open files, connections and ports, threads, and memory it shares."""
+
+from __future__ import annotations
+
+import gc
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+WAIT_S = 5.0
+"""gRPC closes connections, and asyncio ends threads, a moment after it was told to."""
+
+_FOREIGN_THREAD = re.compile(r"tqdm_monitor|(Thread|ThreadPoolExecutor|Dummy)-\d|asyncio_\d")
+"""What libraries call the threads that they start when they need one, and keep."""
+
+
+def held(*folders: Path) -> Counter[str]:
+    """What the process holds now, and how often.
+
+    Args:
+        folders: the files in them count as held, and so does memory that is mapped from them.
+    """
+    things = [*_descriptors(), *_sockets(), *_threads()]
+    for folder in folders:
+        things += [f"file {path}" for path in folder.rglob("*")]
+        things += _mappings(folder)
+    return Counter(things)
+
+
+@contextmanager
+def nothing_left(*folders: Path) -> Iterator[None]:
+    """Fail unless the process holds after the block what it held before, and no more.
+
+    Args:
+        folders: see `held`.
+    """
+    before = held(*folders)
+    yield
+    deadline = time.monotonic() + WAIT_S
+    while left := held(*folders) - before:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"left behind: {', '.join(sorted(left.elements()))}")
+        gc.collect()  # what only a traceback keeps alive is no leftover
+        time.sleep(0.02)
+
+
+def _descriptors() -> Iterator[str]:
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            target = str(descriptor.readlink())
+            if target.startswith("/") and "/site-packages/" not in target:  # fonts, of matplotlib
+                yield f"open {target}"
+
+
+def _mappings(folder: Path) -> Iterator[str]:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if f" {folder}/" in line:
+            yield f"mapped {line.split(maxsplit=5)[5]}"
+
+
+def _sockets() -> Iterator[str]:
+    for connection in psutil.Process().net_connections("all"):
+        if isinstance(connection.laddr, tuple):
+            yield f"socket {connection.laddr} {connection.raddr}"
+        elif connection.laddr:  # pairs without a path are those of event loops
+            yield f"socket {connection.laddr}"
+
+
+def _threads() -> Iterator[str]:
+    for thread in threading.enumerate():
+        if not _FOREIGN_THREAD.match(thread.name):
+            yield f"thread {thread.name}"
