@@ -130,8 +130,18 @@ class SharedHostMemory(StateMemory):
                 ) from error
             logger.warning("%s; drafters have to stream this part of the state", message)
             return PrivateMemory(torch.device("cpu")).allocate(num_bytes)
-        tensor = torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
-        return Region(tensor, SharedMemory(path, 0, self._boot_id))
+        return Region(self._mapped(path, num_bytes), SharedMemory(path, 0, self._boot_id))
+
+    def _mapped(self, path: str, num_bytes: int) -> Tensor:
+        try:
+            return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            with self._lock:
+                self._remove(path)
+            raise ResourceExhaustedError(
+                f"{num_bytes / 2**20:.0f} MiB of shared memory cannot be mapped: {error}",
+                reason="SHARED_MEMORY_FULL",
+            ) from error
 
     def _create(self, num_bytes: int) -> str:
         with self._lock:

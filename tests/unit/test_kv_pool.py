@@ -12,6 +12,7 @@ from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import GENERATIONS, SharedMemory
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, KvShape
 from specdec.runtime.memory import SharedDirectory, SharedHostMemory, StateMemory
+from tests.leftovers import nothing_left
 
 SHAPES = {0: KvShape(2, 4, 4), 3: KvShape(1, 8, 2)}
 BLOCK_BYTES = (2 * 8 + 10) * 4 * BLOCK_TOKENS
@@ -39,7 +40,7 @@ def test_the_budget_is_the_memory() -> None:
     assert pool.capacity_tokens == pool.free_tokens == 10 * BLOCK_TOKENS
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 6 * BLOCK_TOKENS)), max_size=40))
 def test_no_slot_is_ever_shared_or_lost(actions: list[tuple[bool, int]]) -> None:
     pool, live = make_pool(12), []
@@ -85,7 +86,7 @@ def generations(pool: KvPool) -> list[int]:
     return numpy.frombuffer(data, numpy.int64, count=ref.shape[0], offset=ref.storage.offset).tolist()
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 4 * BLOCK_TOKENS)), max_size=30))
 def test_every_owner_of_a_block_has_a_generation_of_its_own(
     tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[bool, int]]
@@ -103,6 +104,26 @@ def test_every_owner_of_a_block_has_a_generation_of_its_own(
         owners = {block: each.generation for each in live for block in each.blocks}
         assert generations(pool) == [owners.get(block, 0) for block in range(8)]
     memory.close()
+
+
+def test_hidden_states_take_memory_only_until_they_are_removed(tmp_path: Path) -> None:
+    directory = SharedDirectory(tmp_path)
+    with nothing_left(tmp_path):
+        memory = SharedHostMemory(directory, strict=True)
+        pool = make_pool(2, memory)
+        with nothing_left(tmp_path):
+            for size in range(1, 11):
+                pool.add_hidden("hidden.3", size)
+                pool.add_hidden("hidden.3", size)
+                assert pool.ref("hidden.3").shape == (2 * BLOCK_TOKENS, size)
+                assert pool.tensor("hidden.3").shape == (2 * BLOCK_TOKENS, size)
+                assert not pool.tensor("hidden.3").any()
+                pool.remove_hidden("hidden.3")
+                pool.remove_hidden("hidden.3")
+                with pytest.raises(KeyError):
+                    pool.ref("hidden.3")
+        memory.close()
+        del pool
 
 
 def test_refusals_say_what_to_do() -> None:

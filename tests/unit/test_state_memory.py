@@ -17,6 +17,7 @@ from specdec.contract.errors import FailedPreconditionError, InvalidArgumentErro
 from specdec.contract.target_state import SharedMemory, StateStorage, TensorRef, boot_id
 from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory
 from specdec.state.mapped_file import MappedFile, carve
+from tests.leftovers import nothing_left
 from tests.probe_service import ENV
 
 REF = TensorRef("hidden.0", "float32", (4, 8))
@@ -125,15 +126,52 @@ def test_another_users_file_is_not_mapped(directory: SharedDirectory) -> None:
     os.close(descriptor)
 
 
-def test_no_descriptor_is_left_of_a_file_that_is_refused(directory: SharedDirectory) -> None:
+def test_nothing_is_left_of_a_file_that_is_refused(directory: SharedDirectory) -> None:
     (directory.path / "abandoned.state").write_bytes(b"\0" * NUM_BYTES)
     (directory.path / "empty.state").touch()
-    descriptors = Path("/proc/self/fd")
-    before = len(list(descriptors.iterdir()))
     for name in ("abandoned.state", "empty.state", "missing.state"):
-        with pytest.raises(FailedPreconditionError):
+        with nothing_left(), pytest.raises(FailedPreconditionError):
             MappedFile(directory, str(directory.path / name))
-    assert len(list(descriptors.iterdir())) == before
+
+
+def test_what_is_released_takes_no_memory_any_more(directory: SharedDirectory) -> None:
+    with nothing_left(directory.path):
+        memory = SharedHostMemory(directory, strict=True)
+        with nothing_left(directory.path):
+            for _ in range(3):
+                memory.release(memory.allocate(NUM_BYTES))
+        kept, released = memory.allocate(NUM_BYTES), memory.allocate(NUM_BYTES)
+        memory.release(released)
+        memory.release(released)
+        assert names(directory) == {Path(kept.storage.path).name}  # type: ignore[union-attr]
+        memory.close()
+        memory.close()
+        del kept, released
+
+
+def test_memory_that_cannot_be_mapped_leaves_no_file(
+    directory: SharedDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_address_space(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 128 bytes: Cannot allocate memory (12)")
+
+    memory = SharedHostMemory(directory, strict=True)
+    monkeypatch.setattr(torch, "from_file", no_address_space)
+    with nothing_left(directory.path), pytest.raises(ResourceExhaustedError, match="Cannot allocate memory"):
+        memory.allocate(NUM_BYTES)
+
+
+def test_nothing_is_left_of_a_mapping_that_was_closed(directory: SharedDirectory) -> None:
+    memory = SharedHostMemory(directory, strict=True)
+    storage = memory.allocate(NUM_BYTES).storage
+    assert isinstance(storage, SharedMemory)
+    with nothing_left():
+        mapped = MappedFile(directory, storage.path)
+        tensor = mapped.tensor(REF, 0)
+        mapped.close()
+        assert not tensor.any()
+        del tensor
+    memory.close()
 
 
 @pytest.mark.parametrize(
