@@ -28,8 +28,8 @@ GATEWAY_VARIABLE = "SPECDEC_GATEWAY"
 TOKEN_VARIABLE = "SPECDEC_TOKEN"
 """Environment variable of the bearer token."""
 
-_CANCELLED_HERE = "Locally cancelled by application!"
-"""What gRPC's own stacks say of a call that this process cancelled."""
+_CANCELLED_HERE = ("Locally cancelled by application!", "Channel closed!")
+"""What gRPC's own stacks say of a call that this process cancelled, or whose channel it closed."""
 
 _ToError = Callable[[grpc.RpcError], SpecdecError]
 
@@ -90,7 +90,7 @@ class _GatewayConnection:
         from_server = any(key == "grpc-status-details-bin" for key, _ in metadata)
         is_lost = isinstance(typed, UnavailableError) or (
             # A gateway that stops cancels what its grace did not suffice for.
-            isinstance(typed, RequestCancelledError) and error.details() != _CANCELLED_HERE
+            isinstance(typed, RequestCancelledError) and not _was_cancelled_here(error)
         )
         if is_lost and not from_server:
             return UnavailableError(
@@ -215,3 +215,8 @@ class _AsyncGrpcCall:
 
 def _stub_of(channel: grpc.Channel | grpc.aio.Channel) -> Any:
     return gateway_pb2_grpc.GatewayServiceStub(channel)
+
+
+def _was_cancelled_here(error: grpc.RpcError) -> bool:
+    details = error.details() or ""
+    return any(saying in details for saying in _CANCELLED_HERE)

@@ -146,25 +146,39 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):
     ended: threading.Event = field(default_factory=threading.Event)
     address: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
+    """Of the last call."""
+    time_remaining_s: float = 0.0
+    """Until the last call's deadline, when it came; years if it has none."""
 
     def Generate(self, request: gateway_pb2.GenerateRequest, context: grpc.ServicerContext) -> Responses:  # noqa: N802
         """As the contract says."""
         self.requests.append(request)
-        self.metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        self._note(context)
         yield from self.script(self, request, context)
 
-    def GetInfo(self, request: object, context: object) -> gateway_pb2.GatewayServiceGetInfoResponse:  # noqa: N802
+    def GetInfo(  # noqa: N802
+        self, request: object, context: grpc.ServicerContext
+    ) -> gateway_pb2.GatewayServiceGetInfoResponse:
         """As the contract says."""
+        self._note(context)
         return information()
+
+    def _note(self, context: grpc.ServicerContext) -> None:
+        self.metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        self.time_remaining_s = context.time_remaining()
 
 
 @contextmanager
-def serving() -> Iterator[ScriptedGateway]:
-    """A scripted gateway on a free port."""
+def serving(credentials: grpc.ServerCredentials | None = None) -> Iterator[ScriptedGateway]:
+    """A scripted gateway on a free port, over TLS if it has credentials."""
     gateway = ScriptedGateway()
     server = grpc.server(ThreadPoolExecutor(4), options=server_options())
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
-    gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if credentials:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
+    gateway.address = f"127.0.0.1:{port}"
     server.start()
     try:
         yield gateway

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
@@ -35,6 +37,11 @@ from specdec.contract.errors import (
     UnavailableError,
 )
 from specdec.local.processes import free_ports
+from specdec.local.state_file import SystemState, write_state
+from specdec.transport.channel import TlsConfig
+from specdec.transport.tls import PemFiles, server_credentials
+from tests.certificates import Authority, Folder
+from tests.leftovers import nothing_left
 from tests.unit.scripted_gateway import (
     TRACE_ID,
     Responses,
@@ -346,6 +353,18 @@ def test_target_comes_from_the_argument_then_the_variable(monkeypatch: pytest.Mo
     assert find_gateway() == "from-variable:1"
 
 
+def test_without_both_the_target_is_the_system_that_runs_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECDEC_STATE_DIR", str(tmp_path))
+    monkeypatch.delenv("SPECDEC_GATEWAY", raising=False)
+    started_at = psutil.Process().create_time()
+    write_state(SystemState(os.getpid(), started_at, "from-state:1", "v:1", "d:1", {}, ""))
+    assert find_gateway() == "from-state:1"
+    monkeypatch.setenv("SPECDEC_GATEWAY", "from-variable:1")
+    assert find_gateway() == "from-variable:1"
+
+
 def test_no_gateway_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SPECDEC_GATEWAY", raising=False)
     monkeypatch.setenv("SPECDEC_STATE_DIR", str(tmp_path))
@@ -383,3 +402,150 @@ def test_one_client_serves_many_threads(client: Client) -> None:
     for thread in threads:
         thread.join()
     assert [answer.text for answer in answers] == ["Hello, world!"] * 8
+
+
+FOUR_CALLS = [(stack, method) for stack in (Client, AsyncClient) for method in ("generate", "info")]
+"""Every call a client makes, on both stacks."""
+
+
+async def call(stack: Any, method: str, target: str, of_call: dict[str, Any], **settings: Any) -> None:
+    """One call, with its own settings, of a client with those."""
+    prompt = ("Hi",) if method == "generate" else ()
+    if stack is Client:
+        with Client(target, **settings) as client:
+            await asyncio.to_thread(getattr(client, method), *prompt, **of_call)
+    else:
+        async with AsyncClient(target, **settings) as client:
+            await getattr(client, method)(*prompt, **of_call)
+
+
+@pytest.mark.parametrize(("stack", "method"), FOUR_CALLS)
+async def test_the_token_is_the_argument_then_the_variable(
+    stack: Any, method: str, gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for argument, variable, expected in (
+        ("given", "set", "Bearer given"),
+        ("", "set", "Bearer set"),
+        ("given", "", "Bearer given"),
+        ("", "", None),
+    ):
+        monkeypatch.setenv("SPECDEC_TOKEN", variable)
+        await call(stack, method, gateway.address, {}, token=argument)
+        assert gateway.metadata.get("authorization") == expected
+
+
+@pytest.mark.parametrize(("stack", "method"), FOUR_CALLS)
+async def test_the_deadline_is_the_calls_then_the_clients_then_five_minutes(
+    stack: Any, method: str, gateway: ScriptedGateway
+) -> None:
+    for of_call, of_client, expected_s in (
+        ({}, {}, 300),
+        ({}, {"timeout_s": 50}, 50),
+        ({"timeout_s": 20}, {"timeout_s": 50}, 20),
+        ({"timeout_s": 80}, {"timeout_s": 50}, 80),
+        ({"timeout_s": None}, {"timeout_s": 50}, None),
+        ({"timeout_s": 20}, {"timeout_s": None}, 20),
+        ({}, {"timeout_s": None}, None),
+    ):
+        await call(stack, method, gateway.address, of_call, **of_client)
+        if expected_s is None:
+            assert gateway.time_remaining_s > 1e6
+        else:
+            assert expected_s - 10 < gateway.time_remaining_s < expected_s + 2  # gRPC rounds up
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    """Certificate and key of this host, and the authority that signed it."""
+    authority = Authority()
+    return Folder(tmp_path_factory.mktemp("certified")).write(authority.issue(), authority)
+
+
+@pytest.fixture(scope="module")
+def secure(certified: Folder) -> Iterator[ScriptedGateway]:
+    files = PemFiles(None, certified.path / "key.pem", certified.path / "cert.pem")
+    with serving(server_credentials(files)) as scripted:
+        yield scripted
+
+
+def test_credentials_are_the_argument_then_the_variables(
+    secure: ScriptedGateway, certified: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(tls: TlsConfig | None = None) -> None:
+        with Client(secure.address, tls=tls) as client:
+            client.info()
+
+    right, wrong = certified.path / "ca.pem", tmp_path / "ca.pem"
+    wrong.write_bytes(Authority("stranger").pem)
+    with pytest.raises(UnavailableError):
+        info()
+    monkeypatch.setenv("SPECDEC_TLS_AUTHORITIES", str(right))
+    info()
+    with pytest.raises(UnavailableError, match="CERTIFICATE_VERIFY_FAILED"):
+        info(TlsConfig(wrong))
+    monkeypatch.setenv("SPECDEC_TLS_SERVER_NAME", "elsewhere")
+    with pytest.raises(UnavailableError, match="Hostname Verification Check failed"):
+        info()
+    monkeypatch.setenv("SPECDEC_TLS_SERVER_NAME", "localhost")
+    info()
+    monkeypatch.setenv("SPECDEC_TLS_AUTHORITIES", str(wrong))
+    info(TlsConfig(right))
+
+
+async def test_the_asyncio_client_takes_the_variables_of_tls_too(
+    secure: ScriptedGateway, certified: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDEC_TLS_AUTHORITIES", str(certified.path / "ca.pem"))
+    async with AsyncClient(secure.address, token="over TLS only") as client:
+        await client.info()
+    assert secure.metadata["authorization"] == "Bearer over TLS only"
+
+
+def test_the_variables_of_tls_become_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TlsConfig.from_environment() is None
+    for name in ("AUTHORITIES", "PRIVATE_KEY", "CERTIFICATE", "SERVER_NAME"):
+        monkeypatch.setenv(f"SPECDEC_TLS_{name}", name)
+    expected = TlsConfig(Path("AUTHORITIES"), Path("PRIVATE_KEY"), Path("CERTIFICATE"), "SERVER_NAME")
+    assert TlsConfig.from_environment() == expected
+    for name in ("AUTHORITIES", "PRIVATE_KEY", "CERTIFICATE"):
+        monkeypatch.setenv(f"SPECDEC_TLS_{name}", "")
+    assert TlsConfig.from_environment() == TlsConfig(server_name="SERVER_NAME")
+
+
+def test_a_closed_client_has_no_connection(gateway: ScriptedGateway) -> None:
+    with nothing_left():
+        with Client(gateway.address) as client:
+            client.generate("Hi")
+        # Still referred to: what holds a client holds nothing of the system.
+        assert client.target == gateway.address
+
+
+async def test_a_closed_asyncio_client_has_no_connection(gateway: ScriptedGateway) -> None:
+    with nothing_left():
+        async with AsyncClient(gateway.address) as client:
+            await client.generate("Hi")
+        assert client.target == gateway.address
+    await client.close()
+    await AsyncClient(gateway.address).close()
+
+
+def test_closing_cancels_what_is_under_way(gateway: ScriptedGateway) -> None:
+    gateway.script = hang
+    client = Client(gateway.address)
+    stream = client.stream("Hi")
+    next(stream)
+    client.close()
+    with pytest.raises(RequestCancelledError):
+        list(stream)
+    assert gateway.ended.wait(5)
+
+
+async def test_closing_the_asyncio_client_cancels_what_is_under_way(gateway: ScriptedGateway) -> None:
+    gateway.script = hang
+    client = AsyncClient(gateway.address)
+    stream = client.stream("Hi")
+    await anext(stream)
+    await client.close()
+    with pytest.raises(RequestCancelledError):
+        _ = [item async for item in stream]
+    assert await asyncio.to_thread(gateway.ended.wait, 5)
