@@ -152,7 +152,10 @@ STREAMS = {"gateway": a_generation, "drafter": a_draft_stream, "verifier": a_ver
 
 
 async def test_sigterm_lets_running_streams_finish_and_exits_with_0(tiny_llama: Path, tmp_path: Path) -> None:
-    config = SystemConfig(model=str(tiny_llama), dtype="float32")
+    shared_dir = tmp_path / "shared"
+    shared_dir.mkdir()
+    arguments = {"verifier": ("--shared-dir", str(shared_dir))}
+    config = SystemConfig(model=str(tiny_llama), dtype="float32", extra_args=arguments)
     group = service_group(config, tmp_path, *SERVICES)
     seen: dict[str, list[str]] = {name: [] for name in SERVICES}
 
@@ -170,6 +173,8 @@ async def test_sigterm_lets_running_streams_finish_and_exits_with_0(tiny_llama: 
         await until(lambda: all("SERVING" in statuses for statuses in seen.values()), timeout_s=60)
         for service in group.services:  # the gateway first: it needs the others
             name = service.spec.name
+            if name == "verifier":
+                assert list(shared_dir.glob("*/*.state")), "its pool is there while it runs"
             async with STREAMS[name](service.spec.address):
                 os.kill(service.pid, signal.SIGTERM)
                 await until(lambda name=name: seen[name][-1] == "NOT_SERVING")
@@ -180,6 +185,7 @@ async def test_sigterm_lets_running_streams_finish_and_exits_with_0(tiny_llama: 
         await asyncio.to_thread(group.stop, 5)
     changes = {name: [status for status, _ in groupby(statuses)] for name, statuses in seen.items()}
     assert changes["gateway"] == ["NOT_SERVING", "SERVING", "NOT_SERVING"]
+    assert not list(shared_dir.glob("*/*")), "a service that has drained leaves no memory behind"
     for name in ("drafter", "verifier"):  # loading may be over before the watch connects
         assert changes[name][-2:] == ["SERVING", "NOT_SERVING"], name
 
