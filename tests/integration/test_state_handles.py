@@ -15,7 +15,12 @@ from typing import Any
 
 import pytest
 
-from specdec.contract.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from specdec.contract.target_state import GENERATIONS, SharedMemory, StateStorage, TargetStateRef, TensorRef
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.memory import SharedDirectory
@@ -284,11 +289,11 @@ def linked(ref: TargetStateRef, folder: Path) -> TargetStateRef:
     return moved(ref, path=str(link))
 
 
-def short(ref: TargetStateRef, folder: Path) -> TargetStateRef:
-    """A file of our own, locked as the verifier locks its own, but too short."""
-    descriptor, path = SharedDirectory(folder.parent).create(4096)
-    assert descriptor > 0  # open, hence locked, until the test's process ends
-    return moved(ref, path=str(path))
+def short(ref: TargetStateRef, _: Path) -> TargetStateRef:
+    """The verifier's own file of generations, which is locked as it should be, but too short."""
+    generations = ref.tensors[0].storage
+    assert isinstance(generations, SharedMemory)
+    return moved(ref, path=generations.path)
 
 
 def fifo(ref: TargetStateRef, folder: Path) -> TargetStateRef:
@@ -353,6 +358,21 @@ async def test_forged_handles_are_never_read(
         assert name == "another host" or "target state is streamed" in caplog.text
         await session.close()
         await expected.close()
+
+
+async def test_a_length_past_the_sessions_blocks_is_not_read(tiny_llama: Path, tmp_path: Path) -> None:
+    async with (
+        running_verifier(tiny_llama, shared_dir=str(tmp_path), **SMALL_POOL) as (address, _),
+        state_session(address, PROMPT, SPEC) as (_, ref),
+        state_reader("handle", tmp_path) as reader,
+    ):
+        session = reader.open(SPEC, 2**31)
+        last = len(ref.block_ids) * BLOCK_TOKENS
+        assert (await session.view(replace(ref, cached_length=last))).length == last
+        for length in (last + 1, last + BLOCK_TOKENS, 2**31):
+            with pytest.raises(InvalidArgumentError, match="past its blocks"):
+                await session.view(replace(ref, cached_length=length))
+        await session.close()
 
 
 def mirrored(tensor: TensorRef) -> tuple[str, str, tuple[int, ...]]:

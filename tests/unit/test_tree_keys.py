@@ -119,10 +119,14 @@ def test_branches_get_the_bits_they_get_alone(packed: PackedModel, start: int) -
         packed.pool.free(tree.allocation)
 
 
-def tree_spans(packed: PackedModel, branches: Branches, start: int = 40) -> int:
+SMALL_TREE = [-1, 0, 1, 1, 0]
+"""Three branches, the deepest two positions behind the root."""
+
+
+def tree_spans(packed: PackedModel, branches: Branches, start: int = 40, window: int = 0) -> int:
     """How many spans a tree of three branches takes."""
-    tree = Segment(packed.pool.allocate(start + 40), start, TEXT[:5], 5, [-1, 0, 1, 1, 0])
-    plan = Pass([tree], slice(0, 5), branches=branches).plan(0, 3, torch.zeros(1, 9, 5, 64))
+    tree = Segment(packed.pool.allocate(start + 40), start, TEXT[:5], 5, SMALL_TREE)
+    plan = Pass([tree], slice(0, 5), branches=branches).plan(window, 3, torch.zeros(1, 9, 5, 64))
     packed.pool.free(tree.allocation)
     return sum(group.num_spans for group in plan.groups)
 
@@ -202,6 +206,14 @@ def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> 
     assert tree_spans(packed, Branches.MASKED, start=500) == 1
 
 
+@pytest.mark.parametrize("branches", [Branches.EXACT, Branches.MASKED])
+def test_branches_share_calls_up_to_the_edge_of_a_window(packed: PackedModel, branches: Branches) -> None:
+    # Position 48 is the first that may not attend to position 0 any more.
+    assert tree_spans(packed, branches, start=45, window=48) == 1
+    assert tree_spans(packed, branches, start=46, window=48) == 3
+    assert tree_spans(packed, branches, start=47, window=48) == 3
+
+
 def test_branches_in_scattered_blocks_get_the_bits_of_a_run(packed: PackedModel) -> None:
     start, parents = 100, random_parents(Random(5), 20)
     whole = packed.pool.allocate(start + 40)
@@ -225,12 +237,16 @@ def test_masked_branches_attend_to_their_own_ancestors(family: str, tmp_path: Pa
     model = load_causal_lm(str(folder), dtype="float32", device="cpu").model
     packed = PackedModel(model, kv_budget_bytes=16 << 20)
     allocation = packed.pool.allocate(600)
-    tree = Segment(allocation, 505, TEXT[:30], 30, random_parents(Random(2), 30))
-    packed.forward([Segment(allocation, 0, TEXT[:505], 0)])
-    for branches in (Branches.APART, Branches.MASKED):
-        packed.branches = branches
-        found += packed.forward([tree])
-    assert torch.allclose(*found, atol=1e-3, rtol=1e-3)
+    large = random_parents(Random(2), 30)
+    # The small tree's deepest tokens are before, at and behind the edge of the windows of 16.
+    for start, parents in ((505, large), (13, SMALL_TREE), (14, SMALL_TREE), (15, SMALL_TREE)):
+        tree = Segment(allocation, start, TEXT[: len(parents)], len(parents), parents)
+        packed.forward([Segment(allocation, 0, TEXT[:start], 0)])
+        for branches in (Branches.APART, Branches.MASKED):
+            packed.branches = branches
+            found += packed.forward([tree])
+        assert torch.allclose(*found, atol=1e-3, rtol=1e-3), start
+        found.clear()
 
 
 def test_what_would_change_bits_is_left_apart(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
