@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-WAIT_S = 5.0
+WAIT_S = 20.0
 """gRPC closes connections, and asyncio ends threads, a moment after it was told to."""
 
 _FOREIGN_THREAD = re.compile(r"tqdm_monitor|(Thread|ThreadPoolExecutor|Dummy)-\d|asyncio_\d")
