@@ -9,8 +9,8 @@ from specdec.service.config import ModelServiceConfig, require_choice, require_p
 
 STREAM_FEATURES = ("projected", "raw")
 MTP_POSITIONS = {"anchor": 0, "hidden": -1}
-"""The position of all steps of an MTP round, relative to the anchor's: transformers' generator drafts at the
-anchor's index, vLLM's at that of the hidden state it starts from."""
+"""Position of all steps of an MTP round, relative to the anchor's: transformers drafts at the anchor's
+position, vLLM at the position of the hidden state that the draft starts from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,37 +20,37 @@ class DrafterConfig(ModelServiceConfig):
     listen: str = "127.0.0.1:50052"
     """Address to serve on: host:port or unix:/path."""
     drafter: tuple[str, ...] = ("ngram",)
-    """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. "ngram" (prompt lookup),
-    "ngram-lm:FOLDER-OR-HUB-ID" (prompt lookup, and a table of what the target usually says),
+    """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. The families are "ngram" (prompt
+    lookup), "ngram-lm:FOLDER-OR-HUB-ID" (prompt lookup, and a table of what the target usually says),
     "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target), "dflash:FOLDER-OR-HUB-ID" (a block
-    diffusion drafter made for the target), "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's
-    vocabulary). "ngram-lm", "mtp" and "dflash" alone are those for the embedded model. Requests name it by
-    NAME, which is FAMILY where it is left out."""
+    diffusion drafter made for the target) and "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's
+    vocabulary). Without MODEL, "ngram-lm", "mtp" and "dflash" are the bundled ones for the embedded model.
+    Requests name the drafter by NAME; without NAME, by FAMILY."""
     max_draft_depth: int = 64
     """Most tokens that a drafter drafts in a row in one round."""
     max_draft_nodes: int = 64
     """Most tokens of a draft tree, all branches together."""
     ngram_min: int = 1
-    """Shortest n-gram that ngram and ngram-lm look up in the text, tokens; ngram follows a match of one for
-    two at most."""
+    """Shortest n-gram that ngram and ngram-lm look up in the text, tokens; after a match of a single token,
+    ngram drafts two tokens at most."""
     ngram_max: int = 4
     """Longest n-gram that ngram and ngram-lm look up in the text, tokens; longer matches are preferred."""
 
     mtp_position: str = "anchor"
-    """Position of an MTP drafter's steps: "anchor", the last committed token's, as transformers has it, or
-    "hidden", that of the hidden state it starts from, as vLLM has it."""
+    """Position of an MTP drafter's steps: "anchor" is the last committed token's, as in transformers;
+    "hidden" is that of the hidden state that the draft starts from, as in vLLM."""
     target: str = ""
-    """The target's checkpoint, a folder or hub id, for drafters that use its embedding and LM head and cannot
-    map the verifier's; those two tensors alone are read."""
+    """The target's checkpoint, a folder or hub id. Drafters read the target's embedding and LM head from it
+    where they cannot map the verifier's memory."""
     mirror_mib: float = 1024.0
-    """Memory for target state that is streamed, MiB, all sessions together; one that finds no room goes
-    without drafts."""
+    """Memory for target state that is streamed, MiB, for all sessions together; a session that finds no room
+    gets no drafts."""
     stream_features: str = "projected"
-    """How hidden states are streamed to a drafter that projects them: "projected" by the verifier, which is
-    less to send, or "raw"."""
+    """How hidden states are streamed to a drafter that projects them: "projected" by the verifier, which
+    makes them smaller, or "raw"."""
 
     def __post_init__(self) -> None:
-        # The two-argument form: slots make another class object than the one super() would look for.
+        # The two-argument form: with slots, super() would look for another class object.
         super(DrafterConfig, self).__post_init__()
         require_positive(self, "max_draft_depth", "max_draft_nodes", "ngram_min", "mirror_mib")
         require_choice(self, "stream_features", STREAM_FEATURES)

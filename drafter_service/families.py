@@ -1,4 +1,4 @@
-"""Drafter families by name: where a new one is entered."""
+"""Drafter families by name. A new family is entered here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPEC = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<family>[\w-]+)(?::(?P<model>.+))
 
 @dataclass(frozen=True, slots=True)
 class DrafterSpec:
-    """A drafter as the command line asks for it."""
+    """What the command line says of a drafter."""
 
     name: str
     family: str
@@ -28,7 +28,7 @@ class DrafterSpec:
         """Read [NAME=]FAMILY[:MODEL].
 
         Raises:
-            InvalidArgumentError: it is not of that form, or the name is one with a meaning of its own.
+            InvalidArgumentError: the text is not of that form, or the name has a meaning of its own.
         """
         match = _SPEC.fullmatch(text)
         if not match:
@@ -92,7 +92,8 @@ def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
 
 
 def _make_mtp(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
-    from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
+    from drafter_service.drafters.mtp.checkpoint import Assistant
+    from drafter_service.drafters.mtp.drafter import MtpDrafter
 
     assistant = Assistant.load(
         spec.model or pretrained("mtp"), dtype=config.dtype, device=config.device, threads=config.threads
@@ -121,7 +122,7 @@ def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
 
 
 def pretrained(family: str) -> str:
-    """Folder of the drafter of that family that comes with the embedded target."""
+    """Return the folder of the bundled drafter of a family, which was made for the embedded target."""
     return str(Path(__file__).parent / "pretrained" / f"smollm2-135m-instruct-{family}")
 
 
@@ -157,6 +158,6 @@ def _check(specs: Sequence[DrafterSpec], families: Mapping[str, DrafterFactory])
             )
         if names.count(spec.name) > 1:
             raise InvalidArgumentError(
-                f"Two drafters are named {spec.name!r}; name one with --drafter NAME={spec.family}:MODEL.",
+                f"Two drafters are named {spec.name!r}; rename one with --drafter NAME={spec.family}:MODEL.",
                 field="drafter",
             )

@@ -1,4 +1,4 @@
-"""The drafter service without its wire: sessions over the loaded drafters and one engine."""
+"""The drafter service without its network side: sessions over the loaded drafters and one engine."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class DrafterHost:
     """Opens draft sessions and runs their rounds. Used from one event loop.
 
     Args:
-        reader: of target state; None: no drafter needs any.
-        on_step: see Engine.
+        reader: reads target state; None: no drafter needs any.
+        on_step: called after each engine step, see Engine.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DrafterHost:
 
     @property
     def num_waiting(self) -> int:
-        """Items that wait for an engine step."""
+        """Number of items that wait for an engine step."""
         return self._engine.num_waiting
 
     def close(self) -> None:
@@ -59,10 +59,10 @@ class DrafterHost:
         self._engine.close()
 
     def drafter(self, name: str) -> Drafter:
-        """A loaded drafter.
+        """Return a loaded drafter by its name.
 
         Raises:
-            NotFoundError: none of that name.
+            NotFoundError: no drafter has that name.
         """
         if name not in self.drafters:
             raise NotFoundError(
@@ -72,7 +72,7 @@ class DrafterHost:
 
     @asynccontextmanager
     async def open(self, drafter: Drafter, request: OpenDraft) -> AsyncIterator[DraftSession]:
-        """A session; freed on leaving the block.
+        """Open a session, which is freed at the end of the block.
 
         Raises:
             InvalidArgumentError: a value of the request is out of range.
@@ -126,16 +126,16 @@ class DrafterHost:
 
         Raises:
             FailedPreconditionError: a round was missed.
-            InvalidArgumentError: tokens the drafter lacks, or has no room for.
+            InvalidArgumentError: the drafter lacks the tokens, or has no room for them.
         """
         validate_token_ids("committed_token_ids", list(committed_token_ids), drafter.traits.vocab_size)
         session.commit(committed_token_ids, committed_length)
 
     async def read_state(self, drafter: Drafter, session: DraftSession, ref: TargetStateRef | None) -> None:
-        """Get at the target's state of this round, where the drafter reads any.
+        """Make the target's state of a round readable, where the drafter reads any.
 
         Raises:
-            FailedPreconditionError: it was not sent, is another round's, or belongs to no live session.
+            FailedPreconditionError: the handle is missing, is another round's, or belongs to no live session.
             UnavailableError: the stream of state broke.
         """
         if session.state is None or self.reader is None:
@@ -156,10 +156,10 @@ class DrafterHost:
             session.target_weights = await self.reader.weights(ref.verifier_uri)
 
     async def prefill(self, drafter: Drafter, session: DraftSession, *, num_left: int = 0) -> None:
-        """Read what is committed chunk by chunk, so that other sessions' drafts go between.
+        """Read the committed tokens chunk by chunk, so that other sessions' drafts go between.
 
         Args:
-            num_left: tokens that need not be read.
+            num_left: number of tokens that need not be read.
         """
         while session.num_prefill_tokens > num_left:
             num_tokens = min(session.num_prefill_tokens, self.config.prefill_chunk_tokens)
@@ -174,7 +174,7 @@ class DrafterHost:
             draft_nodes: most tokens of a tree; 0: a chain is wanted.
 
         Raises:
-            InvalidArgumentError: K or the number of nodes out of range.
+            InvalidArgumentError: K or the number of nodes is out of range.
         """
         if not 1 <= draft_depth <= drafter.traits.max_draft_depth:
             raise InvalidArgumentError(
@@ -188,7 +188,7 @@ class DrafterHost:
                 f"{drafter.traits.max_draft_nodes} tokens.",
                 field="draft_nodes",
             )
-        # What a drafter reads of the target comes with the first round: a whole prompt.
+        # The first round brings the target's state of the whole prompt.
         await self.prefill(drafter, session, num_left=self.config.prefill_chunk_tokens)
         num_tokens = session.num_prefill_tokens + 1
         item = DraftItem(drafter, session, draft_depth, num_tokens, draft_nodes)
@@ -199,7 +199,7 @@ class DrafterHost:
 
 
 def _step(items: Sequence[DraftItem]) -> list[DraftTree | SpecdecError]:
-    """Each drafter proposes for its own items, all of them at once; a defect of one is not the others'."""
+    """Let each drafter propose for all its items at once; a defect of a drafter spares the others' items."""
     drafts: dict[int, DraftTree | SpecdecError] = {}
     order = sorted(range(len(items)), key=lambda index: id(items[index].drafter))
     for _, group in groupby(order, key=lambda index: id(items[index].drafter)):
@@ -211,6 +211,6 @@ def _step(items: Sequence[DraftItem]) -> list[DraftTree | SpecdecError]:
 
 def _propose(drafter: Drafter, items: Sequence[DraftItem]) -> Sequence[DraftTree | SpecdecError]:
     try:
-        return [DraftTree.of(one) if isinstance(one, list) else one for one in drafter.propose(items)]
+        return [DraftTree.of(draft) if isinstance(draft, list) else draft for draft in drafter.propose(items)]
     except Exception as error:  # drafters are plug-ins
         return [drafter.failure(error)] * len(items)

@@ -1,4 +1,4 @@
-"""What a drafter service counts."""
+"""The metrics of a drafter service."""
 
 from __future__ import annotations
 

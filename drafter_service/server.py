@@ -1,4 +1,4 @@
-"""Put a drafter service together."""
+"""Puts the parts of a drafter service together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from specdec.v1 import drafter_pb2_grpc
 
 
 class DrafterServer:
-    """One drafter process's parts, in the order they start."""
+    """The parts of a drafter process."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class DrafterServer:
             await asyncio.to_thread(self.servicer.host.close)
             if self.servicer.host.reader:
                 await self.servicer.host.reader.close()
-        self._thread.close(wait=False)  # a load under way is not waited for
+        self._thread.close(wait=False)  # without waiting for a load under way
         await asyncio.to_thread(self._telemetry.shutdown)
 
     async def run(self) -> None:

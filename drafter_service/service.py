@@ -1,4 +1,4 @@
-"""The drafter service's gRPC edge: parse, call, answer."""
+"""The drafter service's gRPC edge: it parses requests, calls the host and answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DraftContext = grpc.aio.ServicerContext[drafter_pb2.DraftRequest, drafter_pb2.Dr
 
 
 class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
-    """Serves drafters once they are loaded."""
+    """Serves drafters when they are loaded."""
 
     def __init__(self, telemetry: Telemetry, rules: SessionRules) -> None:
         self._rules = rules
@@ -46,7 +46,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
     async def Draft(  # noqa: N802
         self, requests: AsyncIterator[drafter_pb2.DraftRequest], context: DraftContext
     ) -> None:
-        """One session: an open, then rounds."""
+        """Serve a session: an open, then rounds."""
         host = self._loaded()
         self._rules.admit(context)
         messages = self._rules.messages(requests)
@@ -116,7 +116,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         )
 
     def _describe_state(self, session: DraftSession, state_ns: int) -> dict[str, str | int]:
-        """Span attributes of the target state that was read, which is counted, too."""
+        """Count the target state that was read, and return its span attributes."""
         if session.state is None or session.view is None or session.state.link is None:
             return {}
         storage = session.state.link.storage.value
@@ -135,7 +135,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             drafter_pb2.DrafterServiceGetInfoRequest, drafter_pb2.DrafterServiceGetInfoResponse
         ],
     ) -> drafter_pb2.DrafterServiceGetInfoResponse:
-        """The drafters and the load."""
+        """Describe the drafters and the load."""
         host = self._loaded()
         return drafter_pb2.DrafterServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION,

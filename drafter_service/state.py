@@ -1,4 +1,4 @@
-"""Reading target state as the drafter service is configured to."""
+"""Sets up the reader of target state as the drafter service is configured."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 def load_reader(
     config: DrafterConfig, tls: OutgoingTls | None, on_link: Callable[[Link], None]
 ) -> StateReader:
-    """A reader, and the target's weights if a checkpoint is named.
+    """Return a reader, with the target's weights if a checkpoint is named.
 
     Args:
-        tls: credentials for verifiers; None: no encryption.
+        tls: credentials for verifiers; None: connections are not encrypted.
         on_link: called for every session that begins to read.
 
     Raises:

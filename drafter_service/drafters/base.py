@@ -1,4 +1,4 @@
-"""What every drafter is."""
+"""The interface of all drafters, and what their sessions have in common."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Drafted = list[int] | DraftTree
 
 @dataclass(frozen=True, slots=True)
 class DrafterTraits:
-    """What a drafter is and can do. Its peers are told as specdec.v1.DrafterInfo."""
+    """What peers are told of a drafter; see specdec.v1.DrafterInfo."""
 
     name: str
     family: str
@@ -51,29 +51,29 @@ class DrafterTraits:
     dtype: str = ""
     device: str = ""
     target_state_spec: TargetStateSpec | None = None
-    """What it reads of the target; None: nothing."""
+    """What the drafter reads of the target; None: nothing."""
     needs_target_weights: bool = False
-    """Whether it uses the target's embedding and LM head."""
+    """Whether the drafter uses the target's embedding and LM head."""
     max_draft_nodes: int = 0
-    """Most tokens of a draft tree; 0: it drafts chains only."""
+    """Most tokens of a draft tree; 0: the drafter makes chains only."""
     revision: str = ""
-    """Which weights these are, see `specdec.models.files.revision`."""
+    """Revision of the weights, see `specdec.models.files.revision`."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenDraft:
-    """What a draft session is opened with; see specdec.v1.DraftOpen."""
+    """The request that opens a draft session; see specdec.v1.DraftOpen."""
 
     committed_token_ids: tuple[int, ...]
     prompt_length: int
     max_length: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     min_draft_confidence: float = 0.0
-    """Probability, 0 to 1, below which a drafter that knows it proposes no further token in a round."""
+    """Probability, 0 to 1, of a token below which a draft ends, if the drafter knows probabilities."""
 
 
 class DraftSession:
-    """One generation as a drafter sees it: the committed tokens. Families add what they keep of it."""
+    """One generation as a drafter sees it: the committed tokens. Families add what else they keep."""
 
     def __init__(self, request: OpenDraft) -> None:
         self.token_ids = list(request.committed_token_ids)
@@ -82,15 +82,15 @@ class DraftSession:
         self.sampling = request.sampling
         self.min_draft_confidence = request.min_draft_confidence
         self.state: StateSession | None = None
-        """Where the target's state comes from; None: the drafter needs none."""
+        """Source of the target's state; None: the drafter reads none."""
         self.view: TargetStateView | None = None
-        """The target's state as of this round, positions below committed_length - 1."""
+        """The target's state in this round, of the positions below committed_length - 1."""
         self.target_weights: TargetWeights | None = None
-        """Set from the first round on, where the drafter needs them."""
+        """The target's embedding and LM head, set from the first round on where the drafter needs them."""
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Committed tokens a pass has yet to read before a draft can be quick."""
+        """Number of committed tokens that passes must read before a draft can be quick."""
         return 0
 
     def commit(self, committed_token_ids: Sequence[int], committed_length: int) -> None:
@@ -98,7 +98,7 @@ class DraftSession:
 
         Raises:
             FailedPreconditionError: a round was missed; nothing changes.
-            InvalidArgumentError: more tokens than the session has room for; nothing changes.
+            InvalidArgumentError: the session has no room for the tokens; nothing changes.
         """
         expected = len(self.token_ids) + len(committed_token_ids)
         if committed_length != expected:
@@ -117,24 +117,24 @@ class DraftSession:
 
 @dataclass(frozen=True, slots=True)
 class DraftItem:
-    """One session's work in an engine step: draft up to K tokens, or (K = 0) read some committed ones."""
+    """One session's work in an engine step: draft up to K tokens, or (K = 0) read committed ones."""
 
     drafter: Drafter
     session: DraftSession
     draft_depth: int
     num_tokens: int
-    """Tokens it adds to the first pass of the step."""
+    """Number of tokens that the item adds to the first pass of the step."""
     draft_nodes: int = 0
-    """Most tokens of a draft tree, K its depth; 0: a chain is wanted."""
+    """Most tokens of a draft tree of depth K; 0: a chain is wanted."""
 
     @property
     def wants_tree(self) -> bool:
-        """Whether more tokens are wanted than a chain has."""
+        """Whether a tree is wanted: more tokens than a chain has."""
         return self.draft_nodes > self.draft_depth
 
     @property
     def is_urgent(self) -> bool:
-        """A draft goes before a prefill chunk."""
+        """Whether the item goes before others: drafts go before prefill chunks."""
         return self.draft_depth > 0
 
 
@@ -146,15 +146,15 @@ class Drafter(ABC):
 
     traits: DrafterTraits
     projection: Projection | None = None
-    """The projection of its target state spec."""
+    """The projection in the drafter's target state spec."""
     kv_pool: KvPool | None = None
-    """Where it keeps KV of its own; None: it has none."""
+    """Pool of the drafter's own KV; None: it has none."""
 
     def open(self, request: OpenDraft) -> DraftSession:
         """Start a session and reserve its memory.
 
         Raises:
-            SpecdecError: the drafter has no room, or cannot follow this generation.
+            SpecdecError: the drafter has no room, or cannot follow the generation.
         """
         return DraftSession(request)
 
@@ -163,13 +163,16 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, items: Sequence[DraftItem]) -> Sequence[Drafted | SpecdecError]:
-        """Per item at most `draft_depth` tokens in a row; none: no guess. An error is that item's alone.
+        """Guess at most `draft_depth` tokens in a row for each item; an empty draft is no guess.
 
-        A tree's likelier tokens come first, as far as parents come before their children.
+        The likelier tokens of a tree come first, as far as parents come before their children.
+
+        Returns:
+            A draft or an error for each item; an error concerns that item alone.
         """
 
     def failure(self, error: Exception) -> SpecdecError:
-        """What those are told whose draft raised; a defect is logged."""
+        """Return the error for the sessions whose draft raised `error`; a defect is logged."""
         if isinstance(error, SpecdecError):
             return error
         log_defect(logger, "drafter failed", error, drafter=self.traits.name)
@@ -181,23 +184,24 @@ class Drafter(ABC):
         start: Callable[[DraftItem], RoundT | None],
         draft: Callable[[Sequence[RoundT]], Sequence[Drafted]],
     ) -> list[Drafted | SpecdecError]:
-        """Drafts of the sessions of one target after the other's.
+        """Draft for the sessions of one target after another.
 
-        What a session raises is its own error, and what the drafts of a target's sessions raise is theirs.
+        What `start` raises is the error of that session, what `draft` raises that of all the target's
+        sessions.
 
         Args:
-            start: a session's part of the drafts; None: there is nothing to draft.
-            draft: drafts for sessions of one target, side by side.
+            start: returns a session's part of the drafts; None: there is nothing to draft.
+            draft: drafts for the sessions of one target, side by side.
         """
         drafts: list[Drafted | SpecdecError] = [[] for _ in items]
         started: list[tuple[int, RoundT]] = []
         for index, item in enumerate(items):
             try:
-                one = start(item)
-            except Exception as error:  # of this session, whatever it is
+                part = start(item)
+            except Exception as error:  # whatever it is, it concerns this session alone
                 drafts[index] = self.failure(error)
             else:
-                started += [] if one is None else [(index, one)]
+                started += [] if part is None else [(index, part)]
 
         def target(entry: tuple[int, RoundT]) -> int:
             return id(items[entry[0]].session.target_weights)
@@ -207,7 +211,7 @@ class Drafter(ABC):
             found: Sequence[Drafted | SpecdecError]
             try:
                 found = draft(rounds)
-            except Exception as error:  # of these sessions, whatever it is
+            except Exception as error:  # whatever it is, it concerns these sessions alone
                 found = [self.failure(error)] * len(indices)
             for index, outcome in zip(indices, found, strict=True):
                 drafts[index] = outcome

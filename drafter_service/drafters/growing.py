@@ -1,8 +1,8 @@
-"""How drafters that know probabilities grow a tree: the likeliest guesses first.
+"""Draft trees of drafters that know probabilities: the likeliest guesses first.
 
 A node's worth is the probability that its whole path is right, as the drafter sees it: the product along the
-path. (EAGLE-2, arXiv 2406.16858, for drafters that go step by step; where all products are known at once, as
-of a block's marginals, a heap finds the best.)
+path. Drafters that go step by step follow EAGLE-2 (arXiv 2406.16858); where all products are known at once,
+as those of a block's marginals are, a heap finds the best.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from drafter_service.drafters.base import DraftItem
 from specdec.contract.draft_tree import ANCHOR, DraftTree
 
 MAX_CHILDREN = 8
-"""Continuations of a node that are looked at."""
+"""Most continuations of a node that are considered."""
 MAX_STEP_NODES = 8
-"""Nodes of a session that are expanded in one step."""
+"""Most nodes of a session that are expanded in one step."""
 
 Candidates = Sequence[tuple[float, int]]
 """(log probability, token id) pairs, best first."""
@@ -30,7 +30,7 @@ class _Node:
     token_id: int
     depth: int
     log_prob: float
-    """Of the whole path."""
+    """Log probability of the whole path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ class _Sibling:
     """A candidate to be a child of a node."""
 
     cost: float
-    """Negative log probability of its path."""
+    """Negative log probability of the candidate's path."""
     parent: int
     rank: int
-    """Among the candidates."""
+    """Index among the candidates."""
     parent_cost: float
     family: Candidates
-    """The candidates it is one of."""
+    """All candidates to be children of that node."""
 
     def __lt__(self, other: _Sibling) -> bool:
         return (self.cost, self.parent, self.rank) < (other.cost, other.parent, other.rank)
@@ -67,7 +67,7 @@ class GrowingTree:
         self._expanded: set[int] = set()
 
     def frontier(self) -> list[int]:
-        """The nodes to expand next, ANCHOR at first; none: nothing would come of it."""
+        """Return the nodes to expand next, ANCHOR at first; empty: the tree would not change."""
         if ANCHOR not in self._expanded:
             return [ANCHOR]
         open_nodes = [
@@ -78,7 +78,7 @@ class GrowingTree:
         return open_nodes[:MAX_STEP_NODES]
 
     def expand(self, parent: int, candidates: Candidates) -> None:
-        """Add what may follow a node of the frontier."""
+        """Add the candidates to follow a node of the frontier."""
         self._expanded.add(parent)
         depth = 1 + (0 if parent == ANCHOR else self._nodes[parent].depth)
         log_prob = 0.0 if parent == ANCHOR else self._nodes[parent].log_prob
@@ -87,11 +87,11 @@ class GrowingTree:
                 self._nodes.append(_Node(parent, token_id, depth, log_prob + own))
 
     def parent(self, index: int) -> int:
-        """A node's parent."""
+        """Return a node's parent."""
         return self._nodes[index].parent
 
     def path(self, index: int) -> list[int]:
-        """Tokens from the anchor's child to a node, none for ANCHOR."""
+        """Return the tokens from the anchor's child to a node; empty for ANCHOR."""
         token_ids: list[int] = []
         while index != ANCHOR:
             token_ids.append(self._nodes[index].token_id)
@@ -99,25 +99,25 @@ class GrowingTree:
         return token_ids[::-1]
 
     def tree(self) -> DraftTree:
-        """The best of the nodes, best first; a parent is never worse than its child, and older."""
+        """Return the best nodes, best first: a parent is never worse than its child, and comes before it."""
         best = self._best()
         places = {index: place for place, index in enumerate(best)} | {ANCHOR: ANCHOR}
         nodes = [self._nodes[index] for index in best]
         return DraftTree.of([node.token_id for node in nodes], [places[node.parent] for node in nodes])
 
     def _best(self) -> list[int]:
-        """The nodes that would be the tree now, best first."""
+        """Return the nodes that would be the tree now, best first."""
         indices = range(len(self._nodes))
         return nlargest(self._max_num_nodes, indices, key=lambda index: (self._nodes[index].log_prob, -index))
 
     def best_paths(
         self, candidates: Callable[[list[int]], Candidates], *, least_probability: float = 0.0
     ) -> DraftTree:
-        """The likeliest paths of all, where what may follow one is known at once: no step by step is needed.
+        """Return the tree of the likeliest paths, where what may follow is known for all paths at once.
 
         Args:
-            candidates: what may follow a path of tokens after the anchor, an empty one at first.
-            least_probability: of a path; the first token is proposed in any case.
+            candidates: returns what may follow a path of tokens after the anchor, at first the empty path.
+            least_probability: probability below which a path is left out; the first token is always proposed.
         """
         least = math.log(least_probability) if least_probability else -math.inf
         waiting: list[_Sibling] = []
@@ -130,7 +130,7 @@ class GrowingTree:
             if is_likely or not self._nodes:
                 heappush(waiting, _Sibling(parent_cost - own, parent, rank, parent_cost, family))
 
-        # Of each family of siblings only the best that is no node yet waits.
+        # Of each family, only the best sibling that is not a node yet waits.
         enter(ANCHOR, 0, 0.0, candidates([]))
         while waiting and len(self._nodes) < self._max_num_nodes:
             best = heappop(waiting)
@@ -144,7 +144,7 @@ class GrowingTree:
 
 
 def growing_tree(item: DraftItem, max_depth: int) -> GrowingTree:
-    """The tree an item asks for, of at most `max_depth` tokens in a row."""
+    """Return an empty tree as an item asks for it, of at most `max_depth` tokens in a row."""
     return GrowingTree(
         max_depth=max_depth,
         max_num_nodes=item.draft_nodes,

@@ -1,4 +1,4 @@
-"""From the states a drafter ends with to draft tokens: the LM head, and picks as the target picks."""
+"""From the last states of a drafter to draft tokens: the LM head, and picks as the target makes them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from specdec.state.weights import TargetWeights, softcapped
 
 DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 Logits = Callable[[Tensor], Tensor]
-"""Logits [num_rows, draft_vocab_size] of states [num_rows, hidden_size]."""
+"""Maps states [num_rows, hidden_size] to logits [num_rows, draft_vocab_size]."""
 
 
 def read_draft_vocab(folder: Path, vocab_size: int, device: torch.device) -> Tensor | None:
-    """Token ids [draft_vocab_size] a drafter's head covers, ascending; None: all.
+    """Read the token ids [draft_vocab_size] that a drafter's head covers, ascending; None: all.
 
     Raises:
-        InvalidArgumentError: the file of them is damaged.
+        InvalidArgumentError: the file is damaged.
     """
     path = folder / DRAFT_VOCAB_FILE
     if not path.is_file():
@@ -51,8 +51,8 @@ class DraftHead:
         draft_vocab: token ids [draft_vocab_size] of the head's rows, ascending; None: all.
         own: the drafter's own head; None: the target's is used.
         vocab_size: tokens the drafter knows; 0: as many as the target has.
-        scale: what logits of the target's head are multiplied with.
-        softcap: of logits of the target's head, 0 for none; None: the target's.
+        scale: factor of the logits of the target's head.
+        softcap: softcap of the logits of the target's head, 0 for none; None: the target's own.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class DraftHead:
         self._pickers: dict[int, Picker] = {}
 
     def vocab_size(self, weights: TargetWeights) -> int:
-        """Tokens that drafter and target both know: what rows a target has beyond them are padding."""
+        """Count the tokens that drafter and target both know; a target's further rows are padding."""
         return self._vocab_size or min(len(weights.embedding), len(weights.lm_head))
 
     def misfit(self, weights: TargetWeights, least_size: int = 0) -> str:
-        """What of a target's vocabulary is too small for a drafter's; empty: nothing.
+        """Say how a target's vocabulary is too small for the drafter's; empty: it is not.
 
         Args:
-            least_size: tokens the target must know in any case.
+            least_size: number of tokens the target must know in any case.
         """
         known, wanted = len(weights.embedding), max(self._least_size, least_size)
         if not self.own:
@@ -91,17 +91,17 @@ class DraftHead:
         return ""
 
     def logits(self, states: Tensor, weights: TargetWeights) -> Tensor:
-        """Logits [num_rows, draft_vocab_size] of states [num_rows, hidden_size]."""
+        """Return logits [num_rows, draft_vocab_size] of states [num_rows, hidden_size]."""
         if self.own:
             return self.own(states)
         if weights not in self._heads:
-            self._heads[weights] = self._of(weights)
+            self._heads[weights] = self._head_of(weights)
         return self._heads[weights](states)
 
-    def _of(self, weights: TargetWeights) -> Logits:
+    def _head_of(self, weights: TargetWeights) -> Logits:
         drafted = slice(self.vocab_size(weights)) if self.draft_vocab is None else self.draft_vocab
         rows = weights.lm_head[drafted]
-        # Not a method of the weights: the cache would keep them alive.
+        # The closures must not hold `weights`: the cache would keep them alive.
         multiply, scale = multiplier(rows.to(self._dtype)), self._scale
         cap = weights.final_logit_softcap if self._softcap is None else self._softcap
         if scale == 1.0:
@@ -115,16 +115,16 @@ class DraftHead:
         contexts: Sequence[PickContext],
         weights: TargetWeights,
     ) -> list[list[int]]:
-        """Tokens picked as the target picks, from rows of several sessions.
+        """Pick tokens as the target picks, from rows of several sessions.
 
         Args:
             logits: [sum(counts), draft_vocab_size].
-            counts: rows of each session.
-            contexts: of each session.
-            weights: of the target they follow.
+            counts: number of rows of each session.
+            contexts: what picks depend on, for each session.
+            weights: weights of the target that the sessions follow.
 
         Returns:
-            Per session, a token per row.
+            A token for each row, session by session.
         """
         if all(context.sampling.is_plain for context in contexts):
             best = arg_max(logits)
@@ -142,13 +142,13 @@ class DraftHead:
         weights: TargetWeights,
         num_candidates: int,
     ) -> list[list[Candidates]]:
-        """The likeliest picks of the target, for the same arguments as `pick`.
+        """Return the likeliest picks of the target; the arguments are those of `pick`.
 
         Above temperature 0 they are in the order of the shared noise: by log draft_probs + gumbel(seed,
         position), whose softmax stands for the probability that a token is the pick.
 
         Returns:
-            Per session and row at most `num_candidates` (log probability, token id) pairs, best first.
+            At most `num_candidates` (log probability, token id) pairs for each session and row, best first.
         """
         return [
             self._candidates(rows, context, self.vocab_size(weights), num_candidates)
@@ -177,25 +177,25 @@ class DraftHead:
         return self._pickers[vocab_size]
 
     def _over_all_tokens(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """Logits [num_rows, vocab_size] that are -inf where the draft vocabulary has no token."""
+        """Spread logits over all tokens [num_rows, vocab_size], -inf outside the draft vocabulary."""
         if self.draft_vocab is None:
             return logits
         full = logits.new_full((len(logits), vocab_size), float("-inf"))
         return full.index_copy_(1, self.draft_vocab, logits)
 
     def confidence(self, logits: Tensor, token_id: int) -> float:
-        """Probability of a draft token by its row of logits [draft_vocab_size]."""
+        """Return the probability of a draft token by its row of logits [draft_vocab_size]."""
         index = token_id
         if self.draft_vocab is not None:
             index = int(torch.searchsorted(self.draft_vocab, token_id))
         return logits.float().softmax(-1)[index].item()
 
     def extend(self, draft: list[int], pick: int, logits: Tensor, threshold: float) -> bool:
-        """Append a pick to a draft, unless it is unlikely and not the first; whether it was likely.
+        """Append a pick to a draft, unless it is unlikely and not the first; return whether it was likely.
 
         Args:
-            logits: those the pick was made from [draft_vocab_size].
-            threshold: least confidence; 0: any.
+            logits: the logits that the pick was made from [draft_vocab_size].
+            threshold: least probability of a likely pick; 0: every pick is likely.
         """
         is_sure = not threshold or self.confidence(logits, pick) >= threshold
         if is_sure or not draft:

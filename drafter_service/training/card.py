@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drafter_service.drafters.ngram_lm.table import NgramTable
+from drafter_service.training.acceptance import HeldOutAcceptance
 from drafter_service.training.config import CountOptions, LoopConfig
 from drafter_service.training.data import TokenData
-from drafter_service.training.loop import Acceptance, History
+from drafter_service.training.loop import History
 from specdec.bench import plots, provenance
 
 
@@ -29,7 +30,7 @@ class Card:
 
 
 def write_card(
-    card: Card, config: LoopConfig, data: TokenData, history: History, acceptance: Acceptance
+    card: Card, config: LoopConfig, data: TokenData, history: History, acceptance: HeldOutAcceptance
 ) -> None:
     """Write README.md and, where matplotlib is installed, loss.png into the output folder."""
     figure = _draw(history, config.out / "loss.png") if plots.has_matplotlib() else ""
@@ -38,7 +39,12 @@ def write_card(
 
 
 def write_table_card(
-    card: Card, table: NgramTable, counted: CountOptions, data: TokenData, acceptance: Acceptance, out: Path
+    card: Card,
+    table: NgramTable,
+    counted: CountOptions,
+    data: TokenData,
+    acceptance: HeldOutAcceptance,
+    out: Path,
 ) -> None:
     """Write README.md of a counted table into the output folder."""
     rows = {
@@ -75,7 +81,7 @@ def _data_rows(card: Card, data: TokenData) -> dict[str, str]:
     }
 
 
-def _text(card: Card, heading: str, rows: Mapping[str, str], acceptance: Acceptance) -> str:
+def _text(card: Card, heading: str, rows: Mapping[str, str], acceptance: HeldOutAcceptance) -> str:
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return f"""---
 base_model: {card.target}

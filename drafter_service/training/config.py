@@ -1,13 +1,56 @@
-"""Configuration of a training run. Imports no torch: the command line reads its defaults from here."""
+"""Configuration of training runs. It imports no torch: the command line reads its defaults from here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Self
+
+
+class _Options:
+    """Options that are taken from those of a command."""
+
+    __slots__ = ()
+
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> Self:
+        """Take the options that have the names of fields; the others belong to something else."""
+        names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: value for name, value in options.items() if name in names})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions(_Options):
+    """Which target's answers a drafter learns from, and how they are generated if they are not given."""
+
+    out: Path
+    """Folder of the drafter, where generated answers are kept."""
+    model: str = "default"
+    """The target: a folder or hub id."""
+    tokens: tuple[Path, ...] = ()
+    """Files of token sequences to learn from; empty: answers are generated."""
+    prompts: Path | None = None
+    """File of prompts to answer; None: the target makes them up."""
+    num_sequences: int = 4000
+    """Number of answers to generate."""
+    max_new_tokens: int = 256
+    """Longest generated answer, tokens."""
+    seed: int = 0
+    """Seed of the prompts that are made up."""
+    dtype: str = "bfloat16"
+    """Data type of the target."""
+    device: str = "cpu"
+    """Device of the target and the drafter."""
+    threads: int = 0
+    """CPU threads; 0: all."""
+    task_share: float = 0.25
+    """Share of the made-up prompts that are about a text the target wrote, 0 to 1."""
+    passages: Path | None = None
+    """File of token sequences whose answers are these texts; None: the answers generated before."""
 
 
 @dataclass(frozen=True, slots=True)
-class LoopConfig:
+class LoopConfig(_Options):
     """How a drafter is trained, whatever its method."""
 
     out: Path
@@ -15,40 +58,44 @@ class LoopConfig:
     minutes: float = 60.0
     """Time to train, minutes; the learning rate falls to nearly 0 over it."""
     steps: int = 0
-    """Steps to train, the same on every machine; 0: as many as fit into the minutes."""
+    """Number of steps to train, the same on every machine; 0: as many as fit into the minutes."""
     learning_rate: float = 1e-3
     """Largest learning rate of AdamW."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises."""
     tokens_per_step: int = 512
-    """Answer tokens of a step, at least; sequences are not cut for it."""
+    """Least number of answer tokens in a step; sequences are not cut for it."""
     max_length: int = 512
-    """Longer sequences are cut there, tokens."""
+    """Length at which longer sequences are cut, tokens."""
     passes: int = 3
-    """Times a batch is trained on before its features go: the target's pass costs more than a step."""
+    """How often a batch is trained on while its features are kept: the target's pass costs more than a
+    step."""
     evaluate_minutes: float = 5.0
-    """Time between two looks at held-out acceptance, minutes."""
+    """Time between two measurements of the held-out acceptance, minutes."""
     draft_depth: int = 4
     """K of the held-out acceptance; less where a drafter cannot draft as many."""
     num_held_out: int = 48
-    """Sequences held out."""
+    """Number of sequences held out."""
     seed: int = 0
-    """Of the order of sequences and all else that is random."""
+    """Seed of the order of sequences and of all else that is random."""
 
     @property
     def pool_tokens(self) -> int:
-        """Tokens whose KV the target keeps while it reads sequences: a step's with prompts as long as their
-        answers, and always one sequence; a step with longer prompts takes several passes."""
+        """Tokens whose KV the target keeps while it reads sequences.
+
+        A step has room if its prompts are as long as its answers, and so has any single sequence; a step with
+        longer prompts takes several passes.
+        """
         return 2 * (self.tokens_per_step + self.max_length)
 
 
 @dataclass(frozen=True, slots=True)
-class CountOptions:
-    """What of the answers an n-gram table keeps."""
+class CountOptions(_Options):
+    """Which n-grams of the answers a table keeps."""
 
     max_size: int = 5
-    """Tokens of the longest context."""
+    """Length of the longest context, tokens."""
     min_count: int = 2
     """Occurrences below which a context of several tokens is left out."""
     min_gain: float = 4.0
-    """Nats that a context must tell beyond the shorter one, over all its occurrences; -inf: anything."""
+    """Least gain of a context over the shorter one, nats over all its occurrences; -inf: any will do."""

@@ -1,13 +1,11 @@
-"""The training loop every method shares: schedule, checkpoints, held-out acceptance, progress."""
+"""The training loop that all methods share: schedule, checkpoints, held-out acceptance, progress."""
 
 from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,108 +13,39 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from drafter_service.training.acceptance import HeldOutAcceptance
 from drafter_service.training.checkpoint import read_checkpoint, write_checkpoint
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import Batch, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import SequenceFeatures
+from drafter_service.training.trainee import Trainee
 from specdec.contract.errors import InvalidArgumentError
 
 CHECKPOINT = "checkpoint.pt"
 Features = Callable[[Sequence[TokenSequence]], list[SequenceFeatures]]
-"""Where the features of sequences come from: a FeatureSource."""
-_LOG_EVERY = 25
+"""Returns the features of sequences: a FeatureSource."""
 _LOG_EVERY_S = 60.0
+"""Time between two lines where there is no terminal to draw the bar on."""
 _FINAL_RATE = 0.02
-"""Of the learning rate, at the end of its cosine."""
+"""Share of the learning rate that is left at the end of its cosine."""
 
 
 @dataclass(slots=True)
 class History:
-    """What a run has come through."""
+    """What a run has done so far."""
 
     step: int = 0
     seconds: float = 0.0
     num_tokens: int = 0
-    """Answer tokens trained on; each counts once per pass."""
+    """Number of answer tokens trained on; each counts once per pass."""
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, moving average)"""
     acceptance: list[tuple[int, float]] = field(default_factory=list)
     """(step, acceptance length of held-out answers)"""
 
 
-class Trainee(nn.Module, ABC):
-    """A drafter being trained. Its parameters are what is trained."""
-
-    @property
-    def max_draft_depth(self) -> int | None:
-        """Tokens it can draft in a round; None: any number."""
-        return None
-
-    @abstractmethod
-    def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
-        """The loss of a batch, a scalar."""
-
-    @abstractmethod
-    def accepted(self, features: Sequence[SequenceFeatures], draft_depth: int) -> list[list[int]]:
-        """Per sequence, for each answer token but the last as anchor, how many drafts would be accepted."""
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What it is besides its weights, by name, in plain values: a run goes on with the same only."""
-
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the drafter's checkpoint, without card."""
-
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Start from a drafter that was saved.
-
-        Raises:
-            InvalidArgumentError: it is of another shape.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """Greedy acceptance over answers, round by round as they would be generated."""
-
-    num_answers: int
-    num_rounds: int
-    num_accepted: int
-    per_position: tuple[float, ...]
-    """Of the rounds, the share in which the draft's first, second... token was accepted."""
-
-    @property
-    def draft_depth(self) -> int:
-        """K of the rounds."""
-        return len(self.per_position)
-
-    @property
-    def length(self) -> float:
-        """Tokens a round emits, the target's own included."""
-        return 1.0 + self.num_accepted / max(self.num_rounds, 1)
-
-    @classmethod
-    def of(cls, accepted: Sequence[Sequence[int]], draft_depth: int) -> Acceptance:
-        """Walk the anchors of each answer: a round ends `accepted` + 1 tokens on."""
-        rounds = [count for counts in accepted for count in _walk(counts)]
-        shares = [
-            sum(count > index for count in rounds) / max(len(rounds), 1) for index in range(draft_depth)
-        ]
-        return cls(len(accepted), len(rounds), sum(rounds), tuple(shares))
-
-
-def _walk(counts: Sequence[int]) -> list[int]:
-    rounds, anchor = [], 0
-    while anchor < len(counts):
-        rounds.append(counts[anchor])
-        anchor += counts[anchor] + 1
-    return rounds
-
-
 class Training:
-    """One run of a trainee over data."""
+    """Trains one drafter over data."""
 
     def __init__(
         self, trainee: Trainee, source: Features, data: TokenData, config: LoopConfig, console: Console
@@ -134,22 +63,22 @@ class Training:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._held_out_features: list[list[SequenceFeatures]] = []
         self._kept_features: dict[int, list[SequenceFeatures]] = {}
-        self._logged = time.monotonic()
+        self._logged = -math.inf
 
     @property
     def draft_depth(self) -> int:
-        """K of the held-out acceptance: no more than the drafter can make."""
+        """K of the held-out acceptance: at most what the drafter can draft."""
         wanted = self.config.draft_depth
         return min(wanted, self.trainee.max_draft_depth or wanted)
 
     @property
     def progress(self) -> float:
-        """How much of the run is done, 0 to 1."""
+        """Share of the run that is done, 0 to 1."""
         if self.config.steps:
             return min(1.0, self.history.step / self.config.steps)
         return min(1.0, self.history.seconds / (60 * self.config.minutes))
 
-    def run(self) -> Acceptance:
+    def run(self) -> HeldOutAcceptance:
         """Train to the end; an interrupted run leaves its checkpoint.
 
         Returns:
@@ -157,10 +86,11 @@ class Training:
         """
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task("reading held-out answers", total=1.0)
+            task = bar.add_task("taking the first step", total=1.0)
             bar.update(task, completed=self.progress)
             if self.progress < 1.0:
                 self._run(lambda text: bar.update(task, completed=self.progress, description=text))
+            bar.update(task, description="reading held-out answers")
             return self.evaluate()
 
     def _run(self, report: Callable[[str], None]) -> None:
@@ -178,9 +108,8 @@ class Training:
         try:
             for batch in stream:
                 self._step(batch)
-                if history.step % _LOG_EVERY == 0:
-                    report(self._describe())
-                    self._log()
+                report(self._describe())
+                self._log()
                 if history.seconds - evaluated >= 60 * config.evaluate_minutes:
                     evaluated = history.seconds
                     self._look()
@@ -202,17 +131,17 @@ class Training:
         try:
             loss = self._update(features)
         except BaseException:
-            # The checkpoint that is saved now is that of the step before.
+            # The checkpoint that is saved next is that of the step before.
             self._generator.set_state(before)
             raise
         self._note(loss, batch.sequences)
         self.history.seconds += time.perf_counter() - started
 
     def _update(self, features: Sequence[SequenceFeatures]) -> float:
-        """Change the weights by a batch; its loss.
+        """Change the weights by a batch and return its loss.
 
         Raises:
-            InvalidArgumentError: loss or gradient is not finite; the weights are as they were.
+            InvalidArgumentError: loss or gradient is not finite; the weights stay as they were.
         """
         self.trainee.train()
         with torch.autocast(self._device.type, torch.bfloat16):
@@ -253,7 +182,7 @@ class Training:
         return f"step {history.step}, loss {history.losses[-1][1]:.3f}, {rate:.0f} tokens/s{length}"
 
     def _log(self) -> None:
-        """A line a minute where there is no terminal to draw the bar on."""
+        """Print a line after the first step and then every minute, where there is no terminal for the bar."""
         if not self._console.is_terminal and time.monotonic() - self._logged >= _LOG_EVERY_S:
             self._logged = time.monotonic()
             self._console.print(f"{self.progress:.0%}: {self._describe()}")
@@ -264,8 +193,8 @@ class Training:
         self._console.print(f"{self._describe()} (held out, K = {self.draft_depth})")
         self.save_checkpoint()
 
-    def evaluate(self) -> Acceptance:
-        """Acceptance on the held-out answers."""
+    def evaluate(self) -> HeldOutAcceptance:
+        """Measure acceptance on the held-out answers."""
         if not self._held_out_features:
             self._held_out_features = [self.source(group) for group in self._held_out_groups()]
         self.trainee.eval()
@@ -273,11 +202,11 @@ class Training:
         with torch.autocast(self._device.type, torch.bfloat16):
             for features in self._held_out_features:
                 accepted += self.trainee.accepted(features, self.draft_depth)
-        return Acceptance.of(accepted, self.draft_depth)
+        return HeldOutAcceptance.of(accepted, self.draft_depth)
 
     def _held_out_groups(self) -> list[list[TokenSequence]]:
-        """Held-out sequences, cut as those trained on, in groups as large as a step: what a step has memory
-        for, an evaluation has."""
+        """Return the held-out sequences, cut as those trained on, in groups as large as a step, which fit
+        into memory as a step does."""
         groups: list[list[TokenSequence]] = []
         for whole in map(self._data.__getitem__, self._held_out):
             sequence = TokenSequence(whole.token_ids[: self.config.max_length], whole.prompt_length)
@@ -289,7 +218,7 @@ class Training:
         return groups
 
     def save_checkpoint(self) -> None:
-        """Write everything a resumed run needs."""
+        """Write all that a resumed run needs."""
         state = {
             "identity": self._identity(),
             "trainee": self.trainee.state_dict(),
@@ -303,7 +232,7 @@ class Training:
         """Go on from the checkpoint in the output folder.
 
         Raises:
-            InvalidArgumentError: it is damaged, or of a run with other settings.
+            InvalidArgumentError: the checkpoint is damaged, or belongs to a run with other settings.
         """
         path = self.config.out / CHECKPOINT
         state = read_checkpoint(path, self._identity())
@@ -314,11 +243,11 @@ class Training:
             self.history = History(**state["history"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidArgumentError(
-                f"{path} is of another drafter, or damaged: {error}", field="resume"
+                f"{path} belongs to another drafter, or is damaged: {error}", field="resume"
             ) from error
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed: the trainee, its data and their order."""
+        """Return what must be the same for a run to be resumed: the trainee, the data and their order."""
         settings = ("tokens_per_step", "max_length", "passes", "num_held_out", "seed")
         return {
             **self.trainee.identity(),

@@ -12,9 +12,9 @@ from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import OpenDraft
 from drafter_service.drafters.ngram_lm.drafter import NgramLmDrafter, NgramLmSession
 from drafter_service.drafters.ngram_lm.table import NgramTable, TargetVocabulary, UInt64s, extended_hash
+from drafter_service.training.acceptance import HeldOutAcceptance
 from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData
-from drafter_service.training.loop import Acceptance
 from specdec.contract.errors import InvalidArgumentError
 
 _DISCOUNT = 0.75
@@ -156,7 +156,9 @@ def _level(
     return level, probabilities[which]
 
 
-def measure(table: NgramTable, data: TokenData, indices: Sequence[int], draft_depth: int) -> Acceptance:
+def measure(
+    table: NgramTable, data: TokenData, indices: Sequence[int], draft_depth: int
+) -> HeldOutAcceptance:
     """Acceptance of chains on answers that were not counted, the text's own n-grams included."""
     # As a drafter service looks up what it is not told otherwise.
     sizes = DrafterConfig()
@@ -168,7 +170,7 @@ def measure(table: NgramTable, data: TokenData, indices: Sequence[int], draft_de
         max_draft_depth=draft_depth,
     )
     accepted = [_accepted(drafter, data, index, draft_depth) for index in indices]
-    return Acceptance.of([counts for counts in accepted if counts], draft_depth)
+    return HeldOutAcceptance.of([counts for counts in accepted if counts], draft_depth)
 
 
 def _accepted(drafter: NgramLmDrafter, data: TokenData, index: int, draft_depth: int) -> list[int]:

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from drafter_service.drafters.base import Drafter, DraftItem
-from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
+from drafter_service.drafters.mtp.checkpoint import Assistant
+from drafter_service.drafters.mtp.drafter import MtpDrafter
 from drafter_service.families import FAMILIES, DrafterFactory
 from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError, SpecdecError

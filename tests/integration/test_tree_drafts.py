@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from drafter_service.drafters.base import Drafted, Drafter, DraftItem
 from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
-from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
+from drafter_service.drafters.mtp.checkpoint import Assistant
+from drafter_service.drafters.mtp.drafter import MtpDrafter
 from drafter_service.families import FAMILIES, DrafterFactory
 from specdec.client import GenerateOptions
 from specdec.contract.draft_tree import ANCHOR, DraftTree

@@ -14,7 +14,8 @@ from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
-from drafter_service.drafters.mtp.drafter import Assistant, MtpDrafter
+from drafter_service.drafters.mtp.checkpoint import Assistant
+from drafter_service.drafters.mtp.drafter import MtpDrafter
 from drafter_service.host import DrafterHost
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError

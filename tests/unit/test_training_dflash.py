@@ -11,11 +11,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from drafter_service.training.acceptance import HeldOutAcceptance
+from drafter_service.training.architecture import context_layers, mask_token
 from drafter_service.training.batch import PackedBatch
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
-from drafter_service.training.dflash import DFlashTrainee, context_layers, make_trainee, mask_token
-from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
+from drafter_service.training.dflash import DFlashTrainee, make_trainee
+from drafter_service.training.loop import CHECKPOINT, Training
 from drafter_service.training.warm_start import BlockScales
 from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError
@@ -97,7 +99,7 @@ async def test_the_saved_drafter_is_the_trained_one(
             (accepted,) = trainee.accepted(run.source([sequence]), BLOCK_SIZE - 1)
             # Served, no draft is asked for where the target's own token will be the last.
             asked = [min(count, len(accepted) - 1 - anchor) for anchor, count in enumerate(accepted)]
-            expected.append(Acceptance.of([asked], BLOCK_SIZE - 1).num_accepted)
+            expected.append(HeldOutAcceptance.of([asked], BLOCK_SIZE - 1).num_accepted)
             answer = sequence.token_ids[sequence.prompt_length :]
             options = GenerateOptions(
                 method="dflash",
@@ -127,7 +129,7 @@ def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: P
     config["dflash_config"]["mask_token_id"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
     for folder in (tmp_path, tmp_path / "more"):
-        with pytest.raises(InvalidArgumentError, match="no drafter like this one"):
+        with pytest.raises(InvalidArgumentError, match="not a drafter like this one"):
             second.trainee.load(folder)
 
 
@@ -175,7 +177,7 @@ def test_the_mask_is_a_token_no_text_has() -> None:
 
 def test_a_run_that_starts_from_a_drafter_has_its_mask(tmp_path: Path) -> None:
     data = TokenData(numpy.arange(4), numpy.array([0, 4]), numpy.array([1]))
-    with pytest.raises(InvalidArgumentError, match="no drafter like this one"):
+    with pytest.raises(InvalidArgumentError, match="not a drafter like this one"):
         mask_token(data, VOCAB_SIZE, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"dflash_config": {"mask_token_id": 7}}))
     assert mask_token(data, VOCAB_SIZE, tmp_path) == 7

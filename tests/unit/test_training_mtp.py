@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from drafter_service.drafters.mtp.layers import AssistantLayers
+from drafter_service.training.acceptance import HeldOutAcceptance
 from drafter_service.training.batch import PackedBatch, even_rows
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.features import FeatureSource, SequenceFeatures
-from drafter_service.training.loop import CHECKPOINT, Acceptance, Training
+from drafter_service.training.loop import CHECKPOINT, Training
 from drafter_service.training.mtp import KEEP_REJECTED, MtpTrainee, _going_on, make_trainee
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import LoadedModel, load_causal_lm
@@ -269,7 +270,7 @@ def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: P
     assert second.evaluate().length == pytest.approx(reached.length, abs=0.05)
     wider = save_file_without(tmp_path, "post_projection.weight", tmp_path / "damaged")
     for folder in (wider, tmp_path / "more"):
-        with pytest.raises(InvalidArgumentError, match="no drafter like this one"):
+        with pytest.raises(InvalidArgumentError, match="not a drafter like this one"):
             second.trainee.load(folder)
 
 
@@ -393,6 +394,6 @@ def test_the_saved_drafter_is_the_trained_one(calm: Path, data: TokenData, tmp_p
 def test_acceptance_is_counted_round_by_round(
     accepted: list[list[int]], num_rounds: int, num_accepted: int, shares: tuple[float, ...]
 ) -> None:
-    found = Acceptance.of(accepted, 2)
-    assert found == Acceptance(len(accepted), num_rounds, num_accepted, shares)
+    found = HeldOutAcceptance.of(accepted, 2)
+    assert found == HeldOutAcceptance(len(accepted), num_rounds, num_accepted, shares)
     assert found.length == 1 + num_accepted / max(num_rounds, 1)

@@ -1,4 +1,4 @@
-"""An independent draft model: any causal LM with the target's vocabulary, with KV of its own.
+"""An independent draft model: any causal LM with the target's vocabulary, with its own KV.
 
 It picks with the target's parameters, seed and positions, so that at temperature > 0 both meet the same
 Gumbel noise (Daliri, Musco, Suresh 2024) and agree often.
@@ -19,11 +19,11 @@ from specdec.runtime.memory import dtype_name
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import PickContext, Picker
 
-DEFAULT_NUM_DRAFT_TOKENS = 4
+DEFAULT_DRAFT_DEPTH = 4
 
 
 class CausalLmSession(DraftSession):
-    """Committed tokens, and the tokens the draft model's KV was made from.
+    """Committed tokens, and the tokens that the draft model's KV was made from.
 
     Args:
         context_length: positions the draft model can use; past them the session goes on without drafts.
@@ -37,7 +37,7 @@ class CausalLmSession(DraftSession):
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Committed tokens without KV, but for the last, which every draft starts from."""
+        """Number of committed tokens without KV; the last is left out, since every draft starts from it."""
         return max(0, min(len(self.token_ids) - 1, self.context_length) - len(self.cached_token_ids))
 
     def commit(self, committed_token_ids: Sequence[int], committed_length: int) -> None:
@@ -49,11 +49,11 @@ class CausalLmSession(DraftSession):
             (i for i, (a, b) in enumerate(zip(cached, wanted, strict=False)) if a != b),
             min(len(cached), len(wanted)),
         )
-        # The last token always runs again if need be: its logits are the next draft's.
+        # The last token is never kept: the next draft needs its logits.
         del self.cached_token_ids[min(first_draft + num_right, len(self.token_ids) - 1) :]
 
     def segment(self, token_ids: Sequence[int], num_logits: int) -> Segment:
-        """Run `token_ids` after what is cached; they are cached once the pass has run."""
+        """Return the part of a pass that runs `token_ids` after what is cached; the pass caches them."""
         segment = Segment(self.allocation, len(self.cached_token_ids), token_ids, num_logits)
         self.cached_token_ids.extend(token_ids)
         return segment
@@ -77,7 +77,7 @@ class CausalLmDrafter(Drafter):
             name=name,
             family="causal-lm",
             max_draft_depth=max_draft_depth,
-            default_draft_depth=min(DEFAULT_NUM_DRAFT_TOKENS, max_draft_depth),
+            default_draft_depth=min(DEFAULT_DRAFT_DEPTH, max_draft_depth),
             model_id=loaded.model_id,
             revision=loaded.revision,
             vocabulary_fingerprint=loaded.vocabulary_fingerprint,
@@ -88,11 +88,11 @@ class CausalLmDrafter(Drafter):
         )
 
     def open(self, request: OpenDraft) -> CausalLmSession:
-        """A session with KV for the whole generation reserved.
+        """Open a session and reserve KV for the whole generation.
 
         Raises:
             InvalidArgumentError: the generation is longer than the pool, or uses tokens the model lacks.
-            ResourceExhaustedError: no KV free.
+            ResourceExhaustedError: all KV is in use.
         """
         validate_token_ids("committed_token_ids", request.committed_token_ids, self._packed.vocab_size)
         context_length = min(request.max_length, self._packed.max_length or request.max_length)
@@ -143,13 +143,13 @@ class CausalLmDrafter(Drafter):
 
 
 def _num_to_draft(item: DraftItem) -> int:
-    """K, less where the generation or the model's context ends sooner."""
+    """Return K, or less where the generation or the model's context ends sooner."""
     session = _checked(item.session)
     return max(0, min(item.draft_depth, session.context_length - len(session.token_ids)))
 
 
 def _catch_up(session: CausalLmSession, num_tokens: int, is_drafting: bool) -> Segment:
-    """The committed tokens without KV: all of them for a draft, a chunk for a prefill."""
+    """Run the committed tokens without KV: all of them for a draft, a chunk for a prefill."""
     first = len(session.cached_token_ids)
     num_tokens = (
         session.num_prefill_tokens + 1 if is_drafting else min(num_tokens, session.num_prefill_tokens)

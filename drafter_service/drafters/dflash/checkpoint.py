@@ -1,23 +1,20 @@
 """DFlash checkpoints of three kinds: z-lab's, those of vLLM's `speculators`, and transformers' own.
 
-They hold the same decoder under different names, and differ in what their configs leave unsaid: how layers
-are counted, what a sliding window and a block hide, where embedding and head come from.
+They hold the same decoder under different names; some bring a head of their own, all others use the target's.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel, Qwen3Config
+from transformers import MuseGlimmerAssistantModel
 
-from drafter_service.drafters.dflash.layers import LayerMask
+from drafter_service.drafters.dflash.config import DFlashSettings, read_config
 from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.drafters.head import read_draft_vocab
 from specdec.contract.errors import InvalidArgumentError
@@ -26,62 +23,31 @@ from specdec.runtime.loading import usable_device
 from specdec.state.view import Projection
 
 _INDEX = "model.safetensors.index.json"
-_SLIDING = "sliding_attention"
 TRANSFORMERS_NAMES = {
     "fc.weight": "encoder.fc.weight",
     "hidden_norm.weight": "encoder.output_norm_enc.weight",
 }
-"""Of weights, as z-lab and `speculators` have them and as transformers has."""
+"""Names of weights: as z-lab and `speculators` have them, and as transformers has."""
 _IGNORED = ("embed_tokens.", "verifier_norm.", "verifier_lm_head.", "t2d")
-"""Weights of `speculators` that are the target's, or say what other ones say."""
-
-
-@dataclass(frozen=True, slots=True)
-class DFlashSettings:
-    """What a checkpoint's config says besides the shape of its decoder."""
-
-    block_size: int
-    """Tokens of a block, the anchor included."""
-    mask_token_id: int
-    target_layer_ids: tuple[int, ...]
-    """Target layers, the first is 0, whose hidden states are the context."""
-    masks: tuple[LayerMask, ...]
-    """Of each decoder layer."""
-    sample_from_anchor: bool = False
-    """Whether the anchor's place drafts the token after it; else the first mask's does."""
-    embedding_scale: float | None = None
-    """What the target's embeddings are multiplied with; None: what the target multiplies them with."""
-    logit_scale: float = 1.0
-    logit_softcap: float | None = 0.0
-    """Of the logits, 0 for none; None: the target's."""
-    vocab_size: int = 0
-    """0: not said."""
-    default_draft_depth: int = 0
-    """Drafts of a round that does not say how many; 0: a whole block."""
-    vocabulary_fingerprint: str = ""
-
-    @property
-    def max_draft_depth(self) -> int:
-        """Drafts of a whole block."""
-        return self.block_size if self.sample_from_anchor else self.block_size - 1
+"""Weights of `speculators` that are the target's, or repeat what other weights say."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DFlashCheckpoint:
-    """A checkpoint in memory."""
+    """A DFlash checkpoint in memory."""
 
     model_id: str
     revision: str
     settings: DFlashSettings
     model: MuseGlimmerAssistantModel
     projection: Projection
-    """Of the context."""
+    """What makes the context of the target's hidden states."""
     lm_head: Tensor | None
-    """[draft_vocab_size, hidden_size]; None: the target's."""
+    """The checkpoint's own head [draft_vocab_size, hidden_size]; None: the target's is used."""
     draft_vocab: Tensor | None
     """Token ids [draft_vocab_size] the head covers, ascending; None: all."""
     markov: MarkovHead | None
-    """What makes a draft depend on the one before it; None: nothing does."""
+    """What makes a draft depend on the one before it; None: drafts of a block do not depend on each other."""
 
     @classmethod
     def load(cls, model: str, *, dtype: str, device: str, threads: int = 0) -> DFlashCheckpoint:
@@ -92,8 +58,8 @@ class DFlashCheckpoint:
 
         Raises:
             NotFoundError: there is no such checkpoint.
-            InvalidArgumentError: it is no DFlash drafter, one of a kind that is not supported, or damaged; or
-                the device is not there.
+            InvalidArgumentError: it is not a DFlash drafter of a kind that is supported, it is damaged, or
+                the device does not exist.
         """
         folder = resolve_model(model)
         target = usable_device(device)
@@ -101,7 +67,7 @@ class DFlashCheckpoint:
             torch.set_num_threads(threads)
         try:
             config = json.loads((folder / "config.json").read_text())
-            decoder_config, settings = _read_config(config)
+            decoder_config, settings = read_config(config)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"{folder}: {error.message}", field="drafter") from error
         except Exception as error:  # a broken config surfaces as many types
@@ -131,143 +97,6 @@ class DFlashCheckpoint:
         )
 
 
-def _read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
-    if config.get("model_type") == "muse_glimmer_assistant":
-        return _read_transformers(config)
-    if "speculators_model_type" in config:
-        return _read_speculators(config)
-    if "dflash_config" in config or "DFlashDraftModel" in config.get("architectures", ()):
-        return _read_z_lab(config)
-    kind = config.get("architectures") or config.get("model_type")
-    raise InvalidArgumentError(
-        f"it holds {kind}; the dflash drafter runs DFlashDraftModel, speculators' dflash and "
-        "muse_glimmer_assistant."
-    )
-
-
-def _read_transformers(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
-    decoder = MuseGlimmerAssistantConfig(**config)
-    # Its mask lets a query see a whole window back, and its block both ways.
-    reach = decoder.sliding_window
-    assert decoder.layer_types is not None
-    assert decoder.target_layer_ids is not None
-    masks = tuple(LayerMask(reach if kind == _SLIDING else None) for kind in decoder.layer_types)
-    return decoder, DFlashSettings(
-        _block_size(decoder.block_size),
-        _mask_token(decoder.mask_token_id),
-        _layer_ids(decoder.target_layer_ids),
-        masks,
-    )
-
-
-def _read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
-    own = {**config, **config.get("dflash_config", {})}
-    if any(name.startswith("DFlash2") for name in config.get("architectures", ())):
-        raise InvalidArgumentError("it holds a DFlash2DraftModel, of which this drafter knows nothing.")
-    layer_ids = _layer_ids(own.get("target_layer_ids"))
-    source = Qwen3Config(**config)
-    return _decoder_config(source, layer_ids), DFlashSettings(
-        _block_size(own.get("block_size", 16)),
-        _mask_token(own.get("mask_token_id")),
-        layer_ids,
-        _masks(source, config, own.get("is_causal")),
-        embedding_scale=float(own.get("input_embedding_scale", 1.0)),
-        logit_scale=float(own.get("output_multiplier", 1.0)),
-        logit_softcap=float(own.get("final_logit_softcapping") or 0.0),
-        vocab_size=source.vocab_size,
-        default_draft_depth=int(own.get("default_draft_depth", 0)),
-        vocabulary_fingerprint=config.get("specdec_vocabulary_fingerprint", ""),
-    )
-
-
-def _read_speculators(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
-    kind, projector = config["speculators_model_type"], config.get("projector_type", "dflash")
-    if (kind, projector) != ("dflash", "dflash"):
-        raise InvalidArgumentError(f"it holds a speculator of type {kind!r} ({projector}), not dflash.")
-    if config.get("shift_label"):
-        raise InvalidArgumentError("its labels are shifted (shift_label), which is not supported.")
-    layers = config["transformer_layer_config"]
-    source = Qwen3Config(**layers)
-    # Counted from the embedding on: 1 is the output of layer 0.
-    layer_ids = _layer_ids(config.get("aux_hidden_state_layer_ids"), offset=1)
-    return _decoder_config(source, layer_ids), DFlashSettings(
-        _block_size(config.get("block_size", 8)),
-        _mask_token(config.get("mask_token_id")),
-        layer_ids,
-        _masks(source, layers, False if config.get("sliding_window_non_causal") else None),
-        sample_from_anchor=bool(config.get("sample_from_anchor", False)),
-        embedding_scale=1.0,
-        vocab_size=source.vocab_size,
-    )
-
-
-def _layer_ids(given: Any, offset: int = 0) -> tuple[int, ...]:
-    layer_ids = tuple(int(layer_id) - offset for layer_id in given or ())
-    if not layer_ids or min(layer_ids) < 0:
-        raise InvalidArgumentError(
-            f"it must name target layers to read, counted from {offset}; it has {given}."
-        )
-    return layer_ids
-
-
-def _mask_token(given: Any) -> int:
-    if given is None:
-        raise InvalidArgumentError("it names no mask token (mask_token_id).")
-    return int(given)
-
-
-def _block_size(given: Any) -> int:
-    if int(given) < 2:
-        raise InvalidArgumentError(f"its block_size is {given}; a block has an anchor and at least one mask.")
-    return int(given)
-
-
-def _masks(source: Qwen3Config, config: Mapping[str, Any], is_causal: bool | None) -> tuple[LayerMask, ...]:
-    """Of z-lab's and `speculators`' layers: sliding ones are causal unless it is said.
-
-    Args:
-        config: what `source` was made of, which drops the window where there is no use_sliding_window;
-            z-lab's sliding layers then see all of the context.
-    """
-    window = config.get("sliding_window", 1)
-    if _SLIDING in source.layer_types and (window is None or window < 1):
-        raise InvalidArgumentError(
-            f"it has layers of type {_SLIDING}, and its sliding_window is {window}; give them a window of at "
-            "least one token, or the type full_attention."
-        )
-    reach = None if source.sliding_window is None else source.sliding_window - 1
-    masks = []
-    for kind in source.layer_types:
-        slides = kind == _SLIDING
-        causal = slides if is_causal is None else is_causal
-        # A window counts the query's own position.
-        masks.append(LayerMask(reach if slides else None, causal))
-    return tuple(masks)
-
-
-def _decoder_config(source: Qwen3Config, layer_ids: tuple[int, ...]) -> MuseGlimmerAssistantConfig:
-    """The shape of the decoder, which is Qwen3's but for where keys and values come from."""
-    if source.attention_bias:
-        raise InvalidArgumentError("its attention has biases, which the dflash drafter does not have.")
-    return MuseGlimmerAssistantConfig(
-        hidden_size=source.hidden_size,
-        intermediate_size=source.intermediate_size,
-        num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        num_key_value_heads=source.num_key_value_heads,
-        head_dim=source.head_dim,
-        rms_norm_eps=source.rms_norm_eps,
-        rope_parameters=source.rope_parameters,
-        max_position_embeddings=source.max_position_embeddings,
-        layer_types=list(source.layer_types),
-        hidden_act=source.hidden_act,
-        target_layer_ids=list(layer_ids),
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-
-
 def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
     try:
         files = ["model.safetensors"]
@@ -291,7 +120,7 @@ def _take_head(
     """Take head and draft vocabulary out of the weights; both are in order of token ids.
 
     Args:
-        vocab_size: 0: not known.
+        vocab_size: tokens the drafter knows; 0: unknown.
     """
     lm_head, offsets = weights.pop("lm_head.weight", None), weights.pop("d2t", None)
     if lm_head is None:
@@ -309,7 +138,7 @@ def _take_head(
     if len(lm_head) < vocab_size:
         raise InvalidArgumentError(
             f"{folder}: its head has {len(lm_head)} rows for a vocabulary of {vocab_size} tokens, and no d2t "
-            "that says whose they are.",
+            "that says which tokens they are for.",
             field="drafter",
         )
     # More rows than tokens are padding.
@@ -317,10 +146,13 @@ def _take_head(
 
 
 def _mapped_tokens(folder: Path, offsets: Tensor, num_rows: int, vocab_size: int) -> Tensor:
-    """The token [num_rows] of each row of a head, from how far it is from the row's index.
+    """Return the token of each row of a head [num_rows].
+
+    Args:
+        offsets: how far each row's token is from the row's index [num_rows].
 
     Raises:
-        InvalidArgumentError: they are not different tokens of the vocabulary, one for each row.
+        InvalidArgumentError: the rows do not have different tokens of the vocabulary.
     """
     right = offsets.shape == (num_rows,)
     if right:
@@ -345,12 +177,13 @@ def _take_markov(
         return MarkovHead.of(own, decoder.config.hidden_size).to(decoder.dtype)
     except (KeyError, RuntimeError, TypeError) as error:
         raise InvalidArgumentError(
-            f"{folder}: its {PREFIX}* weights are no head for {decoder.config.hidden_size} elements: {error}",
+            f"{folder}: its {PREFIX}* weights do not fit {decoder.config.hidden_size} elements: {error}",
             field="drafter",
         ) from error
 
 
 def _fill(folder: Path, decoder: MuseGlimmerAssistantModel, weights: dict[str, Tensor]) -> None:
+    """Load the weights into the decoder; refuse missing and unknown ones."""
     kept = {name: weight for name, weight in weights.items() if not name.startswith(_IGNORED)}
     try:
         missing, unexpected = decoder.load_state_dict(kept, strict=False)

@@ -1,7 +1,7 @@
 """DFlash's decoder layers: a block of queries over the context's keys and values and the block's own.
 
-Runs the layers of transformers' `muse_glimmer_assistant`, the DFlash model of that library; where the
-context's keys and values are kept is the caller's affair.
+The layers are those of transformers' `muse_glimmer_assistant`, the DFlash model of that library; the caller
+decides where the context's keys and values are kept.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True, slots=True)
 class LayerMask:
-    """What of the context and of its block a query of a layer sees."""
+    """Which keys of the context and of its own block a query of a layer sees."""
 
     reach: int | None = None
-    """How far back from its own position, that key included; None: all."""
+    """How far back a query sees from its own position, that key included; None: all the way."""
     is_causal: bool = False
-    """Whether keys of the block that come later are hidden from it."""
+    """Whether later keys of the block are hidden from a query."""
 
     def seen(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """Which keys each query sees [num_queries, num_keys], by their positions; None: all of them."""
+        """Return which keys each query sees [num_queries, num_keys], by position; None: all of them."""
         seen = None
         if self.reach is not None:
             seen = queries[:, None] - keys <= self.reach
@@ -41,12 +41,12 @@ class BlockKv(Protocol):
     """Keys and values of the sessions or sequences of a pass."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-        """Attention of the blocks' rows; the same shape as `queries`.
+        """Attend from the blocks' rows; the result has the shape of `queries`.
 
         Args:
             queries: [num_heads, num_rows, head_dim]
-            keys: [num_kv_heads, num_context + num_rows, head_dim], of the new context and of the blocks.
-            values: the same.
+            keys: keys of the new context and of the blocks [num_kv_heads, num_context + num_rows, head_dim].
+            values: values of the same, in the same shape.
         """
 
 
@@ -60,7 +60,7 @@ def _attention(
     block_kv: BlockKv,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query [1, heads, rows, dim] to [1, rows, heads, dim]."""
+    """Attend as transformers calls it: from query [1, heads, rows, dim] to output [1, rows, heads, dim]."""
     output = block_kv.attend(module.layer_idx, query[0], key[0], value[0], scaling)
     return output.transpose(0, 1)[None], None
 
@@ -69,10 +69,10 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
 class BlockLayers:
-    """A draft pass but for context projection and head.
+    """A draft pass without context projection and head.
 
     Args:
-        model: its attention is replaced, its context projection taken away.
+        model: the model whose layers run; its attention is replaced and its context projection removed.
     """
 
     def __init__(self, model: MuseGlimmerAssistantModel) -> None:
@@ -83,13 +83,14 @@ class BlockLayers:
     def __call__(
         self, context: Tensor, embeddings: Tensor, context_positions: Tensor, positions: Tensor, kv: BlockKv
     ) -> Tensor:
-        """States [num_rows, hidden_size] that the head reads.
+        """Return the states that the head reads [num_rows, hidden_size].
 
         Args:
-            context: projected features of the target that are new [num_context, hidden_size].
-            embeddings: of anchors and masks [num_rows, hidden_size], block after block.
-            context_positions: [num_context]
-            positions: [num_rows]
+            context: the new projected features of the target [num_context, hidden_size].
+            embeddings: embeddings of anchors and masks [num_rows, hidden_size], block after block.
+            context_positions: positions of the context [num_context].
+            positions: positions of the blocks' rows [num_rows].
+            kv: keeps keys and values, and attends over them.
         """
         output = self.model(
             noise_embeds=embeddings[None],

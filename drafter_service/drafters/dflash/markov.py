@@ -1,8 +1,8 @@
 """A head that lets the drafts of one block depend on each other.
 
-The places of a block are computed side by side, so each is a guess that does not know what the one before it
-became. This small head corrects the state of a place by the token before it, once that is picked; no more of
-the block is computed again.
+The places of a block are computed side by side, so each is a guess that does not know which token was picked
+before it. This small head corrects the state of a place by that token; nothing else of the block is computed
+again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
 PREFIX = "markov."
-"""Of its weights in a checkpoint; other checkpoints of DFlash drafters have none."""
+"""Prefix of the head's weights in a checkpoint; checkpoints from elsewhere have no such weights."""
 
 
 class MarkovHead(nn.Module):
-    """Two layers over a state and the embedding of the token before it; at first it changes nothing.
+    """Two layers over a state and the embedding of the token before it; untrained, they change nothing.
 
     Args:
-        rank: width in between.
+        rank: width between the layers.
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:
@@ -32,37 +32,37 @@ class MarkovHead(nn.Module):
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor], hidden_size: int) -> MarkovHead:
-        """From the weights of a checkpoint, in their dtype and on their device.
+        """Make the head of the weights of a checkpoint, in their dtype and on their device.
 
         Raises:
-            KeyError, RuntimeError, TypeError: they are not those of such a head.
+            KeyError, RuntimeError, TypeError: the weights are not those of such a head.
         """
         head = cls(hidden_size, len(weights["state.weight"])).to(weights["state.weight"])
         head.load_state_dict(dict(weights))
         return head.requires_grad_(False)
 
     def forward(self, states: Tensor, embeddings: Tensor) -> Tensor:
-        """What the LM head reads [num_rows, hidden_size].
+        """Return what the LM head reads [num_rows, hidden_size].
 
         Args:
-            states: of the places, as the decoder returns them [num_rows, hidden_size].
-            embeddings: of the tokens before them, in any scale [num_rows, hidden_size].
+            states: states of the places, as the decoder returns them [num_rows, hidden_size].
+            embeddings: embeddings of the tokens before them, in any scale [num_rows, hidden_size].
         """
         return states + self.correction(self.prepared(states), embeddings)
 
     def prepared(self, states: Tensor) -> Tensor:
-        """The part [num_rows, rank] that does not hang on the token before."""
+        """Return the part that does not depend on the token before [num_rows, rank]."""
         prepared: Tensor = self.state(rms_norm(states, states.shape[-1:]))
         return prepared
 
     def correction(self, prepared: Tensor, embeddings: Tensor) -> Tensor:
-        """What is added to the states [num_rows, hidden_size]."""
+        """Return what is added to the states [num_rows, hidden_size]."""
         token: Tensor = self.token(rms_norm(embeddings, embeddings.shape[-1:]))
         corrected: Tensor = self.out(silu(prepared + token))
         return corrected
 
 
 def split_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the head's weights out of a checkpoint's; none where it has no such head."""
+    """Take the head's weights out of a checkpoint's; the result is empty where it has no such head."""
     names = [name for name in weights if name.startswith(PREFIX)]
     return {name.removeprefix(PREFIX): weights.pop(name) for name in names}

@@ -1,7 +1,7 @@
 """Gemma 4 assistants: decoder layers with queries only, over keys and values that are the target's.
 
-Runs the layers of transformers' own classes (`gemma4_assistant`, `gemma4_unified_assistant`); where keys and
-values come from is the caller's affair.
+The layers are those of transformers' own classes (`gemma4_assistant`, `gemma4_unified_assistant`); the caller
+supplies keys and values.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class TargetKv(Protocol):
     """Keys and values of one attention type, for the rows of a step."""
 
     def attend(self, queries: Tensor, scaling: float, sliding_window: int | None) -> Tensor:
-        """Attention of queries [num_heads, num_rows, head_dim]; the same shape.
+        """Attend from queries [num_heads, num_rows, head_dim]; the result has the same shape.
 
         Args:
-            sliding_window: keys further back than this from a query's position are not seen; None: all are.
+            sliding_window: how far back a query sees from its position; None: all the way.
         """
 
 
 class _KvReference:
-    """Stands for a tensor in the layers' code, which moves it to its device and hands it on."""
+    """A stand-in for a tensor in the layers' code, which moves it to its device and hands it on."""
 
     def __init__(self, kv: TargetKv) -> None:
         self.kv = kv
@@ -47,7 +47,7 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query [1, heads, rows, dim] to [1, rows, heads, dim]."""
+    """Attend as transformers calls it: from query [1, heads, rows, dim] to output [1, rows, heads, dim]."""
     return key.kv.attend(query[0], scaling, sliding_window).transpose(0, 1)[None], None
 
 
@@ -55,7 +55,7 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
 class AssistantLayers:
-    """A draft step but for the head.
+    """A draft step without the head.
 
     Args:
         model: a Gemma4AssistantForCausalLM or Gemma4UnifiedAssistantForCausalLM; its attention is replaced.
@@ -69,14 +69,14 @@ class AssistantLayers:
     def step(
         self, embeddings: Tensor, hidden: Tensor, positions: Tensor, kv: Mapping[str, TargetKv]
     ) -> tuple[Tensor, Tensor]:
-        """One step for rows of any number of sessions.
+        """Take one step for rows of any number of sessions.
 
         Args:
-            embeddings: of each row's last token, the target's [num_rows, backbone_hidden_size].
+            embeddings: the target's embedding of each row's last token [num_rows, backbone_hidden_size].
             hidden: the target's last hidden state, or what the step before returned
                 [num_rows, backbone_hidden_size].
-            positions: [num_rows].
-            kv: by attention type.
+            positions: positions of the rows [num_rows].
+            kv: the target's keys and values by attention type.
 
         Returns:
             What the head reads [num_rows, hidden_size], and the hidden state of the next step

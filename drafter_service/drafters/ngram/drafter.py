@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last occurrence of the last few tokens. Needs no model.
+"""Prompt lookup: a draft is what followed the last occurrence of the last few tokens. It needs no model.
 
 Sources: Saxena 2023, "Prompt Lookup Decoding"; n-gram speculation as in vLLM and transformers.
 """
@@ -18,54 +18,55 @@ from drafter_service.drafters.base import (
 )
 from specdec.contract.draft_tree import DraftTree, from_chains
 
-DEFAULT_NUM_DRAFT_TOKENS = 8
+DEFAULT_DRAFT_DEPTH = 8
 _AFTER_ONE_TOKEN = 2
-"""Most draft tokens after a match of one token: it finds much and says little."""
+"""Most draft tokens after a match of one token: such matches are frequent and say little."""
 _MAX_MATCHES = 64
-"""Occurrences looked at for a tree; many say the same."""
+"""Most occurrences considered for a tree; many have the same continuation."""
 
 
 class NgramSession(DraftSession):
-    """Committed tokens and, per n-gram in them, the positions after its occurrences, the last one first."""
+    """Committed tokens and, for each n-gram in them, the positions after its occurrences, the last first."""
 
     def __init__(self, request: OpenDraft, sizes: range) -> None:
         super().__init__(request)
         self.sizes = sizes
-        """Of the n-grams that are looked up, tokens."""
+        """Sizes of the n-grams that are looked up, tokens."""
         self._next_position: dict[tuple[int, ...], int] = {}
         self._earlier: dict[tuple[int, int], int] = {}
-        """By (size, position after an n-gram of that size), the position after its occurrence before."""
+        """The position after an n-gram's previous occurrence, by (size, position after this occurrence)."""
         self._num_indexed = 0
 
     def propose(self, draft_depth: int) -> list[int]:
-        """The continuation of the longest n-gram that occurred before."""
+        """Draft the continuation of the longest n-gram that occurred before."""
         self.index()
         for size, start in self._matches():
             return self._continuation(start, _length(size, draft_depth))
         return []
 
     def propose_tree(self, draft_depth: int, draft_nodes: int) -> DraftTree:
-        """What followed earlier occurrences of the last tokens, of longer n-grams first, the latest first."""
+        """Draft what followed earlier occurrences of the last tokens, of longer n-grams first."""
         self.index()
         chains = (self._continuation(start, _length(size, draft_depth)) for size, start in self._matches())
         return from_chains(islice(chains, _MAX_MATCHES), draft_nodes)
 
     def _matches(self) -> Iterator[tuple[int, int]]:
-        """Sizes of earlier occurrences of the last tokens, and the positions after them."""
+        """Yield the size of each earlier occurrence of the last tokens, and the position after it."""
         for size in reversed(self.sizes):
             if size <= len(self.token_ids):
                 yield from ((size, start) for start in self.occurrences(self.token_ids[-size:]))
 
     def occurrences(self, token_ids: Sequence[int]) -> Iterator[int]:
-        """The positions after those of an n-gram of one of the sizes, the last one first."""
+        """Yield the position after each occurrence of an n-gram, the last first; its size must be in
+        `sizes`."""
         start = self._next_position.get(tuple(token_ids))
         while start is not None:
             yield start
             start = self._earlier.get((len(token_ids), start))
 
     def index(self) -> None:
-        """Enter what was committed since the last time."""
-        # An n-gram is entered once a token follows it, so the current suffix never finds itself.
+        """Enter the tokens that were committed since the last call."""
+        # An n-gram is entered when a token follows it, so the current suffix never finds itself.
         for position in range(self._num_indexed, len(self.token_ids)):
             for size in self.sizes:
                 if size <= position:
@@ -76,7 +77,7 @@ class NgramSession(DraftSession):
         self._num_indexed = len(self.token_ids)
 
     def _continuation(self, start: int, draft_depth: int) -> list[int]:
-        """Tokens from `start` on; a match close to the end repeats its period."""
+        """Return the tokens from `start` on; a match close to the end repeats its period."""
         draft = self.token_ids[start : start + draft_depth]
         period = len(draft)
         while len(draft) < draft_depth:
@@ -85,7 +86,7 @@ class NgramSession(DraftSession):
 
 
 def _length(size: int, draft_depth: int) -> int:
-    """How far a match of that size is followed."""
+    """Return how many tokens are drafted after a match of a size."""
     return draft_depth if size > 1 else min(draft_depth, _AFTER_ONE_TOKEN)
 
 
@@ -100,16 +101,16 @@ class NgramDrafter(Drafter):
             name=name,
             family="ngram",
             max_draft_depth=max_draft_depth,
-            default_draft_depth=min(DEFAULT_NUM_DRAFT_TOKENS, max_draft_depth),
+            default_draft_depth=min(DEFAULT_DRAFT_DEPTH, max_draft_depth),
             max_draft_nodes=max_draft_nodes,
         )
 
     def open(self, request: OpenDraft) -> NgramSession:
-        """A session with an empty index; the first round fills it."""
+        """Open a session with an empty index; the first round fills it."""
         return NgramSession(request, self._sizes)
 
     def propose(self, items: Sequence[DraftItem]) -> list[Drafted]:
-        """One lookup per item."""
+        """Look up the last tokens of each item."""
         return [_draft(item) for item in items]
 
 

@@ -1,8 +1,8 @@
-"""N-grams of two kinds: what the target usually says, and what this text says. Needs no model pass.
+"""N-grams of what the target usually says and of the text itself. Drafts need no model pass.
 
-A table of the target's own answers (`ngram_table`) and prompt lookup in the tokens committed so far together
-say how likely each continuation is; drafts are the likeliest paths. What llama.cpp's lookup decoding calls
-its static and its dynamic cache.
+A table of the target's own answers (`table`) and prompt lookup in the tokens committed so far together say
+how likely each continuation is; drafts are the likeliest paths. llama.cpp's lookup decoding calls the two its
+static and its dynamic cache.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from specdec.contract.draft_tree import DraftTree
 from specdec.contract.token_noise import gumbel
 
 _LEAST_PROBABILITY = 0.03
-"""Of a path: a row in the verify pass costs more than an unlikelier one brings."""
+"""Least probability of a path: verifying a less likely one costs more than it gains."""
 _DOUBT = 0.75
-"""How likely a token is to be another one than followed the same token before."""
+"""Probability that another token follows now than followed the same single token before."""
 _DOUBT_FALLS = 0.6
-"""By this with each further token of the match."""
+"""Factor of the doubt for each further token of the match."""
 _MAX_OCCURRENCES = 8
-"""Earlier occurrences that are looked at."""
+"""Most earlier occurrences that are considered."""
 _EARLIER_WEIGHT = 0.7
-"""Of an occurrence, relative to the next later one's."""
+"""Weight of an occurrence, relative to the weight of the next later occurrence."""
 _MEAN_NOISE = 0.5772
-"""Of standard Gumbel noise: Euler's constant."""
+"""Mean of standard Gumbel noise: Euler's constant."""
 
 
 class NgramLmSession(NgramSession):
-    """Committed tokens, and what may follow them or a draft."""
+    """Committed tokens, and what may follow them or a draft of them."""
 
     def __init__(self, request: OpenDraft, sizes: range, table: NgramTable) -> None:
         super().__init__(request, sizes)
         self._table = table
 
     def propose(self, draft_depth: int) -> list[int]:
-        """The likeliest token after the likeliest, until all together are unlikely."""
+        """Draft the likeliest token, then the likeliest after it, until the whole path is unlikely."""
         self.index()
         least = math.log(_LEAST_PROBABILITY)
         confidence = math.log(self.min_draft_confidence) if self.min_draft_confidence else -math.inf
@@ -58,7 +58,7 @@ class NgramLmSession(NgramSession):
         return draft
 
     def propose_tree(self, draft_depth: int, draft_nodes: int) -> DraftTree:
-        """The likeliest paths of all."""
+        """Draft the likeliest paths of all."""
         self.index()
         tree = GrowingTree(
             max_depth=draft_depth,
@@ -68,9 +68,9 @@ class NgramLmSession(NgramSession):
         return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
 
     def candidates(self, path: Sequence[int]) -> Candidates:
-        """What may follow a path after the committed tokens, which must be indexed.
+        """Return what may follow a path after the committed tokens, which must be indexed.
 
-        Above temperature 0 by the shared noise, as the target picks.
+        Above temperature 0 the order is that of the shared noise, by which the target picks.
         """
         reach = max(self._table.max_size, self.sizes[-1])
         recent = [*self.token_ids[-reach:], *path]
@@ -81,7 +81,7 @@ class NgramLmSession(NgramSession):
         return [(math.log(value), token_id) for value, token_id in best if value]
 
     def _mixed(self, usual: dict[int, float], recent: Sequence[int]) -> dict[int, float]:
-        """The table's probabilities, and by its length those of the longest match in this text."""
+        """Mix the table's probabilities with those of the longest match, by the match's length."""
         for size in reversed(self.sizes):
             starts = list(islice(self.occurrences(recent[-size:]), _MAX_OCCURRENCES))
             if not starts:
@@ -96,7 +96,7 @@ class NgramLmSession(NgramSession):
         return usual
 
     def _as_picked(self, probabilities: dict[int, float], position: int) -> Candidates:
-        """Candidates in the order of log probability / temperature + gumbel(seed, position)."""
+        """Order candidates by log probability / temperature + gumbel(seed, position)."""
         known = {token_id: value for token_id, value in probabilities.items() if value}
         noise = gumbel(self.sampling.noise_seed, position, list(known)).tolist()
         scores = {
@@ -108,19 +108,19 @@ class NgramLmSession(NgramSession):
         return [(score - total, token_id) for score, token_id in found]
 
     def _others(self, known: float) -> list[float]:
-        """Score of the tokens nobody listed, all together: one of their probability with usual noise."""
+        """Return the score of all unlisted tokens together, as of one token with their probability."""
         left = 1.0 - known
         return [math.log(left) / self.sampling.temperature + _MEAN_NOISE] if left > 0 else []
 
 
 def _log_sum(scores: Sequence[float]) -> float:
-    """Logarithm of the sum of the exponentials."""
+    """Return the logarithm of the sum of the exponentials."""
     best = max(scores, default=0.0)
     return best + math.log(sum(math.exp(score - best) for score in scores)) if scores else best
 
 
 class NgramLmDrafter(NgramDrafter):
-    """Drafts from a table, and from n-grams of the text itself of `min_size` to `max_size` tokens."""
+    """Drafts from a table, and from n-grams of the text itself, of `min_size` to `max_size` tokens."""
 
     def __init__(
         self,
@@ -149,5 +149,5 @@ class NgramLmDrafter(NgramDrafter):
         )
 
     def open(self, request: OpenDraft) -> NgramLmSession:
-        """A session with an empty index; the first round fills it."""
+        """Open a session with an empty index; the first round fills it."""
         return NgramLmSession(request, self._sizes, self._table)

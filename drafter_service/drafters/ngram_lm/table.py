@@ -1,8 +1,8 @@
 """An n-gram language model over token ids, as a table in memory: what a target usually says.
 
-Interpolated absolute discounting (Ney, Essen, Kneser 1994): a constant is taken from each count, and what is
-saved goes to what the shorter context says. Contexts that say little more than the shorter one are left
-out (Seymore, Rosenfeld 1996). Made by `specdec train ngram-lm`.
+`specdec train ngram-lm` makes it by interpolated absolute discounting (Ney, Essen, Kneser 1994): a constant
+is taken from each count, and what is saved goes to what the shorter context says. Contexts that say little
+more than the shorter one are left out (Seymore, Rosenfeld 1996).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _WEIGHTS = "ngrams.safetensors"
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK64 = 2**64 - 1
 _LEAST_WEIGHT = 0.05
-"""Of a shorter context, below which it is not asked."""
+"""Weight of a shorter context below which it is not looked up."""
 
 UInt64s = numpy.typing.NDArray[numpy.uint64]
 
 
 def extended_hash(hashes: UInt64s, token_ids: UInt64s) -> UInt64s:
-    """Hashes of n-grams from those of their beginnings, 0 of none, and their last tokens."""
+    """Hash n-grams, from the hashes of all but their last tokens (0 for none) and these last tokens."""
     mixed = (hashes ^ (token_ids + numpy.uint64(1))) * numpy.uint64(_MULTIPLIER)
     return mixed ^ (mixed >> numpy.uint64(29))
 
 
 def ngram_hash(token_ids: Sequence[int]) -> int:
-    """The same of one n-gram."""
+    """Hash a single n-gram, as `extended_hash` does."""
     value = 0
     for token_id in token_ids:
         value = (value ^ (token_id + 1)) * _MULTIPLIER & _MASK64
@@ -46,12 +46,12 @@ def ngram_hash(token_ids: Sequence[int]) -> int:
 
 
 def _are_shares(values: numpy.typing.NDArray[numpy.float16]) -> bool:
-    """Whether all are between 0 and 1; NaN is not."""
+    """Return whether all values are between 0 and 1; NaN is not."""
     return bool(((values >= 0) & (values <= 1)).all())
 
 
 def is_table(folder: Path) -> bool:
-    """Whether a folder is, by its config, one of a table."""
+    """Return whether a folder holds a table, by its config."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
@@ -61,7 +61,7 @@ def is_table(folder: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TargetVocabulary:
-    """Whose tokens a table is of."""
+    """The target vocabulary whose tokens a table has."""
 
     model_id: str
     fingerprint: str
@@ -70,31 +70,31 @@ class TargetVocabulary:
 
 @dataclass(frozen=True, eq=False)
 class NgramTable:
-    """Per context the tokens that are likeliest to follow. Contexts of all lengths are in one table."""
+    """The tokens that are likeliest to follow each context, contexts of all lengths together."""
 
     vocabulary: TargetVocabulary
     max_size: int
     """Tokens of the longest context."""
     contexts: UInt64s
-    """[num_contexts] their hashes, ascending."""
+    """[num_contexts] hashes of the contexts, ascending."""
     counts: numpy.typing.NDArray[numpy.uint8]
-    """[num_contexts] tokens listed of each."""
+    """[num_contexts] number of tokens listed for each context."""
     backoffs: numpy.typing.NDArray[numpy.float16]
     """[num_contexts] weight of what the shorter context says of other tokens."""
     token_ids: numpy.typing.NDArray[numpy.uint16] | numpy.typing.NDArray[numpy.uint32]
-    """[num_entries] context after context, the likelier ones first."""
+    """[num_entries] tokens that follow, context after context, the likelier tokens first."""
     probabilities: numpy.typing.NDArray[numpy.float16]
-    """[num_entries] theirs, what shorter contexts say included."""
+    """[num_entries] probabilities of these tokens, what shorter contexts say included."""
 
     @cached_property
     def _stops(self) -> numpy.typing.NDArray[numpy.int64]:
         return self.counts.astype(numpy.int64).cumsum()
 
     def candidates(self, token_ids: Sequence[int]) -> dict[int, float]:
-        """Probabilities of the tokens that are likeliest to follow some; what is not there is unlikely.
+        """Return the probabilities of the tokens that are likeliest to follow; all others are unlikely.
 
         Args:
-            token_ids: at least the last `max_size` tokens, if there are as many.
+            token_ids: the tokens to follow, of which only the last `max_size` matter.
         """
         sizes = range(min(self.max_size, len(token_ids)), 0, -1)
         wanted = numpy.array([ngram_hash(token_ids[-size:]) for size in sizes], numpy.uint64)
@@ -120,7 +120,7 @@ class NgramTable:
         """Read a folder that `save` wrote.
 
         Raises:
-            InvalidArgumentError: it holds no table, or a damaged one.
+            InvalidArgumentError: the folder does not hold a table, or the table is damaged.
         """
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -162,7 +162,7 @@ class NgramTable:
         return named and kinds[3] in ("uint16", "uint32") and all(array.ndim == 1 for array in arrays)
 
     def save(self, folder: Path) -> None:
-        """Write config and table; the folder is there."""
+        """Write config and table into a folder that exists."""
         config = {
             "model_type": MODEL_TYPE,
             "target": self.vocabulary.model_id,

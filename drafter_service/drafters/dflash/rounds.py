@@ -1,0 +1,106 @@
+"""A DFlash draft session, its part of a pass, and the keys and values that a pass reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from drafter_service.drafters.base import DraftSession, OpenDraft
+from drafter_service.drafters.dflash.layers import LayerMask
+from drafter_service.drafters.growing import GrowingTree
+from specdec.runtime.kv_pool import KvAllocation, KvPool, join_slots, write_rows
+
+
+class DFlashSession(DraftSession):
+    """Committed tokens, and how many positions of the context have keys and values."""
+
+    def __init__(self, request: OpenDraft, allocation: KvAllocation) -> None:
+        super().__init__(request)
+        self.allocation = allocation
+        self.num_cached = 0
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Positions of the context, as far as it is known, without keys and values."""
+        return self.view.length - self.num_cached if self.view else 0
+
+
+@dataclass(slots=True, eq=False)
+class BlockRound:
+    """One session's part of a pass."""
+
+    session: DFlashSession
+    context: Tensor  # [num_context, hidden_size]
+    block: Sequence[int]
+    """Token ids of the block: the anchor and the masks."""
+    num_drafts: int
+    tree: GrowingTree | None = None
+    """The draft where a tree is wanted."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first new row of the context."""
+        return self.session.num_cached
+
+    @property
+    def anchor(self) -> int:
+        """Position of the block's first token: the context ends before it."""
+        return self.start + len(self.context)
+
+    @property
+    def stop(self) -> int:
+        """Position after the block."""
+        return self.anchor + len(self.block)
+
+
+class PassKv:
+    """Keys and values of the sessions of a pass, in the drafter's pool."""
+
+    def __init__(self, pool: KvPool, rounds: Sequence[BlockRound], masks: Sequence[LayerMask]) -> None:
+        self._pool, self._rounds, self._masks = pool, rounds, masks
+        if len(rounds) == 1:
+            # The block lies behind its context: their slots are one run.
+            (only,) = rounds
+            self._slots = only.session.allocation.slots(only.start, only.stop)
+        else:
+            context = [part.session.allocation.slots(part.start, part.anchor) for part in rounds]
+            blocks = [part.session.allocation.slots(part.anchor, part.stop) for part in rounds]
+            self._slots = join_slots([*context, *blocks], pool.device)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        """Store what is new and attend session by session, over views of the pool where slots are one run."""
+        pooled = self._pool.keys[layer], self._pool.values[layer]
+        for tensor, rows in zip(pooled, (keys, values), strict=True):
+            write_rows(tensor, self._slots, rows.transpose(0, 1))
+        outputs, row = [], 0
+        for part in self._rounds:
+            own = queries[:, row : row + len(part.block)]
+            outputs.append(self._attend_alone(part, self._masks[layer], own, pooled, scaling))
+            row += len(part.block)
+        return torch.cat(outputs, dim=1)
+
+    def _attend_alone(
+        self,
+        part: BlockRound,
+        mask: LayerMask,
+        queries: Tensor,
+        pooled: tuple[Tensor, Tensor],
+        scaling: float,
+    ) -> Tensor:
+        """Attend from one session's block to its own context and block."""
+        first = 0 if mask.reach is None else max(0, part.anchor - mask.reach)
+        slots = part.session.allocation.slots(first, part.stop)
+        keys, values = (tensor[slots].transpose(0, 1)[None] for tensor in pooled)
+        positions = torch.arange(first, part.stop, device=queries.device)
+        seen = mask.seen(positions[part.anchor - first :], positions)
+        fold = queries.shape[0] // keys.shape[1]
+        # Heads that share keys are queries of one attention.
+        folded = queries.reshape(1, keys.shape[1], fold * len(part.block), -1)
+        if seen is not None:
+            seen = seen.repeat(fold, 1)
+        attended = scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scaling)
+        return attended.reshape(queries.shape)
