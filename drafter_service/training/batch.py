@@ -1,4 +1,4 @@
-"""What the methods train on alike: anchors in packed sequences, and the frozen head of the target."""
+"""What all methods train on: anchors in packed sequences, and the frozen head of the target."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _EVEN_ROWS = 64
 
 
 def even_rows(num_wanted: int, num_there: int) -> int:
-    """About `num_wanted` rows, of at most `num_there`: a multiple of 64 where there are as many.
+    """Return about `num_wanted` rows, at most `num_there`: a multiple of 64 where there are that many.
 
-    On a CPU the kernels of a matrix product are made anew for each number of rows that they have not seen,
-    which takes longer than most products of a step.
+    On a CPU a matrix product with a new number of rows needs new kernels; making them takes longer than most
+    products of a step.
     """
     num_rows = -(-num_wanted // _EVEN_ROWS) * _EVEN_ROWS
     if num_rows <= num_there:
@@ -34,20 +34,20 @@ def even_rows(num_wanted: int, num_there: int) -> int:
 
 
 class Anchors(NamedTuple):
-    """Positions to draft from in a packed batch; the token of an anchor is committed, its state is not."""
+    """Positions to draft from in a packed batch; an anchor's token is committed, its state is not."""
 
     sequence: Tensor  # [num_anchors] index of the sequence, ascending
     position: Tensor  # [num_anchors] index in the sequence
     row: Tensor  # [num_anchors] index in the packed batch
 
     def take(self, index: Tensor) -> Anchors:
-        """Some of them."""
+        """Return the anchors at some indices."""
         return Anchors(*(part[index] for part in self))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """Sequences side by side."""
+    """Sequences one after the other, as the rows of one batch."""
 
     features: Sequence[SequenceFeatures]
     token_ids: Tensor  # [num_rows]
@@ -56,7 +56,7 @@ class PackedBatch:
 
     @classmethod
     def of(cls, features: Sequence[SequenceFeatures]) -> PackedBatch:
-        """Anchors are the tokens of the answers but the last, which nothing follows."""
+        """Pack sequences. Every token of an answer is an anchor but the last, which nothing follows."""
         lengths = [len(item.token_ids) for item in features]
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
         positions = [
@@ -77,19 +77,19 @@ class PackedBatch:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each sequence [num_sequences]."""
+        """Number of tokens in each sequence [num_sequences]."""
         return torch.tensor([len(item.token_ids) for item in self.features], device=self.token_ids.device)
 
     def has_token(self, anchors: Anchors, distance: int) -> Tensor:
-        """Which anchors [num_anchors] have a token `distance` further on."""
+        """Return which anchors have a token `distance` further on [num_anchors]."""
         return anchors.position + distance < self.lengths[anchors.sequence]
 
 
 class FrozenHead:
-    """The rows of the target's head that a drafter can propose, as target and drafter share them.
+    """The rows of the target's head for the tokens a drafter can propose; target and drafter share them.
 
     Args:
-        draft_vocab: [draft_vocab_size] ascending token ids.
+        draft_vocab: ascending token ids [draft_vocab_size].
     """
 
     def __init__(self, weights: TargetWeights, draft_vocab: Tensor) -> None:
@@ -101,20 +101,25 @@ class FrozenHead:
         self._index[self.draft_vocab] = torch.arange(len(draft_vocab), device=device)
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits [..., draft_vocab_size] of states [..., hidden_size]."""
+        """Return logits [..., draft_vocab_size] of states [..., hidden_size]."""
         return softcapped(linear(states.to(self._rows.dtype), self._rows), self._softcap)
 
     @torch.no_grad()
     def target(self, last_hidden: Tensor) -> Tensor:
-        """The target's distribution [..., draft_vocab_size] after its last hidden states, fp32."""
+        """Return the target's distribution after its last hidden states [..., draft_vocab_size], fp32."""
         return self.logits(last_hidden).float().softmax(-1)
 
     def is_right(self, logits: Tensor, token_ids: Tensor) -> Tensor:
-        """Whether the best of logits [num_rows, draft_vocab_size] are these tokens [num_rows]."""
+        """Return whether these tokens have the best logits of their rows [num_rows].
+
+        Args:
+            logits: [num_rows, draft_vocab_size].
+            token_ids: [num_rows].
+        """
         return arg_max(logits) == self._index[token_ids]
 
     def identity(self) -> dict[str, Any]:
-        """What says whose head it is: the vocabulary, in plain values."""
+        """Describe the draft vocabulary in plain values, which tell heads apart."""
         checksum = hashlib.blake2b(self.draft_vocab.cpu().numpy().tobytes(), digest_size=16)
         return {
             "draft_vocab_size": len(self.draft_vocab),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from drafter_service.drafters.ngram_lm.table import NgramTable
 from drafter_service.training.acceptance import HeldOutAcceptance
@@ -13,29 +15,68 @@ from drafter_service.training.data import TokenData
 from drafter_service.training.loop import History
 from specdec.bench import plots, provenance
 
+_FILE = "README.md"
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ card.method }} drafter for {{ card.target }}
+
+{{ card.description }}
+
+## Use
+
+`specdec up --drafter {{ card.method }}:FOLDER`, with this folder.
+
+## {{ heading }}
+
+| | |
+|---|---|
+{%- for name, value in rows.items() %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+
+## Acceptance on held-out answers
+
+{{ acceptance.num_answers }} answers, greedy, K = {{ acceptance.draft_depth }}, {{ acceptance.num_rounds }}
+rounds. Acceptance length **{{ "%.2f" | format(acceptance.length) }}** tokens a round, the target's own
+included.
+
+| draft token |{% for _ in acceptance.per_position %} {{ loop.index }} |{% endfor %} |---|{% for _ in
+acceptance.per_position %}---|{% endfor %} | accepted, share of rounds |{% for share in
+acceptance.per_position %} {{ "%.2f" | format(share) }} |{% endfor %} {%- if figure %}
+
+![Loss and held-out acceptance by step]({{ figure }})
+{%- endif %}
+
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
     """What a card says besides the run's history."""
 
     method: str
+    """Family of the drafter."""
     target: str
+    """Model id of the target."""
     description: str
     """What the drafter is, and how large."""
     data_source: str
+    """Where the answers come from that it learned from."""
     started_from: str = ""
     """Name of the drafter whose weights the run began with; empty: the target's last layers."""
     library: str = "transformers"
-    """What else may load it."""
+    """Library that can load the drafter."""
 
 
 def write_card(
     card: Card, config: LoopConfig, data: TokenData, history: History, acceptance: HeldOutAcceptance
 ) -> None:
     """Write README.md and, where matplotlib is installed, loss.png into the output folder."""
-    figure = _draw(history, config.out / "loss.png") if plots.has_matplotlib() else ""
     rows = _training_rows(card, config, data, history)
-    (config.out / "README.md").write_text(_text(card, "Training", rows, acceptance) + figure)
+    figure = _draw(history, config.out / "loss.png") if plots.has_matplotlib() else ""
+    _model_card(card, "Training", rows, acceptance, figure).save(config.out / _FILE)
 
 
 def write_table_card(
@@ -55,7 +96,25 @@ def write_table_card(
         "over all occurrences",
         "listed tokens": str(len(table.token_ids)),
     }
-    (out / "README.md").write_text(_text(card, "Counting", rows, acceptance))
+    _model_card(card, "Counting", rows, acceptance).save(out / _FILE)
+
+
+def _model_card(
+    card: Card, heading: str, rows: Mapping[str, str], acceptance: HeldOutAcceptance, figure: str = ""
+) -> ModelCard:
+    metadata = ModelCardData(
+        base_model=card.target, library_name=card.library, tags=["speculative-decoding", card.method]
+    )
+    made: ModelCard = ModelCard.from_template(
+        metadata,
+        template_str=_TEMPLATE,
+        card=card,
+        heading=heading,
+        rows=rows,
+        acceptance=acceptance,
+        figure=figure,
+    )
+    return made
 
 
 def _training_rows(card: Card, config: LoopConfig, data: TokenData, history: History) -> dict[str, str]:
@@ -81,51 +140,14 @@ def _data_rows(card: Card, data: TokenData) -> dict[str, str]:
     }
 
 
-def _text(card: Card, heading: str, rows: Mapping[str, str], acceptance: HeldOutAcceptance) -> str:
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    return f"""---
-base_model: {card.target}
-library_name: {card.library}
-tags: [speculative-decoding, {card.method}]
----
-
-# {card.method} drafter for {card.target}
-
-{card.description}
-
-## Use
-
-`specdec up --drafter {card.method}:FOLDER`, with this folder.
-
-## {heading}
-
-| | |
-|---|---|
-{table}
-## Acceptance on held-out answers
-
-{acceptance.num_answers} answers, greedy, K = {acceptance.draft_depth}, {acceptance.num_rounds} rounds.
-Acceptance length **{acceptance.length:.2f}** tokens a round, the target's own included.
-
-{_positions(acceptance.per_position)}
-"""
-
-
 def _start(card: Card) -> str:
     if card.started_from:
         return f"the drafter `{card.started_from}`, trained before on other steps than these"
     return "layers of the target"
 
 
-def _positions(shares: Sequence[float]) -> str:
-    numbers = " | ".join(str(index + 1) for index in range(len(shares)))
-    values = " | ".join(f"{share:.2f}" for share in shares)
-    return (
-        f"| draft token | {numbers} |\n|---|{'---|' * len(shares)}\n| accepted, share of rounds | {values} |"
-    )
-
-
 def _draw(history: History, path: Path) -> str:
+    """Draw the loss curve; return the file's name."""
     figure, axes = plots.new_figure(width_in=6.0)
     axes.plot(*zip(*history.losses, strict=True), label="loss (moving average)")
     axes.set_xlabel("step")
@@ -135,4 +157,4 @@ def _draw(history: History, path: Path) -> str:
         right.plot(*zip(*history.acceptance, strict=True), "o-", color="tab:orange", label="acceptance")
         right.set_ylabel("held-out acceptance length")
     figure.savefig(path)
-    return f"\n![Loss and held-out acceptance by step]({path.name})\n"
+    return path.name

@@ -1,4 +1,4 @@
-"""The checkpoint of a training run, and what a run that goes on from it must have in common with it."""
+"""The checkpoint of a training run. A run that goes on from it must be the same run."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from specdec.contract.errors import InvalidArgumentError
 
 _PARTS = ("identity", "trainee", "optimizer", "generator", "history")
 _TOLERANCE = 0.01
-"""Relative, of numbers that were measured: other threads and devices round them otherwise."""
+"""Relative tolerance of measured numbers, which other threads and devices round otherwise."""
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a run's state; the file there was is replaced whole."""
+    """Write a run's state; an earlier file is replaced in one move."""
     scratch = path.with_suffix(".tmp")
     torch.save(dict(state), scratch)
     scratch.replace(path)
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The state that was written.
+    """Read the state that was written.
 
     Args:
-        identity: what the run that goes on is.
+        identity: what describes the run that goes on.
 
     Raises:
-        InvalidArgumentError: the file is damaged, or of a run that is something else.
+        InvalidArgumentError: the file is damaged, or belongs to another run.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -43,14 +43,14 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in _PARTS if not isinstance(state, dict) or name not in state]
     if missing:
         raise InvalidArgumentError(
-            f"{path} lacks {', '.join(missing)}: it is damaged, or of another version; delete it to begin "
+            f"{path} lacks {', '.join(missing)}: it is damaged or from another version; delete it to begin "
             "anew, or choose another --out.",
             field="resume",
         )
     if others := _differences(state["identity"], identity):
         raise InvalidArgumentError(
-            f"{path} is of a run with other settings ({'; '.join(others)}); give the same, --init included, "
-            "or another --out.",
+            f"{path} belongs to a run with other settings ({'; '.join(others)}); give the same ones, --init "
+            "included, or another --out.",
             field="resume",
         )
     return dict(state)
@@ -64,9 +64,9 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     ]
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=_TOLERANCE)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_is_same, one, other))
-    return bool(one == other)
+def _is_same(found: Any, wanted: Any) -> bool:
+    if isinstance(found, float) and isinstance(wanted, float):
+        return math.isclose(found, wanted, rel_tol=_TOLERANCE)
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_is_same, found, wanted))
+    return bool(found == wanted)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from specdec.contract.errors import InvalidArgumentError
 
 REPLAYED_BATCHES = 256
-"""Batches whose features are kept for another pass."""
+"""Number of batches whose features are kept for another pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +30,21 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenData:
-    """Many sequences, one after the other."""
+    """Many sequences in one array."""
 
     token_ids: numpy.typing.NDArray[numpy.int64]
     """[num_tokens]"""
     offsets: numpy.typing.NDArray[numpy.int64]
     """[num_sequences + 1] where each sequence starts."""
     prompt_lengths: numpy.typing.NDArray[numpy.int64]
-    """[num_sequences] tokens of each that are the prompt."""
+    """[num_sequences] number of tokens of each sequence that are its prompt."""
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> TokenData:
         """Read a safetensors file of `token_ids`, `sequence_offsets` and `prompt_lengths`.
 
         Raises:
-            InvalidArgumentError: it is no such file, or has tokens the target lacks.
+            InvalidArgumentError: the file is not of that form, or has tokens the target lacks.
         """
         try:
             tensors = load_file(path)
@@ -80,7 +80,7 @@ class TokenData:
 
     @classmethod
     def of(cls, sequences: Sequence[TokenSequence]) -> TokenData:
-        """The given sequences."""
+        """Put sequences together."""
         lengths = [len(sequence.token_ids) for sequence in sequences]
         return cls(
             numpy.array([token for s in sequences for token in s.token_ids], numpy.int64),
@@ -90,7 +90,7 @@ class TokenData:
 
     @classmethod
     def joined(cls, parts: Sequence[TokenData]) -> TokenData:
-        """The sequences of several, one after the other."""
+        """Put the sequences of several files together."""
         starts = numpy.cumsum([0, *(len(part.token_ids) for part in parts)])
         offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
         return cls(
@@ -103,7 +103,7 @@ class TokenData:
         """Write what `load` reads.
 
         Args:
-            made_with: options of the generation, kept in the file's metadata.
+            made_with: options of the generation, which the file's metadata keeps.
         """
         tensors: dict[str, numpy.typing.NDArray[Any]] = {
             "token_ids": self.token_ids.astype(numpy.uint32),
@@ -121,7 +121,7 @@ class TokenData:
 
     @property
     def num_response_tokens(self) -> int:
-        """Tokens that are answers."""
+        """Number of answer tokens."""
         return len(self.token_ids) - int(self.prompt_lengths.sum())
 
     @property
@@ -133,7 +133,7 @@ class TokenData:
         return digest.hexdigest()
 
     def draft_vocab(self, size: int) -> numpy.typing.NDArray[numpy.int64]:
-        """The `size` most frequent tokens of the answers, ascending; all tokens where there are not more."""
+        """Return the `size` most frequent tokens of the answers, ascending, or all if there are no more."""
         is_response = numpy.ones(len(self.token_ids), bool)
         for start, length in zip(self.offsets[:-1], self.prompt_lengths, strict=True):
             is_response[start : start + length] = False
@@ -142,16 +142,17 @@ class TokenData:
 
 
 def read_made_with(path: Path) -> dict[str, str]:
-    """The options a file of sequences was generated with."""
+    """Read the options with which a file of sequences was generated."""
     with safe_open(path, framework="numpy") as file:
         return dict(file.metadata() or {})
 
 
 def split(data: TokenData, num_held_out: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and indices held out: the prompts with the lowest checksums, one sequence of each.
+    """Return the indices to train on and those held out: prompts with the lowest checksums, one sequence
+    each.
 
-    So what is held out hangs on no seed, and of more data only new prompts can join it: a run that starts
-    from an earlier drafter is not measured on what that one saw.
+    What is held out depends on no seed, and when data is added only new prompts can join it: a run that
+    starts from an earlier drafter is not measured on what that drafter has seen.
     """
     by_prompt: dict[bytes, list[int]] = {}
     for index in range(len(data)):
@@ -163,13 +164,13 @@ def split(data: TokenData, num_held_out: int) -> tuple[list[int], list[int]]:
 
 
 def _checksum(sequence: TokenSequence) -> bytes:
-    """Of a prompt."""
+    """Return the checksum of a sequence's prompt."""
     prompt = numpy.array(sequence.token_ids[: sequence.prompt_length], numpy.uint32)
     return hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
 
 
 class Batch(NamedTuple):
-    """Sequences of one step."""
+    """The sequences of one step."""
 
     number: int
     """The same for every pass over these sequences."""
@@ -187,12 +188,12 @@ def batches(
     seed: int,
     skip: int,
 ) -> Iterator[Batch]:
-    """Batches of whole sequences with at least `tokens_per_step` answer tokens, for ever, in shuffled epochs.
+    """Yield batches of at least `tokens_per_step` answer tokens without end, in shuffled epochs.
 
     Args:
-        max_length: longer sequences are cut there, tokens.
-        passes: times a batch comes; in between others come, at most REPLAYED_BATCHES different ones.
-        skip: batches to leave out: a resumed run goes on where it was.
+        max_length: length at which longer sequences are cut, tokens.
+        passes: how often a batch comes; at most REPLAYED_BATCHES different batches come in between.
+        skip: number of batches to leave out, with which a resumed run goes on where it was.
     """
     rng = numpy.random.default_rng(seed)
     fresh = enumerate(_fresh_batches(data, indices, tokens_per_step, max_length, rng))

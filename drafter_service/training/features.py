@@ -1,4 +1,4 @@
-"""What a drafter reads of its target, for whole sequences: the serving path, without the services."""
+"""The target state that a drafter reads, for whole sequences: the serving path without the services."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specdec.runtime.packed_model import PackedModel
 
 
 def pool_bytes(shapes: Mapping[int, KvShape], dtype: torch.dtype, num_tokens: int) -> int:
-    """Budget of a pool that holds `num_tokens` tokens of a target.
+    """Return the size of a pool that holds `num_tokens` tokens of a target, bytes.
 
     Args:
         shapes: geometry of the target's KV, by layer.
@@ -27,18 +27,18 @@ def pool_bytes(shapes: Mapping[int, KvShape], dtype: torch.dtype, num_tokens: in
 
 
 def _in_blocks(num_tokens: int) -> int:
-    """Tokens that a sequence takes up in a pool."""
+    """Return the number of tokens that a sequence occupies in a pool, which has blocks."""
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceFeatures:
-    """A sequence and the target's state of it."""
+    """A sequence and the target's state for it."""
 
     token_ids: Tensor  # [num_tokens]
     prompt_length: int
     states: dict[str, Tensor]
-    """By name, as in a target state handle: [num_tokens, ...]."""
+    """States [num_tokens, ...] by their names in a target state handle."""
 
     @property
     def last_hidden(self) -> Tensor:
@@ -46,11 +46,12 @@ class SequenceFeatures:
         return self.states[LAST_HIDDEN]
 
     def hidden(self, layers: Sequence[int]) -> Tensor:
-        """Hidden states after some layers side by side [num_tokens, len(layers) * hidden_size]."""
+        """Return the hidden states after some layers, side by side [num_tokens, len(layers) *
+        hidden_size]."""
         return torch.cat([self.states[hidden_name(layer)] for layer in layers], dim=-1)
 
     def kv(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [num_tokens, num_heads, head_dim] of a layer."""
+        """Return keys and values of a layer [num_tokens, num_heads, head_dim]."""
         return self.states[key_name(layer)], self.states[value_name(layer)]
 
 
@@ -58,8 +59,8 @@ class FeatureSource:
     """Runs the target over packed sequences and copies their state out of its pool.
 
     Args:
-        kv_layers: layers whose keys and values are wanted.
-        hidden_layers: layers whose output is wanted.
+        kv_layers: layers whose keys and values are copied.
+        hidden_layers: layers whose output is copied.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class FeatureSource:
             target.pool.add_hidden(name, target.model.config.get_text_config().hidden_size)
 
     def __call__(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
-        """The state of every sequence, in as many passes as the pool makes it.
+        """Return the state of every sequence, in as many passes as the pool has room for.
 
         Raises:
             InvalidArgumentError: a sequence is longer than the whole pool.
@@ -81,7 +82,7 @@ class FeatureSource:
         return [features for part in self._passes(sequences) for features in self._run(part)]
 
     def _passes(self, sequences: Sequence[TokenSequence]) -> Iterator[list[TokenSequence]]:
-        """As many sequences at a time as there is room for."""
+        """Yield as many sequences at a time as there is room for."""
         part: list[TokenSequence] = []
         num_left = self._target.pool.free_tokens
         for sequence in sequences:
@@ -95,7 +96,7 @@ class FeatureSource:
             yield part
 
     def _run(self, sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
-        """The state of every sequence, in one pass."""
+        """Return the state of every sequence, in one pass."""
         pool = self._target.pool
         with ExitStack() as stack:
             segments = []

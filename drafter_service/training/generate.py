@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import PickContext, Picker
 
 _MAX_PREFILL_TOKENS = 2048
-"""Prompt tokens that may join a pass, to bound its memory and time; a longer prompt joins alone."""
+"""Most prompt tokens that join a pass, to bound its memory and time; a longer prompt joins alone."""
 _LOG_EVERY_S = 30.0
 """Time between two lines where there is no terminal to draw a bar on."""
 
@@ -36,19 +37,19 @@ class Job:
     max_tokens: int
     """Longest continuation, tokens, at least one."""
     stop_ids: frozenset[int]
-    """Tokens that end the continuation, as its last token."""
+    """Tokens that end the continuation; the one that does is its last token."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 @dataclass(slots=True)
 class _Running:
-    """A job in a place of the batch. All tokens but those of the next segment have KV."""
+    """A job in the batch. All its tokens but those of the next segment have KV."""
 
     index: int
     job: Job
     allocation: KvAllocation
     token_ids: list[int]
-    """Prompt and what came of it so far."""
+    """The prompt and its continuation so far."""
 
     @property
     def output(self) -> list[int]:
@@ -61,17 +62,17 @@ class _Running:
         return stopped or num_output >= self.job.max_tokens
 
     def next_segment(self) -> Segment:
-        """The whole prompt at first, then one token a pass."""
+        """Return the job's part of the next pass: the whole prompt at first, then a token a pass."""
         is_first = len(self.token_ids) == len(self.job.prompt)
         num_cached = 0 if is_first else len(self.token_ids) - 1
         return Segment(self.allocation, num_cached, self.token_ids[num_cached:], num_logits=1)
 
 
 class Decoder:
-    """Continues prompts with continuous batching: a finished job's place goes to the next one at once.
+    """Continues prompts with continuous batching: a finished job's place goes to the next job at once.
 
     Args:
-        batch_size: jobs under way at a time, fewer where the KV pool has no room for as many.
+        batch_size: number of jobs under way at a time, fewer where the KV pool has no room for them.
     """
 
     def __init__(self, packed: PackedModel, batch_size: int) -> None:
@@ -82,10 +83,10 @@ class Decoder:
     def run(
         self, jobs: Sequence[Job], on_tokens: Callable[[int], None] = lambda num_tokens: None
     ) -> Iterator[tuple[int, list[int]]]:
-        """Each job's index and continuation, as they finish; their order depends on nothing but the jobs.
+        """Yield each job's index and continuation when it finishes; the order depends only on the jobs.
 
         Args:
-            on_tokens: told after each pass how many tokens it brought.
+            on_tokens: called after each pass with the number of tokens it brought.
 
         Raises:
             InvalidArgumentError: a job is longer than the KV pool.
@@ -97,16 +98,16 @@ class Decoder:
                 self._admit(waiting, running)
                 self._step(running)
                 on_tokens(len(running))
-                finished = [one for one in running if one.is_finished]
-                running = [one for one in running if not one.is_finished]
+                finished = [job for job in running if job.is_finished]
+                running = [job for job in running if not job.is_finished]
                 self._free(finished)
-                for one in finished:
-                    yield one.index, one.output
+                for job in finished:
+                    yield job.index, job.output
         finally:
             self._free(running)
 
     def _admit(self, waiting: deque[tuple[int, Job]], running: list[_Running]) -> None:
-        """Give free places to the jobs that are next; one without KV waits for another to finish."""
+        """Give free places to the next jobs; a job that finds no KV waits for another to finish."""
         pool, num_prefill = self.packed.pool, 0
         while waiting and len(running) < self._batch_size:
             index, job = waiting[0]
@@ -120,19 +121,19 @@ class Decoder:
 
     @torch.inference_mode()
     def _step(self, running: Sequence[_Running]) -> None:
-        """One pass: a token for every job, from its prompt or from its last token."""
-        logits = self.packed.forward([one.next_segment() for one in running])
-        contexts = [PickContext(one.job.sampling, one.token_ids, len(one.job.prompt)) for one in running]
-        for one, picks in zip(running, self._picker.pick(logits, contexts), strict=True):
-            one.token_ids.append(picks[0])
+        """Run one pass, which brings every job a token."""
+        logits = self.packed.forward([part.next_segment() for part in running])
+        contexts = [PickContext(part.job.sampling, part.token_ids, len(part.job.prompt)) for part in running]
+        for part, picks in zip(running, self._picker.pick(logits, contexts), strict=True):
+            part.token_ids.append(picks[0])
 
     def _free(self, running: Sequence[_Running]) -> None:
-        for one in running:
-            self.packed.pool.free(one.allocation)
+        for part in running:
+            self.packed.pool.free(part.allocation)
 
 
 class GenerationProgress:
-    """A bar on `console`: continuations finished and tokens per second."""
+    """A bar on `console` that shows finished continuations and tokens per second."""
 
     def __init__(self, console: Console) -> None:
         self._bar = Progress(
@@ -154,10 +155,10 @@ class GenerationProgress:
         self._bar.stop()
 
     def run(self, what: str, decoder: Decoder, jobs: Sequence[Job]) -> list[list[int]]:
-        """All continuations, in the jobs' order, shown as `what`."""
+        """Run all jobs, shown as `what`, and return their continuations in the jobs' order."""
         task_id = self._bar.add_task(what, total=len(jobs), rate="")
         task = self._bar.tasks[self._bar.task_ids.index(task_id)]
-        num_tokens, said = 0, time.monotonic()
+        num_tokens, said = 0, -math.inf
 
         def count(new: int) -> None:
             nonlocal num_tokens, said
@@ -185,13 +186,13 @@ def generate(
     batch_size: int,
     progress: GenerationProgress,
 ) -> TokenData:
-    """Greedy answers to the first `num_sequences` prompts, or to all where there are fewer, in their order.
+    """Answer the first `num_sequences` prompts greedily, or all where there are fewer, in their order.
 
     Args:
-        prompts: token ids of each.
+        prompts: token ids of each prompt.
         max_new_tokens: longest answer, tokens; shorter where the model's context ends sooner.
         eos_token_ids: tokens that end an answer and belong to it.
-        batch_size: answers under way at a time.
+        batch_size: number of answers under way at a time.
 
     Raises:
         InvalidArgumentError: a prompt is empty, or leaves no room for an answer.
@@ -211,10 +212,10 @@ def generate(
 
 
 def room_after(packed: PackedModel, prompt: Sequence[int]) -> int:
-    """Tokens that fit after a prompt into the model's context, and into the whole KV pool.
+    """Return how many tokens fit after a prompt into the model's context and into the whole KV pool.
 
     Raises:
-        InvalidArgumentError: none.
+        InvalidArgumentError: no token fits, or the prompt is empty.
     """
     capacity = packed.pool.capacity_tokens
     max_length = min(packed.max_length or capacity, capacity)

@@ -1,4 +1,4 @@
-"""Counting of n-gram language models: the target's answers, from which `ngram_table` says how it goes on."""
+"""Counts n-gram language models: tables of what follows what in the target's answers."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from drafter_service.training.data import TokenData
 from specdec.contract.errors import InvalidArgumentError
 
 _DISCOUNT = 0.75
-"""What is taken of each count."""
+"""Constant that is taken from each count."""
 _MAX_ENTRIES = 4
-"""Tokens listed of a context: more than a small tree has room for."""
+"""Most tokens listed for a context: more than a small tree has room for."""
 _LEAST_PROBABILITY = 0.02
-"""Of a token that is listed."""
+"""Least probability of a listed token."""
 
 Floats = numpy.typing.NDArray[numpy.float64]
 Ints = numpy.typing.NDArray[numpy.int64]
 
 
 class _Occurrences(NamedTuple):
-    """Every answer token, with what comes before it."""
+    """All answer tokens, with what comes before them."""
 
     tokens: UInt64s
     """[num_tokens] all tokens of all sequences."""
     places: Ints
-    """[num_occurrences] of the answer tokens among them."""
+    """[num_occurrences] where the answer tokens are among them."""
     reach: Ints
-    """[num_occurrences] tokens of the same sequence before each."""
+    """[num_occurrences] number of tokens before each answer token in its sequence."""
 
 
 class _Level(NamedTuple):
-    """Contexts of one size that are kept, in ascending order of their hashes."""
+    """The contexts of one size that are kept, in ascending order of their hashes; fields as in NgramTable."""
 
     contexts: UInt64s
     counts: Ints
@@ -52,13 +52,13 @@ class _Level(NamedTuple):
 def count(
     data: TokenData, indices: Sequence[int], vocabulary: TargetVocabulary, options: CountOptions
 ) -> NgramTable:
-    """The table of some sequences.
+    """Make the table of some sequences.
 
     Args:
-        indices: of the sequences to count; one named twice counts twice.
+        indices: indices of the sequences to count; a sequence that is named twice counts twice.
 
     Raises:
-        InvalidArgumentError: they have no answers, or none that say anything.
+        InvalidArgumentError: the sequences have no answers, or no token is likely after another.
     """
     levels = list(_levels(_occurrences(data, indices), vocabulary.size, options))
     if not any(len(level.contexts) for level in levels):
@@ -101,11 +101,11 @@ def _occurrences(data: TokenData, indices: Sequence[int]) -> _Occurrences:
 
 
 def _levels(seen: _Occurrences, vocab_size: int, options: CountOptions) -> Iterator[_Level]:
-    """Contexts of one token, of two, and so on."""
+    """Yield the contexts of one token, those of two, and so on."""
     tokens, places, reach = seen
     following = tokens[places]
     shares = numpy.bincount(following.astype(numpy.int64), minlength=vocab_size) / len(following)
-    # Per occurrence, the probability of its token as contexts of the size before have it.
+    # For each occurrence, the probability of its token after the next shorter context.
     shorter: Floats = shares[following.astype(numpy.int64)]
     for size in range(1, options.max_size + 1):
         is_long = reach >= size
@@ -123,12 +123,12 @@ def _levels(seen: _Occurrences, vocab_size: int, options: CountOptions) -> Itera
 def _level(
     hashes: UInt64s, following: UInt64s, shorter: Floats, options: CountOptions, size: int
 ) -> tuple[_Level, Floats]:
-    """Contexts of one size, and the probability of every occurrence's token.
+    """Return the contexts of one size, and the probability of every occurrence's token.
 
     Args:
-        hashes: of the contexts [num_occurrences].
-        following: the tokens after them.
-        shorter: their probabilities as shorter contexts have them.
+        hashes: hashes of the contexts [num_occurrences].
+        following: tokens after the contexts [num_occurrences].
+        shorter: probabilities of these tokens after the next shorter contexts [num_occurrences].
     """
     ngrams, first, which, counts = numpy.unique(
         extended_hash(hashes, following), return_index=True, return_inverse=True, return_counts=True
@@ -138,7 +138,7 @@ def _level(
     backoffs = _DISCOUNT * numpy.bincount(context) / totals
     probabilities = (counts - _DISCOUNT) / totals[context] + backoffs[context] * shorter[first]
     gains = numpy.bincount(context, counts * (numpy.log(probabilities) - numpy.log(shorter[first])))
-    # The shortest contexts are what all others fall back to.
+    # All other contexts fall back to the shortest ones, which are kept.
     is_kept = (totals >= options.min_count) & (gains >= options.min_gain) if size > 1 else totals > 0
     order = numpy.lexsort((-probabilities, context))
     ranks = numpy.arange(len(ngrams)) - numpy.searchsorted(context[order], context[order])
@@ -159,8 +159,8 @@ def _level(
 def measure(
     table: NgramTable, data: TokenData, indices: Sequence[int], draft_depth: int
 ) -> HeldOutAcceptance:
-    """Acceptance of chains on answers that were not counted, the text's own n-grams included."""
-    # As a drafter service looks up what it is not told otherwise.
+    """Measure the acceptance of chains, with n-grams of the text itself, on answers that were not counted."""
+    # The sizes that a drafter service looks up by default.
     sizes = DrafterConfig()
     drafter = NgramLmDrafter(
         "ngram-lm",
@@ -174,7 +174,7 @@ def measure(
 
 
 def _accepted(drafter: NgramLmDrafter, data: TokenData, index: int, draft_depth: int) -> list[int]:
-    """Per answer token but the last, how many drafts after it would be accepted."""
+    """Count the drafts that would be accepted after each answer token but the last."""
     token_ids, prompt_length = data[index].token_ids, data[index].prompt_length
     session: NgramLmSession = drafter.open(
         OpenDraft(token_ids[:prompt_length], prompt_length, max_length=len(token_ids))

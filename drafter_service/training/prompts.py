@@ -1,4 +1,4 @@
-"""Prompts to train on: made up by the target itself, or read from a file."""
+"""Prompts to train on: made up by the target itself, or read from files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.sampling import SamplingParams
 
 _MARK = "\u2042"
-"""Stands for the user's text in a rendered chat template."""
+"""Placeholder of the user's text in a rendered chat template."""
 _MAX_TEXT_TOKENS = 96
 _MAX_CODE_TOKENS = 160
 _OPENINGS = (
@@ -25,23 +25,23 @@ _OPENINGS = (
     *("Write a short story about", "Write an email to", "Help me", "Solve", "Translate German to English:"),
     *("A shop sells", "What is the name of", "Fix the bug in this code:\n```python\ndef "),
 )
-"""First words of prompts, for variety: left alone, a model asks for much the same again and again."""
+"""First words of prompts. Without them a model asks for much the same again and again."""
 _UNFINISHED = (
     "Complete this Python function:\n```python\ndef ",
     "Complete this Python function:\n```python\nfrom typing import List\n\n\ndef ",
     "Complete the following function.\n\n```python\ndef ",
 )
-"""Openings of prompts that end with the docstring of the function they begin."""
+"""Openings of prompts that begin a function and end with its docstring."""
 _NUM_OPENINGS = len(_OPENINGS) + len(_UNFINISHED)
 _DOCSTRING = '"""'
 
 
 class PromptMaker:
-    """Prompts in the form the target is talked to.
+    """Makes prompts in the form of the target's chat template.
 
     Args:
-        folder: the target's, with its tokenizer.
-        eos_token_ids: tokens that end its answers.
+        folder: folder of the target, with its tokenizer.
+        eos_token_ids: tokens that end the target's answers.
 
     Raises:
         InvalidArgumentError: the folder has no tokenizer.
@@ -69,12 +69,12 @@ class PromptMaker:
         return int(start if start is not None else next(iter(sorted(self._eos)), 0))
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without special ones around it."""
+        """Return the tokens of a text, without special tokens around it."""
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return token_ids
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens that ask for an answer to `text`."""
+        """Return the tokens that ask for an answer to `text`."""
         return [*self._before, *self.encode(text), *self._after]
 
     def read(self, path: Path) -> list[list[int]]:
@@ -88,12 +88,12 @@ class PromptMaker:
     def make_up(
         self, decoder: Decoder, count: int, seed: int, progress: GenerationProgress
     ) -> list[list[int]]:
-        """Prompts the target itself writes: it goes on with the user's turn of its chat template.
+        """Have the target write prompts: it continues the user's turn of its chat template.
 
-        At most `count`, all different: a repeated one could be trained on and held out.
+        They are at most `count`, all different: a repeated prompt could be trained on and held out.
 
         Raises:
-            InvalidArgumentError: the target's context is too short for any.
+            InvalidArgumentError: the target's context is too short for a prompt.
         """
         seeds = numpy.random.SeedSequence(seed).generate_state(count).tolist()
         openings = [(*_OPENINGS, *_UNFINISHED)[index % _NUM_OPENINGS] for index in range(count)]
@@ -111,14 +111,14 @@ class PromptMaker:
 
     def _opening(self, decoder: Decoder, opening: str, seed: int) -> Job:
         start = (*self._before, *self.encode(opening))
-        # At least as much is left for the answer.
+        # At least as much room is left for the answer.
         room = room_after(decoder.packed, (*start, *self._after)) // 2
-        most = _MAX_CODE_TOKENS if opening in _UNFINISHED else _MAX_TEXT_TOKENS
+        max_tokens = _MAX_CODE_TOKENS if opening in _UNFINISHED else _MAX_TEXT_TOKENS
         sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=seed)
-        return Job(start, max(1, min(most, room)), self._stop_ids, sampling)
+        return Job(start, max(1, min(max_tokens, room)), self._stop_ids, sampling)
 
     def _own_words(self, opening: str, job: Job, text: Sequence[int]) -> list[int]:
-        """The user's turn: an opening and how the target went on."""
+        """Return the user's turn: an opening and the target's continuation."""
         token_ids = [*job.prompt[len(self._before) :], *(t for t in text if t not in self._stop_ids)]
         if opening not in _UNFINISHED:
             return token_ids
@@ -127,11 +127,11 @@ class PromptMaker:
         return self.encode(f"{signature}{docstring}\n```")
 
     def text(self, token_ids: Sequence[int]) -> str:
-        """What tokens say, special ones left out."""
+        """Return the text of tokens, without special tokens."""
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
 
     def question(self, prompt: Sequence[int]) -> str:
-        """The user's turn of a prompt."""
+        """Return the user's turn of a prompt."""
         stop = len(prompt) - len(self._after)
         return self.text(prompt[len(self._before) : stop]).strip()

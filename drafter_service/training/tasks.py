@@ -1,6 +1,6 @@
 """Prompts about texts the target wrote itself: summaries, corrections, questions, work on code.
 
-A drafter that is to be good at copying must have seen answers that copy.
+A drafter learns to copy only from answers that copy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TASKS = (
     "Extract the most important sentence of this text:\n\n{text}",
     "Continue the following text.\n\n{text}",
 )
-"""What to do with a text the target wrote; `question` is what that text answered."""
+"""Tasks about a text the target wrote; `question` is what that text answered."""
 _CODE_TASKS = (
     "Explain what this code does.\n\n{text}",
     "Add a docstring and type hints to this code and return it.\n\n{text}",
@@ -42,26 +42,26 @@ _CODE_TASKS = (
 )
 _CODE = re.compile(r"```.*?```", re.DOTALL)
 _PASSAGE_CHARACTERS = (200, 1100)
-"""Shortest and longest passage a task is about."""
+"""Lengths of the shortest and the longest passage of a task."""
 _MAX_TRIES = 8
-"""Draws for a task before there is none: short texts, and long prompts, make none."""
+"""Number of draws for a task before it is given up: a text may be too short, or the prompt too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Passage:
     text: str
     question: str
-    """What the text answered."""
+    """The question that the text answered."""
 
 
 def make_tasks(
     maker: PromptMaker, data: TokenData, indices: Sequence[int], count: int, seed: int, *, max_tokens: int
 ) -> list[list[int]]:
-    """At most `count` prompts, all different, that ask for something about answers.
+    """Make at most `count` prompts, all different, that ask for something about answers.
 
     Args:
-        indices: sequences of `data` whose answers may be quoted.
-        max_tokens: longest prompt.
+        indices: indices of the sequences whose answers may be quoted.
+        max_tokens: length of the longest prompt, tokens.
     """
     rng = numpy.random.default_rng(seed)
     prompts: dict[tuple[int, ...], None] = {}
@@ -76,7 +76,7 @@ def make_tasks(
 
 
 def _task(maker: PromptMaker, about: Sequence[TokenSequence], rng: numpy.random.Generator) -> str:
-    """What to ask about the first of two answers, or about the code in it; empty: they are too short."""
+    """Return a task about the first of two answers, or about code in it; empty: the texts are too short."""
     passage, another = (_passage(maker, sequence) for sequence in about)
     code = _CODE.search(passage.text)
     if code and rng.random() < 0.7:
@@ -94,7 +94,7 @@ def _passage(maker: PromptMaker, sequence: TokenSequence) -> _Passage:
 
 
 def _cut(text: str, rng: numpy.random.Generator) -> str:
-    """The text's beginning, of a random length, up to the end of a sentence; empty: it is too short."""
+    """Return a random number of whole sentences from the text's start; empty: the text is too short."""
     shortest, longest = _PASSAGE_CHARACTERS
     end = text.rfind(".", shortest, int(rng.integers(shortest + 100, longest)))
     return text[: end + 1] if end > 0 else ""

@@ -1,4 +1,4 @@
-"""A drafter's first weights: the target's last layers."""
+"""The first weights of a drafter: the target's last layers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _EMBEDDING_SHARE, _HIDDEN_SHARE = 0.3, 0.06
-"""What the first layer starts from, in sizes of the residual stream it saw in the target."""
+"""Sizes of the first layer's inputs, relative to the residual stream that it reads in the target."""
 _INITIAL_SHARPNESS = 0.3
-"""Of the logits: layers that know nothing yet should not be sure."""
+"""Factor of the first logits: untrained layers should not be sure."""
 
 
 @torch.no_grad()
 def warm_start(assistant: PreTrainedModel, target: PreTrainedModel, token_ids: Sequence[int]) -> float:
-    """Start an assistant's layers from the target's last ones, as far as these have the same modules.
+    """Start an assistant's layers from the target's last layers, as far as these have the same modules.
 
-    A target without the norms an assistant has around queries and outputs gets them at the size that its own
-    values have on a text.
+    Norms around queries and outputs that the target lacks start at the size that its values have on a text.
 
     Args:
         token_ids: the text.
 
     Returns:
-        What brings the target's last hidden states to unit size.
+        The factor that brings the target's last hidden states to unit size.
     """
     decoder: Any = target.get_decoder()
     layers = list(assistant.model.layers)
@@ -46,7 +45,7 @@ def warm_start(assistant: PreTrainedModel, target: PreTrainedModel, token_ids: S
     hidden_scale = 1.0 / sizes[decoder.norm]
     width = target.config.get_text_config().hidden_size
     if assistant.pre_projection.weight.shape == (width, 2 * width):
-        # The residual stream the layers expect: the token's embedding, and a trace of the state before it.
+        # The layers expect the token's embedding in the residual stream, and a trace of the state before it.
         both = torch.cat([torch.eye(width) * _EMBEDDING_SHARE, torch.eye(width) * _HIDDEN_SHARE], dim=1)
         assistant.pre_projection.weight.copy_(both * sizes[before])
     if assistant.post_projection.weight.shape[0] == assistant.post_projection.weight.shape[1]:
@@ -56,25 +55,24 @@ def warm_start(assistant: PreTrainedModel, target: PreTrainedModel, token_ids: S
 
 @dataclass(frozen=True, slots=True)
 class BlockScales:
-    """What brings the inputs of a block diffusion drafter to the size its first weights expect."""
+    """Factors that bring the inputs of a DFlash drafter to the sizes that its first weights expect."""
 
     hidden: tuple[float, ...]
-    """Of the target's hidden states, layer by layer."""
+    """Factors of the target's hidden states, layer by layer."""
     embedding: float
-    """Of the target's embeddings, over what the target scales them with."""
+    """Factor of the target's embeddings, on top of the target's own factor."""
 
 
 @torch.no_grad()
 def warm_start_block(
     drafter: Any, target: PreTrainedModel, layer_ids: Sequence[int], token_ids: Sequence[int]
 ) -> BlockScales:
-    """Start the layers of a DFlash drafter from the target's last ones, its context from the last of
-    `layer_ids`.
+    """Start a DFlash drafter's layers from the target's last ones, its context from the last of `layer_ids`.
 
     Args:
         drafter: a MuseGlimmerAssistantModel as wide as the target.
         layer_ids: target layers whose hidden states are the context, ascending.
-        token_ids: a text to measure sizes on.
+        token_ids: a text on which sizes are measured.
     """
     decoder: Any = target.get_decoder()
     layers = list(drafter.layers)
@@ -101,7 +99,7 @@ def warm_start_block(
 
 
 def _block_counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tensor | float | None:
-    """What a weight of a DFlash layer starts from: the same of a target's layer; a size; nothing."""
+    """Return the start of a DFlash layer's weight: a target layer's same weight, a size, or None."""
     path, attention = name.removesuffix(".weight"), source.self_attn
     if path == "post_attention_layernorm" and hasattr(source, "pre_feedforward_layernorm"):
         path = "pre_feedforward_layernorm"
@@ -117,9 +115,9 @@ def _block_counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) ->
 def _output_sizes(
     model: PreTrainedModel, modules: Sequence[nn.Module], token_ids: Sequence[int]
 ) -> dict[nn.Module, float]:
-    """Root mean square of each module's output at a typical token of a text.
+    """Return the root mean square of each module's output, as its median over the tokens of a text.
 
-    The median over tokens: the first ones of a text have states many times larger than all others.
+    The first tokens of a text have states that are many times larger than all others.
     """
     sizes: dict[nn.Module, float] = {}
 
@@ -135,7 +133,7 @@ def _output_sizes(
 
 
 def _counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tensor | float | None:
-    """What a weight of an assistant's layer starts from: the same of a target's layer; a size; nothing."""
+    """Return the start of an assistant layer's weight: a target layer's same weight, a size, or None."""
     has_outer_norms = hasattr(source, "pre_feedforward_layernorm")
     path = name.removesuffix(".weight")
     if path == "self_attn.q_norm" and not hasattr(source.self_attn, "q_norm"):
@@ -151,13 +149,13 @@ def _counterpart(source: Any, name: str, sizes: dict[nn.Module, float]) -> Tenso
 
 
 def _weight(layer: Any, path: str) -> Tensor | None:
-    """The weight of a layer's module; None where there is no such module."""
+    """Return the weight of a layer's module; None where there is no such module."""
     modules: list[Any] = list(_there(layer, path))
     return next((_norm_weight(m) if path.endswith("norm") else m.weight for m in modules), None)
 
 
 def _there(layer: Any, *paths: str) -> list[nn.Module]:
-    """Those of a layer's modules that it has: families name and fuse them differently."""
+    """Return those of the modules that a layer has: families name and fuse them differently."""
     found = []
     for path in paths:
         with suppress(AttributeError):
@@ -166,12 +164,12 @@ def _there(layer: Any, *paths: str) -> list[nn.Module]:
 
 
 def _size(sizes: dict[nn.Module, float], layer: Any, path: str, scale: float = 1.0) -> float | None:
-    """The size of what a module of a layer puts out, scaled; None where there is no such module."""
+    """Return the size of a module's output, scaled; None where the layer has no such module."""
     return next((sizes[module] * scale for module in _there(layer, path)), None)
 
 
 def _norm_weight(norm: Any) -> Tensor:
-    """What a norm multiplies with, whichever way it keeps it."""
+    """Return what a norm multiplies with, in whichever form it keeps that."""
     output: Tensor = norm(torch.ones_like(norm.weight))
     return output
 

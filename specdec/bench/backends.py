@@ -1,4 +1,4 @@
-"""What answers in a run: a gateway, or a peer engine in a process of its own."""
+"""The engines that answer in a run: a gateway, or a peer in another process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import DeadlineExceededError, InternalError, UnavailableError
 
 TRANSFORMERS = "transformers"
-"""The peer: a plain `transformers` loop."""
+"""Name of the peer: a plain `transformers` loop."""
 
 _LINE_LIMIT_BYTES = 2**24
 _STDERR_TAIL_BYTES = 2000
@@ -31,7 +31,7 @@ class GatewayBackend:
     """One method of a gateway.
 
     Args:
-        client: connected to the gateway.
+        client: client of the gateway.
         options: the method, its K, limits and sampling.
     """
 
@@ -40,7 +40,7 @@ class GatewayBackend:
         self._options = options
 
     async def generate(self, prompt: Prompt) -> Answer:
-        """Answer a prompt; see `Backend`. TTFT and TPOT are the gateway's."""
+        """Answer a prompt, see `Backend`. The gateway measures TTFT and TPOT."""
         generation = await self._client.generate(prompt.text, self._options)
         num_tokens = len(generation.token_ids)
         return Answer(
@@ -54,14 +54,14 @@ class GatewayBackend:
 
 
 class TransformersBackend:
-    """The `transformers` worker: started and loaded by `async with`, ended with it.
+    """The `transformers` worker: `async with` starts it and loads the model, and ends it.
 
     Args:
         model: model folder.
-        dtype: data type of the weights, as the verifier's.
-        device: device of the weights, as the verifier's.
+        dtype: data type of the weights, the same as the verifier's.
+        device: device of the weights, the same as the verifier's.
         options: limits and sampling; method and K do not apply.
-        timeout_s: seconds the model may take to load, and a request to be answered.
+        timeout_s: how long the model may take to load, and a request to be answered, seconds.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class TransformersBackend:
         self._options = options
         self._timeout_s = timeout_s
         self._process: Process | None = None
-        # A file and not a pipe: nobody has to drain it while the worker runs.
+        # A file, not a pipe: nobody has to drain it while the worker runs.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
 
     async def __aenter__(self) -> Self:
@@ -97,7 +97,7 @@ class TransformersBackend:
         await self._stop(at_once=kind is not None)
 
     async def generate(self, prompt: Prompt) -> Answer:
-        """Answer a prompt; see `Backend`. One at a time."""
+        """Answer a prompt, see `Backend`. It takes one request at a time."""
         request = {
             "prompt": prompt.text,
             "max_new_tokens": self._options.max_new_tokens,
@@ -115,11 +115,11 @@ class TransformersBackend:
         )
 
     async def open_pass(self, context_token_ids: Sequence[int]) -> None:
-        """Fill the cache that `time_pass` runs over; see `Backend` for what may be raised."""
+        """Fill the cache that `time_pass` runs over. Errors are those of `Backend`."""
         await self._ask({"context_token_ids": list(context_token_ids)})
 
     async def time_pass(self, token_ids: Sequence[int]) -> int:
-        """Nanoseconds of one forward pass over the cache, which keeps the first token."""
+        """Run a forward pass over the cache, which keeps the first token; return its time, nanoseconds."""
         reply = await self._ask({"pass_token_ids": list(token_ids)})
         elapsed_ns: int = reply["pass_ns"]
         return elapsed_ns
@@ -161,7 +161,7 @@ class TransformersBackend:
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - _STDERR_TAIL_BYTES))
         tail = self._stderr.read().decode(errors="replace").strip()
-        return UnavailableError(f"The transformers worker ended unasked. Its last words:\n{tail}")
+        return UnavailableError(f"The transformers worker ended by itself. Its last output:\n{tail}")
 
     async def _stop(self, *, at_once: bool) -> None:
         process, self._process = self._process, None
@@ -184,7 +184,8 @@ def _kill(process: Process) -> None:
 
 
 def _peer_environment() -> dict[str, str]:
-    """All cores while it works, and only a short spin after: an idle worker must not take the verifier's."""
+    """Give the worker all cores while it works and a short spin after: idle, it must not disturb the
+    verifier."""
     num_cores = str(len(os.sched_getaffinity(0)))
     return {
         **os.environ,

@@ -1,4 +1,4 @@
-"""Two runs side by side."""
+"""Puts two runs side by side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNREMARKABLE = frozenset({"command", "started_at"})
 
 
 def comparison_table(old: Sequence[Row], new: Sequence[Row]) -> Table:
-    """Every row of either run: each figure as `old -> new (ratio)`, the ratio being new over old."""
+    """Return a table of the rows of both runs, with each figure as `old -> new (new / old)`."""
     table = Table(title="old -> new (new / old)")
     for head in ("method", "conc.", "category"):
         table.add_column(head)
@@ -34,8 +34,10 @@ def comparison_table(old: Sequence[Row], new: Sequence[Row]) -> Table:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line per entry of the provenance that differs, nested ones by dotted name; a warning to the reader
-    that the runs may not compare."""
+    """Return a line for each entry of the provenance that differs, which warns that the runs may not compare.
+
+    Nested entries have dotted names.
+    """
     flat_old, flat_new = _flatten(old), _flatten(new)
     return [
         f"{name}: {flat_old.get(name)} -> {flat_new.get(name)}"

@@ -1,4 +1,4 @@
-"""One benchmark from its configuration to its files: contenders set up, run, figures written."""
+"""One benchmark from its configuration to its files: it sets contenders up, runs them and writes figures."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from specdec.models.files import model_id, resolve_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """What a benchmark runs; `validate` refuses what cannot."""
+    """What a benchmark runs; `validate` refuses what cannot run."""
 
     methods: tuple[str, ...] = ("ngram",)
     """Methods to compare; `none` is always run, named or not."""
     prompts_path: Path = DEFAULT_PROMPTS
     """Workload in Spec-Bench's JSONL form; the first turn of each prompt is used."""
     limit: int | None = None
-    """Prompts to use, round-robin over the categories; None: all."""
+    """Number of prompts to use, round-robin over the categories; None: all."""
     max_new_tokens: int = 128
-    """Most tokens per answer."""
+    """Most tokens of an answer."""
     temperature: float = 0.0
     """Softmax temperature, >= 0; 0 is greedy."""
     seed: int = 0
     """Seed of the sampling noise, the same for every prompt."""
     draft_depth: tuple[int, ...] = ()
-    """Draft tokens per round (K); none: each drafter's default. Several: every method runs with each, and is
-    named METHOD@K in the results."""
+    """Most draft tokens of a round in a row (K); empty: each drafter's default. Every method runs with each
+    of several, and is named METHOD@K in the results."""
     draft_nodes: tuple[int, ...] = ()
-    """Most tokens of a draft tree; none, or 0: a chain per drafter. Several: every method runs with each, and
-    is named METHOD/N in the results."""
+    """Most tokens of a draft tree; empty, or 0: a chain per drafter. Every method runs with each of several,
+    and is named METHOD/N in the results."""
     concurrencies: tuple[int, ...] = (1,)
-    """Requests under way at a time; the workload is run once for each."""
+    """Numbers of requests under way at a time; the workload runs once for each."""
     peers: tuple[str, ...] = ()
     """Engines to compare with, at concurrency 1."""
     model: str = "default"
-    """The verifier's model as it was told to load it; the peers load the same."""
+    """The verifier's model, as its command line names it; the peers load the same."""
     num_warmup_prompts: int = 1
-    """Prompts every contender answers before the run, unrecorded."""
+    """Number of prompts that every contender answers before the run, unrecorded."""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -63,11 +63,11 @@ class BenchConfig:
 
     @property
     def gateway_methods(self) -> tuple[str, ...]:
-        """`none`, then the others in the order given, each once."""
+        """`none`, then the other methods in the order given, each once."""
         return tuple(dict.fromkeys((PLAIN, *self.methods)))
 
     def options(self, method: str, draft_depth: int | None = None, draft_nodes: int = 0) -> GenerateOptions:
-        """What a request of this method asks for."""
+        """Return the options of a request of a method."""
         return GenerateOptions(
             method=method,
             draft_depth=draft_depth,
@@ -77,7 +77,7 @@ class BenchConfig:
         )
 
     def contenders(self, client: AsyncClient) -> list[Contender]:
-        """Every method with every node budget and every K."""
+        """Return every method with every node budget and every K."""
         made = [Contender(PLAIN, GatewayBackend(client, self.options(PLAIN)))]
         budgets = dict.fromkeys(self.draft_nodes) or (0,)
         lengths = dict.fromkeys(self.draft_depth) or (None,)
@@ -91,7 +91,7 @@ class BenchConfig:
         return made
 
     def load_prompts(self) -> list[Prompt]:
-        """The prompts of the run, in its order.
+        """Load the prompts of the run, in its order.
 
         Raises:
             InvalidArgumentError: the workload is malformed.
@@ -134,21 +134,21 @@ def run_experiment(
     directory: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Outcome:
-    """Run against a gateway; writes results.json and table.md, and requests.jsonl as requests end.
+    """Run against a gateway; write results.json and table.md, and requests.jsonl as requests end.
 
     Args:
-        config: what to run, validated.
-        prompts: from `BenchConfig.load_prompts`.
-        gateway: the gateway's address.
-        directory: where the files go; made if it is not there.
-        on_progress: called with the requests done and the requests in all.
+        config: what to run; it is valid.
+        prompts: prompts from `BenchConfig.load_prompts`.
+        gateway: address of the gateway.
+        directory: folder for the files, which is made if it does not exist.
+        on_progress: called with the number of requests done and of all requests.
 
     Raises:
         SpecdecError: the configuration does not fit the gateway. Requests that fail raise nothing.
     """
     provenance = collect() | _describe(config, len(prompts))
     directory.mkdir(parents=True, exist_ok=True)
-    # Written as it comes, so that a run that is broken off leaves what it measured.
+    # Written at once, so that an interrupted run leaves what it measured.
     with (directory / REQUESTS_FILE).open("w", encoding="utf-8") as file:
 
         def report(records: list[RequestRecord]) -> None:
@@ -182,7 +182,11 @@ async def _measure(
 
 
 def _check(config: BenchConfig, info: GatewayInfo) -> ModelInfo:
-    """The target model, once it is clear that the gateway can run what is asked for."""
+    """Return the target model if the gateway can run what the configuration asks for.
+
+    Raises:
+        SpecdecError: it cannot.
+    """
     if info.model is None:
         raise UnavailableError(
             "No verifier has been ready at this gateway yet; try again when it has loaded."

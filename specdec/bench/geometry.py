@@ -1,4 +1,4 @@
-"""Models whose weights mean nothing but whose target state has the size of a large model's."""
+"""Models with random weights whose target state has the size of a large model's."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ _VOCAB_SIZE = 512
 
 @contextmanager
 def prepared_model(model: str) -> Iterator[str]:
-    """A model to serve: one of `GEOMETRIES` as a folder that is gone after the block, any other as it is."""
+    """Yield a model to serve: one of `GEOMETRIES` as a folder that exists within the block, others as they
+    are."""
     if model not in GEOMETRIES:
         yield model
         return
     with TemporaryDirectory(prefix="specdec-") as parent:
-        folder = Path(parent) / model  # the folder's name is how peers know the model
+        folder = Path(parent) / model  # peers know the model by the folder's name
         _save(GEOMETRIES[model](), folder)
         yield str(folder)
 
 
 def _gemma4_31b() -> Any:
-    """Gemma 4 31B where the size of its state comes from: hidden size 5376, sliding layers with 16 KV heads
-    of 256, full ones with 4 of 512. One group of its layers, no MLP to speak of, half the query heads."""
+    """Return a config with the state of Gemma 4 31B and little else.
+
+    The size of its state comes from a hidden size of 5376, sliding layers with 16 KV heads of 256, and full
+    layers with 4 heads of 512. This config has one group of its layers, a tiny MLP and half the query heads.
+    """
     from transformers import Gemma4TextConfig
 
     return Gemma4TextConfig(
@@ -52,11 +56,11 @@ def _gemma4_31b() -> Any:
 
 
 GEOMETRIES: Mapping[str, Callable[[], Any]] = {"gemma4-31b-geometry": _gemma4_31b}
-"""Configurations by the name of the model: 1.1 GB in bfloat16."""
+"""Functions that return a config, by the name of the model; each model has 1.1 GB in bfloat16."""
 
 
 def _save(config: Any, folder: Path) -> None:
-    """Write a model with random weights, and a tokenizer, which a gateway wants to see."""
+    """Write a model with random weights, and the tokenizer that a gateway needs."""
     import torch
     import transformers
 

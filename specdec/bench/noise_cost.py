@@ -1,4 +1,4 @@
-"""What the shared Gumbel noise costs per round."""
+"""Measures what the shared Gumbel noise costs in a round."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 
 
 def measure(*, num_positions: int, vocab_size: int, repeats: int) -> float:
-    """Median milliseconds to generate the noise of a round: `num_positions` rows over a vocabulary, fp32.
+    """Return the median time to generate the noise of a round, milliseconds.
 
-    Uses as many threads as a service's engine would.
+    The noise has `num_positions` rows over a vocabulary, fp32. It is made with as many threads as a service
+    uses.
     """
     # Imported here: everything else in the benchmark runs without torch.
     from specdec.service.tuning import tune_process

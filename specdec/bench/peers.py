@@ -1,8 +1,8 @@
-"""The worker behind `--peers transformers`: a plain `generate()` loop in a process of its own.
+"""The worker behind `--peers transformers`: a plain `generate()` loop in another process.
 
     python -m specdec.bench.peers --model FOLDER --dtype bfloat16 --device cpu
 
-Speaks JSON lines. It writes `{"ready": true}` once the model is loaded, then answers each line of stdin,
+It speaks JSON lines. It writes `{"ready": true}` once the model is loaded, then answers each line of stdin,
 `{"prompt" or "token_ids", "max_new_tokens", "temperature", "seed"}`, by one line on stdout:
 `{"token_ids", "input_tokens", "ttft_ms", "tpot_ms", "total_ms", "finish_reason"}`, or `{"error"}`.
 A line `{"context_token_ids"}` fills a cache instead, and `{"pass_token_ids"}` then times one forward pass
@@ -27,15 +27,15 @@ class TokenClock:
         self._arrivals_s: list[float] = []
 
     def put(self, value: object) -> None:
-        """Called with the prompt first, then with every token."""
+        """Note the time; called with the prompt first, then with every token."""
         self._arrivals_s.append(time.perf_counter())
 
     def end(self) -> None:
-        """Called after the last token."""
+        """Do nothing; called after the last token."""
 
     @property
     def token_arrivals_s(self) -> list[float]:
-        """Time of each emitted token, seconds on the monotonic clock."""
+        """Times of the emitted tokens, seconds on the monotonic clock."""
         return self._arrivals_s[1:]
 
 
@@ -44,7 +44,7 @@ class TransformersPeer:
 
     Args:
         folder: Hugging Face model folder; without a tokenizer in it, requests must carry token ids.
-        dtype: torch data type of the weights, "bfloat16" for one.
+        dtype: torch data type of the weights, such as "bfloat16".
         device: torch device.
     """
 
@@ -58,7 +58,7 @@ class TransformersPeer:
         eos = self._model.generation_config.eos_token_id
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self._eos_token_ids = frozenset(eos_ids)
-        # A fresh configuration: the checkpoint's own sampling defaults would join into ours.
+        # A fresh configuration: the checkpoint's own sampling defaults would mix with ours.
         self._model.generation_config = GenerationConfig(
             eos_token_id=eos_ids or None, pad_token_id=eos_ids[0] if eos_ids else 0
         )
@@ -66,7 +66,7 @@ class TransformersPeer:
         self._cache: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What a request asks for: a generation, or a pass."""
+        """Do what a request asks for: fill the cache, time a pass, or generate."""
         if "context_token_ids" in request:
             return self._fill_cache(request["context_token_ids"])
         if "pass_token_ids" in request:
@@ -87,7 +87,7 @@ class TransformersPeer:
         return {"cached_tokens": len(token_ids)}
 
     def _time_pass(self, token_ids: list[int]) -> dict[str, Any]:
-        """One forward pass and the arg max of every row, as a verify pass has it; keeps the first token."""
+        """Time a forward pass and the arg max of every row, as in a verify pass; keep the first token."""
         import torch
 
         started_ns = time.perf_counter_ns()
@@ -102,7 +102,7 @@ class TransformersPeer:
         return {"pass_ns": elapsed_ns}
 
     def _generate(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Generate for one request; times are milliseconds from the call."""
+        """Generate an answer; times are milliseconds from the call."""
         import torch
 
         started_s = time.perf_counter()
@@ -169,7 +169,7 @@ def _reply(replies: TextIO, reply: dict[str, Any]) -> None:
 @click.option("--device", default="cpu", show_default=True, help="Torch device.")
 def main(model: Path, dtype: str, device: str) -> None:
     """Serve a model folder with transformers over stdin and stdout."""
-    # Libraries print to stdout now and then, which carries the replies.
+    # Stdout carries the replies, and libraries print to it now and then.
     replies, sys.stdout = sys.stdout, sys.stderr
     serve(TransformersPeer(model, dtype, device), sys.stdin, replies)
 

@@ -1,4 +1,4 @@
-"""Plots of a run, where matplotlib is installed (the `bench` extra)."""
+"""Draws the plots of a run where matplotlib is installed (the `bench` extra)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from specdec.bench.stats import OVERALL, Row
 
 
 def has_matplotlib() -> bool:
-    """Whether plots can be drawn."""
+    """Return whether plots can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Draw speedup.png, acceptance.png and profile.png at the lowest concurrency; returns the files.
+    """Draw speedup.png, acceptance.png and profile.png at the lowest concurrency; return the files.
 
-    A run with several K gets draft_time.png, too. A figure that no method has, acceptance in a run of `none`
-    alone for one, is not drawn.
+    A run with several K gets draft_time.png as well. A plot for which no method has figures is not drawn,
+    such as acceptance in a run of `none` alone.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -85,7 +85,7 @@ def _draw_acceptance(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _draw_profile(rows: Sequence[Row], path: Path) -> Path:
-    """Where the time of a round goes: one bar per method, one part on top of the other."""
+    """Draw where the time of a round goes: a bar for each method, with its parts on top of each other."""
     figure, axes = new_figure(width_in=2.0 + 1.2 * len(rows))
     methods = [row.method for row in rows]
     bottom = [0.0] * len(rows)
@@ -106,7 +106,7 @@ def _draw_profile(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _draw_draft_times(rows: Sequence[Row], path: Path) -> Path:
-    """What a draft costs against its length: a line per method."""
+    """Draw what a draft costs against its length: a line for each method."""
     figure, axes = new_figure(width_in=6.0)
     times_ms: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
@@ -125,8 +125,8 @@ def _draw_draft_times(rows: Sequence[Row], path: Path) -> Path:
 
 
 def new_figure(width_in: float) -> tuple[Any, Any]:
-    """An empty figure, 4 inches high, and its axes."""
-    # Without pyplot: no global state, and no display is looked for.
+    """Return an empty figure, 4 inches high, and its axes."""
+    # Without pyplot there is no global state, and no display is needed.
     figure = importlib.import_module("matplotlib.figure").Figure(
         figsize=(width_in, 4.0), dpi=120, layout="constrained"
     )

@@ -1,4 +1,4 @@
-"""Where figures come from: commit, versions, hardware and command."""
+"""Collects where figures come from: commit, versions, hardware and command."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _COMMAND_TIMEOUT_S = 10.0
 
 
 def collect() -> dict[str, Any]:
-    """What can be said before the run: commit, dirty, versions, hardware, command and started_at (UTC).
+    """Return what is known before the run: commit, dirty, versions, hardware, command and started_at (UTC).
 
-    `commit` and `dirty` are null where the package does not run out of a git checkout.
+    `commit` and `dirty` are null where the package does not run from a git checkout.
     """
     commit, is_dirty = _git_state()
     return {
@@ -36,7 +36,7 @@ def collect() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the figures depend on; those not installed are left out."""
+    """Return the versions of Python and of the installed packages that figures depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in GiB, and the GPU if there is one (else null)."""
+    """Return the processor, the cores that this process may use, memory in GiB, and the GPU (null: none)."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -58,7 +58,7 @@ def hardware() -> dict[str, Any]:
 
 def _git_state() -> tuple[str | None, bool | None]:
     git = ["git", "-C", str(Path(__file__).parent)]
-    # An installed copy may lie below a checkout of something else, which must not be taken for ours.
+    # An installed copy may lie within the checkout of another project.
     if _output([*git, "ls-files", Path(__file__).name]) is None:
         return None, None
     changes = _output([*git, "status", "--porcelain"], allow_empty=True)
@@ -76,7 +76,7 @@ def _cpu_model() -> str:
 
 
 def _output(command: list[str], *, allow_empty: bool = False) -> str | None:
-    """What a command prints, stripped; None if it is missing, fails, or prints nothing."""
+    """Return what a command prints, stripped; None if it is missing, fails, or prints nothing."""
     if shutil.which(command[0]) is None:
         return None
     try:

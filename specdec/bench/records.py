@@ -1,4 +1,4 @@
-"""What a benchmark measures of a request, and the one interface behind which every engine answers."""
+"""What a benchmark measures of a request, and the interface through which every engine answers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Answer:
     """A finished generation as its engine reports it."""
 
     token_ids: tuple[int, ...]
-    """The emitted tokens, end token included."""
+    """The emitted tokens, with the end token."""
     input_tokens: int
-    """Tokens of the prompt, chat template included."""
+    """Number of tokens in the prompt, with the chat template."""
     ttft_ms: float
-    """Time to the first token, milliseconds, from the request's arrival at the engine."""
+    """Time from the request's arrival at the engine to the first token, milliseconds."""
     tpot_ms: float | None
     """Mean time per output token after the first, milliseconds; None: fewer than two tokens."""
     finish_reason: str
-    """Why it ended, "stop_token" or "length"."""
+    """Why the answer ended: "stop_token" or "length"."""
     speculation: Speculation | None
-    """What its rounds did; None: the engine has no rounds."""
+    """What the rounds did; None: the engine has none."""
 
 
 class Backend(Protocol):
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Answer a prompt.
 
         Raises:
-            SpecdecError: the request failed; it is recorded and the run goes on.
+            SpecdecError: the request failed, which is recorded; the run goes on.
         """
 
 
@@ -48,11 +48,11 @@ class Contender:
     """One method of a comparison."""
 
     method: str
-    """Its name in the results."""
+    """The method's name in the results."""
     backend: Backend
-    """What answers for it."""
+    """The engine that answers."""
     is_concurrent: bool = True
-    """Whether it takes more than one request at a time."""
+    """Whether the engine takes several requests at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +62,23 @@ class RequestRecord:
     method: str
     """Method that answered."""
     concurrency: int
-    """Requests under way at a time."""
+    """Number of requests under way at a time."""
     question_id: int
     """The prompt's."""
     category: str
     """The prompt's."""
     wall_ms: float
-    """From sending to the end of the answer at the client, milliseconds."""
+    """Time from sending to the end of the answer at the client, milliseconds."""
     busy_ms: float
-    """The request's share of its block's wall time, milliseconds, in proportion to `wall_ms`; alone in its
-    block, all of it. The shares of a method's requests add up to the time it kept the services busy."""
+    """The request's share of its block's wall time, milliseconds, in proportion to `wall_ms`. The shares of a
+    method's requests add up to the time for which it kept the services busy."""
     answer: Answer | None
-    """None: the request failed."""
+    """The answer; None: the request failed."""
     error: str = ""
-    """Why it failed."""
+    """Why the request failed."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as one flat object; an answer's fields stand beside the request's."""
+        """Return the record as a flat object: an answer's fields stand beside the request's."""
         fields = asdict(self)
         answer = fields.pop("answer") or {}
         return {**fields, **answer}

@@ -1,4 +1,4 @@
-"""What a run leaves behind: results.json, table.md, and tables for the terminal."""
+"""The results of a run: results.json, table.md, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ def write_results(
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Provenance and rows of a results.json.
+    """Read provenance and rows of a results.json.
 
     Raises:
-        InvalidArgumentError: the file is not one.
+        InvalidArgumentError: the file is not a results.json.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         return results["provenance"], [Row(**row) for row in results["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(
-            f"{path} is no {RESULTS_FILE} of `specdec bench run`: {error!r}"
+            f"{path} is not a {RESULTS_FILE} of `specdec bench run`: {error!r}"
         ) from error
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """All rows as a Markdown table, the fields' names as heads."""
+    """Return all rows as a Markdown table whose heads are the fields' names."""
     names = [field.name for field in fields(Row)]
     lines = [names, ["---"] * len(names)]
     lines += [[cell(getattr(row, name)) for name in names] for row in rows]
@@ -84,14 +84,14 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def speed_table(rows: Sequence[Row]) -> Table:
-    """How fast each method was over all prompts; fits 80 characters."""
+    """Return a table of each method's speed over all prompts; it fits into 80 characters."""
     return _overall_table(
         "All prompts (tau: acceptance length; same: identical to none)", _KEYS | _SPEED, rows
     )
 
 
 def parts_table(rows: Sequence[Row]) -> Table:
-    """Where the time of a round went, for the methods that have rounds."""
+    """Return a table of where the time of a round went, for the methods that have rounds."""
     with_rounds = [row for row in rows if row.verify_ms_p50 is not None]
     return _overall_table("One round, median ms", _KEYS | _PARTS, with_rounds)
 
@@ -107,7 +107,7 @@ def _overall_table(title: str, columns: dict[str, str], rows: Sequence[Row]) -> 
 
 
 def category_table(rows: Sequence[Row]) -> Table:
-    """Speedup and acceptance length of every method but `none`, category by category."""
+    """Return a table of each method's speedup and acceptance length by category, without `none`."""
     table = Table(title="By category (speedup, tau)", box=SIMPLE_HEAD)
     methods = list(dict.fromkeys(row.method for row in rows if row.method != PLAIN))
     for index, head in enumerate(["category", "conc.", *methods]):
@@ -121,7 +121,7 @@ def category_table(rows: Sequence[Row]) -> Table:
 
 
 def peer_ratios(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
-    """One line per peer: how many tokens/s `none` makes for each of the peer's, over all prompts."""
+    """Return a line for each peer: tokens/s of `none` over tokens/s of the peer, over all prompts."""
     overall = {(row.method, row.concurrency): row.tokens_per_s for row in rows if row.category == OVERALL}
     lines = []
     for peer in peers:
@@ -132,7 +132,7 @@ def peer_ratios(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
 
 
 def cell(value: object) -> str:
-    """A figure for a table: two decimals, - for null."""
+    """Format a figure for a table: two decimals, - for null."""
     match value:
         case None:
             return "-"

@@ -1,4 +1,4 @@
-"""The run: which method answers which prompts when, and one record per request."""
+"""The run: which method answers which prompts when, and a record for each request."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from specdec.bench.workload import Prompt
 from specdec.contract.errors import SpecdecError
 
 _PROMPTS_PER_WORKER = 2
-"""Prompts per worker in a block: enough that workers do not all idle while the slowest ends, few enough
-that the methods take turns often."""
+"""Prompts per worker in a block: enough to keep workers busy while the slowest ends, and few enough for the
+methods to take turns often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Block:
 def schedule(
     contenders: Sequence[Contender], prompts: Sequence[Prompt], concurrencies: Sequence[int]
 ) -> Iterator[Block]:
-    """Blocks in the order they run: every contender has each prompt before anyone has the next ones.
+    """Yield blocks in the order they run: all contenders have a prompt before any has the next one.
 
     At concurrency 1 a block is one prompt. The order of the contenders rotates from prompt to prompt, so that
-    none always runs right after the same other. Contenders that are not concurrent run at 1 only.
+    no contender always runs right after the same other. Contenders that are not concurrent run only at 1.
     """
     for concurrency in concurrencies:
         size = 1 if concurrency == 1 else _PROMPTS_PER_WORKER * concurrency
@@ -43,7 +43,7 @@ def schedule(
 
 
 async def warm_up(contenders: Sequence[Contender], prompts: Sequence[Prompt]) -> None:
-    """Let every contender answer the prompts once, unrecorded; failures show in the run itself."""
+    """Let every contender answer the prompts once, unrecorded; the run itself will show failures."""
     for block in schedule(contenders, prompts, [1]):
         await _run_block(block)
 
@@ -53,12 +53,12 @@ async def run(
     report: Callable[[list[RequestRecord]], None] = lambda records: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[RequestRecord]:
-    """Run blocks one after the other; failed requests are recorded and end nothing.
+    """Run blocks one after the other; failed requests are recorded, and the run goes on.
 
     Args:
-        blocks: from `schedule`.
+        blocks: blocks from `schedule`.
         report: called with the records of each block as it ends.
-        on_progress: called after each block with the requests done and the requests in all.
+        on_progress: called after each block with the number of requests done and of all requests.
     """
     total = sum(len(block.prompts) for block in blocks)
     records: list[RequestRecord] = []

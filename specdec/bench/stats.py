@@ -1,4 +1,4 @@
-"""From records to rows: one per concurrency, category and method."""
+"""From records to rows: one for each concurrency, category and method."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ OVERALL = "all"
 class Row:
     """Figures of one method at one concurrency in one category.
 
-    Medians (p50) are over the answered requests; null where no request has the figure. A peer without rounds
-    has no acceptance and no times per round.
+    Medians (p50) are over the answered requests, and null where no request has the figure. A peer without
+    rounds has neither acceptance nor times per round.
     """
 
     method: str
-    """Method, or peer, that answered."""
+    """Method or peer that answered."""
     concurrency: int
-    """Requests under way at a time."""
+    """Number of requests under way at a time."""
     category: str
     """Category of the prompts, or "all"."""
     num_prompts: int
-    """Prompts the method was asked, failed ones included."""
+    """Number of prompts the method was asked, failed requests included."""
     ttft_ms_p50: float | None
     """Time to first token, milliseconds."""
     tpot_ms_p50: float | None
@@ -41,36 +41,37 @@ class Row:
     tokens_per_s: float | None
     """Output tokens over the wall time the method kept the services busy, prefill included."""
     speedup: float | None
-    """TPOT of `none` over the method's TPOT, both the medians of the rows with this concurrency and category:
-    one slow request moves it little, and it can be recomputed from the rows."""
+    """Median TPOT of `none` over the method's, at the same concurrency and in the same category: a slow
+    request changes it little, and it can be recomputed from the rows."""
     mean_acceptance_length: float | None
     """1 + accepted tokens / rounds, both summed over requests; bonus included."""
     draft_ms_p50: float | None
-    """The drafter's time per round, milliseconds: each request's mean, and of those the median."""
+    """The drafter's time per round, milliseconds: the median of the requests' means."""
     verify_ms_p50: float | None
-    """The verifier's time per round, likewise."""
+    """The verifier's time per round, the median of means as above."""
     transport_ms_p50: float | None
-    """Time on the wire and in gRPC per round, likewise."""
+    """Time on the wire and in gRPC per round, the median of means as above."""
     gateway_ms_p50: float | None
-    """The gateway's own time per round, likewise."""
+    """The gateway's own time per round, the median of means as above."""
     identical_to_none: float | None
-    """Share of the prompts both answered for which the token ids equal those of `none`, 0 to 1."""
+    """Share of the prompts that both answered where the token ids equal those of `none`, 0 to 1."""
     acceptance_per_position: list[float]
-    """Entry i: of the rounds that drafted a token at position i, the share that accepted it."""
+    """Entry i is the share of the rounds with a draft token at position i that accepted it."""
     num_errors: int
-    """Requests that failed."""
+    """Number of requests that failed."""
     draft_tokens_per_token: float | None = None
-    """Draft tokens verified, all branches of trees, per token emitted after the first."""
+    """Draft tokens verified, with all branches of trees, per token emitted after the first."""
     proposer_shares: dict[str, float] = field(default_factory=dict)
-    """Of several drafters, by name: the share of the accepted draft tokens that it proposed, 0 to 1. Shares
-    overlap where several proposed the same."""
+    """Share of the accepted draft tokens that a drafter proposed, 0 to 1, by its name. Shares overlap where
+    several drafters proposed the same token."""
 
 
 def compute_rows(records: Sequence[RequestRecord]) -> list[Row]:
-    """Rows by concurrency, category ("all" first) and method, each in the order of first appearance."""
+    """Return rows by concurrency, category ("all" first) and method, each in the order of first
+    appearance."""
     rows = []
     methods = _distinct(record.method for record in records)
-    # Rotation lets any method appear first; `none` is what the others are read against.
+    # Rotation lets any method appear first; the others are read against `none`, which comes first here.
     methods.sort(key=lambda method: method != PLAIN)
     for concurrency in _distinct(record.concurrency for record in records):
         at_level = [record for record in records if record.concurrency == concurrency]

@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from specdec.bench import telemetry_cost
-from specdec.bench.telemetry_cost import CONTROL, OFF, ON, SERVICES, TelemetryConfig
+from specdec.bench import telemetry_cost, telemetry_report
+from specdec.bench.telemetry_cost import TelemetryConfig
+from specdec.bench.telemetry_report import CONTROL, OFF, ON, SERVICES
+from specdec.bench.terminal import out_option, report
 from specdec.bench.workload import load_prompts, select_round_robin
 from specdec.local.launcher import SystemConfig, prepare_models
 
@@ -20,20 +22,22 @@ _DEFAULTS = TelemetryConfig()
 @click.option("--model", default=_DEFAULTS.model, show_default=True, help="Model to start.")
 @click.option("--dtype", default=_DEFAULTS.dtype, show_default=True, help="Data type of the model.")
 @click.option("--device", default=_DEFAULTS.device, show_default=True, help="Device of the model.")
-@click.option("--method", default=_DEFAULTS.method, show_default=True, help="Method of the requests.")
+@click.option(
+    "--method", default=_DEFAULTS.method, show_default=True, help="Method that all requests ask for."
+)
 @click.option(
     "--draft-depth",
     type=click.IntRange(min=1),
     default=_DEFAULTS.draft_depth,
     show_default=True,
-    help="Draft tokens per round (K).",
+    help="Number of draft tokens in a round (K).",
 )
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=2),
     default=_DEFAULTS.max_new_tokens,
     show_default=True,
-    help="Tokens per answer.",
+    help="Number of tokens in an answer.",
 )
 @click.option(
     "--prompts",
@@ -41,14 +45,14 @@ _DEFAULTS = TelemetryConfig()
     type=click.IntRange(min=1),
     default=12,
     show_default=True,
-    help="Prompts per start, round-robin over the categories.",
+    help="Number of prompts after each start, round-robin over the categories.",
 )
 @click.option(
     "--restarts",
     type=click.IntRange(min=1),
     default=_DEFAULTS.restarts,
     show_default=True,
-    help="Starts of all systems.",
+    help="How often all systems are started.",
 )
 @click.option(
     "--scrape-interval-s",
@@ -57,13 +61,7 @@ _DEFAULTS = TelemetryConfig()
     show_default=True,
     help="Time between two scrapes, seconds.",
 )
-@click.option(
-    "--out",
-    "directory",
-    type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="Folder for telemetry.json.",
-)
+@out_option("telemetry.json")
 def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> None:
     """Measure what telemetry costs: TPOT with traces, metrics and scrapes over TPOT without, and the CPU time
     of each service.
@@ -73,27 +71,25 @@ def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> Non
     nothing.
     """
     config = TelemetryConfig(**settings)
-    prepare_models(SystemConfig(model=config.model, drafters=config.drafters), _report)
+    prepare_models(SystemConfig(model=config.model, drafters=config.drafters), report)
     prompts = select_round_robin(load_prompts(), num_prompts)
     samples, costs = telemetry_cost.measure(
-        config, prompts, lambda done, total: _report(f"Start {done} of {total} done")
+        config, prompts, lambda done, total: report(f"Start {done} of {total} done")
     )
-    telemetry_cost.write(directory, samples, costs, asdict(config) | {"num_prompts": len(prompts)})
+    telemetry_report.write(directory, samples, costs, asdict(config) | {"num_prompts": len(prompts)})
     for arm, name in ((CONTROL, "off again"), (ON, "on")):
-        one = telemetry_cost.ratio(samples, arm)
+        found = telemetry_report.ratio(samples, arm)
         click.echo(
-            f"TPOT, telemetry {name} / off: {one.median:.4f} (95 % interval {one.low:.4f} to {one.high:.4f}, "
-            f"{one.num_pairs} pairs)"
+            f"TPOT, telemetry {name} / off: {found.median:.4f} (95 % interval {found.low:.4f} to "
+            f"{found.high:.4f}, {found.num_pairs} pairs)"
         )
-    tpot_ms = telemetry_cost.median_tpot_ms(samples, OFF)
+    tpot_ms = telemetry_report.median_tpot_ms(samples, OFF)
     for service in SERVICES:
-        off, again, on = (telemetry_cost.cpu_ms_per_token(costs, arm, service) for arm in (OFF, CONTROL, ON))
+        off, again, on = (
+            telemetry_report.cpu_ms_per_token(costs, arm, service) for arm in (OFF, CONTROL, ON)
+        )
         share = (on - (off + again) / 2) / tpot_ms
         click.echo(
             f"CPU ms a token, {service}: {off:.3f} off, {again:.3f} off again, {on:.3f} on "
             f"({share:+.2%} of a TPOT of {tpot_ms:.1f} ms)"
         )
-
-
-def _report(line: str) -> None:
-    click.echo(line, err=True)

@@ -1,32 +1,25 @@
-"""What telemetry costs: the same requests to systems with and without it, taking turns prompt by prompt.
+"""Measures what telemetry costs: systems with and without it answer the same prompts in turn.
 
-Two systems have none: their ratio, which should be 1, shows how much of the other is chance.
+Two systems have none: their ratio, which should be 1, shows how much of the other ratio is chance.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import random
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
-from typing import Any
+from dataclasses import dataclass
 from urllib.request import urlopen
 
 import grpc
 import psutil
 
 from specdec.bench.backends import GatewayBackend
-from specdec.bench.provenance import collect
 from specdec.bench.records import Contender, RequestRecord
 from specdec.bench.run import run, schedule, warm_up
+from specdec.bench.telemetry_report import CONTROL, OFF, ON, SERVICES, Cost, Sample
 from specdec.bench.workload import Prompt
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import InternalError, UnavailableError
@@ -34,11 +27,7 @@ from specdec.contract.methods import drafters_of
 from specdec.local.launcher import HOST, LocalSystem
 from specdec.local.processes import free_ports
 
-OFF, CONTROL, ON = "off", "control", "on"
-SERVICES = ("gateway", "drafter", "verifier")
 _NUM_WARM_UPS = 1
-_NUM_RESAMPLES = 5000
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,24 +41,24 @@ class TelemetryConfig:
     device: str = "cpu"
     """Device of the model."""
     method: str = "ngram"
-    """Method of the requests; its drafters are started."""
+    """Method of the requests, whose drafters are started."""
     draft_depth: int = 3
-    """K, the same in every round, so that all systems do the same."""
+    """K, the same in every round, so that all systems do the same work."""
     max_new_tokens: int = 64
-    """Tokens of an answer at most."""
+    """Most tokens of an answer."""
     restarts: int = 4
-    """How often all systems are started anew: processes of the same code differ by where their memory is."""
+    """How often all systems are started: processes of the same code differ by where their memory lies."""
     scrape_interval_s: float = 15.0
     """Time between two scrapes of each endpoint, seconds."""
 
     @property
     def drafters(self) -> tuple[str, ...]:
-        """Drafters to start."""
+        """The drafters to start."""
         return drafters_of(self.method) or ("ngram",)
 
     @property
     def options(self) -> GenerateOptions:
-        """What every request asks for."""
+        """The options of every request."""
         return GenerateOptions(
             method=self.method,
             draft_depth=self.draft_depth,
@@ -78,49 +67,14 @@ class TelemetryConfig:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One request."""
-
-    restart: int
-    """Since which start of the systems, from 0."""
-    arm: str
-    """Which system: off, control or on."""
-    question_id: int
-    """The prompt's."""
-    tpot_ms: float
-    """Mean time per output token after the first, milliseconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a service computed, over all requests to one system."""
-
-    restart: int
-    arm: str
-    service: str
-    cpu_ms_per_token: float
-    """CPU time of its process over output tokens, milliseconds. Far less hangs on chance than of TPOT."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ratio:
-    """TPOT of one system over another's: the median over pairs of requests, and its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-    num_pairs: int
-
-
 class Sink(grpc.GenericRpcHandler):
-    """An OTLP collector that counts what it is sent, and drops it."""
+    """An OTLP collector that counts the exports it receives, and drops them."""
 
     def __init__(self) -> None:
         self.num_exports = 0
 
     def service(self, call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """Takes every method; an empty message is a valid answer to all of OTLP's."""
+        """Handle every method: an empty message is a valid answer to all methods of OTLP."""
         return grpc.unary_unary_rpc_method_handler(self._export)
 
     def _export(self, request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -136,14 +90,14 @@ def measure(
     """Run every prompt on every system, `restarts` times.
 
     Args:
-        on_progress: called with the restarts done and the restarts in all.
+        on_progress: called with the number of restarts done and of all restarts.
 
     Returns:
-        Every request, and what each service computed meanwhile.
+        Every request, and the CPU time of each service meanwhile.
 
     Raises:
         UnavailableError: a service did not start, or a request failed.
-        InternalError: the system with telemetry exported nothing; the figures would mean nothing.
+        InternalError: the system with telemetry exported nothing, so the figures would mean nothing.
     """
     samples: list[Sample] = []
     costs: list[Cost] = []
@@ -195,7 +149,7 @@ def _listening(sink: Sink) -> Iterator[str]:
 def _systems(
     config: TelemetryConfig, restart: int, endpoint: str
 ) -> Iterator[tuple[dict[str, LocalSystem], list[str]]]:
-    """Systems by arm, started in another order each time, and the metrics addresses of ON."""
+    """Start the systems, in another order each time; yield them by arm, and the metrics addresses of ON."""
     metrics = [f"{HOST}:{port}" for port in free_ports(len(SERVICES))]
     arms = [OFF, CONTROL, ON]
     systems: dict[str, LocalSystem] = {}
@@ -220,7 +174,7 @@ def _metrics_arguments(addresses: Sequence[str]) -> Mapping[str, Sequence[str]]:
 
 
 def _environment(endpoint: str) -> dict[str, str]:
-    """Variables that turn OTLP on or off, whatever the caller's own are."""
+    """Return the variables that turn OTLP on or off, whatever the caller's own variables are."""
     if not endpoint:
         return {"OTEL_SDK_DISABLED": "true"}
     return {
@@ -233,16 +187,16 @@ def _environment(endpoint: str) -> dict[str, str]:
 
 @contextmanager
 def _scraped(addresses: Sequence[str], interval_s: float) -> Iterator[None]:
-    """Within the block the endpoints are read, at once and then in intervals, as Prometheus does.
+    """Read the endpoints within the block, at once and then in intervals, as Prometheus does.
 
     Raises:
-        UnavailableError: one cannot be read.
+        UnavailableError: an endpoint cannot be read.
     """
     ended = threading.Event()
 
     def scrape() -> None:
         while not ended.wait(interval_s):
-            with suppress(OSError):  # a system that goes fails the run's own requests, too
+            with suppress(OSError):  # a system that is gone fails the run's own requests as well
                 _read_all(addresses)
 
     _read_all(addresses)
@@ -281,53 +235,3 @@ def _sample(restart: int, record: RequestRecord) -> Sample:
     if record.answer is None or record.answer.tpot_ms is None:
         raise UnavailableError(f"A request failed or was too short to time: {record.error or 'one token'}")
     return Sample(restart, record.method, record.question_id, record.answer.tpot_ms)
-
-
-def ratio(samples: Sequence[Sample], arm: str, base: str = OFF) -> Ratio:
-    """TPOT of `arm` over that of `base`, prompt by prompt.
-
-    The interval is a bootstrap's that draws restarts, then pairs of those: pairs of one restart are alike.
-    """
-    tpot_ms = {(one.restart, one.question_id, one.arm): one.tpot_ms for one in samples}
-    by_restart: dict[int, list[float]] = defaultdict(list)
-    for restart, question_id, name in tpot_ms:
-        if name == arm:
-            pair = tpot_ms[restart, question_id, arm] / tpot_ms[restart, question_id, base]
-            by_restart[restart].append(math.log(pair))
-    groups = list(by_restart.values())
-    draw = random.Random(0)
-    medians = sorted(median(_resampled(groups, draw)) for _ in range(_NUM_RESAMPLES))
-    tail = int((1 - _CONFIDENCE) / 2 * _NUM_RESAMPLES)
-    pairs = [value for group in groups for value in group]
-    return Ratio(math.exp(median(pairs)), math.exp(medians[tail]), math.exp(medians[-1 - tail]), len(pairs))
-
-
-def _resampled(groups: Sequence[Sequence[float]], draw: random.Random) -> list[float]:
-    """As many groups as there are, drawn with replacement, and of each as many values as it has, likewise."""
-    drawn = draw.choices(groups, k=len(groups))
-    return [value for group in drawn for value in draw.choices(group, k=len(group))]
-
-
-def median_tpot_ms(samples: Sequence[Sample], arm: str) -> float:
-    """Median over the answers."""
-    return median(one.tpot_ms for one in samples if one.arm == arm)
-
-
-def cpu_ms_per_token(costs: Sequence[Cost], arm: str, service: str) -> float:
-    """Median over the restarts."""
-    return median(one.cpu_ms_per_token for one in costs if (one.arm, one.service) == (arm, service))
-
-
-def write(
-    directory: Path, samples: Sequence[Sample], costs: Sequence[Cost], settings: Mapping[str, Any]
-) -> None:
-    """Write telemetry.json: provenance, settings, ratios, every sample and every cost."""
-    directory.mkdir(parents=True, exist_ok=True)
-    results = {
-        "provenance": collect() | dict(settings),
-        "on_over_off": asdict(ratio(samples, ON)),
-        "control_over_off": asdict(ratio(samples, CONTROL)),
-        "samples": [asdict(sample) for sample in samples],
-        "costs": [asdict(cost) for cost in costs],
-    }
-    (directory / "telemetry.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

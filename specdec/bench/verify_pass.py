@@ -1,7 +1,7 @@
-"""What a verify pass costs against the tokens in it, measured through the verifier's own stream.
+"""Measures what a verify pass costs against the tokens in it, through the verifier's own stream.
 
-With a peer, plain `transformers` runs passes of the same sizes over a cache of its own, in a process of its
-own, by turns with the verifier: neither computes while the other does.
+With a peer, plain `transformers` runs passes of the same sizes in another process over its own cache. It
+takes turns with the verifier: neither computes while the other does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RESULTS_FILE = "pass.json"
 FIGURE_FILE = "pass.png"
 CHAIN, TREE = "chain", "tree"
 _LEAST_TREE_TOKENS = 3
-"""The anchor and two children: less has no branches."""
+"""The anchor and two children: a smaller tree has no branches."""
 _NUM_WARMUP_ROUNDS = 5
 
 
@@ -44,6 +44,7 @@ class PassRow:
     """Cost of a pass with `num_tokens` tokens: the anchor and num_tokens - 1 draft tokens."""
 
     num_tokens: int
+    """Number of tokens in the pass."""
     compute_ms_p50: float
     """Median time of the engine step, picks included, milliseconds."""
     total_ms_p50: float
@@ -53,11 +54,11 @@ class PassRow:
     relative_to_first: float
     """Median over the rounds of compute time over that of the first size, each in the same turn."""
     transformers_ms_p50: float | None = None
-    """Median time of the peer's forward pass and arg max, milliseconds; None: it was not asked for."""
+    """Median time of the peer's forward pass and arg max, milliseconds; None: there is no peer."""
     relative_to_transformers: float | None = None
     """Median over the rounds of compute time over the peer's time, each in the same turn."""
     shape: str = CHAIN
-    """CHAIN, or TREE for a random draft tree."""
+    """Shape of the draft: CHAIN, or TREE for a random tree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,13 @@ class Sample:
     """Times of one round, nanoseconds."""
 
     compute_ns: int
+    """Time of the engine step."""
     total_ns: int
+    """Time within the verifier."""
     round_trip_ns: int
+    """Time that the caller sees."""
     transformers_ns: int = 0
+    """Time of the peer's pass; 0: there is no peer."""
 
 
 def measure(
@@ -80,16 +85,17 @@ def measure(
     with_trees: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[PassRow]:
-    """Send rounds of random drafts of each size in turn, so that drift hits all sizes alike.
+    """Send rounds of random drafts of each size in turn, so that drift affects all sizes alike.
 
     Args:
-        verifier: address of a verifier with nothing else to do.
-        sizes: tokens in a pass, each >= 1.
-        context_tokens: prompt length, tokens; it grows by about a token per round.
-        repeats: measured rounds per size.
-        peer_model: the verifier's model, as its command line names it, to be run by transformers too; None:
-            no peer is measured.
-        with_trees: whether each size comes as a random tree, too.
+        verifier: address of an idle verifier.
+        sizes: numbers of tokens in a pass, each >= 1.
+        context_tokens: length of the prompt, tokens; it grows by about a token per round.
+        repeats: number of measured rounds for each size.
+        peer_model: the verifier's model, as its command line names it, for transformers to run as well; None:
+            there is no peer.
+        with_trees: whether each size is measured as a random tree as well.
+        on_progress: called with the number of turns done and of all turns.
 
     Raises:
         SpecdecError: the verifier refused, runs another model, or the peer failed.
@@ -112,7 +118,7 @@ def measure(
                 passes.open(rounds.tokens(context_tokens))
             for index in range(repeats + _NUM_WARMUP_ROUNDS):
                 for size, shape in drafts:
-                    # Either goes first as often: what ran last left the caches its own.
+                    # Both go first equally often: what ran last has its data in the caches.
                     first = passes.run(rounds.tokens(size)) if passes and index % 2 else 0
                     sample = rounds.run(size - 1, shape)
                     if passes:
@@ -128,7 +134,7 @@ def measure(
 
 
 class _Rounds:
-    """One session, driven with drafts that are almost surely wrong."""
+    """A session that is driven with drafts that are almost surely wrong."""
 
     def __init__(self, stub: Any, vocab_size: int, generator: random.Random) -> None:
         self._stub = stub
@@ -150,14 +156,14 @@ class _Rounds:
         self._committed_length = response.opened.first.committed_length
 
     def run(self, num_draft_tokens: int, shape: str) -> Sample:
-        """One round."""
+        """Run and time a round."""
         parents: Sequence[int] = ()
         if shape == TREE:
             # Any earlier node may be the parent: about half of the nodes are leaves.
             parents = [self._generator.randrange(-1, index) for index in range(num_draft_tokens)]
         message = verifier_pb2.VerifyRound(
             base_committed_length=self._committed_length,
-            # All different: siblings must be.
+            # All tokens differ, since siblings must.
             draft_token_ids=self._generator.sample(range(self._vocab_size), num_draft_tokens),
             parent_indices=parents,
         )
@@ -177,7 +183,7 @@ class _Rounds:
         return next(self._responses), time.monotonic_ns() - started_ns
 
     def tokens(self, count: int) -> list[int]:
-        """Random token ids."""
+        """Return random token ids."""
         return [self._generator.randrange(self._vocab_size) for _ in range(count)]
 
 
@@ -210,23 +216,23 @@ class _PeerPasses:
         self._runner.run(self._backend.open_pass(context_token_ids))
 
     def run(self, token_ids: Sequence[int]) -> int:
-        """Time of one pass, nanoseconds."""
+        """Run a pass and return its time, nanoseconds."""
         return self._runner.run(self._backend.time_pass(token_ids))
 
 
 def _rows(samples: dict[tuple[int, str], list[Sample]]) -> list[PassRow]:
     first = next(iter(samples.values()))
-    return [_row(size, shape, mine, first) for (size, shape), mine in samples.items()]
+    return [_row(size, shape, own, first) for (size, shape), own in samples.items()]
 
 
-def _row(size: int, shape: str, mine: Sequence[Sample], first: Sequence[Sample]) -> PassRow:
-    with_peer = [sample for sample in mine if sample.transformers_ns]
+def _row(size: int, shape: str, own: Sequence[Sample], first: Sequence[Sample]) -> PassRow:
+    with_peer = [sample for sample in own if sample.transformers_ns]
     return PassRow(
         size,
-        statistics.median(sample.compute_ns for sample in mine) / 1e6,
-        statistics.median(sample.total_ns for sample in mine) / 1e6,
-        statistics.median(sample.round_trip_ns for sample in mine) / 1e6,
-        statistics.median(a.compute_ns / b.compute_ns for a, b in zip(mine, first, strict=True)),
+        statistics.median(sample.compute_ns for sample in own) / 1e6,
+        statistics.median(sample.total_ns for sample in own) / 1e6,
+        statistics.median(sample.round_trip_ns for sample in own) / 1e6,
+        statistics.median(a.compute_ns / b.compute_ns for a, b in zip(own, first, strict=True)),
         statistics.median(s.transformers_ns for s in with_peer) / 1e6 if with_peer else None,
         statistics.median(s.compute_ns / s.transformers_ns for s in with_peer) if with_peer else None,
         shape,
@@ -234,7 +240,7 @@ def _row(size: int, shape: str, mine: Sequence[Sample], first: Sequence[Sample])
 
 
 def write(directory: Path, rows: Sequence[PassRow], settings: dict[str, Any]) -> None:
-    """Write pass.json, with provenance."""
+    """Write pass.json with provenance, and pass.png where matplotlib is installed."""
     directory.mkdir(parents=True, exist_ok=True)
     result = {"provenance": collect() | settings, "rows": [asdict(row) for row in rows]}
     (directory / RESULTS_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -256,7 +262,7 @@ def _draw(rows: Sequence[PassRow], path: Path) -> None:
 
 
 def table(rows: Sequence[PassRow]) -> Table:
-    """The rows as a table."""
+    """Return the rows as a table."""
     result = Table(title="Cost of a verify pass")
     base = f"x {rows[0].num_tokens} token"
     has_peer = rows[0].transformers_ms_p50 is not None

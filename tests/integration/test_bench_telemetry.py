@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from specdec.bench.cli import bench
-from specdec.bench.telemetry_cost import CONTROL, OFF, ON, Sample, TelemetryConfig, ratio
+from specdec.bench.telemetry_cost import TelemetryConfig
+from specdec.bench.telemetry_report import CONTROL, OFF, ON, Sample, ratio
 
 
 def samples(*factors: tuple[float, ...]) -> list[Sample]:
@@ -25,15 +26,15 @@ def samples(*factors: tuple[float, ...]) -> list[Sample]:
 
 
 def test_the_ratio_is_of_pairs_not_of_means() -> None:
-    one = ratio(samples((1.01, 1.02, 1.03), (1.02, 1.02, 1.02)), ON)
-    assert one.median == pytest.approx(1.02)
-    assert 1.01 <= one.low <= one.median <= one.high <= 1.03
-    assert one.num_pairs == 6
+    found = ratio(samples((1.01, 1.02, 1.03), (1.02, 1.02, 1.02)), ON)
+    assert found.median == pytest.approx(1.02)
+    assert 1.01 <= found.low <= found.median <= found.high <= 1.03
+    assert found.num_pairs == 6
 
 
 def test_the_same_twice_is_one() -> None:
-    one = ratio(samples((1.5, 1.5), (1.5, 1.5)), CONTROL)
-    assert (one.median, one.low, one.high) == (1.0, 1.0, 1.0)
+    found = ratio(samples((1.5, 1.5), (1.5, 1.5)), CONTROL)
+    assert (found.median, found.low, found.high) == (1.0, 1.0, 1.0)
 
 
 def test_restarts_that_differ_widen_the_interval() -> None:

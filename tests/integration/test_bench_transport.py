@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from specdec.bench import transport
-from specdec.bench.transport import HANDLE, STREAM, TransportConfig
+from specdec.bench.transport import TransportConfig
+from specdec.bench.transport_needs import HANDLE, STREAM
 from specdec.contract.errors import FailedPreconditionError, UnavailableError
 from tests.integration.gated_drafter import eventually
 from tests.systems import running_verifier

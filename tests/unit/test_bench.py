@@ -518,7 +518,7 @@ def test_comparing_with_another_file_is_refused(tmp_path: Path) -> None:
     other.write_text("[]")
     result = CliRunner().invoke(bench, ["compare", str(other), str(other)])
     assert result.exit_code == 2
-    assert "is no results.json" in result.output
+    assert "is not a results.json" in result.output
 
 
 @pytest.mark.skipif(not plots.has_matplotlib(), reason="matplotlib is not installed")

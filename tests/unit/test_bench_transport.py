@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from specdec.bench import transport
+from specdec.bench import transport, transport_needs, transport_report
 from specdec.bench.cli import bench
 from specdec.bench.geometry import GEOMETRIES, prepared_model
-from specdec.bench.transport import HANDLE, STREAM, TransportRow
+from specdec.bench.transport_needs import HANDLE, STREAM
+from specdec.bench.transport_report import TransportRow
 from specdec.contract.errors import InvalidArgumentError
 
 ROWS = [
@@ -27,12 +28,12 @@ ROWS = [
     [(30, (0, 7, 14, 21, 28)), (6, (0, 1, 2, 3, 4)), (4, (0, 1, 2)), (2, (0,))],
 )
 def test_layers_are_spread_over_all_but_the_last(num_layers: int, expected: tuple[int, ...]) -> None:
-    assert transport.dflash_layers(num_layers) == expected
+    assert transport_needs.dflash_layers(num_layers) == expected
 
 
 def test_one_layer_is_too_few() -> None:
     with pytest.raises(InvalidArgumentError, match="single layer"):
-        transport.dflash_layers(1)
+        transport_needs.dflash_layers(1)
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
@@ -42,20 +43,20 @@ def test_a_percentile_is_one_of_the_values() -> None:
 
 def test_the_tables_say_the_same(tmp_path: Path) -> None:
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(transport.table(ROWS, round_tokens=5, prefill_tokens=1024))
+    console.print(transport_report.table(ROWS, round_tokens=5, prefill_tokens=1024))
     shown = console.export_text()
-    written = transport.markdown(ROWS)
+    written = transport_report.markdown(ROWS)
     for figure in ("25", "813", "1000", "102400", "12.35"):
         assert f" {figure} " in shown
         assert f" {figure} " in written
     assert "rounds of 5 new tokens, prefill of 1024" in shown
     assert len({line.count("|") for line in written.splitlines()[: len(ROWS) + 2]}) == 1
 
-    transport.write(tmp_path / "out", ROWS, {"models": ["m"]})
-    results = json.loads((tmp_path / "out" / transport.RESULTS_FILE).read_text())
+    transport_report.write(tmp_path / "out", ROWS, {"models": ["m"]})
+    results = json.loads((tmp_path / "out" / transport_report.RESULTS_FILE).read_text())
     assert results["provenance"]["models"] == ["m"]
     assert [TransportRow(**row) for row in results["rows"]] == ROWS
-    assert (tmp_path / "out" / transport.TABLE_FILE).read_text() == written
+    assert (tmp_path / "out" / transport_report.TABLE_FILE).read_text() == written
 
 
 def test_a_model_that_is_no_geometry_is_served_as_it_is() -> None:
@@ -71,7 +72,7 @@ def test_the_31b_geometry_has_the_state_sizes_of_the_model() -> None:
     }
     assert kv_elements == {"sliding_attention": 2 * 16 * 256, "full_attention": 2 * 4 * 512}
     assert 2 * sum(kv_elements.values()) == 24_576  # bytes per token in bf16
-    assert 2 * config.hidden_size * len(transport.dflash_layers(config.num_hidden_layers)) == 53_760
+    assert 2 * config.hidden_size * len(transport_needs.dflash_layers(config.num_hidden_layers)) == 53_760
 
 
 @pytest.mark.parametrize("arguments", [["--models", ","], ["--verifier", "localhost:1", "--models", "a,b"]])

@@ -1,0 +1,76 @@
+"""`specdec bench pass`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from specdec.bench import verify_pass
+from specdec.bench.backends import TRANSFORMERS
+from specdec.bench.services import verifier_at
+from specdec.bench.terminal import CommaList, out_option, progress_bar, shown_in, table_console
+from specdec.contract.errors import InvalidArgumentError
+
+
+@click.command("pass")
+@click.option("--verifier", help="Address of a running, idle verifier.  [default: start one for the run]")
+@click.option("--model", default="default", show_default=True, help="Model to start.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the model to start.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the model to start.")
+@click.option(
+    "--tokens",
+    "sizes",
+    type=CommaList(int),
+    default="1,2,4,8,9,16,32",
+    show_default=True,
+    help="Tokens in a pass, K + 1 each; the others are compared with the first.",
+)
+@click.option(
+    "--context",
+    "context_tokens",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Number of tokens in the KV cache at the start.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="Number of rounds for each size.",
+)
+@click.option("--trees", "with_trees", is_flag=True, help="Measure each size as a draft tree as well.")
+@click.option(
+    "--peers",
+    type=CommaList(str),
+    default="",
+    help="Engines that take turns with passes of the same sizes over --model: transformers.",
+)
+@out_option("pass.json and pass.png")
+def pass_command(
+    verifier: str | None,
+    model: str,
+    dtype: str,
+    device: str,
+    peers: tuple[str, ...],
+    directory: Path,
+    **settings: Any,
+) -> None:
+    """Measure what a verify pass costs against the tokens in it, and against a plain forward pass."""
+    if not settings["sizes"] or min(settings["sizes"]) < 1:
+        raise InvalidArgumentError("--tokens must be a list of integers >= 1, such as 1,9.")
+    if unknown := [peer for peer in peers if peer != TRANSFORMERS]:
+        raise InvalidArgumentError(f"There is no peer {unknown[0]!r}; there is {TRANSFORMERS}.")
+    with verifier_at(verifier, model, dtype, device) as address, progress_bar() as progress:
+        rows = verify_pass.measure(
+            address,
+            **settings,
+            peer_model=model if peers else None,
+            on_progress=shown_in(progress, progress.add_task("Turns", total=None)),
+        )
+    started_with = {"model": model, "dtype": dtype, "device": device, "peers": peers}
+    verify_pass.write(directory, rows, started_with | settings)
+    table_console().print(verify_pass.table(rows))

@@ -1,0 +1,166 @@
+"""`specdec bench run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from specdec.bench import plots
+from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
+from specdec.bench.records import RequestRecord
+from specdec.bench.report import category_table, parts_table, peer_ratios, speed_table
+from specdec.bench.services import gateway_at
+from specdec.bench.terminal import (
+    EXISTING_FILE,
+    CommaList,
+    out_option,
+    progress_bar,
+    report,
+    shown_in,
+    table_console,
+)
+from specdec.contract.errors import UnavailableError
+from specdec.contract.methods import drafters_of
+
+_DEFAULTS = BenchConfig()
+
+
+@click.command("run")
+@click.option(
+    "--methods",
+    type=CommaList(str),
+    default="ngram",
+    show_default=True,
+    help="Methods to compare, separated by commas, such as ngram,dflash+ngram; `none` is always run.",
+)
+@click.option(
+    "--prompts",
+    "prompts_path",
+    type=EXISTING_FILE,
+    default=_DEFAULTS.prompts_path,
+    show_default="48 prompts in six categories",
+    help="Workload: question_id, category and turns per line; the first turn is used.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Number of prompts to use, round-robin over the categories.  [default: all]",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=_DEFAULTS.max_new_tokens,
+    show_default=True,
+    help="Most tokens of an answer.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=_DEFAULTS.temperature,
+    show_default=True,
+    help="Softmax temperature; 0 is greedy.",
+)
+@click.option(
+    "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Seed of the sampling noise."
+)
+@click.option(
+    "--draft-depth",
+    type=CommaList(int),
+    default="",
+    show_default="chosen by the gateway",
+    help="Draft tokens in a row per round (K). With several, such as 3,7,15, every method runs with each.",
+)
+@click.option(
+    "--draft-nodes",
+    type=CommaList(int),
+    default="",
+    show_default="with a K one chain per drafter, without it the gateway chooses",
+    help="Most tokens of a draft tree; 0 is one chain per drafter. With several, such as 0,15,31, every "
+    "method runs with each.",
+)
+@click.option(
+    "--concurrency",
+    "concurrencies",
+    type=CommaList(int),
+    default="1",
+    show_default=True,
+    help="Requests under way at a time. With several, such as 1,4,8, the workload is run with each.",
+)
+@click.option(
+    "--peers",
+    type=CommaList(str),
+    default="",
+    help="Engine to compare with on the same weights: transformers.",
+)
+@click.option(
+    "--warmup",
+    "num_warmup_prompts",
+    type=click.IntRange(min=0),
+    default=_DEFAULTS.num_warmup_prompts,
+    show_default=True,
+    help="Prompts that each method answers first, without a record.",
+)
+@click.option("--gateway", help="Address of a running gateway.  [default: start the services for the run]")
+@click.option(
+    "--model", default=_DEFAULTS.model, show_default=True, help="Model to start; the peers run it as well."
+)
+@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the model to start.")
+@click.option("--device", default="cpu", show_default=True, help="Device of the model to start.")
+@click.option(
+    "--drafter",
+    "drafters",
+    multiple=True,
+    help="Drafter to start; may be given several times.  [default: one for each drafter of the methods]",
+)
+@out_option("results.json, requests.jsonl, table.md and plots")
+def run_command(
+    gateway: str | None,
+    dtype: str,
+    device: str,
+    drafters: tuple[str, ...],
+    directory: Path,
+    **settings: Any,
+) -> None:
+    """Run every method on the same prompts against the same services, taking turns prompt by prompt."""
+    config = BenchConfig(**settings)
+    config.validate()
+    prompts = config.load_prompts()
+    named = dict.fromkeys(name for method in config.methods for name in drafters_of(method))
+    drafters = drafters or tuple(named) or ("ngram",)
+    with gateway_at(gateway, config.model, dtype, device, drafters) as address, progress_bar() as progress:
+        task = progress.add_task("Warming up", total=None)
+        on_progress = shown_in(progress, task, "Requests")
+        outcome = run_experiment(config, prompts, address, directory, on_progress)
+    _show(outcome, config, directory)
+    _judge(outcome.records)
+
+
+def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:
+    console = table_console()
+    for table in (speed_table, parts_table, category_table):
+        console.print(table(outcome.rows))
+    for line in peer_ratios(outcome.rows, config.peers):
+        console.print(line, highlight=False)
+    if plots.has_matplotlib():
+        plots.draw(outcome.rows, directory)
+    else:
+        report("Plots were skipped: matplotlib is not installed (pip install 'specdec[bench]').")
+    report(f"Results are in {directory}.")
+
+
+def _judge(records: Sequence[RequestRecord]) -> None:
+    """Warn of failed requests.
+
+    Raises:
+        UnavailableError: all requests failed.
+    """
+    failed = [record for record in records if record.answer is None]
+    if len(failed) == len(records):
+        raise UnavailableError(f"All {len(records)} requests failed; the first: {failed[0].error}")
+    for method in dict.fromkeys(record.method for record in failed):
+        errors = [record.error for record in failed if record.method == method]
+        num_requests = sum(record.method == method for record in records)
+        report(f"{method}: {len(errors)} of {num_requests} requests failed; first: {errors[0]}")
