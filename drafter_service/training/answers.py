@@ -49,11 +49,9 @@ def data_files(options: DataOptions, console: Console) -> tuple[list[Path], str]
         InvalidArgumentError: the output folder has answers that were generated with other options.
     """
     if options.tokens:
-        return list(
-            options.tokens
-        ), f"the sequences of {', '.join(f'`{path.name}`' for path in options.tokens)}"
+        return list(options.tokens), f"the sequences of {_listed(options.tokens)}"
     kept = options.out / DATA_FILE
-    made_with = {name: str(getattr(options, name)) for name in _GENERATION}
+    made_with = _made_with(options)
     if not kept.is_file():
         generate_answers(load_target(options), options, console).save(kept, made_with)
     elif (found := read_made_with(kept)) != made_with:
@@ -63,8 +61,18 @@ def data_files(options: DataOptions, console: Console) -> tuple[list[Path], str]
             "or choose another --out.",
             field="out",
         )
-    asked = f"the prompts of `{options.prompts.name}`" if options.prompts else "prompts it made up"
+    asked = f"the prompts of {_listed(options.prompts)}" if options.prompts else "prompts it made up"
     return [kept], f"the target's greedy answers to {asked}"
+
+
+def _made_with(options: DataOptions) -> dict[str, str]:
+    """Return the options that decide what is generated, as a file of sequences keeps them."""
+    prompts = ", ".join(map(str, options.prompts)) or "None"
+    return {name: str(getattr(options, name)) for name in _GENERATION} | {"prompts": prompts}
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(f"`{path.name}`" for path in paths)
 
 
 def generate_answers(loaded: LoadedModel, options: DataOptions, console: Console) -> TokenData:
@@ -90,7 +98,7 @@ def generate_answers(loaded: LoadedModel, options: DataOptions, console: Console
             )
 
         if options.prompts:
-            return answer(maker.read(options.prompts))
+            return answer(maker.read(*options.prompts))
         num_openings = max(count - round(count * options.task_share), 0 if options.passages else 1)
         parts = []
         if num_openings:

@@ -29,8 +29,8 @@ class DataOptions(_Options):
     """The target: a folder or hub id."""
     tokens: tuple[Path, ...] = ()
     """Files of token sequences to learn from; empty: answers are generated."""
-    prompts: Path | None = None
-    """File of prompts to answer; None: the target makes them up."""
+    prompts: tuple[Path, ...] = ()
+    """Files of prompts to answer; empty: the target makes prompts up."""
     num_sequences: int = 4000
     """Number of answers to generate."""
     max_new_tokens: int = 256

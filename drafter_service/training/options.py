@@ -26,8 +26,10 @@ DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option(
         "--prompts",
         type=FILE,
+        multiple=True,
         help="File of prompts for the target to answer, instead of prompts it makes up: a JSON object with "
-        "question_id, category and turns per line, of which the first turn is used.",
+        "question_id, category and turns per line, of which the first turn is used. May be given several "
+        "times.",
     ),
     click.option(
         "--num-sequences",

@@ -77,13 +77,13 @@ class PromptMaker:
         """Return the tokens that ask for an answer to `text`."""
         return [*self._before, *self.encode(text), *self._after]
 
-    def read(self, path: Path) -> list[list[int]]:
-        """Prompts of a workload file: JSON lines of question_id, category and turns.
+    def read(self, *paths: Path) -> list[list[int]]:
+        """Read prompts from workload files: JSON lines of question_id, category and turns.
 
         Raises:
-            InvalidArgumentError: it is none.
+            InvalidArgumentError: a file is not of that form.
         """
-        return [self.prompt(prompt.text) for prompt in load_prompts(path)]
+        return [self.prompt(prompt.text) for prompt in load_prompts(*paths)]
 
     def make_up(
         self, decoder: Decoder, count: int, seed: int, progress: GenerationProgress

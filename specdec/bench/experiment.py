@@ -17,7 +17,14 @@ from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, Contender, 
 from specdec.bench.report import REQUESTS_FILE, write_results
 from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
-from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin, sha256_of
+from specdec.bench.workload import (
+    DEFAULT_PROMPTS,
+    Prompt,
+    load_prompts,
+    name_of,
+    select_round_robin,
+    sha256_of,
+)
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, ModelInfo
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from specdec.contract.methods import PLAIN, drafters_of
@@ -31,8 +38,8 @@ class BenchConfig:
 
     methods: tuple[str, ...] = ("ngram",)
     """Methods to compare; `none` is always run, named or not."""
-    prompts_path: Path = DEFAULT_PROMPTS
-    """Workload in Spec-Bench's JSONL form; the first turn of each prompt is used."""
+    prompts_paths: tuple[Path, ...] = (DEFAULT_PROMPTS,)
+    """Files of the workload in Spec-Bench's JSONL form; the first turn of each prompt is used."""
     limit: int | None = None
     """Number of prompts to use, round-robin over the categories; None: all."""
     max_new_tokens: int = 128
@@ -96,7 +103,7 @@ class BenchConfig:
         Raises:
             InvalidArgumentError: the workload is malformed.
         """
-        return select_round_robin(load_prompts(self.prompts_path), self.limit)
+        return select_round_robin(load_prompts(*self.prompts_paths), self.limit)
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -212,10 +219,9 @@ def _peer(config: BenchConfig, target: ModelInfo) -> TransformersBackend:
 
 
 def _describe(config: BenchConfig, num_prompts: int) -> dict[str, Any]:
-    path = config.prompts_path
     return {
-        "prompts": "default" if path == DEFAULT_PROMPTS else str(path),
-        "prompts_sha256": sha256_of(path),
+        "prompts": ", ".join(map(name_of, config.prompts_paths)),
+        "prompts_sha256": sha256_of(config.prompts_paths),
         "num_prompts": num_prompts,
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from specdec.bench.workload import Prompt
+from specdec.bench.workload import Prompt, QuestionId
 from specdec.client import Speculation
 
 METHOD_SEPARATOR = "@"
@@ -63,10 +63,10 @@ class RequestRecord:
     """Method that answered."""
     concurrency: int
     """Number of requests under way at a time."""
-    question_id: int
-    """The prompt's."""
+    question_id: QuestionId
+    """Id of the prompt."""
     category: str
-    """The prompt's."""
+    """Category of the prompt."""
     wall_ms: float
     """Time from sending to the end of the answer at the client, milliseconds."""
     busy_ms: float
@@ -76,6 +76,13 @@ class RequestRecord:
     """The answer; None: the request failed."""
     error: str = ""
     """Why the request failed."""
+    source: str = ""
+    """Name of the prompt's file."""
+
+    @property
+    def prompt_key(self) -> tuple[str, QuestionId]:
+        """What tells the prompt from all others of a run."""
+        return self.source, self.question_id
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a flat object: an answer's fields stand beside the request's."""

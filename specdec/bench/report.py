@@ -49,6 +49,7 @@ def write_results(
             {
                 "method": record.method,
                 "concurrency": record.concurrency,
+                "source": record.source,
                 "question_id": record.question_id,
                 "error": record.error,
             }

@@ -93,6 +93,7 @@ async def _run_request(block: Block, prompt: Prompt, slots: asyncio.Semaphore) -
     return RequestRecord(
         method=block.contender.method,
         concurrency=block.concurrency,
+        source=prompt.source,
         question_id=prompt.question_id,
         category=prompt.category,
         wall_ms=wall_ms,

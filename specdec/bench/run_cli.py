@@ -38,11 +38,13 @@ _DEFAULTS = BenchConfig()
 )
 @click.option(
     "--prompts",
-    "prompts_path",
+    "prompts_paths",
     type=EXISTING_FILE,
-    default=_DEFAULTS.prompts_path,
+    multiple=True,
+    default=_DEFAULTS.prompts_paths,
     show_default="48 prompts in six categories",
-    help="Workload: question_id, category and turns per line; the first turn is used.",
+    help="File of prompts: a JSON object with question_id, category and turns per line, of which the first "
+    "turn is used. May be given several times; two files may have the same question_id.",
 )
 @click.option(
     "--limit",

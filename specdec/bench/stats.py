@@ -148,11 +148,11 @@ def _per_round_p50(rounds: Sequence[Speculation], time_ms: Callable[[Speculation
 
 
 def _identical_share(own: Sequence[RequestRecord], plain: Sequence[RequestRecord]) -> float | None:
-    expected = {record.question_id: record.answer.token_ids for record in plain if record.answer is not None}
+    expected = {record.prompt_key: record.answer.token_ids for record in plain if record.answer is not None}
     same = [
-        record.answer.token_ids == expected[record.question_id]
+        record.answer.token_ids == expected[record.prompt_key]
         for record in own
-        if record.answer is not None and record.question_id in expected
+        if record.answer is not None and record.prompt_key in expected
     ]
     return sum(same) / len(same) if same else None
 

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from specdec.bench.provenance import collect
+from specdec.bench.workload import QuestionId
 
 OFF, CONTROL, ON = "off", "control", "on"
 SERVICES = ("gateway", "drafter", "verifier")
@@ -28,7 +29,7 @@ class Sample:
     """Index of the start of the systems, from 0."""
     arm: str
     """The system that answered: off, control or on."""
-    question_id: int | str
+    question_id: QuestionId
     """Id of the prompt."""
     tpot_ms: float
     """Mean time per output token after the first, milliseconds."""

@@ -1,4 +1,4 @@
-"""Workloads: prompts in Spec-Bench's JSONL form, one object with question_id, category and turns per line."""
+"""Workloads: prompts in Spec-Bench's JSONL form, an object with question_id, category and turns per line."""
 
 from __future__ import annotations
 
@@ -13,41 +13,65 @@ from specdec.contract.errors import InvalidArgumentError
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 """The workload used when none is named: 48 prompts in six categories."""
 
+QuestionId = int | str
+"""Id of a prompt, such as 81 or "HumanEval/1"."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt of a workload."""
 
-    question_id: int
-    """Unique within the workload."""
+    question_id: QuestionId
+    """Id of the prompt, unique within its file."""
     category: str
-    """Group whose figures are reported together."""
+    """Group of prompts whose figures are reported together."""
     text: str
     """The user's turn; the model's chat template is applied to it."""
+    source: str = ""
+    """Name of the prompt's file. Several files may have the same ids."""
+
+    @property
+    def key(self) -> tuple[str, QuestionId]:
+        """What tells the prompt from all others of a run."""
+        return self.source, self.question_id
 
 
-def load_prompts(path: Path = DEFAULT_PROMPTS) -> list[Prompt]:
-    """The first turn of every line of a workload, in the file's order; empty lines are skipped.
+def load_prompts(*paths: Path) -> list[Prompt]:
+    """Load the first turn of every line of all files, in their order; empty lines are skipped.
+
+    Args:
+        paths: files of the workload; none: the default workload.
 
     Raises:
-        InvalidArgumentError: naming the line that is not of the form, or a file without prompts.
+        InvalidArgumentError: a line is not of the form, a file has no prompts, or a file is given twice.
     """
-    lines = _read_text(path).splitlines()
-    prompts = [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    files = paths or (DEFAULT_PROMPTS,)
+    for path in files:
+        if files.count(path) > 1:
+            raise InvalidArgumentError(f"The prompts file {path} is given twice.", field="prompts")
+    return [prompt for path in files for prompt in _load(path)]
+
+
+def _load(path: Path) -> list[Prompt]:
+    # Not splitlines(), which also ends lines at separators that JSON strings may contain.
+    lines = _read_text(path).split("\n")
+    prompts = [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise InvalidArgumentError(f"{path} has no prompts; it needs one JSON object per line.")
-    seen: set[int] = set()
+    seen: set[QuestionId] = set()
     for prompt in prompts:
         if prompt.question_id in seen:
-            raise InvalidArgumentError(f"{path} has question_id {prompt.question_id} twice; ids are unique.")
+            raise InvalidArgumentError(
+                f"{path} has question_id {prompt.question_id!r} twice; ids are unique within a file."
+            )
         seen.add(prompt.question_id)
     return prompts
 
 
 def select_round_robin(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """At most `limit` prompts, one category after the other, so that a small limit covers them all.
+    """Return at most `limit` prompts, one category after the other, so that a small limit covers them all.
 
-    The order is round-robin without a limit (None) too: then drift during a run hits every category.
+    The order is round-robin without a limit (None) as well: then drift during a run affects every category.
     """
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -57,9 +81,17 @@ def select_round_robin(prompts: Sequence[Prompt], limit: int | None) -> list[Pro
     return in_turn[:limit]
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, lower-case hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def name_of(path: Path) -> str:
+    """Return what results call a file of prompts."""
+    return "default" if path == DEFAULT_PROMPTS else str(path)
+
+
+def sha256_of(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of the files, one after the other, as lower-case hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _read_text(path: Path) -> str:
@@ -69,7 +101,8 @@ def _read_text(path: Path) -> str:
         raise InvalidArgumentError(f"The prompts file {path} cannot be read: {error}") from error
 
 
-def _parse(line: str, place: str) -> Prompt:
+def _parse(line: str, path: Path, number: int) -> Prompt:
+    place = f"{path}:{number}"
     try:
         fields = json.loads(line)
         question_id, category, text = fields["question_id"], fields["category"], fields["turns"][0]
@@ -77,11 +110,16 @@ def _parse(line: str, place: str) -> Prompt:
         raise InvalidArgumentError(
             f'{place} is not of the form {{"question_id": 1, "category": "c", "turns": ["..."]}}: {error!r}'
         ) from error
-    valid_id = isinstance(question_id, int) and not isinstance(question_id, bool)
-    if not (valid_id and isinstance(category, str) and isinstance(text, str) and text):
+    if not (_is_id(question_id) and isinstance(category, str) and isinstance(text, str) and text):
         raise InvalidArgumentError(
-            f"{place}: question_id must be an integer, category a string, turns a list of non-empty strings."
+            f"{place}: question_id must be an integer or a non-empty string, category a string, turns a list "
+            "of non-empty strings."
         )
     if category == "all":
         raise InvalidArgumentError(f'{place}: the category "all" is taken by the overall row; use another.')
-    return Prompt(question_id, category, text)
+    return Prompt(question_id, category, text, name_of(path))
+
+
+def _is_id(value: object) -> bool:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer or (isinstance(value, str) and value != "")

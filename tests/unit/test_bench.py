@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import grpc
@@ -67,10 +68,15 @@ def test_a_limit_takes_prompts_from_all_categories_in_turn() -> None:
         ("not json", ":1 is not of the form"),
         ('{"question_id": 1, "category": "a"}', "'turns'"),
         ('{"question_id": 1, "category": "a", "turns": []}', "IndexError"),
-        ('{"question_id": "1", "category": "a", "turns": ["x"]}', "must be an integer"),
+        ('{"question_id": "", "category": "a", "turns": ["x"]}', "an integer or a non-empty string"),
+        ('{"question_id": 1.5, "category": "a", "turns": ["x"]}', "an integer or a non-empty string"),
+        ('{"question_id": true, "category": "a", "turns": ["x"]}', "an integer or a non-empty string"),
+        ('{"question_id": null, "category": "a", "turns": ["x"]}', "an integer or a non-empty string"),
+        ('{"question_id": ["a"], "category": "a", "turns": ["x"]}', "an integer or a non-empty string"),
         ('{"question_id": 1, "category": "a", "turns": [""]}', "non-empty"),
         ('{"question_id": 1, "category": "all", "turns": ["x"]}', "overall row"),
         ('{"question_id": 1, "category": "a", "turns": ["x"]}\n' * 2, "question_id 1 twice"),
+        ('{"question_id": "q/1", "category": "a", "turns": ["x"]}\n' * 2, "question_id 'q/1' twice"),
     ],
 )
 def test_a_malformed_workload_is_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -78,6 +84,32 @@ def test_a_malformed_workload_is_refused(tmp_path: Path, content: str, message: 
     path.write_text(content)
     with pytest.raises(InvalidArgumentError, match=message):
         load_prompts(path)
+
+
+def test_ids_are_integers_or_strings(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    ids: list[int | str] = ["HumanEval/1", 1, "1", 81]
+    path.write_text("\n".join(json.dumps({"question_id": i, "category": "a", "turns": ["x"]}) for i in ids))
+    assert [prompt.question_id for prompt in load_prompts(path)] == ids
+
+
+def test_prompts_of_several_files_may_share_ids(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    first = write_prompts(tmp_path / "prompts.jsonl", "one", "two")
+    second = write_prompts(tmp_path / "more" / "prompts.jsonl", "three")
+    prompts = load_prompts(first, second)
+    assert [(prompt.question_id, prompt.text) for prompt in prompts] == [(0, "one"), (1, "two"), (0, "three")]
+    assert len({prompt.key for prompt in prompts}) == 3
+    with pytest.raises(InvalidArgumentError, match=r"more/prompts\.jsonl is given twice"):
+        load_prompts(second, first, second)
+
+
+def test_a_prompt_may_contain_any_separator(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    text = "one\u2028two\x85three\x1cfour"
+    line = json.dumps({"question_id": 1, "category": "a", "turns": [text]}, ensure_ascii=False)
+    path.write_text(f"{line}\r\n\r\n", encoding="utf-8", newline="")
+    assert [prompt.text for prompt in load_prompts(path)] == [json.loads(line)["turns"][0]] == [text]
 
 
 # Order of a run
@@ -289,6 +321,23 @@ def test_a_peer_has_no_rounds_and_answers_of_one_token_have_no_tpot() -> None:
     assert peer_ratios(compute_rows(RECORDS), ["peer"]) == ["none / peer tokens/s: 3.00"]
 
 
+def test_answers_are_compared_with_those_to_the_same_prompt_not_to_the_same_id() -> None:
+    texts = {"a.jsonl": (1, 2, 3), "b.jsonl": (4, 5, 6)}
+    records = [
+        RequestRecord(method, 1, "q", "a", 10.0, 10.0, answer(token_ids), source=source)
+        for method in ("none", "x")
+        for source, token_ids in texts.items()
+    ]
+    assert [row.identical_to_none for row in compute_rows(records) if row.category == "all"] == [1.0, 1.0]
+    swapped = [
+        replace(entry, source={"a.jsonl": "b.jsonl", "b.jsonl": "a.jsonl"}[entry.source])
+        if entry.method == "x"
+        else entry
+        for entry in records
+    ]
+    assert [row.identical_to_none for row in compute_rows(swapped) if row.category == "all"] == [1.0, 0.0]
+
+
 def test_rows_are_ordered_and_levels_kept_apart() -> None:
     rows = compute_rows(RECORDS)
     assert [(row.category, row.method) for row in rows[:4]] == [
@@ -424,7 +473,8 @@ def test_a_run_writes_its_files(gateway: tuple[str, ScriptedGateway], tmp_path: 
     about = results["provenance"]
     assert (about["model"], about["dtype"], about["num_prompts"]) == ("tiny", "float32", 6)
     assert (about["max_new_tokens"], about["temperature"], about["seed"]) == (5, 0.0, 0)
-    assert len(about["prompts_sha256"]) == 64
+    assert about["prompts"] == "default"
+    assert about["prompts_sha256"] == hashlib.sha256(DEFAULT_PROMPTS.read_bytes()).hexdigest()
     rows = [Row(**row) for row in results["rows"]]
     assert len(rows) == 2 * 2 * 7  # methods, concurrencies, six categories and "all"
     ngram = next(row for row in rows if (row.method, row.category) == ("ngram", "all"))
@@ -465,6 +515,28 @@ def test_failed_requests_are_counted_and_listed(gateway: tuple[str, ScriptedGate
     assert [error["question_id"] for error in results["errors"]] == [1, 1]
     overall = [row for row in results["rows"] if row["category"] == "all"]
     assert [(row["num_prompts"], row["num_errors"]) for row in overall] == [(3, 1), (3, 1)]
+
+
+def test_a_run_over_several_files(gateway: tuple[str, ScriptedGateway], tmp_path: Path) -> None:
+    first = write_prompts(tmp_path / "first.jsonl", "fine", "fine too")
+    second = write_prompts(tmp_path / "second.jsonl", "fail")
+    arguments = ("--prompts", str(first), "--prompts", str(second), "--warmup", "0")
+    result = bench_run(gateway[0], tmp_path, *arguments)
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    about = results["provenance"]
+    assert (about["prompts"], about["num_prompts"]) == (f"{first}, {second}", 3)
+    both = first.read_bytes() + second.read_bytes()
+    assert about["prompts_sha256"] == hashlib.sha256(both).hexdigest()
+    assert [(error["source"], error["question_id"]) for error in results["errors"]] == [(str(second), 0)] * 2
+    asked = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert Counter((entry["source"], entry["question_id"]) for entry in asked) == {
+        (str(first), 0): 2,
+        (str(first), 1): 2,
+        (str(second), 0): 2,
+    }
+    overall = [row for row in results["rows"] if row["category"] == "all"]
+    assert [row["identical_to_none"] for row in overall] == [1.0, 1.0]
 
 
 def test_a_run_without_answers_fails(gateway: tuple[str, ScriptedGateway], tmp_path: Path) -> None:

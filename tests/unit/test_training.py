@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
@@ -174,6 +175,14 @@ def test_prompts_of_a_file(packed: PackedModel, tiny_llama: Path, tmp_path: Path
         *maker.prompt("a"),
         *reference(tiny_llama, maker.prompt("a"), 6),
     ]
+
+
+def test_prompts_of_several_files(tiny_llama: Path, tmp_path: Path) -> None:
+    maker = PromptMaker(tiny_llama, [EOS])
+    paths = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    for path, text in zip(paths, "ab", strict=True):
+        path.write_text(json.dumps({"question_id": "q/1", "category": "c", "turns": [text]}))
+    assert maker.read(*paths) == [maker.prompt("a"), maker.prompt("b")]
 
 
 def some_data(num_sequences: int = 20) -> TokenData:
@@ -456,8 +465,10 @@ def test_a_table_by_command(tiny_llama: Path, tmp_path: Path) -> None:
     counted, held_out = split(data, 48)
     expected = count(data, counted, table.vocabulary, CountOptions(max_size=5, min_count=2, min_gain=4.0))
     assert contents(table) == contents(expected)
+    metadata = ModelCard.load(out / "README.md").data
+    assert (metadata.base_model, metadata.library_name) == (loaded.model_id, "specdec")
+    assert metadata.tags == ["speculative-decoding", "ngram-lm"]
     card = (out / "README.md").read_text()
-    assert f"base_model: {loaded.model_id}\nlibrary_name: specdec\n" in card
     assert f"`first`, `second`: 65 sequences, {data.num_response_tokens} answer tokens" in card
     assert f"| contexts | {len(table.contexts)}, of 1 to 5 tokens; " in card
     assert f"| listed tokens | {len(table.token_ids)} |" in card
@@ -488,6 +499,16 @@ def test_a_table_is_counted_anew_by_command(tiny_llama: Path, tmp_path: Path) ->
     card = (out / "README.md").read_text()
     assert "of 1 to 2 tokens; longer ones seen at least 1 times, which tell at least 0 nats beyond" in card
     assert "the target's greedy answers to the prompts of `prompts.jsonl`: 4 sequences" in card
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(map(json.dumps, lines)))
+    both = (*data, "--prompts", str(more))
+    code, output = run_training(*arguments, *both, method="ngram-lm")
+    assert (code, f"prompts {prompts})" in output) == (2, True)
+    (out / "tokens.safetensors").unlink()
+    code, output = run_training(*arguments, *both, "--num-sequences", "8", method="ngram-lm")
+    assert code == 0, output
+    card = (out / "README.md").read_text()
+    assert "answers to the prompts of `prompts.jsonl`, `more.jsonl`: 8 sequences" in card
 
 
 def test_a_table_does_not_take_the_place_of_another_model(tiny_llama: Path, tmp_path: Path) -> None:
