@@ -36,7 +36,7 @@ def report(line: str) -> None:
 
 
 def console(no_color: bool = False, *, stderr: bool = False) -> Console:
-    """A console on a standard stream; $NO_COLOR counts, too."""
+    """Make a console on a standard stream. $NO_COLOR turns its colours off as well."""
     return Console(stderr=stderr, no_color=no_color or None, highlight=False)
 
 
@@ -101,12 +101,12 @@ def fallback_note(generation: Generation) -> str:
 
 
 def _missing_proposers(speculation: Speculation) -> str:
-    """The same of several drafters. Those of one service are lost together: a reason is told once."""
+    """The note for several drafters. Those of one service are lost together, so each reason is told once."""
     missing: dict[str, list[str]] = {}
-    for one in speculation.proposers:
-        if one.num_fallback_rounds:
-            counts = missing.setdefault(one.fallback_reason, [])
-            counts.append(f"{one.num_fallback_rounds} without {one.drafter}")
+    for proposer in speculation.proposers:
+        if proposer.num_fallback_rounds:
+            counts = missing.setdefault(proposer.fallback_reason, [])
+            counts.append(f"{proposer.num_fallback_rounds} without {proposer.drafter}")
     told = "; ".join(f"{', '.join(counts)}: {reason}" for reason, counts in missing.items())
     return f"of {speculation.num_rounds} rounds {told}" if told else ""
 

@@ -33,8 +33,8 @@ class GenerateOptions:
     draft_depth: int | None = None
     """Tokens to draft per round in a row (K); None: the gateway chooses round by round, by what pays."""
     draft_nodes: int = 0
-    """Most tokens of a round's draft tree, all branches and drafters together; 0: with a K a chain
-    per drafter, without one chosen, too."""
+    """Most tokens of a round's draft tree, all branches and drafters together; 0: with a
+    `draft_depth` each drafter drafts a chain, without one the gateway chooses."""
     min_draft_confidence: float = 0.0
     """End a round's draft before the first token the drafter gives less than this probability; 0: off."""
     max_new_tokens: int | None = None
@@ -152,7 +152,7 @@ class ProposerStats:
     num_draft_tokens: int
     """Draft tokens it proposed that were verified."""
     num_accepted_tokens: int
-    """Accepted draft tokens that it proposed, others perhaps, too."""
+    """Accepted draft tokens that it proposed, alone or with others."""
     num_sole_accepted_tokens: int
     """Accepted draft tokens that it alone proposed."""
     num_fallback_rounds: int = 0

@@ -115,7 +115,7 @@ def _refusing(name: str, value: object) -> Iterator[None]:
         yield
     except UnicodeError as error:
         raise InvalidArgumentError(
-            f"{name} is not valid Unicode: {error}. Lone surrogates, from undecodable bytes for one, "
+            f"{name} is not valid Unicode: {error}. Lone surrogates, such as those of undecodable bytes, "
             f"cannot be sent as UTF-8.",
             field=name,
         ) from error

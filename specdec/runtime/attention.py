@@ -62,14 +62,14 @@ class Span:
     first_key: int
     num_keys: int
     tokens: Mapping[int, int] = field(default_factory=dict)
-    """Where a tree's keys are, from its root on: the position whose slot has the key, by place."""
+    """The position whose slot has the key of each place, from a tree's root on."""
     paths: Sequence[Sequence[int]] = ()
     """The places from `num_shared` on that each query attends to, beside all keys before, where branches lie
     side by side. Empty: the positions say it."""
     num_shared: int = 0
 
     def key_slots(self, device: torch.device) -> slice | Tensor:
-        """Where the keys are, in order of their places."""
+        """The slots of the keys, in order of their places."""
         stop_key = self.first_key + self.num_keys
         if not self.tokens:
             return self.allocation.slots(self.first_key, stop_key)

@@ -142,7 +142,7 @@ class AttentionPlan:
 
     groups: list[SpanGroup]
     output_index: Tensor
-    """Where in the groups' outputs, [all rows * kv_heads], each (token, head) of the packed batch is."""
+    """The place of each (token, head) of the packed batch in the groups' outputs, [all rows * kv_heads]."""
 
 
 class Pass:

@@ -32,7 +32,7 @@ class EngineResult(Generic[ResultT]):
 
     value: ResultT
     queue_ns: int
-    """From submission to the start of the step, nanoseconds."""
+    """Time from submission to the start of the step, nanoseconds."""
     compute_ns: int
     """The step, shared by its whole batch, nanoseconds."""
     batch_size: int

@@ -120,7 +120,7 @@ class KvPool:
         offset = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        """Per layer [slots, num_heads, head_dim]."""
+        """Keys and values of each layer, [slots, num_heads, head_dim]."""
         for layer, shape in shapes.items():
             self.keys[layer] = self._carve(region, offset, key_name(layer), shape.num_heads, shape.key_dim)
             offset += self.keys[layer].nbytes
@@ -129,7 +129,7 @@ class KvPool:
             )
             offset += self.values[layer].nbytes
         self.hidden: dict[str, Tensor] = {}
-        """By name [slots, hidden_size]: hidden states that some session exports, or did."""
+        """Hidden states that some session exports or has exported, by name: [slots, hidden_size]."""
         self._hidden_regions: dict[str, Region] = {}
         self._num_generations = 0
         self._generations = self._make_generations(num_blocks)

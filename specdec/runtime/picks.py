@@ -183,7 +183,7 @@ def _top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
 def top_logprobs(
     logits: Tensor, token_ids: Sequence[int], num_top: int
 ) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Per row of logits [num_rows, vocab_size]: the log probability of its token, and the best `num_top`."""
+    """The log probability of each row's token, and the best `num_top`. logits: [num_rows, vocab_size]."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(num_top)

@@ -80,7 +80,7 @@ def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
 
 
 def stable_head(head: nn.Module) -> nn.Module:
-    """Of a bf16 model on a CPU an LM head whose rounding does not depend on the pass; of others, the head."""
+    """The head to use: on a CPU in bf16 one that rounds the same in every pass, elsewhere `head` itself."""
     if type(head) is nn.Linear and _is_bf16_on_cpu(head.weight):
         return StableHead(head)
     return head

@@ -48,7 +48,7 @@ class TreeKeys:
         """Whose key is at a place, as its distance from the root's slot: a token's index, or, of a copied key
         from before the root, a negative number."""
         self.paths: dict[int, tuple[int, ...]] = {}
-        """By token, the places from `num_shared` on that it attends to, in order, its own last."""
+        """The places from `num_shared` on that each token attends to, in order, its own last."""
 
     @property
     def num_places(self) -> int:
