@@ -70,7 +70,7 @@ def train_drafter(
         trainee.load(init)
     if resume:
         training.resume()
-    acceptance = _run(training, console)
+    acceptance = run_interruptibly(training, console)
     trainee.save(config.out)
     num_parameters = sum(parameter.numel() for parameter in trainee.parameters())
     card = Card(
@@ -105,7 +105,8 @@ def _shown(what: str, console: Console) -> Iterator[None]:
         yield
 
 
-def _run(training: Training, console: Console) -> HeldOutAcceptance:
+def run_interruptibly(training: Training, console: Console) -> HeldOutAcceptance:
+    """Train to the end; Ctrl-C and SIGTERM leave a checkpoint, and a line that says how to go on."""
     try:
         with _exit_on_sigterm():
             return training.run()

@@ -273,6 +273,26 @@ async def test_a_checkpoint_may_say_how_much_it_drafts(tmp_path: Path) -> None:
     assert max(map(len, (await drafts_of(target, short)).drafts.values())) == K
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"default_draft_depth": 2}, 2),
+        ({"default_num_draft_tokens": 3}, 3),
+        ({"default_draft_depth": 2, "default_num_draft_tokens": 3}, 2),
+        ({}, K),
+    ],
+    ids=["new key", "old key", "both", "neither"],
+)
+def test_the_default_depth_has_an_old_key(keys: dict[str, int], expected: int, tmp_path: Path) -> None:
+    config = {"block_size": BLOCK_SIZE, "mask_token_id": MASK_TOKEN_ID, "target_layer_ids": [0, 2]}
+    folder = save_as_z_lab(
+        save_tiny_dflash(tmp_path / "muse"), tmp_path / "z-lab", dflash_config=config | keys
+    )
+    checkpoint = DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
+    info = DFlashDrafter("d", checkpoint, kv_budget_bytes=2**20, max_draft_depth=16).info
+    assert (info.max_draft_depth, info.default_draft_depth) == (K, expected)
+
+
 @pytest.mark.parametrize("causal", [None, False])
 async def test_windows_as_z_lab_and_speculators_have_them(causal: bool | None, tmp_path: Path) -> None:
     """A window counts the query's own position, and makes a block causal unless the config says otherwise."""

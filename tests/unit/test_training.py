@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Sequence
 from itertools import islice
@@ -73,6 +74,13 @@ def test_answers_are_the_targets_own(packed: PackedModel, tiny_llama: Path, batc
     expected = [reference(tiny_llama, prompt, 20 + index) for index, prompt in enumerate(PROMPTS)]
     assert outputs == expected
     assert packed.pool.free_tokens == free
+
+
+def test_progress_is_shown_at_once_without_a_terminal(packed: PackedModel) -> None:
+    shown = io.StringIO()
+    with GenerationProgress(Console(file=shown)) as progress:
+        progress.run("Answering", Decoder(packed, 2), [job(prompt, 3) for prompt in PROMPTS])
+    assert shown.getvalue().startswith(f"Answering: 0 of {len(PROMPTS)}, ")
 
 
 def test_answers_end_with_their_stop_token(packed: PackedModel) -> None:

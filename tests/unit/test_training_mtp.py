@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
@@ -25,8 +27,11 @@ from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.features import FeatureSource, SequenceFeatures
 from drafter_service.training.loop import CHECKPOINT, Training
 from drafter_service.training.mtp import KEEP_REJECTED, MtpTrainee, _going_on, make_trainee
+from drafter_service.training.runs import run_interruptibly
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import LoadedModel, load_causal_lm
+
+QUIET = Console(quiet=True)
 
 
 def load(folder: Path) -> LoadedModel:
@@ -59,6 +64,7 @@ def training(
     num_batches: float = math.inf,
     seed: int = 0,
     max_length: int = 512,
+    console: Console = QUIET,
 ) -> Training:
     torch.manual_seed(0)
     out.mkdir(exist_ok=True)
@@ -82,7 +88,7 @@ def training(
         draft_vocab_size=256,
         pool_tokens=config.pool_tokens,
     )
-    return Training(trainee, Interrupted(source, num_batches), data, config, Console(quiet=True))
+    return Training(trainee, Interrupted(source, num_batches), data, config, console)
 
 
 def weights(run: Training) -> dict[str, Tensor]:
@@ -169,6 +175,34 @@ def test_a_run_is_resumed_within_a_later_pass(
     assert second.history.losses == whole.history.losses
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(second)[name]), name
+
+
+def test_a_terminated_run_leaves_its_checkpoint(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    run = training(calm, data, tmp_path, steps=12)
+    source, before = run.source, signal.getsignal(signal.SIGTERM)
+
+    def terminated(sequences: Sequence[TokenSequence]) -> list[SequenceFeatures]:
+        if run.history.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return source(sequences)
+
+    run.source = terminated
+    with pytest.raises(SystemExit) as caught:
+        run_interruptibly(run, Console(file=shown))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "Stopped after step 3; --resume goes on from here." in shown.getvalue()
+    second = training(calm, data, tmp_path, steps=12)
+    second.resume()
+    assert second.history.step == 3
+
+
+def test_the_first_step_is_shown_without_a_terminal(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    shown = io.StringIO()
+    training(calm, data, tmp_path, steps=4, console=Console(file=shown)).run()
+    lines = [line for line in shown.getvalue().splitlines() if line.startswith("25%: step 1, loss ")]
+    assert len(lines) == 1, "then there is a line a minute"
 
 
 def test_a_run_of_other_settings_is_not_resumed(calm: Path, data: TokenData, tmp_path: Path) -> None:
