@@ -136,10 +136,10 @@ REFUSED: dict[str, tuple[Callable[[], Liar], str]] = {
     "thousands of drafters": (lambda: Says(drafters(*map(str, range(20_000)))), "bytes"),
     "a name of megabytes": (lambda: Says(drafters("x" * 5_000_000)), "bytes"),
     "a message above the limit": (lambda: Says(drafters("x" * 20_000_000)), "RESOURCE_EXHAUSTED"),
-    "no name": (lambda: Says(drafters("")), "no name of a drafter"),
-    "a name with a meaning": (lambda: Says(drafters("none")), "no name of a drafter"),
-    "two names in one": (lambda: Says(drafters("model+liar")), "no name of a drafter"),
-    "a name for terminals": (lambda: Says(drafters("\x1b[2J")), "no name of a drafter"),
+    "no name": (lambda: Says(drafters("")), "not a name of a drafter"),
+    "a name with a meaning": (lambda: Says(drafters("none")), "not a name of a drafter"),
+    "two names in one": (lambda: Says(drafters("model+liar")), "not a name of a drafter"),
+    "a name for terminals": (lambda: Says(drafters("\x1b[2J")), "not a name of a drafter"),
     "no message": (lambda: Says(b"\xff" * 100), "cannot be read"),
 }
 """Services that are not, and what is said of them."""

@@ -171,7 +171,7 @@ MISBEHAVING = {
     "raising": (Raising, "out of guesses"),
     "too-many": (TooMany, "more than 4 tokens"),
     "outside": (OutsideTheVocabulary, "a token the target does not have"),
-    "negative": (Negative, "Defect"),
+    "negative": (Negative, "defect"),
     "refusing": (RefusingToOpen, "no thanks"),
 }
 
