@@ -60,7 +60,7 @@ def program(name: str) -> click.Command:
 
 
 def leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Context]]:
-    """The commands of a program that are no groups, by the words one types."""
+    """The commands of a program that are not groups, by the words one types."""
     context = click.Context(command, info_name=name, **command.context_settings)
     if not isinstance(command, click.Group):
         yield name, context

@@ -233,7 +233,7 @@ class Verifier:
         validate_token_ids("draft_token_ids", list(draft_token_ids), self.vocab_size)
         sent = DraftTree.of(draft_token_ids, parent_indices)
         # A round commits one token more than it accepts: the rest of the draft could never be used.
-        kept = sent.fitting(max_depth=session.num_remaining_tokens - 1, max_num_nodes=session.num_free_slots)
+        kept = sent.fitting(max_depth=session.num_remaining_tokens - 1, draft_nodes=session.num_free_slots)
         draft = sent.select(kept)
         result = await self._engine.submit(VerifyItem(session, draft), session.allocation)
         timed = self._commit(session, draft, [result])

@@ -163,7 +163,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, items: Sequence[DraftItem]) -> Sequence[Drafted | SpecdecError]:
-        """Guess at most `draft_depth` tokens in a row for each item; an empty draft is no guess.
+        """Guess at most `draft_depth` tokens in a row for each item. An empty draft: there is no guess.
 
         The likelier tokens of a tree come first, as far as parents come before their children.
 

@@ -55,13 +55,13 @@ class GrowingTree:
 
     Args:
         max_depth: most tokens in a row.
-        max_num_nodes: most tokens.
+        draft_nodes: most tokens.
         min_confidence: probability, 0 to 1, below which a token does not follow another one.
     """
 
-    def __init__(self, *, max_depth: int, max_num_nodes: int, min_confidence: float = 0.0) -> None:
+    def __init__(self, *, max_depth: int, draft_nodes: int, min_confidence: float = 0.0) -> None:
         self._max_depth = max_depth
-        self._max_num_nodes = max_num_nodes
+        self._draft_nodes = draft_nodes
         self._threshold = math.log(min_confidence) if min_confidence else -math.inf
         self._nodes: list[_Node] = []
         self._expanded: set[int] = set()
@@ -108,7 +108,7 @@ class GrowingTree:
     def _best(self) -> list[int]:
         """Return the nodes that would be the tree now, best first."""
         indices = range(len(self._nodes))
-        return nlargest(self._max_num_nodes, indices, key=lambda index: (self._nodes[index].log_prob, -index))
+        return nlargest(self._draft_nodes, indices, key=lambda index: (self._nodes[index].log_prob, -index))
 
     def best_paths(
         self, candidates: Callable[[list[int]], Candidates], *, least_probability: float = 0.0
@@ -132,12 +132,12 @@ class GrowingTree:
 
         # Of each family, only the best sibling that is not a node yet waits.
         enter(ANCHOR, 0, 0.0, candidates([]))
-        while waiting and len(self._nodes) < self._max_num_nodes:
+        while waiting and len(self._nodes) < self._draft_nodes:
             best = heappop(waiting)
             depth = 1 if best.parent == ANCHOR else self._nodes[best.parent].depth + 1
             self._nodes.append(_Node(best.parent, best.family[best.rank][1], depth, -best.cost))
             enter(best.parent, best.rank + 1, best.parent_cost, best.family)
-            if depth < self._max_depth and len(self._nodes) < self._max_num_nodes:
+            if depth < self._max_depth and len(self._nodes) < self._draft_nodes:
                 index = len(self._nodes) - 1
                 enter(index, 0, best.cost, candidates(self.path(index)))
         return DraftTree.of([node.token_id for node in self._nodes], [node.parent for node in self._nodes])
@@ -147,6 +147,6 @@ def growing_tree(item: DraftItem, max_depth: int) -> GrowingTree:
     """Return an empty tree as an item asks for it, of at most `max_depth` tokens in a row."""
     return GrowingTree(
         max_depth=max_depth,
-        max_num_nodes=item.draft_nodes,
+        draft_nodes=item.draft_nodes,
         min_confidence=item.session.min_draft_confidence,
     )

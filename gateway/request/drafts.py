@@ -53,31 +53,31 @@ class DraftPlan:
         return controller.session(verifier, self.method, self.size, longest=longest, budgets=self.budgets)
 
 
-def plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_num_nodes: int) -> DraftPlan:
-    """Method, drafters, K and node budget in effect; `max_num_nodes` is the verifier's limit."""
+def plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_draft_nodes: int) -> DraftPlan:
+    """Method, drafters, K and node budget in effect; `max_draft_nodes` is the verifier's limit."""
     method = _settle_method(request, backends)
     names = drafters_of(method)
-    if request.draft_nodes > max_num_nodes:
+    if request.draft_nodes > max_draft_nodes:
         raise InvalidArgumentError(
-            f"draft_nodes is {request.draft_nodes}; the verifier takes at most {max_num_nodes} draft "
+            f"draft_nodes is {request.draft_nodes}; the verifier takes at most {max_draft_nodes} draft "
             "tokens a round.",
             field="draft_nodes",
         )
     known = backends.known_drafters
     drafters = {name: known.get(name, _UNKNOWN_DRAFTER) for name in names}
     if request.HasField("draft_depth"):
-        return _fixed_drafts(request, method, drafters, max_num_nodes)
-    return _chosen_drafts(request, method, drafters, max_num_nodes)
+        return _fixed_drafts(request, method, drafters, max_draft_nodes)
+    return _chosen_drafts(request, method, drafters, max_draft_nodes)
 
 
 def _fixed_drafts(
     request: gateway_pb2.GenerateRequest,
     method: str,
     drafters: Mapping[str, drafter_pb2.DrafterInfo],
-    max_num_nodes: int,
+    max_draft_nodes: int,
 ) -> DraftPlan:
     """Every round asks for what the request says."""
-    limits = _limits(drafters, max_num_nodes)
+    limits = _limits(drafters, max_draft_nodes)
     if limits and request.draft_depth > max(limits):
         raise InvalidArgumentError(
             f"draft_depth is {request.draft_depth}; {method} drafts at most {max(limits)} tokens a round.",
@@ -89,13 +89,13 @@ def _fixed_drafts(
             "draft_depth, to have it chosen.",
             field="draft_nodes",
         )
-    budget = request.draft_nodes or max_num_nodes
+    budget = request.draft_nodes or max_draft_nodes
     counts = [min(request.draft_depth, limit, budget) for limit in limits]
     if not any(counts):
         return DraftPlan(method)
     num_nodes = request.draft_nodes
     if not num_nodes and len(counts) > 1:
-        num_nodes = min(sum(counts), max_num_nodes)
+        num_nodes = min(sum(counts), max_draft_nodes)
     return DraftPlan(
         method, _proposers(drafters, counts), num_nodes, DraftSize(max(counts), request.draft_nodes)
     )
@@ -105,13 +105,13 @@ def _chosen_drafts(
     request: gateway_pb2.GenerateRequest,
     method: str,
     drafters: Mapping[str, drafter_pb2.DrafterInfo],
-    max_num_nodes: int,
+    max_draft_nodes: int,
 ) -> DraftPlan:
     """The controller chooses, round by round, within the limits of drafters, verifier and request."""
     if not drafters:
         return DraftPlan(method)
-    node_limit = request.draft_nodes or max_num_nodes
-    limits = [min(limit, node_limit) for limit in _limits(drafters, max_num_nodes)]
+    node_limit = request.draft_nodes or max_draft_nodes
+    limits = [min(limit, node_limit) for limit in _limits(drafters, max_draft_nodes)]
     start = max(
         min(drafter.default_draft_depth, limit)
         for drafter, limit in zip(drafters.values(), limits, strict=True)
@@ -147,9 +147,9 @@ def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> 
     )
 
 
-def _limits(drafters: Mapping[str, drafter_pb2.DrafterInfo], max_num_nodes: int) -> list[int]:
+def _limits(drafters: Mapping[str, drafter_pb2.DrafterInfo], max_draft_nodes: int) -> list[int]:
     """Most tokens each drafter may draft in a row."""
-    return [min(max_num_nodes, drafter.max_draft_depth or max_num_nodes) for drafter in drafters.values()]
+    return [min(max_draft_nodes, drafter.max_draft_depth or max_draft_nodes) for drafter in drafters.values()]
 
 
 def _proposers(names: Iterable[str], counts: Iterable[int]) -> tuple[Proposer, ...]:

@@ -47,12 +47,12 @@ class MergedDrafts:
     what it drafted for an earlier round is thrown away.
 
     Args:
-        max_num_nodes: most tokens of the merged tree, where a round names no budget.
+        draft_nodes: most tokens of the merged tree, where a round names no budget.
     """
 
-    def __init__(self, sources: Sequence[NamedSource], max_num_nodes: int) -> None:
+    def __init__(self, sources: Sequence[NamedSource], draft_nodes: int) -> None:
         self._sources = sources
-        self._max_num_nodes = max_num_nodes
+        self._draft_nodes = draft_nodes
 
     async def __aenter__(self) -> MergedDrafts:
         return self
@@ -74,7 +74,7 @@ class MergedDrafts:
         request = replace(request, committed_token_ids=tuple(request.committed_token_ids))
         drafts = await asyncio.gather(*(_ask(proposer, request) for proposer in self._sources))
         elapsed_ns = time.monotonic_ns() - started_ns
-        budget = request.size.draft_nodes or self._max_num_nodes
+        budget = request.size.draft_nodes or self._draft_nodes
         tree, nodes = merge([draft.tree for draft in drafts], budget)
         proposals = tuple(
             Proposal(proposer.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)

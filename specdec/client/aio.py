@@ -84,7 +84,8 @@ class AsyncClient(ClientBase):
         options = with_keywords(options, method, max_new_tokens, temperature, top_p, seed, stop)
         deadline_s = self._timeout(timeout_s)
         request, metadata = build_request(prompt, options), call_metadata(options.request_id)
-        return AsyncGenerationStream(self._transport.generate_async(request, metadata, deadline_s))
+        call = self._transport.generate_async(request, metadata, deadline_s)
+        return AsyncGenerationStream(call, options.request_id)
 
     async def info(self, *, timeout_s: Timeout = CLIENT_DEFAULT) -> GatewayInfo:
         """What the gateway and the services behind it are and how loaded they are.

@@ -99,7 +99,8 @@ class Client(ClientBase):
         options = with_keywords(options, method, max_new_tokens, temperature, top_p, seed, stop)
         deadline_s = self._timeout(timeout_s)
         request, metadata = build_request(prompt, options), call_metadata(options.request_id)
-        return GenerationStream(self._transport.generate(request, metadata, deadline_s))
+        call = self._transport.generate(request, metadata, deadline_s)
+        return GenerationStream(call, options.request_id)
 
     def info(self, *, timeout_s: Timeout = CLIENT_DEFAULT) -> GatewayInfo:
         """What the gateway and the services behind it are and how loaded they are.

@@ -15,8 +15,9 @@ from specdec.contract.errors import FailedPreconditionError, SpecdecError
 class _Stream:
     """What the two streams share: the call, the fold of its responses and how to stop it."""
 
-    def __init__(self, call: Call | AsyncCall) -> None:
+    def __init__(self, call: Call | AsyncCall, request_id: str = "") -> None:
         self._call = call
+        self._request_id = request_id
         self._fold = ResponseFold()
         self._result: Generation | None = None
 
@@ -47,20 +48,20 @@ class _Stream:
 
     @contextmanager
     def _naming_the_request(self) -> Iterator[None]:
-        """A connection that breaks does not say whose answer it carried; the answer's beginning did."""
+        """A connection that breaks does not say whose answer it carried; the request or its beginning did."""
         try:
             yield
         except SpecdecError as error:
-            if self.started and not error.request_id:
-                error.request_id = self.started.request_id
+            known = self.started.request_id if self.started else self._request_id
+            error.request_id = error.request_id or known
             raise
 
 
 class GenerationStream(_Stream):
     """The tokens of one answer as they come; made by `Client.stream`."""
 
-    def __init__(self, call: Call) -> None:
-        super().__init__(call)
+    def __init__(self, call: Call, request_id: str = "") -> None:
+        super().__init__(call, request_id)
         self._tokens = self._read(call)
 
     def _read(self, call: Call) -> Iterator[Token]:
@@ -85,8 +86,8 @@ class GenerationStream(_Stream):
 class AsyncGenerationStream(_Stream):
     """The tokens of one answer as they come; made by `AsyncClient.stream`."""
 
-    def __init__(self, call: AsyncCall) -> None:
-        super().__init__(call)
+    def __init__(self, call: AsyncCall, request_id: str = "") -> None:
+        super().__init__(call, request_id)
         self._tokens = self._read(call)
 
     async def _read(self, call: AsyncCall) -> AsyncIterator[Token]:

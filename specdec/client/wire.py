@@ -35,7 +35,7 @@ FINISH_REASONS = {
 
 
 _ELSEWHERE = {"sampling", "raw", "request_id"}
-"""Options that are no field of the request: a message of their own, the kind of prompt, and metadata."""
+"""Options that are not fields of the request: a message of their own, the kind of prompt, and metadata."""
 _RENAMED = {"stop": "stop_strings"}
 """Options whose field in the request has another name."""
 

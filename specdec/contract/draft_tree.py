@@ -93,12 +93,12 @@ class DraftTree:
         parents = [places[self.parent_indices[index]] for index in indices]
         return DraftTree.of([self.token_ids[index] for index in indices], parents)
 
-    def fitting(self, *, max_depth: int, max_num_nodes: int) -> list[int]:
-        """The first `max_num_nodes` of the nodes within `max_depth`, listed depth first.
+    def fitting(self, *, max_depth: int, draft_nodes: int) -> list[int]:
+        """The first `draft_nodes` of the nodes within `max_depth`, listed depth first.
 
         In that order, the nodes that a path does not share with an earlier path follow one another.
         """
-        kept = [index for index, depth in enumerate(self.depths) if depth <= max_depth][:max_num_nodes]
+        kept = [index for index, depth in enumerate(self.depths) if depth <= max_depth][:draft_nodes]
         return kept if self.is_chain else sorted(kept, key=self.path_to)
 
 
@@ -118,8 +118,8 @@ def _no_tree(message: str) -> InvalidArgumentError:
     return InvalidArgumentError(message, field="parent_indices", reason="NO_DRAFT_TREE")
 
 
-def from_chains(chains: Iterable[Sequence[int]], max_num_nodes: int) -> DraftTree:
-    """Build a tree from chains, in their order, until the tree has `max_num_nodes` nodes.
+def from_chains(chains: Iterable[Sequence[int]], draft_nodes: int) -> DraftTree:
+    """Build a tree from chains, in their order, until the tree has `draft_nodes` nodes.
 
     Only the last chain that is used can be cut short; the chains after it are never read.
     """
@@ -128,16 +128,16 @@ def from_chains(chains: Iterable[Sequence[int]], max_num_nodes: int) -> DraftTre
     for chain in chains:
         parent = ANCHOR
         for token_id in chain:
-            if len(nodes) == max_num_nodes and (parent, token_id) not in nodes:
+            if len(nodes) == draft_nodes and (parent, token_id) not in nodes:
                 break
             parent = nodes.setdefault((parent, token_id), len(nodes))
-        if len(nodes) == max_num_nodes:
+        if len(nodes) == draft_nodes:
             break
     return DraftTree.of([token_id for _, token_id in nodes], [parent for parent, _ in nodes])
 
 
-def merge(trees: Sequence[DraftTree], max_num_nodes: int) -> tuple[DraftTree, list[list[int]]]:
-    """Merge several proposals into one tree of at most `max_num_nodes` nodes.
+def merge(trees: Sequence[DraftTree], draft_nodes: int) -> tuple[DraftTree, list[list[int]]]:
+    """Merge several proposals into one tree of at most `draft_nodes` nodes.
 
     The proposers take turns, one node each, in the order in which they sent their nodes, which should be
     best first. A node that the tree already has takes no room. A node that does not find room is left out,
@@ -152,7 +152,7 @@ def merge(trees: Sequence[DraftTree], max_num_nodes: int) -> tuple[DraftTree, li
     def place(parent: int | None, token_id: int) -> int | None:
         if parent is None:
             return None
-        if (parent, token_id) not in nodes and len(nodes) < max_num_nodes:
+        if (parent, token_id) not in nodes and len(nodes) < draft_nodes:
             nodes[parent, token_id] = len(nodes)
         return nodes.get((parent, token_id))
 

@@ -43,3 +43,9 @@ def adopt_request_id(request_id: str) -> None:
     """
     if request_id:
         REQUEST_ID.set(checked_request_id(request_id))
+
+
+def request_metadata() -> tuple[tuple[str, str], ...]:
+    """The metadata that names the current request in a call to another service; empty where there is none."""
+    request_id = REQUEST_ID.get()
+    return ((REQUEST_ID_METADATA, request_id),) if request_id else ()

@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from specdec.contract.errors import InternalError, SpecdecError, UnavailableError, log_defect
+from specdec.contract.request_id import REQUEST_ID
 from specdec.runtime.scheduler import Scheduler, WorkItem, num_tokens_of
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class _Submission(Generic[ItemT, ResultT]):
     loop: asyncio.AbstractEventLoop
     submitted_ns: int
     source: Hashable
+    request_id: str = field(default_factory=REQUEST_ID.get)
+    """Name of the request whose task submitted the item; empty: it has none."""
 
     @property
     def num_tokens(self) -> int:
@@ -219,7 +222,8 @@ class Engine(Generic[ItemT, ResultT]):
         # A defect must fail the batch and not the service. Native libraries raise a BaseException when they
         # panic, and a thread that has ended would leave every later item waiting for ever.
         except BaseException as error:
-            log_defect(logger, "engine step failed", error)
+            request_ids = sorted({submission.request_id for submission in batch} - {""})
+            log_defect(logger, "engine step failed", error, request_ids=request_ids)
             return [InternalError(f"The model pass failed: {type(error).__name__}: {error}")] * len(batch)
 
     def _deliver(

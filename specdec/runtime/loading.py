@@ -45,7 +45,7 @@ def load_causal_lm(
 
     Raises:
         NotFoundError: there is no such model.
-        InvalidArgumentError: it is no causal LM, its files are damaged, or the device is not there.
+        InvalidArgumentError: it is not a causal LM, its files are damaged, or the device is not there.
     """
     folder = resolve_model(model)
     import torch
@@ -109,7 +109,7 @@ def _check_is_causal_lm(folder: Path) -> None:
         raise InvalidArgumentError(f"{folder}/config.json cannot be used: {error}", field="model") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise InvalidArgumentError(
-            f"{folder} holds a {config.model_type!r} model, which is no causal LM; the services run "
+            f"{folder} holds a {config.model_type!r} model, which is not a causal LM; the services run "
             "models that AutoModelForCausalLM loads.",
             field="model",
         )

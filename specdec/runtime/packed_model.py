@@ -176,7 +176,7 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
         )
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise InvalidArgumentError(
-            f"{name}.forward takes no logits_to_keep: it is no causal LM this service can run.",
+            f"{name}.forward does not take logits_to_keep: it is not a causal LM that this service can run.",
             reason="UNSUPPORTED_MODEL",
         )
 

@@ -24,6 +24,7 @@ from specdec.contract.errors import (
     from_rpc_error,
     log_defect,
 )
+from specdec.contract.request_id import request_metadata
 from specdec.contract.target_state import (
     GENERATIONS,
     PROJECTED,
@@ -173,14 +174,14 @@ class MirroredState(StateSource):
             session_id=self._ref.session_id, projection_sha256=projection.info.sha256 if projection else ""
         )
         try:
-            async for chunk in self._stub.StreamTargetState(request):
+            async for chunk in self._stub.StreamTargetState(request, metadata=request_metadata()):
                 yield chunk
             return
         except grpc.aio.AioRpcError as error:
             if projection is None or from_rpc_error(error).reason != _UNKNOWN_PROJECTION:
                 raise
-        await self._stub.PutProjection(_projection_messages(projection))
-        async for chunk in self._stub.StreamTargetState(request):
+        await self._stub.PutProjection(_projection_messages(projection), metadata=request_metadata())
+        async for chunk in self._stub.StreamTargetState(request, metadata=request_metadata()):
             yield chunk
 
     def _store(self, chunk: pb.StreamTargetStateResponse) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from specdec.contract.errors import FailedPreconditionError, from_rpc_error
+from specdec.contract.request_id import request_metadata
 from specdec.state.source import Mappings
 from specdec.state.weights import TargetWeights, TargetWeightsRef
 from specdec.transport.channel import ServiceChannel
@@ -100,7 +101,9 @@ class VerifierPeers:
         if self._mappings is None:
             raise FailedPreconditionError("--target-state is stream", reason="STATE_NOT_MAPPED")
         try:
-            response = await self.stub(uri).GetTargetWeights(pb.GetTargetWeightsRequest())
+            response = await self.stub(uri).GetTargetWeights(
+                pb.GetTargetWeightsRequest(), metadata=request_metadata()
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
         ref = TargetWeightsRef.from_proto(response)

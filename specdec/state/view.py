@@ -60,7 +60,7 @@ class Projection:
         """
         if len(data) != num_projection_bytes(info):
             raise InvalidArgumentError(
-                f"{len(data)} bytes are no projection of {info.input_size} to {info.output_size}.",
+                f"{len(data)} bytes are not a projection of {info.input_size} to {info.output_size}.",
                 field="data",
             )
         flat = torch.frombuffer(data, dtype=dtype_of(info.dtype))

@@ -181,7 +181,7 @@ def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Targ
     """Embedding and LM head of a checkpoint; no other tensor is read.
 
     Raises:
-        InvalidArgumentError: no causal LM with safetensors weights.
+        InvalidArgumentError: the folder does not hold a causal LM with safetensors weights.
         NotFoundError: the checkpoint lacks a tensor.
     """
     config = AutoConfig.from_pretrained(folder)
@@ -189,7 +189,7 @@ def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Targ
         with torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise InvalidArgumentError(f"{folder} holds no causal LM: {error}", field="target") from error
+        raise InvalidArgumentError(f"{folder} does not hold a causal LM: {error}", field="target") from error
     input_module, head = _modules_of(skeleton)
     names = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     files = _files_by_tensor(folder)

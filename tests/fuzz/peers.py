@@ -16,7 +16,7 @@ from tests.state_probe import all_of
 
 ANSWER_S = 30.0
 """An answer that takes longer never comes."""
-NUM_DRAFT_TOKENS = 3
+DRAFT_DEPTH = 3
 
 
 class Peer:
@@ -174,7 +174,7 @@ class DraftPeer(Peer):
             )
             return drafter_pb2.DraftRequest(open=opening)
         message = drafter_pb2.DraftRound(
-            committed_token_ids=new, committed_length=len(token_ids), draft_depth=NUM_DRAFT_TOKENS
+            committed_token_ids=new, committed_length=len(token_ids), draft_depth=DRAFT_DEPTH
         )
         if followed.state is not None:
             message.target_state.CopyFrom(followed.state)
@@ -185,6 +185,6 @@ class DraftPeer(Peer):
         assert response.HasField("result") == self.is_opened
         self.is_opened = True
         draft = list(response.result.draft_token_ids)
-        assert len(draft) <= NUM_DRAFT_TOKENS
+        assert len(draft) <= DRAFT_DEPTH
         if self._drafter == "model":  # the target itself
             assert draft == self.world.expected[self._num_sent :][: len(draft)]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,6 +16,8 @@ from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+import drafter_service.service
+import verifier_service.service
 from gateway.callers import CallerLimits, TokenFile
 from gateway.config import GatewayConfig
 from gateway.server import GatewayServer
@@ -285,3 +288,44 @@ def test_a_token_is_not_sent_in_plain_text_to_another_host(
         AsyncClient(target)
     AsyncClient("127.0.0.1:50050")
     AsyncClient("unix:/tmp/gateway.sock")
+
+
+async def test_sessions_carry_a_key_of_their_caller_and_the_salt(
+    tiny_llama: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tokens, entry("of-alice", name="alice") + entry("of-bob", name="bob"))
+    opened: list[tuple[str, str]] = []
+    for service, name in (
+        (verifier_service.service, "_open_request"),
+        (drafter_service.service, "_open_draft"),
+    ):
+        read = getattr(service, name)
+
+        def note(message: Any, read: Any = read) -> Any:
+            opened.append((message.caller_key, message.cache_salt))
+            return read(message)
+
+        monkeypatch.setattr(service, name, note)
+    async with guarded(tiny_llama, tokens) as (gateway, gate):
+        gate.open()
+        for token, salt in (("of-alice", "a"), ("of-alice", ""), ("of-bob", "a")):
+            async with AsyncClient(gateway, token=token) as client:
+                await client.generate(PROMPT, replace(SHORT, method="gated", cache_salt=salt))
+    alice, alice_again, bob = (set(opened[index : index + 2]) for index in (0, 2, 4))
+    assert [{salt for _, salt in pair} for pair in (alice, alice_again, bob)] == [{"a"}, {""}, {"a"}]
+    (key,) = {key for pair in (alice, alice_again) for key, _ in pair}
+    (other,) = {key for key, _ in bob}
+    assert len(key) == 32, "it is set"
+    assert key != other
+    assert not {"alice", "bob"} & {key, other}
+
+
+async def test_a_long_salt_is_refused(tiny_llama: Path, tokens: Path) -> None:
+    async with (
+        guarded(tiny_llama, tokens) as (gateway, _),
+        AsyncClient(gateway, token="open-sesame") as client,
+    ):
+        await client.generate(PROMPT, replace(SHORT, cache_salt="s" * 256))
+        with pytest.raises(InvalidArgumentError, match="at most 256") as caught:
+            await client.generate(PROMPT, replace(SHORT, cache_salt="s" * 257))
+    assert caught.value.field == "cache_salt"

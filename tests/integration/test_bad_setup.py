@@ -98,7 +98,7 @@ SPOILED: dict[str, tuple[Spoil, type[SpecdecError], str]] = {
     "T5": (
         replace_model(lambda: AutoModelForSeq2SeqLM.from_config(T5)),
         InvalidArgumentError,
-        "no causal LM",
+        "not a causal LM",
     ),
     "BERT": (
         replace_model(lambda: AutoModel.from_config(BERT)),

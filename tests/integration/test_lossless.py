@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
@@ -68,6 +68,8 @@ async def generate(system: System, prompt: Sequence[int], **options: object) -> 
 async def test_greedy_equals_transformers_for_every_drafter(family: str, tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "target", family)
     noisy = save_tiny_model(tmp_path / "noisy", family, noise=0.05)
+    if family == PUBLISHED:
+        assert AutoConfig.from_pretrained(model).architectures == ["Gemma4ForConditionalGeneration"]
     drafters = ("ngram", "wrong", f"same=causal-lm:{model}", f"noisy=causal-lm:{noisy}")
     async with running_system(model, *drafters, families=TEST_FAMILIES) as system:
         for prompt in PROMPTS:

@@ -95,8 +95,7 @@ async def test_errors_of_the_model_services_carry_it(small: System) -> None:
     async with verify_stream(small.verifier_address) as stream:
         with pytest.raises(SpecdecError) as of_verifier:
             await stream.open(PROMPT, request_id="lost-9", max_new_tokens=0)
-    # An unknown drafter is refused before the session has a name of its own.
-    assert of_drafter.value.request_id
+    assert of_drafter.value.request_id == "lost-8"
     assert of_verifier.value.request_id == "lost-9"
 
 

@@ -538,10 +538,12 @@ LOGGING_SCRIPT = """
 import logging
 from opentelemetry.sdk.trace import TracerProvider
 from specdec.service.logs import setup_logging
+from specdec.contract.request_id import REQUEST_ID
 setup_logging("specdec-test", "info")
 log = logging.getLogger("here")
 log.debug("too quiet")
 log.info("plain é %s", 1, extra={"uri": "dns:///x"})
+REQUEST_ID.set("order-66")
 with TracerProvider().get_tracer("t").start_as_current_span("s") as span:
     log.warning("traced\\nover two lines")
     context = span.get_span_context()
@@ -563,7 +565,8 @@ def test_logs_are_one_json_object_per_line_with_trace_ids() -> None:
     assert plain["time"]
     assert (plain["level"], plain["logger"], plain["message"]) == ("INFO", "here", "plain é 1")
     assert (plain["service"], plain["uri"]) == ("specdec-test", "dns:///x")
-    assert "trace_id" not in plain
+    assert not {"trace_id", "request_id"} & plain.keys()
+    assert (traced["request_id"], failed["request_id"]) == ("order-66", "order-66")
     assert (traced["trace_id"], traced["span_id"]) == (trace_id, span_id)
     assert traced["message"] == "traced\nover two lines"
     assert "ValueError: broken" in failed["exc_info"]

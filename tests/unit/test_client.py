@@ -317,9 +317,9 @@ async def test_async_cancel_is_an_error_and_a_cancelled_task_is_not(gateway: Scr
 def test_unreachable_gateway_says_what_to_do() -> None:
     address = f"127.0.0.1:{free_ports(1)[0]}"
     with Client(address) as client, pytest.raises(UnavailableError, match=r"specdec up") as caught:
-        client.generate("Hi")
+        client.generate("Hi", GenerateOptions(request_id="order-66"))
     assert address in str(caught.value)
-    assert caught.value.reason == "GATEWAY_UNREACHABLE"
+    assert (caught.value.reason, caught.value.request_id) == ("GATEWAY_UNREACHABLE", "order-66")
 
 
 async def test_async_unreachable_gateway_says_what_to_do() -> None:

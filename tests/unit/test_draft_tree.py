@@ -63,15 +63,15 @@ def test_every_node_is_one_deeper_than_its_parent(tree: DraftTree) -> None:
 
 @given(trees, st.integers(0, 8), st.integers(0, 30))
 def test_what_fits_is_a_tree_of_the_same_guesses_depth_first(
-    tree: DraftTree, max_depth: int, max_num_nodes: int
+    tree: DraftTree, max_depth: int, draft_nodes: int
 ) -> None:
-    kept = tree.fitting(max_depth=max_depth, max_num_nodes=max_num_nodes)
+    kept = tree.fitting(max_depth=max_depth, draft_nodes=draft_nodes)
     fitting = tree.select(kept)
     shallow = {text for text in texts(tree) if len(text) <= max_depth}
-    assert len(fitting) == min(len(shallow), max_num_nodes)
+    assert len(fitting) == min(len(shallow), draft_nodes)
     assert texts(fitting) <= shallow
     assert fitting.depth <= max_depth
-    if len(shallow) <= max_num_nodes:
+    if len(shallow) <= draft_nodes:
         assert texts(fitting) == shallow
     leaves = set(range(len(fitting))) - set(fitting.parents)
     runs = sum(
@@ -81,10 +81,10 @@ def test_what_fits_is_a_tree_of_the_same_guesses_depth_first(
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=5), max_size=6), st.integers(0, 12))
-def test_chains_make_a_tree_the_first_ones_whole(chains: list[list[int]], max_num_nodes: int) -> None:
-    tree = from_chains(chains, max_num_nodes)
+def test_chains_make_a_tree_the_first_ones_whole(chains: list[list[int]], draft_nodes: int) -> None:
+    tree = from_chains(chains, draft_nodes)
     beginnings = [tuple(chain[: stop + 1]) for chain in chains for stop in range(len(chain))]
-    assert texts(tree) == set(list(dict.fromkeys(beginnings))[:max_num_nodes])
+    assert texts(tree) == set(list(dict.fromkeys(beginnings))[:draft_nodes])
 
 
 @given(st.lists(trees, max_size=4))
@@ -97,15 +97,15 @@ def test_a_merged_tree_has_every_guess_once_and_no_other(proposals: list[DraftTr
 
 @given(st.lists(trees, max_size=4), st.integers(0, 12))
 def test_a_merged_tree_keeps_to_its_budget_and_gives_every_proposer_its_share(
-    proposals: list[DraftTree], max_num_nodes: int
+    proposals: list[DraftTree], draft_nodes: int
 ) -> None:
-    merged, nodes = merge(proposals, max_num_nodes)
+    merged, nodes = merge(proposals, draft_nodes)
     everything, _ = merge(proposals, 1000)
-    assert len(merged) == min(max_num_nodes, len(everything))
+    assert len(merged) == min(draft_nodes, len(everything))
     assert texts(merged) <= texts(everything)
     for proposal, mine in zip(proposals, nodes, strict=True):
         assert len(mine) == len(set(mine)) <= len(proposal)
-        share = min(max_num_nodes // max(len(proposals), 1), len(proposal))
+        share = min(draft_nodes // max(len(proposals), 1), len(proposal))
         assert len(mine) >= share
         assert [merged.token_ids[node] for node in mine[:share]] == list(proposal.token_ids[:share])
 

@@ -233,7 +233,7 @@ class TestADraftTree:
     async def test_that_nobody_asked_for_is_refused(self) -> None:
         drafters = FakeDrafters([drafting(7, 8, parents=(-1, -1))])
         async with drafters.link() as link:
-            assert (await link.propose(ask(PROMPT, 2))).fallback_reason
+            assert "sent more than 0 tokens" in (await link.propose(ask(PROMPT, 2))).fallback_reason
 
 
 class TestASlowOpening:

@@ -18,6 +18,7 @@ from specdec.contract.errors import (
     SpecdecError,
     UnavailableError,
 )
+from specdec.contract.request_id import REQUEST_ID
 from specdec.runtime import scheduler
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 
@@ -284,3 +285,15 @@ async def test_the_engine_wakes_by_itself_when_nobody_comes_any_more(
     await asyncio.gather(sessions.run("lost"), sessions.run("other"))
     await sessions.run("other")
     assert sessions.batches[-1] == {"other"}
+
+
+async def test_the_log_names_the_requests_of_a_failed_step(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    engine: Engine[Item, str] = Engine(recorder.step)
+    REQUEST_ID.set("order-66")
+    recorder.gate.release()
+    with pytest.raises(InternalError):
+        await soon(engine.submit(Item("defect")))
+    engine.close()
+    (record,) = [record for record in caplog.records if record.message == "engine step failed"]
+    assert record.__dict__["request_ids"] == ["order-66"]

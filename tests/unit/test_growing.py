@@ -31,10 +31,10 @@ def worths(tree: DraftTree, places: list[Candidates]) -> list[float]:
 
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40))
 def test_the_best_paths_of_a_block_are_the_likeliest_of_all(
-    seed: int, num_places: int, num_candidates: int, max_num_nodes: int
+    seed: int, num_places: int, num_candidates: int, draft_nodes: int
 ) -> None:
     places = [candidates(Random(seed + place), num_candidates) for place in range(num_places)]
-    growing = GrowingTree(max_depth=num_places, max_num_nodes=max_num_nodes)
+    growing = GrowingTree(max_depth=num_places, draft_nodes=draft_nodes)
     found = worths(growing.best_paths(lambda path: places[len(path)]), places)
     everything = [
         sum(log_prob for log_prob, _ in path)
@@ -42,15 +42,15 @@ def test_the_best_paths_of_a_block_are_the_likeliest_of_all(
         for path in product(*places[:length])
     ]
     assert found == sorted(found, reverse=True)
-    assert found == pytest.approx(sorted(everything, reverse=True)[:max_num_nodes])
+    assert found == pytest.approx(sorted(everything, reverse=True)[:draft_nodes])
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 40))
 def test_a_grown_tree_keeps_to_its_limits_and_has_the_likeliest_it_saw(
-    seed: int, max_depth: int, max_num_nodes: int
+    seed: int, max_depth: int, draft_nodes: int
 ) -> None:
     random = Random(seed)
-    growing = GrowingTree(max_depth=max_depth, max_num_nodes=max_num_nodes)
+    growing = GrowingTree(max_depth=max_depth, draft_nodes=draft_nodes)
     seen: dict[tuple[int, ...], float] = {(): 0.0}
     for _ in range(max_depth):
         frontier = growing.frontier()
@@ -62,19 +62,19 @@ def test_a_grown_tree_keeps_to_its_limits_and_has_the_likeliest_it_saw(
             seen |= {(*path, token_id): seen[path] + log_prob for log_prob, token_id in found}
     tree = growing.tree()
     paths = [tuple(tree.token_ids[node] for node in tree.path_to(index)) for index in range(len(tree))]
-    best = sorted((log_prob for path, log_prob in seen.items() if path), reverse=True)[:max_num_nodes]
+    best = sorted((log_prob for path, log_prob in seen.items() if path), reverse=True)[:draft_nodes]
     assert [seen[path] for path in paths] == best
     assert tree.depth <= max_depth
 
 
 def test_unlikely_tokens_follow_nothing_but_the_first_is_there_in_any_case() -> None:
     sure, unsure = (math.log(0.8), 1), (math.log(0.1), 2)
-    growing = GrowingTree(max_depth=3, max_num_nodes=9, min_confidence=0.5)
+    growing = GrowingTree(max_depth=3, draft_nodes=9, min_confidence=0.5)
     growing.expand(-1, [sure, unsure])
     growing.expand(0, [unsure])
     assert growing.tree() == DraftTree((1,))
     places = [[unsure, unsure], [sure], []]
-    by_place = GrowingTree(max_depth=3, max_num_nodes=9, min_confidence=0.5)
+    by_place = GrowingTree(max_depth=3, draft_nodes=9, min_confidence=0.5)
     assert by_place.best_paths(lambda path: places[len(path)]) == DraftTree((2, 1))
-    unlikely = GrowingTree(max_depth=3, max_num_nodes=9)
+    unlikely = GrowingTree(max_depth=3, draft_nodes=9)
     assert unlikely.best_paths(lambda path: [sure, unsure], least_probability=0.6) == DraftTree((1, 1))

@@ -37,12 +37,12 @@ class Source:
         return self.draft
 
 
-def merged(*sources: Source, max_num_nodes: int = 8) -> MergedDrafts:
+def merged(*sources: Source, draft_nodes: int = 8) -> MergedDrafts:
     """Sources named a, b, ..., which draft at most 2, 3, ... tokens."""
     named = [
         NamedSource(name, one, 2 + at) for at, (name, one) in enumerate(zip("abc", sources, strict=False))
     ]
-    return MergedDrafts(named, max_num_nodes)
+    return MergedDrafts(named, draft_nodes)
 
 
 async def test_proposals_become_one_tree() -> None:
@@ -67,7 +67,7 @@ async def test_each_is_asked_for_what_it_can_and_trees_only_where_they_are_wante
 
 async def test_the_budget_is_shared() -> None:
     sources = Source(Draft((1, 2, 3))), Source(Draft((4, 5, 6)))
-    draft = await merged(*sources, max_num_nodes=4).propose(ask(4))
+    draft = await merged(*sources, draft_nodes=4).propose(ask(4))
     assert (draft.token_ids, draft.parent_indices) == ((1, 4, 2, 5), (-1, -1, 0, 1))
     draft = await merged(*sources).propose(ask(4, 3))
     assert (draft.token_ids, draft.parent_indices) == ((1, 4, 2), (-1, -1, 0))

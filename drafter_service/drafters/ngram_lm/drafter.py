@@ -62,7 +62,7 @@ class NgramLmSession(NgramSession):
         self.index()
         tree = GrowingTree(
             max_depth=draft_depth,
-            max_num_nodes=draft_nodes,
+            draft_nodes=draft_nodes,
             min_confidence=self.min_draft_confidence,
         )
         return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
