@@ -9,10 +9,10 @@ from typing import Self
 
 import pytest
 import pytest_asyncio
-from gateway.replicas.replicas import Replica
 
 from gateway.replicas import failover
 from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
+from gateway.replicas.replica import Replica
 from gateway.rounds.vocabulary import Verified
 from specdec.contract.errors import (
     FailedPreconditionError,
