@@ -131,7 +131,7 @@ class FakeDrafters:
         return self.sessions[-1]
 
     def link(
-        self, *, timeout_s: float = 30.0, open_timeout_s: float = 30.0, retry_s: float = NEVER_S
+        self, *, timeout_s: float = 30.0, open_timeout_s: float = NEVER_S, retry_s: float = NEVER_S
     ) -> DraftLink:
         return DraftLink(
             self.connect,
@@ -155,6 +155,11 @@ async def no_stray_tasks() -> AsyncIterator[None]:
 
 
 pytestmark = pytest.mark.usefixtures("no_stray_tasks")
+
+
+def soon() -> asyncio.Timeout:
+    """Around what must not wait for anything that hangs."""
+    return asyncio.timeout(5)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -384,7 +389,7 @@ class TestALongFirstDraft:
                 cancelled.set()
 
         drafters = FakeDrafters([forever])
-        async with drafters.link(timeout_s=0.02) as link:
+        async with soon(), drafters.link(timeout_s=0.02) as link:
             await link.propose(ask(PROMPT, 2))
             assert not cancelled.is_set()
         assert cancelled.is_set()
@@ -605,7 +610,7 @@ class TestLeaving:
     async def test_while_opening(self) -> None:
         drafters = FakeDrafters()
         drafters.may_open.clear()
-        async with drafters.link():
+        async with soon(), drafters.link():
             await until(lambda: drafters.num_attempts == 1)
         assert drafters.num_cancelled == 1
 
@@ -649,7 +654,8 @@ class TestLeaving:
         await until(lambda: bool(drafters.sessions and drafters.sessions[0].rounds))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await task
+            async with soon():
+                await task
         drafters.assert_all_closed_once()
 
     async def test_when_the_request_is_cancelled_while_opening(self) -> None:
@@ -664,6 +670,7 @@ class TestLeaving:
         await until(lambda: drafters.num_attempts == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await task
+            async with soon():
+                await task
         assert drafters.num_cancelled == 1
         assert not drafters.sessions
