@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
 import pytest
 
 from gateway.replicas.names import resolve_name
@@ -55,8 +56,11 @@ async def test_replicas_follow_the_addresses_of_a_name(tiny_llama: Path) -> None
             await first.host.stop(0)
             await eventually(lambda: ready(verifiers) == {two})
             assert verifiers.pick().uri == two
+            (left,) = [replica for replica in verifiers.replicas if replica.uri == one]
+            channel = left.channel
             names.addresses = (two,)
             await eventually(lambda: [replica.uri for replica in verifiers.replicas] == [two])
+            await eventually(lambda: channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN)
             # A name server that fails takes nothing away.
             names.addresses = None
             await names.asked_again()

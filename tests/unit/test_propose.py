@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,16 @@ from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
 from drafter_service.drafters.mtp.checkpoint import Assistant
 from drafter_service.drafters.mtp.drafter import MtpDrafter
+from drafter_service.families import load_drafters
 from drafter_service.host import DrafterHost
 from specdec.contract.draft_tree import DraftTree
-from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError, SpecdecError
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    SpecdecError,
+    UnavailableError,
+)
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import (
     LAST_HIDDEN,
@@ -181,6 +189,68 @@ async def test_tokens_a_drafter_lacks_are_refused_at_the_opening(drafter: Drafte
     with pytest.raises(InvalidArgumentError, match=r"committed_token_ids\[1\]"):
         await host.open(drafter, OpenDraft((1, VOCAB_SIZE), 2, 8)).__aenter__()
     assert host.num_sessions == 0
+    host.close()
+
+
+def test_memory_is_as_many_mib_as_the_configuration_says(tiny_llama: Path, tmp_path: Path) -> None:
+    own = dflash(tmp_path)
+    drafters = (f"dflash:{tmp_path / 'dflash'}", f"causal-lm:{tiny_llama}")
+    loaded = load_drafters(DrafterConfig(drafter=drafters, dtype="float32", kv_cache_mib=1.0))
+    pools = [drafter.kv_pool for drafter in (own, *loaded.values())]
+    by_hand, of_dflash, of_causal_lm = [pool.capacity_tokens for pool in pools if pool]
+    assert of_dflash == by_hand
+    assert of_causal_lm == 2**20 // 512, "2 heads of 8 keys and values in 4 layers, four bytes each"
+
+
+class Reader:
+    """Hands out states of targets that note whether they were closed, or fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.num_open = 0
+
+    def open(self, spec: TargetStateSpec, max_length: int, projection: object) -> Any:
+        if self.error:
+            raise self.error
+        self.num_open += 1
+        return self
+
+    async def close(self) -> None:
+        self.num_open -= 1
+
+
+@pytest.mark.parametrize("drafter", [dflash], indirect=True)
+async def test_a_session_gives_everything_back_whatever_fails(
+    drafter: Drafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = drafter.kv_pool
+    assert pool
+    request = OpenDraft(PROMPT, len(PROMPT), 40)
+
+    async def failing_session(host: DrafterHost) -> None:
+        async with host.open(drafter, request):
+            assert (reader.num_open, host.num_sessions) == (1, 1)
+            assert pool.free_tokens < pool.capacity_tokens
+            raise UnavailableError("gone")
+
+    for reader in (Reader(), Reader(UnavailableError("gone"))):
+        host = DrafterHost({"it": drafter}, DrafterConfig(), reader=reader)  # type: ignore[arg-type]
+        with pytest.raises(UnavailableError):
+            await failing_session(host)
+        assert (reader.num_open, host.num_sessions) == (0, 0)
+        assert pool.free_tokens == pool.capacity_tokens
+        host.close()
+
+    def close(session: DraftSession) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(drafter, "close", close)
+    reader = Reader()
+    host = DrafterHost({"it": drafter}, DrafterConfig(), reader=reader)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a defect"):
+        async with host.open(drafter, request):
+            assert reader.num_open == 1
+    assert (reader.num_open, host.num_sessions) == (0, 0)
     host.close()
 
 

@@ -143,6 +143,7 @@ def test_a_clock_that_runs_apart_gives_no_negative_time() -> None:
 def test_gateway_time_is_what_neither_side_used() -> None:
     hour_ns = 3600 * 10**9
     assert tally_of(PREFILL, make_round(1, 0, verify_ns=(1, hour_ns))).gateway_ns == 0
+    assert tally_of(PREFILL, make_round(1, 0, draft_ns=(1, hour_ns))).gateway_ns == 0
     assert tally_of(PREFILL, make_round(1, 0)).gateway_ns > 0
 
 
