@@ -289,8 +289,8 @@ def test_the_default_depth_has_an_old_key(keys: dict[str, int], expected: int, t
         save_tiny_dflash(tmp_path / "muse"), tmp_path / "z-lab", dflash_config=config | keys
     )
     checkpoint = DFlashCheckpoint.load(str(folder), dtype="float32", device="cpu")
-    info = DFlashDrafter("d", checkpoint, kv_budget_bytes=2**20, max_draft_depth=16).info
-    assert (info.max_draft_depth, info.default_draft_depth) == (K, expected)
+    traits = DFlashDrafter("d", checkpoint, kv_budget_bytes=2**20, max_draft_depth=16).traits
+    assert (traits.max_draft_depth, traits.default_draft_depth) == (K, expected)
 
 
 @pytest.mark.parametrize("causal", [None, False])
