@@ -216,7 +216,7 @@ def wrong_puts() -> dict[str, tuple[Sequence[pb.PutProjectionRequest], str]]:
         "nothing": ((), "No projection was sent"),
         "other weights": (messages(info, flipped), "not those its checksum names"),
         "other epsilon": (messages(other_epsilon, data), "No session here"),
-        "too little": (messages(info, data[:-1]), "bytes are no projection"),
+        "too little": (messages(info, data[:-1]), "bytes are not a projection"),
         "too much": (messages(info, data, b"\0"), "more data"),
         "of no session": (messages(of_sizes(32, 32), b"data"), "No session here"),
         "no such type": (messages(of_sizes(32, 32, "float31")), "No session here"),

@@ -57,6 +57,6 @@ async def test_a_silent_peer_is_given_the_idle_time_and_no_more() -> None:
 
 async def test_a_peer_that_does_not_read_is_given_the_write_time_and_no_more() -> None:
     context: Any = Context()
-    with pytest.raises(DeadlineExceededError, match=r"not been read for 0\.05 s") as raised:
+    with pytest.raises(DeadlineExceededError, match=r"did not read a message for 0\.05 s") as raised:
         await send(context, "message", 0.05)
     assert raised.value.reason == "NOT_READ"

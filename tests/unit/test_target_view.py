@@ -61,7 +61,7 @@ def test_wrong_projections_are_refused() -> None:
         with pytest.raises(InvalidArgumentError, match="of one type"):
             Projection(wrong_fc, wrong_norm, 1e-6)
     info = Projection(fc, norm, 1e-6).info
-    with pytest.raises(InvalidArgumentError, match="are no projection"):
+    with pytest.raises(InvalidArgumentError, match="are not a projection"):
         Projection.from_bytes(info, bytearray(143))
     with pytest.raises(InvalidArgumentError, match="checksum"):
         Projection.from_bytes(info, bytearray(b"\1" + bytes(143)))
