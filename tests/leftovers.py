@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 WAIT_S = 20.0
 """gRPC closes connections, and asyncio ends threads, a moment after it was told to."""
+
+_LOOK_S = 0.02
 
 _FOREIGN_THREAD = re.compile(r"tqdm_monitor|(Thread|ThreadPoolExecutor|Dummy)-\d|asyncio_\d")
 """What libraries call the threads that they start when they need one, and keep."""
@@ -42,12 +45,27 @@ def nothing_left(*folders: Path) -> Iterator[None]:
     """
     before = held(*folders)
     yield
+    for _ in _looks(before, folders):
+        time.sleep(_LOOK_S)
+
+
+@asynccontextmanager
+async def nothing_left_behind(*folders: Path) -> AsyncIterator[None]:
+    """The same on an event loop, which goes on meanwhile: what is closed there may need it to end."""
+    before = held(*folders)
+    yield
+    for _ in _looks(before, folders):
+        await asyncio.sleep(_LOOK_S)
+
+
+def _looks(before: Counter[str], folders: Sequence[Path]) -> Iterator[None]:
+    """A pause before each further look, until nothing is left or the time is over."""
     deadline = time.monotonic() + WAIT_S
     while left := held(*folders) - before:
         if time.monotonic() > deadline:
             raise AssertionError(f"left behind: {', '.join(sorted(left.elements()))}")
         gc.collect()  # what only a traceback keeps alive is no leftover
-        time.sleep(0.02)
+        yield
 
 
 def _descriptors() -> Iterator[str]:

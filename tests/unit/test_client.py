@@ -41,7 +41,7 @@ from specdec.local.state_file import SystemState, write_state
 from specdec.transport.channel import TlsConfig
 from specdec.transport.tls import PemFiles, server_credentials
 from tests.certificates import Authority, Folder
-from tests.leftovers import nothing_left
+from tests.leftovers import nothing_left, nothing_left_behind
 from tests.unit.scripted_gateway import (
     TRACE_ID,
     Responses,
@@ -521,7 +521,7 @@ def test_a_closed_client_has_no_connection(gateway: ScriptedGateway) -> None:
 
 
 async def test_a_closed_asyncio_client_has_no_connection(gateway: ScriptedGateway) -> None:
-    with nothing_left():
+    async with nothing_left_behind():
         async with AsyncClient(gateway.address) as client:
             await client.generate("Hi")
         assert gateway.address in repr(client)

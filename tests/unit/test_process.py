@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.host import ServiceHost
 from specdec.service.process import run_service
-from tests.leftovers import nothing_left
+from tests.leftovers import nothing_left_behind
 from tests.raw_streams import until
 
 SERVICE = "specdec.v1.TestService"
@@ -75,7 +75,7 @@ async def watching(service: Service) -> AsyncIterator[Callable[[], Awaitable[int
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_in_a_drain_and_frees_what_was_loaded(number: signal.Signals) -> None:
-    with nothing_left():
+    async with nothing_left_behind():
         service = Service()
         running = asyncio.ensure_future(service.run())
         async with watching(service) as next_status:
@@ -90,7 +90,7 @@ async def test_a_signal_ends_in_a_drain_and_frees_what_was_loaded(number: signal
 
 
 async def test_a_signal_while_it_loads_frees_what_was_loaded_so_far() -> None:
-    with nothing_left():
+    async with nothing_left_behind():
         service = Service()
         running = asyncio.ensure_future(service.run())
         async with watching(service) as next_status:
@@ -102,7 +102,7 @@ async def test_a_signal_while_it_loads_frees_what_was_loaded_so_far() -> None:
 
 @pytest.mark.parametrize("defect", [InvalidArgumentError("no such model"), KeyError("weight")])
 async def test_a_load_that_fails_is_raised_once_all_is_freed(defect: Exception) -> None:
-    with nothing_left():
+    async with nothing_left_behind():
         service = Service()
         service.defect = defect
         service.may_load.set()

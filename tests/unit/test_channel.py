@@ -1,0 +1,103 @@
+"""Channels: what their times mean, what becomes of calls when certificates change, what is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from specdec.transport import channel
+from specdec.transport.channel import ServiceChannel, client_options, server_options
+from specdec.transport.tls import OutgoingTls, PemFiles, server_credentials
+from specdec.v1 import gateway_pb2, gateway_pb2_grpc
+from tests.certificates import Authority, Folder, replace
+from tests.leftovers import nothing_left_behind
+from tests.raw_streams import until
+from tests.unit.scripted_gateway import (
+    Responses,
+    ScriptedGateway,
+    chunk,
+    finished,
+    hang,
+    serving,
+    started,
+    token,
+)
+
+
+@pytest.mark.parametrize("options", [client_options("dns:///host:1"), server_options()])
+def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
+    """Each within what an operator would call right; a second taken for a millisecond is not."""
+    right_s = {
+        "grpc.keepalive_time_ms": (10, 60),
+        "grpc.keepalive_timeout_ms": (5, 30),
+        "grpc.initial_reconnect_backoff_ms": (0.05, 1),
+        "grpc.max_reconnect_backoff_ms": (1, 5),
+        "grpc.http2.min_ping_interval_without_data_ms": (5, 30),
+        "grpc.max_connection_age_ms": (600, 7200),
+    }
+    times = {name: value / 1000 for name, value in options if name.endswith("_ms")}
+    assert times
+    for name, value_s in times.items():
+        least, most = right_s[name]
+        assert least <= value_s <= most, name
+
+
+def generate(connection: grpc.aio.Channel) -> Any:
+    return gateway_pb2_grpc.GatewayServiceStub(connection).Generate(gateway_pb2.GenerateRequest(text="Hi"))
+
+
+async def test_closing_ends_calls_and_connections() -> None:
+    with serving() as gateway:
+        gateway.script = hang
+        async with nothing_left_behind():
+            connection = ServiceChannel(gateway.address)
+            call = generate(connection.current())
+            assert (await call.read()).HasField("started")
+            await connection.close()
+            assert call.cancelled()
+            del call  # a call holds its connection
+        assert await asyncio.to_thread(gateway.ended.wait, 10)
+
+
+async def test_calls_go_on_when_certificates_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait_for_the_end(gateway: ScriptedGateway, *_: object) -> Responses:
+        yield started()
+        assert gateway.ended.wait(20)
+        yield chunk(token(11, "Hello"))
+        yield finished()
+
+    monkeypatch.setattr(channel, "_RETIRE_AFTER_S", 0.0)
+    authority = Authority()
+    files = Folder(tmp_path).write(authority.issue(), authority).path
+    credentials = server_credentials(PemFiles(None, files / "key.pem", files / "cert.pem"))
+    with serving(credentials) as gateway:
+        gateway.script = wait_for_the_end
+        async with nothing_left_behind():
+            connection = ServiceChannel(gateway.address, tls=OutgoingTls(PemFiles(files / "ca.pem")))
+            old = connection.current()
+            under_way = generate(old)
+            await under_way.read()
+            replace(files / "ca.pem", authority.pem + Authority("another").pem)
+            assert connection.current() is not old
+            assert connection.current() is connection.current()
+            await until(partial(is_closing, old))
+            gateway.ended.set()
+            assert (await under_way.read()).HasField("chunk")
+            assert (await under_way.read()).HasField("finished")
+            assert [message async for message in generate(connection.current())][-1].HasField("finished")
+            await connection.close()
+            del old, under_way  # a call holds its connection
+
+
+def is_closing(connection: grpc.aio.Channel) -> bool:
+    """Whether it takes no more calls."""
+    try:
+        generate(connection).cancel()
+    except grpc.aio.UsageError:
+        return True
+    return False
