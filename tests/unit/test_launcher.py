@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -28,13 +30,13 @@ from specdec.local.state_file import (
     state_dir,
     write_state,
 )
-from specdec.local.supervisor import RestartPolicy, Supervisor
+from specdec.local.supervisor import RestartPolicy, Supervisor, _Record
 from specdec.local.up import run_detached, stop_running
 
 NAMES = ("gateway", "drafter", "verifier")
 
 FAKE_SERVICE = """
-import signal, sys, threading
+import signal, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -51,6 +53,9 @@ server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
 health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
 server.add_insecure_port(address)
 server.start()
+if mode == "stubborn":
+    child = subprocess.Popen(["sleep", "600"])
+    print(f"child {child.pid}", flush=True)
 stopped = threading.Event()
 def stop(*_):
     with open(journal, "a") as file:
@@ -186,8 +191,23 @@ def test_a_start_can_be_given_up(fakes: Fakes) -> None:
 def test_a_service_that_ignores_the_signal_is_killed(fakes: Fakes) -> None:
     group = fakes.group(drafter="stubborn")
     group.start()
+    child = int((fakes.logs / "drafter.log").read_text().rpartition("child ")[2].split()[0])
+    assert psutil.pid_exists(child)
     group.stop(grace_s=0.5)
     assert [service.exit_code for service in group.services] == [0, -signal.SIGKILL, 0]
+    eventually(lambda: not psutil.pid_exists(child))
+
+
+def test_restarts_wait_longer_after_every_quick_death() -> None:
+    service: Any = SimpleNamespace(started_at=0.0)
+    record, policy, now = _Record(service), RestartPolicy(), 100.0
+    delays_s = []
+    for lived_s in (1, 1, 59, 1, 1, 1, 1, 60, 1):
+        service.started_at, now = now, now + lived_s
+        record.note_death(now, policy)
+        assert record.restart_at is not None
+        delays_s.append(record.restart_at - now)
+    assert delays_s == [0.5, 1, 2, 4, 8, 10, 10, 0.5, 0.5]
 
 
 def test_a_killed_service_is_started_again_on_its_address(fakes: Fakes) -> None:
@@ -230,6 +250,8 @@ def test_services_do_not_outlive_a_killed_supervisor(fakes: Fakes, state: Path) 
         running = read_live_state()
         assert running is not None
         supervisor.kill()
+        # Nobody has taken note of its death yet: what is left of it is a zombie.
+        eventually(lambda: not running.is_alive)
     eventually(lambda: not any(psutil.pid_exists(pid) for pid in running.pids.values()))
     assert (state / "system.json").exists()
     assert read_live_state() is None
