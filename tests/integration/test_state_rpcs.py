@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -235,6 +236,30 @@ async def test_a_projection_that_is_not_what_it_says_is_refused(name: str, metho
     assert verifier is not None
     with pytest.raises(NotFoundError):
         verifier.export.projection("0" * 64)
+
+
+@shared
+async def test_one_projection_is_received_at_a_time(methods: Methods) -> None:
+    read: list[str] = []
+    may_end = asyncio.Event()
+
+    async def upload(name: str) -> AsyncIterator[pb.PutProjectionRequest]:
+        description, data = messages(PROJECTION.info, PROJECTION.to_bytes())
+        yield description
+        read.append(name)
+        await may_end.wait()
+        yield data
+
+    async with state_session(methods.address, PROMPT, SPEC):
+        put = methods.server.servicer.PutProjection
+        puts = [asyncio.ensure_future(put(upload(name), None)) for name in ("first", "second")]  # type: ignore[arg-type]
+        await until(lambda: read == ["first"])
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert read == ["first"]
+        may_end.set()
+        await asyncio.gather(*puts)
+        assert read == ["first", "second"]
 
 
 async def test_the_projection_not_used_for_longest_is_forgotten(tiny_llama: Path, tmp_path: Path) -> None:

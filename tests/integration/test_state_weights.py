@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec.client import GenerateOptions
+from specdec.contract.errors import UnavailableError
 from specdec.contract.target_state import TargetStateSpec
+from specdec.local.processes import free_ports
+from specdec.state.reader import StateReader
 from specdec.state.weights import TargetWeights
-from tests.state_probe import ProbeSession, StateProbe
+from tests.state_probe import ProbeSession, StateProbe, state_reader, state_session
 from tests.systems import running_system, running_verifier
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
@@ -82,6 +86,34 @@ async def test_first_rounds_at_once_map_the_weights_once(tiny_llama: Path, tmp_p
         assert len({answer.token_ids for answer in await asyncio.gather(*answers)}) == 1
     assert len(seen.weights) > 10
     assert len({id(weights) for weights in seen.weights}) == 1
+
+
+async def test_another_verifier_at_the_address_has_its_own_weights(
+    tiny_llama: Path, noisy_llama: Path, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    spec, read = TargetStateSpec(last_hidden_state=True), []
+    async with state_reader("handle", tmp_path) as reader:
+        for model in (tiny_llama, noisy_llama):
+            session = reader.open(spec, 64)
+            async with running_verifier(model, listen=address, shared_dir=str(tmp_path)):
+                read.append(await weights_of(reader, address))
+                async with state_session(address, PROMPT, spec) as (_, ref):
+                    await session.view(ref)
+                    assert await reader.weights(address) is read[-1]
+            await session.close()
+    for weights, model in zip(read, (tiny_llama, noisy_llama), strict=True):
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        assert torch.equal(weights.lm_head, reference.lm_head.weight)
+
+
+async def weights_of(reader: StateReader, address: str) -> TargetWeights:
+    """The weights, as soon as the reader has found that somebody listens at the address again."""
+    async with asyncio.timeout(20):
+        while True:
+            with suppress(UnavailableError):
+                return await reader.weights(address)
+            await asyncio.sleep(0.02)
 
 
 async def test_a_drafter_that_can_get_none_says_how_it_could(tiny_llama: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec.contract.sampling import SamplingParams
+from specdec.runtime.kv_pool import KvAllocation
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import output_of, run_session, tokens_of, until, verify_stream
 from tests.systems import running_verifier
@@ -35,13 +37,17 @@ SAMPLINGS = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def address(tiny_llama: Path) -> AsyncIterator[str]:
-    """A verifier's address; its pool must be whole when the module is done."""
+    """A verifier's address; when the module is done its pool must be whole, and no session remembered."""
+    num_allocations = sum(type(thing) is KvAllocation for thing in gc.get_objects())
     async with running_verifier(tiny_llama) as (address, server):
         yield address
         verifier = server.servicer.verifier
         assert verifier is not None
         await until(lambda: verifier.num_sessions == 0)
         assert verifier.pool.free_tokens == verifier.pool.capacity_tokens
+        gc.collect()
+        # The last pass is kept until the next one.
+        assert sum(type(thing) is KvAllocation for thing in gc.get_objects()) <= num_allocations + 1
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from specdec.runtime.memory import SharedDirectory, SharedHostMemory
 from specdec.state.mapped_file import MappedFile
 from specdec.state.mirror import MirrorBudget, MirroredState
 from specdec.state.reader import ReaderConfig, StateReader
+from specdec.v1 import target_state_pb2 as pb
 
 SPEC = TargetStateSpec(last_hidden_state=True)
 CPU = torch.device("cpu")
@@ -25,8 +27,8 @@ def ref_of(*shape: int, num_blocks: int = 2) -> TargetStateRef:
     return TargetStateRef("id", "127.0.0.1:1", 1, 0, tensors, tuple(range(num_blocks)), 64)
 
 
-def mirror(budget: MirrorBudget, ref: TargetStateRef, max_length: int) -> MirroredState:
-    stub: Any = None  # nothing is streamed before the first await
+def mirror(budget: MirrorBudget, ref: TargetStateRef, max_length: int, stub: Any = None) -> MirroredState:
+    # Nothing is streamed before the first await.
     return MirroredState(stub, budget, ref, SPEC, max_length, device=CPU, projection=None, is_projected=False)
 
 
@@ -44,6 +46,57 @@ async def test_a_mirror_that_cannot_be_made_takes_nothing(extent: int) -> None:
     with pytest.raises(ResourceExhaustedError):
         mirror(budget, ref_of(1000, extent), max_length=100)
     assert budget.num_used == 0
+
+
+class Streaming:
+    """A verifier that streams these chunks, as its stub."""
+
+    def __init__(self, *chunks: pb.StreamTargetStateResponse) -> None:
+        self._chunks = chunks
+
+    async def StreamTargetState(  # noqa: N802
+        self, _request: object, **_options: object
+    ) -> AsyncIterator[pb.StreamTargetStateResponse]:
+        for chunk in self._chunks:
+            yield chunk
+        await asyncio.Event().wait()
+
+
+def chunk(start: int, num_positions: int, **num_bytes: int) -> pb.StreamTargetStateResponse:
+    """Rows of 32 bytes, the number of their first position in each; or so many bytes of each tensor."""
+    sizes = num_bytes or {"last_hidden": 32 * num_positions}
+    rows = [pb.TensorRows(name=name, data=bytes([start]) * size) for name, size in sizes.items()]
+    return pb.StreamTargetStateResponse(start_position=start, num_positions=num_positions, tensors=rows)
+
+
+FIRST = chunk(0, 10)
+WRONG_CHUNKS = {
+    "again": chunk(0, 10),
+    "from before": chunk(9, 10),
+    "a gap": chunk(11, 10),
+    "past the session's blocks": chunk(10, 119),
+    "too few bytes": chunk(10, 1, last_hidden=31),
+    "too many bytes": chunk(10, 1, last_hidden=33),
+    "another tensor": chunk(10, 1, last=32),
+    "one tensor more": chunk(10, 1, last_hidden=32, hidden=32),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CHUNKS)
+async def test_state_that_was_not_asked_for_is_not_stored(wrong: str) -> None:
+    state = mirror(MirrorBudget(2**20), ref_of(1000, 8), 128, Streaming(FIRST, WRONG_CHUNKS[wrong]))
+    with pytest.raises(UnavailableError) as raised:
+        await asyncio.wait_for(state.view(128), 10)
+    assert raised.value.reason == "BAD_STATE"
+    assert state.length == 10
+    await state.close()
+
+
+async def test_state_is_stored_to_the_last_position_of_the_sessions_blocks() -> None:
+    state = mirror(MirrorBudget(2**20), ref_of(1000, 8), 128, Streaming(FIRST, chunk(10, 118)))
+    view = await asyncio.wait_for(state.view(128), 10)
+    assert view.last_hidden().view(torch.uint8)[:, 0].tolist() == [0] * 10 + [10] * 118
+    await state.close()
 
 
 def num_descriptors() -> int:
