@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 import pytest_asyncio
 import torch
@@ -182,3 +183,9 @@ async def test_the_models_context_ends_a_session_like_max_new_tokens(address: st
     results = await run_session(address, prompt, max_new_tokens=100, ignore_eos=True)
     assert len(results) == 512 - 508
     assert results[-1].finish_reason == verifier_pb2.FINISH_REASON_LENGTH
+
+
+async def test_a_stream_that_ends_before_it_is_opened_is_no_error(address: str) -> None:
+    async with verify_stream(address) as stream:
+        await stream.call.done_writing()
+        assert await stream.call.code() is grpc.StatusCode.OK

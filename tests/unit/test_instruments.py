@@ -8,7 +8,7 @@ from opentelemetry.sdk.metrics import ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 
 from specdec.service.exporters import make_telemetry
-from specdec.service.instruments import Counter
+from specdec.service.instruments import Counter, EngineMetrics
 
 
 def collected(reader: InMemoryMetricReader) -> dict[tuple[object, ...], float]:
@@ -55,3 +55,19 @@ def test_another_number_of_label_values_is_a_defect() -> None:
     counter = Counter(make_telemetry("test").meter, "n", "a", unit="1")
     with pytest.raises(AssertionError):
         counter.add(1)
+
+
+def test_steps_are_measured_in_items_tokens_and_seconds() -> None:
+    reader = InMemoryMetricReader()
+    engine = EngineMetrics(make_telemetry("test", metric_reader=reader).meter, "test")
+    engine.add_step(3, 40, 250_000_000)
+    engine.add_step(1, 8, 1_500_000_000)
+    data = reader.get_metrics_data()
+    assert data
+    metrics = data.resource_metrics[0].scope_metrics[0].metrics
+    sums = {metric.name: (metric.unit, metric.data.data_points[0].sum) for metric in metrics}  # type: ignore[union-attr]
+    assert sums == {
+        "test.batch_size": ("{item}", 4),
+        "test.batch_tokens": ("{token}", 48),
+        "test.step_duration": ("s", 1.75),
+    }
