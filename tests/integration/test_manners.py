@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -46,8 +47,9 @@ from specdec.v1 import (
     verifier_pb2_grpc,
 )
 from tests.certificates import Authority, Folder
-from tests.integration.gated_drafter import WAIT_S, eventually, gated_system
+from tests.integration.gated_drafter import WAIT_S, eventually, eventually_offers, gated_system
 from tests.raw_streams import draft_stream, verify_stream
+from tests.state_probe import StateProbe, all_of
 from tests.systems import ANY_PORT, System, running_drafter, running_gateway, running_system, running_verifier
 from verifier_service.config import VerifierConfig
 from verifier_service.server import VerifierServer
@@ -265,6 +267,34 @@ class TestDrain:
             for server in (system.gateway, system.drafter, system.verifier):
                 async with asyncio.timeout(WAIT_S / 2):
                     await server.host.stop(WAIT_S)
+
+
+async def test_who_has_stopped_holds_no_connection(tiny_llama: Path) -> None:
+    def is_left_alone(address: str) -> bool:
+        gc.collect()  # what only a traceback keeps alive is no leftover
+        return not connections_to(address)
+
+    probe = StateProbe(all_of("llama"))
+    options = GenerateOptions(method="probe", max_new_tokens=6, ignore_eos=True)
+    async with running_verifier(tiny_llama) as (verifier_at, _):
+        async with running_drafter("probe", families=probe.families, target_state="stream") as (
+            drafter_at,
+            drafter,
+        ):
+            async with (
+                running_gateway(tiny_llama, verifier=verifier_at, drafter=drafter_at) as (address, gateway),
+                AsyncClient(address, timeout_s=60) as client,
+            ):
+                await eventually_offers(client, "probe")
+                answer = await client.generate(PROMPT, options)
+                assert not answer.speculation.fallback_reason
+                assert connections_to(drafter_at)
+            await eventually(lambda: is_left_alone(drafter_at))
+            assert connections_to(verifier_at), "the drafter's"
+        await eventually(lambda: is_left_alone(verifier_at))
+        # Held on to until now: what they have is not free because nobody refers to it.
+        assert gateway.servicer.backends
+        assert drafter.servicer.host
 
 
 class RecordingVerifier(verifier_pb2_grpc.VerifierServiceServicer):  # type: ignore[misc]
