@@ -83,6 +83,22 @@ def test_progress_is_shown_at_once_without_a_terminal(packed: PackedModel) -> No
     assert shown.getvalue().startswith(f"Answering: 0 of {len(PROMPTS)}, ")
 
 
+def test_a_generation_that_ends_early_gives_its_memory_back(packed: PackedModel) -> None:
+    jobs = [job(prompt, 3 + at) for at, prompt in enumerate(PROMPTS)]
+    outputs = Decoder(packed, 2).run(jobs)
+    next(outputs)
+    assert packed.pool.free_tokens < packed.pool.capacity_tokens
+    outputs.close()
+    assert packed.pool.free_tokens == packed.pool.capacity_tokens
+
+    def interrupt(num_tokens: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(Decoder(packed, 2).run(jobs, interrupt))
+    assert packed.pool.free_tokens == packed.pool.capacity_tokens
+
+
 def test_answers_end_with_their_stop_token(packed: PackedModel) -> None:
     (whole,) = decode(packed, [job(PROMPTS[0], 20)])
     assert len(whole) == 20
