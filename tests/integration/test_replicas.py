@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from drafter_service.server import DrafterServer
 from gateway.replicas import replica
 from gateway.replicas.replica_set import ReplicaSet
+from gateway.server import GatewayServer
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, VerifierInfo
 from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.service.exporters import make_telemetry
@@ -105,6 +106,12 @@ async def all_ready(client: AsyncClient) -> bool:
 
 def num_rounds(reader: InMemoryMetricReader, name: str) -> int:
     return sum(point.value for point in points(reader, name))
+
+
+def num_drafters(gateway: GatewayServer) -> int:
+    """Drafter services that a gateway may use."""
+    assert gateway.servicer.backends
+    return gateway.servicer.backends.drafters.num_ready
 
 
 class TestSpreading:
@@ -219,6 +226,25 @@ class TestHealth:
                     result = await client.generate([1, 2], OPTIONS)
                     used = num_rounds(reader, "specdec.verifier.rounds")
                     assert used == result.speculation.num_rounds > 0
+
+    async def test_a_gateway_waits_for_a_drafter_as_long_as_it_is_told(self, tiny_llama: Path) -> None:
+        async with running_verifier(tiny_llama) as (verifier_at, _), AsyncExitStack() as stack:
+            async with running_drafter("ngram") as (drafter_at, _):
+                pass  # nobody is there any more
+
+            def gateway(wait_s: float) -> AbstractAsyncContextManager[tuple[str, GatewayServer]]:
+                options = {"verifier": verifier_at, "drafter": drafter_at, "drafter_wait_s": wait_s}
+                return running_gateway(tiny_llama, **options)
+
+            async with asyncio.timeout(WAIT_S):
+                _, impatient = await stack.enter_async_context(gateway(0.05))
+            assert num_drafters(impatient) == 0
+            starting = asyncio.create_task(stack.enter_async_context(gateway(60.0)))
+            ended, _ = await asyncio.wait({starting}, timeout=0.3)
+            assert not ended
+            await stack.enter_async_context(running_drafter("ngram", listen=drafter_at))
+            _, patient = await starting
+            assert num_drafters(patient) == 1
 
     async def test_a_replica_that_is_not_serving_gets_nothing(self, tiny_llama: Path) -> None:
         config = VerifierConfig(model=str(tiny_llama), listen=ANY_PORT, dtype="float32", kv_cache_mib=1.0)
