@@ -13,7 +13,7 @@ from opentelemetry.trace import set_span_in_context
 
 from gateway.callers import CallerLimits
 from gateway.metrics import outcome_of
-from gateway.replicas.failover import VerifierReplica
+from gateway.replicas.failover import VerifierLease
 from gateway.replicas.replica import Replica
 from gateway.replicas.sessions import FINISH_REASONS
 from gateway.request.backends import Backends
@@ -68,10 +68,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 max_new_tokens = admission.enter_context(
                     self._callers.admitted(wanted, backends.config.default_max_new_tokens)
                 )
-                verifier = backends.verifiers.pick()
-            # It counts from the pick on: requests that come together must not all take the same replica.
-            with verifier.lease():
-                await self._generate(request, context, backends, verifier, trace, arrived_ns, max_new_tokens)
+                # It counts from the pick on: requests that come together must not all take the same replica.
+                lease = backends.verifiers.pick().lease()
+            admission.callback(lease.end)
+            await self._generate(request, context, backends, lease, trace, arrived_ns, max_new_tokens)
         except BaseException as error:
             trace.fail(error)
             raise
@@ -93,11 +93,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         request: gateway_pb2.GenerateRequest,
         context: GenerateContext,
         backends: Backends,
-        verifier: VerifierReplica,
+        lease: VerifierLease,
         trace: RequestTrace,
         arrived_ns: int,
         max_new_tokens: int,
     ) -> None:
+        verifier = lease.replica
         assert verifier.info is not None
         with backends.metrics.counting_refusals():
             plan = await make_plan(request, backends, verifier.info, max_new_tokens=max_new_tokens)
@@ -114,7 +115,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             seed=None if plan.sampling.is_greedy else plan.sampling.seed,
         )
         await send(context, gateway_pb2.GenerateResponse(started=started))
-        peers = Peers(plan, backends, verifier, remaining_timeout_s(context))
+        peers = Peers(plan, backends, lease, remaining_timeout_s(context))
         running = RunningRequest(plan, backends, peers, trace, arrived_ns=arrived_ns)
         outcome = "cancelled"
         try:

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AsyncExitStack
 from typing import Protocol, Self
 
-from gateway.replicas.replica import Replica
+from gateway.replicas.replica import Lease, Replica
 from gateway.rounds.vocabulary import Draft, Round, Verified, VerifierSession
 from specdec.contract.errors import ResourceExhaustedError, UnavailableError
 from specdec.v1 import verifier_pb2
@@ -17,6 +17,7 @@ from specdec.v1 import verifier_pb2
 logger = logging.getLogger(__name__)
 
 VerifierReplica = Replica[verifier_pb2.VerifierServiceGetInfoResponse]
+VerifierLease = Lease[verifier_pb2.VerifierServiceGetInfoResponse]
 
 _RETRY_S = 0.2
 
@@ -42,7 +43,7 @@ class LastingVerifierSession:
     lost one would have. The round in which it was lost commits the one token that opening emits.
 
     Args:
-        first: the replica the generation starts on; the caller leases it.
+        first: lease of the replica the generation starts on; it ends when the session is lost or left.
         connect: makes the session on a replica.
         pick: finds the next replica.
         prompt_token_ids: what the generation starts with, without any output.
@@ -52,7 +53,7 @@ class LastingVerifierSession:
 
     def __init__(
         self,
-        first: VerifierReplica,
+        first: VerifierLease,
         connect: Connect,
         pick: Pick,
         *,
@@ -60,12 +61,15 @@ class LastingVerifierSession:
         wait_s: float,
         on_lost: Callable[[str], None],
     ) -> None:
-        self._first, self._connect, self._pick = first, connect, pick
+        self._connect, self._pick = connect, pick
         self._committed = list(prompt_token_ids)
         self._wait_s = wait_s
         self._on_lost = on_lost
-        self._stack = AsyncExitStack()
+        self._lease = first
         self._session: OpenableSession | None = None
+        self._stack = AsyncExitStack()
+        """Ends the lease and closes the session."""
+        self._stack.callback(first.end)
 
     async def __aenter__(self) -> LastingVerifierSession:
         return self
@@ -80,7 +84,7 @@ class LastingVerifierSession:
             SpecdecError: the verifier refused, or it was lost and no other is ready.
         """
         try:
-            return self._noted((), await self._open_on(self._first, traceparent))
+            return self._noted((), await self._open(traceparent))
         except UnavailableError as error:
             return self._noted((), await self._reopen(error, traceparent))
 
@@ -109,13 +113,9 @@ class LastingVerifierSession:
         self._committed += Round(Draft(tuple(draft_token_ids)), verified).token_ids
         return verified
 
-    async def _open_on(
-        self, replica: VerifierReplica, traceparent: str, lease: AbstractContextManager[None] | None = None
-    ) -> Verified:
-        await self._stack.aclose()
-        if lease:
-            self._stack.enter_context(lease)
-        self._session = await self._stack.enter_async_context(self._connect(replica, self._committed))
+    async def _open(self, traceparent: str) -> Verified:
+        connected = self._connect(self._lease.replica, self._committed)
+        self._session = await self._stack.enter_async_context(connected)
         return await self._session.open(traceparent)
 
     async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
@@ -128,9 +128,11 @@ class LastingVerifierSession:
         self._on_lost(lost.message)
         give_up_at = time.monotonic() + self._wait_s
         while True:
+            await self._stack.aclose()
             try:
-                replica = self._pick()
-                return await self._open_on(replica, traceparent, replica.lease())
+                self._lease = self._pick().lease()
+                self._stack.callback(self._lease.end)
+                return await self._open(traceparent)
             except (UnavailableError, ResourceExhaustedError) as error:
                 if time.monotonic() + _RETRY_S >= give_up_at:
                     raise lost from error

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -62,14 +62,24 @@ class Replica(Generic[InfoT]):
         """Whether it may be given sessions."""
         return not self.reason
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Count a session as long as the block runs."""
-        self.num_sessions += 1
-        try:
-            yield
-        finally:
-            self.num_sessions -= 1
+    def lease(self) -> Lease[InfoT]:
+        """Count a session until its lease ends."""
+        return Lease(self)
+
+
+class Lease(Generic[InfoT]):
+    """A session that counts against its replica until it ends or is lost."""
+
+    def __init__(self, replica: Replica[InfoT]) -> None:
+        self.replica = replica
+        self._is_over = False
+        replica.num_sessions += 1
+
+    def end(self) -> None:
+        """Count the session no longer; a lease that is over stays so."""
+        if not self._is_over:
+            self._is_over = True
+            self.replica.num_sessions -= 1
 
 
 class ReplicaWatch(Generic[InfoT]):

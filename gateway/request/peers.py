@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
-from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
+from gateway.replicas.failover import LastingVerifierSession, VerifierLease, VerifierReplica
 from gateway.replicas.replica import Replica
 from gateway.replicas.services import find_drafter
 from gateway.replicas.sessions import RemoteDrafterSession, RemoteVerifierSession
@@ -29,18 +29,17 @@ class Peers:
     """Opens a request's sessions: on its first verifier, on those it goes on with, and on its drafters.
 
     Args:
-        verifier: the replica the request starts on; the caller leases it.
+        first: lease of the replica the request starts on; the caller ends it in any case.
         timeout_s: what is left of the request's deadline; None: it has none.
     """
 
-    def __init__(
-        self, plan: Plan, backends: Backends, verifier: VerifierReplica, timeout_s: float | None
-    ) -> None:
+    def __init__(self, plan: Plan, backends: Backends, first: VerifierLease, timeout_s: float | None) -> None:
         self._plan = plan
         self._backends = backends
-        self.verifier = verifier
+        self._first = first
+        self.verifier = first.replica
         """The replica the request starts on."""
-        self._verifier_uri = verifier.uri
+        self._verifier_uri = first.replica.uri
         """Address of the verifier that runs it now."""
         self._timeout_s = timeout_s
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
@@ -52,7 +51,7 @@ class Peers:
         assert self.verifier.info is not None
         model = self.verifier.info.model
         return LastingVerifierSession(
-            self.verifier,
+            self._first,
             self._connect_verifier,
             partial(self._backends.verifiers.pick, partial(_is_same_model, model)),
             prompt_token_ids=self._plan.prompt_token_ids,
@@ -175,14 +174,13 @@ class LeasedDrafterSession:
         self, session: RemoteDrafterSession, replica: Replica[drafter_pb2.DrafterServiceGetInfoResponse]
     ) -> None:
         self._lease = replica.lease()
-        self._lease.__enter__()
         self.propose = session.propose
         self.reads_target_state = session.reads_target_state
         self._session = session
 
     async def close(self) -> None:
         """End the session."""
-        self._lease.__exit__(None, None, None)
+        self._lease.end()
         await self._session.close()
 
 

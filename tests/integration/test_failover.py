@@ -45,6 +45,9 @@ async def lose_one(
             if after == 0:
                 (busy,) = [server for server in servers if num_sessions(server)]
                 await busy.host.stop(0)
+            if after == -20:
+                counts = [replica.num_sessions for replica in (await client.info()).verifiers]
+                assert sum(counts) == 1, "it counts where it goes on, and there alone"
             assert token.token_id >= 0
         return stream.result
 

@@ -85,7 +85,7 @@ class World:
 
     def session(self, *, wait_s: float = 20.0) -> LastingVerifierSession:
         return LastingVerifierSession(
-            self.first,
+            self.first.lease(),
             lambda replica, committed: Session(self, replica.uri, committed),
             self.pick,
             prompt_token_ids=PROMPT,
@@ -119,10 +119,10 @@ async def test_who_takes_a_session_over_is_leased_and_told_what_was_committed(
     world = make_world()
     async with world.session() as session:
         assert (await session.open("")).bonus_token_id == 12
-        assert world.second.num_sessions == 0
+        assert (world.first.num_sessions, world.second.num_sessions) == (1, 0)
         taken_over = await session.verify(3, [7, 8], "")
         assert (taken_over.num_accepted_tokens, taken_over.bonus_token_id) == (0, 13)
-        assert world.second.num_sessions == 1
+        assert (world.first.num_sessions, world.second.num_sessions) == (0, 1)
         await session.verify(4, [5, 6], "")
         assert [one.committed for one in world.sessions] == [[1, 2], [1, 2, 12]]
         assert [one.uri for one in world.sessions] == ["127.0.0.1:1", "127.0.0.1:2"]
