@@ -15,6 +15,7 @@ from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
+from drafter_service.drafters.head import DraftHead
 from drafter_service.drafters.mtp.checkpoint import Assistant
 from drafter_service.drafters.mtp.drafter import MtpDrafter
 from drafter_service.families import load_drafters
@@ -190,6 +191,18 @@ async def test_tokens_a_drafter_lacks_are_refused_at_the_opening(drafter: Drafte
         await host.open(drafter, OpenDraft((1, VOCAB_SIZE), 2, 8)).__aenter__()
     assert host.num_sessions == 0
     host.close()
+
+
+@pytest.mark.parametrize("draft_vocab", [None, torch.tensor([3, 70, 200])])
+def test_a_token_is_as_sure_as_the_head_says_whatever_the_head_covers(draft_vocab: Tensor | None) -> None:
+    head = DraftHead(draft_vocab, lambda states: states, torch.float32, vocab_size=VOCAB_SIZE)
+    token_ids = [0, 1, 2] if draft_vocab is None else draft_vocab.tolist()
+    logits = torch.tensor([0.1, 0.3, 0.6]).log()
+    assert [head.confidence(logits, one) for one in token_ids] == pytest.approx([0.1, 0.3, 0.6])
+    draft: list[int] = []
+    sure = [head.extend(draft, token_id, logits, 0.3 - 1e-6) for token_id in (*token_ids, token_ids[0])]
+    assert sure == [False, True, True, False]
+    assert draft == token_ids, "the first in any case, the last was not likely enough"
 
 
 def test_memory_is_as_many_mib_as_the_configuration_says(tiny_llama: Path, tmp_path: Path) -> None:
