@@ -16,7 +16,7 @@ from typing import Any
 
 NETWORK = "specdec"
 GATEWAY = "specdec-gateway:50050"
-CLIENT_IMAGE = "specdec-gateway:0.1.0"
+CLIENT_IMAGE = "specdec-gateway:0.2.0"
 PROMPT = "Write a long story about a lighthouse keeper, her daughter and the sea."
 NUM_TOKENS = 2000
 """So many that a session lives longer than another pod takes to become ready."""

@@ -33,7 +33,7 @@ if [[ -z ${SKIP_BUILD:-} ]]; then
         # Arguments, not one argument.
         # shellcheck disable=SC2086
         podman build --quiet --network host --ulimit "nofile=$files:$files" ${PODMAN_BUILD_ARGS:-} \
-            --file deploy/Dockerfile --build-arg "SERVICE=$service" --tag "specdec-$service:0.1.0" .
+            --file deploy/Dockerfile --build-arg "SERVICE=$service" --tag "specdec-$service:0.2.0" .
     done
 fi
 podman images --filter "reference=specdec-*" --format '{{.Repository}}:{{.Tag}} {{.Size}}'
