@@ -15,13 +15,13 @@ from gateway.callers import CallerLimits
 from gateway.metrics import outcome_of
 from gateway.replicas.failover import VerifierLease
 from gateway.replicas.replica import Replica
-from gateway.replicas.sessions import FINISH_REASONS
 from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import make_plan
 from gateway.request.running import RunningRequest
 from gateway.rounds.tracing import RequestTrace
 from specdec.contract.errors import ResourceExhaustedError, UnavailableError
+from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID

@@ -20,6 +20,7 @@ from specdec.contract.errors import (
     UnavailableError,
     from_rpc_error,
 )
+from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.transport.handshake import check_handshake
 from specdec.v1 import (
     common_pb2,
@@ -34,13 +35,6 @@ _CLOSE_TIMEOUT_S = 1.0
 _DEADLINE_SLACK_S = 0.01
 _BROKEN_WRITE = "Internal error from Core"
 """What grpc.aio says of a call that ended while a message was written; the status it ended with is lost."""
-
-FINISH_REASONS = {
-    verifier_pb2.FINISH_REASON_UNSPECIFIED: "",
-    verifier_pb2.FINISH_REASON_STOP_TOKEN: "stop_token",
-    verifier_pb2.FINISH_REASON_LENGTH: "length",
-    verifier_pb2.FINISH_REASON_STOP_STRING: "stop_string",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +70,7 @@ class RemoteState:
         )
 
 
-class _Stream:
+class _SessionCall:
     """A request-response exchange over a bidirectional call."""
 
     def __init__(self, call: Any, peer: str) -> None:
@@ -146,7 +140,7 @@ class RemoteVerifierSession:
         self, channel: grpc.aio.Channel, uri: str, request: verifier_pb2.VerifyOpen, timeout_s: float | None
     ) -> None:
         call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
-        self._stream = _Stream(call, f"Verifier {uri}")
+        self._stream = _SessionCall(call, f"Verifier {uri}")
         self._request = request
         self._state: RemoteState | None = None
 
@@ -224,7 +218,7 @@ class RemoteDrafterSession:
         self, channel: grpc.aio.Channel, uri: str, timeout_s: float | None, drafter: drafter_pb2.DrafterInfo
     ) -> None:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
-        self._stream = _Stream(call, f"Drafter {uri}")
+        self._stream = _SessionCall(call, f"Drafter {uri}")
         self._drafter = drafter
         self.reads_target_state = drafter.HasField("target_state_spec")
         self._knows_state = False

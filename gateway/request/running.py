@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict
 
-from gateway.replicas.sessions import FINISH_REASONS
 from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import Plan
@@ -16,6 +15,7 @@ from gateway.rounds.decode import decode
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Round
+from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.v1 import common_pb2, gateway_pb2
 
 

@@ -19,7 +19,7 @@ import psutil
 from specdec.bench.backends import GatewayBackend
 from specdec.bench.records import Contender, RequestRecord
 from specdec.bench.run import run, schedule, warm_up
-from specdec.bench.telemetry_report import CONTROL, OFF, ON, SERVICES, Cost, Sample
+from specdec.bench.telemetry_report import CONTROL, OFF, ON, SERVICES, Cost, RequestTime
 from specdec.bench.workload import Prompt
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import InternalError, UnavailableError
@@ -86,7 +86,7 @@ def measure(
     config: TelemetryConfig,
     prompts: Sequence[Prompt],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[Sample], list[Cost]]:
+) -> tuple[list[RequestTime], list[Cost]]:
     """Run every prompt on every system, `restarts` times.
 
     Args:
@@ -99,7 +99,7 @@ def measure(
         UnavailableError: a service did not start, or a request failed.
         InternalError: the system with telemetry exported nothing, so the figures would mean nothing.
     """
-    samples: list[Sample] = []
+    samples: list[RequestTime] = []
     costs: list[Cost] = []
     for restart in range(config.restarts):
         sink = Sink()
@@ -231,7 +231,7 @@ async def _ask_all(
         return await run(list(schedule(contenders, prompts, [1])))
 
 
-def _sample(restart: int, record: RequestRecord) -> Sample:
+def _sample(restart: int, record: RequestRecord) -> RequestTime:
     if record.answer is None or record.answer.tpot_ms is None:
         raise UnavailableError(f"A request failed or was too short to time: {record.error or 'one token'}")
-    return Sample(restart, record.method, record.question_id, record.answer.tpot_ms)
+    return RequestTime(restart, record.method, record.question_id, record.answer.tpot_ms)

@@ -22,7 +22,7 @@ _CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class RequestTime:
     """The time of one request."""
 
     restart: int
@@ -64,7 +64,7 @@ class Ratio:
     """Number of pairs: requests of the same prompt after the same start."""
 
 
-def ratio(samples: Sequence[Sample], arm: str, base: str = OFF) -> Ratio:
+def ratio(samples: Sequence[RequestTime], arm: str, base: str = OFF) -> Ratio:
     """Compare the TPOT of `arm` with that of `base`, prompt by prompt.
 
     The interval comes from a bootstrap that draws restarts, then pairs of each: pairs of one restart are
@@ -90,7 +90,7 @@ def _resampled(groups: Sequence[Sequence[float]], draw: random.Random) -> list[f
     return [value for group in drawn for value in draw.choices(group, k=len(group))]
 
 
-def median_tpot_ms(samples: Sequence[Sample], arm: str) -> float:
+def median_tpot_ms(samples: Sequence[RequestTime], arm: str) -> float:
     """Return the median TPOT of a system over its answers."""
     return median(sample.tpot_ms for sample in samples if sample.arm == arm)
 
@@ -101,7 +101,7 @@ def cpu_ms_per_token(costs: Sequence[Cost], arm: str, service: str) -> float:
 
 
 def write(
-    directory: Path, samples: Sequence[Sample], costs: Sequence[Cost], settings: Mapping[str, Any]
+    directory: Path, samples: Sequence[RequestTime], costs: Sequence[Cost], settings: Mapping[str, Any]
 ) -> None:
     """Write telemetry.json: provenance, settings, ratios, every sample and every cost."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ class PassRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class RoundTimes:
     """Times of one round, nanoseconds."""
 
     compute_ns: int
@@ -104,7 +104,7 @@ def measure(
     drafts = [(size, CHAIN) for size in sizes]
     if with_trees:
         drafts += [(size, TREE) for size in sizes if size >= _LEAST_TREE_TOKENS]
-    samples: dict[tuple[int, str], list[Sample]] = {draft: [] for draft in drafts}
+    samples: dict[tuple[int, str], list[RoundTimes]] = {draft: [] for draft in drafts}
     try:
         with ExitStack() as stack:
             channel = stack.enter_context(sync_channel(verifier))
@@ -155,7 +155,7 @@ class _Rounds:
         response, _ = self._exchange(verifier_pb2.VerifyRequest(open=message))
         self._committed_length = response.opened.first.committed_length
 
-    def run(self, num_draft_tokens: int, shape: str) -> Sample:
+    def run(self, num_draft_tokens: int, shape: str) -> RoundTimes:
         """Run and time a round."""
         parents: Sequence[int] = ()
         if shape == TREE:
@@ -170,7 +170,7 @@ class _Rounds:
         response, elapsed_ns = self._exchange(verifier_pb2.VerifyRequest(round=message))
         self._committed_length = response.result.committed_length
         timings = response.result.timings
-        return Sample(timings.compute_ns, timings.total_ns, elapsed_ns)
+        return RoundTimes(timings.compute_ns, timings.total_ns, elapsed_ns)
 
     def close(self) -> None:
         self._requests.put(None)
@@ -220,12 +220,12 @@ class _PeerPasses:
         return self._runner.run(self._backend.time_pass(token_ids))
 
 
-def _rows(samples: dict[tuple[int, str], list[Sample]]) -> list[PassRow]:
+def _rows(samples: dict[tuple[int, str], list[RoundTimes]]) -> list[PassRow]:
     first = next(iter(samples.values()))
     return [_row(size, shape, own, first) for (size, shape), own in samples.items()]
 
 
-def _row(size: int, shape: str, own: Sequence[Sample], first: Sequence[Sample]) -> PassRow:
+def _row(size: int, shape: str, own: Sequence[RoundTimes], first: Sequence[RoundTimes]) -> PassRow:
     with_peer = [sample for sample in own if sample.transformers_ns]
     return PassRow(
         size,

@@ -22,17 +22,11 @@ from specdec.client.generation import (
     Usage,
 )
 from specdec.contract.errors import InternalError, InvalidArgumentError
+from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.sampling import validate_num_top_logprobs
-from specdec.v1 import gateway_pb2, verifier_pb2
+from specdec.v1 import gateway_pb2
 
 NS_PER_MS = 1_000_000
-
-FINISH_REASONS = {
-    verifier_pb2.FINISH_REASON_STOP_TOKEN: "stop_token",
-    verifier_pb2.FINISH_REASON_LENGTH: "length",
-    verifier_pb2.FINISH_REASON_STOP_STRING: "stop_string",
-}
-
 
 _ELSEWHERE = {"sampling", "raw", "request_id"}
 """Options that are not fields of the request: a message of their own, the kind of prompt, and metadata."""

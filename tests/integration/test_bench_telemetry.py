@@ -11,13 +11,13 @@ from click.testing import CliRunner
 
 from specdec.bench.cli import bench
 from specdec.bench.telemetry_cost import TelemetryConfig
-from specdec.bench.telemetry_report import CONTROL, OFF, ON, Sample, ratio
+from specdec.bench.telemetry_report import CONTROL, OFF, ON, RequestTime, ratio
 
 
-def samples(*factors: tuple[float, ...]) -> list[Sample]:
+def samples(*factors: tuple[float, ...]) -> list[RequestTime]:
     """Prompts of very different speed; `factors` of each restart say how much longer ON takes."""
     return [
-        Sample(restart, arm, question_id, base_ms * (factor if arm == ON else 1.0))
+        RequestTime(restart, arm, question_id, base_ms * (factor if arm == ON else 1.0))
         for restart, of_restart in enumerate(factors)
         for question_id, factor in enumerate(of_restart)
         for base_ms in [10.0 * (1 + question_id) * (2 + restart)]
