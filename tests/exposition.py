@@ -58,9 +58,9 @@ class Exposition:
             for name, families in self.families.items()
             if service in (None, name)
             for family in families.values()
-            for one in family.samples
-            if one.name == sample
-            for label in (*one.labels, "__name__")
+            for measured in family.samples
+            if measured.name == sample
+            for label in (*measured.labels, "__name__")
         }
 
 

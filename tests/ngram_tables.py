@@ -29,11 +29,13 @@ def table_of(
         vocabulary,
         max_size=max(map(len, contexts)),
         contexts=numpy.array(sorted(map(ngram_hash, contexts)), numpy.uint64),
-        counts=numpy.array([len(one.probabilities) for one in ordered], numpy.uint8),
-        backoffs=numpy.array([one.backoff for one in ordered], numpy.float16),
-        token_ids=numpy.array([token for one in ordered for token in one.probabilities], numpy.uint16),
+        counts=numpy.array([len(following.probabilities) for following in ordered], numpy.uint8),
+        backoffs=numpy.array([following.backoff for following in ordered], numpy.float16),
+        token_ids=numpy.array(
+            [token for following in ordered for token in following.probabilities], numpy.uint16
+        ),
         probabilities=numpy.array(
-            [value for one in ordered for value in one.probabilities.values()], numpy.float16
+            [value for following in ordered for value in following.probabilities.values()], numpy.float16
         ),
     )
 

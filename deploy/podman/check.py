@@ -94,20 +94,25 @@ def num_ready(count: int) -> Callable[[dict[str, Any]], bool]:
     """Whether that many verifiers and as many drafters are ready."""
 
     def is_met(found: dict[str, Any]) -> bool:
-        return all(sum(one["ready"] for one in found[kind]) == count for kind in ("verifiers", "drafters"))
+        return all(
+            sum(replica["ready"] for replica in found[kind]) == count for kind in ("verifiers", "drafters")
+        )
 
     return is_met
 
 
 def sessions(found: dict[str, Any], kind: str) -> list[int]:
     """Sessions of the gateway on each replica that is ready, in ascending order."""
-    return sorted(one["num_sessions"] for one in found[kind] if one["ready"])
+    return sorted(replica["num_sessions"] for replica in found[kind] if replica["ready"])
 
 
 def storages(found: dict[str, Any]) -> list[str]:
     """How running sessions read target state, of all drafters."""
     return [
-        link["storage"] for one in found["drafters"] if one["info"] for link in one["info"]["state_links"]
+        link["storage"]
+        for drafter in found["drafters"]
+        if drafter["info"]
+        for link in drafter["info"]["state_links"]
     ]
 
 

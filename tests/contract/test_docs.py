@@ -105,7 +105,9 @@ def misuse(words: list[str]) -> str:
         given, _, _ = COMMANDS[name].make_parser(context).parse_args(list(arguments))
     except click.UsageError as error:
         return f"{words}: {error.format_message()}"
-    missing = [one.name for one in COMMANDS[name].params if one.required and not given.get(one.name or "")]
+    missing = [
+        param.name for param in COMMANDS[name].params if param.required and not given.get(param.name or "")
+    ]
     return f"{words}: {missing} missing" if missing and "--help" not in arguments else ""
 
 
@@ -200,7 +202,7 @@ def test_python_on_the_front_page_fits_the_client() -> None:
     assert [ast.unparse(call.func) for call in methods] == ["client.generate", "client.stream"]
     for call in methods:
         assert isinstance(call.func, ast.Attribute)
-        keywords = {one.arg: ast.literal_eval(one.value) for one in call.keywords if one.arg}
+        keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
         signature = inspect.signature(getattr(names["Client"], call.func.attr))
         signature.bind(None, *map(ast.literal_eval, call.args), **keywords)
 

@@ -78,41 +78,45 @@ class Manifests:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.objects: list[Object] = [one for one in yaml.safe_load_all(text) if one]
+        self.objects: list[Object] = [manifest for manifest in yaml.safe_load_all(text) if manifest]
 
     def of(self, kind: str) -> list[Object]:
         """The objects of a kind."""
-        return [one for one in self.objects if one["kind"] == kind]
+        return [manifest for manifest in self.objects if manifest["kind"] == kind]
 
     def get(self, kind: str, name: str) -> Object:
         """One object."""
-        return next(one for one in self.of(kind) if one["metadata"]["name"] == name)
+        return next(manifest for manifest in self.of(kind) if manifest["metadata"]["name"] == name)
 
     def names(self, kind: str) -> set[str]:
         """Names of a kind's objects."""
-        return {one["metadata"]["name"] for one in self.of(kind)}
+        return {manifest["metadata"]["name"] for manifest in self.of(kind)}
 
     def pod_specs(self) -> Iterator[Object]:
         """Pods of Deployments and Jobs."""
-        for one in (*self.of("Deployment"), *self.of("Job")):
-            yield one["spec"]["template"]["spec"]
+        for workload in (*self.of("Deployment"), *self.of("Job")):
+            yield workload["spec"]["template"]["spec"]
 
     def containers(self) -> Iterator[Container]:
         """Containers of services."""
-        maps = {one["metadata"]["name"]: one["data"] for one in self.of("ConfigMap")}
+        maps = {config_map["metadata"]["name"]: config_map["data"] for config_map in self.of("ConfigMap")}
         for deployment in self.of("Deployment"):
             pod = deployment["spec"]["template"]["spec"]
             for spec in pod["containers"]:
                 options: dict[str, str] = {}
                 for source in spec.get("envFrom", []):
                     options |= maps[source["configMapRef"]["name"]]
-                options |= {one["name"]: str(one.get("value", "")) for one in spec.get("env", [])}
+                options |= {
+                    variable["name"]: str(variable.get("value", "")) for variable in spec.get("env", [])
+                }
                 yield Container(spec, pod, options)
 
     def matching_pods(self, selector: Mapping[str, str]) -> list[Object]:
         """Pod templates with these labels."""
-        templates = [one["spec"]["template"] for one in (*self.of("Deployment"), *self.of("Job"))]
-        return [one for one in templates if selector.items() <= one["metadata"]["labels"].items()]
+        templates = [workload["spec"]["template"] for workload in (*self.of("Deployment"), *self.of("Job"))]
+        return [
+            template for template in templates if selector.items() <= template["metadata"]["labels"].items()
+        ]
 
 
 @cache

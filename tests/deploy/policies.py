@@ -37,7 +37,7 @@ def _passes(policies: list[Object], direction: str, pod: Peer, other: Peer, port
         and _matches(policy["spec"]["podSelector"], pod.labels)
     ]
     return not governing or any(
-        any((one["port"], one["protocol"]) == (port, protocol) for one in rule["ports"])
+        any((allowed["port"], allowed["protocol"]) == (port, protocol) for allowed in rule["ports"])
         and (peers_key not in rule or any(_is_peer(peer, other) for peer in rule[peers_key]))
         for spec in governing
         for rule in spec.get(direction, [])

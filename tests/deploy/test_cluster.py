@@ -80,20 +80,20 @@ def cpus(quantity: str) -> float:
 
 def mounted_secrets(container: Container) -> dict[str, dict[str, Any]]:
     """Secrets a container sees, by folder."""
-    secrets = {one["name"]: one["secret"] for one in container.pod["volumes"] if "secret" in one}
+    secrets = {volume["name"]: volume["secret"] for volume in container.pod["volumes"] if "secret" in volume}
     mounts = container.spec["volumeMounts"]
-    return {one["mountPath"]: secrets[one["name"]] for one in mounts if one["name"] in secrets}
+    return {mount["mountPath"]: secrets[mount["name"]] for mount in mounts if mount["name"] in secrets}
 
 
 def replica_limits(manifests: Manifests) -> dict[str, tuple[int, int]]:
     """Least and most replicas by Deployment; each has one autoscaler, of either kind, at most."""
     limits = [
-        (one["spec"]["scaleTargetRef"]["name"], (one["spec"][least], one["spec"][most]))
-        for kind, least, most in (
+        (scaler["spec"]["scaleTargetRef"]["name"], (scaler["spec"][min_key], scaler["spec"][max_key]))
+        for kind, min_key, max_key in (
             ("HorizontalPodAutoscaler", "minReplicas", "maxReplicas"),
             ("ScaledObject", "minReplicaCount", "maxReplicaCount"),
         )
-        for one in manifests.of(kind)
+        for scaler in manifests.of(kind)
     ]
     assert len(dict(limits)) == len(limits)
     return dict(limits)
@@ -102,14 +102,14 @@ def replica_limits(manifests: Manifests) -> dict[str, tuple[int, int]]:
 def sessions_thresholds(manifests: Manifests) -> dict[str, float]:
     """Sessions a replica has when its autoscaler adds another, by Deployment."""
     targets = {
-        one["spec"]["scaleTargetRef"]["name"]: metric["pods"]["target"]["averageValue"]
-        for one in manifests.of("HorizontalPodAutoscaler")
-        for metric in one["spec"]["metrics"]
+        scaler["spec"]["scaleTargetRef"]["name"]: metric["pods"]["target"]["averageValue"]
+        for scaler in manifests.of("HorizontalPodAutoscaler")
+        for metric in scaler["spec"]["metrics"]
         if metric["pods"]["metric"]["name"].endswith("_sessions")
     } | {
-        one["spec"]["scaleTargetRef"]["name"]: trigger["metadata"]["threshold"]
-        for one in manifests.of("ScaledObject")
-        for trigger in one["spec"]["triggers"]
+        scaler["spec"]["scaleTargetRef"]["name"]: trigger["metadata"]["threshold"]
+        for scaler in manifests.of("ScaledObject")
+        for trigger in scaler["spec"]["triggers"]
         if "_sessions{" in trigger["metadata"]["query"]
     }
     return {name: float(target) for name, target in targets.items()}
@@ -133,7 +133,7 @@ class TestSelectors:
             name = service["metadata"]["name"].removeprefix("specdec-")
             pod = pod_of(cluster, name)
             assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
-            (container,) = (one for one in pod["spec"]["containers"] if one["name"] == name)
+            (container,) = (spec for spec in pod["spec"]["containers"] if spec["name"] == name)
             (port,) = service["spec"]["ports"]
             assert {"name": name, "containerPort": port["targetPort"]} in container["ports"]
 
@@ -151,7 +151,11 @@ class TestSelectors:
 
     def test_all_is_in_one_namespace(self, cluster: Manifests) -> None:
         assert cluster.names("Namespace") == {"specdec"}
-        places = {one["metadata"].get("namespace") for one in cluster.objects if one["kind"] != "Namespace"}
+        places = {
+            manifest["metadata"].get("namespace")
+            for manifest in cluster.objects
+            if manifest["kind"] != "Namespace"
+        }
         assert places == {"specdec"}
 
 
@@ -161,7 +165,7 @@ class TestNetwork:
             name: Peer(pod_of(cluster, name)["metadata"]["labels"])
             for name in ("gateway", "verifier", "drafter")
         }
-        ports = {one.service: one.port("LISTEN") for one in cluster.containers()}
+        ports = {container.service: container.port("LISTEN") for container in cluster.containers()}
         client = Peer({"specdec/client": "true"}, "somewhere")
         stranger = Peer({}, "somewhere")
         assert is_allowed(cluster, client, pods["gateway"], ports["gateway"])
@@ -178,16 +182,18 @@ class TestNetwork:
             assert not is_allowed(cluster, client, pods[service], ports[service])
 
     def test_metrics_are_for_monitoring(self, cluster: Manifests) -> None:
-        for one in cluster.containers():
-            pod = Peer(pod_of(cluster, one.service)["metadata"]["labels"])
-            port = one.port("METRICS_LISTEN")
+        for container in cluster.containers():
+            pod = Peer(pod_of(cluster, container.service)["metadata"]["labels"])
+            port = container.port("METRICS_LISTEN")
             assert is_allowed(cluster, Peer({}, "monitoring"), pod, port)
             assert not is_allowed(cluster, Peer({}, "somewhere"), pod, port)
 
     def test_pods_may_ask_for_names_and_little_else(self, cluster: Manifests) -> None:
         names = Peer({"k8s-app": "kube-dns"}, "kube-system")
         web = Peer({}, "internet")
-        for template in (one["spec"]["template"] for one in (*cluster.of("Deployment"), *cluster.of("Job"))):
+        for template in (
+            workload["spec"]["template"] for workload in (*cluster.of("Deployment"), *cluster.of("Job"))
+        ):
             pod = Peer(template["metadata"]["labels"])
             assert is_allowed(cluster, pod, names, 53, "UDP")
             assert is_allowed(cluster, pod, names, 53)
@@ -227,58 +233,64 @@ class TestSecurity:
 
 class TestTls:
     def test_each_service_has_the_files_it_is_told_of(self, complete: Manifests) -> None:
-        for one in complete.containers():
-            (mount,) = (m for m in one.spec["volumeMounts"] if m["name"] == f"{one.service}-tls")
-            (volume,) = (v for v in one.pod["volumes"] if v["name"] == mount["name"])
-            issued = complete.get("Certificate", f"specdec-{one.service}")["spec"]
+        for container in complete.containers():
+            (mount,) = (m for m in container.spec["volumeMounts"] if m["name"] == f"{container.service}-tls")
+            (volume,) = (v for v in container.pod["volumes"] if v["name"] == mount["name"])
+            issued = complete.get("Certificate", f"specdec-{container.service}")["spec"]
             assert volume["secret"]["secretName"] == issued["secretName"]
             given = {
                 name: value
-                for name, value in one.options.items()
+                for name, value in container.options.items()
                 if re.search(r"_TLS_.*(?<!NAME)(?<!CALLERS)$", name)
             }
             assert {Path(path).parent for path in given.values()} == {Path(mount["mountPath"])}
             assert {Path(path).name for path in given.values()} == {"tls.crt", "tls.key", "ca.crt"}
 
     def test_every_port_has_tls_and_services_show_certificates(self, complete: Manifests) -> None:
-        for one in complete.containers():
-            assert one.option("TLS_CERTIFICATE")
-            assert one.option("TLS_PRIVATE_KEY")
-            assert bool(one.option("TLS_CLIENT_AUTHORITIES")) is (one.service != "gateway")
-            assert bool(one.option("TLS_AUTHORITIES")) is (one.service != "verifier")
+        for container in complete.containers():
+            assert container.option("TLS_CERTIFICATE")
+            assert container.option("TLS_PRIVATE_KEY")
+            assert bool(container.option("TLS_CLIENT_AUTHORITIES")) is (container.service != "gateway")
+            assert bool(container.option("TLS_AUTHORITIES")) is (container.service != "verifier")
         assert {s["spec"]["ports"][0]["appProtocol"] for s in complete.of("Service")} == {"https"}
 
     def test_certificates_carry_the_names_that_are_called(self, complete: Manifests) -> None:
         names = {
-            one["metadata"]["name"]: one["spec"].get("dnsNames", []) for one in complete.of("Certificate")
+            certificate["metadata"]["name"]: certificate["spec"].get("dnsNames", [])
+            for certificate in complete.of("Certificate")
         }
-        for one in complete.containers():
-            if one.service == "gateway":
+        for container in complete.containers():
+            if container.service == "gateway":
                 for service in ("verifier", "drafter"):
-                    called = one.option(service.upper()).removeprefix("dns:///").partition(":")[0]
+                    called = container.option(service.upper()).removeprefix("dns:///").partition(":")[0]
                     assert called in names[f"specdec-{service}"]
-            if one.service == "drafter":
+            if container.service == "drafter":
                 # It calls verifiers by address.
-                assert one.option("TLS_SERVER_NAME") in names["specdec-verifier"]
+                assert container.option("TLS_SERVER_NAME") in names["specdec-verifier"]
         issuers = complete.names("Issuer")
-        assert all(one["spec"]["issuerRef"]["name"] in issuers for one in complete.of("Certificate"))
+        assert all(
+            certificate["spec"]["issuerRef"]["name"] in issuers for certificate in complete.of("Certificate")
+        )
 
     def test_the_gateway_alone_opens_sessions(self, complete: Manifests) -> None:
         names = {
-            one["metadata"]["name"]: {one["spec"]["commonName"], *one["spec"].get("dnsNames", [])}
-            for one in complete.of("Certificate")
+            certificate["metadata"]["name"]: {
+                certificate["spec"]["commonName"],
+                *certificate["spec"].get("dnsNames", []),
+            }
+            for certificate in complete.of("Certificate")
         }
         gateways = set(complete.get("Certificate", "specdec-gateway")["spec"]["dnsNames"])
         others = set().union(*(found for name, found in names.items() if name != "specdec-gateway"))
-        for one in complete.containers():
-            if one.service != "gateway":
-                callers = set(one.option("TLS_SESSION_CALLERS").split())
+        for container in complete.containers():
+            if container.service != "gateway":
+                callers = set(container.option("TLS_SESSION_CALLERS").split())
                 assert callers
                 assert callers <= gateways - others
 
     def test_pods_wait_for_their_certificates(self, complete: Manifests) -> None:
-        for one in complete.containers():
-            assert mounted_secrets(one)["/etc/specdec/tls"]["optional"] is False
+        for container in complete.containers():
+            assert mounted_secrets(container)["/etc/specdec/tls"]["optional"] is False
 
     @pytest.mark.parametrize("name", ["h100-colocated", "h100-colocated-mps"])
     def test_they_do_so_whichever_component_comes_first(self, name: str, tmp_path: Path) -> None:
@@ -292,24 +304,26 @@ class TestTls:
     def test_clients_are_given_a_certificate_and_no_authority_to_read(self, complete: Manifests) -> None:
         readme = (DEPLOY / "README.md").read_text()
         (name,) = re.findall(r"^kubectl get secret (\S+) .*\.data\.ca\\\.crt", readme, re.MULTILINE)
-        certificates = [one["spec"] for one in complete.of("Certificate")]
-        assert name in {one["secretName"] for one in certificates if not one.get("isCA")}
+        certificates = [certificate["spec"] for certificate in complete.of("Certificate")]
+        assert name in {
+            certificate["secretName"] for certificate in certificates if not certificate.get("isCA")
+        }
 
     def test_certificates_are_renewed_in_time(self, complete: Manifests) -> None:
-        certificates = [one["spec"] for one in complete.of("Certificate")]
-        (authority,) = (one for one in certificates if one.get("isCA"))
-        leaves = [one for one in certificates if one is not authority]
+        certificates = [certificate["spec"] for certificate in complete.of("Certificate")]
+        (authority,) = (certificate for certificate in certificates if certificate.get("isCA"))
+        leaves = [certificate for certificate in certificates if certificate is not authority]
         assert len(leaves) == 3
-        for one in certificates:
-            assert hours(one["renewBefore"]) < hours(one["duration"])
+        for certificate in certificates:
+            assert hours(certificate["renewBefore"]) < hours(certificate["duration"])
         # It signs until it is renewed; nothing it signed may outlive it, or not fit its successor's key.
-        assert all(hours(one["duration"]) < hours(authority["renewBefore"]) for one in leaves)
+        assert all(hours(certificate["duration"]) < hours(authority["renewBefore"]) for certificate in leaves)
         assert authority["privateKey"]["rotationPolicy"] == "Never"
 
 
 class TestAuth:
     def test_the_gateway_takes_the_secret_the_readme_makes(self, complete: Manifests, tmp_path: Path) -> None:
-        (gateway,) = (one for one in complete.containers() if one.service == "gateway")
+        (gateway,) = (container for container in complete.containers() if container.service == "gateway")
         made = CliRunner().invoke(main, ["token", "alice"])
         (tmp_path / "tokens.toml").write_text(made.stdout)
         (line,) = re.findall(
@@ -325,9 +339,9 @@ class TestAuth:
         # Not optional: without its tokens a gateway must not start.
         assert mounted_secrets(gateway)[str(path.parent)] == wanted
         assert all(
-            wanted not in mounted_secrets(one).values()
-            for one in complete.containers()
-            if one.service != "gateway"
+            wanted not in mounted_secrets(container).values()
+            for container in complete.containers()
+            if container.service != "gateway"
         )
         file = tmp_path / "mounted.toml"
         file.write_bytes(base64.b64decode(secret["data"][path.name]))
@@ -339,7 +353,7 @@ class TestAuth:
 
 class TestHandles:
     def test_state_goes_by_handle_only_within_a_pod(self, manifests: Manifests) -> None:
-        services = {one.service: one for one in manifests.containers()}
+        services = {container.service: container for container in manifests.containers()}
         verifier, drafter = services["verifier"], services["drafter"]
         one_pod = verifier.pod is drafter.pod
         assert verifier.option("TARGET_STATE") == drafter.option("TARGET_STATE")
@@ -349,17 +363,17 @@ class TestHandles:
         assert verifier.pod["shareProcessNamespace"] is True
         directory = verifier.option("SHARED_DIR")
         assert drafter.option("SHARED_DIR") == directory
-        for one in (verifier, drafter):
-            mounts = {mount["mountPath"]: mount["name"] for mount in one.spec["volumeMounts"]}
+        for container in (verifier, drafter):
+            mounts = {mount["mountPath"]: mount["name"] for mount in container.spec["volumeMounts"]}
             assert mounts[directory] == "shared"
             # That of MPS would take the place of a volume there.
             assert "/dev/shm" not in mounts
 
     def test_shared_memory_is_bounded(self, cluster: Manifests) -> None:
-        (verifier,) = (one for one in cluster.containers() if one.service == "verifier")
+        (verifier,) = (container for container in cluster.containers() if container.service == "verifier")
         if verifier.option("TARGET_STATE") == "stream":
             return
-        (volume,) = (one for one in verifier.pod["volumes"] if one["name"] == "shared")
+        (volume,) = (volume for volume in verifier.pod["volumes"] if volume["name"] == "shared")
         assert volume["emptyDir"]["medium"] == "Memory"
         size = mib(volume["emptyDir"]["sizeLimit"])
         if not verifier.option("DEVICE").startswith("cuda"):
@@ -368,9 +382,9 @@ class TestHandles:
 
     def test_one_gpu_is_shared_by_one_claim(self, manifests: Manifests) -> None:
         for pod in manifests.pod_specs():
-            claims = {one["name"] for one in pod.get("resourceClaims", [])}
+            claims = {claim["name"] for claim in pod.get("resourceClaims", [])}
             for container in pod["containers"] if claims else []:
-                assert {one["name"] for one in container["resources"]["claims"]} == claims
+                assert {claim["name"] for claim in container["resources"]["claims"]} == claims
                 assert "nvidia.com/gpu" not in container["resources"]["limits"]
 
     @pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("h100-colocated")])
@@ -379,8 +393,8 @@ class TestHandles:
         devices = manifests.get("ResourceClaimTemplate", "specdec-gpu")["spec"]["spec"]["devices"]
         (request,) = devices["requests"]
         assert request["exactly"]["deviceClassName"] == "gpu.nvidia.com"
-        for one in manifests.containers():
-            for claim in one.spec["resources"].get("claims", []):
+        for container in manifests.containers():
+            for claim in container.spec["resources"].get("claims", []):
                 assert claim.get("request", request["name"]) == request["name"]
         if "mps" not in name:
             assert "config" not in devices
@@ -391,13 +405,13 @@ class TestHandles:
         assert config["opaque"]["parameters"]["sharing"]["strategy"] == "MPS"
 
     def test_whoever_computes_on_a_gpu_has_one(self, manifests: Manifests) -> None:
-        for one in manifests.containers():
-            assert one.has_gpu is one.option("DEVICE").startswith("cuda")
+        for container in manifests.containers():
+            assert container.has_gpu is container.option("DEVICE").startswith("cuda")
 
     def test_pods_with_a_gpu_may_run_where_others_are_kept_away(self, manifests: Manifests) -> None:
         tolerated = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-        for one in manifests.containers():
-            assert (tolerated in one.pod.get("tolerations", [])) is one.has_gpu
+        for container in manifests.containers():
+            assert (tolerated in container.pod.get("tolerations", [])) is container.has_gpu
 
 
 class TestScaling:
@@ -413,32 +427,35 @@ class TestScaling:
         assert scalers or cluster.of("ScaledObject")
 
     def test_they_add_a_replica_before_all_slots_are_taken(self, cluster: Manifests) -> None:
-        slots = {f"specdec-{one.service}": one.option("MAX_SESSIONS") for one in cluster.containers()}
+        slots = {
+            f"specdec-{container.service}": container.option("MAX_SESSIONS")
+            for container in cluster.containers()
+        }
         thresholds = sessions_thresholds(cluster)
         assert thresholds.keys() == replica_limits(cluster).keys()
         assert thresholds == {name: 0.75 * float(slots[name]) for name in thresholds}
 
     def test_slots_are_taken_before_memory_is(self, cluster: Manifests) -> None:
         """A session that finds no memory is refused, and no autoscaler hears of it."""
-        services = {one.service: one for one in cluster.containers()}
+        services = {container.service: container for container in cluster.containers()}
         verifier, drafter = services["verifier"], services["drafter"]
         pools = [(verifier, "KV_CACHE_MIB", KV_KIB[verifier.option("MODEL")])]
         if drafter.option("MIRROR_MIB"):
             pools.append((drafter, "MIRROR_MIB", STREAMED_KIB))
-        for one, size, kib_per_token in pools:
-            num_tokens = float(one.option(size)) * 1024 / kib_per_token
-            assert int(one.option("MAX_SESSIONS")) * LEAST_SESSION_TOKENS <= num_tokens
+        for container, size, kib_per_token in pools:
+            num_tokens = float(container.option(size)) * 1024 / kib_per_token
+            assert int(container.option("MAX_SESSIONS")) * LEAST_SESSION_TOKENS <= num_tokens
 
     def test_scaled_objects_take_their_place(self, complete: Manifests) -> None:
         assert not complete.of("HorizontalPodAutoscaler")
         scaled = complete.of("ScaledObject")
         # Each model service's pods, whether the two are in one pod or not.
-        targets = {one["spec"]["scaleTargetRef"]["name"] for one in scaled}
+        targets = {scaler["spec"]["scaleTargetRef"]["name"] for scaler in scaled}
         assert targets == complete.names("Deployment") - {"specdec-gateway"}
-        for one in scaled:
-            queries = [trigger["metadata"]["query"] for trigger in one["spec"]["triggers"]]
+        for scaler in scaled:
+            queries = [trigger["metadata"]["query"] for trigger in scaler["spec"]["triggers"]]
             used = {name for query in queries for name in re.findall(r"specdec_\w+", query)}
-            prefix = one["spec"]["scaleTargetRef"]["name"].replace("-", "_")
+            prefix = scaler["spec"]["scaleTargetRef"]["name"].replace("-", "_")
             assert used == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
             assert used <= METRICS
 
@@ -456,9 +473,11 @@ class TestScaling:
         for deployment in manifests.of("Deployment"):
             spec = deployment["spec"]
             num_replicas = spec.get("replicas") or limits[deployment["metadata"]["name"]][0]
-            requests = [one["resources"]["requests"] for one in spec["template"]["spec"]["containers"]]
+            requests = [
+                container["resources"]["requests"] for container in spec["template"]["spec"]["containers"]
+            ]
             num_pods = num_replicas + spec["strategy"]["rollingUpdate"]["maxSurge"]
-            total += num_pods * sum(cpus(one["cpu"]) for one in requests)
+            total += num_pods * sum(cpus(request["cpu"]) for request in requests)
         assert total <= 3, "a node keeps some for itself"
 
     def test_the_adapter_knows_what_autoscalers_ask_for(self) -> None:
@@ -488,11 +507,11 @@ class TestMonitoring:
     def test_every_metrics_port_is_scraped(self, complete: Manifests) -> None:
         (monitor,) = complete.of("PodMonitor")
         scraped = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
-        for one in complete.containers():
-            labels = pod_of(complete, one.service)["metadata"]["labels"]
+        for container in complete.containers():
+            labels = pod_of(complete, container.service)["metadata"]["labels"]
             assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
-            names = {port["containerPort"]: port["name"] for port in one.spec["ports"]}
-            assert names[one.port("METRICS_LISTEN")] in scraped
+            names = {port["containerPort"]: port["name"] for port in container.spec["ports"]}
+            assert names[container.port("METRICS_LISTEN")] in scraped
 
     def test_the_rules_are_those_of_the_repository(self, complete: Manifests) -> None:
         (rule,) = complete.of("PrometheusRule")
@@ -500,8 +519,8 @@ class TestMonitoring:
         assert rule["spec"] == rules, "run `make prometheus-rule`"
 
     def test_telemetry_may_leave(self, complete: Manifests) -> None:
-        for one in complete.containers():
-            pod = Peer(pod_of(complete, one.service)["metadata"]["labels"])
+        for container in complete.containers():
+            pod = Peer(pod_of(complete, container.service)["metadata"]["labels"])
             assert is_allowed(complete, pod, Peer({}, "monitoring"), 4317)
 
 

@@ -26,7 +26,7 @@ def test_every_object_is_valid(manifests: Manifests, version: str, tmp_path: Pat
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     unknown = set(re.findall(r"Couldn't find schema for kind (\w+)", output))
-    kinds = {one["kind"] for one in manifests.objects}
+    kinds = {manifest["kind"] for manifest in manifests.objects}
     # Exactly those: a misspelt apiVersion has no schema, either.
     assert unknown == kinds & (WITHOUT_SCHEMA | NOT_YET.get(version, set()))
     num_seen = output.count("passed for resource") + output.count("Couldn't find schema")

@@ -53,7 +53,8 @@ def parse(service: str, environment: dict[str, str], patch: pytest.MonkeyPatch) 
 def configs(manifests: Manifests, patch: pytest.MonkeyPatch) -> dict[str, tuple[Container, Any]]:
     """Container and configuration of each service."""
     return {
-        one.service: (one, parse(one.service, dict(one.options), patch)) for one in manifests.containers()
+        container.service: (container, parse(container.service, dict(container.options), patch))
+        for container in manifests.containers()
     }
 
 
@@ -67,50 +68,54 @@ def test_a_misspelt_option_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pods_have_the_ports_the_services_listen_on(manifests: Manifests) -> None:
-    for one in manifests.containers():
+    for container in manifests.containers():
         declared = {
-            port["name"]: port["containerPort"] for port in one.spec.get("ports", []) if "name" in port
+            port["name"]: port["containerPort"] for port in container.spec.get("ports", []) if "name" in port
         }
         if not declared:
             continue  # podman publishes ports that are declared
-        listening = {one.port("LISTEN"), one.port("HEALTH_LISTEN"), one.port("METRICS_LISTEN")}
+        listening = {
+            container.port("LISTEN"),
+            container.port("HEALTH_LISTEN"),
+            container.port("METRICS_LISTEN"),
+        }
         assert set(declared.values()) == listening
-        assert declared[one.service] == one.port("LISTEN")
-        assert all(one.option(name).startswith("0.0.0.0:") for name in ("LISTEN", "HEALTH_LISTEN"))
+        assert declared[container.service] == container.port("LISTEN")
+        assert all(container.option(name).startswith("0.0.0.0:") for name in ("LISTEN", "HEALTH_LISTEN"))
 
 
 def test_containers_of_a_pod_have_ports_of_their_own(manifests: Manifests) -> None:
     options = ("LISTEN", "HEALTH_LISTEN", "METRICS_LISTEN")
     pods: dict[int, list[int]] = {}
-    for one in manifests.containers():
-        pods.setdefault(id(one.pod), []).extend(one.port(option) for option in options)
+    for container in manifests.containers():
+        pods.setdefault(id(container.pod), []).extend(container.port(option) for option in options)
     assert all(len(ports) == len(set(ports)) for ports in pods.values())
 
 
 def test_probes_ask_for_names_the_services_report(cluster: Manifests) -> None:
-    for one in cluster.containers():
-        name = COMMANDS[one.service][2]
+    for container in cluster.containers():
+        name = COMMANDS[container.service][2]
         startup, readiness, liveness = (
-            one.spec[f"{kind}Probe"]["grpc"] for kind in ("startup", "readiness", "liveness")
+            container.spec[f"{kind}Probe"]["grpc"] for kind in ("startup", "readiness", "liveness")
         )
-        assert {startup["port"], readiness["port"], liveness["port"]} == {one.port("HEALTH_LISTEN")}
+        assert {startup["port"], readiness["port"], liveness["port"]} == {container.port("HEALTH_LISTEN")}
         assert readiness["service"] == name
         assert liveness["service"] == LIVENESS
         # A gateway is NOT_SERVING as long as it has no verifier, which is no reason to start it anew.
-        assert startup["service"] == (LIVENESS if one.service == "gateway" else name)
+        assert startup["service"] == (LIVENESS if container.service == "gateway" else name)
 
 
 def test_there_is_time_to_drain(cluster: Manifests) -> None:
-    for one in cluster.containers():
-        sleep_s = one.spec["lifecycle"]["preStop"]["sleep"]["seconds"]
-        drain_s = float(one.option("DRAIN_GRACE_S"))
-        assert one.pod["terminationGracePeriodSeconds"] >= sleep_s + drain_s + CLOSING_S
+    for container in cluster.containers():
+        sleep_s = container.spec["lifecycle"]["preStop"]["sleep"]["seconds"]
+        drain_s = float(container.option("DRAIN_GRACE_S"))
+        assert container.pod["terminationGracePeriodSeconds"] >= sleep_s + drain_s + CLOSING_S
 
 
 def test_the_gateway_calls_the_services_by_their_names(cluster: Manifests) -> None:
-    one = next(one for one in cluster.containers() if one.service == "gateway")
+    container = next(container for container in cluster.containers() if container.service == "gateway")
     for service in ("verifier", "drafter"):
-        (uri,) = parse_uris(one.option(service.upper()))
+        (uri,) = parse_uris(container.option(service.upper()))
         host, port = re.fullmatch(r"dns:///([\w-]+):(\d+)", uri).groups()  # type: ignore[union-attr]
         target = cluster.get("Service", host)["spec"]
         assert target["clusterIP"] == "None", "a gateway watches every replica"
@@ -118,38 +123,38 @@ def test_the_gateway_calls_the_services_by_their_names(cluster: Manifests) -> No
 
 
 def test_verifiers_can_be_reached_where_they_say(cluster: Manifests) -> None:
-    one = next(one for one in cluster.containers() if one.service == "verifier")
-    assert one.option("ADVERTISE") == f"$(POD_IP):{one.port('LISTEN')}"
-    address = next(entry for entry in one.spec["env"] if entry["name"] == "POD_IP")
+    container = next(container for container in cluster.containers() if container.service == "verifier")
+    assert container.option("ADVERTISE") == f"$(POD_IP):{container.port('LISTEN')}"
+    address = next(entry for entry in container.spec["env"] if entry["name"] == "POD_IP")
     assert address["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP"
 
 
 def test_gateway_verifier_and_drafter_mean_the_same_model(manifests: Manifests) -> None:
-    model = {one.service: one for one in manifests.containers()}
+    model = {container.service: container for container in manifests.containers()}
     target = model["verifier"].option("MODEL")
     assert target
     assert model["gateway"].option("TOKENIZER") == model["drafter"].option("TARGET") == target
 
 
 def test_models_are_there(manifests: Manifests) -> None:
-    for one in manifests.containers():
-        entries = " ".join(one.option(name) for name in ("MODEL", "TOKENIZER", "TARGET", "DRAFTER"))
+    for container in manifests.containers():
+        entries = " ".join(container.option(name) for name in ("MODEL", "TOKENIZER", "TARGET", "DRAFTER"))
         for path in re.findall(r"/models/([\w.-]+)", entries):
             fetched = [part for job in manifests.pod_specs() for part in job["containers"]]
             assert any(f"/models/{path}" in part.get("command", []) for part in fetched)
-            assert any(mount["mountPath"] == "/models" for mount in one.spec["volumeMounts"])
+            assert any(mount["mountPath"] == "/models" for mount in container.spec["volumeMounts"])
 
 
 def test_the_default_method_is_offered(manifests: Manifests) -> None:
-    by_service = {one.service: one for one in manifests.containers()}
+    by_service = {container.service: container for container in manifests.containers()}
     offered = {entry.partition(":")[0] for entry in by_service["drafter"].option("DRAFTER").split()}
     assert set(by_service["gateway"].option("DEFAULT_METHOD").split("+")) <= offered
 
 
 def test_models_have_as_many_threads_as_cpus(cluster: Manifests) -> None:
-    for one in cluster.containers():
-        if one.service != "gateway":
-            assert 0 < int(one.option("THREADS")) <= float(one.spec["resources"]["limits"]["cpu"])
+    for container in cluster.containers():
+        if container.service != "gateway":
+            assert 0 < int(container.option("THREADS")) <= float(container.spec["resources"]["limits"]["cpu"])
 
 
 def test_images_are_those_the_dockerfile_makes(manifests: Manifests) -> None:
@@ -159,8 +164,8 @@ def test_images_are_those_the_dockerfile_makes(manifests: Manifests) -> None:
         service = image.partition(":")[0].removeprefix("specdec-")
         assert service in stages
         assert service in SERVICES
-    for one in manifests.containers():
-        assert one.spec["image"].startswith(f"specdec-{one.service}:")
+    for container in manifests.containers():
+        assert container.spec["image"].startswith(f"specdec-{container.service}:")
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -173,7 +178,7 @@ def test_images_start_their_service(service: str) -> None:
 
 def test_the_embedded_model_is_baked_in(manifests: Manifests) -> None:
     """A pod that wants it has neither PyPI nor a root it could write to."""
-    wanted = any(one.option("MODEL") == DEFAULT_MODEL for one in manifests.containers())
+    wanted = any(container.option("MODEL") == DEFAULT_MODEL for container in manifests.containers())
     assert not wanted or "prepare_default_model" in DOCKERFILE
 
 

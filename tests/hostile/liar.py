@@ -111,8 +111,10 @@ def _serialise(message: Any) -> bytes:
 
 def lying_timings() -> common_pb2.PhaseTimings:
     """A drafter that was busy since long before the universe began."""
-    most = 2**64 - 1
-    return common_pb2.PhaseTimings(total_ns=most, queue_ns=most, compute_ns=most, batch_size=2**32 - 1)
+    longest_ns = 2**64 - 1
+    return common_pb2.PhaseTimings(
+        total_ns=longest_ns, queue_ns=longest_ns, compute_ns=longest_ns, batch_size=2**32 - 1
+    )
 
 
 @asynccontextmanager

@@ -57,16 +57,16 @@ def test_a_run_over_real_systems(tiny_llama: Path, tmp_path: Path, monkeypatch: 
     result = CliRunner().invoke(bench, ["telemetry", *arguments])
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "new" / "telemetry.json").read_text())
-    taken = {(one["arm"], one["question_id"]) for one in written["samples"]}
+    taken = {(sample["arm"], sample["question_id"]) for sample in written["samples"]}
     assert len(taken) == len(written["samples"]) == 6
-    assert all(one["tpot_ms"] > 0 for one in written["samples"])
+    assert all(sample["tpot_ms"] > 0 for sample in written["samples"])
     assert written["provenance"]["draft_depth"] == 3
     for name, label in (("control_over_off", "off again / off"), ("on_over_off", "on / off")):
         assert written[name]["low"] <= written[name]["median"] <= written[name]["high"]
         assert f"{label}: {written[name]['median']:.4f}" in result.output
-    costs = {(one["arm"], one["service"]): one["cpu_ms_per_token"] for one in written["costs"]}
+    costs = {(cost["arm"], cost["service"]): cost["cpu_ms_per_token"] for cost in written["costs"]}
     assert len(costs) == 9
     assert all(cost > 0 for cost in costs.values())
     assert f"CPU ms a token, gateway: {costs['off', 'gateway']:.3f} off" in result.output
-    usual_ms = median(one["tpot_ms"] for one in written["samples"] if one["arm"] == "off")
+    usual_ms = median(sample["tpot_ms"] for sample in written["samples"] if sample["arm"] == "off")
     assert result.output.count(f"of a TPOT of {usual_ms:.1f} ms") == 3

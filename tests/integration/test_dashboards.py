@@ -34,8 +34,8 @@ def exposed(exposition: Exposition) -> dict[str, set[str]]:
     names: dict[str, set[str]] = {}
     for families in exposition.families.values():
         for family in families.values():
-            for one in family.samples:
-                names.setdefault(one.name, set()).update(one.labels)
+            for sample in family.samples:
+                names.setdefault(sample.name, set()).update(sample.labels)
     return names
 
 
@@ -76,16 +76,16 @@ class TestDashboard:
             for family in families.values():
                 if family.name in ("target_info", *NOT_SHOWN):
                     continue
-                assert shown & {one.name for one in family.samples}, family.name
+                assert shown & {sample.name for sample in family.samples}, family.name
 
     def test_variables_exist_and_are_used(self, dashboard: Path, exposition: Exposition) -> None:
         content = json.loads(dashboard.read_text(encoding="utf-8"))
-        variables = {one["name"]: one for one in content["templating"]["list"]}
+        variables = {variable["name"]: variable for variable in content["templating"]["list"]}
         assert variables["datasource"]["type"] == "datasource"
-        for name, one in variables.items():
+        for name, variable in variables.items():
             assert f"${name}" in dashboard.read_text() or f"${{{name}}}" in dashboard.read_text()
-            if one["type"] == "query":
-                ((metric, label),) = re.findall(r"label_values\((\w+), (\w+)\)", one["query"]["query"])
+            if variable["type"] == "query":
+                ((metric, label),) = re.findall(r"label_values\((\w+), (\w+)\)", variable["query"]["query"])
                 assert label in exposed(exposition)[metric]
         for panel in content["panels"]:
             for target in panel.get("targets", []):

@@ -214,7 +214,7 @@ async def test_drafts_are_those_of_transformers(family: str, mode: str, tmp_path
         assert await generate(system) == by_hand.greedy(PROMPT, NUM_TOKENS)
     assert len(recorder.records) > 5
     rounds = pairwise(recorder.records)
-    accepted = [after.committed[len(one.committed)] == one.draft[0] for one, after in rounds]
+    accepted = [after.committed[len(before.committed)] == before.draft[0] for before, after in rounds]
     assert any(accepted)
     assert not all(accepted)
     for record in recorder.records:

@@ -126,7 +126,11 @@ def connections_to(address: str) -> set[int]:
     """Local ports of this process's connections to a server."""
     port = int(address.rpartition(":")[2])
     connections = psutil.Process().net_connections("tcp")
-    return {one.laddr.port for one in connections if one.raddr and one.raddr.port == port}
+    return {
+        connection.laddr.port
+        for connection in connections
+        if connection.raddr and connection.raddr.port == port
+    }
 
 
 async def is_idle(system: System) -> bool:

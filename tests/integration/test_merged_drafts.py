@@ -34,8 +34,8 @@ async def test_merged_drafts_give_the_same_text(
                     assert answer.token_ids == plain.token_ids, (method, draft_nodes)
                     speculation = answer.speculation
                     assert speculation.method == method
-                    assert [one.drafter for one in speculation.proposers] == method.split("+")
-                    assert not any(one.fallback_reason for one in speculation.proposers)
+                    assert [proposer.drafter for proposer in speculation.proposers] == method.split("+")
+                    assert not any(proposer.fallback_reason for proposer in speculation.proposers)
 
 
 async def test_the_merged_tree_accepts_what_the_best_drafter_does(
@@ -55,7 +55,7 @@ async def test_the_merged_tree_accepts_what_the_best_drafter_does(
     assert merged.speculation.draft_tokens_per_token > 1.5
     assert merged.speculation.acceptance_by_depth == (1.0,) * 4
     document = merged.to_json()["speculation"]
-    assert [one["drafter"] for one in document["proposers"]] == ["wrong", "same"]
+    assert [proposer["drafter"] for proposer in document["proposers"]] == ["wrong", "same"]
 
 
 async def test_a_drafter_that_is_late_is_left_out(tiny_llama: Path) -> None:

@@ -43,7 +43,7 @@ def exposed(exposition: Exposition) -> list[Row]:
             service,
             family.name,
             family.type,
-            frozenset(label for one in family.samples for label in one.labels if label != "le"),
+            frozenset(label for sample in family.samples for label in sample.labels if label != "le"),
         )
         for service in SERVICES
         for family in exposition.families[service].values()
@@ -64,7 +64,7 @@ def test_every_service_says_who_it_is(exposition: Exposition) -> None:
 def test_what_the_requests_did_is_there(exposition: Exposition) -> None:
     def values(service: str, family: str, label: str) -> dict[str, float]:
         samples = exposition.families[service][family].samples
-        return {one.labels[label]: one.value for one in samples if one.name.endswith("_total")}
+        return {sample.labels[label]: sample.value for sample in samples if sample.name.endswith("_total")}
 
     assert values("gateway", "specdec_fallback_rounds", "reason").keys() == {"internal"}
     drafters = values("gateway", "specdec_proposer_draft_tokens", "drafter")

@@ -43,34 +43,37 @@ def ready(verifiers: VerifierSet) -> set[str]:
 
 
 async def test_replicas_follow_the_addresses_of_a_name(tiny_llama: Path) -> None:
-    async with running_verifier(tiny_llama) as (one, first), running_verifier(tiny_llama) as (two, second):
-        names = NameServer(one)
+    async with (
+        running_verifier(tiny_llama) as (first_address, first),
+        running_verifier(tiny_llama) as (second_address, second),
+    ):
+        names = NameServer(first_address)
         verifiers = make_verifier_set(
             [NAME], vocabulary_fingerprint(tiny_llama), resolve=names.resolve, resolve_interval_s=0.02
         )
         try:
-            await eventually(lambda: ready(verifiers) == {one})
-            names.addresses = (one, two)
-            await eventually(lambda: ready(verifiers) == {one, two})
+            await eventually(lambda: ready(verifiers) == {first_address})
+            names.addresses = (first_address, second_address)
+            await eventually(lambda: ready(verifiers) == {first_address, second_address})
             # One leaves: only it is lost, at once, and it goes away when the name no longer has it.
             await first.host.stop(0)
-            await eventually(lambda: ready(verifiers) == {two})
-            assert verifiers.pick().uri == two
-            (left,) = [replica for replica in verifiers.replicas if replica.uri == one]
+            await eventually(lambda: ready(verifiers) == {second_address})
+            assert verifiers.pick().uri == second_address
+            (left,) = [replica for replica in verifiers.replicas if replica.uri == first_address]
             channel = left.channel
-            names.addresses = (two,)
-            await eventually(lambda: [replica.uri for replica in verifiers.replicas] == [two])
+            names.addresses = (second_address,)
+            await eventually(lambda: [replica.uri for replica in verifiers.replicas] == [second_address])
             await eventually(lambda: channel.get_state() is grpc.ChannelConnectivity.SHUTDOWN)
             # A name server that fails takes nothing away.
             names.addresses = None
             await names.asked_again()
-            assert verifiers.pick().uri == two
+            assert verifiers.pick().uri == second_address
             # Not what is down for a moment either: it is still told why it is not used.
             await second.host.stop(0)
             await eventually(lambda: not ready(verifiers))
             await names.asked_again()
-            assert [replica.uri for replica in verifiers.replicas] == [two]
-            assert f"{two}: UNAVAILABLE" in verifiers.describe()
+            assert [replica.uri for replica in verifiers.replicas] == [second_address]
+            assert f"{second_address}: UNAVAILABLE" in verifiers.describe()
             assert f"{NAME}: the name cannot be resolved: no answer" in verifiers.describe()
         finally:
             await verifiers.close()

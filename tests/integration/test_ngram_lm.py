@@ -65,7 +65,7 @@ async def test_a_table_gives_the_same_text(sampling: SamplingParams, tiny_llama:
                     assert answer.token_ids == plain.token_ids, (prompt, method, draft_nodes)
                     speculation = answer.speculation
                     assert (speculation.method, speculation.fallback_reason) == (method, "")
-                    assert not any(one.fallback_reason for one in speculation.proposers)
+                    assert not any(proposer.fallback_reason for proposer in speculation.proposers)
                     assert speculation.num_draft_tokens > 0
                     if sampling.is_greedy and prompt in PROMPTS:
                         # Every answer was counted: hardly a draft is wrong.

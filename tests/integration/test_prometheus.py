@@ -30,10 +30,10 @@ def scrape(address: str) -> str:
 def sample(address: str, name: str, **labels: str) -> float:
     """Sum of the samples of that name with these labels."""
     return sum(
-        one.value
+        measured.value
         for family in text_string_to_metric_families(scrape(address))
-        for one in family.samples
-        if one.name == name and labels.items() <= one.labels.items()
+        for measured in family.samples
+        if measured.name == name and labels.items() <= measured.labels.items()
     )
 
 
@@ -55,18 +55,18 @@ async def test_both_readers_tell_the_same(tiny_llama: Path) -> None:
 
 
 def test_each_endpoint_has_its_own_metrics() -> None:
-    one, other = (make_telemetry(name, metrics_listen=ANY_PORT) for name in ("one", "other"))
+    here, there = (make_telemetry(name, metrics_listen=ANY_PORT) for name in ("one", "other"))
     try:
-        assert one.prometheus
-        assert other.prometheus
-        one.meter.create_counter("only.here").add(1)
-        other.meter.create_counter("only.there").add(1)
-        assert sample(one.prometheus.address, "only_here_total") == 1
-        assert "only_here" not in scrape(other.prometheus.address)
-        assert 'service_name="other"' in scrape(other.prometheus.address)
+        assert here.prometheus
+        assert there.prometheus
+        here.meter.create_counter("only.here").add(1)
+        there.meter.create_counter("only.there").add(1)
+        assert sample(here.prometheus.address, "only_here_total") == 1
+        assert "only_here" not in scrape(there.prometheus.address)
+        assert 'service_name="other"' in scrape(there.prometheus.address)
     finally:
-        one.shutdown()
-        other.shutdown()
+        here.shutdown()
+        there.shutdown()
 
 
 @pytest.mark.parametrize("listen", ["9464", ":9464", "localhost:", "localhost:http", "localhost:65536"])

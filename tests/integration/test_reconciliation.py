@@ -141,10 +141,14 @@ def check_answers(books: Books, answers: list[Generation]) -> None:
             assert mine[name] == getattr(stats, name), name
         assert mine["num_accepted_tokens_per_position"] == stats.num_accepted_tokens_per_position
         assert mine["num_draft_tokens_per_position"] == stats.num_draft_tokens_per_position
-    cut_short = [mine for trace, mine in spans.items() if trace not in {one.trace_id for one in answers}]
+    cut_short = [
+        mine for trace, mine in spans.items() if trace not in {answer.trace_id for answer in answers}
+    ]
     assert sum(mine.get("num_accepted_tokens", 0) for mine in cut_short) > 0
     stats_of_all = [answer.speculation for answer in answers]
-    has_branches = [one.num_draft_tokens > sum(one.num_draft_tokens_per_position) for one in stats_of_all]
+    has_branches = [
+        stats.num_draft_tokens > sum(stats.num_draft_tokens_per_position) for stats in stats_of_all
+    ]
     assert any(has_branches), "trees"
 
 
@@ -180,10 +184,10 @@ def check_proposers(books: Books, answers: list[Generation]) -> None:
         name: Counter() for name in ("draft_tokens", "accepted_tokens", "fallback_rounds")
     }
     for answer in answers:
-        for one in answer.speculation.proposers:
+        for proposer in answer.speculation.proposers:
             for name, counts in expected.items():
-                key = (in_order(answer.speculation.method), one.drafter)
-                counts[key] += getattr(one, f"num_{name}")
+                key = (in_order(answer.speculation.method), proposer.drafter)
+                counts[key] += getattr(proposer, f"num_{name}")
     assert set(expected["draft_tokens"]) >= {("ngram+noisy", "ngram"), ("ngram+noisy", "noisy")}
     for name, counts in expected.items():
         assert books.counted(f"specdec.proposer.{name}", "method", "drafter") == dict(+counts), name
@@ -192,7 +196,7 @@ def check_proposers(books: Books, answers: list[Generation]) -> None:
 def check_phases(books: Books, answers: list[Generation]) -> None:
     """Times of the methods of which no request was cut short."""
     for method in ("none", "ngram+noisy"):
-        own = [one.speculation for one in answers if in_order(one.speculation.method) == method]
+        own = [answer.speculation for answer in answers if in_order(answer.speculation.method) == method]
         for phase in ("draft", "verify", "transport"):
             expected_s = sum(getattr(stats, f"{phase}_ms") for stats in own) / 1e3
             (times,) = [

@@ -322,11 +322,14 @@ async def test_no_room_for_hidden_states_costs_the_draft_only_where_handles_are_
 
 async def info_of(system: System) -> tuple[Any, Any]:
     """What verifier and drafter say of themselves now."""
-    async with aio_channel(system.verifier_address) as one, aio_channel(system.drafter_address) as other:
-        verifier = await verifier_pb2_grpc.VerifierServiceStub(one).GetInfo(
+    async with (
+        aio_channel(system.verifier_address) as to_verifier,
+        aio_channel(system.drafter_address) as to_drafter,
+    ):
+        verifier = await verifier_pb2_grpc.VerifierServiceStub(to_verifier).GetInfo(
             verifier_pb2.VerifierServiceGetInfoRequest()
         )
-        drafter = await drafter_pb2_grpc.DrafterServiceStub(other).GetInfo(
+        drafter = await drafter_pb2_grpc.DrafterServiceStub(to_drafter).GetInfo(
             drafter_pb2.DrafterServiceGetInfoRequest()
         )
     return verifier, drafter

@@ -126,14 +126,14 @@ class TestSpanTree:
                 "specdec.verify": 1,
                 "specdec.transport": 1,
             }
-            for this in rounds:
-                is_drafted = attribute(this, "specdec.num_draft_tokens") > 0
-                assert Counter(span.name for span in recorded.children(this)) == {
+            for round_span in rounds:
+                is_drafted = attribute(round_span, "specdec.num_draft_tokens") > 0
+                assert Counter(span.name for span in recorded.children(round_span)) == {
                     "specdec.verify": 1,
                     "specdec.transport": 1,
                     **({"specdec.draft": 1} if is_drafted else {}),
                 }
-            accounted = 2 + len(rounds) + sum(len(recorded.children(this)) for this in [prefill, *rounds])
+            accounted = 2 + len(rounds) + sum(len(recorded.children(parent)) for parent in [prefill, *rounds])
             assert len(recorded.spans) == accounted
 
     async def test_attributes_agree_with_the_answer(
@@ -162,21 +162,21 @@ class TestSpanTree:
             }
             rounds = recorded.named("specdec.round")
             for name in ("num_draft_tokens", "num_accepted_tokens"):
-                total = sum(attribute(this, f"specdec.{name}") for this in rounds)
+                total = sum(attribute(round_span, f"specdec.{name}") for round_span in rounds)
                 assert total == getattr(speculation, name)
             committed = len(PROMPT) + 1
-            for this in rounds:
-                (verify,) = recorded.children(this, "specdec.verify")
+            for round_span in rounds:
+                (verify,) = recorded.children(round_span, "specdec.verify")
                 assert verify.kind is SpanKind.SERVER
                 for name in ("specdec.num_draft_tokens", "specdec.num_accepted_tokens"):
-                    assert attribute(verify, name) == attribute(this, name)
-                committed += attribute(this, "specdec.num_accepted_tokens") + 1
+                    assert attribute(verify, name) == attribute(round_span, name)
+                committed += attribute(round_span, "specdec.num_accepted_tokens") + 1
                 assert attribute(verify, "specdec.committed_length") == committed
-                for draft in recorded.children(this, "specdec.draft"):
+                for draft in recorded.children(round_span, "specdec.draft"):
                     assert draft.kind is SpanKind.SERVER
                     assert attribute(draft, "specdec.method") == "noisy"
                     assert attribute(draft, "specdec.num_draft_tokens") == attribute(
-                        this, "specdec.num_draft_tokens"
+                        round_span, "specdec.num_draft_tokens"
                     )
             for span in recorded.named("specdec.verify") + recorded.named("specdec.draft"):
                 assert attribute(span, "specdec.batch_size") == 1
@@ -202,8 +202,8 @@ class TestSpanTree:
                 assert span.end_time <= parent.end_time + CLOCK_SKEW_NS
             transport_ns = sum(
                 duration_ns(span)
-                for this in recorded.named("specdec.round")
-                for span in recorded.children(this, "specdec.transport")
+                for round_span in recorded.named("specdec.round")
+                for span in recorded.children(round_span, "specdec.transport")
             )
             assert transport_ns / 1e6 == pytest.approx(result.speculation.transport_ms)
 
@@ -215,11 +215,11 @@ class TestSpanTree:
             request,
         ):
             first_round = recorded.children(request, "specdec.round")[0]
-            for this, peers in (
+            for parent, peers in (
                 (recorded.named("specdec.prefill")[0], {"specdec.transport.verifier_ns"}),
                 (first_round, {"specdec.transport.drafter_ns", "specdec.transport.verifier_ns"}),
             ):
-                (transport,) = recorded.children(this, "specdec.transport")
+                (transport,) = recorded.children(parent, "specdec.transport")
                 assert set(transport.attributes or ()) == {*peers, "specdec.request_id"}
                 assert sum(attribute(transport, peer) for peer in peers) == duration_ns(transport)
 
@@ -269,8 +269,8 @@ class TestTraceContext:
                 )
                 rounds = recorded.children(request, "specdec.round")
                 assert len(rounds) == result.speculation.num_rounds
-                for this in rounds:
-                    (verify,) = recorded.children(this, "specdec.verify")
+                for round_span in rounds:
+                    (verify,) = recorded.children(round_span, "specdec.verify")
                     assert context(verify).trace_id == context(request).trace_id
 
 

@@ -176,7 +176,7 @@ async def test_trees_are_right_round_after_round(
                 )
                 assert answer.token_ids == plain.token_ids, (name, sampling)
                 assert answer.speculation.fallback_reason == ""
-                assert not any(one.fallback_reason for one in answer.speculation.proposers)
+                assert not any(proposer.fallback_reason for proposer in answer.speculation.proposers)
                 assert len(recorder.records) > 3
                 for committed, num_wanted, tree in recorder.records:
                     best = along_the_best(tree)
@@ -215,7 +215,7 @@ async def test_the_tree_of_a_markov_head_has_its_chain(tmp_path: Path) -> None:
             assert answer.token_ids == plain.token_ids
             assert answer.speculation.fallback_reason == ""
             if sampling.is_greedy:
-                both = [one for one in recorder.records if one[:2] in recorder.chains]
+                both = [record for record in recorder.records if record[:2] in recorder.chains]
                 assert len(both) > 3
                 for committed, num_wanted, tree in both:
                     best = along_the_best(tree)
@@ -238,8 +238,8 @@ async def test_drafters_that_read_different_state_draft_together(mode: str, tmp_
                 GenerateOptions(**options, method="mtp+dflash+ngram", draft_nodes=num_nodes),
             )
             assert answer.token_ids == plain.token_ids
-            assert [one.fallback_reason for one in answer.speculation.proposers] == [""] * 3
-            assert all(one.num_draft_tokens for one in answer.speculation.proposers)
+            assert [proposer.fallback_reason for proposer in answer.speculation.proposers] == [""] * 3
+            assert all(proposer.num_draft_tokens for proposer in answer.speculation.proposers)
 
 
 async def test_a_tree_accepts_more_than_a_chain(tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ async def test_any_tree_commits_the_same_tokens(sampling: SamplingParams, addres
             assert result.num_accepted_tokens >= min(len(right), len(output) - done - 1)
         assert stream.token_ids[len(PROMPT) :] == output
         assert num_moved > 0
-    for ours, theirs in zip(logprobs, (one for result in plain for one in result.logprobs), strict=True):
+    for ours, theirs in zip(
+        logprobs, (logprob for result in plain for logprob in result.logprobs), strict=True
+    ):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert [top.token_id for top in ours.top] == [top.token_id for top in theirs.top]
 

@@ -43,8 +43,8 @@ def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
     times = {name: value / 1000 for name, value in options if name.endswith("_ms")}
     assert times
     for name, value_s in times.items():
-        least, most = right_s[name]
-        assert least <= value_s <= most, name
+        lowest_s, highest_s = right_s[name]
+        assert lowest_s <= value_s <= highest_s, name
 
 
 def generate(connection: grpc.aio.Channel) -> Any:

@@ -124,18 +124,18 @@ def test_drafts_end_though_no_pass_was_ever_without() -> None:
 
     class Busy(World):
         def round(self, size: DraftSize) -> Round:
-            this = super().round(size)
-            tokens = this.verified.batch_tokens + 7 * 3  # of seven sessions that draft as ever
+            done = super().round(size)
+            tokens = done.verified.batch_tokens + 7 * 3  # of seven sessions that draft as ever
             compute_ns = int(self.pass_ms(tokens) * MS)
             verified = replace(
-                this.verified,
+                done.verified,
                 batch_size=8,
                 batch_tokens=tokens,
                 compute_ns=compute_ns,
                 server_ns=compute_ns,
                 elapsed_ns=compute_ns + MS,
             )
-            return replace(this, verified=verified)
+            return replace(done, verified=verified)
 
     assert learned(Busy(steep, lambda k: 2.0, 0.4)) == DraftSize(0)
 
@@ -202,12 +202,12 @@ def short_answers(
         control, is_first = session(controller, replica, budgets), True
         for _ in range(12):
             size = control.choose(1000)
-            this = world.round(size)
+            done = world.round(size)
             if size.draft_depth and is_first:
-                elapsed_ns = this.draft.elapsed_ns + first_ms * MS
-                this = replace(this, draft=replace(this.draft, elapsed_ns=elapsed_ns, is_first=True))
+                elapsed_ns = done.draft.elapsed_ns + first_ms * MS
+                done = replace(done, draft=replace(done.draft, elapsed_ns=elapsed_ns, is_first=True))
                 is_first = False
-            control.observe(size, this)
+            control.observe(size, done)
             sizes.append(size)
     return sizes[-120:]
 
@@ -223,8 +223,8 @@ def test_a_draft_that_was_slow_once_is_forgotten() -> None:
     run(control, world, 2)
     for _ in range(2):
         size = control.choose(1000)
-        this = world.round(size)
-        control.observe(size, replace(this, draft=replace(this.draft, elapsed_ns=900 * MS)))
+        done = world.round(size)
+        control.observe(size, replace(done, draft=replace(done.draft, elapsed_ns=900 * MS)))
     assert usual(run(control, world, 600)[300:]).draft_depth >= 12
 
 
@@ -247,9 +247,9 @@ def test_what_is_not_the_best_is_tried_now_and_then() -> None:
 
     class Steady(World):
         def round(self, size: DraftSize) -> Round:
-            this = super().round(size)
+            done = super().round(size)
             accepted = min(size.draft_depth, 3 if size.draft_nodes else 1)
-            return replace(this, verified=replace(this.verified, num_accepted_tokens=accepted))
+            return replace(done, verified=replace(done.verified, num_accepted_tokens=accepted))
 
     control = session(Controller(), Replica(), (0, 8, 16, 32))
     sizes = run(control, Steady(lambda n: 40 + 1.5 * n, lambda k: 3.0 * k, 0.0), 600)[200:]

@@ -95,8 +95,8 @@ async def run(
     """All rounds of a generation."""
     trace = RequestTrace((telemetry or make_telemetry("test")).tracer, "")
     return [
-        this
-        async for this in decode(
+        round_
+        async for round_ in decode(
             verifier,
             drafter,
             prompt_token_ids=PROMPT,
@@ -145,8 +145,8 @@ async def test_a_tree_commits_its_accepted_path() -> None:
 
     output = list(range(30))
     rounds = [
-        this
-        async for this in decode(
+        round_
+        async for round_ in decode(
             TreeVerifier(output),
             TreeDrafter(output),
             prompt_token_ids=PROMPT,
@@ -155,8 +155,8 @@ async def test_a_tree_commits_its_accepted_path() -> None:
             trace=RequestTrace(make_telemetry("test").tracer, ""),
         )
     ]
-    assert [token_id for this in rounds for token_id in this.token_ids] == output
-    assert [this.verified.num_accepted_tokens for this in rounds] == [0, 4, 4, 4, 4, 4, 3]
+    assert [token_id for round_ in rounds for token_id in round_.token_ids] == output
+    assert [round_.verified.num_accepted_tokens for round_ in rounds] == [0, 4, 4, 4, 4, 4, 3]
 
 
 @given(
@@ -168,10 +168,10 @@ async def test_any_draft_commits_the_targets_tokens(is_right: list[bool], draft_
     verifier, drafter = FakeVerifier(output), FakeDrafter(output, is_right)
     rounds = await run(verifier, drafter, draft_depth=draft_depth)
 
-    assert [token_id for this in rounds for token_id in this.token_ids] == output
-    assert [this.is_prefill for this in rounds] == [True] + [False] * (len(rounds) - 1)
+    assert [token_id for round_ in rounds for token_id in round_.token_ids] == output
+    assert [round_.is_prefill for round_ in rounds] == [True] + [False] * (len(rounds) - 1)
     committed = [
-        [*PROMPT, *(token_id for this in rounds[:index] for token_id in this.token_ids)]
+        [*PROMPT, *(token_id for round_ in rounds[:index] for token_id in round_.token_ids)]
         for index in range(1, len(rounds))
     ]
     assert verifier.bases == [len(tokens) for tokens in committed]
@@ -195,7 +195,7 @@ async def test_drafts_get_shorter_towards_the_end() -> None:
     rounds = await run(FakeVerifier(output), drafter, draft_depth=4)
     # 1 of the prefill, 4 + 1, then 3 are left: 2 + 1.
     assert [wanted for _, wanted, _ in drafter.calls] == [4, 2]
-    assert [len(this.token_ids) for this in rounds] == [1, 5, 3]
+    assert [len(round_.token_ids) for round_ in rounds] == [1, 5, 3]
 
 
 async def test_the_last_token_needs_no_draft() -> None:
@@ -212,7 +212,7 @@ async def test_without_a_guess_a_round_is_plain_decoding() -> None:
     rounds = await run(verifier, drafter, draft_depth=2)
     assert verifier.drafts == [(), (), ()]
     assert len(drafter.calls) == 2
-    assert [this.draft.fallback_reason for this in rounds] == ["", "no idea", "no idea", ""]
+    assert [round_.draft.fallback_reason for round_ in rounds] == ["", "no idea", "no idea", ""]
 
 
 async def test_zero_draft_tokens_never_ask_the_drafter() -> None:

@@ -124,9 +124,9 @@ async def test_who_takes_a_session_over_is_leased_and_told_what_was_committed(
         assert (taken_over.num_accepted_tokens, taken_over.bonus_token_id) == (0, 13)
         assert (world.first.num_sessions, world.second.num_sessions) == (0, 1)
         await session.verify(4, [5, 6], "")
-        assert [one.committed for one in world.sessions] == [[1, 2], [1, 2, 12]]
-        assert [one.uri for one in world.sessions] == ["127.0.0.1:1", "127.0.0.1:2"]
-        assert [one.is_open for one in world.sessions] == [False, True]
+        assert [session.committed for session in world.sessions] == [[1, 2], [1, 2, 12]]
+        assert [session.uri for session in world.sessions] == ["127.0.0.1:1", "127.0.0.1:2"]
+        assert [session.is_open for session in world.sessions] == [False, True]
     assert world.lost == ["it was lost"]
     world.assert_all_is_given_back()
 
@@ -145,7 +145,7 @@ async def test_a_session_that_never_opened_is_taken_over_as_well(make_world: Cal
     world = make_world(LOST)
     async with world.session() as session:
         assert (await session.open("")).bonus_token_id == 12
-        assert [one.committed for one in world.sessions] == [PROMPT, PROMPT]
+        assert [session.committed for session in world.sessions] == [PROMPT, PROMPT]
     world.assert_all_is_given_back()
 
 

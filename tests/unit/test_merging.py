@@ -40,7 +40,8 @@ class Source:
 def merged(*sources: Source, draft_nodes: int = 8) -> MergedDrafts:
     """Sources named a, b, ..., which draft at most 2, 3, ... tokens."""
     named = [
-        NamedSource(name, one, 2 + at) for at, (name, one) in enumerate(zip("abc", sources, strict=False))
+        NamedSource(name, source, 2 + at)
+        for at, (name, source) in enumerate(zip("abc", sources, strict=False))
     ]
     return MergedDrafts(named, draft_nodes)
 

@@ -138,8 +138,8 @@ def test_a_missed_commit_is_refused_and_changes_nothing() -> None:
 
 def test_sessions_do_not_share_an_index() -> None:
     drafter = make_drafter()
-    one, other = open_session(drafter, [1, 2, 10, 1, 2]), open_session(drafter, [1, 2, 20, 1, 2])
-    items = [DraftItem(drafter, session, 1, 1) for session in (one, other)]
+    first, second = open_session(drafter, [1, 2, 10, 1, 2]), open_session(drafter, [1, 2, 20, 1, 2])
+    items = [DraftItem(drafter, session, 1, 1) for session in (first, second)]
     assert drafter.propose(items) == [[10], [20]]
 
 

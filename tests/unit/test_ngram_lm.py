@@ -112,7 +112,7 @@ def random_table(random: Random, num_tokens: int = 6) -> NgramTable:
         return Following(values, backoff=random.uniform(0.05, 0.9))
 
     contexts = [(token_id,) for token_id in range(num_tokens)]
-    pairs = [(one, other) for one in range(num_tokens) for other in range(num_tokens)]
+    pairs = [(first, second) for first in range(num_tokens) for second in range(num_tokens)]
     kept = [*random.sample(contexts, 4), *random.sample(pairs, 8)]
     return table_of({context: following() for context in kept})
 
@@ -377,8 +377,12 @@ def test_no_more_than_the_best_eight_are_looked_at(sampling: SamplingParams) -> 
 
 def test_sessions_are_drafted_for_side_by_side() -> None:
     drafter = make_drafter(KNOWN)
-    one, other = open_session(drafter, [9, 1]), open_session(drafter, [8, 3, 11, 3])
-    items = [DraftItem(drafter, one, 2, 1), DraftItem(drafter, other, 1, 1), DraftItem(drafter, one, 1, 1, 2)]
+    first, second = open_session(drafter, [9, 1]), open_session(drafter, [8, 3, 11, 3])
+    items = [
+        DraftItem(drafter, first, 2, 1),
+        DraftItem(drafter, second, 1, 1),
+        DraftItem(drafter, first, 1, 1, 2),
+    ]
     assert drafter.propose(items) == [[2, 5], [7], DraftTree((2, 3), (-1, -1))]
 
 

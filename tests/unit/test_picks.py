@@ -102,7 +102,9 @@ def test_a_batch_gives_each_session_what_it_gets_alone() -> None:
         context(SamplingParams(), [7]),
     ]
     together = picker.pick(logits, contexts)
-    alone = [picker.pick([rows], [one])[0] for rows, one in zip(logits, contexts, strict=True)]
+    alone = [
+        picker.pick([rows], [pick_context])[0] for rows, pick_context in zip(logits, contexts, strict=True)
+    ]
     assert together == alone
 
 

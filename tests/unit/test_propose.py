@@ -122,7 +122,7 @@ def session(
 
 
 def propose(drafter: Drafter, *sessions: DraftSession) -> list[list[int] | SpecdecError]:
-    return list(drafter.propose([DraftItem(drafter, one, K, 1) for one in sessions]))
+    return list(drafter.propose([DraftItem(drafter, opened, K, 1) for opened in sessions]))
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED])
@@ -144,7 +144,7 @@ def test_drafts_end_where_the_generation_does(drafter: Drafter) -> None:
     sessions = [session(drafter, weights, max_length=len(PROMPT) + room) for room in rooms]
     assert [len(draft) for draft in propose(drafter, *sessions)] == [0, 1, 2, 3, 3]  # type: ignore[arg-type]
     sessions = [session(drafter, weights, max_length=len(PROMPT) + room) for room in rooms]
-    nothing, *trees = drafter.propose([DraftItem(drafter, one, K, 1, 64) for one in sessions])
+    nothing, *trees = drafter.propose([DraftItem(drafter, opened, K, 1, 64) for opened in sessions])
     assert nothing == []
     assert [tree.depth for tree in trees if isinstance(tree, DraftTree)] == [1, 2, 3, 3]
 
@@ -156,7 +156,7 @@ def test_a_drafter_without_a_vocabulary_has_the_targets(sampling: SamplingParams
     # More rows than there are embeddings: no token that cannot be embedded is drafted.
     wide = TargetWeights(weights.embedding, target_weights(drafter, 12).lm_head)
     (expected,), (draft,) = (
-        propose(drafter, session(drafter, one, sampling=sampling)) for one in (weights, wide)
+        propose(drafter, session(drafter, given, sampling=sampling)) for given in (weights, wide)
     )
     assert isinstance(expected, list)
     assert draft == expected
@@ -198,7 +198,7 @@ def test_a_token_is_as_sure_as_the_head_says_whatever_the_head_covers(draft_voca
     head = DraftHead(draft_vocab, lambda states: states, torch.float32, vocab_size=VOCAB_SIZE)
     token_ids = [0, 1, 2] if draft_vocab is None else draft_vocab.tolist()
     logits = torch.tensor([0.1, 0.3, 0.6]).log()
-    assert [head.confidence(logits, one) for one in token_ids] == pytest.approx([0.1, 0.3, 0.6])
+    assert [head.confidence(logits, token_id) for token_id in token_ids] == pytest.approx([0.1, 0.3, 0.6])
     draft: list[int] = []
     sure = [head.extend(draft, token_id, logits, 0.3 - 1e-6) for token_id in (*token_ids, token_ids[0])]
     assert sure == [False, True, True, False]
@@ -283,7 +283,7 @@ async def test_drafts_go_between_the_parts_of_a_long_context(
     monkeypatch.setattr(drafter, "propose", noted)
     host = DrafterHost({"it": drafter}, DrafterConfig(prefill_chunk_tokens=8))
     long, short = session(drafter, weights, long_prompt), session(drafter, weights)
-    drafts = await asyncio.gather(*(host.propose(drafter, one, K) for one in (long, short)))
+    drafts = await asyncio.gather(*(host.propose(drafter, opened, K) for opened in (long, short)))
     host.close()
     assert [list(draft.value.token_ids) for draft in drafts] == expected
     own = [entry for step in steps for entry in step if entry[0]]
@@ -308,7 +308,7 @@ def test_a_session_without_the_right_state_fails_alone(drafter: Drafter) -> None
 def test_sessions_of_another_target_keep_their_drafts(drafter: Drafter) -> None:
     weights, broken = target_weights(drafter), target_weights(drafter, head_width=7)
     (expected,) = propose(drafter, session(drafter, weights))
-    sessions = [session(drafter, one) for one in (broken, weights, broken, weights)]
+    sessions = [session(drafter, given) for given in (broken, weights, broken, weights)]
     outcomes = propose(drafter, *sessions)
     assert outcomes[1::2] == [expected, expected]
     assert all(isinstance(outcome, InternalError) for outcome in outcomes[0::2])

@@ -32,8 +32,8 @@ def make_round(
 
 def tally_of(*rounds: Round, method: str = "ngram") -> SpeculationStats:
     tally = SpeculationTally(method)
-    for this in rounds:
-        tally.add(this)
+    for round_ in rounds:
+        tally.add(round_)
     return tally.stats()
 
 
@@ -83,11 +83,16 @@ def test_positions_of_a_tree_are_depths_and_proposers_have_their_shares() -> Non
     assert list(stats.num_accepted_tokens_per_position) == [3, 2, 0]
     assert stats.num_fallback_rounds == 0, "the rounds had a draft"
     shares = [
-        (one.drafter, one.num_draft_tokens, one.num_accepted_tokens, one.num_sole_accepted_tokens)
-        for one in stats.proposers
+        (
+            proposer.drafter,
+            proposer.num_draft_tokens,
+            proposer.num_accepted_tokens,
+            proposer.num_sole_accepted_tokens,
+        )
+        for proposer in stats.proposers
     ]
     assert shares == [("a", 6, 2, 0), ("b", 6, 4, 2), ("c", 0, 0, 0)]
-    assert [(one.num_fallback_rounds, one.fallback_reason) for one in stats.proposers] == [
+    assert [(proposer.num_fallback_rounds, proposer.fallback_reason) for proposer in stats.proposers] == [
         *((0, ""), (0, ""), (2, "late"))
     ]
 
@@ -132,7 +137,10 @@ def test_of_each_drafter_the_commonest_reason_is_told() -> None:
         return Round(Draft((4,), proposals=proposals), Verified(1, 9))
 
     stats = tally_of(*(without_b(code) for code in ("late", "busy", "busy", "late", "busy", "late", "busy")))
-    told = [(one.drafter, one.num_fallback_rounds, one.fallback_reason) for one in stats.proposers]
+    told = [
+        (proposer.drafter, proposer.num_fallback_rounds, proposer.fallback_reason)
+        for proposer in stats.proposers
+    ]
     assert told == [("a", 0, ""), ("b", 7, "it is busy")]
 
 
@@ -181,8 +189,8 @@ def test_counters_sum_up_the_requests() -> None:
     stats = {}
     for method, rounds in requests.items():
         for _ in range(2):
-            for this in rounds:
-                metrics.add_round(method, this)
+            for round_ in rounds:
+                metrics.add_round(method, round_)
         stats[method] = tally_of(*rounds, *rounds, method=method)
 
     drafting = ("ngram", "small")
@@ -213,8 +221,8 @@ def test_a_fallback_is_counted_by_its_code_never_by_its_text() -> None:
 def test_drafts_are_counted_at_every_position_they_reach() -> None:
     reader = InMemoryMetricReader()
     metrics = GatewayMetrics(make_telemetry("test", metric_reader=reader).meter)
-    for this in (make_round(4, 2), make_round(2, 2), make_round(0, 0), TREE):
-        metrics.add_round("ngram", this)
+    for round_ in (make_round(4, 2), make_round(2, 2), make_round(0, 0), TREE):
+        metrics.add_round("ngram", round_)
     assert sums(reader, "specdec.draft_tokens_per_position", "position") == {0: 3, 1: 3, 2: 1, 3: 1}
     assert sums(reader, "specdec.accepted_tokens_per_position", "position") == {0: 3, 1: 3}
 

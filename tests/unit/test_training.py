@@ -338,11 +338,11 @@ def test_features_hang_on_no_pools_size(tiny_llama: Path) -> None:
     sequences = [TokenSequence(tuple(range(length)), 1) for length in (40, 130, 3, 64, 128, 70)]
     (whole, large), (parts, small) = source_of(tiny_llama, 1024), source_of(tiny_llama, 129)
     assert (large.pool.capacity_tokens, small.pool.capacity_tokens) == (1024, 192)
-    for one, other in zip(whole(sequences), parts(sequences), strict=True):
-        assert one.token_ids.tolist() == other.token_ids.tolist()
-        for name, states in one.states.items():
-            assert len(states) == len(one.token_ids)
-            torch.testing.assert_close(states, other.states[name], atol=1e-5, rtol=1e-5)
+    for in_one_pass, in_parts in zip(whole(sequences), parts(sequences), strict=True):
+        assert in_one_pass.token_ids.tolist() == in_parts.token_ids.tolist()
+        for name, states in in_one_pass.states.items():
+            assert len(states) == len(in_one_pass.token_ids)
+            torch.testing.assert_close(states, in_parts.states[name], atol=1e-5, rtol=1e-5)
     assert small.pool.free_tokens == 192
 
 

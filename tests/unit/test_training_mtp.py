@@ -356,11 +356,11 @@ def test_anchors_that_are_right_go_on_first_and_none_that_cannot(
 
 def test_which_anchors_go_on_hangs_on_the_generator_alone() -> None:
     right, able = torch.arange(1000) % 10 == 0, torch.ones(1000, dtype=torch.bool)
-    one, same, other = [_going_on(right, able, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
+    first, same, other = [_going_on(right, able, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
     # 100 right ones and a quarter of the others make 325: 384 are the next multiple of 64.
-    assert len(one) == 384
+    assert len(first) == 384
 
 
 class PlainKv:
