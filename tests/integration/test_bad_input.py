@@ -160,7 +160,7 @@ def test_sdk_refuses_what_the_wire_cannot_carry(prompt: Any, options: dict[str, 
     with pytest.raises(InvalidArgumentError) as raised:
         build_request(prompt, GenerateOptions(**options))
     assert raised.value.field == field, raised.value
-    assert field in raised.value.message or "prompt" in raised.value.message
+    assert field in raised.value.message
 
 
 # Room

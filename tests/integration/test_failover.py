@@ -38,17 +38,21 @@ def num_sessions(server: VerifierServer) -> int:
 async def lose_one(
     client: AsyncClient, options: GenerateOptions, servers: Sequence[VerifierServer], after: int
 ) -> Generation:
-    """An answer whose verifier is stopped after some tokens."""
+    """Return an answer whose verifier is stopped after some tokens."""
+    received = []
     async with client.stream(PROMPT, options) as stream:
         async for token in stream:
+            received.append(token.token_id)
             after -= 1
             if after == 0:
                 (busy,) = [server for server in servers if num_sessions(server)]
                 await busy.host.stop(0)
             if after == -20:
                 counts = [replica.num_sessions for replica in (await client.info()).verifiers]
-                assert sum(counts) == 1, "it counts where it goes on, and there alone"
-            assert token.token_id >= 0
+                assert sum(counts) == 1, (
+                    "the session counts on the verifier where it goes on, and on no other"
+                )
+        assert tuple(received) == stream.result.token_ids, "every token came once and in order"
         return stream.result
 
 
@@ -65,13 +69,15 @@ async def test_another_verifier_goes_on_with_the_same_text(
     probe = StateProbe(TargetStateSpec((0, 1), True))
     options = replace(LONG, method=method, sampling=sampling)
     async with (
-        running_verifier(tiny_llama) as (one, first),
-        running_verifier(tiny_llama) as (other, second),
+        running_verifier(tiny_llama) as (first_address, first),
+        running_verifier(tiny_llama) as (second_address, second),
         running_drafter("ngram", f"noisy=causal-lm:{noisy_llama}", "probe", families=probe.families) as (
             drafter,
             drafter_server,
         ),
-        running_gateway(tiny_llama, verifier=f"{one},{other}", drafter=drafter, failover_wait_s=20.0) as (
+        running_gateway(
+            tiny_llama, verifier=f"{first_address},{second_address}", drafter=drafter, failover_wait_s=20.0
+        ) as (
             gateway,
             _,
         ),
@@ -126,9 +132,12 @@ async def test_nobody_to_go_on_with_is_unavailable(tiny_llama: Path) -> None:
 
 async def test_a_verifier_of_another_model_does_not_go_on(tiny_llama: Path, noisy_llama: Path) -> None:
     async with (
-        running_verifier(tiny_llama) as (one, first),
-        running_verifier(noisy_llama) as (other, second),
-        running_gateway(tiny_llama, verifier=f"{one},{other}", failover_wait_s=1.0) as (gateway, _),
+        running_verifier(tiny_llama) as (first_address, first),
+        running_verifier(noisy_llama) as (second_address, second),
+        running_gateway(tiny_llama, verifier=f"{first_address},{second_address}", failover_wait_s=1.0) as (
+            gateway,
+            _,
+        ),
         AsyncClient(gateway, timeout_s=100) as client,
     ):
         with pytest.raises(UnavailableError, match="was lost"):
