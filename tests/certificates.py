@@ -33,15 +33,16 @@ class Authority:
         return self._ca.cert_pem.bytes()
 
     def issue(self, *names: str, days: int = 30, is_local: bool = True) -> Issued:
-        """A certificate for server and client, of `names` and of this host unless not `is_local`; `days` < 0:
-        it has expired."""
+        """Issue a certificate for server and client that names `names`, and this host unless not `is_local`.
+        With `days` < 0 it has expired.
+        """
         not_after = dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
         issued = self._ca.issue_cert(*(LOCAL if is_local else ()), *names, not_after=not_after)
         return Issued(issued.cert_chain_pems[0].bytes(), issued.private_key_pem.bytes())
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file the way those who rotate certificates do: nobody ever reads half of it."""
+    """Replace a file as programs that rotate certificates do: a reader never sees half of it."""
     new = path.with_name(path.name + ".new")
     new.write_bytes(content)
     os.replace(new, path)  # noqa: PTH105

@@ -22,19 +22,19 @@ settings.load_profile("specdec")
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama, its folder."""
+    """Return the folder of a tiny random Llama."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def noisy_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with noise on its weights: a drafter that is right now and then."""
+    """Return the folder of the tiny Llama with noise on its weights: a drafter that is right now and then."""
     return save_tiny_model(tmp_path_factory.mktemp("models") / "noisy-llama", noise=0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tidy(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No module leaves anything open, whatever its tests do, fail at or cancel."""
+    """Check that a module leaves nothing open, whatever its tests do, fail at or cancel."""
     if request.module.__name__.endswith("test_default_model"):
         yield  # the target's weights stay mapped until the collector has been at the drafters' models
         return

@@ -41,7 +41,7 @@ class BrokenDrafter(Drafter):
 
 
 def make_broken(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
-    """Factory of the drafter family "broken"."""
+    """Make a drafter of the family "broken"."""
     return BrokenDrafter(spec.name)
 
 
@@ -52,7 +52,9 @@ class Exposition:
     families: Mapping[str, Mapping[str, Metric]]
 
     def labels(self, sample: str, service: str | None = None) -> set[str]:
-        """Label names of a sample name such as x_bucket, of all services or of one; empty: there is none."""
+        """Return the label names of a sample name such as x_bucket, of all services or of the given service.
+        The set is empty if there is no such sample.
+        """
         return {
             label
             for name, families in self.families.items()
@@ -65,7 +67,7 @@ class Exposition:
 
 
 def scrape(telemetry: Telemetry) -> dict[str, Metric]:
-    """Metric families at a service's endpoint, by name."""
+    """Return the metric families at a service's endpoint, by name."""
     assert telemetry.prometheus
     with urlopen(f"http://{telemetry.prometheus.address}/metrics", timeout=10) as response:
         text = response.read().decode()

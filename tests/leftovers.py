@@ -24,7 +24,7 @@ _FOREIGN_THREAD = re.compile(r"tqdm_monitor|(Thread|ThreadPoolExecutor|Dummy)-\d
 
 
 def held(*folders: Path) -> Counter[str]:
-    """What the process holds now, and how often.
+    """Return what the process holds now, and how often.
 
     Args:
         folders: the files in them count as held, and so does memory that is mapped from them.
@@ -51,7 +51,7 @@ def nothing_left(*folders: Path) -> Iterator[None]:
 
 @asynccontextmanager
 async def nothing_left_behind(*folders: Path) -> AsyncIterator[None]:
-    """The same on an event loop, which goes on meanwhile: what is closed there may need it to end."""
+    """Check the same on an event loop, which runs on meanwhile: what is closed there may need it to end."""
     before = held(*folders)
     yield
     for _ in _looks(before, folders):
@@ -59,12 +59,12 @@ async def nothing_left_behind(*folders: Path) -> AsyncIterator[None]:
 
 
 def _looks(before: Counter[str], folders: Sequence[Path]) -> Iterator[None]:
-    """A pause before each further look, until nothing is left or the time is over."""
+    """Pause before each further look, until nothing is left or the time is over."""
     deadline = time.monotonic() + WAIT_S
     while left := held(*folders) - before:
         if time.monotonic() > deadline:
             raise AssertionError(f"left behind: {', '.join(sorted(left.elements()))}")
-        gc.collect()  # what only a traceback keeps alive is no leftover
+        gc.collect()  # what only a traceback keeps alive is not a leftover
         yield
 
 

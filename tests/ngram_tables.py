@@ -23,7 +23,7 @@ class Following(NamedTuple):
 def table_of(
     contexts: Mapping[tuple[int, ...], Following], vocabulary: TargetVocabulary = VOCABULARY
 ) -> NgramTable:
-    """A table of these contexts and no others."""
+    """Return a table of these contexts and no others."""
     ordered = [contexts[context] for context in sorted(contexts, key=ngram_hash)]
     return NgramTable(
         vocabulary,
@@ -41,7 +41,7 @@ def table_of(
 
 
 def contents(table: NgramTable) -> dict[int, Following]:
-    """What a table says, by the contexts' hashes."""
+    """Return what a table says, by the contexts' hashes."""
     found, start = {}, 0
     for context, count, backoff in zip(table.contexts, table.counts, table.backoffs, strict=True):
         entries = slice(start, start + int(count))

@@ -27,19 +27,19 @@ ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def probe_command(address: str, milliseconds: int, *arguments: str) -> tuple[str, ...]:
-    """Command line of the service."""
+    """Return the command line of the service."""
     drafter = ("--drafter", f"probe:{milliseconds}", "--dtype", "float32")
     return (sys.executable, "-m", "tests.probe_service", "--listen", address, *drafter, *arguments)
 
 
 def verifier_command(address: str, model: Path, *arguments: str) -> tuple[str, ...]:
-    """Command line of a verifier of `model`."""
+    """Return the command line of a verifier of `model`."""
     options = ("--model", str(model), "--dtype", "float32", "--kv-cache-mib", "4")
     return (sys.executable, "-m", "verifier_service", "--listen", address, *options, *arguments)
 
 
 def service_group(log_dir: Path, commands: Mapping[str, tuple[str, Sequence[str]]]) -> ServiceGroup:
-    """Services by name - "verifier..." or "drafter..." -, each with its address and command line."""
+    """Return the services by name, "verifier..." or "drafter...", each with its address and command line."""
     specs = [
         ServiceSpec(name, address, tuple(command), f"specdec.v1.{_kind(name)}Service")
         for name, (address, command) in commands.items()

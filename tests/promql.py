@@ -29,7 +29,7 @@ class Query:
 
 
 def parse(text: str) -> Query:
-    """The names in a query whose syntax is right.
+    """Return the names in a query whose syntax is right.
 
     Raises:
         ValueError: a selector without a metric name.

@@ -53,7 +53,7 @@ class VerifyStream(RawStream):
     async def open(
         self, prompt: Sequence[int], *, max_new_tokens: int = 8, **fields: Any
     ) -> verifier_pb2.VerifyResult:
-        """Open the session; the first token."""
+        """Open the session and return its first token."""
         fields = {"handshake": make_handshake(), "max_new_tokens": max_new_tokens, **fields}
         message = verifier_pb2.VerifyOpen(committed_token_ids=prompt, **fields)
         answer = await self.ask(verifier_pb2.VerifyRequest(open=message))
@@ -63,7 +63,7 @@ class VerifyStream(RawStream):
     async def round(
         self, draft: Sequence[int] = (), base: int | None = None, *, parents: Sequence[int] = ()
     ) -> verifier_pb2.VerifyResult:
-        """One round; `base` other than the session's committed length is a mistake to be refused."""
+        """Run one round; `base` other than the session's committed length is a mistake to be refused."""
         message = verifier_pb2.VerifyRound(
             base_committed_length=len(self.token_ids) if base is None else base,
             draft_token_ids=draft,
@@ -94,7 +94,7 @@ class DraftStream(RawStream):
     async def round(
         self, new: Sequence[int], committed_length: int, draft_depth: int = 4, **fields: Any
     ) -> list[int]:
-        """The draft of one round."""
+        """Return the draft of one round."""
         message = drafter_pb2.DraftRound(
             committed_token_ids=new,
             committed_length=committed_length,
@@ -106,7 +106,7 @@ class DraftStream(RawStream):
 
 @asynccontextmanager
 async def verify_stream(address: str, *, tls: TlsConfig | None = None) -> AsyncIterator[VerifyStream]:
-    """A Verify stream, cancelled at the end."""
+    """Open a Verify stream; cancel it at the end."""
     async with aio_channel(address, tls=tls) as channel:
         call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=60)
         yield VerifyStream(call)
@@ -115,7 +115,7 @@ async def verify_stream(address: str, *, tls: TlsConfig | None = None) -> AsyncI
 
 @asynccontextmanager
 async def draft_stream(address: str, *, tls: TlsConfig | None = None) -> AsyncIterator[DraftStream]:
-    """A Draft stream, cancelled at the end."""
+    """Open a Draft stream; cancel it at the end."""
     async with aio_channel(address, tls=tls) as channel:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=60)
         yield DraftStream(call)
@@ -129,7 +129,9 @@ async def run_session(
     drafts: Iterable[Sequence[int]] = (),
     **fields: Any,
 ) -> list[verifier_pb2.VerifyResult]:
-    """A whole session: a round per draft, then plain rounds until the target finishes; all its answers."""
+    """Run a whole session, a round per draft, then plain rounds until the target finishes; return all its
+    answers.
+    """
     async with verify_stream(address) as stream:
         results = [await stream.open(prompt, **fields)]
         waiting = iter(drafts)
@@ -140,7 +142,7 @@ async def run_session(
 
 
 def tokens_of(results: Sequence[verifier_pb2.VerifyResult], drafts: Sequence[Sequence[int]]) -> list[int]:
-    """Output tokens of a session whose first rounds had these drafts."""
+    """Return the output tokens of a session whose first rounds had these drafts."""
     output = [results[0].bonus_token_id]
     for result, draft in zip(results[1:], [*drafts, *[()] * len(results)], strict=False):
         output += [*draft[: result.num_accepted_tokens], result.bonus_token_id]
@@ -148,12 +150,12 @@ def tokens_of(results: Sequence[verifier_pb2.VerifyResult], drafts: Sequence[Seq
 
 
 async def output_of(address: str, prompt: Sequence[int], **fields: Any) -> list[int]:
-    """The output tokens of a session without drafts."""
+    """Return the output tokens of a session without drafts."""
     return [result.bonus_token_id for result in await run_session(address, prompt, **fields)]
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait for a condition nothing announces."""
+    """Wait for a condition that nothing announces."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

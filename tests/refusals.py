@@ -31,19 +31,19 @@ shared = pytest.mark.asyncio(loop_scope="module")
 
 
 def generate_request(**fields: Any) -> gateway_pb2.GenerateRequest:
-    """A right request but for `fields`."""
+    """Return a request that is right except for `fields`."""
     if not fields.keys() & {"text", "chat", "token_ids"}:
         fields["token_ids"] = gateway_pb2.TokenIds(token_ids=PROMPT)
     return gateway_pb2.GenerateRequest(**({"max_new_tokens": 8, "method": "ngram"} | fields))
 
 
 def sampling(**fields: Any) -> dict[str, Any]:
-    """Field of a request with these sampling parameters."""
+    """Return the field of a request with these sampling parameters."""
     return {"sampling": common_pb2.SamplingParams(**fields)}
 
 
 async def ask(address: str, request: gateway_pb2.GenerateRequest) -> list[int]:
-    """Token ids of an answer; raises the typed error."""
+    """Return the token ids of an answer; raise the typed error."""
     output: list[int] = []
     async with aio_channel(address) as channel:
         try:
@@ -55,7 +55,7 @@ async def ask(address: str, request: gateway_pb2.GenerateRequest) -> list[int]:
 
 
 async def assert_healthy(system: System) -> None:
-    """Nothing is held by anyone, and a good request is answered with its drafter."""
+    """Check that nobody holds anything, and that a good request is answered with its drafter."""
     verifier, drafter = system.verifier.servicer.verifier, system.drafter.servicer.host
     backends = system.gateway.servicer.backends
     assert verifier is not None
@@ -81,7 +81,7 @@ def assert_refusal(
 
 @asynccontextmanager
 async def small_system(tiny_llama: Path, **options: Any) -> AsyncIterator[System]:
-    """All services over a pool smaller than the model's context."""
+    """Run all services over a pool smaller than the model's context."""
     verifier_options = {"kv_cache_mib": POOL_TOKENS * 512 / 2**20, "max_sessions": MAX_SESSIONS}
     drafters = ("ngram", f"model=causal-lm:{tiny_llama}")
     async with running_system(tiny_llama, *drafters, verifier_options=verifier_options, **options) as system:
@@ -92,5 +92,5 @@ async def small_system(tiny_llama: Path, **options: Any) -> AsyncIterator[System
 
 
 def shown(value: object) -> str:
-    """Short id of a parameter."""
+    """Return a short id of a parameter."""
     return ascii(" ".join(str(value).split()))[:40] if isinstance(value, dict) else ""

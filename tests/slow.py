@@ -9,7 +9,7 @@ import pytest
 
 
 def quick_only(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """The cases, of which those not in `quick` are marked slow: `make test-all` alone runs them.
+    """Return the cases; those not in `quick` are marked slow, and `make test-all` alone runs them.
 
     The quick ones must between them reach every branch that the others reach.
     """

@@ -103,12 +103,12 @@ class StateProbe(Drafter):
 
 
 def partly_right(expected: Sequence[int], num_right: int) -> list[int]:
-    """A draft of which the target will accept `num_right` tokens."""
+    """Return a draft of which the target will accept `num_right` tokens."""
     return [*expected[:num_right], *((token + 1) % 256 for token in expected[num_right:])]
 
 
 def read_all(view: TargetStateView) -> Reading:
-    """Copies of every tensor a drafter may read."""
+    """Copy every tensor that a drafter may read."""
     tensors: dict[str, Tensor] = {}
     if view.spec.projection:
         tensors["projected"] = view.projected().clone()
@@ -126,7 +126,7 @@ def read_all(view: TargetStateView) -> Reading:
 
 
 def random_projection(num_layers: int, hidden_size: int, output_size: int, dtype: torch.dtype) -> Projection:
-    """A projection with random weights, the same at every call."""
+    """Return a projection with random weights, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     fc = torch.randn(output_size, num_layers * hidden_size, generator=generator) * hidden_size**-0.5
     norm = torch.rand(output_size, generator=generator) + 0.5
@@ -134,14 +134,14 @@ def random_projection(num_layers: int, hidden_size: int, output_size: int, dtype
 
 
 def all_of(family: str) -> TargetStateSpec:
-    """Everything a tiny model of a family can export."""
+    """Return a spec of everything a tiny model of a family can export."""
     kv_layers = (0, 1) if family == "gemma4-shared-kv" else (0, 1, 2, 3)
     return TargetStateSpec((0, 1, 2, 3), True, kv_layers, True)
 
 
 @asynccontextmanager
 async def state_reader(mode: str, shared_dir: Path, **options: Any) -> AsyncIterator[StateReader]:
-    """A drafter's reader of target state, without its drafter."""
+    """Run a drafter's reader of target state without its drafter."""
     directory = None if mode == "stream" else SharedDirectory(shared_dir)
     config = {"mirror_bytes": 2**26, "stream_projected": False, **options}
     reader = StateReader(ReaderConfig(mode, torch.device("cpu"), directory, **config))
@@ -152,7 +152,7 @@ async def state_reader(mode: str, shared_dir: Path, **options: Any) -> AsyncIter
 
 
 def ref_of(result: verifier_pb2.VerifyResult) -> TargetStateRef:
-    """The handle in an answer of the verifier."""
+    """Return the handle in an answer of the verifier."""
     assert result.HasField("target_state")
     return TargetStateRef.from_proto(result.target_state)
 
@@ -161,7 +161,7 @@ def ref_of(result: verifier_pb2.VerifyResult) -> TargetStateRef:
 async def state_session(
     address: str, prompt: Sequence[int], spec: TargetStateSpec, *, max_new_tokens: int = 40
 ) -> AsyncIterator[tuple[VerifyStream, TargetStateRef]]:
-    """A session that exports state, prefilled; its stream and its first handle."""
+    """Open and prefill a session that exports state; yield its stream and its first handle."""
     async with verify_stream(address) as stream:
         fields = {"max_new_tokens": max_new_tokens, "ignore_eos": True}
         first = await stream.open(prompt, target_state_spec=spec.to_proto(), **fields)
@@ -192,7 +192,7 @@ async def follow(
     max_new_tokens: int = 40,
     with_trees: bool = False,
 ) -> Followed:
-    """A whole session with drafts that are right up to some point, read by every reader in every round."""
+    """Run a whole session with drafts that are right up to some point; every reader reads every round."""
     expected = await output_of(address, prompt, max_new_tokens=max_new_tokens, ignore_eos=True)
     max_length = len(prompt) + max_new_tokens
     sessions = [reader.open(spec, max_length, projection) for reader in readers]
@@ -223,7 +223,7 @@ async def follow(
 
 @contextmanager
 def scattered(pool: KvPool) -> Iterator[None]:
-    """Every other block of a pool is taken: no session finds two neighbouring ones."""
+    """Take every other block of a pool, so that no session finds two neighbouring blocks."""
     blocks = [pool.allocate(BLOCK_TOKENS) for _ in range(pool.free_tokens // BLOCK_TOKENS)]
     for block in blocks[1::2]:
         pool.free(block)
@@ -233,7 +233,7 @@ def scattered(pool: KvPool) -> Iterator[None]:
 
 
 def assert_same(reading: Reading, other: Reading) -> None:
-    """Bit for bit the same input of a drafter."""
+    """Check that two inputs of a drafter are equal bit for bit."""
     assert reading.length == other.length
     assert reading.tensors.keys() == other.tensors.keys()
     for name, tensor in reading.tensors.items():
@@ -242,7 +242,7 @@ def assert_same(reading: Reading, other: Reading) -> None:
 
 
 def assert_never_changed(readings: Sequence[Reading]) -> None:
-    """What was read once is read again, bit for bit, by every later round."""
+    """Check that every later round reads again, bit for bit, what was read once."""
     for earlier, later in pairwise(readings):
         assert earlier.length < later.length
         prefix = {name: tensor[: earlier.length] for name, tensor in later.tensors.items()}

@@ -23,7 +23,7 @@ from specdec.contract.target_state import GENERATIONS, SharedMemory, TargetState
 
 
 def describe(ref: TargetStateRef) -> dict[str, Any]:
-    """The first line of input for a session: where its tensors are, and its slots in order."""
+    """Return the first line of input for a session: where its tensors are, and its slots in order."""
     tensors = []
     for tensor in ref.tensors:
         if tensor.name == GENERATIONS:
@@ -57,7 +57,7 @@ class Watcher:
         return read
 
     def extend(self, length: int) -> None:
-        """Positions below `length` may be read from now on."""
+        """Permit reading positions below `length` from now on."""
         for index, tensor in enumerate(self._tensors):
             known = len(self._known[index])
             read = self._read(tensor, length)

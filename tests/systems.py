@@ -26,7 +26,7 @@ ANY_PORT = "127.0.0.1:0"
 async def running_verifier(
     model: Path, *, telemetry: Telemetry | None = None, **options: Any
 ) -> AsyncIterator[tuple[str, VerifierServer]]:
-    """A verifier of `model` in fp32; its address and itself."""
+    """Run a verifier of `model` in fp32; yield its address and the server."""
     defaults = {"listen": ANY_PORT, "dtype": "float32", "kv_cache_mib": 4.0}
     config = VerifierConfig(model=str(model), **(defaults | options))
     async with _running(VerifierServer(config, telemetry or make_telemetry("verifier"))) as started:
@@ -40,7 +40,7 @@ async def running_drafter(
     families: Mapping[str, DrafterFactory] = FAMILIES,
     **options: Any,
 ) -> AsyncIterator[tuple[str, DrafterServer]]:
-    """A drafter service in fp32; its address and itself."""
+    """Run a drafter service in fp32; yield its address and the server."""
     defaults = {"listen": ANY_PORT, "dtype": "float32", "kv_cache_mib": 4.0}
     config = DrafterConfig(drafter=drafters or ("ngram",), **(defaults | options))
     server = DrafterServer(config, telemetry or make_telemetry("drafter"), families)
@@ -52,7 +52,7 @@ async def running_drafter(
 async def running_gateway(
     model: Path, *, verifier: str, drafter: str = "", telemetry: Telemetry | None = None, **options: Any
 ) -> AsyncIterator[tuple[str, GatewayServer]]:
-    """A gateway with the tokenizer of `model`; its address and itself."""
+    """Run a gateway with the tokenizer of `model`; yield its address and the server."""
     defaults = {"listen": ANY_PORT, "failover_wait_s": 0.0}
     config = GatewayConfig(verifier=verifier, drafter=drafter, tokenizer=str(model), **(defaults | options))
     async with _running(GatewayServer(config, telemetry or make_telemetry("gateway"))) as started:
@@ -82,7 +82,7 @@ async def running_system(
     drafter_options: Mapping[str, Any] | None = None,
     gateway_options: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[System]:
-    """All three services, SERVING."""
+    """Run all three services, SERVING."""
     async with (
         running_verifier(model, telemetry=telemetry, **(verifier_options or {})) as (verifier_at, verifier),
         running_drafter(*drafters, telemetry=telemetry, families=families, **(drafter_options or {})) as (

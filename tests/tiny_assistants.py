@@ -78,7 +78,7 @@ def save_tiny_assistant(
 
 
 def save_narrow_pair(folder: Path, family: str) -> tuple[Path, Path]:
-    """A target and an assistant that nearly always choose one of NARROW."""
+    """Save a target and an assistant that nearly always choose one of NARROW."""
     target = save_tiny_model(folder / "target", family)
     assistant = save_tiny_assistant(folder / "assistant", family, seed=_SEEDS[family])
     for path in (target, assistant):

@@ -44,7 +44,7 @@ def save_tiny_dflash(folder: Path, *, seed: int = 1, **config: Any) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                # Large weights: the drafter's opinion hangs on what it reads.
+                # Large weights: the drafter's opinion depends on what it reads.
                 parameter.normal_(std=0.5)
             else:
                 parameter.uniform_(0.5, 1.5)
@@ -53,7 +53,7 @@ def save_tiny_dflash(folder: Path, *, seed: int = 1, **config: Any) -> Path:
 
 
 def qwen3_config(muse: dict[str, Any]) -> dict[str, Any]:
-    """The config of the same decoder as z-lab and speculators write it."""
+    """Return the config of the same decoder as z-lab and speculators write it."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     names += (
         "num_key_value_heads",

@@ -47,7 +47,7 @@ _LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Configuration of a tiny model of a family, with sliding windows where the family has them."""
+    """Return the configuration of a tiny model of a family, with sliding windows if the family has them."""
     if family == "llama":
         return LlamaConfig(**_COMMON)
     if family == "qwen3":
@@ -153,7 +153,9 @@ def save_tiny_model(
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, so that every text has ids and most ids are half a character."""
+    """Return a tokenizer with one token per byte, so that every text has ids and most ids are half a
+    character.
+    """
     vocabulary = {
         character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
     }

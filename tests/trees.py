@@ -9,7 +9,9 @@ from specdec.contract.draft_tree import ANCHOR, DraftTree
 
 
 def random_tree(random: Random, right: Sequence[int], *, num_wrong: int, vocab_size: int) -> DraftTree:
-    """A tree with a path of the tokens `right` and `num_wrong` other nodes anywhere, in any lawful order."""
+    """Return a tree with a path of the tokens `right` and `num_wrong` other nodes anywhere, in any lawful
+    order.
+    """
     children: dict[int, set[int]] = {ANCHOR: set()}
     nodes: list[tuple[int, int]] = []
 
@@ -35,5 +37,5 @@ def random_tree(random: Random, right: Sequence[int], *, num_wrong: int, vocab_s
 
 
 def one_path(token_ids: Sequence[int]) -> list[int]:
-    """parent_indices of a chain."""
+    """Return the parent_indices of a chain."""
     return list(range(ANCHOR, len(token_ids) - 1))

@@ -26,7 +26,7 @@ STOP_TIMEOUT_S = 150
 
 
 def say(text: str) -> None:
-    """A line of the report, with seconds since the start."""
+    """Print a line of the report with the seconds since the start."""
     print(f"[{time.monotonic() - STARTED:5.1f} s] {text}", flush=True)
 
 
@@ -38,7 +38,7 @@ def check(is_right: bool, what: str) -> None:
 
 
 def podman(*arguments: str) -> str:
-    """Standard output of a podman command; its failure is ours."""
+    """Run a podman command and return its standard output; fail if the command fails."""
     done = subprocess.run(["podman", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"podman {' '.join(arguments)} failed ({done.returncode}): {done.stdout}{done.stderr}")
@@ -46,7 +46,7 @@ def podman(*arguments: str) -> str:
 
 
 def client(*arguments: str) -> list[str]:
-    """Command line of a client in a container."""
+    """Return the command line that runs a client in a container."""
     run = ["podman", "run", "--rm", "--network", NETWORK, "--read-only", "--cap-drop", "all"]
     return [*run, "--entrypoint", "specdec", CLIENT_IMAGE, *arguments, "--gateway", GATEWAY]
 
@@ -61,11 +61,11 @@ class BackgroundGeneration:
 
     @property
     def is_running(self) -> bool:
-        """Whether its last token has not come yet."""
+        """Whether the generation's last token has not come yet."""
         return self._process.poll() is None
 
     def result(self) -> dict[str, Any]:
-        """The answer, once it is complete."""
+        """Return the answer once it is complete."""
         out, _ = self._process.communicate()
         check(self._process.returncode == 0, f"the client ended with {self._process.returncode}")
         answer: dict[str, Any] = json.loads(out)
@@ -73,13 +73,13 @@ class BackgroundGeneration:
 
 
 def info() -> dict[str, Any]:
-    """What `specdec info` shows; empty while no gateway answers."""
+    """Return what `specdec info` shows; it is empty while no gateway answers."""
     done = subprocess.run(client("info", "--json"), capture_output=True, text=True, check=False)
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
 def wait_for(condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-    """The system's info once it meets the condition."""
+    """Wait until the system meets the condition, and return its info."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         found = info()
@@ -91,7 +91,7 @@ def wait_for(condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str
 
 
 def num_ready(count: int) -> Callable[[dict[str, Any]], bool]:
-    """Whether that many verifiers and as many drafters are ready."""
+    """Return a condition that holds once that many verifiers and as many drafters are ready."""
 
     def is_met(found: dict[str, Any]) -> bool:
         return all(
@@ -102,12 +102,12 @@ def num_ready(count: int) -> Callable[[dict[str, Any]], bool]:
 
 
 def sessions(found: dict[str, Any], kind: str) -> list[int]:
-    """Sessions of the gateway on each replica that is ready, in ascending order."""
+    """Return the gateway's sessions on each replica that is ready, in ascending order."""
     return sorted(replica["num_sessions"] for replica in found[kind] if replica["ready"])
 
 
 def storages(found: dict[str, Any]) -> list[str]:
-    """How running sessions read target state, of all drafters."""
+    """Return how the running sessions of all drafters read target state."""
     return [
         link["storage"]
         for drafter in found["drafters"]
@@ -134,12 +134,12 @@ class Pod:
         self._terminated_at = 0.0
 
     def start(self) -> None:
-        """Play it; its alias in the network is the Deployment's name, as a Service's would be."""
+        """Start the pod; its alias in the network is the Deployment's name, as a Service's would be."""
         podman("kube", "play", "--network", f"{NETWORK}:alias={self._alias}", str(self._path))
         say(f"     {self.name} started")
 
     def terminate(self) -> None:
-        """SIGTERM to the containers alone, as a kubelet does.
+        """Send SIGTERM to the containers alone, as a kubelet does.
 
         `podman stop` (4.3) ends the one that holds the pod's processes, and so all, as soon as one of two
         has ended.
@@ -150,7 +150,7 @@ class Pod:
         podman("kill", "--signal", "TERM", *self._containers)
 
     def wait_until_ended(self) -> None:
-        """Within the grace all containers must have drained and ended by themselves."""
+        """Check that all containers drain and end by themselves within the grace period."""
         deadline = self._terminated_at + STOP_TIMEOUT_S
         # One that has died is "stopped" until podman has cleaned up after it.
         while not has_exited(ends := self._ends()) and time.monotonic() < deadline:
@@ -164,25 +164,25 @@ class Pod:
         return dict(zip(self._containers, states, strict=True))
 
     def remove(self) -> None:
-        """Be rid of it, whatever state it is in."""
+        """Remove the pod, whatever state it is in."""
         remove = ["podman", "pod", "rm", "--force", "--time", "0", self.name]
         subprocess.run(remove, capture_output=True, check=False)
 
 
 def has_exited(ends: dict[str, str]) -> bool:
-    """Whether every container has, well or not."""
+    """Return whether every container has exited, with or without an error."""
     return all(end.startswith("exited") for end in ends.values())
 
 
 def same_text(answer: dict[str, Any], undisturbed: dict[str, Any], when: str) -> None:
-    """Nothing may be lost or said twice."""
+    """Check that no text was lost and none came twice."""
     same = answer["token_ids"] == undisturbed["token_ids"] and answer["text"] == undisturbed["text"]
     detail = f"{len(answer['token_ids'])} tokens, {answer['num_failovers']} failovers"
     check(same, f"the answer {when} is the undisturbed one ({detail})")
 
 
 def run(gateway: Pod, first: Pod, second: Pod) -> None:
-    """The whole course."""
+    """Run all steps of the check, one after the other."""
     first.start()
     gateway.start()
     found = wait_for(num_ready(1), "a verifier and a drafter are ready")
@@ -231,7 +231,7 @@ def run(gateway: Pod, first: Pod, second: Pod) -> None:
 
 
 def main(manifests: Path) -> None:
-    """Run, and leave nothing behind."""
+    """Run all steps, and leave nothing behind."""
     pods = (
         Pod(manifests, "specdec-gateway"),
         Pod(manifests, "specdec-verifier"),

@@ -20,7 +20,7 @@ PAGES = sorted(
     path.relative_to(REPOSITORY)
     for pattern in ("*.md", "docs/*.md", "deploy/*.md", "drafter_service/pretrained/*/*.md")
     for path in REPOSITORY.glob(pattern)
-    # A history names what there is no more.
+    # A history names what no longer exists.
     if path.name != "CHANGELOG.md"
 )
 CONFIGURATION = Path("docs/configuration.md")
@@ -43,12 +43,14 @@ def text_of(page: Path) -> str:
 
 
 def fenced(text: str, *languages: str) -> list[str]:
-    """Code blocks, of some languages or of all."""
+    """Return the code blocks of a page, of some languages or of all."""
     return [block for language, block in _FENCED.findall(text) if not languages or language in languages]
 
 
 def shell_lines(text: str) -> list[str]:
-    """Lines to type, continued ones joined: blocks without a language. Drawings and outputs are `text`."""
+    """Return the lines to type, continued lines joined, from blocks without a language. Drawings and outputs
+    have the language `text`.
+    """
     return [line for block in fenced(text, "") for line in block.replace("\\\n", " ").splitlines()]
 
 
@@ -57,7 +59,7 @@ def inline(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """The fragments by which the headings of a page are linked to."""
+    """Return the fragments that link to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", _FENCED.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -73,7 +75,7 @@ def broken_links(page: Path, text: str) -> Iterator[str]:
 
 
 def calls(lines: list[str]) -> Iterator[list[str]]:
-    """The words of each call of one of our programs, without redirections."""
+    """Yield the words of each call of one of this project's programs, without redirections."""
     for line in lines:
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -84,7 +86,9 @@ def calls(lines: list[str]) -> Iterator[list[str]]:
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
-    """The longest beginning that is a command, and what follows it; empty: it is none."""
+    """Return the longest beginning that is a command, or an empty string if there is none, and the words
+    after it.
+    """
     for length in (3, 2, 1):
         if (name := " ".join(words[:length])) in COMMANDS:
             return name, words[length:]
@@ -96,7 +100,9 @@ def options_of(command: click.Command) -> set[str]:
 
 
 def misuse(words: list[str]) -> str:
-    """What is wrong with a whole command line; empty: nothing. Values are placeholders and not looked at."""
+    """Return what is wrong with a whole command line, or an empty string. Values are placeholders and are not
+    checked.
+    """
     name, arguments = find_command(words)
     if not name:
         return f"{words}: no such command"
@@ -208,7 +214,7 @@ def test_python_on_the_front_page_fits_the_client() -> None:
 
 
 def architecture_block(after: str) -> list[str]:
-    """Lines of the first code block below a heading of the architecture page."""
+    """Return the lines of the first code block below a heading of the architecture page."""
     _, found, rest = text_of(Path("docs/architecture.md")).partition(f"\n{after}\n")
     assert found, after
     return fenced(rest)[0].splitlines()

@@ -59,7 +59,7 @@ def name_of(path: Path) -> str:
 
 
 def imported_modules(nodes: Iterator[ast.AST]) -> set[str]:
-    """What the import statements among `nodes` name: modules, and names that may be modules."""
+    """Return what the import statements among `nodes` name: modules, and names that may be modules."""
     modules = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -71,7 +71,7 @@ def imported_modules(nodes: Iterator[ast.AST]) -> set[str]:
 
 
 def module_level(node: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported: not function bodies, not TYPE_CHECKING blocks."""
+    """Yield the nodes that run when the module is imported: not function bodies, not TYPE_CHECKING blocks."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -84,7 +84,7 @@ def module_level(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def strings(tree: ast.Module) -> Iterator[str]:
-    """All string literals but docstrings and the strings below fields, which are prose."""
+    """Yield all string literals except docstrings and the strings below fields, which are prose."""
     prose = {
         id(node.value)
         for node in ast.walk(tree)
@@ -96,13 +96,15 @@ def strings(tree: ast.Module) -> Iterator[str]:
 
 
 def room_of(module: str, package: str) -> str:
-    """The part of a package that a module or a name is in; empty: the package itself, or another one."""
+    """Return the part of a package that a module or a name is in. It is empty for the package itself and for
+    another package.
+    """
     top, _, rest = module.partition(".")
     return rest.partition(".")[0] if top == package else ""
 
 
 def arrows_up(package: str, levels: tuple[set[str], ...]) -> list[str]:
-    """Imports, lazy ones included, from a room to one that is not below it."""
+    """Return the imports, lazy ones included, from a room to a room that is not below it."""
     level_of = {room: number for number, rooms in enumerate(levels) for room in rooms}
     found = []
     for path in SOURCES:

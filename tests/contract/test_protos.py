@@ -69,7 +69,9 @@ def test_buf_lint_passes() -> None:
 
 
 def undocumented(file: descriptor_pb2.FileDescriptorProto) -> list[str]:
-    """Messages, fields, enums, values, services and RPCs of a file that have no comment before them."""
+    """Return the messages, fields, enums, values, services and RPCs of a file that have no comment before
+    them.
+    """
     comments = {
         tuple(location.path): location.leading_comments.strip() for location in file.source_code_info.location
     }

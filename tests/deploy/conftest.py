@@ -12,7 +12,7 @@ from tests.deploy.manifests import CLUSTER_OVERLAYS, VARIANTS, Manifests, extend
 
 @pytest.fixture(scope="session")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the manifests, each overlay with all components before its own."""
+    """Return a copy of the manifests in which each overlay has all components before its own."""
     extend(folder := tmp_path_factory.mktemp("extended") / "kubernetes")
     return folder
 
@@ -22,17 +22,17 @@ _load = cache(variant)
 
 @pytest.fixture(params=VARIANTS)
 def manifests(request: pytest.FixtureRequest, extended: Path) -> Manifests:
-    """Each overlay, and each for clusters with all components."""
+    """Return each overlay in turn, and each cluster overlay with all components."""
     return _load(request.param, extended)
 
 
 @pytest.fixture(params=[name for name in VARIANTS if name != "podman"])
 def cluster(request: pytest.FixtureRequest, extended: Path) -> Manifests:
-    """Each of those a cluster runs."""
+    """Return each variant that a cluster runs, in turn."""
     return _load(request.param, extended)
 
 
 @pytest.fixture(params=[f"{name}+all" for name in CLUSTER_OVERLAYS])
 def complete(request: pytest.FixtureRequest, extended: Path) -> Manifests:
-    """Each for clusters, with all components."""
+    """Return each cluster overlay with all components, in turn."""
     return _load(request.param, extended)

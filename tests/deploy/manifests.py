@@ -32,13 +32,13 @@ Object = dict[str, Any]
 
 
 def tool(name: str) -> str:
-    """Path of a program that pip installed beside this Python."""
+    """Return the path of a program that pip installed beside this Python."""
     return str(Path(sys.executable).with_name(name))
 
 
 @cache
 def render(folder: Path) -> str:
-    """What kustomize makes of a folder."""
+    """Return what kustomize makes of a folder."""
     done = subprocess.run([tool("kubectl"), "kustomize", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -55,21 +55,23 @@ class Container:
 
     @property
     def service(self) -> str:
-        """Which of the three it runs."""
+        """The service that the container runs."""
         return str(self.spec["name"])
 
     def option(self, name: str) -> str:
-        """Value of an option, `--drain-grace-s` being DRAIN_GRACE_S; empty: not given."""
+        """Return the value of an option, or an empty string if it is not given. `--drain-grace-s` is named
+        DRAIN_GRACE_S.
+        """
         return self.options.get(f"SPECDEC_{self.service.upper()}_{name}", "")
 
     @property
     def has_gpu(self) -> bool:
-        """Whether it gets one, by a claim or as a resource."""
+        """Whether the container gets a GPU, by a claim or as a resource."""
         resources = self.spec["resources"]
         return "claims" in resources or "nvidia.com/gpu" in resources["limits"]
 
     def port(self, name: str) -> int:
-        """Port of an address option."""
+        """Return the port of an address option."""
         return int(self.option(name).rpartition(":")[2])
 
 
@@ -81,24 +83,24 @@ class Manifests:
         self.objects: list[Object] = [manifest for manifest in yaml.safe_load_all(text) if manifest]
 
     def of(self, kind: str) -> list[Object]:
-        """The objects of a kind."""
+        """Return the objects of a kind."""
         return [manifest for manifest in self.objects if manifest["kind"] == kind]
 
     def get(self, kind: str, name: str) -> Object:
-        """One object."""
+        """Return the object of a kind that has the name."""
         return next(manifest for manifest in self.of(kind) if manifest["metadata"]["name"] == name)
 
     def names(self, kind: str) -> set[str]:
-        """Names of a kind's objects."""
+        """Return the names of a kind's objects."""
         return {manifest["metadata"]["name"] for manifest in self.of(kind)}
 
     def pod_specs(self) -> Iterator[Object]:
-        """Pods of Deployments and Jobs."""
+        """Yield the pod specs of Deployments and Jobs."""
         for workload in (*self.of("Deployment"), *self.of("Job")):
             yield workload["spec"]["template"]["spec"]
 
     def containers(self) -> Iterator[Container]:
-        """Containers of services."""
+        """Yield the containers of services."""
         maps = {config_map["metadata"]["name"]: config_map["data"] for config_map in self.of("ConfigMap")}
         for deployment in self.of("Deployment"):
             pod = deployment["spec"]["template"]["spec"]
@@ -112,7 +114,7 @@ class Manifests:
                 yield Container(spec, pod, options)
 
     def matching_pods(self, selector: Mapping[str, str]) -> list[Object]:
-        """Pod templates with these labels."""
+        """Return the pod templates with these labels."""
         templates = [workload["spec"]["template"] for workload in (*self.of("Deployment"), *self.of("Job"))]
         return [
             template for template in templates if selector.items() <= template["metadata"]["labels"].items()
@@ -121,7 +123,7 @@ class Manifests:
 
 @cache
 def overlay(name: str) -> Manifests:
-    """An overlay as it is in the repository."""
+    """Return an overlay as it is in the repository."""
     return Manifests(render(KUBERNETES / "overlays" / name))
 
 
@@ -137,7 +139,7 @@ def extend(folder: Path) -> None:
 
 
 def variant(name: str, extended: Path) -> Manifests:
-    """One of VARIANTS; `extended` is what `extend` made."""
+    """Return one of VARIANTS; `extended` is the folder that `extend` made."""
     name, _, more = name.partition("+")
     return Manifests(render(extended / "overlays" / name)) if more else overlay(name)
 

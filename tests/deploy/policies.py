@@ -20,7 +20,7 @@ class Peer:
 
 
 def is_allowed(manifests: Manifests, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-    """Whether a connection gets out of its source and into its target."""
+    """Return whether the policies let a connection out of its source and into its target."""
     policies = manifests.of("NetworkPolicy")
     out = _passes(policies, "egress", source, target, port, protocol)
     return out and _passes(policies, "ingress", target, source, port, protocol)

@@ -51,42 +51,44 @@ UNITS = {"Mi": 1, "Gi": 1024}
 
 
 def mib(quantity: str) -> int:
-    """A quantity of memory."""
+    """Convert a quantity of memory to MiB."""
     return int(quantity[:-2]) * UNITS[quantity[-2:]]
 
 
 def host_paths(manifests: Manifests) -> list[str]:
-    """Folders of the node that pods see."""
+    """Return the folders of the node that pods see."""
     volumes = (volume for pod in manifests.pod_specs() for volume in pod["volumes"])
     return [volume["hostPath"]["path"] for volume in volumes if "hostPath" in volume]
 
 
 def pod_of(manifests: Manifests, service: str) -> dict[str, Any]:
-    """The pod template that runs a service."""
+    """Return the pod template that runs a service."""
     (template,) = manifests.matching_pods({f"specdec/{service}": "true"})
     return template
 
 
 def hours(duration: str) -> float:
-    """A duration of cert-manager's."""
+    """Convert a duration as cert-manager writes it to hours."""
     assert duration.endswith("h")
     return float(duration[:-1])
 
 
 def cpus(quantity: str) -> float:
-    """A quantity of CPUs."""
+    """Convert a quantity of CPUs to a number."""
     return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
 
 
 def mounted_secrets(container: Container) -> dict[str, dict[str, Any]]:
-    """Secrets a container sees, by folder."""
+    """Return the secrets that a container sees, by folder."""
     secrets = {volume["name"]: volume["secret"] for volume in container.pod["volumes"] if "secret" in volume}
     mounts = container.spec["volumeMounts"]
     return {mount["mountPath"]: secrets[mount["name"]] for mount in mounts if mount["name"] in secrets}
 
 
 def replica_limits(manifests: Manifests) -> dict[str, tuple[int, int]]:
-    """Least and most replicas by Deployment; each has one autoscaler, of either kind, at most."""
+    """Return the least and the greatest number of replicas by Deployment. Check that each has at most one
+    autoscaler.
+    """
     limits = [
         (scaler["spec"]["scaleTargetRef"]["name"], (scaler["spec"][min_key], scaler["spec"][max_key]))
         for kind, min_key, max_key in (
@@ -100,7 +102,7 @@ def replica_limits(manifests: Manifests) -> dict[str, tuple[int, int]]:
 
 
 def sessions_thresholds(manifests: Manifests) -> dict[str, float]:
-    """Sessions a replica has when its autoscaler adds another, by Deployment."""
+    """Return, by Deployment, how many sessions a replica has when its autoscaler adds another replica."""
     targets = {
         scaler["spec"]["scaleTargetRef"]["name"]: metric["pods"]["target"]["averageValue"]
         for scaler in manifests.of("HorizontalPodAutoscaler")
@@ -525,7 +527,7 @@ class TestMonitoring:
 
 
 def test_jobs_do_not_stay_in_the_way_of_the_next_apply(cluster: Manifests) -> None:
-    """A Job's pods cannot be changed; it can be applied again once it is gone."""
+    """A Job's pods cannot be changed; the Job can be applied again once it is gone."""
     for job in cluster.of("Job"):
         assert job["spec"].get("ttlSecondsAfterFinished", math.inf) <= 3600
 

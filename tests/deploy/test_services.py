@@ -41,7 +41,7 @@ OTHERS_VARIABLES = {"HF_HUB_OFFLINE", "POD_IP"}
 
 
 def parse(service: str, environment: dict[str, str], patch: pytest.MonkeyPatch) -> Any:
-    """The configuration a service's real command line makes of environment variables."""
+    """Return the configuration that a service's real command line makes of environment variables."""
     command, config_type, _ = COMMANDS[service]
     known = {f"SPECDEC_{service.upper()}_{(option.name or '').upper()}" for option in command.params}
     assert environment.keys() - OTHERS_VARIABLES <= known
@@ -51,7 +51,7 @@ def parse(service: str, environment: dict[str, str], patch: pytest.MonkeyPatch) 
 
 
 def configs(manifests: Manifests, patch: pytest.MonkeyPatch) -> dict[str, tuple[Container, Any]]:
-    """Container and configuration of each service."""
+    """Return the container and the configuration of each service."""
     return {
         container.service: (container, parse(container.service, dict(container.options), patch))
         for container in manifests.containers()
@@ -101,7 +101,7 @@ def test_probes_ask_for_names_the_services_report(cluster: Manifests) -> None:
         assert {startup["port"], readiness["port"], liveness["port"]} == {container.port("HEALTH_LISTEN")}
         assert readiness["service"] == name
         assert liveness["service"] == LIVENESS
-        # A gateway is NOT_SERVING as long as it has no verifier, which is no reason to start it anew.
+        # A gateway is NOT_SERVING as long as it has no verifier, which is not a reason to restart it.
         assert startup["service"] == (LIVENESS if container.service == "gateway" else name)
 
 
@@ -177,7 +177,7 @@ def test_images_start_their_service(service: str) -> None:
 
 
 def test_the_embedded_model_is_baked_in(manifests: Manifests) -> None:
-    """A pod that wants it has neither PyPI nor a root it could write to."""
+    """A pod that wants the model has neither PyPI nor a root it could write to."""
     wanted = any(container.option("MODEL") == DEFAULT_MODEL for container in manifests.containers())
     assert not wanted or "prepare_default_model" in DOCKERFILE
 

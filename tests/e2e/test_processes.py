@@ -43,20 +43,20 @@ ENV = {"OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def system(tiny_llama: Path) -> Iterator[LocalSystem]:
-    """A running system that tests only look at."""
+    """Run a system that tests only look at."""
     with LocalSystem(str(tiny_llama), dtype="float32", drafters=["ngram"], env=ENV) as system:
         yield system
 
 
 def service_group(config: SystemConfig, log_dir: Path, *names: str) -> ServiceGroup:
-    """Some of a system's services, not yet started."""
+    """Return some of a system's services, which are not started yet."""
     specs = [spec for spec in service_specs(config) if spec.name in names]
     return ServiceGroup(specs, log_dir, env=ENV, ready_timeout_s=60)
 
 
 @contextmanager
 def running(group: ServiceGroup) -> Iterator[list[Service]]:
-    """Services of a group, healthy; stopped at the end."""
+    """Start the services of a group, wait until they are healthy, and stop them at the end."""
     group.start()
     try:
         yield group.services
@@ -65,7 +65,7 @@ def running(group: ServiceGroup) -> Iterator[list[Service]]:
 
 
 def health_of(address: str, service: str) -> str:
-    """Name of a service's health status."""
+    """Return the name of a service's health status."""
     with sync_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         response = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
@@ -101,7 +101,7 @@ def test_the_gateway_runs_without_torch(system: LocalSystem) -> None:
 
 
 async def health_changes(address: str, service: str) -> AsyncIterator[str]:
-    """Every health status a service reports, from when its port is open."""
+    """Yield every health status that a service reports from the moment its port is open."""
     async with aio_channel(address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
@@ -112,7 +112,7 @@ async def health_changes(address: str, service: str) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def a_verify_stream(address: str) -> AsyncIterator[Any]:
-    """A verify session under way; leaving the block, it must be able to go on to its end."""
+    """Open a verify session; check on leaving the block that it can go on to its end."""
     async with verify_stream(address) as stream:
         await stream.open(PROMPT, max_new_tokens=40, ignore_eos=True)
         yield
@@ -127,7 +127,7 @@ async def a_verify_stream(address: str) -> AsyncIterator[Any]:
 
 @asynccontextmanager
 async def a_draft_stream(address: str) -> AsyncIterator[Any]:
-    """A draft session under way, likewise."""
+    """Open a draft session; check on leaving the block that it can go on to its end."""
     async with draft_stream(address) as stream:
         await stream.open("ngram", PROMPT)
         yield
@@ -139,7 +139,7 @@ async def a_draft_stream(address: str) -> AsyncIterator[Any]:
 
 @asynccontextmanager
 async def a_generation(address: str) -> AsyncIterator[Any]:
-    """A generation under way, likewise."""
+    """Start a generation; check on leaving the block that it can go on to its end."""
     async with AsyncClient(address) as client, client.stream(PROMPT, LONG) as stream:
         await anext(stream)
         yield
@@ -217,7 +217,7 @@ async def test_a_verifier_killed_mid_stream_is_unavailable(tiny_llama: Path, tmp
 
 
 async def generate_when_ready(client: AsyncClient) -> Any:
-    """A generation, tried again for as long as the gateway says that its verifier is not ready."""
+    """Generate; try again for as long as the gateway says that its verifier is not ready."""
     async with asyncio.timeout(60):
         while True:
             with suppress(UnavailableError):
@@ -246,13 +246,13 @@ async def test_a_drafter_killed_mid_stream_costs_nothing_but_speed(tiny_llama: P
 
 
 def run_service(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A service process that is expected to give up by itself."""
+    """Run a service process that is expected to exit by itself."""
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def wrong_starts(taken: int) -> dict[str, tuple[Sequence[str], str]]:
-    """Command lines with a mistake, and a part of what must be said about it."""
+    """Return command lines with a mistake, and a part of what must be said about each mistake."""
     return {
         "port in use": (("drafter_service", "--listen", f"127.0.0.1:{taken}"), "--listen"),
         "no such model": (

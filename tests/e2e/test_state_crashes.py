@@ -31,18 +31,18 @@ READING_MS = 10
 
 
 def files_in(shared_dir: Path) -> set[str]:
-    """Names of the state files."""
+    """Return the names of the state files in a directory."""
     return {path.name for path in (shared_dir / f"specdec-{os.getuid()}").iterdir()}
 
 
 def files_of(shared_dir: Path, pid: int) -> set[str]:
-    """Names of the state files a process has mapped."""
+    """Return the names of the state files that a process has mapped."""
     mapped = {Path(line.split()[-1]).name for line in Path(f"/proc/{pid}/maps").read_text().splitlines()}
     return files_in(shared_dir) & mapped
 
 
 async def assert_nothing_is_held(server: VerifierServer) -> None:
-    """No session exports or streams, and the pool is whole."""
+    """Check that no session exports or streams state, and that no block of the pool is taken."""
     verifier = server.servicer.verifier
     assert verifier is not None
     await until(lambda: verifier.export.num_streams == verifier.export.num_sessions == 0)
@@ -52,7 +52,7 @@ async def assert_nothing_is_held(server: VerifierServer) -> None:
 
 @asynccontextmanager
 async def running_processes(log_dir: Path, **commands: tuple[str, ...]) -> AsyncIterator[list[Service]]:
-    """Services by name; each command line names its address behind --listen."""
+    """Run services by name; each command line names its address after --listen."""
     addressed = {
         name: (command[command.index("--listen") + 1], command) for name, command in commands.items()
     }

@@ -10,6 +10,6 @@ from tests.fuzz.world import World, running_world
 
 @pytest.fixture(scope="module")
 def world(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A system for the tests of a module."""
+    """Run a system for the tests of a module."""
     with running_world(tiny_llama, tmp_path_factory.mktemp("shared")) as world:
         yield world

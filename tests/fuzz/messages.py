@@ -53,7 +53,7 @@ def _scalars(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 @st.composite
 def messages(draw: st.DrawFn, descriptor: Descriptor, depth: int = _DEPTH) -> Message:
-    """A message with some of its fields set, of a oneof at most one."""
+    """Draw a message with some of its fields set, of a oneof at most one field."""
     message = GetMessageClass(descriptor)()
     fields = [field for field in descriptor.fields if not _is_choice(field) and draw(st.integers(0, 2)) == 0]
     for choice in descriptor.oneofs:
@@ -65,7 +65,9 @@ def messages(draw: st.DrawFn, descriptor: Descriptor, depth: int = _DEPTH) -> Me
 
 
 def _is_choice(field: FieldDescriptor) -> bool:
-    """Whether the field is one of a real oneof; an optional field is the only one of a oneof of its own."""
+    """Return whether the field belongs to a real oneof; an optional field is the only field of a oneof of its
+    own.
+    """
     return field.containing_oneof is not None and len(field.containing_oneof.fields) > 1
 
 
@@ -88,7 +90,7 @@ def _fill(draw: st.DrawFn, message: Message, field: FieldDescriptor, depth: int)
 
 @st.composite
 def _one_field(draw: st.DrawFn, descriptor: Descriptor) -> Message:
-    """A message with one field set, or one field of a message in it."""
+    """Draw a message with one field set, or with one field set of a message in it."""
     outer = message = GetMessageClass(descriptor)()
     while descriptor.fields:
         field = draw(st.sampled_from(list(descriptor.fields)))
@@ -106,7 +108,7 @@ Mistake = Callable[[bytes], bytes]
 
 @st.composite
 def mistakes(draw: st.DrawFn, descriptor: Descriptor) -> Mistake:
-    """Ways to get a message wrong, a little or wholly. What is drawn does not hang on the message."""
+    """Draw a way to get a message wrong, slightly or wholly. What is drawn does not depend on the message."""
     how = draw(st.sampled_from(("right", "field", "fields", "random", "bent", "cut", "noise")))
     place, noise = draw(st.integers(0, 300)), draw(st.binary(max_size=60))
     other = b""
@@ -135,6 +137,6 @@ def mistakes(draw: st.DrawFn, descriptor: Descriptor) -> Mistake:
 
 @st.composite
 def wrong(draw: st.DrawFn, right: Message) -> bytes:
-    """Bytes to send in the place of a right message."""
+    """Return bytes to send in place of a right message."""
     mistake: Mistake = draw(mistakes(right.DESCRIPTOR))
     return mistake(right.SerializeToString())

@@ -44,11 +44,11 @@ class Peer:
 
     @property
     def may_be_answered(self) -> bool:
-        """Whether nothing but a defect would be a reason not to answer what is right."""
+        """Whether only a defect could be a reason not to answer a right message."""
         return not self.has_closed
 
     def right(self) -> Message | None:
-        """What would be right to say next; None: nothing more."""
+        """Return the message that would be right to send next; None: there is nothing more to send."""
         raise NotImplementedError
 
     def hear(self, answer: bytes) -> None:
@@ -56,7 +56,7 @@ class Peer:
         raise NotImplementedError
 
     def say(self, message: bytes, *, is_right: bool) -> None:
-        """Send a message, without waiting for what comes of it."""
+        """Send a message without waiting for its effect."""
         self.is_honest &= is_right and not self.num_unanswered
         self.num_unanswered += 1
         self.world.run(self._write(message))
@@ -68,7 +68,7 @@ class Peer:
             await self.call.code()  # it has ended
 
     def read(self) -> None:
-        """Await an answer, or the end: something comes of every message."""
+        """Await an answer or the end of the stream: every message leads to one of them."""
         answer = self.world.run(self._read())
         if answer is grpc.aio.EOF:
             assert not self.is_honest or self.has_closed, self.world.run(self.call.details())
@@ -86,7 +86,7 @@ class Peer:
             return grpc.aio.EOF
 
     def close(self) -> None:
-        """Say that nothing more will be said."""
+        """Tell the service that nothing more will be sent."""
         self.has_closed = True
         self.world.run(self._close())
 
@@ -95,7 +95,7 @@ class Peer:
             await self.call.done_writing()
 
     def leave(self) -> grpc.StatusCode:
-        """Cancel the call if it has not ended; what it ended with."""
+        """Cancel the call if it has not ended, and return what it ended with."""
         return self.world.run(self._leave())
 
     async def _leave(self) -> grpc.StatusCode:

@@ -62,7 +62,7 @@ METHODS: dict[str, tuple[str, str, Sequence[Message]]] = {
 async def ask(
     channel: grpc.aio.Channel, path: str, requests: Sequence[bytes], *, num_read: int | None, timeout_s: float
 ) -> grpc.StatusCode:
-    """Send messages, read some answers (None: all), leave; what the call ended with."""
+    """Send messages, read some answers (None: all), leave, and return what the call ended with."""
     call: Any = channel.stream_stream(path)(timeout=timeout_s)
     try:
         for request in requests:

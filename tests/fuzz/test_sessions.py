@@ -87,7 +87,7 @@ class Sessions(RuleBasedStateMachine):
         self._mislead(peer, mistake, hears)
 
     def _mislead(self, peer: Peer, mistake: Mistake, hears: bool) -> None:
-        """Say something wrong; wait for what comes of it, or not."""
+        """Send something wrong; wait for its effect, or do not."""
         right = None if peer.is_over else peer.right()
         if right is not None:
             peer.say(mistake(right.SerializeToString()), is_right=False)
@@ -96,7 +96,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(peer=consumes(verifying) | consumes(drafting), how=st.sampled_from(("close", "leave", "forget")))
     def finish(self, peer: Peer, how: str) -> None:
-        """Say that nothing more will be said, or go, or say nothing any more."""
+        """Say that nothing more will be sent, or leave, or fall silent."""
         if how == "close":
             peer.close()
         if how == "leave":
@@ -105,7 +105,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(peer=verifying, start=st.integers(0, 60) | st.integers(0, 2**32 - 1), reads=st.booleans())
     def follow_state(self, peer: VerifyPeer, start: int, reads: bool) -> None:
-        """Ask for a session's state, and read it or not."""
+        """Ask for a session's state, and read it or do not."""
         session_id = peer.state.session_id if peer.state is not None else ""
         request = target_state_pb2.StreamTargetStateRequest(session_id=session_id, start_position=start)
         self._readers.append(self.world.run(self._follow(request, reads and start < 8)))

@@ -46,13 +46,15 @@ ResultT = TypeVar("ResultT")
 
 
 async def code_of(call: Any) -> grpc.StatusCode:
-    """What a call ended with, once it has."""
+    """Wait until a call has ended, and return its status code."""
     code: grpc.StatusCode = await call.code()
     return Code.CANCELLED if await call.details() == _BROKEN_WRITE else code
 
 
 def fuzzing(few: int, **options: Any) -> settings:
-    """Settings of a test: `few` examples in the suite, as many as SPECDEC_FUZZ_EXAMPLES says elsewhere."""
+    """Return the settings of a test: `few` examples in the suite, as many as SPECDEC_FUZZ_EXAMPLES says
+    elsewhere.
+    """
     return settings(
         max_examples=EXAMPLES or few,
         derandomize=not EXAMPLES,
@@ -77,7 +79,7 @@ class World:
         """The prompt, and what the target makes of it."""
 
     def run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-        """The result of a coroutine on the servers' loop."""
+        """Run a coroutine on the servers' loop and return its result."""
 
         async def bounded() -> ResultT:
             async with asyncio.timeout(HANG_S):
@@ -132,7 +134,7 @@ class World:
         return {str(path) for path in self.shared_dir.rglob("*") if path.is_file()}
 
     async def assert_whole(self) -> None:
-        """Nobody holds anything, and right requests are answered with the right tokens, by every method."""
+        """Check that nobody holds anything, and that right requests get the right tokens by every method."""
         verifier, drafter = self.system.verifier.servicer.verifier, self.system.drafter.servicer.host
         backends = self.system.gateway.servicer.backends
         assert verifier
@@ -161,7 +163,7 @@ class World:
 
 @contextmanager
 def running_world(model: Path, shared_dir: Path) -> Iterator[World]:
-    """A world, for as long as the block lasts."""
+    """Run a world for as long as the block lasts."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="servers")
     thread.start()

@@ -39,30 +39,30 @@ class Liar:
         """Prompt and output of the request under way, where a lie needs to know them."""
 
     def info(self) -> Any:
-        """The answer to GetInfo."""
+        """Return the answer to GetInfo."""
         return drafter_pb2.DrafterServiceGetInfoResponse(
             protocol_version=PROTOCOL_VERSION, drafters=[self.drafter()], max_sessions=64
         )
 
     def drafter(self, **fields: Any) -> drafter_pb2.DrafterInfo:
-        """What it says of its one drafter, but for `fields`."""
+        """Return what the service says of its only drafter, changed in `fields`."""
         right = {"name": NAME, "family": NAME, "max_draft_depth": 8, "default_draft_depth": 4}
         return drafter_pb2.DrafterInfo(**(right | {"max_draft_nodes": 32} | fields))
 
     async def open(self, message: drafter_pb2.DraftOpen) -> Any:
-        """The answer to an open."""
+        """Return the answer to an open."""
         return drafter_pb2.DraftResponse(opened=drafter_pb2.DraftOpened(handshake=make_handshake()))
 
     async def round(self, message: drafter_pb2.DraftRound) -> Any:
-        """The answer to a round."""
+        """Return the answer to a round."""
         return drafter_pb2.DraftResponse(result=self.draft(message))
 
     def draft(self, message: drafter_pb2.DraftRound) -> drafter_pb2.DraftResult:
-        """The draft of a round."""
+        """Return the draft of a round."""
         return drafter_pb2.DraftResult()
 
     async def session(self, requests: Requests, context: DraftContext) -> None:
-        """A whole Draft stream."""
+        """Serve a whole Draft stream."""
         async for request in requests:
             if request.WhichOneof("message") == "open":
                 self.committed = list(request.open.committed_token_ids)
@@ -73,7 +73,7 @@ class Liar:
                 await context.write(await self.round(request.round))
 
     def health(self) -> health_pb2_grpc.HealthServicer:
-        """The health service."""
+        """Return the health service."""
         return health_aio.HealthServicer()
 
     async def _draft(self, requests: Requests, context: DraftContext) -> None:
@@ -87,7 +87,7 @@ class Liar:
         return self.info()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """The service's methods."""
+        """Return the handlers of the service's methods."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
@@ -110,7 +110,7 @@ def _serialise(message: Any) -> bytes:
 
 
 def lying_timings() -> common_pb2.PhaseTimings:
-    """A drafter that was busy since long before the universe began."""
+    """Return the timings of a drafter that was busy since long before the universe began."""
     longest_ns = 2**64 - 1
     return common_pb2.PhaseTimings(
         total_ns=longest_ns, queue_ns=longest_ns, compute_ns=longest_ns, batch_size=2**32 - 1
@@ -119,7 +119,7 @@ def lying_timings() -> common_pb2.PhaseTimings:
 
 @asynccontextmanager
 async def running_liar(liar: Liar) -> AsyncIterator[str]:
-    """The liar's server, SERVING; its address."""
+    """Run the liar's server, SERVING, and yield its address."""
     server = grpc.aio.server(options=[*server_options(), ("grpc.max_metadata_size", 64 * 2**20)])
     server.add_generic_rpc_handlers((liar.handlers(),))
     health = liar.health()

@@ -28,7 +28,7 @@ Tell = Callable[[Liar, drafter_pb2.DraftRound], Any]
 
 
 def tokens(*token_ids: int, parents: Sequence[int] = ()) -> Any:
-    """A proposal."""
+    """Return a proposal of these tokens."""
     return Response(result=Result(draft_token_ids=token_ids, parent_indices=parents))
 
 

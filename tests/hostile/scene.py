@@ -41,14 +41,14 @@ class Scene:
             return await self.client.generate(PROMPT, GenerateOptions(**({"method": method} | fields)))
 
     async def plain(self, **options: Any) -> Generation:
-        """The answer without any drafter, which is the same in every scene."""
+        """Return the answer without any drafter, which is the same in every scene."""
         key = repr(options)
         if key not in self.plain_answers:
             self.plain_answers[key] = await self.generate("none", **options)
         return self.plain_answers[key]
 
     async def assert_clean(self) -> None:
-        """Nobody holds anything, and the honest drafter still drafts."""
+        """Check that nobody holds anything, and that the honest drafter still drafts."""
         verifier, backends = self.verifier.servicer.verifier, self.gateway.servicer.backends
         assert verifier is not None
         await until(lambda: verifier.num_sessions == 0, timeout_s=10)

@@ -29,7 +29,7 @@ PADDING_FIELD = b"\xfa\x3f"
 
 
 def padded(message: drafter_pb2.DraftResponse, num_bytes: int) -> bytes:
-    """A message of just that size: what it says is followed by a field nobody knows."""
+    """Return a message of exactly that size: a field that nobody knows follows its content."""
     said: bytes = message.SerializeToString()
     size = num_bytes - len(said) - len(PADDING_FIELD) - 4
     varint = bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128, size >> 21])
@@ -63,7 +63,7 @@ class SendsTooMuch(Liar):
 
 @asynccontextmanager
 async def flooded_system(model: Path, liar: Liar) -> AsyncIterator[tuple[LocalSystem, AsyncClient]]:
-    """A gateway and a verifier in processes of their own, with a liar as their drafter."""
+    """Run a gateway and a verifier in processes of their own, with a liar as their drafter."""
     async with running_liar(liar) as liar_at:
         system = LocalSystem(
             str(model),
@@ -84,7 +84,7 @@ async def flooded_system(model: Path, liar: Liar) -> AsyncIterator[tuple[LocalSy
 
 @asynccontextmanager
 async def memory_of(system: LocalSystem, *names: str) -> AsyncIterator[dict[str, int]]:
-    """By service, how many bytes its resident memory grew at most while the block ran."""
+    """Measure, by service, how many bytes its resident memory grew at most while the block ran."""
     processes = {name: psutil.Process(system.pids[name]) for name in names}
     before = {name: process.memory_info().rss for name, process in processes.items()}
     growth = dict.fromkeys(names, 0)
@@ -142,7 +142,7 @@ async def test_a_message_far_above_the_limit_is_refused_unread(tiny_llama: Path)
 
 @pytest.mark.slow
 async def test_long_prompts_take_no_more_memory_than_one(tiny_llama: Path) -> None:
-    """Tokenising takes hundreds of times a text's memory: a few long ones at once would end the process."""
+    """Tokenising takes hundreds of times a text's memory: several long texts at once would exhaust it."""
     longest = ["word " * (LARGEST_PROMPT_BYTES // 5)] * 4
     too_long = ["a" * (MAX_MESSAGE_BYTES - 2**10)] * 6
     async with flooded_system(tiny_llama, Liar()) as (system, client):

@@ -76,7 +76,7 @@ async def target(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Targ
 
 
 def assert_no_defect(caplog: Any) -> None:
-    """Nothing was logged as one; gRPC's own lines aside."""
+    """Check that no defect was logged; gRPC's own lines are ignored."""
     ours = [record for record in caplog.records if not record.name.startswith("grpc")]
     assert not [record for record in ours if record.levelno >= logging.ERROR]
 
@@ -106,7 +106,7 @@ class Writes:
             del self._begun[context]
 
     def num_stuck(self) -> int:
-        """Streams that are stuck, or were."""
+        """Return how many streams are stuck, or were."""
         late = time.monotonic() - SHORT_S / 4
         self._slow.update(context for context, begun in self._begun.items() if begun < late)
         return len(self._slow)

@@ -50,7 +50,7 @@ class Says(Liar):
 
 
 class TurnsUnreadable(Liar):
-    """Answers GetInfo once as it should, then with bytes that are no message."""
+    """Answers GetInfo once as it should, then with bytes that are not a message."""
 
     def info(self) -> Any:
         self.num_asked = getattr(self, "num_asked", 0) + 1

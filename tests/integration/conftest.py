@@ -15,18 +15,20 @@ from tests.systems import System
 
 @pytest.fixture(autouse=True)
 def patient_merging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine a draft may take many times as long as usual, which is not the matter here."""
+    """Make merging wait longer: a draft may take many times as long as usual on a busy machine, which these
+    tests do not examine.
+    """
     monkeypatch.setattr(merging, "_LEAST_PATIENCE_S", 5.0)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def small(tiny_llama: Path) -> AsyncIterator[System]:
-    """All services over a pool smaller than the model's context, for a module's `shared` tests."""
+    """Run all services over a pool smaller than the model's context, for a module's `shared` tests."""
     async with small_system(tiny_llama) as system:
         yield system
 
 
 @pytest.fixture(scope="session")
 def exposition(tiny_llama: Path, noisy_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exposition:
-    """What services expose once every kind of request was made."""
+    """Return what services expose once every kind of request was made."""
     return asyncio.run(expose_everything(tiny_llama, noisy_llama, tmp_path_factory.mktemp("shared")))

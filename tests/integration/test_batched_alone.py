@@ -106,8 +106,9 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 async def decode(verifier: Verifier, plan: Plan, expected: Sequence[int] | None) -> list[int]:
-    """A session's output. With the expected one at hand, drafts are made of it, chains and trees, right up to
-    some point, and pauses are made between the rounds; without, there is neither."""
+    """Return a session's output. With `expected`, drafts are made of it, chains and trees, right up to some
+    point, with pauses between the rounds; without it, there are neither drafts nor pauses.
+    """
     random = Random(plan.seed)
     if expected is not None:
         await asyncio.sleep(random.choice([0, 0.002, 0.01]))
@@ -131,7 +132,7 @@ async def decode(verifier: Verifier, plan: Plan, expected: Sequence[int] | None)
 
 @contextmanager
 def scattered(verifier: Verifier) -> Iterator[None]:
-    """Every other block of the pool is taken: no session finds two neighbouring ones."""
+    """Take every other block of the pool, so that no session finds two neighbouring blocks."""
     pool = verifier.pool
     blocks = [pool.allocate(BLOCK_TOKENS) for _ in range(pool.free_tokens // BLOCK_TOKENS)]
     for block in blocks[1::2]:

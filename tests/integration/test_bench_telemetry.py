@@ -15,7 +15,9 @@ from specdec.bench.telemetry_report import CONTROL, OFF, ON, RequestTime, ratio
 
 
 def samples(*factors: tuple[float, ...]) -> list[RequestTime]:
-    """Prompts of very different speed; `factors` of each restart say how much longer ON takes."""
+    """Return samples of prompts of very different speed; `factors` says for each restart how much longer ON
+    takes.
+    """
     return [
         RequestTime(restart, arm, question_id, base_ms * (factor if arm == ON else 1.0))
         for restart, of_restart in enumerate(factors)

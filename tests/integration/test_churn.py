@@ -23,7 +23,7 @@ MAX_GROWTH_BYTES = 30 * 2**20
 
 
 async def one_session(verifier: str, drafter: str, rng: random.Random) -> bool:
-    """A session with random drafts that breaks off at a random moment; whether it reached its end."""
+    """Run a session with random drafts that breaks off at a random moment; return whether it ended before."""
     prompt = [rng.randrange(250) for _ in range(rng.choice((1, 3, 40, 150)))]
     max_new_tokens = rng.randrange(1, 30)
     num_rounds = rng.randrange(12)
@@ -51,7 +51,7 @@ async def one_session(verifier: str, drafter: str, rng: random.Random) -> bool:
 
 
 async def churn(verifier: str, drafter: str, num_sessions: int, seed: int) -> int:
-    """Run sessions, several at a time; how many reached their end."""
+    """Run sessions, several at a time, and return how many reached their end."""
     rngs = iter([random.Random(seed * num_sessions + index) for index in range(num_sessions)])
 
     async def work() -> int:
@@ -96,7 +96,7 @@ def take_every_other_block(pool: KvPool) -> list[KvAllocation]:
 
 
 def assert_scattered(pool: KvPool) -> None:
-    """Two blocks are not to be had side by side."""
+    """Check that the pool has no two free blocks side by side."""
     allocation = pool.allocate(BLOCK_TOKENS + 1)
     assert allocation.slot_ids is not None
     pool.free(allocation)
@@ -125,7 +125,7 @@ async def test_sessions_in_a_fragmented_pool_are_answered_as_each_alone(tiny_lla
 
 
 async def redrafted(address: str, prompt: Sequence[int], output: Sequence[int]) -> list[int]:
-    """A session whose every second draft is right and every other half right; its output."""
+    """Run a session whose every second draft is right and every other half right; return its output."""
     drafts: list[list[int]] = []
     position = 1
     while position < len(output):

@@ -30,7 +30,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def exposed(exposition: Exposition) -> dict[str, set[str]]:
-    """Labels by the name of a sample, of all services."""
+    """Return the labels by the name of a sample, of all services."""
     names: dict[str, set[str]] = {}
     for families in exposition.families.values():
         for family in families.values():
@@ -40,7 +40,7 @@ def exposed(exposition: Exposition) -> dict[str, set[str]]:
 
 
 def problems(query: str, names: Names, legend: str = "") -> list[str]:
-    """What a query names that is not there."""
+    """Return what a query names that does not exist."""
     parsed = parse(query)
     found = [f"no metric {metric}" for metric in sorted(parsed.metrics - names.keys())]
     found += [
@@ -56,7 +56,7 @@ def problems(query: str, names: Names, legend: str = "") -> list[str]:
 
 
 def queries(dashboard: Path) -> Iterator[tuple[str, str, str]]:
-    """Title, expression and legend of each query of a dashboard."""
+    """Yield the title, the expression and the legend of each query of a dashboard."""
     for panel in json.loads(dashboard.read_text(encoding="utf-8"))["panels"]:
         for target in panel.get("targets", []):
             yield panel["title"], target["expr"], target["legendFormat"]

@@ -48,7 +48,7 @@ class Target:
     folder: Path
 
     def reference(self, prompt: str, max_new_tokens: int) -> list[int]:
-        """transformers' own greedy answer."""
+        """Return the greedy answer of transformers itself."""
         chat = [{"role": "user", "content": prompt}]
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
@@ -57,7 +57,7 @@ class Target:
         return answer
 
     async def answer(self, prompt: str, method: str, max_new_tokens: int, **options: object) -> Generation:
-        """An answer of the system, for which the method did draft."""
+        """Return an answer of the system, and check that the method drafted for it."""
         fields = {"draft_depth": None if method == PLAIN else 4, "max_new_tokens": max_new_tokens, **options}
         result = await self.system.client.generate(prompt, GenerateOptions(method=method, **fields))  # type: ignore[arg-type]
         if method != PLAIN:

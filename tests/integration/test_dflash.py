@@ -114,7 +114,7 @@ class Recorder:
 
     @property
     def drafts(self) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """By committed tokens."""
+        """The drafts by committed tokens."""
         return {record.committed: record.draft for record in self.records}
 
 
@@ -129,7 +129,7 @@ class ByHand:
     def logits(
         self, committed: Sequence[int], num_drafts: int, masks: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Logits [num_drafts, vocab_size] at the masks of a block after committed tokens.
+        """Return the logits [num_drafts, vocab_size] at the masks of a block after committed tokens.
 
         Args:
             masks: by layer type, which keys the block's rows see [num_drafts + 1, num_keys].
@@ -141,7 +141,7 @@ class ByHand:
     def states(
         self, committed: Sequence[int], num_drafts: int, masks: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """What the head reads at the masks [num_drafts, hidden_size]."""
+        """Return what the head reads at the masks [num_drafts, hidden_size]."""
         layer_ids = self.drafter.config.target_layer_ids
         hidden = self.target(torch.tensor([committed[:-1]]), output_hidden_states=True).hidden_states
         context = torch.cat([hidden[layer_id + 1] for layer_id in layer_ids], dim=-1)
@@ -172,7 +172,7 @@ class ByHand:
 
 
 def save_pair(folder: Path, family: str = "llama", **config: Any) -> tuple[Path, Path]:
-    """A target that nearly always chooses one of NARROW, and a drafter with the target's head."""
+    """Save a target that nearly always chooses one of NARROW, and a drafter with the target's head."""
     target = save_tiny_model(folder / "target", family)
     narrow(target)
     return target, save_tiny_dflash(folder / "drafter", **config)
@@ -189,7 +189,7 @@ async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: An
 async def drafts_of(
     target: Path, drafter: Path, *, drafter_options: Mapping[str, Any] | None = None, **options: Any
 ) -> Recorder:
-    """What the drafter drafts for the prompt, with a text that is the target's."""
+    """Return what the drafter drafts for the prompt, and check that the text is the target's."""
     recorder = Recorder()
     async with running_system(
         target, f"dflash:{drafter}", families=recorder.families, drafter_options=drafter_options

@@ -39,7 +39,7 @@ TEST_FAMILIES = {**FAMILIES, "wrong": WrongDrafter}
 
 
 def reference(model: Path, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    """transformers' own greedy continuation."""
+    """Return the greedy continuation of transformers itself."""
     target = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     output = target.generate(
         torch.tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
@@ -49,7 +49,7 @@ def reference(model: Path, prompt: Sequence[int], max_new_tokens: int) -> list[i
 
 
 async def generate(system: System, prompt: Sequence[int], **options: object) -> list[int]:
-    """The output, of which it is certain that the method asked for had its part in it."""
+    """Return the output, and check that the method asked for had its part in it."""
     options = {"draft_depth": 4, **options}
     result = await system.client.generate(prompt, GenerateOptions(**options))  # type: ignore[arg-type]
     speculation = result.speculation

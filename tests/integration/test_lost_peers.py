@@ -161,7 +161,7 @@ class Hanging(Misbehaving):
 
 @pytest.fixture
 def release() -> Any:
-    """Lets hanging drafters go, at the latest when the test ends."""
+    """Let hanging drafters go, at the latest when the test ends."""
     Hanging.released = threading.Event()
     yield Hanging.released
     Hanging.released.set()

@@ -85,7 +85,7 @@ _STUBS: dict[str, tuple[Any, Any, str, Any]] = {
 
 @asynccontextmanager
 async def unloaded(service: str, model: Path) -> AsyncIterator[tuple[str, Any]]:
-    """A server of a service that was started and nothing more."""
+    """Start a server of a service whose model is never loaded."""
     telemetry = make_telemetry("test")
     async with AsyncExitStack() as stack:
         server: Any
@@ -123,7 +123,7 @@ async def call_streaming(channel: grpc.aio.Channel, service: str) -> None:
 
 
 def connections_to(address: str) -> set[int]:
-    """Local ports of this process's connections to a server."""
+    """Return the local ports of this process's connections to a server."""
     port = int(address.rpartition(":")[2])
     connections = psutil.Process().net_connections("tcp")
     return {
@@ -134,7 +134,7 @@ def connections_to(address: str) -> set[int]:
 
 
 async def is_idle(system: System) -> bool:
-    """No session and no memory is held in any service."""
+    """Return whether no service holds a session or memory."""
     verifier, drafter = system.verifier.servicer.verifier, system.drafter.servicer.host
     assert verifier
     assert drafter
@@ -275,7 +275,7 @@ class TestDrain:
 
 async def test_who_has_stopped_holds_no_connection(tiny_llama: Path) -> None:
     def is_left_alone(address: str) -> bool:
-        gc.collect()  # what only a traceback keeps alive is no leftover
+        gc.collect()  # what only a traceback keeps alive is not a leftover
         return not connections_to(address)
 
     probe = StateProbe(all_of("llama"))
@@ -343,7 +343,7 @@ class RecordingDrafter(drafter_pb2_grpc.DrafterServiceServicer):  # type: ignore
 
 @asynccontextmanager
 async def serving(service: str, register: Callable[[grpc.aio.Server], None]) -> AsyncIterator[str]:
-    """A server of one servicer; its address."""
+    """Run a server of one servicer and yield its address."""
     host = ServiceHost(service, register, ANY_PORT)
     address = await host.start()
     await host.set_serving()
@@ -356,7 +356,7 @@ async def serving(service: str, register: Callable[[grpc.aio.Server], None]) -> 
 class TestHealthPort:
     @pytest.fixture
     async def host(self, tmp_path: Path) -> AsyncIterator[ServiceHost]:
-        """A host that demands certificates on its port, and has another one for health."""
+        """Run a host that demands certificates on its port and has another port for health checks."""
         authority = Authority()
         files = Folder(tmp_path).write(authority.issue(), authority)
         tls = PemFiles(files.path / "ca.pem", files.path / "key.pem", files.path / "cert.pem")

@@ -42,7 +42,7 @@ class MarkovPair:
     weights: dict[str, Tensor]
 
     def by_hand(self, committed: Sequence[int], num_drafts: int, models: ByHand) -> tuple[int, ...]:
-        """The greedy draft after committed tokens."""
+        """Return the greedy draft after committed tokens."""
         state, token, out = (self.weights[f"markov.{name}.weight"] for name in ("state", "token", "out"))
         draft = [committed[-1]]
         for row in models.states(committed, num_drafts):

@@ -93,7 +93,7 @@ class ByHand:
 
     @torch.no_grad()
     def draft(self, committed: Sequence[int], num_tokens: int, offset: int = 0) -> tuple[int, ...]:
-        """K steps after committed tokens, over the target's state of all but the last."""
+        """Return the draft of K steps after committed tokens, over the target's state of all but the last."""
         output = self.target(
             torch.tensor([committed[:-1]]), output_hidden_states=True, return_shared_kv_states=True
         )
@@ -159,7 +159,7 @@ async def test_drafts_are_those_of_transformers_on_committed_state(
 async def test_drafts_are_those_of_assisted_generation_where_nothing_was_refused(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a refusal transformers reads one stale entry of KV; else its drafts are ours."""
+    """After a refusal transformers reads one stale entry of KV; otherwise its drafts equal the system's."""
     target, assistant = save_narrow_pair(tmp_path, family)
     by_hand, recorder = ByHand(target, assistant), Recorder()
     theirs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
@@ -281,7 +281,9 @@ async def test_an_assistant_of_another_target_costs_the_drafts_alone(tmp_path: P
 
 
 async def test_an_assistant_for_a_target_with_one_attention_type(tiny_llama: Path, tmp_path: Path) -> None:
-    """Both of the assistant's types read the one there is; its vocabulary may be a part of the target's."""
+    """Both attention types of the assistant read the only one of the target; its vocabulary may be a part of
+    the target's.
+    """
     assistant = save_tiny_assistant(tmp_path / "assistant", "llama")
     draft_vocab = torch.arange(3, VOCAB_SIZE, 5, dtype=torch.int32)
     save_file({"token_ids": draft_vocab}, assistant / "draft_vocab.safetensors")

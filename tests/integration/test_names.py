@@ -33,7 +33,7 @@ class NameServer:
         return self.addresses
 
     async def asked_again(self) -> None:
-        """Return once what it says now was heard."""
+        """Return once the current answer was heard."""
         before = self.num_asked
         await eventually(lambda: self.num_asked >= before + 2)
 
@@ -80,7 +80,7 @@ async def test_replicas_follow_the_addresses_of_a_name(tiny_llama: Path) -> None
 
 
 async def test_names_may_share_an_address() -> None:
-    """Both lose it at once, and both are followed on."""
+    """Both names lose the address at once, and both are still followed."""
     shared = "ipv4:127.0.0.1:1"
     addresses = {"dns:///one:1": [shared], "dns:///other:1": [shared]}
 

@@ -27,7 +27,7 @@ PRIVATE_SHM = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
 
 
 def run(*command: str) -> None:
-    """A command that must succeed."""
+    """Run a command that must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
@@ -48,14 +48,14 @@ class Namespaces:
     """The verifier as the drafter reaches it, and only the drafter."""
 
     def inside(self, name: str, command: tuple[str, ...]) -> tuple[str, ...]:
-        """The command line that runs a command there, with a /dev/shm of its own."""
+        """Return the command line that runs a command in a namespace, with a /dev/shm of its own."""
         ip = shutil.which("ip")
         assert ip
         return (ip, "netns", "exec", name, "unshare", "-m", "sh", "-c", PRIVATE_SHM, "sh", *command)
 
 
 def join(ours: tuple[str, str], theirs: tuple[str, str], names: tuple[str, str]) -> None:
-    """A virtual cable between two namespaces ("": ours); each end is (namespace, address/bits)."""
+    """Connect two namespaces ("": this process's) by a virtual cable; an end is (namespace, address/bits)."""
     run("ip", "link", "add", names[0], "type", "veth", "peer", "name", names[1])
     for (namespace, address), name in zip((ours, theirs), names, strict=True):
         if namespace:
@@ -67,7 +67,7 @@ def join(ours: tuple[str, str], theirs: tuple[str, str], names: tuple[str, str])
 
 @pytest.fixture
 def namespaces() -> Iterator[Namespaces]:
-    """Two namespaces; gone afterwards, with their cables."""
+    """Make two namespaces, and remove them and their cables afterwards."""
     if not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("needs the commands ip and unshare")
     tag = f"sd{os.getpid()}"

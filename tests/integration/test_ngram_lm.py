@@ -27,7 +27,7 @@ EVERYTHING = CountOptions(min_count=1, min_gain=0.0)
 
 @pytest.fixture(scope="module")
 def answers(tiny_llama: Path) -> TokenData:
-    """What the tiny target says to the prompts."""
+    """Return what the tiny target answers to the prompts."""
     target = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     sequences = []
     for prompt in PROMPTS:

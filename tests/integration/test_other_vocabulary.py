@@ -21,7 +21,7 @@ from tests.tiny_models import save_tiny_model
 
 @pytest.fixture
 def other_vocabulary(tmp_path: Path) -> Path:
-    """The tiny model with two tokens swapped in its vocabulary."""
+    """Return the tiny model with two tokens of its vocabulary swapped."""
     folder = save_tiny_model(tmp_path / "other")
     path = folder / "tokenizer.json"
     tokenizer = path.read_text()

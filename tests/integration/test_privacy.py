@@ -33,17 +33,17 @@ class Witness:
         self._spans = InMemorySpanExporter()
 
     def telemetry(self) -> Telemetry:
-        """For the services to be watched."""
+        """Return the telemetry for the services that are to be watched."""
         return make_telemetry("test", span_processor=SimpleSpanProcessor(self._spans))
 
     @property
     def failures(self) -> list[str]:
-        """What spans say of why they failed."""
+        """The spans' descriptions of why they failed."""
         spans = self._spans.get_finished_spans()
         return [str(span.status.description) for span in spans if span.status.status_code is StatusCode.ERROR]
 
     def lines_with(self, *texts: str) -> list[str]:
-        """Spans and log records a text stands in."""
+        """Return the spans and log records that contain a text."""
         formatter = logging.Formatter()
         told = [span.to_json() for span in self._spans.get_finished_spans()]
         told += [f"{formatter.format(record)} {record.__dict__}" for record in self._log.records]
@@ -127,7 +127,7 @@ async def test_no_text_a_drafter_quotes(
 
 
 async def test_no_method_a_client_made_up_in_spans(tiny_llama: Path, witness: Witness) -> None:
-    """As long as no drafter was reached, any method may be one."""
+    """As long as no drafter was reached, any name may be a method."""
     telemetry = witness.telemetry()
     nobody = "127.0.0.1:1"
     async with (

@@ -28,7 +28,7 @@ def scrape(address: str) -> str:
 
 
 def sample(address: str, name: str, **labels: str) -> float:
-    """Sum of the samples of that name with these labels."""
+    """Return the sum of the samples of that name with these labels."""
     return sum(
         measured.value
         for family in text_string_to_metric_families(scrape(address))

@@ -61,7 +61,7 @@ class Books:
         return [span for span in self._spans.get_finished_spans() if span.name == "specdec.generate"]
 
     def counted(self, name: str, *labels: str) -> dict[tuple[Any, ...], int]:
-        """Counter values by labels, zeros left out."""
+        """Return counter values by labels, without zeros."""
         totals: Counter[tuple[Any, ...]] = Counter()
         for point in points(self.reader, name):
             totals[tuple(point.attributes[label] for label in labels)] += point.value
@@ -85,7 +85,7 @@ async def cancel_after(client: AsyncClient, options: GenerateOptions, num_tokens
 
 
 async def lose_verifier(system: System) -> None:
-    """A request that fails with UNAVAILABLE after some rounds."""
+    """Make a request that fails with UNAVAILABLE after some rounds."""
     async with system.client.stream(PROMPTS[0], CHOSEN) as stream:
         await anext(aiter(stream))
         await anext(aiter(stream))
@@ -133,7 +133,7 @@ async def test_counters_are_the_sums_of_the_requests(tiny_llama: Path, noisy_lla
 
 
 def check_answers(books: Books, answers: list[Generation]) -> None:
-    """Each answer's statistics are those of its span, and all kinds of rounds occurred."""
+    """Check that each answer's statistics are those of its span, and that all kinds of rounds occurred."""
     spans = {format_trace_id(span.context.trace_id): values(span) for span in books.requests if span.context}
     for answer in answers:
         mine, stats = spans[answer.trace_id], answer.speculation
@@ -153,7 +153,7 @@ def check_answers(books: Books, answers: list[Generation]) -> None:
 
 
 def check_sums(books: Books) -> None:
-    """Over all requests, cancelled and failed ones, too."""
+    """Check the counters against the sums over all requests, including cancelled and failed ones."""
     by_name: dict[str, Counter[tuple[Any, ...]]] = {
         name: Counter() for name in ("rounds", "draft_tokens", "accepted_tokens", "fallback_rounds", "drafts")
     }
@@ -179,7 +179,7 @@ def check_sums(books: Books) -> None:
 
 
 def check_proposers(books: Books, answers: list[Generation]) -> None:
-    """What each of several drafters did; merged methods all ran to their end."""
+    """Check the counters of each drafter of merged methods, whose requests all ran to their end."""
     expected: dict[str, Counter[tuple[Any, ...]]] = {
         name: Counter() for name in ("draft_tokens", "accepted_tokens", "fallback_rounds")
     }
@@ -194,7 +194,7 @@ def check_proposers(books: Books, answers: list[Generation]) -> None:
 
 
 def check_phases(books: Books, answers: list[Generation]) -> None:
-    """Times of the methods of which no request was cut short."""
+    """Check the times of the methods none of whose requests was cut short."""
     for method in ("none", "ngram+noisy"):
         own = [answer.speculation for answer in answers if in_order(answer.speculation.method) == method]
         for phase in ("draft", "verify", "transport"):
@@ -208,7 +208,7 @@ def check_phases(books: Books, answers: list[Generation]) -> None:
 
 
 async def test_what_clients_make_up_makes_no_series(tiny_llama: Path) -> None:
-    """While no drafter service was reached any method is taken, and its rounds count as OTHER's."""
+    """While no drafter service was reached, any method is accepted, and its rounds count as OTHER's."""
     books = Books()
     async with (
         running_verifier(tiny_llama) as (verifier, _),

@@ -50,13 +50,13 @@ class Cluster:
         return await self.client.info()
 
     async def sessions(self) -> tuple[list[int], list[int]]:
-        """Sessions per verifier and per drafter, as the gateway counts them."""
+        """Return the sessions per verifier and per drafter, as the gateway counts them."""
         info = await self.info()
         return [r.num_sessions for r in info.verifiers], [r.num_sessions for r in info.drafters]
 
     @asynccontextmanager
     async def held_sessions(self, count: int) -> AsyncIterator[None]:
-        """Requests in mid-stream, all started at once, that end when the gate is opened."""
+        """Hold requests in mid-stream, all started at once, until the gate is opened."""
         options = GenerateOptions(method="gated", max_new_tokens=6, ignore_eos=True)
         tasks = [asyncio.create_task(self.client.generate([5, 6, 7], options)) for _ in range(count)]
         try:
@@ -109,7 +109,7 @@ def num_rounds(reader: InMemoryMetricReader, name: str) -> int:
 
 
 def num_drafters(gateway: GatewayServer) -> int:
-    """Drafter services that a gateway may use."""
+    """Return how many drafter services a gateway may use."""
     assert gateway.servicer.backends
     return gateway.servicer.backends.drafters.num_ready
 

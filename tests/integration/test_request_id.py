@@ -28,7 +28,7 @@ OPTIONS = GenerateOptions(max_new_tokens=8, ignore_eos=True, method="ngram", dra
 
 @pytest.fixture
 def records() -> Iterator[list[tuple[str, str]]]:
-    """(logger, request id) of every log record, as the services' filter would see it."""
+    """Collect (logger, request id) of every log record, as the services' filter would see it."""
     seen: list[tuple[str, str]] = []
 
     class Note(logging.Handler):

@@ -57,13 +57,15 @@ class Pair:
     may_go_on: threading.Event
 
     async def until_free(self) -> None:
-        """No session holds any block of the pool."""
+        """Wait until no session holds any block of the pool."""
         verifier = self.verifier.servicer.verifier
         assert verifier is not None
         await until(lambda: verifier.pool.free_tokens == verifier.pool.capacity_tokens)
 
     async def until_stale(self) -> None:
-        """The drafter knows that its session's target state is gone: a stream says so a little later."""
+        """Wait until the drafter knows that its session's target state is gone: a stream reports that a
+        little later.
+        """
         (session,) = self.probe.sessions
         state = session.state
         assert state is not None
@@ -104,7 +106,7 @@ async def drafting(pair: Pair, committed: Sequence[int]) -> AsyncIterator[DraftS
 
 
 async def a_round(stream: DraftStream, verify: VerifyStream, ref: TargetStateRef, num_new: int) -> list[int]:
-    """The next round of a draft session, whose verifier committed `num_new` tokens since."""
+    """Run the next round of a draft session whose verifier has committed `num_new` tokens since."""
     length = len(verify.token_ids)
     return await stream.round(verify.token_ids[length - num_new :], length, target_state=ref.to_proto())
 
@@ -225,7 +227,7 @@ async def test_rounds_without_what_the_drafter_needs_are_refused(tiny_llama: Pat
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder."""
+    """Return everything in a folder."""
     return list(folder.iterdir())
 
 
@@ -258,7 +260,7 @@ Forge = Callable[[TargetStateRef, Path], TargetStateRef]
 
 
 def moved(ref: TargetStateRef, **changes: Any) -> TargetStateRef:
-    """A handle whose tensors, but for the generations, are said to be elsewhere."""
+    """Return a handle that claims another place for every tensor but the generations."""
     return changed(ref, lambda tensor: replace(tensor, storage=replace(tensor.storage, **changes)))
 
 
@@ -290,7 +292,9 @@ def linked(ref: TargetStateRef, folder: Path) -> TargetStateRef:
 
 
 def short(ref: TargetStateRef, _: Path) -> TargetStateRef:
-    """The verifier's own file of generations, which is locked as it should be, but too short."""
+    """Return a handle whose tensors claim to lie in the verifier's own file of generations, which is locked
+    as it should be, but too short.
+    """
     generations = ref.tensors[0].storage
     assert isinstance(generations, SharedMemory)
     return moved(ref, path=generations.path)
@@ -376,7 +380,7 @@ async def test_a_length_past_the_sessions_blocks_is_not_read(tiny_llama: Path, t
 
 
 def mirrored(tensor: TensorRef) -> tuple[str, str, tuple[int, ...]]:
-    """What a mirror needs to know of a tensor."""
+    """Return what a mirror needs to know of a tensor."""
     return tensor.name, tensor.dtype, tensor.shape[1:]
 
 

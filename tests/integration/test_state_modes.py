@@ -109,7 +109,7 @@ async def probed_system(
 
 
 async def reading(system: System) -> Generation:
-    """A generation by the probe, whose output is plain decoding's whatever becomes of the drafts."""
+    """Generate by the probe, and check that the output is plain decoding's whatever becomes of the drafts."""
     plain = await system.client.generate(PROMPT, PLAIN)
     result = await system.client.generate(PROMPT, READING)
     assert result.token_ids == plain.token_ids
@@ -120,7 +120,7 @@ PROJECTION = random_projection(2, 32, 48, torch.float32).info
 
 
 def spec_with(**changes: Any) -> TargetStateSpec:
-    """A spec whose projection is right but for these."""
+    """Return a spec whose projection is right except for these fields."""
     return TargetStateSpec((0, 1), projection=replace(PROJECTION, **changes))
 
 
@@ -175,7 +175,7 @@ async def test_a_mirror_that_does_not_fit_costs_the_draft_only(tiny_llama: Path,
 
 
 def spoil(root: Path, how: str) -> None:
-    """Make the folder of this user's state files one that must not be used."""
+    """Make the folder of this user's state files unusable."""
     folder = root / f"specdec-{os.getuid()}"
     match how:
         case "others may enter":
@@ -228,7 +228,7 @@ async def test_a_shared_directory_that_is_not_ours_is_not_used(
 
 
 def entries(root: Path) -> list[Path]:
-    """Everything below a folder."""
+    """Return everything below a folder."""
     return list(root.rglob("*"))
 
 
@@ -321,7 +321,7 @@ async def test_no_room_for_hidden_states_costs_the_draft_only_where_handles_are_
 
 
 async def info_of(system: System) -> tuple[Any, Any]:
-    """What verifier and drafter say of themselves now."""
+    """Return what verifier and drafter say of themselves now."""
     async with (
         aio_channel(system.verifier_address) as to_verifier,
         aio_channel(system.drafter_address) as to_drafter,
@@ -336,7 +336,7 @@ async def info_of(system: System) -> tuple[Any, Any]:
 
 
 def rendered(info: GatewayInfo) -> str:
-    """What `specdec info` prints, on one line."""
+    """Return what `specdec info` prints, on one line."""
     console = Console(width=400, file=io.StringIO())
     console.print(*info_tables(info))
     return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]

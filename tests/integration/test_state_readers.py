@@ -33,7 +33,7 @@ class Watching:
 
     @classmethod
     async def start(cls, ref: TargetStateRef, length: int) -> Watching:
-        """It reads `length` positions once it is started."""
+        """Start the process; return once it reads `length` positions."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -54,11 +54,11 @@ class Watching:
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     def extend(self, length: int) -> None:
-        """So many positions are final."""
+        """Tell the process that so many positions are final."""
         self._tell({"length": length})
 
     async def finish(self) -> tuple[int, int]:
-        """Positions compared, and positions that had changed."""
+        """Return the number of positions compared, and of positions that had changed."""
         output, _ = await self._process.communicate(b"")  # which ends the input
         assert self._process.returncode == 0
         num_compared, num_changed = json.loads(output)
@@ -66,7 +66,7 @@ class Watching:
 
 
 async def watched_session(address: str, prompt: Sequence[int], family: str) -> tuple[int, int]:
-    """A session with drafts that are refused at every place, while another process reads its state."""
+    """Run a session with drafts that are refused at every place, while another process reads its state."""
     expected = await output_of(address, prompt, max_new_tokens=NUM_TOKENS, ignore_eos=True)
     async with state_session(address, prompt, all_of(family), max_new_tokens=NUM_TOKENS) as (stream, ref):
         watching = await Watching.start(ref, ref.cached_length)
@@ -82,7 +82,7 @@ async def watched_session(address: str, prompt: Sequence[int], family: str) -> t
 
 
 async def other_sessions(address: str, seed: int, is_over: asyncio.Event) -> int:
-    """Sessions that come and go, take each other's blocks and share passes; how many there were."""
+    """Run sessions that come and go, take each other's blocks and share passes; return their number."""
     random, num_sessions = Random(seed), 0
     while not is_over.is_set():
         prompt = [random.randrange(256) for _ in range(random.choice([3, 60, 140]))]
@@ -117,7 +117,7 @@ async def test_nobody_sees_a_final_position_change(
 
 
 async def test_a_watcher_would_see_a_change(tiny_llama: Path, tmp_path: Path) -> None:
-    """The same process, told that positions are final which are not."""
+    """The same process reports changes if it is told that positions are final which are not."""
     async with running_verifier(tiny_llama, shared_dir=str(tmp_path)) as (address, _):
         spec = all_of("llama")
         async with state_session(address, PROMPT, spec) as (stream, ref):

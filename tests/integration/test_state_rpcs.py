@@ -209,7 +209,7 @@ def of_sizes(input_size: int, output_size: int, dtype: str = "float32") -> Proje
 
 
 def wrong_puts() -> dict[str, tuple[Sequence[pb.PutProjectionRequest], str]]:
-    """Calls to be refused, and a part of what must be said."""
+    """Return calls to be refused, and a part of what each refusal must say."""
     info, data = PROJECTION.info, PROJECTION.to_bytes()
     flipped = bytes([data[0] ^ 1]) + data[1:]
     other_epsilon = ProjectionInfo(info.sha256, info.input_size, info.output_size, 1e-5, info.dtype)

@@ -108,7 +108,7 @@ async def test_another_verifier_at_the_address_has_its_own_weights(
 
 
 async def weights_of(reader: StateReader, address: str) -> TargetWeights:
-    """The weights, as soon as the reader has found that somebody listens at the address again."""
+    """Return the weights as soon as the reader has found that a verifier listens at the address again."""
     async with asyncio.timeout(20):
         while True:
             with suppress(UnavailableError):
@@ -149,5 +149,5 @@ async def test_weights_are_moved_once_however_many_ask_and_go_away(tiny_llama: P
 
 
 def state_files(directory: Path) -> list[Path]:
-    """Files of shared memory below a directory."""
+    """Return the files of shared memory below a directory."""
     return list(directory.rglob("*.state"))

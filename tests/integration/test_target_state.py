@@ -71,8 +71,8 @@ async def target(
 
 
 def computed_by_transformers(model: PreTrainedModel, token_ids: list[int]) -> dict[str, Tensor]:
-    """Every tensor a drafter could ask for, of one plain pass over all tokens."""
-    cache = DynamicCache()  # without the model's configuration it keeps what is outside the window, too
+    """Return every tensor that a drafter could ask for, from one plain pass over all tokens."""
+    cache = DynamicCache()  # without the model's configuration it also keeps what is outside the window
     with torch.inference_mode():
         output = model.get_decoder()(
             torch.tensor([token_ids]), past_key_values=cache, use_cache=True, output_hidden_states=True
@@ -88,7 +88,7 @@ def computed_by_transformers(model: PreTrainedModel, token_ids: list[int]) -> di
 
 
 def assert_right(reading: Reading, model: PreTrainedModel, token_ids: list[int]) -> None:
-    """The reading is what transformers computes for the tokens."""
+    """Check that the reading is what transformers computes for the tokens."""
     computed = computed_by_transformers(model, token_ids[: reading.length])
     # Of the last layer transformers keeps the normed state only.
     last = hidden_name(model.config.num_hidden_layers - 1)
@@ -141,7 +141,7 @@ async def test_handle_and_stream_give_the_same_bits_and_they_are_right(
 async def follow_projected(
     address: str, shared_dir: Path, prompt: list[int], dtype: torch.dtype
 ) -> tuple[Followed, Projection]:
-    """A session read by handle, streamed raw, and streamed as the verifier projects it."""
+    """Follow a session that is read by handle, streamed raw, and streamed as the verifier projects it."""
     projection = random_projection(2, HIDDEN_SIZE, 48, dtype)
     spec = TargetStateSpec((0, 2), True, (1,), True, projection.info)
     async with (
@@ -154,7 +154,7 @@ async def follow_projected(
 
 
 def assert_projections_agree(followed: Followed, dtype: torch.dtype) -> None:
-    """Projected here and there: but for the projection every bit is the same."""
+    """Check that a projection made here equals one made there, and that all else is equal bit for bit."""
     for mapped, raw, projected in zip(*followed.readings, strict=True):
         assert_same(mapped, raw)
         wanted, actual = mapped.tensors.pop("projected"), projected.tensors.pop("projected")

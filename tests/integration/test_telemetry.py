@@ -67,7 +67,7 @@ class Recorded:
         ]
 
     async def request(self) -> ReadableSpan:
-        """The one request's span; it ends a little after the client has its answer."""
+        """Return the span of the only request; it ends a little after the client has its answer."""
         await eventually(lambda: bool(self.named("specdec.generate")))
         (span,) = self.named("specdec.generate")
         return span
@@ -98,7 +98,7 @@ def recorded() -> Recorded:
 async def traced_generation(
     recorded: Recorded, model: Path, drafter: str, **options: Any
 ) -> AsyncIterator[tuple[Generation, ReadableSpan]]:
-    """One generation, and its request span."""
+    """Run one generation; yield it and its request span."""
     async with running_system(model, drafter, telemetry=recorded.telemetry) as system:
         result = await system.client.generate(PROMPT, GenerateOptions(ignore_eos=True, **options))
         yield result, await recorded.request()
@@ -447,7 +447,7 @@ async def running_collector() -> AsyncIterator[tuple[str, Collector]]:
 
 
 def exports(telemetry: Telemetry) -> tuple[bool, bool]:
-    """Whether spans and metrics go anywhere."""
+    """Return whether spans and whether metrics are exported."""
     return (
         isinstance(telemetry.tracer_provider, TracerProvider),
         isinstance(telemetry.meter_provider, MeterProvider),

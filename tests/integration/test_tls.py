@@ -54,7 +54,7 @@ def authority() -> Authority:
 
 @pytest.fixture
 def files(tmp_path: Path, authority: Authority) -> Folder:
-    """A certificate of `authority`, which alone is trusted."""
+    """Write a certificate of `authority`, which is the only one trusted."""
     folder = tmp_path / "files"
     folder.mkdir()
     return Folder(folder).write(authority.issue(), authority)
@@ -65,7 +65,7 @@ def client_tls(files: Folder) -> TlsConfig:
 
 
 def outgoing(folder: Path, authority: Authority, issued: Issued | None) -> OutgoingTls:
-    """Credentials of a caller that trusts `authority` and shows `issued`."""
+    """Return the credentials of a caller that trusts `authority` and shows `issued`."""
     folder.mkdir()
     replace(folder / "ca.pem", authority.pem)
     if issued is None:
@@ -137,7 +137,7 @@ async def test_a_blocking_client_over_mutual_tls(tiny_llama: Path, files: Folder
 
 
 def first_bytes(address: str, tls: TlsConfig) -> bytes:
-    """What a server says first over TLS: its HTTP/2 settings, or nothing to a client that it refuses."""
+    """Return what a server says first over TLS: its HTTP/2 settings, or nothing to a client it refuses."""
     context = ssl.create_default_context(cafile=str(tls.root_certificates))
     context.set_alpn_protocols(["h2"])
     if tls.certificate_chain:
@@ -189,7 +189,7 @@ async def test_each_service_refuses_callers_without_a_right_certificate(
         return client_tls(Folder(tmp_path / name).write(issued, authority))
 
     async def status_of(address: str, tls: TlsConfig | None) -> object:
-        """What the health check answers, or the code it fails with."""
+        """Return what the health check answers, or the code it fails with."""
         credentials = tls.credentials() if tls else grpc.local_channel_credentials()
         async with grpc.aio.secure_channel(address, credentials) as channel:
             try:
@@ -231,7 +231,7 @@ async def test_a_drafter_reads_no_state_from_a_verifier_it_does_not_trust(
 async def test_who_is_no_gateway_opens_no_session(
     tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
 ) -> None:
-    """A drafter's certificate is good for reading target state, not for taking the verifier's sessions."""
+    """A drafter's certificate permits reading target state, not opening the verifier's sessions."""
     files.write(authority.issue("gateway"), authority)
     others = tmp_path / "others"
     others.mkdir()
@@ -277,7 +277,7 @@ async def test_a_gateway_says_why_it_refuses_a_verifier(
 async def test_replicas_of_a_name_must_show_a_certificate_of_that_name(
     named: str, tiny_llama: Path, tmp_path: Path, authority: Authority, files: Folder
 ) -> None:
-    """As behind a headless service: the certificate has the name, and none of the addresses."""
+    """A headless service has such certificates: they carry the name, and none of the addresses."""
     files.write(authority.issue(named, is_local=False), authority)
     tls = outgoing(tmp_path / "caller", authority, authority.issue())
     async with running_verifier(tiny_llama, **files.options) as (address, _):
@@ -317,7 +317,7 @@ async def until_described(verifiers: VerifierSet, is_right: Callable[[str], bool
 
 @pytest.mark.slow
 async def test_rotation_under_load_fails_no_request(tiny_llama: Path, files: Folder) -> None:
-    """Certificates of a new authority replace the old ones, in three steps: trust, issue, distrust."""
+    """Certificates of a new authority replace the old ones in three steps: trust, issue, distrust."""
     old, new = Authority("old"), Authority("new")
     files.write(old.issue(), old)
     async with SecureSystem(tiny_llama, files) as system:

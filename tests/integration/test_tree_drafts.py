@@ -1,4 +1,4 @@
-"""Trees of MTP and DFlash drafters: the text is the target's, and what they draft next is right, too: they
+"""Trees of MTP and DFlash drafters: the text is the target's, and what they draft next is also right: they
 read the state of the path that was accepted."""
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ CASES = [
 
 
 def along_the_best(tree: DraftTree) -> list[int]:
-    """The tokens from child to best child, as far as the tree goes."""
+    """Return the tokens from child to best child, as far as the tree goes."""
     path, node = [], ANCHOR
     while node in tree.parents:
         node = list(tree.parents).index(node)  # siblings come best first

@@ -34,7 +34,9 @@ SAMPLINGS = [
 async def address(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[str]:
-    """A verifier's address, two with windows of 16 tokens; its pool must be whole when the module is done."""
+    """Run a verifier of each family in turn, two of them with windows of 16 tokens; yield its address, and
+    check at the end that its pool is whole.
+    """
     model = save_tiny_model(tmp_path_factory.mktemp("target"), request.param)
     async with running_verifier(model) as (address, server):
         yield address

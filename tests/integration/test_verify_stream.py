@@ -38,7 +38,7 @@ SAMPLINGS = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def address(tiny_llama: Path) -> AsyncIterator[str]:
-    """A verifier's address; when the module is done its pool must be whole, and no session remembered."""
+    """Run a verifier and yield its address; check at the end that its pool is whole and no session left."""
     num_allocations = sum(type(thing) is KvAllocation for thing in gc.get_objects())
     async with running_verifier(tiny_llama) as (address, server):
         yield address

@@ -11,12 +11,12 @@ from tests.systems import System
 
 @pytest_asyncio.fixture
 async def gated(tiny_llama: Path) -> AsyncIterator[tuple[System, Gate]]:
-    """All three services; a request whose method is "gated" is held in mid-stream."""
+    """Run all three services; a request whose method is "gated" is held in mid-stream."""
     async with gated_system(tiny_llama) as started:
         yield started
 
 
 @pytest_asyncio.fixture
 async def system(gated: tuple[System, Gate]) -> System:
-    """All three services."""
+    """Return all three services."""
     return gated[0]

@@ -38,14 +38,14 @@ async def buf_curl(
 
 
 async def outcome(call: asyncio.subprocess.Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages of a call that has ended, and its error; empty: none."""
+    """Return the messages of a call that has ended, and its error, which is empty if there was none."""
     output, errors = await asyncio.wait_for(call.communicate(), 60)
     assert (call.returncode == 0) == (not errors), errors
     return documents(output.decode()), json.loads(errors) if errors else {}
 
 
 def documents(text: str) -> list[dict[str, Any]]:
-    """JSON documents that follow one another."""
+    """Split JSON documents that follow one another."""
     decoder, found = json.JSONDecoder(), []
     while text := text.lstrip():
         document, end = decoder.raw_decode(text)

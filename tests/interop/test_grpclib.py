@@ -81,7 +81,7 @@ async def test_a_deadline_ends_a_call_and_frees_its_session(gated: tuple[System,
         calling = asyncio.ensure_future(generate(channel)(generate_request(method="gated"), timeout=2))
         await gate.reached()
         assert num_sessions(system) == 1
-        # grpclib keeps its own clock, too, and may be first to say so.
+        # grpclib also keeps a clock of its own, and may be first to say so.
         with pytest.raises((GRPCError, asyncio.TimeoutError)) as raised:
             await calling
     if isinstance(raised.value, GRPCError):

@@ -20,7 +20,9 @@ PROMPT_LENGTH, MAX_LENGTH = 8, 40
 
 @pytest.fixture(scope="module", params=["llama", pytest.param("gemma4", marks=pytest.mark.slow)])
 def calm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny target whose next token hangs on the last few: random ones of full size cannot be foreseen."""
+    """Return a tiny target whose next token depends on the last few tokens only: those of random full-size
+    models cannot be foreseen.
+    """
     folder = save_tiny_model(tmp_path_factory.mktemp("calm") / request.param, request.param)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -33,7 +35,7 @@ def calm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def data(calm: Path) -> TokenData:
-    """Greedy answers of the target to random prompts."""
+    """Return greedy answers of the target to random prompts."""
     packed = PackedModel(
         load_causal_lm(str(calm), dtype="float32", device="cpu").model, kv_budget_bytes=2**26
     )

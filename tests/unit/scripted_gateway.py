@@ -24,7 +24,7 @@ TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 def token(
     token_id: int, text: str, *, draft: bool = False, logprob: float | None = None
 ) -> gateway_pb2.Token:
-    """A token of the wire."""
+    """Return a token as it is on the wire."""
     origin = gateway_pb2.TOKEN_ORIGIN_ACCEPTED_DRAFT if draft else gateway_pb2.TOKEN_ORIGIN_BONUS
     message = gateway_pb2.Token(token_id=token_id, text=text, origin=origin)
     if logprob is not None:
@@ -35,7 +35,7 @@ def token(
 
 
 def started(method: str = "ngram", seed: int | None = None) -> gateway_pb2.GenerateResponse:
-    """First response."""
+    """Return the first response."""
     return gateway_pb2.GenerateResponse(
         started=gateway_pb2.GenerateStarted(
             input_tokens=5,
@@ -50,12 +50,12 @@ def started(method: str = "ngram", seed: int | None = None) -> gateway_pb2.Gener
 
 
 def chunk(*tokens: gateway_pb2.Token) -> gateway_pb2.GenerateResponse:
-    """Response of a round."""
+    """Return the response of a round."""
     return gateway_pb2.GenerateResponse(chunk=gateway_pb2.GenerateChunk(tokens=tokens))
 
 
 def finished(method: str = "ngram", *, fallback_reason: str = "") -> gateway_pb2.GenerateResponse:
-    """Last response: two rounds, three of five draft tokens accepted."""
+    """Return the last response: two rounds, three of five draft tokens accepted."""
     return gateway_pb2.GenerateResponse(
         finished=gateway_pb2.GenerateFinished(
             finish_reason=verifier_pb2.FINISH_REASON_STOP_TOKEN,
@@ -81,7 +81,7 @@ def finished(method: str = "ngram", *, fallback_reason: str = "") -> gateway_pb2
 
 
 def answer(_gateway: object, request: gateway_pb2.GenerateRequest, _context: object) -> Responses:
-    """The usual script: "Hello, world!" in three chunks."""
+    """Yield the usual script: "Hello, world!" in three chunks."""
     method = request.method or "ngram"
     logprob = -0.5 if request.HasField("num_top_logprobs") else None
     yield started(method, 7 if request.sampling.temperature else None)
@@ -92,7 +92,7 @@ def answer(_gateway: object, request: gateway_pb2.GenerateRequest, _context: obj
 
 
 def hang(gateway: ScriptedGateway, _request: object, context: grpc.ServicerContext) -> Responses:
-    """Two tokens, then nothing until the client goes away."""
+    """Yield two tokens, then nothing until the client goes away."""
     context.add_callback(gateway.ended.set)
     yield started()
     yield chunk(token(11, "Hel"), token(12, "lo"))
@@ -100,14 +100,14 @@ def hang(gateway: ScriptedGateway, _request: object, context: grpc.ServicerConte
 
 
 def refuse(_gateway: object, _request: object, context: grpc.ServicerContext) -> Responses:
-    """Out of slots."""
+    """Refuse the request because no slot is free."""
     error = ResourceExhaustedError("No slot is free.", reason="NO_SLOT", retry_after_s=1.5)
     context.abort_with_status(to_status(error))
     yield started()
 
 
 def information() -> gateway_pb2.GatewayServiceGetInfoResponse:
-    """What GetInfo answers."""
+    """Return what GetInfo answers."""
     model = common_pb2.ModelInfo(
         model_id="tiny", vocabulary_fingerprint="ab" * 32, vocab_size=100, max_length=64, dtype="bfloat16"
     )
@@ -151,7 +151,7 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):
     """Until the last call's deadline, when it came; years if it has none."""
 
     def Generate(self, request: gateway_pb2.GenerateRequest, context: grpc.ServicerContext) -> Responses:  # noqa: N802
-        """As the contract says."""
+        """Answer as the contract says."""
         self.requests.append(request)
         self._note(context)
         yield from self.script(self, request, context)
@@ -159,7 +159,7 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):
     def GetInfo(  # noqa: N802
         self, request: object, context: grpc.ServicerContext
     ) -> gateway_pb2.GatewayServiceGetInfoResponse:
-        """As the contract says."""
+        """Answer as the contract says."""
         self._note(context)
         return information()
 
@@ -170,7 +170,7 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):
 
 @contextmanager
 def serving(credentials: grpc.ServerCredentials | None = None) -> Iterator[ScriptedGateway]:
-    """A scripted gateway on a free port, over TLS if it has credentials."""
+    """Run a scripted gateway on a free port, over TLS if it has credentials."""
     gateway = ScriptedGateway()
     server = grpc.server(ThreadPoolExecutor(4), options=server_options())
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ tokens = st.integers(0, 3)
 
 @st.composite
 def rounds(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """A draft and the target's picks along it; often equal, so that long prefixes occur."""
+    """Draw a draft and the target's picks along it; they are often equal, so that long prefixes occur."""
     picks = draw(st.lists(tokens, min_size=1, max_size=9))
     draft = [draw(st.sampled_from([pick, pick, pick, 0])) for pick in picks[:-1]]
     return draft, picks
@@ -82,7 +82,7 @@ def test_a_tree_commits_what_the_chain_of_its_right_path_commits(
     stop_token_ids: frozenset[int],
     max_tokens: int,
 ) -> None:
-    """The target picks along `text`, and something of its own after what is not in it."""
+    """The target picks along `text`, and another token after every node that `text` does not contain."""
     random = Random(seed)
     tree = random_tree(random, text[:num_right], num_wrong=num_wrong, vocab_size=4)
     paths = [[tree.token_ids[node] for node in tree.path_to(index)] for index in range(len(tree))]

@@ -57,7 +57,7 @@ def draft(drafter: CausalLmDrafter, session: CausalLmSession, draft_depth: int) 
 
 
 def fresh_draft(drafter: CausalLmDrafter, session: CausalLmSession, draft_depth: int) -> list[int]:
-    """What a session that never drafted before makes of the same committed tokens."""
+    """Return the draft that a session without earlier drafts makes of the same committed tokens."""
     with session_of(
         drafter,
         session.token_ids,

@@ -31,7 +31,7 @@ from tests.unit.scripted_gateway import (
 
 @pytest.mark.parametrize("options", [client_options("dns:///host:1"), server_options()])
 def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
-    """Each within what an operator would call right; a second taken for a millisecond is not."""
+    """Each time lies where an operator would expect it; a second taken for a millisecond does not."""
     right_s = {
         "grpc.keepalive_time_ms": (10, 60),
         "grpc.keepalive_timeout_ms": (5, 30),
@@ -95,7 +95,7 @@ async def test_calls_go_on_when_certificates_change(tmp_path: Path, monkeypatch:
 
 
 def is_closing(connection: grpc.aio.Channel) -> bool:
-    """Whether it takes no more calls."""
+    """Return whether the channel takes no more calls."""
     try:
         generate(connection).cancel()
     except grpc.aio.UsageError:

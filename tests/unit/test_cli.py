@@ -46,7 +46,7 @@ def gateway() -> Iterator[ScriptedGateway]:
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No system runs, as far as the tests can tell."""
+    """Return a state directory of the test's own, in which no system runs."""
     monkeypatch.setenv("SPECDEC_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.delenv("SPECDEC_GATEWAY", raising=False)
     return tmp_path / "state"
@@ -332,7 +332,9 @@ def test_a_piped_chat_that_failed_says_so(gateway: ScriptedGateway) -> None:
 
 @pytest.fixture
 def children_heed_ctrl_c() -> Iterator[None]:
-    """A shell starts what runs in its background with the signal ignored, and so would we our children."""
+    """Restore the signal's default: a shell starts its background jobs with the signal ignored, and children
+    inherit that.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -409,7 +409,7 @@ FOUR_CALLS = [(stack, method) for stack in (Client, AsyncClient) for method in (
 
 
 async def call(stack: Any, method: str, target: str, of_call: dict[str, Any], **settings: Any) -> None:
-    """One call, with its own settings, of a client with those."""
+    """Make one call with settings of its own, on a client with `settings`."""
     prompt = ("Hi",) if method == "generate" else ()
     if stack is Client:
         with Client(target, **settings) as client:
@@ -456,7 +456,7 @@ async def test_the_deadline_is_the_calls_then_the_clients_then_five_minutes(
 
 @pytest.fixture(scope="module")
 def certified(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """Certificate and key of this host, and the authority that signed it."""
+    """Return the certificate and key of this host, and the authority that signed it."""
     authority = Authority()
     return Folder(tmp_path_factory.mktemp("certified")).write(authority.issue(), authority)
 

@@ -77,7 +77,7 @@ def _ask_async_stream(transport: MockTransport, prompt: Prompt, *options: Any, *
 
 @pytest.fixture(params=[_ask_blocking, _ask_blocking_stream, _ask_async, _ask_async_stream])
 def ask(request: pytest.FixtureRequest) -> Ask:
-    """Each way to get an answer."""
+    """Return each way to get an answer, in turn."""
     way: Ask = request.param
     return way
 

@@ -49,7 +49,7 @@ class World:
         self._random = random.Random(0)
 
     def round(self, size: DraftSize) -> Round:
-        """One round of that size."""
+        """Return one round of that size."""
         num_nodes = size.draft_nodes or size.draft_depth
         rate = self.rate + (self.gain if size.draft_nodes else 0)
         accepted = 0
@@ -72,7 +72,7 @@ class World:
 
 
 def run(control: SizeControl, world: World, num_rounds: int) -> list[DraftSize]:
-    """The sizes of that many rounds."""
+    """Return the sizes of that many rounds."""
     sizes = []
     for _ in range(num_rounds):
         size = control.choose(1000)
@@ -82,17 +82,17 @@ def run(control: SizeControl, world: World, num_rounds: int) -> list[DraftSize]:
 
 
 def session(controller: Controller, replica: Replica, budgets: Sequence[int] = (0,)) -> SizeControl:
-    """A generation that may draft up to 16 in a row and starts with 4."""
+    """Return the control of a generation that may draft up to 16 in a row and starts with 4."""
     return controller.session(replica, "mtp", DraftSize(4), longest=16, budgets=budgets)
 
 
 def usual(sizes: Sequence[DraftSize]) -> DraftSize:
-    """What is chosen most."""
+    """Return the size that is chosen most often."""
     return Counter(sizes).most_common(1)[0][0]
 
 
 def learned(world: World, *, num_rounds: int = 400, budgets: Sequence[int] = (0,)) -> DraftSize:
-    """What is chosen once the world is known."""
+    """Return the size that is chosen once the world is known."""
     return usual(run(session(Controller(), Replica(), budgets), world, num_rounds)[num_rounds // 2 :])
 
 
@@ -160,7 +160,7 @@ def test_who_shares_passes_tries_other_sizes_less_often() -> None:
 
 
 def test_a_queue_is_no_reason_to_draft() -> None:
-    """Where all wait for long passes of others, shorter ones make everyone wait less."""
+    """Where all wait for long passes of others, shorter passes make everyone wait less."""
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8, queue_share=1.5)
     assert learned(busy) == DraftSize(0)
 
@@ -196,7 +196,9 @@ def test_a_new_session_starts_with_what_others_learned() -> None:
 def short_answers(
     controller: Controller, world: World, *, first_ms: int, budgets: Sequence[int]
 ) -> list[DraftSize]:
-    """Forty answers of twelve rounds, whose first drafts take `first_ms` longer; sizes of the last ten."""
+    """Run forty answers of twelve rounds, whose first drafts take `first_ms` longer; return the sizes of the
+    last ten.
+    """
     replica, sizes = Replica(), []
     for _ in range(40):
         control, is_first = session(controller, replica, budgets), True
@@ -213,7 +215,7 @@ def short_answers(
 
 
 def test_the_first_draft_of_a_session_is_not_what_drafts_cost() -> None:
-    """It maps the target's state, reads the prompt, and may load the target's embedding."""
+    """The first draft maps the target's state, reads the prompt, and may load the target's embedding."""
     sizes = short_answers(Controller(), World(flat, lambda k: 1.0, 0.8), first_ms=400, budgets=(0,))
     assert usual(sizes).draft_depth >= 6
 
@@ -243,7 +245,7 @@ def test_trees_grow_only_while_it_pays() -> None:
 
 
 def test_what_is_not_the_best_is_tried_now_and_then() -> None:
-    """None, shorter and longer drafts, and the budgets next to the best one."""
+    """No draft, shorter and longer drafts, and the budgets next to the best one are tried."""
 
     class Steady(World):
         def round(self, size: DraftSize) -> Round:

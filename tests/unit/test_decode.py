@@ -92,7 +92,7 @@ async def run(
     draft_depth: int,
     telemetry: Telemetry | None = None,
 ) -> list[Round]:
-    """All rounds of a generation."""
+    """Return all rounds of a generation."""
     trace = RequestTrace((telemetry or make_telemetry("test")).tracer, "")
     return [
         round_

@@ -23,7 +23,7 @@ trees = st.builds(
 
 
 def texts(tree: DraftTree) -> set[tuple[int, ...]]:
-    """What the tree guesses: the tokens of every path from the anchor."""
+    """Return what the tree guesses: the tokens of every path from the anchor."""
     return {tuple(tree.token_ids[node] for node in tree.path_to(index)) for index in range(len(tree))}
 
 

@@ -45,17 +45,17 @@ def ask(
     draft_nodes: int = 0,
     state: State | None = None,
 ) -> DraftRequest:
-    """What a round asks for."""
+    """Return what a round asks for."""
     return DraftRequest(committed_token_ids, DraftSize(draft_depth, draft_nodes), traceparent, state)
 
 
 async def answer() -> Draft:
-    """What a drafter does unless told otherwise."""
+    """Return the draft that a drafter makes unless told otherwise."""
     return Draft((7, 8))
 
 
 async def hang() -> Draft:
-    """Never answer."""
+    """Never return."""
     await asyncio.Event().wait()
     raise AssertionError("unreachable")
 
@@ -148,7 +148,7 @@ class FakeDrafters:
 
 @pytest.fixture
 async def no_stray_tasks() -> AsyncIterator[None]:
-    """Nothing goes on after a link was left."""
+    """Check that no task goes on after a link was left."""
     yield
     others = asyncio.all_tasks() - {asyncio.current_task()}
     assert not [task for task in others if "connect" in repr(task.get_coro())]
@@ -158,7 +158,7 @@ pytestmark = pytest.mark.usefixtures("no_stray_tasks")
 
 
 def soon() -> asyncio.Timeout:
-    """Around what must not wait for anything that hangs."""
+    """Bound the time of a block that must not wait for anything that hangs."""
     return asyncio.timeout(5)
 
 

@@ -58,12 +58,12 @@ def recorder() -> Recorder:
 
 
 async def soon(awaitable: Awaitable[ValueT]) -> ValueT:
-    """The result, of what an engine that has died or waits for ever would never give."""
+    """Return the result; fail instead of waiting for an engine that has died or waits for ever."""
     return await asyncio.wait_for(awaitable, 20)
 
 
 async def submit_while_busy(engine: Engine[Item, str], recorder: Recorder, *items: Item) -> list[object]:
-    """Submit `items` while a step runs, so that they are scheduled together; their outcomes."""
+    """Submit `items` while a step runs, so that they are scheduled together; return their outcomes."""
     first = asyncio.ensure_future(engine.submit(Item("first")))
     await asyncio.to_thread(recorder.running.wait, 10)
     tasks = [asyncio.ensure_future(engine.submit(item)) for item in items]
@@ -249,7 +249,7 @@ async def sessions() -> AsyncIterator[Sessions]:
 
 @pytest.fixture
 def lingers_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is expected is waited for until they come, however busy the machine is."""
+    """Make the engine wait for expected sources until they come, however busy the machine is."""
     monkeypatch.setattr(scheduler, "_LINGER_SHARE", 1e6)
 
 
@@ -270,7 +270,7 @@ async def test_sessions_that_come_back_share_every_step(sessions: Sessions) -> N
 async def test_a_session_that_ends_wakes_the_engine(sessions: Sessions) -> None:
     await asyncio.gather(sessions.run("ended"), sessions.run("other"))
     waiting = asyncio.ensure_future(sessions.run("other"))
-    # An item of no source wakes the engine, which waits for the session again when that is done.
+    # An item without a source wakes the engine, which waits for the session again when that is done.
     await soon(sessions.engine.submit(Item("side")))
     assert not waiting.done()
     sessions.engine.forget("ended")

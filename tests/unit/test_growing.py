@@ -15,7 +15,7 @@ from specdec.contract.draft_tree import DraftTree
 
 
 def candidates(random: Random, num: int) -> Candidates:
-    """The best of a random distribution, best first."""
+    """Return the likeliest tokens of a random distribution, best first."""
     weights = sorted((random.random() ** 3 for _ in range(num)), reverse=True)
     total = sum(weights) * 1.3
     token_ids = random.sample(range(9), num)
@@ -23,7 +23,7 @@ def candidates(random: Random, num: int) -> Candidates:
 
 
 def worths(tree: DraftTree, places: list[Candidates]) -> list[float]:
-    """Log probability of every node's path, in the tree's order."""
+    """Return the log probability of every node's path, in the tree's order."""
     by_token = [{token_id: log_prob for log_prob, token_id in place} for place in places]
     paths = [[tree.token_ids[node] for node in tree.path_to(index)] for index in range(len(tree))]
     return [sum(by_token[depth][token_id] for depth, token_id in enumerate(path)) for path in paths]

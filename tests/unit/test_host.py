@@ -35,7 +35,7 @@ async def answers(address: str) -> bool:
 
 @pytest.fixture(params=["port", "unix socket"])
 async def running(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ServiceHost]:
-    """A server on a free port, or on a unix socket."""
+    """Run a server on a free port, or on a unix socket."""
     async with nothing_left_behind():
         host = host_at(ANY_PORT if request.param == "port" else f"unix:{tmp_path}/socket")
         await host.start()

@@ -12,7 +12,7 @@ from specdec.service.instruments import Counter, EngineMetrics
 
 
 def collected(reader: InMemoryMetricReader) -> dict[tuple[object, ...], float]:
-    """Values of the only metric by its attributes, sorted by name."""
+    """Return the values of the only metric by its attributes, sorted by name."""
     data = reader.get_metrics_data()
     assert data
     (metric,) = data.resource_metrics[0].scope_metrics[0].metrics

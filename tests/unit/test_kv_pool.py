@@ -79,7 +79,7 @@ def test_a_run_is_a_view_and_scattered_blocks_are_not() -> None:
 
 
 def generations(pool: KvPool) -> list[int]:
-    """What readers see: the owner's generation of each block, 0 for none."""
+    """Return what readers see: the owner's generation of each block, 0 for none."""
     ref = pool.ref(GENERATIONS)
     assert isinstance(ref.storage, SharedMemory)
     data = Path(ref.storage.path).read_bytes()

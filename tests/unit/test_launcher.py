@@ -96,7 +96,7 @@ class Fakes:
         (directory / "up.py").write_text(FAKE_UP)
 
     def specs(self, **modes: str) -> list[ServiceSpec]:
-        """The three services; `modes` by name: "fail", "never-ready", "stubborn"."""
+        """Return the specs of the three services; `modes` by name: "fail", "never-ready", "stubborn"."""
         addresses = [f"127.0.0.1:{port}" for port in free_ports(len(NAMES))]
         return [
             ServiceSpec(

@@ -15,7 +15,7 @@ PROMPT = [1, 2, 3]
 
 
 def ask(draft_depth: int, draft_nodes: int = 0) -> DraftRequest:
-    """What a round asks for."""
+    """Return what a round asks for."""
     return DraftRequest(PROMPT, DraftSize(draft_depth, draft_nodes), "trace")
 
 
@@ -38,7 +38,7 @@ class Source:
 
 
 def merged(*sources: Source, draft_nodes: int = 8) -> MergedDrafts:
-    """Sources named a, b, ..., which draft at most 2, 3, ... tokens."""
+    """Merge sources named a, b, ..., which draft at most 2, 3, ... tokens."""
     named = [
         NamedSource(name, source, 2 + at)
         for at, (name, source) in enumerate(zip("abc", sources, strict=False))

@@ -34,7 +34,9 @@ def draft_after(token_ids: Sequence[int], draft_depth: int, *, min_size: int = 2
 
 
 def search(token_ids: Sequence[int], draft_depth: int, min_size: int, max_size: int) -> list[int]:
-    """The definition: longest suffix that occurred before, its most recent occurrence, what followed it."""
+    """Return the definition's draft: the longest suffix that occurred before, and what followed its most
+    recent occurrence.
+    """
     tokens = list(token_ids)
     for size in range(max_size, min_size - 1, -1):
         for start in range(len(tokens) - size - 1, -1, -1):
@@ -44,7 +46,7 @@ def search(token_ids: Sequence[int], draft_depth: int, min_size: int, max_size: 
 
 
 def continuation(following: Sequence[int], size: int, draft_depth: int) -> list[int]:
-    """What follows a match, over and over; of a match of one token no more than two tokens."""
+    """Return what follows a match, over and over; after a match of one token, at most two tokens."""
     length = min(2, draft_depth) if size == 1 else draft_depth
     return [following[index % len(following)] for index in range(length)]
 

@@ -75,7 +75,7 @@ def indexed(
     sampling: SamplingParams = GREEDY,
     min_draft_confidence: float = 0.0,
 ) -> NgramLmSession:
-    """A session that has looked at its tokens."""
+    """Return a session that has looked at its tokens."""
     session = open_session(
         make_drafter(table), token_ids, sampling=sampling, min_draft_confidence=min_draft_confidence
     )
@@ -102,7 +102,7 @@ def paths(found: DraftTree) -> list[tuple[int, ...]]:
 
 
 def random_table(random: Random, num_tokens: int = 6) -> NgramTable:
-    """What may follow some contexts of one and of two tokens."""
+    """Return a random table of what may follow some contexts of one and of two tokens."""
 
     def following() -> Following:
         weights = sorted((random.random() ** 3 + 0.01 for _ in range(random.randint(1, 4))), reverse=True)
@@ -195,7 +195,9 @@ def test_of_earlier_occurrences_the_later_say_more() -> None:
 def expected_mix(
     table: NgramTable, token_ids: Sequence[int], path: Sequence[int], sizes: range
 ) -> dict[int, float]:
-    """The definition, by search: the longest match, its last eight occurrences, and the table's say."""
+    """Compute the definition by search: the longest match, its last eight occurrences, and the table's
+    probabilities.
+    """
     both = [*token_ids, *path]
     usual = table.candidates(both)
     for size in reversed(sizes):

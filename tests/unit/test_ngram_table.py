@@ -35,7 +35,7 @@ HALF_PRECISION = 1e-3
 WEIGHTS = "ngrams.safetensors"
 
 EVERYTHING = CountOptions(min_count=1, min_gain=-math.inf)
-"""A context may tell less than the shorter one, too: its gain is negative then."""
+"""A context may also tell less than the shorter one: its gain is negative then."""
 
 sequences = st.lists(
     st.tuples(
@@ -60,16 +60,16 @@ class Reference:
 
     @property
     def contexts(self) -> list[tuple[int, ...]]:
-        """All but the empty one."""
+        """All contexts but the empty one."""
         return [context for context in self.followers if context]
 
     def backoff(self, context: tuple[int, ...]) -> float:
-        """What was taken from all followers, to be given to those of the shorter context."""
+        """Return the share taken from all followers, which the followers of the shorter context get."""
         followers = self.followers[context]
         return DISCOUNT * len(followers) / followers.total()
 
     def probability(self, context: tuple[int, ...], token_id: int) -> float:
-        """Of a token after a context that occurred."""
+        """Return the probability of a token after a context that occurred."""
         followers = self.followers[context]
         if not context:
             return followers[token_id] / followers.total()
@@ -77,7 +77,7 @@ class Reference:
         return own + self.backoff(context) * self.probability(context[1:], token_id)
 
     def gain(self, context: tuple[int, ...]) -> float:
-        """Nats that a context tells beyond the shorter one over all its occurrences."""
+        """Return the nats that a context tells beyond the shorter one over all its occurrences."""
         return sum(
             number * math.log(self.probability(context, token_id) / self.probability(context[1:], token_id))
             for token_id, number in self.followers[context].items()
@@ -184,7 +184,7 @@ def test_the_rarer_context_is_left_out() -> None:
 
 
 def test_a_context_that_tells_nothing_new_is_left_out() -> None:
-    # What follows 1 hangs on the token before it; after 2 there is always 3.
+    # What follows 1 depends on the token before it; after 2 there is always 3.
     telling = [answer(5, after=[0, 1]), answer(6, after=[4, 1])] * 8
     idle = [answer(3, after=[0, 2]), answer(3, after=[4, 2])] * 8
     kept = contents(counted([*telling, *idle], CountOptions(min_count=2, min_gain=4.0)))
@@ -297,7 +297,7 @@ Spoil = Callable[[Path], object]
 
 
 def change_config(**changes: Any) -> Spoil:
-    """Write other values; None leaves one out."""
+    """Write other values into the config; None removes a value."""
 
     def spoil(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text()) | changes

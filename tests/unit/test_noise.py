@@ -20,7 +20,7 @@ DIGEST = "0d445be90649c47cc0f4b42d75bb39c1ec4d4bbed0596a280a8bcf06dbec74ba"
 
 
 def sample(device: str = "cpu") -> torch.Tensor:
-    """Noise of a few positions far apart, [9, vocab]."""
+    """Return the noise of a few positions far apart, [9, vocab]."""
     return GumbelNoise(VOCAB_SIZE, device)(2**63 + 5, [0, 1, 2, 1000, 2**20, 7, 8, 9, 2**31]).cpu().clone()
 
 

@@ -28,7 +28,7 @@ TOLERANCE = 2e-3
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PackedModel, list[Tensor]]:
-    """A packed model and the logits [tokens, vocab] transformers gives for each text."""
+    """Return a packed model and the logits [tokens, vocab] transformers gives for each text."""
     folder = save_tiny_model(tmp_path_factory.mktemp("packed"), request.param)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():

@@ -56,7 +56,7 @@ VERIFIER = verifier_pb2.VerifierServiceGetInfoResponse(
 def backends(
     *drafters: drafter_pb2.DrafterInfo, default_method: str = "auto", encode_text: Any = None
 ) -> Backends:
-    """A gateway's, whose one drafter service has these drafters; none: it was never reached."""
+    """Return a gateway's backends, whose only drafter service has these drafters, or was never reached."""
     infos = [drafter_pb2.DrafterServiceGetInfoResponse(drafters=drafters)] if drafters else []
     found: Any = SimpleNamespace(known_infos=infos, is_known=bool(drafters))
     unused: Any = None
@@ -94,7 +94,9 @@ def test_a_method_that_is_set_is_the_default_where_it_is_offered() -> None:
 
 
 async def drafting(method: str, **fields: Any) -> DraftPlan:
-    """What a request with these fields has drafted, where the drafters are TREES, SHORT_TREES and CHAINS."""
+    """Return what a request with these fields has drafted, where the drafters are TREES, SHORT_TREES and
+    CHAINS.
+    """
     request = gateway_pb2.GenerateRequest(
         token_ids=gateway_pb2.TokenIds(token_ids=[1, 2, 3]), method=method, **fields
     )
@@ -194,7 +196,7 @@ class Texts:
 
 
 async def test_long_texts_are_tokenised_one_after_the_other() -> None:
-    """Whatever becomes of the one before: it failed, or nobody waits for it any more."""
+    """The next text's turn comes whether the text before it failed or nobody waits for it any more."""
     texts = Texts()
     first, second, third = texts.plan("a" * 70_000, "b" * 70_000, "c" * 70_000)
     await texts.has_begun("a")

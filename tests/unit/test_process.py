@@ -61,7 +61,7 @@ class Service:
 
 @asynccontextmanager
 async def watching(service: Service) -> AsyncIterator[Callable[[], Awaitable[int]]]:
-    """The service's health, status by status as they change."""
+    """Watch the service's health, status by status as they change."""
     await until(lambda: not service.host.address.endswith(":0"))
     async with grpc.aio.insecure_channel(service.host.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)

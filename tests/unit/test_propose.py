@@ -51,20 +51,20 @@ SAMPLED = SamplingParams(temperature=1.0, seed=3)
 
 
 def mtp(folder: Path) -> Drafter:
-    """An assistant with the target's head."""
+    """Return an assistant with the target's head."""
     path = save_tiny_assistant(folder / "mtp", "llama", specdec_target_head=True)
     assistant = Assistant.load(str(path), dtype="float32", device="cpu")
     return MtpDrafter("mtp", assistant, max_draft_depth=8)
 
 
 def dflash(folder: Path) -> Drafter:
-    """A checkpoint that says how large the vocabulary is."""
+    """Return a drafter whose checkpoint says how large the vocabulary is."""
     source = save_tiny_dflash(folder / "source", layer_types=["full_attention"] * 2)
     return loaded_dflash(save_as_z_lab(source, folder / "dflash"))
 
 
 def muse(folder: Path) -> Drafter:
-    """A checkpoint that does not."""
+    """Return a drafter whose checkpoint does not say how large the vocabulary is."""
     return loaded_dflash(save_tiny_dflash(folder / "muse"))
 
 
@@ -80,7 +80,9 @@ def drafter(request: pytest.FixtureRequest, tmp_path: Path) -> Drafter:
 
 
 def target_weights(drafter: Drafter, num_padding: int = 0, *, head_width: int | None = None) -> TargetWeights:
-    """Those of one target, always the same but for rows of padding, which any state would choose."""
+    """Return the weights of one target, always the same except for rows of padding, which any state would
+    choose.
+    """
     generator = torch.Generator().manual_seed(0)
     width = head_width or (24 if drafter.traits.family == "mtp" else HIDDEN_SIZE)
     embedding = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator)
@@ -92,7 +94,7 @@ def target_weights(drafter: Drafter, num_padding: int = 0, *, head_width: int | 
 
 
 def state(drafter: Drafter, length: int) -> TargetStateView:
-    """State of a target of the right shape."""
+    """Return the state of a target of the right shape."""
     generator = torch.Generator().manual_seed(1)
 
     def rows(*shape: int) -> Tensor:

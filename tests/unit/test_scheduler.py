@@ -40,7 +40,7 @@ def queue(scheduler: Scheduler[Job], *jobs: Job) -> None:
 
 
 def steps(scheduler: Scheduler[Job], *jobs: Job) -> list[str]:
-    """Queue jobs; the names in each step until none is left."""
+    """Queue jobs; return the names in each step until none is left."""
     queue(scheduler, *jobs)
     taken = []
     while batch := scheduler.take(0):
@@ -49,7 +49,7 @@ def steps(scheduler: Scheduler[Job], *jobs: Job) -> list[str]:
 
 
 def run(scheduler: Scheduler[Job], *sources: str, at: int = 0) -> int:
-    """A step over an item of each source, which all come at the same time; when it ended."""
+    """Run a step over an item of each source, which all come at the same time; return when it ended."""
     for source in sources:
         scheduler.add(Job(source, source=source), at)
     batch = scheduler.take(at)
@@ -138,7 +138,7 @@ def test_a_step_waits_no_longer_than_its_share_of_the_last_one(scheduler: Schedu
 
 
 def run_late(scheduler: Scheduler[Job], at: int, **away_ns: int) -> int:
-    """A step over an item of each source, which come back so long after `at`; when it ended."""
+    """Run a step over an item of each source, which come back so long after `at`; return when it ended."""
     for source, away in away_ns.items():
         scheduler.add(Job(source, source=source), at + away)
     started = at + max(away_ns.values())
@@ -223,7 +223,9 @@ def test_a_job_of_no_source_waits_for_nobody_and_nobody_for_it(scheduler: Schedu
 
 
 def test_who_is_woken(scheduler: Scheduler[Job]) -> None:
-    """`add` says when it is worth looking again: for the first, the last that is expected, and side work."""
+    """`add` reports when it is worth looking again: for the first item, the last that is expected, and side
+    work.
+    """
     ended = run(scheduler, "a", "b", "c")
     assert scheduler.add(Job("a", source="a"), ended)
     assert not scheduler.add(Job("b", source="b"), ended)
@@ -263,7 +265,7 @@ def test_no_job_is_lost_and_no_step_is_too_large(
 
 
 def take_a_step(scheduler: Scheduler[Job], taken: list[Job], now: int) -> int:
-    """Run one step and check it; when the next may begin."""
+    """Run one step and check it; return when the next may begin."""
     batch = scheduler.take(now)
     if not batch and (wait_s := scheduler.wait_s(now)) is not None:
         assert wait_s > 0, "a step that waits says how long"

@@ -36,7 +36,7 @@ def test_peers_are_given_less_time_than_the_caller_waits() -> None:
 
 
 async def messages(*pauses_s: float) -> AsyncIterator[str]:
-    """A message after each pause."""
+    """Yield a message after each pause."""
     for number, pause_s in enumerate(pauses_s):
         await asyncio.sleep(pause_s)
         yield str(number)

@@ -63,7 +63,9 @@ class Streaming:
 
 
 def chunk(start: int, num_positions: int, **num_bytes: int) -> pb.StreamTargetStateResponse:
-    """Rows of 32 bytes, the number of their first position in each; or so many bytes of each tensor."""
+    """Return rows of 32 bytes, each full of the number of its first position, or so many bytes of each
+    tensor.
+    """
     sizes = num_bytes or {"last_hidden": 32 * num_positions}
     rows = [pb.TensorRows(name=name, data=bytes([start]) * size) for name, size in sizes.items()]
     return pb.StreamTargetStateResponse(start_position=start, num_positions=num_positions, tensors=rows)
@@ -100,7 +102,7 @@ async def test_state_is_stored_to_the_last_position_of_the_sessions_blocks() -> 
 
 
 def num_descriptors() -> int:
-    """Open file descriptors of this process."""
+    """Return the number of open file descriptors of this process."""
     return len(list(Path("/proc/self/fd").iterdir()))
 
 

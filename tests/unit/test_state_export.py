@@ -77,7 +77,7 @@ class WideCapture:
     hidden_size = 16384
 
     def check(self, name: str) -> None:
-        """It has every layer."""
+        """Accept every layer."""
 
 
 async def test_a_projection_too_large_to_keep_is_refused_with_the_session(tiny_llama: Path) -> None:

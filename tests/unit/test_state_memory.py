@@ -199,7 +199,7 @@ def test_nothing_is_carved_out_of_what_is_not_there(change: dict[str, object], o
 
 
 def test_a_directory_without_room(directory: SharedDirectory, caplog: pytest.LogCaptureFixture) -> None:
-    """More than any file system has."""
+    """The size is larger than any file system."""
     with pytest.raises(ResourceExhaustedError, match="--target-state stream") as raised:
         SharedHostMemory(directory, strict=True).allocate(2**60)
     assert raised.value.reason == "SHARED_MEMORY_FULL"

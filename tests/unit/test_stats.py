@@ -24,7 +24,7 @@ def make_round(
     verify_ns: tuple[int, int] = (0, 0),
     fallback_reason: str = "",
 ) -> Round:
-    """A round with (server, elapsed) times of both sides."""
+    """Return a round with (server, elapsed) times of both sides."""
     draft = Draft(tuple(range(num_draft_tokens)), *draft_ns, fallback_reason=fallback_reason)
     verified = Verified(num_accepted_tokens, 7, server_ns=verify_ns[0], elapsed_ns=verify_ns[1])
     return Round(draft, verified)
@@ -156,7 +156,7 @@ def test_gateway_time_is_what_neither_side_used() -> None:
 
 
 def points(reader: InMemoryMetricReader, name: str) -> list[Any]:
-    """Data points of one instrument."""
+    """Return the data points of one instrument."""
     data = reader.get_metrics_data()
     if data is None:  # nothing was recorded yet
         return []
@@ -171,7 +171,7 @@ def points(reader: InMemoryMetricReader, name: str) -> list[Any]:
 
 
 def sums(reader: InMemoryMetricReader, name: str, label: str = "method") -> dict[Any, int]:
-    """Counter values by one attribute."""
+    """Return counter values by one attribute."""
     totals: Counter[Any] = Counter()
     for point in points(reader, name):
         totals[point.attributes[label]] += point.value

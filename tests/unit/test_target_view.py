@@ -68,7 +68,7 @@ def test_wrong_projections_are_refused() -> None:
 
 
 def a_view(blocks: tuple[int, ...], length: int, *, projection: Projection | None = None) -> TargetStateView:
-    """A view of a pool whose rows hold their slot's number."""
+    """Return a view of a pool whose rows hold their slot's number."""
     slots = torch.arange(4.0 * BLOCK_TOKENS)[:, None]
     tensors: dict[str, Tensor] = {"hidden.2": slots.repeat(1, 3), "hidden.0": -slots.repeat(1, 3)}
     tensors["last_hidden"] = slots + 0.5

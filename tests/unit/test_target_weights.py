@@ -62,7 +62,7 @@ def memory(tmp_path: Path) -> Iterator[SharedHostMemory]:
 
 
 def mapped(ref: TargetWeightsRef, directory: SharedDirectory) -> TargetWeights:
-    """The weights as another process has them."""
+    """Return the weights as another process has them."""
     tensors = []
     for tensor in (ref.embedding, ref.lm_head):
         assert isinstance(tensor.storage, SharedMemory)
@@ -74,7 +74,7 @@ def mapped(ref: TargetWeightsRef, directory: SharedDirectory) -> TargetWeights:
 
 @torch.inference_mode()
 def assert_are_the_models(weights: TargetWeights, model: PreTrainedModel) -> None:
-    """Bit for bit what the model makes of token ids and of hidden states."""
+    """Check that the weights give, bit for bit, what the model makes of token ids and of hidden states."""
     assert torch.equal(weights.embed(TOKENS), model.get_input_embeddings()(TOKENS))
     kept = {}
     head = model.get_output_embeddings()
@@ -151,7 +151,7 @@ def test_room_for_one_of_two_weights_is_not_used_up() -> None:
 
 
 def test_no_other_tensor_of_a_checkpoint_is_read(tmp_path: Path) -> None:
-    """Two tensors in files of their own; those of all others are damaged."""
+    """Two tensors lie in files of their own; the files of all others are damaged."""
     model = AutoModelForCausalLM.from_config(TARGETS["llama"](), dtype=torch.float32)
     model.save_pretrained(tmp_path, max_shard_size="34KB")
     needed, damaged = 0, 0

@@ -42,7 +42,9 @@ def codec(tiny_llama: Path) -> TextCodec:
 def stream_out(
     codec: TextCodec, token_ids: Sequence[int], stops: Sequence[str] = ()
 ) -> tuple[list[TextToken], bool]:
-    """Push tokens until a stop string ends the text, or flush; what was released, and whether it stopped."""
+    """Push tokens until a stop string ends the text, or flush; return what was released, and whether it
+    stopped.
+    """
     stream = TextStream(codec, stops)
     released: list[TextToken] = []
     for token_id in token_ids:
@@ -61,7 +63,9 @@ def join(released: Sequence[TextToken]) -> str:
 
 
 def cut_at_first_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """What is left of a text that arrives character by character."""
+    """Cut a text where its first stop string appears as it arrives character by character; return what is
+    left and whether it was cut.
+    """
     for length in range(1, len(text) + 1):
         starts = [at for stop in stops if (at := text[:length].find(stop)) >= 0]
         if starts:
@@ -121,7 +125,7 @@ class TestTextStream:
 
 @pytest.fixture(scope="module")
 def words() -> TextCodec:
-    """A codec whose tokens begin with a space, or are bytes where no token fits."""
+    """Return a codec whose tokens begin with a space, or are bytes where no token fits."""
     pieces = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581a", "b", "\u2581b"]
     tokenizer = Tokenizer(
         models.BPE(
@@ -202,7 +206,7 @@ class TestStopStrings:
             """Decodes by looking words up."""
 
             def __init__(self) -> None:
-                """No tokenizer."""
+                """Leave out the tokenizer."""
 
             def decode(self, token_ids: Sequence[int]) -> str:
                 return "".join(["before STOP after", "tail", "ST", "OP!"][token_id] for token_id in token_ids)
@@ -244,7 +248,7 @@ class TestStopStrings:
 
 
 def reference_ids(tokenizer: Any, conversation: Sequence[tuple[str, str]]) -> list[int]:
-    """transformers' own chat layout."""
+    """Return the token ids by transformers' own chat layout."""
     messages = [{"role": role, "content": content} for role, content in conversation]
     ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return ids

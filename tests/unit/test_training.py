@@ -413,7 +413,7 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
 @pytest.mark.parametrize("method", ["mtp", "dflash"])
 @pytest.mark.parametrize("family", ["phi3", "olmo2"])
 def test_targets_whose_layers_are_named_otherwise(family: str, method: str, tmp_path: Path) -> None:
-    """Phi-3 fuses projections, OLMo 2 has norms elsewhere: what has no counterpart starts at random."""
+    """Phi-3 fuses projections, OLMo 2 moves norms: a layer without a counterpart starts at random."""
     target = save_tiny_model(tmp_path / "target", family)
     some_data().save(tmp_path / "tokens")
     code, output = run_training(

@@ -84,7 +84,7 @@ def test_acceptance_is_measured_on_drafts_a_block_has(
 async def test_the_saved_drafter_is_the_trained_one(
     markov_rank: int, calm: Path, data: TokenData, tmp_path: Path
 ) -> None:
-    """Served, the checkpoint's drafts are accepted as often as training measured on whole batches."""
+    """The served checkpoint's drafts are accepted as often as training measured on whole batches."""
     with torch.enable_grad():
         run = training(calm, data, tmp_path, steps=80, markov_rank=markov_rank)
         run.run()
@@ -153,7 +153,7 @@ def test_another_drafters_run_is_not_resumed(calm: Path, data: TokenData, tmp_pa
 
 @torch.no_grad()
 def test_a_block_sees_its_context_and_itself(calm: Path, data: TokenData, tmp_path: Path) -> None:
-    """A block's states do not hang on other blocks, other sequences or what comes after its anchor."""
+    """A block's states do not depend on other blocks, other sequences or what comes after its anchor."""
     run = training(calm, data, tmp_path, steps=1)
     trainee = trainee_of(run)
     sequences = [data[0], data[1]]

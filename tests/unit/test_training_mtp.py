@@ -108,7 +108,7 @@ def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) 
 def test_a_run_takes_the_minutes_it_is_given(
     calm: Path, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With steps of 30 seconds, by a clock that is made up."""
+    """Steps take 30 seconds each, by a clock that the test makes up."""
     run = training(calm, data, tmp_path, minutes=2.5, evaluate_minutes=1.0)
     monkeypatch.setattr("drafter_service.training.loop.time.perf_counter", count(0, 30).__next__)
     progress, parameter = [], next(run.trainee.parameters())
@@ -154,7 +154,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(calm: Path, data: TokenData, tmp
 def test_a_run_is_resumed_within_a_later_pass(
     calm: Path, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Features that were kept are made again, the same."""
+    """Features that were kept are made again and are the same."""
     monkeypatch.setattr("drafter_service.training.data.REPLAYED_BATCHES", 3)
     whole = training(calm, data, tmp_path / "whole", steps=12)
     whole.run()
@@ -377,7 +377,7 @@ class PlainKv:
 
 @torch.no_grad()
 def test_the_saved_drafter_is_the_trained_one(calm: Path, data: TokenData, tmp_path: Path) -> None:
-    """Drafted step by step with the checkpoint, acceptance is what training measured on whole batches."""
+    """Drafts made step by step with the checkpoint are accepted as often as training measured."""
     with torch.enable_grad():
         run = training(calm, data, tmp_path, steps=40)
         run.run()

@@ -27,7 +27,7 @@ TEXT = torch.randint(0, VOCAB_SIZE, (640,), generator=torch.Generator().manual_s
 
 
 def random_parents(random: Random, num_tokens: int) -> list[int]:
-    """Of a tree in any lawful order, deep and wide in places."""
+    """Return the parents of a tree in any lawful order, deep and wide in places."""
     return [-1, *(random.choice([index - 1, random.randrange(index)]) for index in range(1, num_tokens))]
 
 
@@ -89,7 +89,7 @@ SIZES = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    """With full attention, and with windows besides."""
+    """Return a model with full attention, and then a model with windows besides."""
     folder: Path = save_tiny_model(tmp_path_factory.mktemp("tree_keys"), request.param, **SIZES)
     model = load_causal_lm(str(folder), dtype="bfloat16", device="cpu").model
     packed = PackedModel(model, kv_budget_bytes=16 << 20)
@@ -124,7 +124,7 @@ SMALL_TREE = [-1, 0, 1, 1, 0]
 
 
 def tree_spans(packed: PackedModel, branches: Branches, start: int = 40, window: int = 0) -> int:
-    """How many spans a tree of three branches takes."""
+    """Return how many spans a tree of three branches takes."""
     tree = Segment(packed.pool.allocate(start + 40), start, TEXT[:5], 5, SMALL_TREE)
     plan = Pass([tree], slice(0, 5), branches=branches).plan(window, 3, torch.zeros(1, 9, 5, 64))
     packed.pool.free(tree.allocation)
@@ -147,7 +147,7 @@ def test_tokens_of_a_chain_get_the_bits_they_get_alone(packed: PackedModel, star
 
 
 def attention_shapes(packed: PackedModel, start: int, num_tokens: int) -> set[tuple[int, ...]]:
-    """Shapes of the queries that one head of one token or more has in a kernel call, over a chain."""
+    """Return the last dimensions of the queries' shapes in all kernel calls over a chain."""
     allocation, seen = packed.pool.allocate(start + num_tokens), set()
     attend = paged_attention._attend
 

@@ -19,7 +19,7 @@ spec:
 
 
 def render() -> str:
-    """The manifest: the rules as they are, two columns further in, without the comments before them."""
+    """Return the manifest: the rules as they are, two columns further in, without the comments at the top."""
     text = RULES.read_text()
     body = text[text.index("groups:") :]
     return HEAD + "".join(f"  {line}" if line.strip() else line for line in body.splitlines(keepends=True))
