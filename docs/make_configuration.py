@@ -45,14 +45,14 @@ These variables have no option. The first seven are read by the commands and the
 
 
 def render() -> str:
-    """The whole document."""
+    """Return the whole document."""
     sections = ["## Services\n\n", *(section for name in SERVICES for section in _sections(name))]
     sections += ["## Commands\n\n", *_sections(CLIENT), VARIABLES]
     return INTRODUCTION + "".join(sections)
 
 
 def program(name: str) -> click.Command:
-    """The command that an installed program runs."""
+    """Return the command that an installed program runs."""
     (entry_point,) = distribution("specdec").entry_points.select(group="console_scripts", name=name)
     command = entry_point.load()
     assert isinstance(command, click.Command), name
@@ -60,7 +60,7 @@ def program(name: str) -> click.Command:
 
 
 def leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Context]]:
-    """The commands of a program that are not groups, by the words one types."""
+    """Yield the commands of a program that are not groups, by the words one types."""
     context = click.Context(command, info_name=name, **command.context_settings)
     if not isinstance(command, click.Group):
         yield name, context
@@ -96,7 +96,7 @@ def _row(cells: list[str]) -> str:
 
 
 def _description(command: click.Command) -> str:
-    """A command's help without its examples."""
+    """Return a command's help without its examples."""
     paragraphs = inspect.cleandoc(command.help or "").partition("\b")[0].split("\n\n")
     kept = (" ".join(lines.split()) for lines in paragraphs if not lines.startswith("Example"))
     return "\n\n".join(paragraph for paragraph in kept if paragraph)
@@ -108,7 +108,7 @@ def _spelling(option: click.Option, context: click.Context) -> str:
 
 
 def _default_and_meaning(option: click.Option, context: click.Context) -> tuple[str, str]:
-    """The two apart: a default may be a value, words of the option's own, or the end of its help text."""
+    """Separate the two: a default may be a value, words of the option's own, or the end of its help text."""
     meaning = " ".join((option.help or "").split())
     if written := re.search(r" \[default: (.+)\]$", meaning):
         return written[1], meaning[: written.start()]
@@ -118,7 +118,7 @@ def _default_and_meaning(option: click.Option, context: click.Context) -> tuple[
 
 
 def _shown(default: object) -> str:
-    """A default value as one types it; empty where nothing is set."""
+    """Return a default value as one types it, or an empty string if nothing is set."""
     if isinstance(default, (tuple, list)):
         return " ".join(map(_shown, default))
     if isinstance(default, float):

@@ -49,7 +49,7 @@ class TokenFile:
         self._entries = _read(path)
 
     async def authenticate(self, metadata: Mapping[str, str | bytes]) -> Caller:
-        """Whose token the call has; how long it takes does not tell how nearly right a token is.
+        """Return the caller whose token the call has. The time does not tell how nearly right a token is.
 
         Raises:
             UnauthenticatedError: the call has no token, or nobody's, or an expired token.
@@ -119,7 +119,7 @@ def _entry(table: Mapping[str, Any]) -> _Entry:
 
 
 def make_authenticator(config: GatewayConfig) -> Authenticator | None:
-    """The authenticator that the configuration asks for; None: everyone may call.
+    """Return the authenticator that the configuration asks for; None: everyone may call.
 
     Raises:
         InvalidArgumentError: the file is invalid, or there is no such authenticator.

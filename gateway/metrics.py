@@ -25,7 +25,7 @@ _TOKEN_TIMES_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
 
 
 def outcome_of(error: Exception) -> str:
-    """How a request that failed is counted: by its status code, which is INTERNAL for a defect."""
+    """Return how a failed request is counted: by its status code, which is INTERNAL for a defect."""
     return status_code(error).name.lower() if isinstance(error, SpecdecError) else "internal"
 
 

@@ -114,13 +114,13 @@ class MockTransport:
         return self.generate(request, metadata, timeout_s)
 
     def info(self, metadata: Metadata, timeout_s: float | None) -> gateway_pb2.GatewayServiceGetInfoResponse:
-        """What the gateway is said to be."""
+        """Return what the gateway is said to be."""
         return self._info
 
     async def info_async(
         self, metadata: Metadata, timeout_s: float | None
     ) -> gateway_pb2.GatewayServiceGetInfoResponse:
-        """What the gateway is said to be."""
+        """Return what the gateway is said to be."""
         return self._info
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ def _read_request(
 
 
 def _as_written(value: Any) -> Any:
-    """The number somebody wrote: 0.8 has become 0.800000011920929 on the wire, which has 32 bits for it."""
+    """Return the number somebody wrote: on the wire, which has 32 bits, 0.8 is 0.800000011920929."""
     if isinstance(value, dict):
         return {key: _as_written(item) for key, item in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -203,7 +203,7 @@ def _as_written(value: Any) -> Any:
 def _responses(
     answer: Answer, request: MockRequest, request_id: str
 ) -> Iterator[gateway_pb2.GenerateResponse]:
-    """What a gateway sends of an answer, a token at a time."""
+    """Yield what a gateway sends of an answer, a token at a time."""
     if isinstance(answer, SpecdecError):
         raise answer
     sampling, method = request.options.sampling, request.options.method or PLAIN

@@ -11,17 +11,17 @@ Resolve = Callable[[str], Awaitable[Sequence[str]]]
 
 
 def is_name(uri: str) -> bool:
-    """Whether a URI stands for every address its name has."""
+    """Return whether a URI stands for every address its name has."""
     return uri.startswith("dns:")
 
 
 def host_of(uri: str) -> str:
-    """The host of `dns:[//authority/]host:port`."""
+    """Return the host of `dns:[//authority/]host:port`."""
     return uri.removeprefix("dns:").rpartition("/")[2].rpartition(":")[0].strip("[]")
 
 
 async def resolve_name(uri: str) -> list[str]:
-    """Every address of `dns:[//authority/]host:port`, by the system's resolver.
+    """Return every address of `dns:[//authority/]host:port`, by the system's resolver.
 
     Raises:
         OSError: the name is unknown, or the name server does not answer.

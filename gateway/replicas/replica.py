@@ -119,7 +119,7 @@ class ReplicaWatch(Generic[InfoT]):
             self.replica.info = await self._ask()
 
     async def _ask(self) -> InfoT:
-        """What the replica says of itself.
+        """Ask the replica what it says of itself.
 
         Raises:
             SpecdecError: the answer makes no sense, or is of a replica that cannot be used.

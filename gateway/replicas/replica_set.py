@@ -115,7 +115,7 @@ class ReplicaSet(Generic[InfoT]):
             await asyncio.sleep(self._resolve_interval_s)
 
     def pick(self, suits: Callable[[InfoT], bool] = lambda _: True, *, near: str = "") -> Replica[InfoT]:
-        """The least busy ready replica that suits.
+        """Return the least busy ready replica that suits.
 
         Args:
             suits: whether what a replica says of itself will do.
@@ -143,7 +143,7 @@ class ReplicaSet(Generic[InfoT]):
         )
 
     def describe(self) -> str:
-        """Why replicas are not used, each with its reason."""
+        """Describe why replicas are not used, each with its reason."""
         known = {r.uri: r.reason or "does not suit" for r in self.replicas} | self._unresolved
         return "; ".join(f"{uri}: {reason}" for uri, reason in known.items()) or "none configured"
 
@@ -170,5 +170,5 @@ class ReplicaSet(Generic[InfoT]):
 
 
 def _machine(uri: str) -> str:
-    """A URI without its port; it is the same for every Unix socket."""
+    """Return a URI without its port; it is the same for every Unix socket."""
     return uri.rpartition(":")[0]

@@ -33,7 +33,7 @@ def make_verifier_set(
     resolve_interval_s: float = RESOLVE_INTERVAL_S,
     tls: OutgoingTls | None = None,
 ) -> VerifierSet:
-    """Verifiers, of which those with the gateway's vocabulary are used."""
+    """Make the set of verifiers, of which those with the gateway's vocabulary are used."""
 
     def check(info: verifier_pb2.VerifierServiceGetInfoResponse) -> None:
         check_protocol_version(info.protocol_version, info.min_protocol_version)
@@ -58,7 +58,7 @@ def make_verifier_set(
 
 
 def make_drafter_set(uris: Sequence[str], *, tls: OutgoingTls | None = None) -> DrafterSet:
-    """Drafter services; whether a drafter fits the vocabulary is each session's question."""
+    """Make the set of drafter services. Each session asks whether a drafter fits the vocabulary."""
 
     def check(info: drafter_pb2.DrafterServiceGetInfoResponse) -> None:
         check_protocol_version(info.protocol_version, info.min_protocol_version)
@@ -83,5 +83,5 @@ def make_drafter_set(uris: Sequence[str], *, tls: OutgoingTls | None = None) -> 
 def find_drafter(
     info: drafter_pb2.DrafterServiceGetInfoResponse, name: str
 ) -> drafter_pb2.DrafterInfo | None:
-    """The drafter of that name in a service."""
+    """Return the drafter of that name in a service."""
     return next((drafter for drafter in info.drafters if drafter.name == name), None)

@@ -54,7 +54,7 @@ class RemoteState:
         return self.opened.session_id if self.opened else ""
 
     def message(self, *, with_tensors: bool) -> target_state_pb2.TargetStateRef | None:
-        """The message that a drafter is sent."""
+        """Return the message that a drafter is sent."""
         if self.opened is None:
             return None
         if with_tensors:
@@ -99,7 +99,7 @@ class _SessionCall:
         return response, time.monotonic_ns() - started_ns
 
     async def _failure(self) -> SpecdecError:
-        """Why the call ended."""
+        """Return the error that ended the call."""
         code = await self._call.code()
         metadata = await self._call.trailing_metadata()
         if code is grpc.StatusCode.OK:
@@ -256,7 +256,7 @@ class RemoteDrafterSession:
         )
 
     def _state_message(self, state: StateHandle | None) -> target_state_pb2.TargetStateRef | None:
-        """The handle, with its tensors the first time.
+        """Return the handle, with its tensors the first time.
 
         Raises:
             FailedPreconditionError: the verifier refused to export what the drafter needs.

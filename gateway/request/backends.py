@@ -53,17 +53,18 @@ class Backends:
         return method_of([drafter.name for drafter in chosen])
 
     def _speaks_its_tokens(self, drafter: drafter_pb2.DrafterInfo) -> bool:
-        """Whether a drafter has the target's vocabulary, or does not have a vocabulary of its own."""
+        """Return whether a drafter has the target's vocabulary or does not have a vocabulary of its own."""
         own = drafter.model.vocabulary_fingerprint
         return not own or own == self.codec.vocabulary_fingerprint
 
     def offers(self, method: str) -> bool:
-        """Whether a request may name that method, be it of several drafters."""
+        """Return whether a request may name that method, which may be of several drafters."""
         return set(drafters_of(method)) <= set(self.methods[1:])
 
     def label(self, method: str) -> str:
-        """A method as label of metrics. The order of a merged method's drafters does not matter, and a method
-        that may be a client's invention, as a drafter service was not reached yet, is OTHER."""
+        """Return a method as a label of metrics. The order of a merged method's drafters does not matter. A
+        method that a client may have invented, as no drafter service was reached yet, is OTHER.
+        """
         if method != self.default_method and not self.offers(method):
             return OTHER
         return method_of(sorted(drafters_of(method)))

@@ -46,7 +46,7 @@ class DraftPlan:
         return 0 if self.budgets else self.draft_nodes
 
     def control(self, controller: Controller, verifier: object) -> SizeControl:
-        """What decides the size of each round's draft, on that verifier."""
+        """Return what decides the size of each round's draft, on that verifier."""
         if not self.budgets:
             return FixedSize(self.size)
         longest = max(proposer.draft_depth for proposer in self.proposers)
@@ -54,7 +54,7 @@ class DraftPlan:
 
 
 def plan_drafts(request: gateway_pb2.GenerateRequest, backends: Backends, max_draft_nodes: int) -> DraftPlan:
-    """Method, drafters, K and node budget in effect; `max_draft_nodes` is the verifier's limit."""
+    """Plan the method, drafters, K and node budget in effect; `max_draft_nodes` is the verifier's limit."""
     method = _settle_method(request, backends)
     names = drafters_of(method)
     if request.draft_nodes > max_draft_nodes:
@@ -76,7 +76,7 @@ def _fixed_drafts(
     drafters: Mapping[str, drafter_pb2.DrafterInfo],
     max_draft_nodes: int,
 ) -> DraftPlan:
-    """Every round asks for what the request says."""
+    """Plan rounds that each ask for what the request says."""
     limits = _limits(drafters, max_draft_nodes)
     if limits and request.draft_depth > max(limits):
         raise InvalidArgumentError(
@@ -107,7 +107,7 @@ def _chosen_drafts(
     drafters: Mapping[str, drafter_pb2.DrafterInfo],
     max_draft_nodes: int,
 ) -> DraftPlan:
-    """The controller chooses, round by round, within the limits of drafters, verifier and request."""
+    """Plan rounds whose sizes the controller chooses, within the limits of drafters, verifier and request."""
     if not drafters:
         return DraftPlan(method)
     node_limit = request.draft_nodes or max_draft_nodes
@@ -130,7 +130,7 @@ def _chosen_drafts(
 
 
 def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> str:
-    """Method in effect."""
+    """Return the method in effect."""
     method = request.method or backends.default_method
     names = drafters_of(method)
     if len(set(names)) < len(names) or (len(names) > 1 and (PLAIN in names or "" in names)):
@@ -148,10 +148,10 @@ def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> 
 
 
 def _limits(drafters: Mapping[str, drafter_pb2.DrafterInfo], max_draft_nodes: int) -> list[int]:
-    """Most tokens each drafter may draft in a row."""
+    """Return the most tokens that each drafter may draft in a row."""
     return [min(max_draft_nodes, drafter.max_draft_depth or max_draft_nodes) for drafter in drafters.values()]
 
 
 def _proposers(names: Iterable[str], counts: Iterable[int]) -> tuple[Proposer, ...]:
-    """Drafters and the most each drafts in a row."""
+    """Return the drafters and the most that each drafts in a row."""
     return tuple(Proposer(name, count) for name, count in zip(names, counts, strict=True))

@@ -47,7 +47,7 @@ class Peers:
         """What the drafters read of the target."""
 
     def verifier_session(self, on_lost: Callable[[str], None]) -> LastingVerifierSession:
-        """A session that goes on elsewhere whenever its verifier is lost, and tells `on_lost` why."""
+        """Return a session that goes on elsewhere whenever its verifier is lost, and tells `on_lost` why."""
         assert self.verifier.info is not None
         model = self.verifier.info.model
         return LastingVerifierSession(
@@ -90,7 +90,7 @@ class Peers:
         )
 
     async def enter_draft_source(self, stack: AsyncExitStack) -> DraftSource:
-        """Where the request's drafts come from, until the stack is closed."""
+        """Return the source of the request's drafts, which lives until the stack is closed."""
         drafting = self._plan.drafting
         sources = [
             NamedSource(
@@ -145,7 +145,7 @@ class Peers:
         )
 
     def _find_state_spec(self) -> TargetStateSpec | None:
-        """What the drafters read of the target; None: nothing, or the drafters are not known yet.
+        """Return what the drafters read of the target; None: nothing, or the drafters are not known yet.
 
         Where two drafters cannot be served together, the first is served.
         """
@@ -159,7 +159,7 @@ class Peers:
         return session
 
     def _fits(self, name: str, info: drafter_pb2.DrafterServiceGetInfoResponse) -> bool:
-        """Whether a drafter service has the drafter, reading what this session's verifier exports."""
+        """Return whether a drafter service has the drafter and reads what this session's verifier exports."""
         drafter = find_drafter(info, name)
         if drafter is None:
             return False
@@ -185,13 +185,13 @@ class LeasedDrafterSession:
 
 
 def _is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
-    """Whether a verifier would go on as one with that model does: revisions are compared where known."""
+    """Return whether a verifier would go on as one of that model does: known revisions are compared."""
     revisions = {model.revision, info.model.revision} - {""}
     return info.model.model_id == model.model_id and len(revisions) <= 1
 
 
 def _state_spec(drafter: drafter_pb2.DrafterInfo | None) -> TargetStateSpec | None:
-    """What a drafter reads of the target."""
+    """Return what a drafter reads of the target."""
     if drafter is None or not drafter.HasField("target_state_spec"):
         return None
     return TargetStateSpec.from_proto(drafter.target_state_spec)

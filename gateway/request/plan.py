@@ -92,7 +92,7 @@ async def make_plan(
 
 
 def _settle_sampling(request: gateway_pb2.GenerateRequest, vocab_size: int) -> SamplingParams:
-    """The request's parameters, with a seed wherever picks are random."""
+    """Return the request's parameters, with a seed wherever picks are random."""
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.validate(vocab_size)
     return with_seed(sampling)

@@ -14,7 +14,7 @@ _LONG_TEXT_BYTES = 2**16
 
 
 async def tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, context: int) -> list[int]:
-    """Token ids of the prompt. What is surely too long is refused before memory is spent on it."""
+    """Tokenise the prompt. What is surely too long is refused before memory is spent on it."""
     if request.WhichOneof("prompt") == "token_ids":
         num_tokens = len(request.token_ids.token_ids)
         if context:

@@ -71,7 +71,7 @@ class RunningRequest:
             yield gateway_pb2.GenerateResponse(finished=self._finished(finish_reason))
 
     def timing(self) -> gateway_pb2.GenerateTiming:
-        """Times so far."""
+        """Return the times so far."""
         num_later = self.num_output_tokens - 1
         return gateway_pb2.GenerateTiming(
             ttft_ns=self._first_ns - self._arrived_ns if self._first_ns else 0,
@@ -80,7 +80,7 @@ class RunningRequest:
         )
 
     def speculation(self) -> SpeculationStats:
-        """What the request's rounds did so far."""
+        """Return what the request's rounds did so far."""
         return self._tally.stats()
 
     def _take(self, completed: Round) -> gateway_pb2.GenerateChunk:
@@ -123,7 +123,7 @@ class RunningRequest:
 
 
 def _token(completed: Round, index: int) -> gateway_pb2.Token:
-    """Token `index` of a round; its text is not yet known."""
+    """Return token `index` of a round; its text is not yet known."""
     accepted = index < completed.verified.num_accepted_tokens
     token = gateway_pb2.Token(
         token_id=completed.token_ids[index],

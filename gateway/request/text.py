@@ -38,7 +38,7 @@ class TextCodec:
 
     @classmethod
     def load(cls, model: str) -> TextCodec:
-        """The codec of a model folder, hub id or "default".
+        """Load the codec of a model folder, hub id or "default".
 
         Raises:
             NotFoundError: there is no such model, or it has no tokenizer.
@@ -51,7 +51,7 @@ class TextCodec:
         return cls(load_tokenizer(folder), template, special_tokens, vocabulary_fingerprint(folder))
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Token ids of a conversation of (role, content), up to where the assistant's answer starts.
+        """Encode a conversation of (role, content), up to where the assistant's answer starts.
 
         Raises:
             InvalidArgumentError: there are no messages, a role is unknown, or the template refuses.
@@ -81,12 +81,12 @@ class TextCodec:
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of raw text, with the special tokens the tokenizer itself adds."""
+        """Encode raw text, with the special tokens that the tokenizer itself adds."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Decode token ids to text, special tokens left out."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
@@ -139,8 +139,9 @@ class TextStream:
         return self._release(0)
 
     def _next_piece(self) -> str:
-        """New text, once it ends in a whole character. Decoding starts a little earlier, because the text
-        of a token depends on the one before it."""
+        """Return new text, once it ends in a whole character. Decoding starts a little earlier, because the
+        text of a token depends on the token before it.
+        """
         before = self._text_from(self._prefix, self._read)
         now = self._text_from(self._prefix)
         if now == before:  # a special token, which has no text and does not wait for text
@@ -155,7 +156,7 @@ class TextStream:
         return self._codec.decode(self._token_ids[start:stop])
 
     def _num_held_characters(self) -> int:
-        """How much of the held text's end could still become a stop string; cuts at a complete one."""
+        """Count how much of the held text's end could still become a stop string; cut at a complete one."""
         text = "".join(token.text for token in self._held)
         found = [at for stop in self._stop_strings if (at := text.find(stop)) >= 0]
         if found:
@@ -211,7 +212,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _named_special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The tokens that a template may name ("bos_token"), found where transformers finds them."""
+    """Return the tokens that a template may name ("bos_token"), found where transformers finds them."""
     if "added_tokens_decoder" not in config:  # older checkpoints keep the names in a file of their own
         config = {**config, **_read_json(folder / "special_tokens_map.json")}
     extra = config.get("extra_special_tokens")
@@ -223,7 +224,7 @@ def _named_special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, 
 
 
 def _inline_template(config: Mapping[str, Any]) -> str:
-    """Older checkpoints keep the template, or several named ones, in tokenizer_config.json."""
+    """Return the template of older checkpoints, which keep it, or several, in tokenizer_config.json."""
     template = config.get("chat_template") or ""
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
@@ -237,13 +238,13 @@ class _GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[Node]:
-        """The statements between the tags."""
+        """Parse the statements between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _compile(chat_template: str) -> Template:
-    """Chat templates come with a model and are run in a sandbox, with the functions transformers offers."""
+    """Compile a model's chat template. It runs in a sandbox, with the functions that transformers offers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )

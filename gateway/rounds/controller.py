@@ -42,7 +42,7 @@ class FixedSize:
     size: DraftSize
 
     def choose(self, limit: int) -> DraftSize:
-        """The size, cut to `limit`."""
+        """Return the size, cut to `limit`."""
         return DraftSize(min(self.size.draft_depth, limit), self.size.draft_nodes)
 
     def observe(self, size: DraftSize, completed: Round) -> None:
@@ -69,7 +69,7 @@ class Controller:
     def session(
         self, verifier: object, method: str, start: DraftSize, *, longest: int, budgets: Sequence[int]
     ) -> SizeControl:
-        """The control of one generation.
+        """Return the control of one generation.
 
         Args:
             verifier: the replica it runs on; any object that lives as long as the replica does.
@@ -97,7 +97,7 @@ class AdaptiveSize:
         self._lengths = [k for k in _LENGTHS if k < longest] + [longest]
 
     def choose(self, limit: int) -> DraftSize:
-        """The best size, or now and then another."""
+        """Return the best size, or now and then another."""
         if limit <= 0:
             return PLAIN_SIZE
         self._method.num_rounds += 1
@@ -121,7 +121,7 @@ class AdaptiveSize:
             self._mine[size.draft_nodes].add(size.draft_depth, completed.verified.num_accepted_tokens)
 
     def _best(self) -> tuple[DraftSize, float]:
-        """The size with the most tokens per nanosecond, and how many those are."""
+        """Return the size with the most tokens per nanosecond, and how many those are."""
         best, best_rate = PLAIN_SIZE, self._load.caution / self._cost_ns(PLAIN_SIZE)
         for budget in self._budgets:
             if self._stats[budget].is_known:
@@ -131,7 +131,9 @@ class AdaptiveSize:
         return best, best_rate
 
     def _best_length(self, budget: int) -> tuple[int, float]:
-        """The best K with that budget, not deeper than a tree of it can be, and its tokens per nanosecond."""
+        """Return the best K with that budget, within the depth of a tree of it, and its tokens per
+        nanosecond.
+        """
         lengths = [length for length in self._lengths if not budget or length <= budget]
         expected = self._expected_lengths(budget, lengths[-1])
         rates = [expected[length] / self._cost_ns(DraftSize(length, budget)) for length in lengths]
@@ -139,7 +141,7 @@ class AdaptiveSize:
         return lengths[best], rates[best]
 
     def _unknown(self, best: DraftSize, best_rate: float) -> DraftSize | None:
-        """A draft with a budget that was hardly tried yet; None: all were, or trees grew enough."""
+        """Return a draft with a budget that was hardly tried; None: all were tried, or trees grew enough."""
         for smaller, budget in zip([None, *self._budgets], self._budgets, strict=False):
             if self._stats[budget].is_known:
                 continue
@@ -153,7 +155,7 @@ class AdaptiveSize:
         return min(length, budget) if budget else length
 
     def _expected_lengths(self, budget: int, longest: int) -> list[float]:
-        """Acceptance length by K, from 0."""
+        """Return the acceptance length by K, from 0."""
         rates = self._mine[budget].rates(longest, self._stats[budget].rates(longest), _METHOD_ROUNDS)
         return list(accumulate(accumulate(rates, mul), initial=1.0))
 
@@ -166,8 +168,9 @@ class AdaptiveSize:
         return max(1.0, stats.draft_ns(size.draft_depth) + self._load.round_ns(num_nodes))
 
     def _probe(self, best: DraftSize) -> DraftSize:
-        """Another size, in turn: the next longer draft, the next shorter, none, the next larger budget, the
-        next smaller."""
+        """Return another size, in turn: the next longer draft, the next shorter, none, the next larger
+        budget, the next smaller.
+        """
         index = bisect_left(self._lengths, best.draft_depth) if best.draft_depth else -1
         longer = self._lengths[min(index + 1, len(self._lengths) - 1)]
         shorter = self._lengths[max(index - 1, 0)]

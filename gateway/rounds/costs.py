@@ -69,7 +69,9 @@ class MethodStats:
 
     @classmethod
     def of(cls, budget: int) -> MethodStats:
-        """The start with a node budget; 0: chains. A tree uses its budget at any depth, a chain K tokens."""
+        """Return the start with a node budget (0: chains). A tree uses its budget at any depth, a chain K
+        tokens.
+        """
         return cls(Curve(Mean, through_origin=not budget))
 
     @property
@@ -86,5 +88,5 @@ class MethodStats:
         self.survival.add(size.draft_depth, completed.verified.num_accepted_tokens)
 
     def rates(self, depth: int) -> list[float]:
-        """Acceptance at the first depths."""
+        """Return the acceptance at the first depths."""
         return self.survival.rates(depth, [_FIRST_GUESS] * depth, _GUESS_ROUNDS)

@@ -99,7 +99,7 @@ class DraftLink:
         await self._enter(Lost(retry_at=math.inf))
 
     async def propose(self, request: DraftRequest) -> Draft:
-        """A draft, or an empty one that says why."""
+        """Return a draft, or an empty one that says why."""
         started_ns = time.monotonic_ns()
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -121,7 +121,7 @@ class DraftLink:
         return self._no_draft(time.monotonic_ns() - started_ns)
 
     def _no_draft(self, waited_ns: int) -> Draft:
-        """An empty draft; the time spent waiting for it is the drafter's, not the wire's."""
+        """Return an empty draft; the time spent waiting for it is the drafter's, not the wire's."""
         # How a drafter was lost says more than that the next one is not there yet.
         fallback = self._loss or self._state.why_no_draft
         return Draft(
@@ -132,7 +132,7 @@ class DraftLink:
         )
 
     async def _propose(self, request: DraftRequest) -> Draft | None:
-        """A draft; None while there is no drafter to ask."""
+        """Return a draft; None while no drafter can be asked."""
         await self._follow_verifier(request)
         if isinstance(self._state, Lost) and time.monotonic() >= self._state.retry_at:
             await self._open(request.committed_token_ids)
@@ -149,7 +149,7 @@ class DraftLink:
         return self._checked(draft, request.size)
 
     async def _follow_verifier(self, request: DraftRequest) -> None:
-        """After a verifier was lost, leave the session that read its state for one that reads the next's."""
+        """Leave the session that read a lost verifier's state for one that reads the next verifier's."""
         session_id = request.target_state.session_id if request.target_state else ""
         if session_id == self._state_session_id:
             return
@@ -169,7 +169,7 @@ class DraftLink:
         await self._enter(Opening(session, len(committed_token_ids), round_waits))
 
     async def _draft_first(self, opening: Opening, request: DraftRequest) -> Draft:
-        """The first draft of a session. It outlives the round that waits for it, as the opening does."""
+        """Return a session's first draft. It outlives the round that waits for it, as the opening does."""
         await self._enter(replace(opening, round_waits=False))
         session = await asyncio.shield(opening.session)
         committed = request.committed_token_ids
@@ -181,7 +181,7 @@ class DraftLink:
         return replace(draft, is_first=True)
 
     async def _draft(self, session: DrafterSession, num_sent: int, request: DraftRequest) -> Draft:
-        """Another draft of a session that was sent `num_sent` committed tokens so far."""
+        """Return another draft of a session that was sent `num_sent` committed tokens so far."""
         committed = request.committed_token_ids
         await self._enter(Ready(session, len(committed)))
         return await session.propose(committed[num_sent:], request)
@@ -221,5 +221,5 @@ class DraftLink:
 
 
 def _readable(reason: str) -> str:
-    """A short line for logs, clients and their terminals, of what a peer may have made up."""
+    """Return a short line for logs, clients and their terminals, of what a peer may have made up."""
     return "".join(c if c.isprintable() else " " for c in reason[:_MAX_REASON_LENGTH])

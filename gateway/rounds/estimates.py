@@ -99,7 +99,7 @@ class Curve:
             self._points.insert(0, (0.0, 0.0))
 
     def __call__(self, size: float) -> float:
-        """The value at a size; 0 while nothing is known."""
+        """Return the value at a size; 0 while nothing is known."""
         points = self._points
         if len(points) < 2:
             return points[0][1] if points else 0.0
@@ -109,7 +109,7 @@ class Curve:
 
 
 def _rising(points: Iterable[tuple[float, float, int]]) -> list[tuple[float, float]]:
-    """The nearest curve, in squares, through (size, value, weight) by size that does not fall."""
+    """Return the nearest curve, in squares, through (size, value, weight) by size that does not fall."""
     pools: list[tuple[float, int, list[float]]] = []
     for size, value, weight in points:
         height, mass, sizes = value, weight, [size]
@@ -139,7 +139,7 @@ class Survival:
             self._accepted[depth] = self._memory * self._accepted[depth] + (depth < num_accepted)
 
     def rates(self, depth: int, prior: Sequence[float], weight: float) -> list[float]:
-        """Acceptance at the first `depth` depths, with a prior that weighs as much as `weight` rounds."""
+        """Return the acceptance at the first `depth` depths; a prior weighs as much as `weight` rounds."""
         padding = [0.0] * max(0, depth - len(self._tried))
         return [
             (accepted + weight * guess) / (tried + weight)

@@ -64,7 +64,7 @@ class MergedDrafts:
         await asyncio.gather(*pending, return_exceptions=True)
 
     async def propose(self, request: DraftRequest) -> Draft:
-        """A tree of everyone's proposals, or an empty draft that says why there are none.
+        """Return a tree of all proposals, or an empty draft that says why there are none.
 
         With a budget of nodes each drafter may propose a tree as large as the merged one; without a budget,
         each proposes a chain.

@@ -103,7 +103,7 @@ class SpeculationTally:
         self._transport_ns += completed.transport_ns
 
     def stats(self) -> SpeculationStats:
-        """The sums, as of now."""
+        """Return the sums, as of now."""
         loop_ns = time.monotonic_ns() - self._started_ns
         longest = max(self._drafted, default=0)
         return SpeculationStats(
@@ -144,7 +144,7 @@ class _ProposerTally:
             self.fallbacks.add(proposal.fallback_code, proposal.fallback_reason)
 
     def stats(self, drafter: str) -> ProposerStats:
-        """The sums, as of now."""
+        """Return the sums, as of now."""
         return ProposerStats(
             drafter=drafter,
             num_draft_tokens=self.num_draft_tokens,
@@ -156,5 +156,5 @@ class _ProposerTally:
 
 
 def _survivors(lengths: Counter[int], longest: int) -> list[int]:
-    """Entry i: how many of the lengths are greater than i."""
+    """Return at entry i how many of the lengths are greater than i."""
     return [sum(count for length, count in lengths.items() if length > i) for i in range(longest)]

@@ -107,13 +107,13 @@ class RequestTrace:
 
     @contextmanager
     def prefill(self) -> Iterator[RoundSpan]:
-        """Span around the opening of the sessions."""
+        """Record a span around the opening of the sessions."""
         with self._child("specdec.prefill") as child:
             yield child
 
     @contextmanager
     def round(self) -> Iterator[RoundSpan]:
-        """Span around one draft and one verify."""
+        """Record a span around one draft and one verify."""
         with self._child("specdec.round") as child:
             yield child
 

@@ -180,7 +180,7 @@ class SizeControl(Protocol):
     """Decides how much a generation drafts."""
 
     def choose(self, limit: int) -> DraftSize:
-        """Size of the next round's draft, K no more than `limit`."""
+        """Return the size of the next round's draft, K no more than `limit`."""
 
     def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn from a round whose draft had that size."""

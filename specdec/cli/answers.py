@@ -133,7 +133,7 @@ def compare(
 
 
 def _answer_of(method: str, client: Client, prompt: str, options: GenerateOptions) -> Generation:
-    """The answer by one method, live where there is a terminal to watch it in."""
+    """Return the answer by one method, shown live where a terminal is there to watch it in."""
     options, out = _for_method(options, method), console()
     if not out.is_terminal:
         return client.generate(prompt, options)

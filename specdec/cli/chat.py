@@ -12,7 +12,7 @@ from specdec.contract.errors import SpecdecError
 
 
 def read_line() -> str | None:
-    """A line of the user; None at the end of input."""
+    """Return a line of the user; None at the end of input."""
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "")

@@ -42,16 +42,16 @@ class LazyGroup(click.Group):
         return cast(click.Group, next(iter(sources)).load())
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the module's commands."""
+        """Return the names of the module's commands."""
         return self._group.list_commands(ctx)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The module's command of that name."""
+        """Return the module's command of that name."""
         return self._group.get_command(ctx, cmd_name)
 
 
 def describe_error(error: SpecdecError) -> str:
-    """What is shown of an error."""
+    """Return what is shown of an error."""
     retry = f" Try again in {error.retry_after_s:g} s." if error.retry_after_s is not None else ""
     request = f" (request {error.request_id})" if error.request_id else ""
     return f"error: {error.message}{retry}{request}"

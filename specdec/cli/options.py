@@ -82,7 +82,7 @@ _LENGTH = (
 
 
 def _sampling_option(*names: str, default: float, help: str) -> Callable[[CommandT], CommandT]:
-    """An option whose type is that of its default."""
+    """Make an option whose type is that of its default."""
     return click.option(*names, type=type(default), default=default, show_default=True, help=help)
 
 

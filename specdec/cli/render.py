@@ -67,8 +67,9 @@ class AnswerPrinter:
 
 
 def closing_line(generation: Generation) -> str:
-    """Speed and acceptance of an answer in a line, with the seed that gives it again if picks were random; a
-    second one if the drafter failed meanwhile."""
+    """Return speed and acceptance of an answer in a line, with the seed that gives it again if picks were
+    random; a second line follows if the drafter failed meanwhile.
+    """
     speculation, timing = generation.speculation, generation.timing
     parts = [
         f"{generation.usage.output_tokens} tokens, {format_rate(generation)} tokens/s",
@@ -87,7 +88,7 @@ def closing_line(generation: Generation) -> str:
 
 
 def fallback_note(generation: Generation) -> str:
-    """How often an answer went without a draft it should have had, and why; empty: never."""
+    """Return how often an answer went without a draft it should have had, and why; empty: never."""
     speculation = generation.speculation
     if speculation.proposers:
         return _missing_proposers(speculation)
@@ -101,7 +102,7 @@ def fallback_note(generation: Generation) -> str:
 
 
 def _missing_proposers(speculation: Speculation) -> str:
-    """The note for several drafters. Those of one service are lost together, so each reason is told once."""
+    """Return the note for several drafters. Those of a service are lost together: each reason comes once."""
     missing: dict[str, list[str]] = {}
     for proposer in speculation.proposers:
         if proposer.num_fallback_rounds:
@@ -112,13 +113,13 @@ def _missing_proposers(speculation: Speculation) -> str:
 
 
 def _is_tree(speculation: Speculation) -> bool:
-    """Whether a round drafted several continuations, or several drafters drafted."""
+    """Return whether a round drafted several continuations, or several drafters drafted."""
     num_deepest = sum(speculation.num_draft_tokens_per_position)
     return bool(speculation.proposers) or speculation.num_draft_tokens > num_deepest
 
 
 def tree_line(speculation: Speculation) -> str:
-    """What draft trees cost and gave, and who of several drafters it came from."""
+    """Return what draft trees cost and gave, and which of several drafters it came from."""
     depths = ", ".join(f"{share:.0%}" for share in speculation.acceptance_by_depth[:_MAX_SHOWN_DEPTH])
     parts = [f"{speculation.draft_tokens_per_token:.1f} draft tokens per token"]
     if depths:
@@ -140,13 +141,13 @@ def print_closing_line(generation: Generation, no_color: bool) -> None:
 
 
 def format_rate(generation: Generation) -> str:
-    """Output tokens per second of the whole request, one decimal; "-" if no time was measured."""
+    """Return output tokens per second of the whole request, one decimal; "-" if no time was measured."""
     total_s = generation.timing.total_ms / 1000
     return f"{generation.usage.output_tokens / total_s:.1f}" if total_s else "-"
 
 
 def comparison_table(answers: Sequence[tuple[str, Generation]]) -> Table:
-    """One row per method; speedup and agreement are over `none`, or the first method without it."""
+    """Return a table, a row per method; speedup and agreement are over `none`, else the first method."""
     base_method, base = next((pair for pair in answers if pair[0] == "none"), answers[0])
     table = Table(title=f"Compared with {base_method}")
     table.add_column("method", overflow="fold", min_width=max(len(method) for method, _ in answers))
@@ -173,7 +174,7 @@ def _speedup(base: Generation, answer: Generation) -> str:
 
 
 def agreement(base: Generation, answer: Generation) -> str:
-    """ "same", or the index of the first output token that differs."""
+    """Return "same", or the index of the first output token that differs."""
     if base.token_ids == answer.token_ids:
         return "same"
     pairs = zip(base.token_ids, answer.token_ids, strict=False)
@@ -183,7 +184,7 @@ def agreement(base: Generation, answer: Generation) -> str:
 
 
 def info_tables(info: GatewayInfo) -> list[Table]:
-    """The system, its drafters and its replicas."""
+    """Return tables of the system, its drafters and its replicas."""
     system = Table(title="System", show_header=False)
     model = info.model
     system.add_row("model", model.model_id if model else "none ready")
@@ -237,7 +238,7 @@ _STORAGE_NAMES = {"shared_memory": "handle (shared memory)", "cuda_ipc": "handle
 
 
 def _state_offer(verifier: VerifierInfo) -> str:
-    """How a verifier's target state is read, and by how many sessions now."""
+    """Return how a verifier's target state is read, and by how many sessions now."""
     offer = _STORAGE_NAMES.get(verifier.state_storage, "stream only")
     return f"{offer}; {verifier.num_state_sessions} sessions export it, {verifier.num_state_streams} streams"
 

@@ -88,7 +88,7 @@ class AsyncClient(ClientBase):
         return AsyncGenerationStream(call, options.request_id)
 
     async def info(self, *, timeout_s: Timeout = CLIENT_DEFAULT) -> GatewayInfo:
-        """What the gateway and the services behind it are and how loaded they are.
+        """Return what the gateway and the services behind it are and how loaded they are.
 
         Raises:
             SpecdecError: the one that fits; see `specdec.errors`.

@@ -103,7 +103,7 @@ class Client(ClientBase):
         return GenerationStream(call, options.request_id)
 
     def info(self, *, timeout_s: Timeout = CLIENT_DEFAULT) -> GatewayInfo:
-        """What the gateway and the services behind it are and how loaded they are.
+        """Return what the gateway and the services behind it are and how loaded they are.
 
         Raises:
             SpecdecError: the one that fits; see `specdec.errors`.

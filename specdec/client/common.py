@@ -45,7 +45,7 @@ class ClientBase:
         return f"<{type(self).__name__} of {self._transport!r}{', closed' if self._is_closed else ''}>"
 
     def _timeout(self, timeout_s: Timeout) -> float | None:
-        """The deadline of a call.
+        """Return the deadline of a call.
 
         Raises:
             FailedPreconditionError: the client is closed.
@@ -71,8 +71,8 @@ def refuse_two_ways(transport: object, target: str, tls: TlsConfig | None, token
 
 
 def call_metadata(request_id: str = "") -> Metadata:
-    """What goes with a call beside its message: the caller's span, so that its trace goes on in the services,
-    and the request's id; empty: it has none.
+    """Return what goes with a call beside its message: the caller's span, so that its trace goes on in the
+    services, and the request's id; empty: it has none.
 
     Raises:
         InvalidArgumentError: the request id is malformed.

@@ -151,7 +151,7 @@ class GatewayInfo:
 
     @classmethod
     def from_proto(cls, message: gateway_pb2.GatewayServiceGetInfoResponse) -> GatewayInfo:
-        """The dataclasses of a GetInfo response."""
+        """Return the dataclasses of a GetInfo response."""
         return from_message(
             cls,
             message,

@@ -72,7 +72,7 @@ def with_keywords(
     seed: int | None,
     stop: str | Sequence[str] | None,
 ) -> GenerateOptions:
-    """The options with the fields replaced that have a value here; None leaves a field as it is."""
+    """Return the options with the fields replaced that have a value here; None leaves a field as it is."""
     strings = (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop)
     sampling = _given(temperature=temperature, top_p=top_p, seed=seed)
     changes = _given(method=method, max_new_tokens=max_new_tokens, stop=strings)
@@ -242,7 +242,7 @@ class Generation:
         return tuple(token.token_id for token in self.tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as `specdec generate --json` prints it.
+        """Return the answer as `specdec generate --json` prints it.
 
         `logprobs` is there if asked for; the number and the reason of fallback rounds if there were any;
         `proposers` if several drafters were asked.
@@ -270,7 +270,7 @@ _SHOWN_IF_SET = ("num_fallback_rounds", "fallback_reason", "proposers")
 
 
 def _plain(value: Any) -> Any:
-    """The same of what JSON has: lists in place of tuples."""
+    """Convert a value to what JSON has: lists in place of tuples."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

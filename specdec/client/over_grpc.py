@@ -35,7 +35,7 @@ _ToError = Callable[[grpc.RpcError], SpecdecError]
 
 
 def find_gateway(target: str = "") -> str:
-    """The gateway's address: `target`, else $SPECDEC_GATEWAY, else the system that `specdec up` started.
+    """Return the gateway's address: `target`, else $SPECDEC_GATEWAY, else that of `specdec up`.
 
     Raises:
         InvalidArgumentError: the address is malformed.

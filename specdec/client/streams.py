@@ -48,7 +48,9 @@ class _Stream:
 
     @contextmanager
     def _naming_the_request(self) -> Iterator[None]:
-        """A connection that breaks does not say whose answer it carried; the request or its beginning did."""
+        """Name the request in an error. A connection that breaks does not say whose answer it carried; the
+        request or its beginning did.
+        """
         try:
             yield
         except SpecdecError as error:

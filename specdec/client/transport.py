@@ -19,7 +19,7 @@ class Call(Protocol):
     """A generation under way."""
 
     def __iter__(self) -> Iterator[gateway_pb2.GenerateResponse]:
-        """The responses as they come; a failure is raised as the SpecdecError that fits."""
+        """Yield the responses as they come; a failure is raised as the SpecdecError that fits."""
 
     def cancel(self) -> None:
         """End the generation; an iteration under way raises RequestCancelledError."""
@@ -29,7 +29,7 @@ class AsyncCall(Protocol):
     """A generation under way, on asyncio."""
 
     def __aiter__(self) -> AsyncIterator[gateway_pb2.GenerateResponse]:
-        """The responses as they come; a failure is raised as the SpecdecError that fits."""
+        """Yield the responses as they come; a failure is raised as the SpecdecError that fits."""
 
     def cancel(self) -> None:
         """End the generation; an iteration under way raises RequestCancelledError."""

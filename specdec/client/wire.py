@@ -37,7 +37,7 @@ DataT = TypeVar("DataT")
 
 
 def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.GenerateRequest:
-    """The message that asks for a generation.
+    """Build the message that asks for a generation.
 
     Raises:
         InvalidArgumentError: naming the field that is out of range or of the wrong type.
@@ -57,7 +57,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
 
 
 def request_fields() -> list[tuple[str, str]]:
-    """Names of options, and of their fields in the request."""
+    """Return the names of options, and of their fields in the request."""
     names = [option.name for option in fields(GenerateOptions) if option.name not in _ELSEWHERE]
     return [(name, _RENAMED.get(name, name)) for name in names]
 
@@ -88,7 +88,7 @@ def _set_prompt(request: gateway_pb2.GenerateRequest, prompt: Prompt, raw: bool)
 
 
 def _message(turn: object) -> Message:
-    """A turn of a conversation, however it was written."""
+    """Return a turn of a conversation, however it was written."""
     if isinstance(turn, Mapping):
         if turn.keys() != {"role", "content"}:
             keys = ", ".join(map(str, turn)) or "nothing"
@@ -145,7 +145,7 @@ class ResponseFold:
         return []
 
     def result(self) -> Generation:
-        """The whole answer, once the call has ended.
+        """Return the whole answer, once the call has ended.
 
         Raises:
             InternalError: the call ended without the messages that every answer has.
@@ -185,7 +185,7 @@ def _speculation(stats: gateway_pb2.SpeculationStats) -> Speculation:
 
 
 def from_message(kind: type[DataT], message: ProtoMessage, **given: Any) -> DataT:
-    """A dataclass whose fields are those of a message of the same names.
+    """Return a dataclass whose fields are those of a message of the same names.
 
     Repeated fields become tuples, an unset field that tells so None, and `x_ms` is the message's `x_ns`.
 
@@ -199,7 +199,7 @@ def from_message(kind: type[DataT], message: ProtoMessage, **given: Any) -> Data
 
 
 def value_of(message: ProtoMessage, name: str) -> Any:
-    """A field of a message as a dataclass has it; see `from_message`."""
+    """Return a field of a message as a dataclass has it; see `from_message`."""
     if name.endswith("_ms"):
         return getattr(message, f"{name.removesuffix('_ms')}_ns") / NS_PER_MS
     field = message.DESCRIPTOR.fields_by_name[name]

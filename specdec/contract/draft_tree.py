@@ -75,7 +75,7 @@ class DraftTree:
         return max(self.depths, default=0)
 
     def path_to(self, index: int) -> list[int]:
-        """The nodes of the path that leads from the anchor to node `index`, that node included."""
+        """Return the nodes of the path that leads from the anchor to node `index`, that node included."""
         path: list[int] = []
         while index != ANCHOR:
             path.append(index)
@@ -94,7 +94,7 @@ class DraftTree:
         return DraftTree.of([self.token_ids[index] for index in indices], parents)
 
     def fitting(self, *, max_depth: int, draft_nodes: int) -> list[int]:
-        """The first `draft_nodes` of the nodes within `max_depth`, listed depth first.
+        """Return the first `draft_nodes` of the nodes within `max_depth`, listed depth first.
 
         In that order, the nodes that a path does not share with an earlier path follow one another.
         """
@@ -107,7 +107,7 @@ NO_DRAFT = DraftTree()
 
 
 def depths_of(parent_indices: Sequence[int]) -> list[int]:
-    """The depth of each node: how many nodes its path has, the node itself included."""
+    """Return the depth of each node: how many nodes its path has, the node itself included."""
     depths: list[int] = []
     for parent in parent_indices:
         depths.append(1 if parent == ANCHOR else depths[parent] + 1)

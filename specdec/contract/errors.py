@@ -145,7 +145,7 @@ _ERROR_TYPES = {code: error_type for error_type, code in STATUS_CODES.items()}
 
 
 def kind_of(error: BaseException) -> str:
-    """The kind of an error for spans and logs. The message is left out because it may quote a prompt."""
+    """Return the kind of an error for spans and logs, without the message, which may quote a prompt."""
     return error.reason if isinstance(error, SpecdecError) else type(error).__name__
 
 
@@ -156,7 +156,7 @@ def log_defect(logger: logging.Logger, what: str, error: BaseException, **extra:
 
 
 def status_code(error: SpecdecError) -> grpc.StatusCode:
-    """The status code of an error, taken from its nearest class in `STATUS_CODES`."""
+    """Return the status code of an error, taken from its nearest class in `STATUS_CODES`."""
     for error_type in type(error).__mro__:
         if error_type in STATUS_CODES:
             return STATUS_CODES[error_type]
@@ -164,7 +164,7 @@ def status_code(error: SpecdecError) -> grpc.StatusCode:
 
 
 def to_status(error: SpecdecError, request_id: str = "") -> grpc.Status:
-    """The status of an error with google.rpc details, ready for `context.abort_with_status`.
+    """Return the status of an error with google.rpc details, ready for `context.abort_with_status`.
 
     Args:
         request_id: id of the request that failed; empty: the request has no id.
@@ -207,7 +207,7 @@ def _pack(status: status_pb2.Status, detail: Message) -> None:
 
 
 def from_rpc_error(error: grpc.RpcError) -> SpecdecError:
-    """The typed error of a failed call, on either gRPC stack, with the details that the server sent."""
+    """Return the typed error of a failed call, on either gRPC stack, with the details the server sent."""
     code, message = error.code(), error.details() or ""
     error_type = _ERROR_TYPES.get(code, InternalError)
     result = error_type(message or f"The call failed with {code.name}.")

@@ -19,15 +19,15 @@ _RESERVED = (PLAIN, AUTO)
 
 
 def is_drafter_name(name: str) -> bool:
-    """Whether a drafter may have the name: 1 to 64 letters, digits, dots, hyphens and underscores."""
+    """Return whether a drafter may have the name: 1 to 64 letters, digits, dots, hyphens and underscores."""
     return bool(_DRAFTER_NAME.fullmatch(name)) and name not in _RESERVED
 
 
 def drafters_of(method: str) -> tuple[str, ...]:
-    """The drafters that a method names; plain decoding names none."""
+    """Return the drafters that a method names; plain decoding names none."""
     return () if method == PLAIN else tuple(method.split(_SEPARATOR))
 
 
 def method_of(drafters: Sequence[str]) -> str:
-    """The method that merges the proposals of the given drafters; without drafters it is plain decoding."""
+    """Return the method that merges the given drafters' proposals; without drafters it is plain decoding."""
     return _SEPARATOR.join(drafters) if drafters else PLAIN

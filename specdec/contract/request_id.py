@@ -46,6 +46,6 @@ def adopt_request_id(request_id: str) -> None:
 
 
 def request_metadata() -> tuple[tuple[str, str], ...]:
-    """The metadata that names the current request in a call to another service; empty where there is none."""
+    """Return the metadata that names the current request in a call to another service, if there is one."""
     request_id = REQUEST_ID.get()
     return ((REQUEST_ID_METADATA, request_id),) if request_id else ()

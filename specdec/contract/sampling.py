@@ -92,7 +92,7 @@ class SamplingParams:
         validate_token_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
 
     def to_proto(self) -> common_pb2.SamplingParams:
-        """The message that carries the parameters.
+        """Return the message that carries the parameters.
 
         Raises:
             InvalidArgumentError: a value does not fit the type of its field.
@@ -120,7 +120,7 @@ class SamplingParams:
 
 
 def with_seed(sampling: SamplingParams) -> SamplingParams:
-    """The same parameters with a seed. A seed is drawn now if picks are random and none is set."""
+    """Return the same parameters with a seed. A seed is drawn now if picks are random and none is set."""
     if sampling.is_greedy or sampling.seed is not None:
         return sampling
     return replace(sampling, seed=secrets.randbits(_SEED_BITS))

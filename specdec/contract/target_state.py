@@ -35,7 +35,7 @@ def value_name(layer_id: int) -> str:
 
 
 def boot_id() -> str:
-    """Identity of this host until it boots again; empty where the kernel does not say."""
+    """Return the identity of this host until it boots again; it is empty where the kernel does not say."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -68,7 +68,7 @@ class ProjectionInfo:
     dtype: str
 
     def to_proto(self) -> pb.Projection:
-        """The message."""
+        """Return the message of the projection."""
         return pb.Projection(
             sha256=self.sha256,
             input_size=self.input_size,
@@ -101,7 +101,7 @@ class TargetStateSpec:
         return tuple(hidden_name(layer_id) for layer_id in dict.fromkeys(self.hidden_layer_ids))
 
     def union(self, other: TargetStateSpec) -> TargetStateSpec | None:
-        """What serves drafters of both specs; None: they want hidden states of layers that differ.
+        """Return what serves drafters of both specs; None: they want hidden states of layers that differ.
 
         A projection is of all hidden states in the spec, in order, so two such lists cannot be made one.
         """
@@ -120,7 +120,7 @@ class TargetStateSpec:
         )
 
     def to_proto(self) -> pb.TargetStateSpec:
-        """The message."""
+        """Return the message of the spec."""
         return pb.TargetStateSpec(
             hidden_layer_ids=self.hidden_layer_ids,
             last_hidden_state=self.last_hidden_state,
@@ -168,7 +168,7 @@ Storage = SharedMemory | CudaIpc
 
 
 def storage_kind(storage: Storage | None) -> StateStorage:
-    """How a tensor is reached."""
+    """Return how a tensor is reached."""
     match storage:
         case SharedMemory():
             return StateStorage.SHARED_MEMORY
@@ -189,7 +189,7 @@ class TensorRef:
     attention_type: str = ""
 
     def to_proto(self) -> pb.TensorRef:
-        """The message."""
+        """Return the message of the tensor's place."""
         message = pb.TensorRef(
             name=self.name, dtype=self.dtype, shape=self.shape, attention_type=self.attention_type
         )
@@ -237,11 +237,11 @@ class TargetStateRef:
     block_tokens: int = 0
 
     def at(self, cached_length: int) -> TargetStateRef:
-        """The handle as later rounds carry it: lengths only."""
+        """Return the handle as later rounds carry it: lengths only."""
         return replace(self, cached_length=cached_length, tensors=(), block_ids=(), block_tokens=0)
 
     def to_proto(self) -> pb.TargetStateRef:
-        """The message."""
+        """Return the message of the handle."""
         return pb.TargetStateRef(
             session_id=self.session_id,
             verifier_uri=self.verifier_uri,

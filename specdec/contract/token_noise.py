@@ -29,7 +29,7 @@ _Words = numpy.typing.NDArray[numpy.uint32]
 
 
 def gumbel(seed: int, position: int, token_ids: Sequence[int]) -> Floats:
-    """The noise of the given tokens, an array of shape [len(token_ids)].
+    """Return the noise of the given tokens, an array of shape [len(token_ids)].
 
     Args:
         seed: the request's seed, 0 to 2**64 - 1.
@@ -44,12 +44,12 @@ def gumbel(seed: int, position: int, token_ids: Sequence[int]) -> Floats:
 
 
 def noise_key(seed: int, position: int) -> int:
-    """The 64-bit key that all tokens of a position share."""
+    """Return the 64-bit key that all tokens of a position share."""
     return _mix64(_mix64(seed) + position * 0x9E3779B97F4A7C15)
 
 
 def _mix64(value: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014) on Python integers."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea, Flood 2014) to a Python integer."""
     value &= MASK64
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & MASK64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & MASK64
@@ -63,7 +63,7 @@ def _hash(x: _Words) -> _Words:
 
 
 def _negative_log(x: Floats) -> Floats:
-    """-log(x) of positive normal numbers. Each operation rounds as in `specdec.runtime.noise`."""
+    """Return -log(x) of positive normal numbers. Each operation rounds as in `specdec.runtime.noise`."""
     bits = x.view(numpy.int32) - numpy.int32(THREE_QUARTERS_BITS)
     mantissa = (bits & numpy.int32(0x7FFFFF)) + numpy.int32(THREE_QUARTERS_BITS)
     fraction = mantissa.view(numpy.float32) - numpy.float32(1.0)

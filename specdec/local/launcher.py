@@ -61,7 +61,9 @@ class SystemConfig:
 
 
 def default_drafters(model: str) -> tuple[str, ...]:
-    """The drafters of a system that names none, best first: those that come with the model or need none."""
+    """Return the drafters of a system that names none, best first: those that come with the model or need
+    none.
+    """
     return ("dflash", "mtp", "ngram-lm", "ngram") if model == DEFAULT_MODEL else ("ngram",)
 
 
@@ -78,7 +80,7 @@ def prepare_models(config: SystemConfig, report: Report) -> None:
 
 
 def service_specs(config: SystemConfig) -> list[ServiceSpec]:
-    """The services of a system, on free ports, in the order in which they stop.
+    """Return the services of a system, on free ports, in the order in which they stop.
 
     Raises:
         UnavailableError: the gateway's port is taken.
@@ -113,7 +115,7 @@ def _spec(config: SystemConfig, name: str, address: str, arguments: Sequence[str
 
 
 def service_module(name: str) -> str:
-    """The module that runs the service "gateway", "verifier" or "drafter".
+    """Return the module that runs the service "gateway", "verifier" or "drafter".
 
     Raises:
         NotFoundError: the package is not installed, or only a part of it is.

@@ -119,7 +119,7 @@ class Service:
         )
 
     def is_serving(self) -> bool:
-        """Whether the health check says SERVING."""
+        """Return whether the health check says SERVING."""
         # A short backoff: by default gRPC would only try the service again after seconds.
         options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.enable_http_proxy", 0)]
         with grpc.insecure_channel(self.spec.address, options=options) as channel:

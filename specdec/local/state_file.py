@@ -57,7 +57,7 @@ class SystemState:
 
 
 def how_to_stop() -> str:
-    """The command that stops this system from any shell."""
+    """Return the command that stops this system from any shell."""
     override = os.environ.get(STATE_DIR_VARIABLE)
     return f"{STATE_DIR_VARIABLE}={shlex.quote(override)} specdec down" if override else "specdec down"
 

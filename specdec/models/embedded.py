@@ -36,7 +36,7 @@ _FORMAT = 1
 
 
 def cache_directory() -> Path:
-    """The directory of converted models: $SPECDEC_CACHE_DIR, or the platform's cache directory."""
+    """Return the directory of converted models: $SPECDEC_CACHE_DIR, or the platform's cache directory."""
     override = os.environ.get("SPECDEC_CACHE_DIR")
     return Path(override) if override else platformdirs.user_cache_path("specdec")
 

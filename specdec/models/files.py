@@ -62,7 +62,7 @@ def _fetch(hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def model_id(model: str) -> str:
-    """The name by which peers know a model: its hub id or the name of its folder."""
+    """Return the name by which peers know a model: its hub id or the name of its folder."""
     if model == DEFAULT_MODEL:
         return MODEL_ID
     path = Path(model).expanduser()
@@ -107,7 +107,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def vocabulary_fingerprint(folder: Path) -> str:
-    """The SHA-256 of a vocabulary: `id TAB token NEWLINE` for every token in id order, as UTF-8.
+    """Return the SHA-256 of a vocabulary: `id TAB token NEWLINE` for every token in id order, as UTF-8.
 
     Two models with equal fingerprints may exchange token ids. The fingerprint of a folder without a tokenizer
     is made of its vocabulary size alone.

@@ -46,6 +46,6 @@ CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 def caller_key() -> str:
-    """A key that tells callers apart without naming them. Empty: the current caller is not known."""
+    """Return a key that tells callers apart without naming them. Empty: the current caller is not known."""
     caller = CALLER.get()
     return hashlib.sha256(f"specdec caller {caller.name}".encode()).hexdigest()[:32] if caller else ""

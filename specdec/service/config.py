@@ -70,7 +70,7 @@ class ServiceConfig:
         return self._files(self.tls_client_authorities) if self.tls_certificate else None
 
     def outgoing_tls(self) -> OutgoingTls | None:
-        """Credentials for calls to other services; None: calls are plaintext.
+        """Return the credentials for calls to other services; None: calls are plaintext.
 
         Raises:
             InvalidArgumentError: a file is missing, or its content cannot be used.
@@ -185,7 +185,7 @@ def config_options(
 
 
 def parse_address(address: str, name: str) -> tuple[str, int]:
-    """Host and port of host:port or [IPv6 host]:port.
+    """Split host:port or [IPv6 host]:port into host and port.
 
     Args:
         name: the field that holds the address.
@@ -238,7 +238,7 @@ def _require(is_right: bool, config: object, name: str, expected: str) -> None:
 
 
 def _field_docs(config_type: type[Any]) -> dict[str, str]:
-    """The string literal under each field, inherited fields included; Python itself does not keep them."""
+    """Return the string literal under each field, inherited ones included; Python does not keep them."""
     docs: dict[str, str] = {}
     for owner in reversed(config_type.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body  # type: ignore[attr-defined]

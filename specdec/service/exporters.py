@@ -35,7 +35,7 @@ def make_telemetry(
     metric_reader: MetricReader | None = None,
     metrics_listen: str = "",
 ) -> Telemetry:
-    """Telemetry with the given sinks; without one, spans or metrics go nowhere.
+    """Make telemetry with the given sinks; without one, spans or metrics go nowhere.
 
     Args:
         metrics_listen: host:port of a Prometheus endpoint, besides the reader; empty: none.
@@ -69,7 +69,7 @@ def make_telemetry(
 
 
 def telemetry_from_environment(service_name: str, metrics_listen: str = "") -> Telemetry:
-    """Telemetry as OTEL_EXPORTER_OTLP_ENDPOINT and its relatives ask for; off when they are unset.
+    """Make telemetry as OTEL_EXPORTER_OTLP_ENDPOINT and its relatives ask for; it is off when they are unset.
 
     Args:
         metrics_listen: host:port of a Prometheus endpoint besides; empty: none.

@@ -25,7 +25,7 @@ class _RequestFilter(logging.Filter):
 
 
 def setup_logging(service_name: str, level: str = "INFO") -> None:
-    """One JSON object per line on stderr, with trace ids where there is a trace."""
+    """Log one JSON object per line on stderr, with trace ids where a trace is."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter(
@@ -42,6 +42,7 @@ def setup_logging(service_name: str, level: str = "INFO") -> None:
 
 
 def quiet_grpc() -> None:
-    """No debug records from gRPC's core: at that level it logs a server that is being freed, and the
-    record, with the server in it, is freed a second time: the process dies."""
+    """Silence debug records of gRPC's core: at that level it logs a server that is being freed, and the
+    record, with the server in it, is freed a second time: the process dies.
+    """
     logging.getLogger("grpc._cython").setLevel(logging.INFO)

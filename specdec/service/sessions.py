@@ -83,6 +83,6 @@ async def send(
 
 
 def remaining_timeout_s(context: grpc.aio.ServicerContext[Any, Any], margin_s: float = 0.05) -> float | None:
-    """Seconds until the caller's deadline, minus a margin for the answer; None: the call has no deadline."""
+    """Return the seconds until the caller's deadline, minus a margin for the answer; None: no deadline."""
     remaining = context.time_remaining()
     return None if remaining is None else max(0.0, remaining - margin_s)

@@ -50,14 +50,14 @@ class Telemetry:
 
 
 def traceparent_of(span: Span) -> str:
-    """W3C traceparent of a span; empty if it is not recorded anywhere."""
+    """Return the W3C traceparent of a span; it is empty if the span is not recorded anywhere."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, trace.set_span_in_context(span))
     return carrier.get("traceparent", "")
 
 
 def context_of(traceparent: str) -> Context:
-    """Context whose current span is the remote one; a malformed traceparent gives an empty context."""
+    """Return a context whose current span is the remote one; it is empty if traceparent is malformed."""
     return _propagator.extract({"traceparent": traceparent}, Context())
 
 

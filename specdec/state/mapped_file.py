@@ -61,7 +61,7 @@ class MappedFile:
         return is_abandoned(self._descriptor)
 
     def tensor(self, ref: TensorRef, offset: int) -> Tensor:
-        """A tensor of the file.
+        """Return a tensor of the file.
 
         Raises:
             FailedPreconditionError: it would end after the file.
@@ -75,7 +75,7 @@ class MappedFile:
 
 
 def carve(memory: Tensor, ref: TensorRef, offset: int) -> Tensor:
-    """The tensor a ref describes, in uint8 [num_bytes] memory from byte `offset` on.
+    """Return the tensor a ref describes, in uint8 [num_bytes] memory from byte `offset` on.
 
     Raises:
         FailedPreconditionError: it is of no known type, is empty, or would end after the memory.

@@ -124,7 +124,7 @@ class MirroredState(StateSource):
         self._task = asyncio.ensure_future(self._follow())
 
     async def view(self, cached_length: int) -> TargetStateView:
-        """Waits for the stream."""
+        """Wait for the stream and return the view."""
         while self.length < cached_length and self._error is None:
             await self._changed.wait()
         if self._error:
@@ -139,7 +139,7 @@ class MirroredState(StateSource):
         )
 
     def check(self) -> None:
-        """A mirror is nobody else's; but its session may have ended."""
+        """Check that the session has not ended; a mirror belongs to nobody else."""
         if isinstance(self._error, FailedPreconditionError):
             raise self._error
 
@@ -208,7 +208,7 @@ class MirroredState(StateSource):
 
 
 def _stream_error(error: SpecdecError) -> SpecdecError:
-    """What a drafter is told of the error that ended its stream: another try may help, or never will."""
+    """Return what a drafter is told of the error that ended its stream: another try may help or not."""
     if error.reason == "UNKNOWN_SESSION":
         return FailedPreconditionError("The session this state belonged to has ended.", reason="STALE_STATE")
     if isinstance(error, UnimplementedError | InvalidArgumentError):
@@ -221,7 +221,7 @@ def _stream_error(error: SpecdecError) -> SpecdecError:
 def _mirrored(
     refs: Sequence[TensorRef], spec: TargetStateSpec, projection: Projection | None
 ) -> list[TensorRef]:
-    """The tensors a stream carries."""
+    """Return the tensors that a stream carries."""
     kept = [ref for ref in refs if ref.name != GENERATIONS]
     if projection is None:
         return kept
@@ -230,7 +230,7 @@ def _mirrored(
 
 
 def _empty(ref: TensorRef, num_blocks: int, device: torch.device) -> Tensor:
-    """Memory for a tensor's rows of one session."""
+    """Make memory for a tensor's rows of one session."""
     shape = (num_blocks * BLOCK_TOKENS, *ref.shape[1:])
     return torch.empty(shape, dtype=dtype_of(ref.dtype), device=device)
 

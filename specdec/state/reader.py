@@ -111,7 +111,7 @@ class StateReader:
         await self._verifiers.close()
 
     async def weights(self, verifier_uri: str) -> TargetWeights:
-        """A target's embedding and LM head; see VerifierPeers."""
+        """Return a target's embedding and LM head; see VerifierPeers."""
         return await self._verifiers.weights(verifier_uri)
 
     def attach(
@@ -149,7 +149,7 @@ class StateReader:
     def _try_to_map(
         self, ref: TargetStateRef, spec: TargetStateSpec, projection: Projection | None
     ) -> tuple[StateSource | None, str]:
-        """The state where it lies; or None, and why not."""
+        """Return the state where it lies; or None, and why not."""
         if reason := self._mappings.why_not(ref.tensors):
             return None, reason
         try:
@@ -176,7 +176,7 @@ class StateReader:
         )
 
     async def release(self, link: Link) -> None:
-        """A session on that link has ended."""
+        """Note that a session on that link has ended."""
         self._links[link] -= 1
         if not self._links[link]:
             del self._links[link]
@@ -203,7 +203,7 @@ class StateSession:
         self._identity: tuple[str, int] | None = None
 
     async def view(self, ref: TargetStateRef) -> TargetStateView:
-        """The state a handle gives access to; waits until it is here.
+        """Return the state a handle gives access to; wait until it is here.
 
         Raises:
             FailedPreconditionError: a handle of another session, or of one that has ended.
@@ -238,12 +238,12 @@ class StateSession:
         return view
 
     def take_num_new_bytes(self) -> int:
-        """Bytes of state that became readable since the last call."""
+        """Return the bytes of state that became readable since the last call."""
         num_bytes, self._num_new_bytes = self._num_new_bytes, 0
         return num_bytes
 
     def check(self) -> None:
-        """Whether what was read in this round was still the session's.
+        """Check that what was read in this round was still the session's.
 
         Raises:
             FailedPreconditionError: the session has ended; what was read may be another's.

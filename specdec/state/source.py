@@ -34,7 +34,7 @@ class StateSource(ABC):
 
     @abstractmethod
     async def view(self, cached_length: int) -> TargetStateView:
-        """The positions below `cached_length`, once they are here."""
+        """Return the positions below `cached_length`, once they are here."""
 
     @abstractmethod
     def check(self) -> None:
@@ -65,7 +65,7 @@ class Mappings:
         self._gpu: dict[bytes, Any] = {}
 
     def why_not(self, refs: Sequence[TensorRef]) -> str:
-        """Why tensors cannot be mapped here; empty: they may."""
+        """Return why tensors cannot be mapped here; empty: they may."""
         reasons = (self._why_not(ref) for ref in refs)
         return next((reason for reason in reasons if reason), "")
 
@@ -83,7 +83,7 @@ class Mappings:
                 return "the verifier offers no handle"
 
     def tensor(self, ref: TensorRef) -> Tensor:
-        """A tensor in another process's memory.
+        """Return a tensor in another process's memory.
 
         Raises:
             FailedPreconditionError: it cannot be mapped.
@@ -171,7 +171,7 @@ class MappedState(StateSource):
         self._spec, self._projection = spec, projection
 
     async def view(self, cached_length: int) -> TargetStateView:
-        """Nothing moves."""
+        """Return a view of the state where it lies: nothing moves."""
         if cached_length > self._allocation.capacity:
             raise InvalidArgumentError("The handle's length is past its blocks.", field="target_state")
         if self._is_on_gpu:
@@ -181,16 +181,16 @@ class MappedState(StateSource):
         )
 
     def check(self) -> None:
-        """The pool's blocks still belong to the handle's generation."""
+        """Check that the pool's blocks still belong to the handle's generation."""
         if self._generations[self._blocks].tobytes() != self._own_generations:
             raise FailedPreconditionError(
                 "The session this state belonged to has ended.", reason="STALE_STATE"
             )
 
     async def close(self) -> None:
-        """The mapping is kept for other sessions."""
+        """Keep the mapping for other sessions."""
 
 
 def _is_table(generations: Tensor) -> bool:
-    """Whether a tensor can be a pool's generations."""
+    """Return whether a tensor can be a pool's generations."""
     return generations.dtype is torch.int64 and generations.ndim == 1 and generations.device.type == "cpu"

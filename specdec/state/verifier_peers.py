@@ -46,13 +46,14 @@ class VerifierPeers:
         return self._channels.keys()
 
     def stub(self, uri: str) -> Any:
-        """A verifier's methods."""
+        """Return a stub of a verifier's methods."""
         if uri not in self._channels:
             self._channels[uri] = ServiceChannel(uri, tls=self._tls)
         return verifier_pb2_grpc.VerifierServiceStub(self._channels[uri].current())
 
     async def weights(self, uri: str) -> TargetWeights:
-        """A target's embedding and LM head: its verifier's own where they can be mapped, else a checkpoint's.
+        """Return a target's embedding and LM head: its verifier's own if they can be mapped, else a
+        checkpoint's.
 
         Raises:
             FailedPreconditionError: they cannot be mapped, and no checkpoint was given.

@@ -53,7 +53,7 @@ class Projection:
 
     @classmethod
     def from_bytes(cls, info: ProjectionInfo, data: bytearray) -> Projection:
-        """The projection whose `to_bytes` is `data`.
+        """Return the projection whose `to_bytes` is `data`.
 
         Raises:
             InvalidArgumentError: the data is of another size, or not what the checksum says.
@@ -73,13 +73,13 @@ class Projection:
         return projection
 
     def to(self, device: torch.device) -> Projection:
-        """The same on a device."""
+        """Return the same projection on a device."""
         if device == self.fc.device:
             return self
         return Projection(self.fc.to(device), self.norm.to(device), self.epsilon, self.info)
 
     def to_bytes(self) -> bytes:
-        """The weights as they are sent: fc, then the norm."""
+        """Return the weights as they are sent: fc, then the norm."""
         return b"".join(tensor_bytes(tensor) for tensor in (self.fc, self.norm))
 
     @cached_property
@@ -95,14 +95,14 @@ class Projection:
 
     @torch.inference_mode()
     def __call__(self, features: Tensor) -> Tensor:
-        """[num_positions, input_size] to [num_positions, output_size]."""
+        """Project [num_positions, input_size] to [num_positions, output_size]."""
         projected = self._multiply(features.to(self.fc.dtype)).float()
         scale = torch.rsqrt(projected.square().mean(-1, keepdim=True) + self.epsilon)
         return self.norm * (projected * scale).to(self.norm.dtype)
 
 
 def num_projection_bytes(info: ProjectionInfo) -> int:
-    """Bytes of a projection's weights.
+    """Return the number of bytes of a projection's weights.
 
     Raises:
         FailedPreconditionError: its element type is unknown.
@@ -111,7 +111,7 @@ def num_projection_bytes(info: ProjectionInfo) -> int:
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """Row-major bytes of a contiguous tensor.
+    """Return the row-major bytes of a contiguous tensor.
 
     By way of numpy: on the CPU no torch operation runs, hence no second set of OpenMP threads, whatever
     thread this is called on.
@@ -148,7 +148,7 @@ class TargetStateView:
         self._refs = refs
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [stop - start, ...] of a tensor; a view where the session's blocks are one run.
+        """Return rows [stop - start, ...] of a tensor, as a view if the session's blocks are one run.
 
         Args:
             stop: position after the last; None: all there are.
@@ -158,15 +158,15 @@ class TargetStateView:
         return self._tensors[name][self._allocation.slots(start, stop)]
 
     def hidden(self, layer_id: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Hidden states [positions, hidden_size] after a layer."""
+        """Return the hidden states [positions, hidden_size] after a layer."""
         return self.rows(hidden_name(layer_id), start, stop)
 
     def last_hidden(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Hidden states [positions, hidden_size] after the final norm."""
+        """Return the hidden states [positions, hidden_size] after the final norm."""
         return self.rows(LAST_HIDDEN, start, stop)
 
     def kv(self, layer_id: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [length, num_heads, head_dim] of a layer."""
+        """Return the keys and values [length, num_heads, head_dim] of a layer."""
         return self.rows(key_name(layer_id)), self.rows(value_name(layer_id))
 
     @cached_property
@@ -179,7 +179,7 @@ class TargetStateView:
         return tuple(self._layer_of_type)
 
     def last_layer_of(self, attention_type: str) -> int:
-        """The last layer of that attention type whose KV is in the state.
+        """Return the last layer of that attention type whose KV is in the state.
 
         Raises:
             KeyError: there is none.
@@ -187,12 +187,12 @@ class TargetStateView:
         return self._layer_of_type[attention_type]
 
     def features(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Hidden states of the spec's layers side by side [positions, input_size]."""
+        """Return the hidden states of the spec's layers side by side [positions, input_size]."""
         parts = [self.hidden(layer_id, start, stop) for layer_id in self.spec.hidden_layer_ids]
         return torch.cat(parts, dim=-1)
 
     def projected(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Projected features [positions, output_size], made here unless they came projected."""
+        """Return the projected features [positions, output_size], made here unless they came projected."""
         if PROJECTED in self._tensors:
             return self.rows(PROJECTED, start, stop)
         assert self._projection is not None, "the spec has no projection"

@@ -41,7 +41,7 @@ class TargetWeights:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> TargetWeights:
-        """Those of a model in this process.
+        """Return the weights of a model in this process.
 
         Raises:
             InvalidArgumentError: it has a head with a bias, or scales no drafter expects.
@@ -55,7 +55,7 @@ class TargetWeights:
         )
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Input embeddings [..., hidden_size] as the target's own module gives them."""
+        """Return the input embeddings [..., hidden_size] as the target's own module gives them."""
         rows = embedding(token_ids, self.embedding)
         if self.embedding_scale == 1.0:
             return rows
@@ -63,12 +63,12 @@ class TargetWeights:
         return rows * torch.tensor(self.embedding_scale, device=rows.device).to(rows.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., vocab_size] of hidden states [..., hidden_size] after the final norm."""
+        """Return the logits [..., vocab_size] of hidden states [..., hidden_size] after the final norm."""
         return softcapped(linear(hidden, self.lm_head), self.final_logit_softcap)
 
 
 def softcapped(logits: Tensor, cap: float) -> Tensor:
-    """Logits bent to stay within -cap to cap; 0: as they are."""
+    """Bend logits to stay within -cap to cap; 0: leave them as they are."""
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
@@ -83,7 +83,7 @@ class TargetWeightsRef:
     final_logit_softcap: float
 
     def to_proto(self) -> pb.GetTargetWeightsResponse:
-        """The message."""
+        """Return the message of the weights."""
         return pb.GetTargetWeightsResponse(
             model_id=self.model_id,
             embedding=self.embedding.to_proto(),
@@ -125,7 +125,7 @@ def share_weights(model: PreTrainedModel, memory: StateMemory, model_id: str) ->
 
 
 def _modules_of(model: PreTrainedModel) -> tuple[Any, Any]:
-    """Embedding and head modules.
+    """Return the embedding and head modules.
 
     Raises:
         InvalidArgumentError: a head with a bias, or scales no drafter expects.
@@ -164,7 +164,7 @@ def _move(weights: Mapping[str, nn.Parameter], memory: StateMemory) -> dict[str,
 
 
 def _aligned(num_bytes: int) -> int:
-    """The next size after which another tensor may begin."""
+    """Return the next size after which another tensor may begin."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -178,7 +178,7 @@ def _softcap_of(config: Any) -> float:
 
 
 def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> TargetWeights:
-    """Embedding and LM head of a checkpoint; no other tensor is read.
+    """Read the embedding and LM head of a checkpoint; no other tensor is read.
 
     Raises:
         InvalidArgumentError: the folder does not hold a causal LM with safetensors weights.
@@ -204,7 +204,7 @@ def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Targ
 
 
 def _scale_of_config(skeleton: PreTrainedModel, config: Any) -> float:
-    """The embedding's scale of a model without values: buffers on the meta device have none."""
+    """Return the embedding's scale of a model without values: buffers on the meta device have none."""
     input_module: Any = skeleton.get_input_embeddings()
     if hasattr(input_module, "scalar_embed_scale"):
         return float(input_module.scalar_embed_scale)
@@ -228,7 +228,7 @@ def _files_by_tensor(folder: Path) -> dict[str, Path]:
 def _read(
     folder: Path, files: dict[str, Path], name: str, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """One tensor by the model's own name; checkpoints of multimodal models have longer ones."""
+    """Read one tensor by the model's own name; checkpoints of multimodal models have longer ones."""
     tail = ".".join(name.split(".")[-2:])
     matches = [key for key in files if key in (name, tail) or key.endswith(f".{tail}")]
     if name in matches:

@@ -67,7 +67,7 @@ class TlsConfig:
 
 
 def client_options(uri: str, service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
-    """The channel arguments of a client.
+    """Return the channel arguments of a client.
 
     Args:
         uri: where the channel goes. An http_proxy of the environment is ignored for addresses of this host.
@@ -96,7 +96,7 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
 
 
 def is_local(uri: str) -> bool:
-    """Whether an address always means this host: a unix socket, "localhost" or a loopback address."""
+    """Return whether an address always means this host: a unix socket, "localhost" or a loopback address."""
     if uri.startswith(("unix:", "unix-abstract:")):
         return True
     scheme = next((scheme for scheme in URI_SCHEMES if uri.startswith(scheme)), "")
@@ -110,7 +110,7 @@ def is_local(uri: str) -> bool:
 
 
 def server_options() -> list[tuple[str, Any]]:
-    """The arguments of a server. Servers never share a port: that would split the traffic unnoticed."""
+    """Return the arguments of a server. Servers never share a port: that would split the traffic."""
     return [
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -185,7 +185,7 @@ class ServiceChannel:
         self._retiring: set[asyncio.Task[None]] = set()
 
     def current(self) -> grpc.aio.Channel:
-        """The channel for a new call. Calls on a replaced channel continue until they end."""
+        """Return the channel for a new call. Calls on a replaced channel continue until they end."""
         if self._tls and (pem := self._tls.latest()) is not self._pem:
             task = asyncio.ensure_future(_retire(self._channel))
             self._retiring.add(task)

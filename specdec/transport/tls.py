@@ -56,7 +56,7 @@ class PemFiles:
         raise _refused(f"The TLS files {self} keep changing while they are read; replace each in one step.")
 
     def stamp(self) -> tuple[object, ...]:
-        """A value that changes whenever a file is written or replaced."""
+        """Return a value that changes whenever a file is written or replaced."""
         return tuple(_stamp(path) for path in (self.authorities, self.private_key, self.certificate))
 
     def _contents(self) -> Pem:
@@ -127,7 +127,7 @@ class PemWatch:
         self._pem = files.read()
 
     def latest(self) -> Pem:
-        """The contents, as the same object until they change. Invalid changes are ignored."""
+        """Return the contents, as the same object until they change. Invalid changes are ignored."""
         with self._lock:
             stamp = self._files.stamp()
             if stamp != self._stamp:
@@ -162,17 +162,17 @@ class OutgoingTls:
         self._watch = PemWatch(files)
 
     def latest(self) -> Pem:
-        """The contents to connect with now, as the same object until they change."""
+        """Return the contents to connect with now, as the same object until they change."""
         return self._watch.latest()
 
 
 def channel_credentials(pem: Pem) -> grpc.ChannelCredentials:
-    """The credentials of a client. Without authorities, gRPC uses those that it trusts by default."""
+    """Return the credentials of a client. Without authorities, gRPC uses those that it trusts by default."""
     return grpc.ssl_channel_credentials(pem.authorities, pem.private_key, pem.certificate)
 
 
 def server_credentials(files: PemFiles) -> grpc.ServerCredentials:
-    """The credentials of a server. Each new connection gets the newest valid certificate.
+    """Return the credentials of a server. Each new connection gets the newest valid certificate.
 
     Args:
         files: the server's certificate and key. If `authorities` is set, callers must show a certificate that
