@@ -68,6 +68,6 @@ class VerifierServer:
 
 
 def _reachable(address: str) -> str:
-    """The address that peers can use: if the server listens on every interface, the name of this host."""
+    """Return the address that peers can use: this host's name if the server listens on every interface."""
     host, _, port = address.rpartition(":")
     return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "[::]", "*") else address

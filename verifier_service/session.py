@@ -121,7 +121,7 @@ class Session:
         return self.allocation.capacity - self.committed_length
 
     def pick_context(self, draft: DraftTree) -> PickContext:
-        """The values on which the target's picks after the committed tokens depend."""
+        """Return the values on which the target's picks after the committed tokens depend."""
         return PickContext(self.sampling, self.token_ids, self.prompt_length, draft)
 
     def check_round(self, base_committed_length: int) -> None:

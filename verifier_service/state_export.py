@@ -111,7 +111,7 @@ class StateExport:
         state.close()
 
     def find(self, session_id: str) -> ExportedState:
-        """A session by id.
+        """Return a session by id.
 
         Raises:
             NotFoundError: there is none, or no longer.
@@ -128,7 +128,7 @@ class StateExport:
             self._projections.popitem(last=False)
 
     def projection(self, sha256: str) -> Projection:
-        """A projection that was put.
+        """Return a projection that was put.
 
         Raises:
             NotFoundError: it was not, or was forgotten.
@@ -152,7 +152,7 @@ class StateExport:
     def stream(
         self, state: ExportedState, start: int, projection: Projection | None
     ) -> AsyncGenerator[StateChunk]:
-        """A session's state from a position on, until it ends; see StateStreams."""
+        """Stream a session's state from a position on, until it ends; see StateStreams."""
         return self._streams.follow(state, start, projection)
 
     async def _make_room(self, hidden_names: list[str]) -> None:

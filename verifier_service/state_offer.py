@@ -37,11 +37,11 @@ class StateOffer:
         return key_name(next(iter(self._attention_types)))
 
     def attention_type(self, name: str) -> str:
-        """Attention type of the layer that a tensor of KV belongs to; empty for other tensors."""
+        """Return the attention type of the layer of a tensor of KV; it is empty for other tensors."""
         return self._attention_types[int(name.split(".")[1])] if name.startswith("kv.") else ""
 
     def hidden_names(self, spec: TargetStateSpec) -> list[str]:
-        """Names of the hidden states that a spec asks for.
+        """Return the names of the hidden states that a spec asks for.
 
         Raises:
             InvalidArgumentError: the target does not have them, or they are too many.
@@ -60,7 +60,7 @@ class StateOffer:
         return names
 
     def kv_names(self, spec: TargetStateSpec) -> list[str]:
-        """Names of the keys and values that a spec asks for.
+        """Return the names of the keys and values that a spec asks for.
 
         Raises:
             InvalidArgumentError: the target does not have them.

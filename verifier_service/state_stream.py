@@ -25,7 +25,7 @@ class RunOnEngine(Protocol):
     """Calls a function on the engine thread, after the pass under way."""
 
     def __call__(self, function: Callable[[], ValueT], num_tokens: int = 0) -> Awaitable[ValueT]:
-        """What the function returns; it costs about as much as `num_tokens` of prefill."""
+        """Return what the function returns; it costs about as much as `num_tokens` of prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class ExportedState:
         return self._ref.tensors
 
     def ref(self, *, with_tensors: bool) -> TargetStateRef:
-        """The handle as of now."""
+        """Return the handle as of now."""
         if with_tensors:
             return replace(self._ref, cached_length=self.cached_length)
         return self._ref.at(self.cached_length)
@@ -137,7 +137,7 @@ class StateStreams:
                 start = stop
 
     def _num_positions(self, names: Sequence[str], projection: Projection | None) -> int:
-        """How many positions a chunk has at most."""
+        """Return how many positions a chunk has at most."""
         row_bytes = sum(self._pool.tensor(name)[0].nbytes for name in names)
         if projection is None:
             return max(1, _CHUNK_BYTES // row_bytes)
@@ -172,7 +172,7 @@ class StateStreams:
 
 
 def _streamed_names(state: ExportedState, projection: Projection | None) -> list[str]:
-    """Names of the tensors whose rows are sent as they are."""
+    """Return the names of the tensors whose rows are sent as they are."""
     names = [ref.name for ref in state.tensors if ref.name != GENERATIONS]
     if projection is None:
         return names

@@ -44,7 +44,7 @@ class PrefillChunk:
         return self.stop == self.session.committed_length
 
     def segment(self) -> Segment:
-        """The chunk's part of the pass."""
+        """Return the chunk's part of the pass."""
         tokens = self.session.token_ids[self.start : self.stop]
         return Segment(self.session.allocation, self.start, tokens, num_logits=int(self.is_last))
 
@@ -63,7 +63,7 @@ class VerifyItem:
         return len(self.draft) + 1
 
     def segment(self) -> Segment:
-        """The round's part of the pass."""
+        """Return the round's part of the pass."""
         tokens = [self.session.token_ids[-1], *self.draft.token_ids]
         parents = () if self.draft.is_chain else (-1, *(parent + 1 for parent in self.draft.parent_indices))
         return Segment(self.session.allocation, self.session.cached_length, tokens, len(tokens), parents)

@@ -133,7 +133,7 @@ class Verifier:
         return value
 
     async def weights(self) -> TargetWeightsRef:
-        """Where the model's embedding and LM head are; they are moved there when first asked for.
+        """Return where the model's embedding and LM head are; they are moved there when first asked for.
 
         Raises:
             ResourceExhaustedError: there is no room.
@@ -150,7 +150,7 @@ class Verifier:
 
     @asynccontextmanager
     async def open(self, request: OpenRequest) -> AsyncIterator[Session]:
-        """A session with its KV reserved, not yet prefilled; freed on leaving the block.
+        """Open a session with its KV reserved, not yet prefilled; it is freed on leaving the block.
 
         Raises:
             InvalidArgumentError: a value of the request is out of range.
@@ -189,7 +189,7 @@ class Verifier:
     async def _open_state(
         self, spec: TargetStateSpec | None, allocation: KvAllocation
     ) -> tuple[ExportedState | None, str]:
-        """What a session exports, or why it does not: state is the drafter's need, not the generation's."""
+        """Return what a session exports, or why nothing: the drafter needs the state, not the generation."""
         if spec is None:
             return None, ""
         try:
@@ -260,7 +260,7 @@ class Verifier:
 
 
 def make_memory(config: VerifierConfig) -> StateMemory:
-    """Where target state lives, as --target-state says.
+    """Make the memory where target state lives, as --target-state says.
 
     Raises:
         InvalidArgumentError: the device is not there, or the shared directory cannot be used and must be.

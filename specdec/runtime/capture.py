@@ -75,7 +75,7 @@ class HiddenCapture:
 
 
 def _hidden_of(output: Any) -> Tensor:
-    """Hidden states [1, tokens, hidden_size] of what a layer or a decoder returns."""
+    """Return the hidden states [1, tokens, hidden_size] of what a layer or a decoder returns."""
     if isinstance(output, Tensor):
         return output
     hidden = getattr(output, "last_hidden_state", None)

@@ -31,7 +31,7 @@ class _IpcHandle(ctypes.Structure):
 
 @cache
 def _runtime() -> Any:
-    """The CUDA runtime that torch has loaded."""
+    """Return the CUDA runtime that torch has loaded."""
     major = (torch.version.cuda or "").partition(".")[0]
     library = ctypes.CDLL(f"libcudart.so.{major}")
     library.cudaGetErrorString.restype = ctypes.c_char_p
@@ -62,7 +62,7 @@ class _DeviceBytes:
 
 
 def _allocation_size(pointer: int) -> int:
-    """Size of the allocation that begins at a device pointer, bytes."""
+    """Return the size of the allocation that begins at a device pointer, bytes."""
     base, size = ctypes.c_void_p(), ctypes.c_size_t()
     driver = ctypes.CDLL("libcuda.so.1")
     code = driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_void_p(pointer))
@@ -76,7 +76,7 @@ def _unmap(pointer: int, device: torch.device) -> None:
 
 
 def device_uuid(device: torch.device) -> str:
-    """Identity of a GPU, the same in every process and container."""
+    """Return the identity of a GPU, the same in every process and container."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
@@ -99,7 +99,7 @@ class CudaIpcMemory(StateMemory):
             self._event_handle = bytes(self._event.ipc_handle())
 
     def allocate(self, num_bytes: int) -> Region:
-        """One cudaMalloc, zeroed; in whole units of what the driver shares, or it would share neighbours."""
+        """Make one zeroed cudaMalloc, in whole units of what the driver shares, lest it share neighbours."""
         num_bytes = -(-num_bytes // _SHARED_UNIT_BYTES) * _SHARED_UNIT_BYTES
         pointer, handle = ctypes.c_void_p(), _IpcHandle()
         with torch.cuda.device(self._device):
@@ -117,7 +117,7 @@ class CudaIpcMemory(StateMemory):
         return Region(tensor, storage)
 
     def allocate_host(self, num_bytes: int) -> Region:
-        """A shared file of the host."""
+        """Make a shared file of the host."""
         return self._host.allocate(num_bytes)
 
     def record(self) -> None:

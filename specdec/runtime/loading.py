@@ -83,7 +83,7 @@ def load_causal_lm(
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name.
+    """Return the device of that name.
 
     Raises:
         InvalidArgumentError: it is not there, or holds no values.

@@ -47,7 +47,7 @@ class Region:
     """Where another process finds byte 0; None: nowhere."""
 
     def locate(self, offset: int) -> Storage | None:
-        """Where another process finds a byte of the region."""
+        """Return where another process finds a byte of the region."""
         if self.storage is None:
             return None
         return replace(self.storage, offset=offset)
@@ -61,14 +61,14 @@ class StateMemory(ABC):
 
     @abstractmethod
     def allocate(self, num_bytes: int) -> Region:
-        """Memory on the model's device.
+        """Allocate memory on the model's device.
 
         Raises:
             ResourceExhaustedError: there is not that much.
         """
 
     def allocate_host(self, num_bytes: int) -> Region:
-        """Memory of the host, for what readers check before they touch the device's."""
+        """Allocate memory of the host, for what readers check before they touch the device's."""
         return self.allocate(num_bytes)
 
     def release(self, region: Region) -> None:  # noqa: B027 - private memory goes with its last tensor
@@ -90,11 +90,11 @@ class PrivateMemory(StateMemory):
         self._device = device
 
     def allocate(self, num_bytes: int) -> Region:
-        """Zeros."""
+        """Return zeros on the device."""
         return Region(torch.zeros(num_bytes, dtype=torch.uint8, device=self._device))
 
     def allocate_host(self, num_bytes: int) -> Region:
-        """Zeros in the host's memory."""
+        """Return zeros in the host's memory."""
         return Region(torch.zeros(num_bytes, dtype=torch.uint8))
 
 
@@ -197,7 +197,7 @@ class SharedDirectory:
             )
 
     def create(self, num_bytes: int) -> tuple[int, Path]:
-        """A new locked file; its descriptor, which holds the lock, and its path.
+        """Create a new locked file; return its descriptor, which holds the lock, and its path.
 
         Raises:
             OSError: no room, or no such directory.
@@ -216,7 +216,7 @@ class SharedDirectory:
         return descriptor, path
 
     def may_hold(self, path: str) -> bool:
-        """Whether a state file may be there, in the spelling its owner uses: each file is mapped once."""
+        """Return whether a state file may be there, spelled as by its owner: each file is mapped once."""
         return path == str(self.path / Path(path).name) and path.endswith(_SUFFIX)
 
     def sweep(self) -> int:
@@ -237,7 +237,7 @@ class SharedDirectory:
 
 
 def is_abandoned(descriptor: int) -> bool:
-    """Whether nobody holds the lock of a file: its owner is gone."""
+    """Return whether nobody holds the lock of a file: its owner is gone."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -247,12 +247,12 @@ def is_abandoned(descriptor: int) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Element type as it is sent."""
+    """Return the element type as it is sent."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The element type of that name.
+    """Return the element type of that name.
 
     Raises:
         FailedPreconditionError: no type that state or weights may have.

@@ -38,7 +38,7 @@ class GumbelNoise:
         self._buffers = torch.empty(3, 0, vocab_size, dtype=torch.int32, device=self._device)
 
     def __call__(self, seed: int, positions: Sequence[int]) -> Tensor:
-        """Noise [num_positions, vocab_size], fp32. Valid until the next call.
+        """Return the noise [num_positions, vocab_size], fp32. It is valid until the next call.
 
         Args:
             seed: the request's seed, 0 to 2**64 - 1.
@@ -63,7 +63,7 @@ class GumbelNoise:
 
 
 def _hash(x: Tensor, scratch: Tensor) -> None:
-    """In-place 32-bit finaliser: two xor-shift-multiply rounds."""
+    """Apply a 32-bit finaliser in place: two xor-shift-multiply rounds."""
     for shift, multiplier in HASH_ROUNDS:
         _shift_right(x, shift, out=scratch)
         x.bitwise_xor_(scratch).mul_((multiplier + 2**31) % 2**32 - 2**31)
@@ -72,13 +72,13 @@ def _hash(x: Tensor, scratch: Tensor) -> None:
 
 
 def _shift_right(x: Tensor, count: int, out: Tensor) -> None:
-    """Logical shift of int32: torch shifts the sign in."""
+    """Shift int32 logically: torch shifts the sign in."""
     torch.bitwise_right_shift(x, count, out=out)
     out.bitwise_and_((1 << (32 - count)) - 1)
 
 
 def _negative_log(x: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
-    """-log(x) for positive normal fp32 x, written to `out`; x and scratch (int32) are overwritten."""
+    """Write -log(x) of positive normal fp32 x to `out`; x and scratch (int32) are overwritten."""
     bits = x.view(torch.int32)
     bits.sub_(THREE_QUARTERS_BITS)
     torch.bitwise_right_shift(bits, 23, out=scratch)  # the exponent; arithmetic, it may be negative
@@ -92,5 +92,5 @@ def _negative_log(x: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _wrap(x: Tensor) -> Tensor:
-    """Low 32 bits of int64 as int32."""
+    """Return the low 32 bits of int64 as int32."""
     return ((x + 2**31) % 2**32 - 2**31).to(torch.int32)

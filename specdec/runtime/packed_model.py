@@ -71,7 +71,7 @@ class PackedModel:
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], captured: AbstractSet[str] = frozenset()) -> list[Tensor]:
-        """One pass over all segments.
+        """Run one pass over all segments.
 
         Args:
             captured: names of the hidden states to keep in the pool.
@@ -126,12 +126,12 @@ class PackedModel:
             )
 
     def trial_pass(self, segment: Segment, branches: Branches = Branches.APART) -> tuple[Tensor, Pass]:
-        """Logits of a pass over one segment, and the pass. For trials, whose sessions nobody else knows."""
+        """Return the logits of a pass over one segment, and the pass. Only the trial knows its sessions."""
         current = Pass([segment], self._write_slots([segment]), branches=branches)
         return self._forward(current)[0], current
 
     def trial_tokens(self, num_tokens: int) -> list[int]:
-        """Token ids spread over the vocabulary."""
+        """Return token ids spread over the vocabulary."""
         return _probe_tokens(self.vocab_size, num_tokens)
 
     def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
@@ -140,7 +140,7 @@ class PackedModel:
 
 
 def attention_types(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, str]:
-    """Attention type of each of a model's layers."""
+    """Return the attention type of each of a model's layers."""
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     # Older configurations say it once for all layers.
@@ -149,7 +149,7 @@ def attention_types(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, 
 
 
 def _logit_rows(segments: Sequence[Segment]) -> Tensor:
-    """Indices, in the packed batch, of the tokens whose logits are wanted."""
+    """Return the indices, in the packed batch, of the tokens whose logits are wanted."""
     rows: list[int] = []
     stop = 0
     for segment in segments:
@@ -196,13 +196,13 @@ class _ShapeRecorder(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing is cached."""
+        """Return 0: nothing is cached."""
         return 0
 
 
 @torch.inference_mode()
 def probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, KvShape]]:
-    """Logits [tokens, vocab_size] of the probe by the model's own attention, and each layer's KV geometry.
+    """Return the probe's logits [tokens, vocab_size] by the model's own attention, and each layer's KV shape.
 
     The geometry is observed because configurations name it in too many ways.
     """
@@ -216,5 +216,5 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, KvShape]]:
 
 
 def _probe_tokens(vocab_size: int, num_tokens: int = _NUM_PROBE_TOKENS) -> list[int]:
-    """Token ids spread over the vocabulary."""
+    """Return token ids spread over the vocabulary."""
     return [(17 + 7919 * index) % vocab_size for index in range(num_tokens)]

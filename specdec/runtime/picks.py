@@ -51,14 +51,14 @@ class PickContext:
     """Row 0 follows none of its tokens, row i + 1 its token i and that one's ancestors."""
 
     def tokens_before(self, row: int) -> list[int]:
-        """Every token before the position a row picks for."""
+        """Return every token before the position a row picks for."""
         if self.draft.is_chain:
             return [*self.token_ids, *self.draft.token_ids[:row]]
         path = self.draft.path_to(row - 1)
         return [*self.token_ids, *(self.draft.token_ids[index] for index in path)]
 
     def positions(self, num_rows: int) -> Sequence[int]:
-        """Position each of the first rows picks for: rows of a tree at one depth have the same."""
+        """Return the position each of the first rows picks for: rows of a tree at one depth have the same."""
         first = len(self.token_ids)
         if self.draft.is_chain:
             return range(first, first + num_rows)
@@ -72,7 +72,7 @@ class Picker:
         self._noise = GumbelNoise(vocab_size, device)
 
     def pick(self, logits: Sequence[Tensor], contexts: Sequence[PickContext]) -> list[list[int]]:
-        """The target's pick for every row of every session.
+        """Return the target's pick for every row of every session.
 
         Args:
             logits: per session [num_rows, vocab_size]; what each row follows is in its context.
@@ -94,7 +94,7 @@ class Picker:
         return picks
 
     def scores(self, logits: Tensor, context: PickContext) -> Tensor:
-        """Processed and perturbed logits [num_rows, vocab_size], fp32, whose arg max is the pick."""
+        """Return processed and perturbed logits [num_rows, vocab_size], fp32, whose arg max is the pick."""
         sampling = context.sampling
         scores = logits.float()
         if scores is logits:
@@ -108,7 +108,9 @@ class Picker:
         return scores.add_(self._noise_at(sampling.noise_seed, context.positions(len(scores))))
 
     def _noise_at(self, seed: int, positions: Sequence[int]) -> Tensor:
-        """Noise [num_positions, vocab_size] of positions, some of them equal. Valid until the next call."""
+        """Return the noise [num_positions, vocab_size] of positions, valid until the next call. Some are
+        equal.
+        """
         if isinstance(positions, range):
             return self._noise(seed, positions)
         distinct = sorted(set(positions))
@@ -134,7 +136,7 @@ def process_logits(logits: Tensor, context: PickContext) -> None:
 
 
 def _penalise(logits: Tensor, tokens: list[int], prompt_length: int, sampling: SamplingParams) -> None:
-    """Penalties on one row [vocab_size], in place."""
+    """Apply penalties to one row [vocab_size], in place."""
     if sampling.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(tokens)), device=logits.device)
         values, penalty = logits[seen], sampling.repetition_penalty
@@ -183,7 +185,7 @@ def _top_p_threshold(scores: Tensor, top_p: float) -> Tensor:
 def top_logprobs(
     logits: Tensor, token_ids: Sequence[int], num_top: int
 ) -> list[tuple[float, list[tuple[int, float]]]]:
-    """The log probability of each row's token, and the best `num_top`. logits: [num_rows, vocab_size]."""
+    """Return each row's token's log probability, and the best `num_top`. logits: [num_rows, vocab_size]."""
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0].tolist()
     values, ids = logprobs.topk(num_top)

@@ -20,7 +20,7 @@ _MAX_HEAD_ROWS = 32
 
 
 def in_parts(multiply: Callable[[Tensor], Tensor], x: Tensor, max_rows: int) -> Tensor:
-    """[..., in_features] to [..., out_features], at most `max_rows` rows at a time and never one of many."""
+    """Map [..., in_features] to [..., out_features], at most `max_rows` rows at a time, never one of many."""
     num_rows = x.shape[:-1].numel()
     if num_rows <= max_rows:
         return multiply(x)
@@ -36,7 +36,7 @@ class StableHead(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
+        """Map [..., in_features] to [..., out_features]."""
         return in_parts(super().forward, x, _MAX_HEAD_ROWS)
 
 
@@ -53,7 +53,7 @@ class PrepackedLinear(nn.Module):
         """Shape and data type for model code that asks; there are no values in it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
+        """Map [..., in_features] to [..., out_features]."""
         return in_parts(self._multiply, x, _MAX_ROWS)
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -80,14 +80,14 @@ def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
 
 
 def stable_head(head: nn.Module) -> nn.Module:
-    """The head to use: on a CPU in bf16 one that rounds the same in every pass, elsewhere `head` itself."""
+    """Return the head to use: on a CPU in bf16 one that rounds alike in every pass, else `head` itself."""
     if type(head) is nn.Linear and _is_bf16_on_cpu(head.weight):
         return StableHead(head)
     return head
 
 
 def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x [..., in_features] to x @ weight.T [..., out_features], prepacked where that can be done."""
+    """Return a map of x [..., in_features] to x @ weight.T [..., out_features], prepacked where possible."""
     if not _can_prepack(weight):
         return partial(linear, weight=weight)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -96,7 +96,7 @@ def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _can_prepack(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies with it. On a CPU without AVX-512 it has no kernels for bf16."""
+    """Return whether oneDNN multiplies with it. On a CPU without AVX-512 it has no kernels for bf16."""
     return (
         _is_bf16_on_cpu(weight)
         and torch.backends.mkldnn.is_available()

@@ -57,12 +57,12 @@ def settle_branches(packed: PackedModel) -> None:
 
 
 def _has_known_sums() -> bool:
-    """Whether this CPU's kernels sum over keys in the order that `tree_keys` knows."""
+    """Return whether this CPU's kernels sum over keys in the order that `tree_keys` knows."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def tokens_round_alike(packed: PackedModel) -> bool:
-    """Whether the tokens of a chain get the bits that each gets in a pass of its own."""
+    """Return whether the tokens of a chain get the bits that each gets in a pass of its own."""
     with _random_context(packed) as (allocation, room):
         for start in _starts(room, _NUM_CHAIN_TOKENS):
             chain = _segment(packed, allocation, start, min(_NUM_CHAIN_TOKENS, room - start))
@@ -76,7 +76,7 @@ def tokens_round_alike(packed: PackedModel) -> bool:
 
 
 def branches_round_alike(packed: PackedModel) -> bool:
-    """Whether branches of a tree get the bits side by side that they get apart; False if none has room."""
+    """Return whether branches side by side get the bits that they get apart; False if none has room."""
     has_joined = False
     with _random_context(packed) as (allocation, room):
         for start in _starts(room, _NUM_TREE_TOKENS):
@@ -113,7 +113,7 @@ def _fill(pool: KvPool, allocation: KvAllocation) -> None:
 
 
 def _starts(room: int, num_tokens: int) -> list[int]:
-    """Positions at which chains and trees begin, fewer in a small pool."""
+    """Return positions at which chains and trees begin, fewer in a small pool."""
     return [start for start in _STARTS if start + num_tokens <= room] or [1]
 
 

@@ -115,7 +115,7 @@ class Scheduler(Generic[JobT]):
         return batch
 
     def wait_s(self, now_ns: int) -> float | None:
-        """How long a step that is not due may still become due by waiting alone; None: it never does."""
+        """Return how long to wait until a step becomes due without new jobs; None: it never does."""
         return self._linger_ns(now_ns) / 1e9 if self._waiting else None
 
     def finish(self, batch: Sequence[JobT], started_ns: int, ended_ns: int) -> None:
@@ -141,7 +141,7 @@ class Scheduler(Generic[JobT]):
         return drained
 
     def _linger_ns(self, now_ns: int) -> int:
-        """How long the next step still waits for the sources that are expected."""
+        """Return how long the next step still waits for the sources that are expected."""
         return max(0, self._linger_until_ns - now_ns) if self._expected else 0
 
     def _while_lingering(self, live: Sequence[JobT]) -> list[JobT]:
@@ -169,7 +169,7 @@ class Scheduler(Generic[JobT]):
 
 
 def num_tokens_of(items: Sequence[WorkItem]) -> int:
-    """Tokens of all items."""
+    """Return the number of tokens of all items."""
     return sum(item.num_tokens for item in items)
 
 
