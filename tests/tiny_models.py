@@ -8,15 +8,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     Gemma4Config,
     Gemma4TextConfig,
     Gemma4UnifiedTextConfig,
     LlamaConfig,
+    MistralConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -50,6 +53,20 @@ def tiny_config(family: str) -> PreTrainedConfig:
     """Return the configuration of a tiny model of a family, with sliding windows if the family has them."""
     if family == "llama":
         return LlamaConfig(**_COMMON)
+    if family == "mistral":
+        return MistralConfig(**_COMMON, sliding_window=16)
+    if family == "qwen2":
+        return Qwen2Config(**_COMMON)
+    if family == "gemma2":
+        # Caps small enough to bend the scores and logits of a tiny model.
+        return Gemma2Config(
+            **_COMMON,
+            layer_types=_LAYER_TYPES,
+            sliding_window=16,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=4.0,
+        )
     if family == "qwen3":
         return Qwen3Config(**_COMMON)
     if family == "phi3":
@@ -120,7 +137,18 @@ def tiny_config(family: str) -> PreTrainedConfig:
 PUBLISHED = "gemma4-conditional"
 """The class of the real Gemma 4 checkpoints, Gemma4ForConditionalGeneration, with a vision tower that no text
 uses."""
-FAMILIES = ("llama", "qwen3", "gemma3", "gemma4", "gemma4-shared-kv", "gemma4-moe", "gemma4-unified")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma4",
+    "gemma4-shared-kv",
+    "gemma4-moe",
+    "gemma4-unified",
+)
 
 
 QUICK_FAMILIES = ("llama", "gemma4")

@@ -31,7 +31,8 @@ from drafter_service.training.trainee import Trainee, unlike
 from drafter_service.training.warm_start import BlockScales, warm_start_block
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import LoadedModel
-from specdec.runtime.packed_model import PackedModel, probe
+from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.transformers_pass import probe
 from specdec.state.weights import TargetWeights
 
 _WEIGHTS = "model.safetensors"

@@ -29,7 +29,8 @@ from drafter_service.training.trainee import Trainee, unlike
 from drafter_service.training.warm_start import warm_start
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import LoadedModel
-from specdec.runtime.packed_model import PackedModel, attention_types, probe
+from specdec.runtime.packed_model import PackedModel, attention_types
+from specdec.runtime.transformers_pass import probe
 from specdec.state.weights import TargetWeights
 
 _WEIGHTS = "model.safetensors"

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
-import torch
-from torch import Tensor
+import numpy
+from numpy.typing import NDArray
 
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.tree_keys import Branches, TreeKeys
@@ -68,24 +68,24 @@ class Span:
     side by side. Empty: the positions say it."""
     num_shared: int = 0
 
-    def key_slots(self, device: torch.device) -> slice | Tensor:
+    def key_slots(self) -> slice | NDArray[numpy.int64]:
         """The slots of the keys, in order of their places."""
         stop_key = self.first_key + self.num_keys
         if not self.tokens:
-            return self.allocation.slots(self.first_key, stop_key)
-        positions = torch.arange(self.first_key, stop_key)
+            return self.allocation.host_slots(self.first_key, stop_key)
+        positions = numpy.arange(self.first_key, stop_key)
         moved = {place: at for place, at in self.tokens.items() if self.first_key <= place < stop_key}
-        positions[[place - self.first_key for place in moved]] = torch.tensor([*moved.values()])
+        positions[[place - self.first_key for place in moved]] = [*moved.values()]
         # A place after the root that nothing is put at is hidden, and may be none of the session's own.
-        return self.allocation.slots_at(positions.clamp_(max=self.allocation.capacity - 1).to(device))
+        return self.allocation.host_slots_at(positions.clip(max=self.allocation.capacity - 1))
 
-    def hidden(self, device: torch.device) -> Tensor:
+    def hidden(self) -> NDArray[numpy.bool_]:
         """Which keys a query may not attend to, where branches lie side by side: [num_queries, num_keys]."""
-        hidden = torch.ones(self.num_queries, self.num_keys, dtype=torch.bool)
+        hidden = numpy.ones((self.num_queries, self.num_keys), dtype=numpy.bool_)
         hidden[:, : self.num_shared] = False
         queries = [query for query, path in enumerate(self.paths) for _ in path]
         hidden[queries, [place for path in self.paths for place in path]] = False
-        return hidden.to(device)
+        return hidden
 
 
 def with_rows(segments: Sequence[Segment]) -> Iterator[tuple[int, Segment]]:

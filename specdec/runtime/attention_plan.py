@@ -3,32 +3,61 @@
 Query rows come in multiples of `_ROW_MULTIPLE`. On CPUs the kernels then round each row alike, in bf16 too,
 whatever else is in the pass; elsewhere they may still differ. Small heads need more: there each token gets
 products of its own (`_is_small`).
+
+Everything is computed on the host before the first layer runs, so that the layers neither wait for the host
+nor repeat what they have in common.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from specdec.runtime.attention import Segment, Span, Tree, chain_spans, with_rows
-from specdec.runtime.kv_pool import join_slots
+from specdec.runtime.kv_pool import Indices, device_slots, join_slots
 from specdec.runtime.tree_keys import Branches
 
 _ROW_MULTIPLE = 4
 _MIN_SHARED_HEAD_DIM = 64
+_MIN_PASS_TOKENS = 2
+"""A pass over one token is padded to this many. Matrix products with a single row take another path through
+oneDNN, which rounds otherwise in bf16: padded, plain decoding and verification give the same bits."""
 
 
-def _is_small(head_dim: int) -> bool:
-    """Whether the heads are so small that a product over several tokens may round otherwise than over one.
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What a plan depends on: layers that are alike in it share one."""
 
-    The library that multiplies chooses its kernel by the shape of a product. With heads of 64 and more the
-    choice shows in no bit. With one KV head of 16, 28 and 32 query rows were seen to round otherwise than 4,
-    on a CPU with AVX512-BF16 and without AMX. So tokens with small heads share no product, nor do branches.
-    """
-    return head_dim < _MIN_SHARED_HEAD_DIM
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+    """How many keys a query sees, its own included; 0: all before it."""
+    stride: int = 0
+    """Rows of a token where queries are taken from; 0: its query heads and nothing else."""
+
+    @property
+    def fold(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def is_small(self) -> bool:
+        """Whether heads are so small that a product over several tokens may round otherwise than over one.
+
+        The library that multiplies chooses its kernel by the shape of a product. With heads of 64 and more
+        the choice shows in no bit. With one KV head of 16, 28 and 32 query rows were seen to round otherwise
+        than 4, on a CPU with AVX512-BF16 and without AMX. So tokens with small heads share no product, nor do
+        branches.
+        """
+        return self.head_dim < _MIN_SHARED_HEAD_DIM
 
 
 class SpanGroup:
@@ -36,69 +65,68 @@ class SpanGroup:
 
     A span's queries and the heads that read the same K and V become rows of one product, so that nothing is
     repeated. Rows that only fill up are copies of the last one: a row without any key would be NaN.
-
-    Args:
-        fold: query heads per KV head.
-        num_kv_heads: of the layers.
     """
 
     def __init__(
-        self, spans: Sequence[Span], *, window: int, num_kv_heads: int, fold: int, like: Tensor
+        self, spans: Sequence[Span], geometry: Geometry, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        device = like.device
-        self.num_spans, self.num_keys, self.num_kv_heads = len(spans), spans[0].num_keys, num_kv_heads
+        self.num_spans, self.num_keys = len(spans), spans[0].num_keys
+        self.num_kv_heads = geometry.num_kv_heads
         self.num_queries = max(span.num_queries for span in spans)
-        self.is_small = _is_small(like.shape[-1])
-        head, query = self._rows(fold)
+        self.is_small = geometry.is_small
+        head, query = self._rows(geometry.fold)
         self.num_rows = len(head)
-        first_rows, counts, positions, first_keys = torch.tensor(
-            [(span.row, span.num_queries, span.position, span.first_key) for span in spans], device=device
+        first_rows, counts, positions, first_keys = numpy.array(
+            [(span.row, span.num_queries, span.position, span.first_key) for span in spans]
         ).T[..., None]  # each [spans, 1]
-        head, query = head.to(device), query.to(device)
-        tokens = torch.minimum(query, counts - 1)  # [spans, rows]
-        heads = torch.arange(num_kv_heads, device=device)[:, None] * fold + head  # [kv_heads, rows]
-        packed = (tokens + first_rows)[:, None] * (fold * num_kv_heads) + heads
-        self.query_index = packed.flatten()
-        """Which (token, head) of the packed batch each of [spans, kv_heads, rows] is."""
-        self.output_index = packed.transpose(1, 2).flatten()
-        """The same of [spans, rows, kv_heads], in which kernels lay out what they return."""
-        self.key_slots = _key_slots(spans, device)
-        key_positions = first_keys + torch.arange(self.num_keys, device=device)  # [spans, keys]
-        hidden = _is_hidden(key_positions[:, None], (tokens + positions)[..., None], window)
+        tokens = numpy.minimum(query, counts - 1)  # [spans, rows]
+        heads = numpy.arange(self.num_kv_heads)[:, None] * geometry.fold + head  # [kv_heads, rows]
+        token_rows = (tokens + first_rows)[:, None]
+        taken = token_rows * (geometry.stride or geometry.num_heads) + heads
+        self.query_index = torch.from_numpy(taken.ravel()).to(device)
+        """Where the queries are taken from for each of [spans, kv_heads, rows]."""
+        self.output_index: Indices = (token_rows * geometry.num_heads + heads).transpose(0, 2, 1).ravel()
+        """Which (token, head) of the packed batch each of [spans, rows, kv_heads] is: so kernels lay out what
+        they return."""
+        self.key_slots = device_slots(join_slots([span.key_slots() for span in spans]), device)
+        key_positions = first_keys + numpy.arange(self.num_keys)  # [spans, keys]
+        hidden = _is_hidden(key_positions[:, None], (tokens + positions)[..., None], geometry.window)
         for index, span in enumerate(spans):
             if span.paths:
-                hidden[index] = span.hidden(device)[tokens[index]]
-        self.mask = torch.zeros(hidden.shape, dtype=like.dtype, device=device)[:, None]
+                hidden[index] = span.hidden()[tokens[index]]
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
+        self.mask = mask[:, None].to(device)
         """Additive, [spans, 1, rows, keys]."""
-        self.mask.masked_fill_(hidden[:, None], float("-inf"))
 
-    def _rows(self, fold: int) -> tuple[Tensor, Tensor]:
+    def _rows(self, fold: int) -> tuple[Indices, Indices]:
         """Which of the heads that read the same K and V, and which query, each row is."""
         if self.is_small:
-            rows_of_query = torch.arange(_multiple(fold)).clamp_(max=fold - 1)
-            return rows_of_query.repeat(self.num_queries), torch.arange(self.num_queries).repeat_interleave(
+            rows_of_query = numpy.arange(_multiple(fold)).clip(max=fold - 1)
+            return numpy.tile(rows_of_query, self.num_queries), numpy.arange(self.num_queries).repeat(
                 len(rows_of_query)
             )
         num_rows = fold * self.num_queries
-        place = torch.arange(_multiple(num_rows)).clamp_(max=num_rows - 1)
+        place = numpy.arange(_multiple(num_rows)).clip(max=num_rows - 1)
         return place // self.num_queries, place % self.num_queries
 
-    def attend(self, packed: Tensor, keys: Tensor, values: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """[tokens * heads, dim] of the packed batch over a layer's KV to [spans, kv_heads, rows, dim]."""
+    def attend(
+        self, packed: Tensor, keys: Tensor, values: Tensor, scaling: float | None, softcap: float
+    ) -> Tensor:
+        """[tokens * stride, dim] of the packed batch over a layer's KV to [spans, kv_heads, rows, dim]."""
         query, key, value = self.queries(packed), self.keys(keys), self.keys(values)
         if not self.is_small:
-            return attend(query, key, value, self.mask)
-        return torch.stack(
-            [self._each(attend, *span) for span in zip(query, key, value, self.mask, strict=True)]
-        )
+            return attend(query, key, value, self.mask, scaling, softcap)
+        each = partial(self._each, scaling=scaling, softcap=softcap)
+        return torch.stack([each(*span) for span in zip(query, key, value, self.mask, strict=True)])
 
     def _each(
         self,
-        attend: Callable[..., Tensor],
         query: Tensor,  # [kv_heads, rows, dim]
         key: Tensor,  # [kv_heads, keys, dim]
         value: Tensor,  # [kv_heads, keys, value_dim]
         mask: Tensor,  # [1, rows, keys]
+        scaling: float | None,
+        softcap: float,
     ) -> Tensor:  # [kv_heads, rows, value_dim]
         """One span, whose queries become a batch over the same keys."""
         apart = (self.num_queries, -1)
@@ -107,11 +135,13 @@ class SpanGroup:
             key.expand(self.num_queries, *key.shape),
             value.expand(self.num_queries, *value.shape),
             mask.unflatten(1, apart).transpose(0, 1),
+            scaling,
+            softcap,
         )
         return output.transpose(0, 1).flatten(1, 2)
 
     def queries(self, packed: Tensor) -> Tensor:
-        """[tokens * heads, dim] of the packed batch to [spans, kv_heads, rows, dim]."""
+        """[tokens * stride, dim] of the packed batch to [spans, kv_heads, rows, dim]."""
         rows = packed.index_select(0, self.query_index)
         return rows.view(self.num_spans, self.num_kv_heads, self.num_rows, -1)
 
@@ -122,17 +152,36 @@ class SpanGroup:
         return keys.view(self.num_spans, self.num_keys, self.num_kv_heads, -1).transpose(1, 2)
 
 
+def attend(
+    query: Tensor,  # [spans, kv_heads, rows, head_dim]
+    key: Tensor,  # [spans, kv_heads, keys, head_dim]
+    value: Tensor,  # [spans, kv_heads, keys, value_dim]
+    mask: Tensor,  # [spans, 1, rows, keys]
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:  # [spans, kv_heads, rows, value_dim]
+    """Attention in one call."""
+    if softcap:
+        return _softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def _softcapped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float
+) -> Tensor:
+    """Attention with tanh-capped scores (Gemma 2), which the fused kernels do not offer."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    scores = torch.tanh(scores / softcap) * softcap + mask
+    return scores.float().softmax(-1).to(value.dtype) @ value
+
+
 def _multiple(num_rows: int) -> int:
     return -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
-def _key_slots(spans: Sequence[Span], device: torch.device) -> slice | Tensor:
-    return join_slots([span.key_slots(device) for span in spans], device)
-
-
-def _is_hidden(key_positions: Tensor, positions: Tensor, window: int) -> Tensor:
+def _is_hidden(key_positions: Indices, positions: Indices, window: int) -> NDArray[numpy.bool_]:
     """Whether a query may not attend to a key: it comes later, or before the sliding window (0: none)."""
-    hidden = key_positions > positions
+    hidden: NDArray[numpy.bool_] = key_positions > positions
     return hidden | (key_positions <= positions - window) if window else hidden
 
 
@@ -140,31 +189,75 @@ def _is_hidden(key_positions: Tensor, positions: Tensor, window: int) -> Tensor:
 class AttentionPlan:
     """How layers with one geometry attend."""
 
-    groups: list[SpanGroup]
+    groups: Sequence[SpanGroup]
     output_index: Tensor
     """The place of each (token, head) of the packed batch in the groups' outputs, [all rows * kv_heads]."""
 
+    def attend(
+        self, packed: Tensor, keys: Tensor, values: Tensor, scaling: float | None, softcap: float
+    ) -> Tensor:
+        """Attention of every token over its own session's KV.
+
+        Args:
+            packed: where the queries are taken from [tokens * stride, dim].
+            keys: K of a layer [slots, kv_heads, dim].
+            values: V of a layer [slots, kv_heads, value_dim].
+            scaling: factor of the scores; None: the inverse root of `dim`.
+            softcap: cap of the scores; 0: none.
+
+        Returns:
+            [tokens * num_heads, value_dim]
+        """
+        outputs = [
+            group.attend(packed, keys, values, scaling, softcap).transpose(1, 2).reshape(-1, values.shape[-1])
+            for group in self.groups
+        ]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, self.output_index)
+
 
 class Pass:
-    """What every layer of one pass shares.
+    """What every layer of one pass shares: the buffers that it reads, and how it attends.
 
     Args:
         segments: what the pass runs.
-        slots: where the KV of the segments' tokens goes.
+        dtype: of keys, values and queries.
         branches: how those of trees are computed.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], slots: slice | Tensor, *, branches: Branches = Branches.APART
+        self,
+        segments: Sequence[Segment],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        branches: Branches = Branches.APART,
     ) -> None:
         self.segments = segments
+        self._dtype, self._device = dtype, device
         self._trees = {
             row: Tree(segment, branches) for row, segment in with_rows(segments) if segment.parents
         }
-        self.slots = slots
-        self.num_tokens = sum(len(segment.token_ids) for segment in segments)
+        token_ids = [token_id for segment in segments for token_id in segment.token_ids]
+        positions = [position for segment in segments for position in segment.positions]
+        self.num_tokens = len(token_ids)
+        padding = max(0, _MIN_PASS_TOKENS - self.num_tokens)
+        self.num_rows = self.num_tokens + padding
+        """Tokens, and rows that only fill up: they repeat the last token, and nothing of them is kept."""
+        self.token_ids = self._tensor(token_ids + token_ids[-1:] * padding)
+        self.positions = self._tensor(positions + positions[-1:] * padding)
+        self.slots = device_slots(
+            join_slots([segment.allocation.host_slots(segment.start, segment.stop) for segment in segments]),
+            device,
+        )
+        """Where the KV of the tokens goes."""
+        self.num_logits = [segment.num_logits for segment in segments]
+        self.logit_rows = self._tensor(_logit_rows(segments))
+        """Rows whose logits are wanted."""
         self._has_joined = False
-        self._plans: dict[tuple[int, int, int, int], AttentionPlan] = {}
+        self._plans: dict[Geometry, AttentionPlan] = {}
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.from_numpy(numpy.array(values, dtype=numpy.int64)).to(self._device)
 
     @property
     def has_joined(self) -> bool:
@@ -174,26 +267,26 @@ class Pass:
     @property
     def windows(self) -> set[int]:
         """Sliding windows that layers have asked for; 0 is none."""
-        return {window for window, *_ in self._plans}
+        return {geometry.window for geometry in self._plans}
 
-    def plan(self, window: int, num_kv_heads: int, query: Tensor) -> AttentionPlan:
-        """The plan of layers that attend alike, made once for all of them; `query` as attention gets it."""
-        _, num_heads, num_rows, head_dim = query.shape
-        key = (window, num_kv_heads, num_heads, head_dim)
-        if key not in self._plans:
-            fold = num_heads // num_kv_heads
-            spans_of_window = list(self._spans(window, may_join=not _is_small(head_dim)))
-            self._has_joined = self._has_joined or any(span.paths for span in spans_of_window)
-            groups = [
-                SpanGroup(spans, window=window, num_kv_heads=num_kv_heads, fold=fold, like=query)
-                for spans in _grouped(spans_of_window)
-            ]
-            written = torch.cat([group.output_index for group in groups])
-            # What pads the pass takes any row.
-            output_index = written.new_zeros(num_rows * num_heads)
-            output_index[written] = torch.arange(len(written), device=query.device)
-            self._plans[key] = AttentionPlan(groups, output_index)
-        return self._plans[key]
+    def plan(self, geometry: Geometry) -> AttentionPlan:
+        """The plan of layers that attend alike, made once for all of them."""
+        plan = self._plans.get(geometry)
+        if plan is None:
+            plan = self._plans[geometry] = self._make_plan(geometry)
+        return plan
+
+    def _make_plan(self, geometry: Geometry) -> AttentionPlan:
+        spans = list(self._spans(geometry.window, may_join=not geometry.is_small))
+        self._has_joined = self._has_joined or any(span.paths for span in spans)
+        groups = [
+            SpanGroup(alike, geometry, dtype=self._dtype, device=self._device) for alike in _grouped(spans)
+        ]
+        written = numpy.concatenate([group.output_index for group in groups])
+        # What pads the pass takes any row.
+        output_index = numpy.zeros(self.num_rows * geometry.num_heads, dtype=numpy.int64)
+        output_index[written] = numpy.arange(len(written))
+        return AttentionPlan(groups, torch.from_numpy(output_index).to(self._device))
 
     def _spans(self, window: int, *, may_join: bool) -> Iterator[Span]:
         for row, segment in with_rows(self.segments):
@@ -201,6 +294,16 @@ class Pass:
                 yield from tree.spans(row, window, may_join=may_join)
             else:
                 yield from chain_spans(segment.allocation, row, segment.start, segment.stop, window)
+
+
+def _logit_rows(segments: Sequence[Segment]) -> list[int]:
+    """Indices, in the packed batch, of the tokens whose logits are wanted."""
+    rows: list[int] = []
+    stop = 0
+    for segment in segments:
+        stop += len(segment.token_ids)
+        rows.extend(range(stop - segment.num_logits, stop))
+    return rows
 
 
 def _grouped(spans: Iterable[Span]) -> Iterable[list[Span]]:

@@ -23,6 +23,9 @@ from specdec.runtime.memory import PrivateMemory, Region, StateMemory, dtype_nam
 BLOCK_TOKENS = 64
 """Tokens per block: the pool's unit of allocation, and of the keys that attention reads."""
 
+Indices = numpy.typing.NDArray[numpy.int64]
+"""Indices in the host's memory, where plans are made."""
+
 
 @dataclass(frozen=True, slots=True)
 class KvShape:
@@ -43,7 +46,9 @@ class KvAllocation:
     """Slots of one session, in position order. A contiguous run is kept as an offset: reading is a view."""
 
     blocks: tuple[int, ...]
-    slot_ids: Tensor | None  # [capacity] int64, only where the blocks are not contiguous
+    slot_ids: Tensor | None  # [capacity] int64 on the pool's device, only where the blocks are not contiguous
+    host_slot_ids: Indices | None = None
+    """The same in the host's memory."""
     generation: int = 0
     """Tells this owner of the blocks from earlier and later ones."""
 
@@ -51,7 +56,10 @@ class KvAllocation:
     def of(cls, blocks: Sequence[int], device: torch.device, *, generation: int = 0) -> KvAllocation:
         """The allocation that consists of `blocks`, at least one."""
         is_run = all(after == before + 1 for before, after in pairwise(blocks))
-        return cls(tuple(blocks), None if is_run else _slot_ids(blocks, device), generation)
+        if is_run:
+            return cls(tuple(blocks), None, generation=generation)
+        slot_ids = _slot_ids(blocks)
+        return cls(tuple(blocks), torch.from_numpy(slot_ids).to(device), slot_ids, generation)
 
     @property
     def capacity(self) -> int:
@@ -64,6 +72,19 @@ class KvAllocation:
             return self.slot_ids[start:stop]
         first = self.blocks[0] * BLOCK_TOKENS
         return slice(first + start, first + stop)
+
+    def host_slots(self, start: int, stop: int) -> slice | Indices:
+        """The same as `slots`, for plans that are made on the host."""
+        if self.host_slot_ids is not None:
+            return self.host_slot_ids[start:stop]
+        first = self.blocks[0] * BLOCK_TOKENS
+        return slice(first + start, first + stop)
+
+    def host_slots_at(self, positions: Indices) -> Indices:
+        """Slot ids of positions [num_positions] in any order, in the host's memory."""
+        if self.host_slot_ids is not None:
+            return self.host_slot_ids[positions]
+        return positions + self.blocks[0] * BLOCK_TOKENS
 
     def slots_at(self, positions: Tensor) -> Tensor:
         """Slot ids of positions [num_positions] in any order, on the pool's device."""
@@ -247,13 +268,16 @@ class KvPool:
         return tuple(scattered) if len(scattered) == num_blocks else None
 
 
-def join_slots(slots: Sequence[slice | Tensor], device: torch.device) -> slice | Tensor:
-    """Indices of several runs of slots, one after the other, as one index."""
+def join_slots(slots: Sequence[slice | Indices]) -> slice | Indices:
+    """Indices of several runs of slots, one after the other, as one index in the host's memory."""
     if len(slots) == 1:
         return slots[0]
-    return torch.cat(
-        [torch.arange(s.start, s.stop, device=device) if isinstance(s, slice) else s for s in slots]
-    )
+    return numpy.concatenate([numpy.arange(s.start, s.stop) if isinstance(s, slice) else s for s in slots])
+
+
+def device_slots(slots: slice | Indices, device: torch.device) -> slice | Tensor:
+    """An index of the host's memory as one for tensors of a device."""
+    return slots if isinstance(slots, slice) else torch.from_numpy(slots).to(device)
 
 
 def write_rows(tensor: Tensor, slots: slice | Tensor, rows: Tensor) -> None:
@@ -264,7 +288,7 @@ def write_rows(tensor: Tensor, slots: slice | Tensor, rows: Tensor) -> None:
         tensor.index_copy_(0, slots, rows)
 
 
-def _slot_ids(blocks: Sequence[int], device: torch.device) -> Tensor:
+def _slot_ids(blocks: Sequence[int]) -> Indices:
     # By way of numpy: allocations are made on the event loop, which must not run torch operations.
-    starts = numpy.asarray(blocks) * BLOCK_TOKENS
-    return torch.from_numpy((starts[:, None] + numpy.arange(BLOCK_TOKENS)).ravel()).to(device)
+    starts = numpy.asarray(blocks, dtype=numpy.int64) * BLOCK_TOKENS
+    return (starts[:, None] + numpy.arange(BLOCK_TOKENS)).ravel()

@@ -1,37 +1,41 @@
-"""Any Hugging Face causal LM, run over the KV pool: the tokens of many sessions in one forward pass.
+"""A causal LM over the KV pool: the tokens of many sessions in one forward pass.
 
-The model's own code is untouched. All sessions' new tokens are concatenated into a batch of one with their
-own position ids; `paged_attention` lets each session see its own keys and values only.
+The dense families run as a decoder written out (`decoder`), once a comparison with the model's own code has
+shown that both compute the same. Other models run by their own code in transformers (`transformers_pass`).
+All sessions' new tokens are one batch; attention lets each session see its own keys and values only.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
 from specdec.runtime.attention_plan import Pass
 from specdec.runtime.capture import HiddenCapture
-from specdec.runtime.kv_pool import KvPool, KvShape, join_slots
+from specdec.runtime.decoder.check import compare
+from specdec.runtime.decoder.decoder import Decoder
+from specdec.runtime.decoder.families import kv_shapes, why_not
+from specdec.runtime.kv_pool import KvPool, KvShape
 from specdec.runtime.memory import StateMemory
-from specdec.runtime.paged_attention import ATTENTION_NAME, PoolCache
-from specdec.runtime.prepack import prepack_linears, stable_head
+from specdec.runtime.transformers_pass import TransformersPass, probe, probe_tokens, refuse_unsupported
 from specdec.runtime.tree_keys import Branches
 
-_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_MIN_PASS_TOKENS = 2
-"""A pass over one token is padded to this many. Matrix products with a single row take another path through
-oneDNN, which rounds otherwise in bf16: padded, plain decoding and verification give the same bits."""
-_NUM_PROBE_TOKENS = 8
+logger = logging.getLogger(__name__)
+
 _PROBE_TOLERANCE = {4: 1e-3, 2: 0.2}
 """Largest relative error of the probe's logits, by bytes per element."""
+_MOST_ROUNDING = 3.0
+"""The same, as a multiple of the error that rounding makes in the model's own code: it grows with depth."""
+
+WRITTEN_OUT, TRANSFORMERS = "written-out", "transformers"
+"""The two ways in which a model runs."""
 
 
 class PackedModel:
@@ -40,29 +44,57 @@ class PackedModel:
     def __init__(
         self, model: PreTrainedModel, *, kv_budget_bytes: int, memory: StateMemory | None = None
     ) -> None:
-        """Switch `model` to attention over a pool of `kv_budget_bytes`, in `memory` or in private memory.
+        """Take `model` over, with a pool of `kv_budget_bytes` in `memory` or in private memory.
 
         Raises:
             InvalidArgumentError: the model does not work this way, or the budget is less than one block.
         """
         self.model = model.eval()
-        _refuse_unsupported(model)
+        refuse_unsupported(model)
         self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 0) or 0
-        head = model.get_output_embeddings()
-        prepack_linears(model, keep=head)
-        model.set_output_embeddings(stable_head(head))
-        expected, shapes = probe(model)
-        model.set_attn_implementation(ATTENTION_NAME)
+        num_layers = len(getattr(model.get_decoder(), "layers", ()))
+        hidden_size = model.get_input_embeddings().weight.shape[1]
+        self.why_transformers = why_not(model)
+        """Why the model runs by its own code; empty: it runs written out."""
+        self._forward, expected, rounding, shapes = self._take_over(model)
         self.pool = KvPool(
-            shapes, budget_bytes=kv_budget_bytes, dtype=model.dtype, device=self.device, memory=memory
+            shapes, budget_bytes=kv_budget_bytes, dtype=self.dtype, device=self.device, memory=memory
         )
-        self.capture = HiddenCapture(model, self.pool)
-        self._self_test(expected)
+        self.capture = HiddenCapture(num_layers, hidden_size, self.pool)
         self.branches = Branches.APART
         """How branches of draft trees are computed."""
+        self._self_test(expected, rounding)
+        self._settle_memory()
+
+    def _take_over(
+        self, model: PreTrainedModel
+    ) -> tuple[Decoder | TransformersPass, Tensor, float, dict[int, KvShape]]:
+        """Return what runs passes, the probe's logits, their error by rounding, and layers' KV geometry."""
+        rounding = 0.0
+        if not self.why_transformers:
+            expected, _ = probe(model)
+            comparison = compare(model)
+            self.why_transformers = comparison.finding
+            rounding = _relative_error(expected, comparison.logits[: len(expected)])
+            if not comparison.finding:
+                shapes = kv_shapes(model.get_decoder())
+                return Decoder.of(model), expected, rounding, shapes
+            logger.warning(
+                "%s runs by its own code, which is slower: written out, %s",
+                type(model).__name__,
+                comparison.finding,
+            )
+        by_transformers = TransformersPass(model)
+        return by_transformers, by_transformers.expected, rounding, by_transformers.shapes
+
+    @property
+    def runs_as(self) -> str:
+        """How passes run: WRITTEN_OUT or TRANSFORMERS."""
+        return TRANSFORMERS if self.why_transformers else WRITTEN_OUT
 
     @property
     def attention_types(self) -> dict[int, str]:
@@ -71,7 +103,7 @@ class PackedModel:
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], captured: AbstractSet[str] = frozenset()) -> list[Tensor]:
-        """Run one pass over all segments.
+        """One pass over all segments.
 
         Args:
             captured: names of the hidden states to keep in the pool.
@@ -82,42 +114,33 @@ class PackedModel:
         for segment in segments:
             if segment.start == 0:
                 self.pool.clear(segment.allocation)
-        current = Pass(segments, self._write_slots(segments), branches=self.branches)
+        current = self._pass(segments, self.branches)
         self.capture.start(current, captured)
-        return self._forward(current)
+        return list(self._run(current).split(current.num_logits))
 
-    def _forward(self, current: Pass) -> list[Tensor]:
-        segments = current.segments
-        token_ids = [token_id for segment in segments for token_id in segment.token_ids]
-        positions = [position for segment in segments for position in segment.positions]
-        padding = max(0, _MIN_PASS_TOKENS - len(token_ids))
-        token_ids += token_ids[-1:] * padding
-        positions += positions[-1:] * padding
-        output = self.model(
-            input_ids=torch.tensor([token_ids], device=self.device),
-            position_ids=torch.tensor([positions], device=self.device),
-            past_key_values=PoolCache(self.pool, current),
-            use_cache=True,
-            logits_to_keep=_logit_rows(segments).to(self.device),
-        )
-        return list(output.logits[0].split([segment.num_logits for segment in segments]))
+    def _pass(self, segments: Sequence[Segment], branches: Branches) -> Pass:
+        return Pass(segments, dtype=self.dtype, device=self.device, branches=branches)
+
+    def _run(self, current: Pass) -> Tensor:
+        self._forward.prepare(current)
+        return self._forward(current, self.pool, self.capture)
 
     @torch.inference_mode()
-    def _self_test(self, expected: Tensor) -> None:
+    def _self_test(self, expected: Tensor, rounding: float) -> None:
         """Compare with the model's own attention, in two chunks: a feature ours lacks would show here."""
-        allocation = self.pool.allocate(_NUM_PROBE_TOKENS)
-        probe, half = _probe_tokens(self.vocab_size), _NUM_PROBE_TOKENS // 2
+        num_tokens = len(expected)
+        allocation = self.pool.allocate(num_tokens)
+        tokens, half = self.trial_tokens(num_tokens), num_tokens // 2
         chunks = [
-            Segment(allocation, 0, probe[:half], half),
-            Segment(allocation, half, probe[half:], half),
+            Segment(allocation, 0, tokens[:half], half),
+            Segment(allocation, half, tokens[half:], num_tokens - half),
         ]
         outputs, passes = zip(*(self.trial_pass(chunk) for chunk in chunks), strict=True)
-        logits = torch.cat(outputs).float()
+        error = _relative_error(torch.cat(outputs), expected)
         self.pool.free(allocation)
-        error = ((logits - expected).norm() / expected.norm()).item()
         layer_types = getattr(self.model.config.get_text_config(), "layer_types", None) or ()
         windowed = any(window for current in passes for window in current.windows)
-        right = error <= _PROBE_TOLERANCE[self.model.dtype.itemsize]
+        right = error <= max(_PROBE_TOLERANCE[self.dtype.itemsize], _MOST_ROUNDING * rounding)
         if not right or ("sliding_attention" in layer_types and not windowed):
             raise InvalidArgumentError(
                 f"{type(self.model).__name__} gives other logits over the KV pool than with its own "
@@ -125,22 +148,25 @@ class PackedModel:
                 reason="UNSUPPORTED_MODEL",
             )
 
+    def _settle_memory(self) -> None:
+        """Copy what is left of a mapped checkpoint: a view into it would keep all of it in memory."""
+        if self.device.type == "cpu" and self.dtype is torch.bfloat16:
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()
+
     def trial_pass(self, segment: Segment, branches: Branches = Branches.APART) -> tuple[Tensor, Pass]:
-        """Return the logits of a pass over one segment, and the pass. Only the trial knows its sessions."""
-        current = Pass([segment], self._write_slots([segment]), branches=branches)
-        return self._forward(current)[0], current
+        """Logits of a pass over one segment, and the pass. For trials, whose sessions nobody else knows."""
+        current = self._pass([segment], branches)
+        self.capture.start(current, frozenset())
+        return self._run(current), current
 
     def trial_tokens(self, num_tokens: int) -> list[int]:
-        """Return token ids spread over the vocabulary."""
-        return _probe_tokens(self.vocab_size, num_tokens)
-
-    def _write_slots(self, segments: Sequence[Segment]) -> slice | Tensor:
-        slots = [segment.allocation.slots(segment.start, segment.stop) for segment in segments]
-        return join_slots(slots, self.device)
+        """Token ids spread over the vocabulary."""
+        return probe_tokens(self.vocab_size, num_tokens)
 
 
 def attention_types(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, str]:
-    """Return the attention type of each of a model's layers."""
+    """Attention type of each of a model's layers."""
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     # Older configurations say it once for all layers.
@@ -148,73 +174,6 @@ def attention_types(model: PreTrainedModel, layers: Iterable[int]) -> dict[int, 
     return {layer: layer_types[layer] if layer_types else default for layer in layers}
 
 
-def _logit_rows(segments: Sequence[Segment]) -> Tensor:
-    """Return the indices, in the packed batch, of the tokens whose logits are wanted."""
-    rows: list[int] = []
-    stop = 0
-    for segment in segments:
-        stop += len(segment.token_ids)
-        rows.extend(range(stop - segment.num_logits, stop))
-    return torch.tensor(rows, dtype=torch.long)
-
-
-def _refuse_unsupported(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    strange = layer_types - _SUPPORTED_LAYER_TYPES
-    if strange:
-        raise InvalidArgumentError(
-            f"{name} has layers of type {', '.join(sorted(strange))}; supported are "
-            f"{', '.join(sorted(_SUPPORTED_LAYER_TYPES))}.",
-            reason="UNSUPPORTED_MODEL",
-        )
-    if not model._supports_attention_backend:
-        raise InvalidArgumentError(
-            f"{name} does not take its attention from transformers' AttentionInterface, which the KV pool "
-            "needs.",
-            reason="UNSUPPORTED_MODEL",
-        )
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise InvalidArgumentError(
-            f"{name}.forward does not take logits_to_keep: it is not a causal LM that this service can run.",
-            reason="UNSUPPORTED_MODEL",
-        )
-
-
-class _ShapeRecorder(Cache):
-    """Notes the geometry of every layer that stores KV of its own."""
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.shapes: dict[int, KvShape] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Record and pass through: a first chunk attends over itself."""
-        self.shapes[layer_idx] = KvShape(key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: nothing is cached."""
-        return 0
-
-
-@torch.inference_mode()
-def probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, KvShape]]:
-    """Return the probe's logits [tokens, vocab_size] by the model's own attention, and each layer's KV shape.
-
-    The geometry is observed because configurations name it in too many ways.
-    """
-    recorder = _ShapeRecorder()
-    model.set_attn_implementation("eager")
-    probe = _probe_tokens(model.get_output_embeddings().weight.shape[0])
-    token_ids = torch.tensor([probe], device=model.device)
-    positions = torch.arange(len(probe), device=model.device)[None]
-    output = model(input_ids=token_ids, position_ids=positions, past_key_values=recorder, use_cache=True)
-    return output.logits[0].float(), recorder.shapes
-
-
-def _probe_tokens(vocab_size: int, num_tokens: int = _NUM_PROBE_TOKENS) -> list[int]:
-    """Return token ids spread over the vocabulary."""
-    return [(17 + 7919 * index) % vocab_size for index in range(num_tokens)]
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    expected = expected.float()
+    return float((found.float() - expected).norm() / expected.norm())

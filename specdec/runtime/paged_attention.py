@@ -7,15 +7,12 @@ and V, and attends as the pass has planned. Layers that share another layer's KV
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache
 
-from specdec.runtime.attention_plan import Pass
+from specdec.runtime.attention_plan import Geometry, Pass
 from specdec.runtime.kv_pool import KvPool, write_rows
 
 ATTENTION_NAME = "specdec_paged"
@@ -75,38 +72,10 @@ def _paged_attention(
     """Attention of each segment over its own KV; returns [1, num_tokens, num_heads, value_dim]."""
     keys, values = key.cache.pool.keys[key.layer], key.cache.pool.values[key.layer]
     _, num_heads, num_tokens, head_dim = query.shape
-    plan = key.cache.current.plan(sliding_window or 0, keys.shape[1], query)
+    plan = key.cache.current.plan(Geometry(num_heads, keys.shape[1], head_dim, sliding_window or 0))
     rows = query[0].transpose(0, 1).reshape(-1, head_dim)
-    outputs = [
-        group.attend(rows, keys, values, partial(_attend, scaling=scaling, softcap=softcap))
-        .transpose(1, 2)
-        .reshape(-1, values.shape[-1])
-        for group in plan.groups
-    ]
-    output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, plan.output_index)
+    output = plan.attend(rows, keys, values, scaling, softcap or 0.0)
     return output.view(1, num_tokens, num_heads, -1), None
-
-
-def _attend(
-    query: Tensor,  # [spans, kv_heads, rows, head_dim]
-    key: Tensor,  # [spans, kv_heads, keys, head_dim]
-    value: Tensor,  # [spans, kv_heads, keys, value_dim]
-    mask: Tensor,  # [spans, 1, rows, keys]
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:  # [spans, kv_heads, rows, value_dim]
-    if softcap:
-        return _softcapped(query, key, value, mask, scaling or query.shape[-1] ** -0.5, softcap)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-
-
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float
-) -> Tensor:
-    """Attention with tanh-capped scores (Gemma 2), which the fused kernels do not offer."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    scores = torch.tanh(scores / softcap) * softcap + mask
-    return scores.float().softmax(-1).to(value.dtype) @ value
 
 
 AttentionInterface.register(ATTENTION_NAME, _paged_attention)

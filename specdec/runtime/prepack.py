@@ -20,7 +20,7 @@ _MAX_HEAD_ROWS = 32
 
 
 def in_parts(multiply: Callable[[Tensor], Tensor], x: Tensor, max_rows: int) -> Tensor:
-    """Map [..., in_features] to [..., out_features], at most `max_rows` rows at a time, never one of many."""
+    """[..., in_features] to [..., out_features], at most `max_rows` rows at a time and never one of many."""
     num_rows = x.shape[:-1].numel()
     if num_rows <= max_rows:
         return multiply(x)
@@ -36,7 +36,7 @@ class StableHead(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]."""
+        """[..., in_features] to [..., out_features]."""
         return in_parts(super().forward, x, _MAX_HEAD_ROWS)
 
 
@@ -46,19 +46,28 @@ class PrepackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # Attributes, not parameters: the opaque layout cannot be moved, copied or saved.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        # An attribute, not a parameter: the opaque layout cannot be moved, copied or saved.
+        self._multiply = _packed(
+            linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        )
         self.weight = torch.empty_like(linear.weight, device="meta")
         """Shape and data type for model code that asks; there are no values in it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]."""
+        """[..., in_features] to [..., out_features]."""
         return in_parts(self._multiply, x, _MAX_ROWS)
 
-    def _multiply(self, x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x to x @ weight.T + bias, the weight reordered for it."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+
+    def apply(x: Tensor) -> Tensor:
+        output: Tensor = multiply(x, packed, bias, "none", [], "")
         return output
+
+    return apply
 
 
 def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
@@ -73,30 +82,49 @@ def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
             # Subclasses compute something of their own.
             if type(child) is nn.Linear and child is not keep and _can_prepack(child.weight):
                 setattr(module, name, PrepackedLinear(child))
-    for parameter in model.parameters():
-        if _is_bf16_on_cpu(parameter):
-            # A view into the mapped checkpoint would keep all of it in memory.
-            parameter.data = parameter.data.clone()
 
 
 def stable_head(head: nn.Module) -> nn.Module:
-    """Return the head to use: on a CPU in bf16 one that rounds alike in every pass, else `head` itself."""
+    """The head to use: on a CPU in bf16 one that rounds the same in every pass, elsewhere `head` itself."""
     if type(head) is nn.Linear and _is_bf16_on_cpu(head.weight):
         return StableHead(head)
     return head
 
 
-def multiplier(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a map of x [..., in_features] to x @ weight.T [..., out_features], prepacked where possible."""
+def multiplier(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x [..., in_features] to x @ weight.T + bias [..., out_features], prepacked where that can be done."""
     if not _can_prepack(weight):
-        return partial(linear, weight=weight)
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return PrepackedLinear(layer)
+        return partial(linear, weight=weight, bias=bias)
+    multiply = _packed(weight, bias)
+
+    def apply(x: Tensor) -> Tensor:
+        return multiply(x) if len(x) <= _MAX_ROWS and x.ndim == 2 else in_parts(multiply, x, _MAX_ROWS)
+
+    return apply
+
+
+def head_multiplier(head: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """An LM head over [rows, hidden_size] that rounds rows alike on a CPU in bf16, prepacked where possible.
+
+    A packed head has a weight of its own: the module's is shared with the embedding and read by others.
+    """
+    weight, bias = head.weight, head.bias
+    if not _is_bf16_on_cpu(weight):
+        return head.forward
+    multiply = (
+        _packed(weight.detach(), bias) if _can_prepack(weight) else lambda x: linear(x, head.weight, bias)
+    )
+
+    def apply(x: Tensor) -> Tensor:
+        if len(x) == 1:  # a product with a single row rounds otherwise
+            return multiply(x.expand(2, -1))[:1]
+        return in_parts(multiply, x, _MAX_HEAD_ROWS)
+
+    return apply
 
 
 def _can_prepack(weight: Tensor) -> bool:
-    """Return whether oneDNN multiplies with it. On a CPU without AVX-512 it has no kernels for bf16."""
+    """Whether oneDNN multiplies with it. On a CPU without AVX-512 it has no kernels for bf16."""
     return (
         _is_bf16_on_cpu(weight)
         and torch.backends.mkldnn.is_available()

@@ -7,14 +7,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy
+import numpy.typing
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.runtime import paged_attention
+from specdec.runtime import attention_plan
 from specdec.runtime.attention import Segment, Span
-from specdec.runtime.attention_plan import Pass
+from specdec.runtime.attention_plan import Geometry, Pass
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.packed_model import PackedModel
@@ -126,7 +128,8 @@ SMALL_TREE = [-1, 0, 1, 1, 0]
 def tree_spans(packed: PackedModel, branches: Branches, start: int = 40, window: int = 0) -> int:
     """Return how many spans a tree of three branches takes."""
     tree = Segment(packed.pool.allocate(start + 40), start, TEXT[:5], 5, SMALL_TREE)
-    plan = Pass([tree], slice(0, 5), branches=branches).plan(window, 3, torch.zeros(1, 9, 5, 64))
+    current = Pass([tree], dtype=torch.bfloat16, device=packed.device, branches=branches)
+    plan = current.plan(Geometry(9, 3, 64, window))
     packed.pool.free(tree.allocation)
     return sum(group.num_spans for group in plan.groups)
 
@@ -149,14 +152,14 @@ def test_tokens_of_a_chain_get_the_bits_they_get_alone(packed: PackedModel, star
 def attention_shapes(packed: PackedModel, start: int, num_tokens: int) -> set[tuple[int, ...]]:
     """Return the last dimensions of the queries' shapes in all kernel calls over a chain."""
     allocation, seen = packed.pool.allocate(start + num_tokens), set()
-    attend = paged_attention._attend
+    attend = attention_plan.attend
 
     def note(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         seen.add(query.shape[2:])
         return attend(query, *others, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_attention, "_attend", note)
+        patch.setattr(attention_plan, "attend", note)
         packed.forward([Segment(allocation, start, TEXT[:num_tokens], num_tokens)])
     packed.pool.free(allocation)
     return seen
@@ -180,7 +183,7 @@ def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
     own, free = packed.branches, packed.pool.free_tokens
     settle_branches(packed)
     assert not caplog.records
-    attend = paged_attention._attend
+    attend = attention_plan.attend
 
     def rounds_by_rows(query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         output: torch.Tensor = attend(query, *others, **named)
@@ -189,7 +192,7 @@ def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
         return output
 
     with monkeypatch.context() as patch:
-        patch.setattr(paged_attention, "_attend", rounds_by_rows)
+        patch.setattr(attention_plan, "attend", rounds_by_rows)
         settle_branches(packed)
     assert "the output may depend on the drafts" in caplog.text
     packed.branches = own
@@ -252,8 +255,8 @@ def test_masked_branches_attend_to_their_own_ancestors(family: str, tmp_path: Pa
 def test_what_would_change_bits_is_left_apart(packed: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     own, free = packed.branches, packed.pool.free_tokens
 
-    def shows_too_much(span: Span, device: torch.device) -> torch.Tensor:
-        return torch.zeros(span.num_queries, span.num_keys, dtype=torch.bool, device=device)
+    def shows_too_much(span: Span) -> numpy.typing.NDArray[numpy.bool_]:
+        return numpy.zeros((span.num_queries, span.num_keys), dtype=numpy.bool_)
 
     for owner, name, replacement in (
         (Span, "hidden", shows_too_much),

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from drafter_service.drafters.base import DraftSession, OpenDraft
 from drafter_service.drafters.dflash.layers import LayerMask
 from drafter_service.drafters.growing import GrowingTree
-from specdec.runtime.kv_pool import KvAllocation, KvPool, join_slots, write_rows
+from specdec.runtime.kv_pool import KvAllocation, KvPool, device_slots, join_slots, write_rows
 
 
 class DFlashSession(DraftSession):
@@ -67,9 +67,9 @@ class PassKv:
             (only,) = rounds
             self._slots = only.session.allocation.slots(only.start, only.stop)
         else:
-            context = [part.session.allocation.slots(part.start, part.anchor) for part in rounds]
-            blocks = [part.session.allocation.slots(part.anchor, part.stop) for part in rounds]
-            self._slots = join_slots([*context, *blocks], pool.device)
+            context = [part.session.allocation.host_slots(part.start, part.anchor) for part in rounds]
+            blocks = [part.session.allocation.host_slots(part.anchor, part.stop) for part in rounds]
+            self._slots = device_slots(join_slots([*context, *blocks]), pool.device)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Store what is new and attend session by session, over views of the pool where slots are one run."""
