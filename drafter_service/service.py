@@ -187,6 +187,7 @@ def _info(traits: DrafterTraits) -> drafter_pb2.DrafterInfo:
             revision=traits.revision,
             dtype=traits.dtype,
             device=traits.device,
+            model_impl=traits.model_impl,
         ),
         max_draft_depth=traits.max_draft_depth,
         default_draft_depth=traits.default_draft_depth,

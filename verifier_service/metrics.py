@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import Meter
 
-from specdec.service.instruments import Counter, EngineMetrics, observe_value
+from specdec.service.instruments import Counter, EngineMetrics, observe_value, observe_values
 
 if TYPE_CHECKING:
     from verifier_service.verifier import Verifier
@@ -32,6 +32,14 @@ class VerifierMetrics:
         """Report the load of a verifier whenever metrics are collected."""
         self.engine.observe_queue(lambda: verifier.num_waiting)
         self.engine.observe_sessions(lambda: verifier.num_sessions, verifier.config.max_sessions)
+        observe_values(
+            self._meter,
+            "specdec.verifier.model_impl",
+            lambda: {verifier.model_impl: 1},
+            label="model_impl",
+            unit="{model}",
+            description="Whose code computes a pass: specdec, or transformers, which is slower",
+        )
         pool = verifier.pool
         observe_value(
             self._meter,

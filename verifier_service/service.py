@@ -243,6 +243,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 revision=verifier.loaded.revision,
                 dtype=verifier.config.dtype,
                 device=verifier.config.device,
+                model_impl=verifier.model_impl,
             ),
             max_draft_nodes=verifier.config.max_draft_nodes,
             kv_capacity_tokens=verifier.pool.capacity_tokens,

@@ -76,6 +76,7 @@ class Verifier:
         settle_branches(packed)
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
+        self.model_impl = packed.model_impl
         self.pool = packed.pool
         self.num_sessions = 0
         self._weights: TargetWeightsRef | None = None

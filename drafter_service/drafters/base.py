@@ -58,6 +58,8 @@ class DrafterTraits:
     """Most tokens of a draft tree; 0: the drafter makes chains only."""
     revision: str = ""
     """Revision of the weights, see `specdec.models.files.revision`."""
+    model_impl: str = ""
+    """Whose code computes a pass, see specdec.v1.ModelInfo; empty: there are no decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)

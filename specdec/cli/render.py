@@ -190,6 +190,7 @@ def info_tables(info: GatewayInfo) -> list[Table]:
     system.add_row("model", model.model_id if model else "none ready")
     if model:
         system.add_row("weights", f"{model.dtype} on {model.device}")
+        system.add_row("model code", model.model_impl or "not known")
         system.add_row("revision", model.revision or "not known")
         system.add_row("context", f"{model.max_length} tokens" if model.max_length else "no limit")
         system.add_row("vocabulary", f"{model.vocab_size} tokens, {model.vocabulary_fingerprint[:12]}")

@@ -27,6 +27,8 @@ class ModelInfo:
     """Device of the weights; empty: no weights."""
     revision: str = ""
     """Which weights these are: the hub's commit, or a digest of the files; empty: not known."""
+    model_impl: str = ""
+    """Whose code computes a pass: "specdec", or "transformers", which is slower; empty: no decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)

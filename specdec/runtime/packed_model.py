@@ -34,8 +34,8 @@ _PROBE_TOLERANCE = {4: 1e-3, 2: 0.2}
 _MOST_ROUNDING = 3.0
 """The same, as a multiple of the error that rounding makes in the model's own code: it grows with depth."""
 
-WRITTEN_OUT, TRANSFORMERS = "written-out", "transformers"
-"""The two ways in which a model runs."""
+SPECDEC, TRANSFORMERS = "specdec", "transformers"
+"""Whose code computes a pass: the decoder written out, or the model's own."""
 
 
 class PackedModel:
@@ -59,7 +59,7 @@ class PackedModel:
         num_layers = len(getattr(model.get_decoder(), "layers", ()))
         hidden_size = model.get_input_embeddings().weight.shape[1]
         self.why_transformers = why_not(model)
-        """Why the model runs by its own code; empty: it runs written out."""
+        """Why the model's own code computes a pass; empty: it does not."""
         self._forward, expected, rounding, shapes = self._take_over(model)
         self.pool = KvPool(
             shapes, budget_bytes=kv_budget_bytes, dtype=self.dtype, device=self.device, memory=memory
@@ -84,17 +84,17 @@ class PackedModel:
                 shapes = kv_shapes(model.get_decoder())
                 return Decoder.of(model), expected, rounding, shapes
             logger.warning(
-                "%s runs by its own code, which is slower: written out, %s",
-                type(model).__name__,
+                "the model runs by its own code in transformers, which is slower: %s of the decoder written "
+                "out for its family",
                 comparison.finding,
             )
         by_transformers = TransformersPass(model)
         return by_transformers, by_transformers.expected, rounding, by_transformers.shapes
 
     @property
-    def runs_as(self) -> str:
-        """How passes run: WRITTEN_OUT or TRANSFORMERS."""
-        return TRANSFORMERS if self.why_transformers else WRITTEN_OUT
+    def model_impl(self) -> str:
+        """Whose code computes a pass: SPECDEC or TRANSFORMERS."""
+        return TRANSFORMERS if self.why_transformers else SPECDEC
 
     @property
     def attention_types(self) -> dict[int, str]:

@@ -80,7 +80,7 @@ class PhaseTimings(_message.Message):
     def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_size: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("model_id", "vocabulary_fingerprint", "vocab_size", "max_length", "dtype", "device", "revision")
+    __slots__ = ("model_id", "vocabulary_fingerprint", "vocab_size", "max_length", "dtype", "device", "revision", "model_impl")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class ModelInfo(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_IMPL_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     vocabulary_fingerprint: str
     vocab_size: int
@@ -95,4 +96,5 @@ class ModelInfo(_message.Message):
     dtype: str
     device: str
     revision: str
-    def __init__(self, model_id: _Optional[str] = ..., vocabulary_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    model_impl: str
+    def __init__(self, model_id: _Optional[str] = ..., vocabulary_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_length: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., revision: _Optional[str] = ..., model_impl: _Optional[str] = ...) -> None: ...

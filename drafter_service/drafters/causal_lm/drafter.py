@@ -85,6 +85,7 @@ class CausalLmDrafter(Drafter):
             max_length=self._packed.max_length,
             dtype=dtype_name(loaded.model.dtype),
             device=str(self._packed.device),
+            model_impl=self._packed.model_impl,
         )
 
     def open(self, request: OpenDraft) -> CausalLmSession:
