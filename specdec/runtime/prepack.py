@@ -70,7 +70,7 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def prepack_linears(model: nn.Module, *, keep: nn.Module) -> None:
+def prepack_linears(model: nn.Module, *, keep: nn.Module | None = None) -> None:
     """Replace the linear layers of a bf16 model on a CPU, but for `keep`; other models are left as they are.
 
     Args:

@@ -23,7 +23,7 @@ from drafter_service.drafters.base import (
     OpenDraft,
 )
 from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
-from drafter_service.drafters.dflash.layers import BlockLayers
+from drafter_service.drafters.dflash.forward import BlockForward
 from drafter_service.drafters.dflash.picking import BlockPicker
 from drafter_service.drafters.dflash.rounds import BlockRound, DFlashSession, PassKv
 from drafter_service.drafters.growing import GrowingTree, growing_tree
@@ -63,10 +63,9 @@ class DFlashDrafter(Drafter):
             scale=settings.logit_scale,
             softcap=settings.logit_softcap,
         )
-        self._layers = BlockLayers(model)
-        prepack_linears(model, keep=model.encoder)
+        self._layers = BlockForward(model)
         if checkpoint.markov:
-            prepack_linears(checkpoint.markov, keep=model.encoder)
+            prepack_linears(checkpoint.markov)
         self._picker = BlockPicker(self._head, checkpoint.markov, self._dtype, self._device)
         shape = KvShape(config.num_key_value_heads, config.head_dim, config.head_dim)
         self.kv_pool = self._pool = KvPool(

@@ -70,36 +70,46 @@ class PassKv:
             context = [part.session.allocation.host_slots(part.start, part.anchor) for part in rounds]
             blocks = [part.session.allocation.host_slots(part.anchor, part.stop) for part in rounds]
             self._slots = device_slots(join_slots([*context, *blocks]), pool.device)
+        self._reads: dict[LayerMask, list[tuple[slice | Tensor, Tensor | None]]] = {}
+        """By mask, for each round: the slots of the keys that a block reads, and those a query sees."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Store what is new and attend session by session, over views of the pool where slots are one run."""
         pooled = self._pool.keys[layer], self._pool.values[layer]
         for tensor, rows in zip(pooled, (keys, values), strict=True):
             write_rows(tensor, self._slots, rows.transpose(0, 1))
-        outputs, row = [], 0
-        for part in self._rounds:
-            own = queries[:, row : row + len(part.block)]
-            outputs.append(self._attend_alone(part, self._masks[layer], own, pooled, scaling))
-            row += len(part.block)
-        return torch.cat(outputs, dim=1)
+        mask = self._masks[layer]
+        if mask not in self._reads:
+            self._reads[mask] = [self._read(part, mask) for part in self._rounds]
+        outputs = [
+            self._attend_alone(own, pooled, *read, scaling)
+            for own, read in zip(
+                queries.split([len(part.block) for part in self._rounds], 1), self._reads[mask], strict=True
+            )
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _read(self, part: BlockRound, mask: LayerMask) -> tuple[slice | Tensor, Tensor | None]:
+        """Return the slots of the keys that a block reads, and which of them each query sees; None: all."""
+        first = 0 if mask.reach is None else max(0, part.anchor - mask.reach)
+        slots = part.session.allocation.slots(first, part.stop)
+        positions = torch.arange(first, part.stop, device=self._pool.device)
+        return slots, mask.seen(positions[part.anchor - first :], positions)
 
     def _attend_alone(
         self,
-        part: BlockRound,
-        mask: LayerMask,
         queries: Tensor,
         pooled: tuple[Tensor, Tensor],
+        slots: slice | Tensor,
+        seen: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        """Attend from one session's block to its own context and block."""
-        first = 0 if mask.reach is None else max(0, part.anchor - mask.reach)
-        slots = part.session.allocation.slots(first, part.stop)
+        """Attend from one session's block [num_heads, num_rows, head_dim] to its own context and block."""
         keys, values = (tensor[slots].transpose(0, 1)[None] for tensor in pooled)
-        positions = torch.arange(first, part.stop, device=queries.device)
-        seen = mask.seen(positions[part.anchor - first :], positions)
-        fold = queries.shape[0] // keys.shape[1]
+        num_heads, num_rows, _ = queries.shape
+        fold = num_heads // keys.shape[1]
         # Heads that share keys are queries of one attention.
-        folded = queries.reshape(1, keys.shape[1], fold * len(part.block), -1)
+        folded = queries.reshape(1, keys.shape[1], fold * num_rows, -1)
         if seen is not None:
             seen = seen.repeat(fold, 1)
         attended = scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scaling)

@@ -19,13 +19,12 @@ from drafter_service.drafters.base import Drafted, Drafter, DrafterTraits, Draft
 from drafter_service.drafters.growing import MAX_CHILDREN, GrowingTree, growing_tree
 from drafter_service.drafters.head import DraftHead
 from drafter_service.drafters.mtp.checkpoint import Assistant
-from drafter_service.drafters.mtp.layers import AssistantLayers
+from drafter_service.drafters.mtp.forward import assistant_step
 from drafter_service.drafters.mtp.rounds import AssistantRound, SessionKv
 from specdec.contract.draft_tree import ANCHOR
 from specdec.contract.errors import FailedPreconditionError, SpecdecError
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.memory import dtype_name
-from specdec.runtime.prepack import prepack_linears
 from specdec.state.view import TargetStateView
 from specdec.state.weights import TargetWeights
 
@@ -65,8 +64,7 @@ class MtpDrafter(Drafter):
         )
         # Only the layers and projections of the model are used from here on.
         model.lm_head = model.model.embed_tokens = nn.Identity()
-        prepack_linears(model, keep=model.lm_head)
-        self._layers = AssistantLayers(model)
+        self._layers = assistant_step(model)
         self.traits = DrafterTraits(
             name=name,
             family="mtp",
@@ -206,9 +204,7 @@ class MtpDrafter(Drafter):
         ]
         kv = {kind: SessionKv([part.kv[kind] for part in rounds], counts) for kind in self._kv_shapes}
         embeddings = weights.embed(torch.tensor(token_ids, device=self._device)).to(self._dtype)
-        states, hidden = self._layers.step(
-            embeddings, hidden, torch.tensor(positions, device=self._device), kv
-        )
+        states, hidden = self._layers.step(embeddings, hidden, positions, kv)
         return self._head.logits(states, weights), hidden
 
     def _extend(self, rounds: Sequence[AssistantRound], logits: Tensor, weights: TargetWeights) -> list[int]:

@@ -6,7 +6,7 @@ supplies keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +67,11 @@ class AssistantLayers:
         self.attention_types: tuple[str, ...] = tuple(sorted(set(model.config.get_text_config().layer_types)))
 
     def step(
-        self, embeddings: Tensor, hidden: Tensor, positions: Tensor, kv: Mapping[str, TargetKv]
+        self,
+        embeddings: Tensor,
+        hidden: Tensor,
+        positions: Tensor | Sequence[int],
+        kv: Mapping[str, TargetKv],
     ) -> tuple[Tensor, Tensor]:
         """Take one step for rows of any number of sessions.
 
@@ -86,7 +90,7 @@ class AssistantLayers:
         references = {kind: (_KvReference(kv[kind]),) * 2 for kind in self.attention_types}
         output = self.model.model(
             inputs_embeds=inputs[None],
-            position_ids=positions[None],
+            position_ids=torch.as_tensor(positions, device=inputs.device)[None],
             attention_mask=dict.fromkeys(self.attention_types),
             shared_kv_states=references,
             use_cache=False,

@@ -57,6 +57,8 @@ FAMILIES = {
     "Gemma4UnifiedTextModel": Family(has_norms_after=True),
 }
 """By the class of transformers' decoder."""
+_BLOCK_DRAFTERS = {"MuseGlimmerAssistantModel": Family()}
+"""The same of drafters that attend within a block, which is not causal."""
 
 
 def why_not(model: PreTrainedModel) -> str:
@@ -66,7 +68,8 @@ def why_not(model: PreTrainedModel) -> str:
         return f"{type(decoder).__name__} is not one of {', '.join(FAMILIES)}"
     if any(getattr(layer, "enable_moe_block", False) for layer in decoder.layers):
         return "its layers have experts"
-    for module in (*decoder.layers, model.get_output_embeddings()):
+    head = model.get_output_embeddings()
+    for module in (*decoder.layers, *([head] if head is not None else ())):
         for name, part in module.named_modules():
             if "linear" in type(part).__name__.lower() and type(part) is not nn.Linear:
                 return f"{name or 'its LM head'} is a {type(part).__name__}, which may be quantised"
@@ -101,7 +104,7 @@ def shape_of(decoder: Any, index: int) -> AttentionShape:
     """Return what attention is like in a layer."""
     attention = decoder.layers[index].self_attn
     source = _kv_source(decoder, index)
-    owner = decoder.layers[source].self_attn
+    num_heads = attention.q_proj.out_features // attention.head_dim
     window = getattr(attention, "sliding_window", None)
     if not hasattr(attention, "sliding_window"):
         window = getattr(decoder.config, "sliding_window", None)  # Mistral says it once for all layers
@@ -110,27 +113,28 @@ def shape_of(decoder: Any, index: int) -> AttentionShape:
     return AttentionShape(
         layer=source,
         has_kv=source == index,
-        num_heads=attention.q_proj.out_features // attention.head_dim,
-        num_kv_heads=owner.k_proj.out_features // attention.head_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_heads // attention.num_key_value_groups,
         head_dim=attention.head_dim,
         rotary=kind if kind and hasattr(decoder.rotary_emb, f"{kind}_inv_freq") else "",
         window=window or 0,
         scaling=float(attention.scaling),
         softcap=float(softcap or 0.0) if _family(decoder).has_softcap else 0.0,
-        value_is_key=owner.v_proj is None,
+        value_is_key=source == index and attention.v_proj is None,
     )
 
 
 def _kv_source(decoder: Any, index: int) -> int:
-    """Return the layer whose keys and values a layer reads."""
+    """Return the layer whose keys and values a layer reads; -1: no layer of this model."""
     attention = decoder.layers[index].self_attn
     if not getattr(attention, "is_kv_shared_layer", False):
         return index
-    return next(
+    sources = (
         at
         for at, layer in enumerate(decoder.layers)
         if layer.self_attn.store_full_length_kv and layer.self_attn.layer_type == attention.layer_type
     )
+    return next(sources, -1)
 
 
 def kv_shapes(decoder: Any) -> dict[int, KvShape]:
@@ -226,7 +230,7 @@ def fused(parts: Sequence[nn.Linear]) -> Linear:
 
 
 def _family(decoder: Any) -> Family:
-    return FAMILIES[type(decoder).__name__]
+    return (FAMILIES | _BLOCK_DRAFTERS)[type(decoder).__name__]
 
 
 def _norm_maker(decoder: Any) -> Callable[[Any], Norm]:

@@ -69,7 +69,8 @@ class AttentionShape:
     """What attention is like in one layer."""
 
     layer: int
-    """The layer whose keys and values it reads: its own, or an earlier one that shares them."""
+    """The layer whose keys and values it reads: its own, or an earlier one that shares them; -1: those of
+    another model."""
     has_kv: bool
     """Whether it makes keys and values; a layer that shares another's has queries only."""
     num_heads: int
@@ -184,10 +185,22 @@ class Layer:
     """What the layer's output is multiplied with [1]."""
 
     def __call__(
-        self, x: Tensor, tables: Mapping[str, RotaryTable], kv: LayerKv, own: Tensor | None = None
+        self,
+        x: Tensor,
+        tables: Mapping[str, RotaryTable],
+        kv: LayerKv,
+        own: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
-        """Map [tokens, hidden_size] to [tokens, hidden_size]; `own`: the layer's embedding, if it has one."""
-        attended = self.attention(self.attention_norm(x), tables, kv)
+        """Map [tokens, hidden_size] to [tokens, hidden_size].
+
+        Args:
+            tables: rotary tables, of context and tokens.
+            own: the layer's own embedding of the tokens, if it has one.
+            context: more rows that keys and values are made of, before the tokens' [num_rows, hidden_size].
+        """
+        normed = self.attention_norm(x)
+        attended = self.attention(normed if context is None else torch.cat([context, normed]), tables, kv)
         x = x + (self.after_attention_norm(attended) if self.after_attention_norm else attended)
         computed = self.mlp(self.mlp_norm(x))
         x = x + (self.after_mlp_norm(computed) if self.after_mlp_norm else computed)
