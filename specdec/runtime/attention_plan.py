@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -31,9 +32,8 @@ _MIN_PASS_TOKENS = 2
 oneDNN, which rounds otherwise in bf16: padded, plain decoding and verification give the same bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """What a plan depends on: layers that are alike in it share one."""
+class Geometry(NamedTuple):
+    """What a plan depends on: layers that are alike in it share one. A tuple, for it is looked up often."""
 
     num_heads: int
     num_kv_heads: int
@@ -147,9 +147,16 @@ class SpanGroup:
 
     def keys(self, pool: Tensor) -> Tensor:
         """A layer's K or V [slots, kv_heads, dim] to [spans, kv_heads, keys, dim]."""
-        slots = self.key_slots
-        keys = pool[slots] if isinstance(slots, slice) else pool.index_select(0, slots)
-        return keys.view(self.num_spans, self.num_keys, self.num_kv_heads, -1).transpose(1, 2)
+        slots, num_keys, num_heads = self.key_slots, self.num_keys, self.num_kv_heads
+        if isinstance(slots, slice):
+            # A view, made at once: this is called for every layer.
+            row, head, dim = pool.stride()
+            start = pool.storage_offset() + slots.start * row
+            return pool.as_strided(
+                (1, num_heads, num_keys, pool.shape[-1]), (num_keys * row, head, row, dim), start
+            )
+        keys = pool.index_select(0, slots)
+        return keys.view(self.num_spans, num_keys, num_heads, -1).transpose(1, 2)
 
 
 def attend(

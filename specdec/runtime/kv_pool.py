@@ -283,7 +283,7 @@ def device_slots(slots: slice | Indices, device: torch.device) -> slice | Tensor
 def write_rows(tensor: Tensor, slots: slice | Tensor, rows: Tensor) -> None:
     """Store rows [num_slots, ...] at their slots of a pool's tensor."""
     if isinstance(slots, slice):
-        tensor[slots] = rows
+        tensor.narrow(0, slots.start, len(rows)).copy_(rows)
     else:
         tensor.index_copy_(0, slots, rows)
 

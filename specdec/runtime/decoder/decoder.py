@@ -51,7 +51,7 @@ class PoolKv:
     def attend(self, shape: AttentionShape, heads: Tensor) -> Tensor:
         """Attend as planned, from [tokens, heads, head_dim] to [tokens, num_heads * head_dim]."""
         output = self._current.plan(shape.geometry).attend(
-            heads.reshape(-1, shape.head_dim),
+            heads.view(-1, shape.head_dim),
             self._pool.keys[shape.layer],
             self._pool.values[shape.layer],
             shape.scaling,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -64,7 +65,7 @@ def rotate(heads: Tensor, table: RotaryTable) -> Tensor:
     return torch.addcmul(heads * cosine, heads.roll(heads.shape[-1] // 2, -1), sine)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AttentionShape:
     """What attention is like in one layer."""
 
@@ -86,11 +87,15 @@ class AttentionShape:
     value_is_key: bool = False
     """Whether V is made from what K is made from."""
 
-    @property
+    @cached_property
+    def num_turned(self) -> int:
+        """Heads that are turned: those of queries, and those of keys if there are any."""
+        return self.num_heads + self.num_kv_heads * self.has_kv
+
+    @cached_property
     def geometry(self) -> Geometry:
         """What a pass plans attention by. Queries are taken from between keys that were turned with them."""
-        stride = self.num_heads + self.num_kv_heads * self.has_kv
-        return Geometry(self.num_heads, self.num_kv_heads, self.head_dim, self.window, stride)
+        return Geometry(self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.num_turned)
 
 
 class LayerKv(Protocol):
@@ -122,11 +127,10 @@ class Attention:
     def __call__(self, x: Tensor, tables: Mapping[str, RotaryTable], kv: LayerKv) -> Tensor:
         """Map [tokens, hidden_size] to [tokens, hidden_size]."""
         shape = self.shape
-        projected = self.project(x).unflatten(-1, (-1, shape.head_dim))
-        num_turned = shape.num_heads + shape.num_kv_heads * shape.has_kv
-        turned = rotate(self._normed(projected[:, :num_turned]), tables[shape.rotary])
+        projected = self.project(x).view(len(x), -1, shape.head_dim)
+        turned = rotate(self._normed(projected[:, : shape.num_turned]), tables[shape.rotary])
         if shape.has_kv:
-            values = projected[:, shape.num_heads if shape.value_is_key else num_turned :]
+            values = projected[:, shape.num_heads if shape.value_is_key else shape.num_turned :]
             kv.store(
                 shape, turned[:, shape.num_heads :], self.value_norm(values) if self.value_norm else values
             )
