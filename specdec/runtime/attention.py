@@ -79,8 +79,10 @@ class Span:
         # A place after the root that nothing is put at is hidden, and may be none of the session's own.
         return self.allocation.host_slots_at(positions.clip(max=self.allocation.capacity - 1))
 
-    def hidden(self) -> NDArray[numpy.bool_]:
-        """Which keys a query may not attend to, where branches lie side by side: [num_queries, num_keys]."""
+    def hidden(self) -> NDArray[numpy.bool_] | None:
+        """Which keys a query may not attend to [num_queries, num_keys]; None: as the positions say."""
+        if not self.paths:
+            return None
         hidden = numpy.ones((self.num_queries, self.num_keys), dtype=numpy.bool_)
         hidden[:, : self.num_shared] = False
         queries = [query for query, path in enumerate(self.paths) for _ in path]

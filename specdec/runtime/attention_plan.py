@@ -10,7 +10,7 @@ nor repeat what they have in common.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from specdec.runtime.attention import Segment, Span, Tree, chain_spans, with_rows
+from specdec.runtime.attention import Span
+from specdec.runtime.bucket import Bucket, MaskedSpan
 from specdec.runtime.kv_pool import Indices, device_slots, join_slots
-from specdec.runtime.tree_keys import Branches
 
 _ROW_MULTIPLE = 4
 _MIN_SHARED_HEAD_DIM = 64
-_MIN_PASS_TOKENS = 2
-"""A pass over one token is padded to this many. Matrix products with a single row take another path through
-oneDNN, which rounds otherwise in bf16: padded, plain decoding and verification give the same bits."""
+
+
+AnySpan = Span | MaskedSpan
 
 
 class Geometry(NamedTuple):
@@ -68,12 +68,20 @@ class SpanGroup:
     """
 
     def __init__(
-        self, spans: Sequence[Span], geometry: Geometry, *, dtype: torch.dtype, device: torch.device
+        self,
+        spans: Sequence[AnySpan],
+        geometry: Geometry,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        bucket: Bucket | None = None,
     ) -> None:
         self.num_spans, self.num_keys = len(spans), spans[0].num_keys
         self.num_kv_heads = geometry.num_kv_heads
         self.num_queries = max(span.num_queries for span in spans)
         self.is_small = geometry.is_small
+        if bucket:
+            self.num_queries, self.is_small = bucket.num_queries, False
         head, query = self._rows(geometry.fold)
         self.num_rows = len(head)
         first_rows, counts, positions, first_keys = numpy.array(
@@ -92,8 +100,8 @@ class SpanGroup:
         key_positions = first_keys + numpy.arange(self.num_keys)  # [spans, keys]
         hidden = _is_hidden(key_positions[:, None], (tokens + positions)[..., None], geometry.window)
         for index, span in enumerate(spans):
-            if span.paths:
-                hidden[index] = span.hidden()[tokens[index]]
+            if (by_span := span.hidden()) is not None:
+                hidden[index] = by_span[tokens[index]]
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
         self.mask = mask[:, None].to(device)
         """Additive, [spans, 1, rows, keys]."""
@@ -221,101 +229,11 @@ class AttentionPlan:
         ]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, self.output_index)
 
-
-class Pass:
-    """What every layer of one pass shares: the buffers that it reads, and how it attends.
-
-    Args:
-        segments: what the pass runs.
-        dtype: of keys, values and queries.
-        branches: how those of trees are computed.
-    """
-
-    def __init__(
-        self,
-        segments: Sequence[Segment],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        branches: Branches = Branches.APART,
-    ) -> None:
-        self.segments = segments
-        self._dtype, self._device = dtype, device
-        self._trees = {
-            row: Tree(segment, branches) for row, segment in with_rows(segments) if segment.parents
-        }
-        token_ids = [token_id for segment in segments for token_id in segment.token_ids]
-        positions = [position for segment in segments for position in segment.positions]
-        self.num_tokens = len(token_ids)
-        padding = max(0, _MIN_PASS_TOKENS - self.num_tokens)
-        self.num_rows = self.num_tokens + padding
-        """Tokens, and rows that only fill up: they repeat the last token, and nothing of them is kept."""
-        self.token_ids = self._tensor(token_ids + token_ids[-1:] * padding)
-        self.positions = self._tensor(positions + positions[-1:] * padding)
-        self.slots = device_slots(
-            join_slots([segment.allocation.host_slots(segment.start, segment.stop) for segment in segments]),
-            device,
-        )
-        """Where the KV of the tokens goes."""
-        self.num_logits = [segment.num_logits for segment in segments]
-        self.logit_rows = self._tensor(_logit_rows(segments))
-        """Rows whose logits are wanted."""
-        self._has_joined = False
-        self._plans: dict[Geometry, AttentionPlan] = {}
-
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.from_numpy(numpy.array(values, dtype=numpy.int64)).to(self._device)
-
-    @property
-    def has_joined(self) -> bool:
-        """Whether branches of a tree shared a call."""
-        return self._has_joined
-
-    @property
-    def windows(self) -> set[int]:
-        """Sliding windows that layers have asked for; 0 is none."""
-        return {geometry.window for geometry in self._plans}
-
-    def plan(self, geometry: Geometry) -> AttentionPlan:
-        """The plan of layers that attend alike, made once for all of them."""
-        plan = self._plans.get(geometry)
-        if plan is None:
-            plan = self._plans[geometry] = self._make_plan(geometry)
-        return plan
-
-    def _make_plan(self, geometry: Geometry) -> AttentionPlan:
-        spans = list(self._spans(geometry.window, may_join=not geometry.is_small))
-        self._has_joined = self._has_joined or any(span.paths for span in spans)
-        groups = [
-            SpanGroup(alike, geometry, dtype=self._dtype, device=self._device) for alike in _grouped(spans)
+    def buffers(self) -> list[Tensor]:
+        """The tensors of a plan whose keys are not one run."""
+        slots = [group.key_slots for group in self.groups if isinstance(group.key_slots, Tensor)]
+        return [
+            self.output_index,
+            *slots,
+            *(tensor for group in self.groups for tensor in (group.query_index, group.mask)),
         ]
-        written = numpy.concatenate([group.output_index for group in groups])
-        # What pads the pass takes any row.
-        output_index = numpy.zeros(self.num_rows * geometry.num_heads, dtype=numpy.int64)
-        output_index[written] = numpy.arange(len(written))
-        return AttentionPlan(groups, torch.from_numpy(output_index).to(self._device))
-
-    def _spans(self, window: int, *, may_join: bool) -> Iterator[Span]:
-        for row, segment in with_rows(self.segments):
-            if tree := self._trees.get(row):
-                yield from tree.spans(row, window, may_join=may_join)
-            else:
-                yield from chain_spans(segment.allocation, row, segment.start, segment.stop, window)
-
-
-def _logit_rows(segments: Sequence[Segment]) -> list[int]:
-    """Indices, in the packed batch, of the tokens whose logits are wanted."""
-    rows: list[int] = []
-    stop = 0
-    for segment in segments:
-        stop += len(segment.token_ids)
-        rows.extend(range(stop - segment.num_logits, stop))
-    return rows
-
-
-def _grouped(spans: Iterable[Span]) -> Iterable[list[Span]]:
-    """Spans that share a call. Rows that only fill up cost time: sizes within a factor of two."""
-    groups: dict[tuple[int, int], list[Span]] = {}
-    for span in spans:
-        groups.setdefault((span.num_keys, (span.num_queries - 1).bit_length()), []).append(span)
-    return groups.values()

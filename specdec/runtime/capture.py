@@ -8,8 +8,8 @@ from torch import Tensor
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import LAST_HIDDEN, hidden_name
-from specdec.runtime.attention_plan import Pass
 from specdec.runtime.kv_pool import KvPool, write_rows
+from specdec.runtime.model_pass import Pass
 
 AFTER_NORM = -1
 
@@ -54,4 +54,4 @@ class HiddenCapture:
         """
         if self._wanted and (name := self._names[layer]) in self._wanted:
             assert self._current is not None
-            write_rows(self._pool.hidden[name], self._current.slots, hidden[: self._current.num_tokens])
+            write_rows(self._pool.hidden[name], self._current.slots, hidden[: self._current.num_stored])

@@ -272,7 +272,12 @@ def join_slots(slots: Sequence[slice | Indices]) -> slice | Indices:
     """Indices of several runs of slots, one after the other, as one index in the host's memory."""
     if len(slots) == 1:
         return slots[0]
-    return numpy.concatenate([numpy.arange(s.start, s.stop) if isinstance(s, slice) else s for s in slots])
+    return numpy.concatenate([as_indices(part) for part in slots])
+
+
+def as_indices(slots: slice | Indices) -> Indices:
+    """Return slots as indices, where they are a run as well."""
+    return numpy.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
 
 
 def device_slots(slots: slice | Indices, device: torch.device) -> slice | Tensor:

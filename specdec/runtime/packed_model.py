@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
-from specdec.runtime.attention_plan import Pass
+from specdec.runtime.bucket import Bucket, fits
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.decoder.check import compare
 from specdec.runtime.decoder.decoder import Decoder
 from specdec.runtime.decoder.families import kv_shapes, why_not
 from specdec.runtime.kv_pool import KvPool, KvShape
 from specdec.runtime.memory import StateMemory
+from specdec.runtime.model_pass import Pass
 from specdec.runtime.transformers_pass import TransformersPass, probe, probe_tokens, refuse_unsupported
 from specdec.runtime.tree_keys import Branches
 
@@ -67,6 +68,8 @@ class PackedModel:
         self.capture = HiddenCapture(num_layers, hidden_size, self.pool)
         self.branches = Branches.APART
         """How branches of draft trees are computed."""
+        self.fills_up = self.device.type == "cuda"
+        """Whether passes of rounds are filled up to a bucket: on a GPU, where rows cost next to nothing."""
         self._self_test(expected, rounding)
         self._settle_memory()
 
@@ -116,10 +119,11 @@ class PackedModel:
                 self.pool.clear(segment.allocation)
         current = self._pass(segments, self.branches)
         self.capture.start(current, captured)
-        return list(self._run(current).split(current.num_logits))
+        return current.split(self._run(current))
 
     def _pass(self, segments: Sequence[Segment], branches: Branches) -> Pass:
-        return Pass(segments, dtype=self.dtype, device=self.device, branches=branches)
+        bucket = Bucket.of(segments) if self.fills_up and fits(segments) else None
+        return Pass(segments, dtype=self.dtype, device=self.device, branches=branches, bucket=bucket)
 
     def _run(self, current: Pass) -> Tensor:
         self._forward.prepare(current)
@@ -158,7 +162,7 @@ class PackedModel:
         """Logits of a pass over one segment, and the pass. For trials, whose sessions nobody else knows."""
         current = self._pass([segment], branches)
         self.capture.start(current, frozenset())
-        return self._run(current), current
+        return current.split(self._run(current))[0], current
 
     def trial_tokens(self, num_tokens: int) -> list[int]:
         """Token ids spread over the vocabulary."""

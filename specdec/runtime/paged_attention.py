@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
-from specdec.runtime.attention_plan import Geometry, Pass
+from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kv_pool import KvPool, write_rows
+from specdec.runtime.model_pass import Pass
 
 ATTENTION_NAME = "specdec_paged"
 
@@ -48,7 +49,7 @@ class PoolCache(Cache):
             (self.pool.values[layer_idx], value_states),
         ):
             # [tokens, heads, dim], without what pads the pass
-            tokens = states[0].transpose(0, 1)[: self.current.num_tokens]
+            tokens = states[0].transpose(0, 1)[: self.current.num_stored]
             write_rows(pool, slots, tokens)
         reference = _LayerKv(self, layer_idx)
         return reference, reference

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError
-from specdec.runtime.attention_plan import Pass
 from specdec.runtime.capture import AFTER_NORM, HiddenCapture
 from specdec.runtime.kv_pool import KvPool, KvShape
+from specdec.runtime.model_pass import Pass
 from specdec.runtime.paged_attention import ATTENTION_NAME, PoolCache
 from specdec.runtime.prepack import prepack_linears, stable_head
 

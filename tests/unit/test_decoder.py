@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.runtime.attention import Segment
-from specdec.runtime.attention_plan import Pass
 from specdec.runtime.decoder.check import compare
 from specdec.runtime.decoder.families import FAMILIES as DENSE
 from specdec.runtime.decoder.families import why_not
+from specdec.runtime.model_pass import Pass
 from specdec.runtime.packed_model import SPECDEC, TRANSFORMERS, PackedModel
 from specdec.runtime.tree_keys import Branches
 from tests.slow import quick_only

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from specdec.runtime import attention_plan
 from specdec.runtime.attention import Segment, Span
-from specdec.runtime.attention_plan import Geometry, Pass
+from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
+from specdec.runtime.model_pass import Pass
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.rounding import settle_branches
 from specdec.runtime.tree_keys import Branches, TreeKeys

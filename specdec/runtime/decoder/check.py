@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from specdec.runtime.attention import Segment
-from specdec.runtime.attention_plan import Pass
 from specdec.runtime.decoder.decoder import PoolKv, softcap_of
 from specdec.runtime.decoder.families import (
     embedding_of,
@@ -33,6 +32,7 @@ from specdec.runtime.decoder.families import (
 )
 from specdec.runtime.decoder.layers import softcapped
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
+from specdec.runtime.model_pass import Pass
 from specdec.runtime.prepack import head_multiplier
 
 TOLERANCE = 1e-3

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec.runtime.attention_plan import Pass
 from specdec.runtime.capture import AFTER_NORM
 from specdec.runtime.decoder.families import (
     embedding_of,
@@ -30,6 +29,7 @@ from specdec.runtime.decoder.layers import (
     softcapped,
 )
 from specdec.runtime.kv_pool import KvPool, write_rows
+from specdec.runtime.model_pass import Pass
 from specdec.runtime.prepack import head_multiplier
 
 Capture = Callable[[int, Tensor], None]
@@ -44,9 +44,9 @@ class PoolKv:
 
     def store(self, shape: AttentionShape, keys: Tensor, values: Tensor) -> None:
         """Keep K and V [tokens, num_kv_heads, head_dim], but for what pads the pass."""
-        slots, num_tokens = self._current.slots, self._current.num_tokens
-        write_rows(self._pool.keys[shape.layer], slots, keys[:num_tokens])
-        write_rows(self._pool.values[shape.layer], slots, values[:num_tokens])
+        slots, num_stored = self._current.slots, self._current.num_stored
+        write_rows(self._pool.keys[shape.layer], slots, keys[:num_stored])
+        write_rows(self._pool.values[shape.layer], slots, values[:num_stored])
 
     def attend(self, shape: AttentionShape, heads: Tensor) -> Tensor:
         """Attend as planned, from [tokens, heads, head_dim] to [tokens, num_heads * head_dim]."""
