@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class TargetWeights:
     """What the model multiplies embeddings with."""
     final_logit_softcap: float = 0.0
     """Cap of the logits; 0: none."""
+    _scale: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Gemma rounds the scale to the weights' type first.
+        scale = torch.tensor(self.embedding_scale, device=self.embedding.device).to(self.embedding.dtype)
+        object.__setattr__(self, "_scale", scale)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> TargetWeights:
@@ -59,8 +65,7 @@ class TargetWeights:
         rows = embedding(token_ids, self.embedding)
         if self.embedding_scale == 1.0:
             return rows
-        # Gemma rounds the scale to the weights' type first.
-        return rows * torch.tensor(self.embedding_scale, device=rows.device).to(rows.dtype)
+        return rows * self._scale
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab_size] of hidden states [..., hidden_size] after the final norm."""
