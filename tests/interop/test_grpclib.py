@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from grpclib import GRPCError, Status
 from grpclib.client import Channel, UnaryStreamMethod, UnaryUnaryMethod
 
+from specdec.client import GenerateOptions
 from specdec.v1 import gateway_pb2
 from tests.integration.gated_drafter import Gate, eventually
 from tests.refusals import generate_request, sampling
@@ -57,8 +58,9 @@ async def test_an_answer_is_streamed(system: System) -> None:
         messages = await generate(channel)(request, timeout=20)
     assert messages[0].HasField("started")
     tokens = [token.token_id for message in messages for token in message.chunk.tokens]
-    expected = await system.client.generate(list(request.token_ids.token_ids))
-    assert tokens == list(expected.token_ids[:6])
+    options = GenerateOptions(method="none", max_new_tokens=6, ignore_eos=True)
+    expected = await system.client.generate(list(request.token_ids.token_ids), options)
+    assert tokens == list(expected.token_ids)
     assert messages[-1].finished.usage.output_tokens == 6
 
 
