@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -22,6 +23,7 @@ from drafter_service.training.warm_start import BlockScales
 from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import load_causal_lm
+from tests.slow import quick_only
 from tests.systems import running_system
 from tests.tiny_models import VOCAB_SIZE
 
@@ -62,13 +64,28 @@ def trainee_of(run: Training) -> DFlashTrainee:
     return run.trainee
 
 
-def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) -> None:
-    run = training(calm, data, tmp_path, steps=150)
+@dataclass(frozen=True)
+class Trained:
+    """A run that is over, and what was accepted before and after it."""
+
+    run: Training
+    before: HeldOutAcceptance
+    after: HeldOutAcceptance
+
+
+@pytest.fixture(scope="module")
+def trained(calm: Path, data: TokenData, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run whose drafter no test changes."""
+    run = training(calm, data, tmp_path_factory.mktemp("trained"), steps=80)
     before = run.evaluate()
-    after = run.run()
+    return Trained(run, before, run.run())
+
+
+def test_held_out_acceptance_rises(trained: Trained) -> None:
+    before, after, losses = trained.before, trained.after, trained.run.history.losses
     assert before.num_rounds > 100
     assert after.length > before.length + 0.1
-    assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.3
+    assert losses[-1][1] < losses[0][1] - 0.3
 
 
 @pytest.mark.parametrize(("block_size", "num_drafts"), [(2, 1), (4, 3), (8, 4)])
@@ -80,13 +97,14 @@ def test_acceptance_is_measured_on_drafts_a_block_has(
     assert acceptance.length <= 1 + num_drafts
 
 
+@pytest.mark.parametrize(("num_steps", "num_answers"), quick_only([(25, 5), (80, 12)], [(25, 5)]))
 @pytest.mark.parametrize("markov_rank", [0, 16])
 async def test_the_saved_drafter_is_the_trained_one(
-    markov_rank: int, calm: Path, data: TokenData, tmp_path: Path
+    markov_rank: int, num_steps: int, num_answers: int, calm: Path, data: TokenData, tmp_path: Path
 ) -> None:
     """The served checkpoint's drafts are accepted as often as training measured on whole batches."""
     with torch.enable_grad():
-        run = training(calm, data, tmp_path, steps=80, markov_rank=markov_rank)
+        run = training(calm, data, tmp_path, steps=num_steps, markov_rank=markov_rank)
         run.run()
     trainee = trainee_of(run)
     trainee.save(tmp_path)
@@ -94,7 +112,7 @@ async def test_the_saved_drafter_is_the_trained_one(
     trainee.load(tmp_path)
     expected, found = [], []
     async with running_system(calm, f"dflash:{tmp_path}") as system:
-        for index in range(12):
+        for index in range(num_answers):
             sequence = data[index]
             (accepted,) = trainee.accepted(run.source([sequence]), BLOCK_SIZE - 1)
             # Served, no draft is asked for where the target's own token will be the last.
@@ -116,15 +134,15 @@ async def test_the_saved_drafter_is_the_trained_one(
     assert sum(found) > 0
 
 
-def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: Path) -> None:
-    first = training(calm, data, tmp_path, steps=80)
-    reached = first.run()
-    first.trainee.save(tmp_path)
+def test_a_run_may_start_from_a_drafter(
+    trained: Trained, calm: Path, data: TokenData, tmp_path: Path
+) -> None:
+    trained.run.trainee.save(tmp_path)
     second = training(calm, data, tmp_path / "more", steps=10)
-    assert second.evaluate().length < reached.length - 0.05
+    assert second.evaluate().length < trained.after.length - 0.05
     second.trainee.load(tmp_path)
     # Its weights were rounded to bf16.
-    assert second.evaluate().length == pytest.approx(reached.length, abs=0.05)
+    assert second.evaluate().length == pytest.approx(trained.after.length, abs=0.05)
     config = json.loads((tmp_path / "config.json").read_text())
     config["dflash_config"]["mask_token_id"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))

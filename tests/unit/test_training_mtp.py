@@ -6,7 +6,7 @@ import io
 import math
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -95,14 +95,29 @@ def weights(run: Training) -> dict[str, Tensor]:
     return run.trainee.state_dict()
 
 
-def test_held_out_acceptance_rises(calm: Path, data: TokenData, tmp_path: Path) -> None:
-    run = training(calm, data, tmp_path, steps=120)
+@dataclass(frozen=True)
+class Trained:
+    """A run that is over, and what was accepted before and after it."""
+
+    run: Training
+    before: HeldOutAcceptance
+    after: HeldOutAcceptance
+
+
+@pytest.fixture(scope="module")
+def trained(calm: Path, data: TokenData, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run whose drafter no test changes."""
+    run = training(calm, data, tmp_path_factory.mktemp("trained"), steps=80)
     before = run.evaluate()
-    after = run.run()
+    return Trained(run, before, run.run())
+
+
+def test_held_out_acceptance_rises(trained: Trained) -> None:
+    before, after, history = trained.before, trained.after, trained.run.history
     assert before.num_rounds > 100
     assert after.length > before.length + 0.1
-    assert run.history.losses[-1][1] < run.history.losses[0][1] - 0.5
-    assert run.history.step == 120
+    assert history.losses[-1][1] < history.losses[0][1] - 0.5
+    assert history.step == 80
 
 
 def test_a_run_takes_the_minutes_it_is_given(
@@ -293,15 +308,15 @@ def test_what_is_not_finite_ends_the_run_before_it_spoils_the_weights(
     assert second.history.losses == whole.history.losses
 
 
-def test_a_run_may_start_from_a_drafter(calm: Path, data: TokenData, tmp_path: Path) -> None:
-    first = training(calm, data, tmp_path, steps=60)
-    reached = first.run()
-    first.trainee.save(tmp_path)
+def test_a_run_may_start_from_a_drafter(
+    trained: Trained, calm: Path, data: TokenData, tmp_path: Path
+) -> None:
+    trained.run.trainee.save(tmp_path)
     second = training(calm, data, tmp_path / "more", steps=10)
-    assert second.evaluate().length < reached.length - 0.05
+    assert second.evaluate().length < trained.after.length - 0.05
     second.trainee.load(tmp_path)
     # Its weights were rounded to bf16.
-    assert second.evaluate().length == pytest.approx(reached.length, abs=0.05)
+    assert second.evaluate().length == pytest.approx(trained.after.length, abs=0.05)
     wider = save_file_without(tmp_path, "post_projection.weight", tmp_path / "damaged")
     for folder in (wider, tmp_path / "more"):
         with pytest.raises(InvalidArgumentError, match="not a drafter like this one"):
