@@ -19,6 +19,7 @@ from specdec.v1 import drafter_pb2, target_state_pb2, verifier_pb2
 from tests.fuzz.messages import wrong
 from tests.fuzz.world import PROPER, World, code_of, fuzzing
 from tests.refusals import generate_request
+from tests.slow import quick_only
 
 SAMPLING = SamplingParams(
     temperature=0.8,
@@ -79,12 +80,15 @@ async def ask(
     return await code_of(call)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_survives_any_request(method: str, world: World) -> None:
+@pytest.mark.parametrize(
+    ("method", "num_examples"),
+    [*((method, 15) for method in METHODS), *quick_only([("Generate", 60)], [])],
+)
+def test_a_method_survives_any_request(method: str, num_examples: int, world: World) -> None:
     name, service, right = METHODS[method]
     path = f"/specdec.v1.{service}/{method.partition(' ')[0]}"
 
-    @fuzzing(60 if method == "Generate" else 15)
+    @fuzzing(num_examples)
     @given(st.data())
     def survives(data: st.DataObject) -> None:
         messages = st.sampled_from(right).flatmap(wrong)

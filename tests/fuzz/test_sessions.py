@@ -6,6 +6,7 @@ import asyncio
 from typing import Any, TypeVar
 
 import grpc
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -21,6 +22,7 @@ from specdec.v1 import drafter_pb2, target_state_pb2, verifier_pb2
 from tests.fuzz.messages import Mistake, mistakes
 from tests.fuzz.peers import DraftPeer, Peer, VerifyPeer
 from tests.fuzz.world import PROPER, World, code_of, fuzzing
+from tests.slow import quick_only
 
 MAX_PEERS = 5
 VERIFY_REQUEST = verifier_pb2.VerifyRequest.DESCRIPTOR
@@ -135,6 +137,7 @@ class Sessions(RuleBasedStateMachine):
         return await code_of(call)
 
 
-def test_sessions_survive_anything(world: World) -> None:
+@pytest.mark.parametrize("num_examples", quick_only([15, 50], [15]))
+def test_sessions_survive_anything(num_examples: int, world: World) -> None:
     machine = type("SessionsHere", (Sessions,), {"world": world})
-    run_state_machine_as_test(machine, settings=fuzzing(50, stateful_step_count=25))
+    run_state_machine_as_test(machine, settings=fuzzing(num_examples, stateful_step_count=25))
