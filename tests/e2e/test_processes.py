@@ -211,8 +211,8 @@ async def test_a_verifier_killed_mid_stream_is_unavailable(tiny_llama: Path, tmp
             assert raised.value.retry_after_s == 1.0
 
             await until(lambda: verifier.exit_code is not None)
-            verifier.start()
-            result = await generate_when_ready(client)
+            async with running_verifier(tiny_llama, listen=verifier.spec.address):
+                result = await generate_when_ready(client)
             assert result.usage.output_tokens == NUM_LONG
 
 
@@ -248,7 +248,9 @@ async def test_a_drafter_killed_mid_stream_costs_nothing_but_speed(tiny_llama: P
 def run_service(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a service process that is expected to exit by itself."""
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | ENV
+    )
 
 
 def wrong_starts(taken: int) -> dict[str, tuple[Sequence[str], str]]:
@@ -266,7 +268,14 @@ def wrong_starts(taken: int) -> dict[str, tuple[Sequence[str], str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["port in use", "no such model", "no such drafter", "no such tokenizer", "bad value"]
+    "name",
+    [
+        "port in use",
+        pytest.param("no such model", marks=pytest.mark.slow),
+        "no such drafter",
+        "no such tokenizer",
+        "bad value",
+    ],
 )
 def test_a_wrong_start_ends_with_one_message_and_exit_code_2(name: str, system: LocalSystem) -> None:
     taken = int(system.verifier.rpartition(":")[2])
@@ -283,7 +292,7 @@ def test_a_wrong_start_ends_with_one_message_and_exit_code_2(name: str, system: 
 def test_sigterm_while_the_model_loads_ends_in_order(tiny_llama: Path) -> None:
     command = [sys.executable, "-m", "verifier_service", "--listen", "127.0.0.1:0", "--dtype", "float32"]
     command += ["--model", str(tiny_llama)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | ENV) as process:
         assert process.stderr
         assert any("listening" in line for line in process.stderr)
         process.terminate()

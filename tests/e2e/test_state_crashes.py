@@ -18,6 +18,7 @@ from specdec.contract.target_state import StateStorage
 from specdec.local.processes import Service, free_ports
 from tests.probe_service import probe_command, service_group, verifier_command
 from tests.raw_streams import until
+from tests.slow import quick_only
 from tests.state_probe import StateProbe, all_of, assert_never_changed
 from tests.systems import running_drafter, running_gateway, running_system, running_verifier
 from verifier_service.server import VerifierServer
@@ -64,42 +65,35 @@ async def running_processes(log_dir: Path, **commands: tuple[str, ...]) -> Async
         await asyncio.to_thread(group.stop, 5)
 
 
+@pytest.mark.parametrize("mode", quick_only(["handle", "stream"], ["handle"]))
 async def test_a_drafter_killed_while_it_reads_costs_nothing_but_speed(
-    tiny_llama: Path, tmp_path: Path
+    mode: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    def command(port: int, mode: str) -> tuple[str, ...]:
-        options = ("--target-state", mode, "--shared-dir", str(tmp_path))
-        return probe_command(f"127.0.0.1:{port}", READING_MS, *options)
-
-    first, second = free_ports(2)
-    commands = {"drafter_by_handle": command(first, "handle"), "drafter_by_stream": command(second, "stream")}
+    options = ("--target-state", mode, "--shared-dir", str(tmp_path))
+    command = probe_command(f"127.0.0.1:{free_ports(1)[0]}", READING_MS, *options)
     async with running_verifier(tiny_llama, shared_dir=str(tmp_path)) as (verifier_at, server):
         verifier = server.servicer.verifier
         assert verifier is not None
-        async with running_processes(tmp_path / "logs", **commands) as drafters:
-            for drafter, num_streams in zip(drafters, (0, 1), strict=True):
-                async with (
-                    running_gateway(tiny_llama, verifier=verifier_at, drafter=drafter.spec.address) as (
-                        at,
-                        _,
-                    ),
-                    AsyncClient(at, timeout_s=60) as client,
-                ):
-                    expected = await client.generate(PROMPT, PLAIN)
-                    async with client.stream(PROMPT, READING) as stream:
-                        for _ in range(20):
-                            await anext(stream)
-                        assert verifier.export.num_sessions == 1
-                        assert verifier.export.num_streams == num_streams
-                        os.kill(drafter.pid, signal.SIGKILL)
-                        async for _ in stream:
-                            pass
-                    speculation = stream.result.speculation
-                    assert stream.result.token_ids == expected.token_ids
-                    assert 0 < speculation.num_fallback_rounds < speculation.num_rounds
-                    assert drafter.spec.address in speculation.fallback_reason
-                await assert_nothing_is_held(server)
-                await until(lambda drafter=drafter: drafter.exit_code == -signal.SIGKILL)
+        async with running_processes(tmp_path / "logs", drafter=command) as (drafter,):
+            async with (
+                running_gateway(tiny_llama, verifier=verifier_at, drafter=drafter.spec.address) as (at, _),
+                AsyncClient(at, timeout_s=60) as client,
+            ):
+                expected = await client.generate(PROMPT, PLAIN)
+                async with client.stream(PROMPT, READING) as stream:
+                    for _ in range(20):
+                        await anext(stream)
+                    assert verifier.export.num_sessions == 1
+                    assert verifier.export.num_streams == (mode == "stream")
+                    os.kill(drafter.pid, signal.SIGKILL)
+                    async for _ in stream:
+                        pass
+                speculation = stream.result.speculation
+                assert stream.result.token_ids == expected.token_ids
+                assert 0 < speculation.num_fallback_rounds < speculation.num_rounds
+                assert drafter.spec.address in speculation.fallback_reason
+            await assert_nothing_is_held(server)
+            await until(lambda: drafter.exit_code == -signal.SIGKILL)
         assert files_in(tmp_path)  # the verifier's, which none of this concerned
     assert not files_in(tmp_path)
 

@@ -18,7 +18,9 @@ from specdec.local.launcher import LocalSystem
 from specdec.transport.channel import MAX_MESSAGE_BYTES
 from specdec.v1 import drafter_pb2
 from tests.hostile.liar import NAME, DraftContext, Liar, Requests, running_liar
+from tests.integration.gated_drafter import eventually_offers
 from tests.refusals import PROMPT
+from tests.systems import running_gateway, running_verifier
 
 GIGABYTE = 2**30
 LARGEST_PROMPT_BYTES = GatewayConfig().max_prompt_bytes
@@ -130,6 +132,21 @@ async def test_a_gigabyte_of_drafts_takes_no_memory(tiny_llama: Path) -> None:
         assert info.verifiers[0].info.num_sessions == 0
 
 
+async def test_a_message_far_above_the_limit_costs_its_draft_only(tiny_llama: Path) -> None:
+    async with (
+        running_liar(SendsTooMuch()) as liar_at,
+        running_verifier(tiny_llama) as (verifier_at, _),
+        running_gateway(tiny_llama, verifier=verifier_at, drafter=liar_at, draft_timeout_s=20) as (at, _),
+        AsyncClient(at, timeout_s=60) as client,
+    ):
+        await eventually_offers(client, NAME)
+        expected = await client.generate(PROMPT, options("none", 20))
+        result = await client.generate(PROMPT, options(NAME, 20))
+    assert result.token_ids == expected.token_ids
+    assert "larger than max" in result.speculation.fallback_reason
+
+
+@pytest.mark.slow
 async def test_a_message_far_above_the_limit_is_refused_unread(tiny_llama: Path) -> None:
     async with flooded_system(tiny_llama, SendsTooMuch()) as (system, client):
         expected = await client.generate(PROMPT, options("none", 20))

@@ -89,6 +89,7 @@ def namespaces() -> Iterator[Namespaces]:
         yield made
 
 
+@pytest.mark.slow
 async def test_state_is_streamed_between_hosts(
     namespaces: Namespaces, tiny_llama: Path, tmp_path: Path
 ) -> None:

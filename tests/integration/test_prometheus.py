@@ -17,6 +17,7 @@ from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.exporters import make_telemetry, telemetry_from_environment
 from tests.integration.gated_drafter import eventually
+from tests.slow import quick_only
 from tests.systems import ANY_PORT, running_system
 from tests.unit.test_stats import sums
 from verifier_service.config import VerifierConfig
@@ -86,7 +87,9 @@ def test_metrics_that_are_asked_for_and_disabled_are_refused(monkeypatch: pytest
         telemetry_from_environment("service", ANY_PORT)
 
 
-@pytest.mark.parametrize("module", ["gateway", "verifier_service", "drafter_service"])
+@pytest.mark.parametrize(
+    "module", quick_only(["gateway", "verifier_service", "drafter_service"], ["gateway", "drafter_service"])
+)
 def test_a_port_in_use_ends_a_service_at_its_start(module: str) -> None:
     telemetry = make_telemetry("holder", metrics_listen=ANY_PORT)
     assert telemetry.prometheus

@@ -335,6 +335,31 @@ async def info_of(system: System) -> tuple[Any, Any]:
     return verifier, drafter
 
 
+async def test_state_is_streamed_to_another_shared_directory(tiny_llama: Path, tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "verifier", tmp_path / "drafter"
+    theirs.mkdir()
+    ours.mkdir()
+    probe = StateProbe(SPEC)
+    async with probed_system(
+        tiny_llama,
+        probe,
+        verifier_options={"shared_dir": str(theirs)},
+        drafter_options={"shared_dir": str(ours)},
+    ) as system:
+        plain = await system.client.generate(PROMPT, PLAIN)
+        async with system.client.stream(PROMPT, READING) as stream:
+            await anext(stream)
+            _, drafter = await info_of(system)
+            async for _ in stream:
+                pass
+    (link,) = drafter.state_links
+    assert link.storage == target_state_pb2.STATE_STORAGE_STREAM
+    assert "not in this service's shared directory" in link.fallback_reason
+    assert stream.result.token_ids == plain.token_ids
+    assert stream.result.speculation.num_fallback_rounds == 0
+    assert probe.sessions[-1].storages == {BY_STREAM}
+
+
 def rendered(info: GatewayInfo) -> str:
     """Return what `specdec info` prints, on one line."""
     console = Console(width=400, file=io.StringIO())

@@ -32,6 +32,15 @@ def test_bits_are_pinned() -> None:
     assert digest(sample()) == DIGEST
 
 
+def test_threads_do_not_change_the_bits() -> None:
+    torch.set_num_threads(2)
+    try:
+        assert digest(sample()) == DIGEST
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "threads"), [("verifier_service.server", 1), ("drafter_service.server", 2)]
 )
