@@ -142,7 +142,8 @@ def scattered(verifier: Verifier) -> Iterator[None]:
         pool.free(block)
 
 
-def test_a_session_gets_in_a_batch_what_it_gets_alone(setup: Setup) -> None:
+@pytest.mark.parametrize("num_examples", quick_only([2, 8], [2]))
+def test_a_session_gets_in_a_batch_what_it_gets_alone(num_examples: int, setup: Setup) -> None:
     verifier, config = setup.verifier, setup.verifier.config
     shared_steps: list[tuple[int, int]] = []
 
@@ -151,7 +152,7 @@ def test_a_session_gets_in_a_batch_what_it_gets_alone(setup: Setup) -> None:
             *(decode(verifier, plan, ids) for plan, ids in zip(sessions, expected, strict=True))
         )
 
-    @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=num_examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         sessions=st.lists(plans, min_size=2, max_size=6),
         chunk=st.sampled_from([5, 16, 33, MAX_CHUNK_TOKENS]),

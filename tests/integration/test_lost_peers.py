@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ async def test_a_lost_verifier_is_unavailable_and_says_what_to_do(tiny_llama: Pa
 
 async def test_a_lost_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path) -> None:
     async with running_system(tiny_llama) as system:
-        expected = await system.client.generate(PROMPT, LONG)
-        options = GenerateOptions(max_new_tokens=300, ignore_eos=True, method="ngram", draft_depth=1)
+        expected = await system.client.generate(PROMPT, replace(LONG, max_new_tokens=120))
+        options = replace(LONG, max_new_tokens=120, method="ngram", draft_depth=1)
         async with system.client.stream(PROMPT, options) as stream:
             await anext(stream)
             await system.drafter.host.stop(0)

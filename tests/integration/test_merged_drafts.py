@@ -14,17 +14,21 @@ from tests.integration.test_lossless import PROMPTS, SAMPLINGS, TEST_FAMILIES
 from tests.slow import quick_only
 from tests.systems import running_drafter, running_gateway, running_system, running_verifier
 
+QUICK = [(SamplingParams(), 2), (SAMPLINGS[3], 1)]
+
 
 @pytest.mark.parametrize(
-    "sampling", quick_only([SamplingParams(), *SAMPLINGS[:5]], [SamplingParams(), SAMPLINGS[3]]), ids=str
+    ("sampling", "num_prompts"),
+    quick_only([*QUICK, *((sampling, 3) for sampling in (SamplingParams(), *SAMPLINGS[:5]))], QUICK),
+    ids=str,
 )
 async def test_merged_drafts_give_the_same_text(
-    sampling: SamplingParams, tiny_llama: Path, noisy_llama: Path
+    sampling: SamplingParams, num_prompts: int, tiny_llama: Path, noisy_llama: Path
 ) -> None:
     drafters = ("ngram", "wrong", f"noisy=causal-lm:{noisy_llama}", f"same=causal-lm:{tiny_llama}")
     options = {"max_new_tokens": 70, "sampling": sampling, "ignore_eos": True}
     async with running_system(tiny_llama, *drafters, families=TEST_FAMILIES) as system:
-        for prompt in PROMPTS:
+        for prompt in PROMPTS[:num_prompts]:
             plain = await system.client.generate(prompt, GenerateOptions(method="none", **options))
             for method in ("ngram+noisy", "wrong+ngram+noisy", "same+wrong"):
                 for draft_nodes in (0, 6):

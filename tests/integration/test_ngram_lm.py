@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from specdec.client import GenerateOptions
 from specdec.contract.sampling import SamplingParams
 from specdec.models.files import model_id, vocabulary_fingerprint
 from tests.integration.test_lossless import PROMPTS
+from tests.slow import quick_only
 from tests.systems import running_system
 from tests.tiny_models import VOCAB_SIZE
 
 NUM_TOKENS = 60
 OPTIONS = GenerateOptions(max_new_tokens=NUM_TOKENS, ignore_eos=True)
 EVERYTHING = CountOptions(min_count=1, min_gain=0.0)
+SAMPLED = SamplingParams(temperature=0.8, seed=3)
+ALL_PROMPTS = (*PROMPTS, [200, 201, 202])
+"""The last is in no table."""
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +56,19 @@ def table(answers: TokenData, vocabulary: TargetVocabulary, tmp_path_factory: py
 
 
 @pytest.mark.parametrize(
-    "sampling", [SamplingParams(), SamplingParams(temperature=0.8, seed=3)], ids=["greedy", "sampled"]
+    ("sampling", "prompts"),
+    quick_only(
+        [(SamplingParams(), ALL_PROMPTS), (SAMPLED, ALL_PROMPTS[-2:]), (SAMPLED, ALL_PROMPTS[:-2])],
+        [(SamplingParams(), ALL_PROMPTS), (SAMPLED, ALL_PROMPTS[-2:])],
+    ),
+    ids=["greedy", "sampled", "sampled-more"],
 )
-async def test_a_table_gives_the_same_text(sampling: SamplingParams, tiny_llama: Path, table: Path) -> None:
+async def test_a_table_gives_the_same_text(
+    sampling: SamplingParams, prompts: Sequence[Sequence[int]], tiny_llama: Path, table: Path
+) -> None:
     common = replace(OPTIONS, sampling=sampling)
     async with running_system(tiny_llama, "ngram", f"ngram-lm:{table}") as system:
-        for prompt in (*PROMPTS, [200, 201, 202]):
+        for prompt in prompts:
             plain = await system.client.generate(prompt, replace(common, method="none"))
             for method in ("ngram-lm", "ngram+ngram-lm"):
                 for draft_nodes in (0, 14):
