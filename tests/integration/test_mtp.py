@@ -25,7 +25,8 @@ from drafter_service.families import FAMILIES, DrafterFactory
 from specdec.client import GenerateOptions
 from specdec.contract.errors import InvalidArgumentError, SpecdecError
 from specdec.contract.sampling import SamplingParams
-from specdec.contract.target_state import StateStorage
+from specdec.contract.target_state import StateStorage, TargetStateSpec
+from tests.raw_streams import draft_stream, verify_stream
 from tests.slow import quick_only
 from tests.systems import System, running_system
 from tests.tiny_assistants import FAMILIES as GEMMAS
@@ -153,6 +154,28 @@ async def test_drafts_are_those_of_transformers_on_committed_state(
     assert max(rounds) > 0
     assert min(rounds[len(rounds) // 2 :]) < K
     assert len(records[-1].committed) > len(PROMPT) + 2 * 16
+
+
+async def test_a_draft_ends_where_the_generation_does(tmp_path: Path) -> None:
+    target, assistant = save_narrow_pair(tmp_path, "gemma4")
+    async with (
+        running_system(target, f"mtp:{assistant}") as system,
+        verify_stream(system.verifier_address) as verifying,
+        draft_stream(system.drafter_address) as drafting,
+    ):
+        spec = TargetStateSpec(last_hidden_state=True, kv_last_of_each_attention_type=True)
+        opened = await verifying.open(
+            PROMPT, max_new_tokens=20, ignore_eos=True, target_state_spec=spec.to_proto()
+        )
+        committed = list(verifying.token_ids)
+        await drafting.open("mtp", committed, max_length=len(committed) + 2)
+        state = opened.target_state
+        assert len(await drafting.round([], len(committed), K, target_state=state)) == 2
+        for num_left in (1, 0):
+            state.cached_length = (await verifying.round()).cached_length
+            new = verifying.token_ids[-1:]
+            draft = await drafting.round(new, len(verifying.token_ids), K, target_state=state)
+            assert len(draft) == num_left
 
 
 @pytest.mark.parametrize("family", GEMMAS)
