@@ -19,6 +19,7 @@ from tests.raw_streams import until
 from tests.slow import quick_only
 from tests.state_probe import StateProbe
 from tests.systems import running_drafter, running_gateway, running_verifier
+from tests.tiny_models import save_tiny_model
 from verifier_service.server import VerifierServer
 
 PROMPT = [5, 6, 7, 5, 6, 7, 5]
@@ -130,10 +131,16 @@ async def test_nobody_to_go_on_with_is_unavailable(tiny_llama: Path) -> None:
         assert raised.value.reason == "PEER_LOST"
 
 
-async def test_a_verifier_of_another_model_does_not_go_on(tiny_llama: Path, noisy_llama: Path) -> None:
+@pytest.mark.parametrize("name", ["another-model", "tiny-llama"], ids=["name", "revision"])
+async def test_a_verifier_of_another_model_does_not_go_on(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Two models of one name are two revisions."""
+    other = save_tiny_model(tmp_path / name, seed=1)
+    assert tiny_llama.name == "tiny-llama"
     async with (
         running_verifier(tiny_llama) as (first_address, first),
-        running_verifier(noisy_llama) as (second_address, second),
+        running_verifier(other) as (second_address, second),
         running_gateway(tiny_llama, verifier=f"{first_address},{second_address}", failover_wait_s=1.0) as (
             gateway,
             _,
