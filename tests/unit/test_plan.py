@@ -48,6 +48,7 @@ SHORT_TREES = drafter_pb2.DrafterInfo(
     name="short", max_draft_depth=5, max_draft_nodes=16, default_draft_depth=4
 )
 CHAINS = drafter_pb2.DrafterInfo(name="chains", max_draft_depth=12, default_draft_depth=8)
+LONG_CHAINS = drafter_pb2.DrafterInfo(name="long", max_draft_depth=30, default_draft_depth=8)
 VERIFIER = verifier_pb2.VerifierServiceGetInfoResponse(
     max_draft_nodes=40, model=common_pb2.ModelInfo(max_length=100)
 )
@@ -94,13 +95,13 @@ def test_a_method_that_is_set_is_the_default_where_it_is_offered() -> None:
 
 
 async def drafting(method: str, **fields: Any) -> DraftPlan:
-    """Return what a request with these fields has drafted, where the drafters are TREES, SHORT_TREES and
-    CHAINS.
+    """Return what a request with these fields has drafted, where the drafters are TREES, SHORT_TREES,
+    CHAINS and LONG_CHAINS.
     """
     request = gateway_pb2.GenerateRequest(
         token_ids=gateway_pb2.TokenIds(token_ids=[1, 2, 3]), method=method, **fields
     )
-    known = backends(TREES, SHORT_TREES, CHAINS)
+    known = backends(TREES, SHORT_TREES, CHAINS, LONG_CHAINS)
     return (await make_plan(request, known, VERIFIER, max_new_tokens=5)).drafting
 
 
@@ -134,6 +135,8 @@ async def test_sizes_of_the_request_keep_to_the_limits() -> None:
     merged = await drafting("trees+short", draft_depth=9)
     assert (lengths(merged), merged.size, merged.draft_nodes) == ([9, 5], DraftSize(9), 14)
     assert (await drafting("trees+chains+short", draft_depth=16)).draft_nodes == 33
+    too_many = await drafting("trees+long", draft_depth=25)
+    assert (lengths(too_many), too_many.draft_nodes) == ([16, 25], 40), "the verifier takes no more"
     assert lengths(await drafting("trees", draft_depth=0)) == []
     for plan in (chain, tree, merged):
         assert plan.budgets == ()
