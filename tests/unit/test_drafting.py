@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 
+from gateway.replicas.sessions import RemoteState
 from gateway.rounds.drafting import DraftLink, NoDrafts
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
 from specdec.contract.errors import (
@@ -22,6 +23,7 @@ from specdec.contract.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from specdec.v1 import target_state_pb2
 
 VOCAB_SIZE = 100
 PROMPT = [1, 2, 3]
@@ -674,3 +676,16 @@ class TestLeaving:
                 await task
         assert drafters.num_cancelled == 1
         assert not drafters.sessions
+
+
+@pytest.mark.parametrize("with_tensors", [True, False])
+def test_a_drafter_that_comes_late_is_told_how_much_it_may_read_by_now(with_tensors: bool) -> None:
+    opened = target_state_pb2.TargetStateRef(
+        session_id="s", verifier_uri="v", generation=3, cached_length=7, block_ids=[5]
+    )
+    message = RemoteState(opened, cached_length=12).message(with_tensors=with_tensors)
+    assert message is not None
+    assert (message.session_id, message.verifier_uri, message.generation) == ("s", "v", 3)
+    assert message.cached_length == 12
+    assert list(message.block_ids) == ([5] if with_tensors else [])
+    assert opened.cached_length == 7

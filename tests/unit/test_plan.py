@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.config import GatewayConfig
+from gateway.metrics import OTHER
 from gateway.request.backends import Backends
 from gateway.request.drafts import DraftPlan
 from gateway.request.plan import make_plan
@@ -92,6 +93,13 @@ def test_a_method_that_is_set_is_the_default_where_it_is_offered() -> None:
     assert backends(NGRAM, MTP, default_method="ngram").default_method == "ngram"
     assert backends(NGRAM, default_method="mtp").default_method == "none"
     assert backends(default_method="mtp").default_method == "mtp", "it may come up while the request runs"
+
+
+def test_a_label_is_the_same_in_any_order_and_no_invention_of_a_client() -> None:
+    known = backends(NGRAM, SMALL)
+    assert known.label("ngram+small") == known.label("small+ngram") == "ngram+small"
+    assert known.label("none") == "none"
+    assert known.label("invented") == known.label("ngram+invented") == OTHER
 
 
 async def drafting(method: str, **fields: Any) -> DraftPlan:
