@@ -68,6 +68,15 @@ manifests: .venv/installed .venv/checkov/installed
 	.venv/checkov/bin/python -m pip install --quiet checkov==3.3.30
 	touch $@
 
+# Engines that benchmarks compare with, in versions that do not go with ours. Two requirements of theirs are left
+# out: torchvision, which text does not need, and openvino-telemetry, which reports to its maker.
+.venv/peers/installed: .venv/installed .ci/peers.txt
+	@echo "Installing the peers into .venv/peers: 1.6 GB, two to three minutes"
+	$(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/python -m pip install --quiet --no-deps --requirement .ci/peers.txt
+	.venv/peers/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 .venv/installed: pyproject.toml .ci/constraints.txt
 	@echo "Installing into .venv: 1.6 GB, two to three minutes"
 	$(PYTHON) -m venv .venv
