@@ -6,12 +6,13 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.backends import TRANSFORMERS, GatewayBackend, TransformersBackend
+from specdec.bench.backends import GatewayBackend
+from specdec.bench.peers.engines import OPENVINO, PeerSetup, PeerTarget, names_of, require_known
 from specdec.bench.provenance import collect
 from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, Contender, RequestRecord
 from specdec.bench.report import REQUESTS_FILE, write_results
@@ -26,10 +27,9 @@ from specdec.bench.workload import (
     sha256_of,
 )
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, ModelInfo
-from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.contract.methods import PLAIN, drafters_of
 from specdec.contract.sampling import SamplingParams
-from specdec.models.files import model_id, resolve_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class BenchConfig:
     concurrencies: tuple[int, ...] = (1,)
     """Numbers of requests under way at a time; the workload runs once for each."""
     peers: tuple[str, ...] = ()
-    """Engines to compare with, at concurrency 1."""
+    """Engines to compare with at concurrency 1, each plain and with prompt lookup."""
     model: str = "default"
     """The verifier's model, as its command line names it; the peers load the same."""
     num_warmup_prompts: int = 1
@@ -118,11 +118,12 @@ class BenchConfig:
             raise InvalidArgumentError("draft-nodes must be integers >= 0, such as 32 or 0,16,32.")
         if not self.concurrencies or min(self.concurrencies) < 1:
             raise InvalidArgumentError("concurrency must be a list of integers >= 1, such as 1,4,8.")
-        if unknown := [peer for peer in self.peers if peer != TRANSFORMERS]:
-            raise InvalidArgumentError(f"There is no peer {unknown[0]!r}; there is {TRANSFORMERS}.")
+        require_known(self.peers)
         if self.peers and 1 not in self.concurrencies:
             raise InvalidArgumentError("Peers answer one request at a time; add 1 to the concurrencies.")
-        if clash := set(self.peers) & set(self.methods):
+        if OPENVINO in self.peers and self.temperature:
+            raise InvalidArgumentError(f"{OPENVINO} is compared greedily; use --temperature 0 with it.")
+        if clash := set(names_of(self.peers)) & set(self.methods):
             raise InvalidArgumentError(f"{clash.pop()} is a peer; name it in --peers, not in --methods.")
 
 
@@ -140,6 +141,7 @@ def run_experiment(
     gateway: str,
     directory: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Run against a gateway; write results.json and table.md, and requests.jsonl as requests end.
 
@@ -149,6 +151,7 @@ def run_experiment(
         gateway: address of the gateway.
         directory: folder for the files, which is made if it does not exist.
         on_progress: called with the number of requests done and of all requests.
+        report: receives a line of text before a slow step.
 
     Raises:
         SpecdecError: the configuration does not fit the gateway. Requests that fail raise nothing.
@@ -158,12 +161,12 @@ def run_experiment(
     # Written at once, so that an interrupted run leaves what it measured.
     with (directory / REQUESTS_FILE).open("w", encoding="utf-8") as file:
 
-        def report(records: list[RequestRecord]) -> None:
+        def keep(records: list[RequestRecord]) -> None:
             file.writelines(json.dumps(record.to_json()) + "\n" for record in records)
             file.flush()
 
-        target, records = asyncio.run(_measure(config, prompts, gateway, report, on_progress))
-    provenance |= {"model": target.model_id, "dtype": target.dtype, "device": target.device}
+        measured, records = asyncio.run(_measure(config, prompts, gateway, keep, on_progress, report))
+    provenance |= measured
     rows = compute_rows(records)
     write_results(directory, provenance, rows, records)
     return Outcome(rows, records)
@@ -173,19 +176,28 @@ async def _measure(
     config: BenchConfig,
     prompts: Sequence[Prompt],
     gateway: str,
-    report: Callable[[list[RequestRecord]], None],
+    keep: Callable[[list[RequestRecord]], None],
     on_progress: Callable[[int, int], None],
-) -> tuple[ModelInfo, list[RequestRecord]]:
+    report: Callable[[str], None],
+) -> tuple[dict[str, Any], list[RequestRecord]]:
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(AsyncClient(gateway))
         target = _check(config, await client.info())
+        provenance: dict[str, Any] = {
+            "model": target.model_id,
+            "dtype": target.dtype,
+            "device": target.device,
+        }
         contenders = config.contenders(client)
-        for _ in config.peers:
-            peer = await stack.enter_async_context(_peer(config, target))
-            contenders.append(Contender(TRANSFORMERS, peer, is_concurrent=False))
+        if config.peers:
+            peers = PeerSetup(PeerTarget(config.model, target.model_id, target.dtype, target.device), report)
+            prompts = await _encode(peers, prompts)
+            backends = await peers.start_answering(config.peers, config.options(PLAIN), stack)
+            contenders += [Contender(each.name, each, is_concurrent=False) for each in backends]
+            provenance["peers"] = {backend.name: backend.description for backend in backends}
         await warm_up(contenders, prompts[: config.num_warmup_prompts])
         blocks = list(schedule(contenders, prompts, config.concurrencies))
-        return target, await run(blocks, report, on_progress)
+        return provenance, await run(blocks, keep, on_progress)
 
 
 def _check(config: BenchConfig, info: GatewayInfo) -> ModelInfo:
@@ -204,18 +216,13 @@ def _check(config: BenchConfig, info: GatewayInfo) -> ModelInfo:
         raise InvalidArgumentError(
             f"The gateway has no method {unknown[0]!r}; it has {', '.join(info.methods)}.", field="method"
         )
-    if config.peers and info.model.model_id != model_id(config.model):
-        raise FailedPreconditionError(
-            f"The gateway runs {info.model.model_id}, but the peers would load {model_id(config.model)}; "
-            "name the gateway's model with --model."
-        )
     return info.model
 
 
-def _peer(config: BenchConfig, target: ModelInfo) -> TransformersBackend:
-    return TransformersBackend(
-        resolve_model(config.model), target.dtype, target.device, config.options(PLAIN)
-    )
+async def _encode(peers: PeerSetup, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts with the token ids that every engine gets, the gateway included."""
+    encoded = await peers.encode([prompt.text for prompt in prompts])
+    return [replace(prompt, token_ids=ids) for prompt, ids in zip(prompts, encoded, strict=True)]
 
 
 def _describe(config: BenchConfig, num_prompts: int) -> dict[str, Any]:

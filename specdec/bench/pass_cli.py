@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from specdec.bench import verify_pass
-from specdec.bench.backends import TRANSFORMERS
+from specdec.bench.peers.engines import require_usable
 from specdec.bench.services import verifier_at
-from specdec.bench.terminal import CommaList, out_option, progress_bar, shown_in, table_console
+from specdec.bench.terminal import CommaList, lines_above, out_option, progress_bar, shown_in, table_console
 from specdec.contract.errors import InvalidArgumentError
 
 
@@ -47,7 +47,8 @@ from specdec.contract.errors import InvalidArgumentError
     "--peers",
     type=CommaList(str),
     default="",
-    help="Engines that take turns with passes of the same sizes over --model: transformers.",
+    help="Engines that take turns with passes of the same sizes over --model: transformers, openvino or "
+    "both, separated by a comma.",
 )
 @out_option("pass.json and pass.png")
 def pass_command(
@@ -62,15 +63,16 @@ def pass_command(
     """Measure what a verify pass costs against the tokens in it, and against a plain forward pass."""
     if not settings["sizes"] or min(settings["sizes"]) < 1:
         raise InvalidArgumentError("--tokens must be a list of integers >= 1, such as 1,9.")
-    if unknown := [peer for peer in peers if peer != TRANSFORMERS]:
-        raise InvalidArgumentError(f"There is no peer {unknown[0]!r}; there is {TRANSFORMERS}.")
+    require_usable(peers)
     with verifier_at(verifier, model, dtype, device) as address, progress_bar() as progress:
-        rows = verify_pass.measure(
+        figures = verify_pass.measure(
             address,
             **settings,
-            peer_model=model if peers else None,
+            model=model,
+            peers=peers,
             on_progress=shown_in(progress, progress.add_task("Turns", total=None)),
+            report=lines_above(progress),
         )
-    started_with = {"model": model, "dtype": dtype, "device": device, "peers": peers}
-    verify_pass.write(directory, rows, started_with | settings)
-    table_console().print(verify_pass.table(rows))
+    started_with = {"model": model, "dtype": dtype, "device": device, "peers": figures.peers}
+    verify_pass.write(directory, figures.rows, started_with | settings)
+    table_console().print(verify_pass.table(figures.rows))

@@ -10,12 +10,14 @@ import click
 
 from specdec.bench import plots
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
+from specdec.bench.peers.engines import names_of, require_usable
 from specdec.bench.records import RequestRecord
 from specdec.bench.report import category_table, parts_table, peer_ratios, speed_table
 from specdec.bench.services import gateway_at
 from specdec.bench.terminal import (
     EXISTING_FILE,
     CommaList,
+    lines_above,
     out_option,
     progress_bar,
     report,
@@ -95,7 +97,8 @@ _DEFAULTS = BenchConfig()
     "--peers",
     type=CommaList(str),
     default="",
-    help="Engine to compare with on the same weights: transformers.",
+    help="Engines to compare with on the same weights, each plain and with prompt lookup: transformers, "
+    "openvino or both, separated by a comma.",
 )
 @click.option(
     "--warmup",
@@ -129,13 +132,14 @@ def run_command(
     """Run every method on the same prompts against the same services, taking turns prompt by prompt."""
     config = BenchConfig(**settings)
     config.validate()
+    require_usable(config.peers)
     prompts = config.load_prompts()
     named = dict.fromkeys(name for method in config.methods for name in drafters_of(method))
     drafters = drafters or tuple(named) or ("ngram",)
     with gateway_at(gateway, config.model, dtype, device, drafters) as address, progress_bar() as progress:
         task = progress.add_task("Warming up", total=None)
         on_progress = shown_in(progress, task, "Requests")
-        outcome = run_experiment(config, prompts, address, directory, on_progress)
+        outcome = run_experiment(config, prompts, address, directory, on_progress, lines_above(progress))
     _show(outcome, config, directory)
     _judge(outcome.records)
 
@@ -144,7 +148,7 @@ def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:
     console = table_console()
     for table in (speed_table, parts_table, category_table):
         console.print(table(outcome.rows))
-    for line in peer_ratios(outcome.rows, config.peers):
+    for line in peer_ratios(outcome.rows, names_of(config.peers)):
         console.print(line, highlight=False)
     if plots.has_matplotlib():
         plots.draw(outcome.rows, directory)

@@ -54,6 +54,11 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
+def lines_above(progress: Progress) -> Callable[[str], None]:
+    """Return a callback that prints a line above a progress bar that is shown."""
+    return lambda line: progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def shown_in(progress: Progress, task: TaskID, description: str | None = None) -> Callable[[int, int], None]:
     """Return a callback that shows what is done, and of how much, in a bar.
 

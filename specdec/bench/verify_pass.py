@@ -1,12 +1,11 @@
 """Measures what a verify pass costs against the tokens in it, through the verifier's own stream.
 
-With a peer, plain `transformers` runs passes of the same sizes in another process over its own cache. It
-takes turns with the verifier: neither computes while the other does.
+Peers run passes of the same sizes, each in another process over its own cache. They take turns with the
+verifier: none computes while another does.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import queue
 import random
@@ -14,22 +13,22 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc
 from rich.table import Table
 
 from specdec.bench import plots
-from specdec.bench.backends import TransformersBackend
+from specdec.bench.peers.engines import PeerTarget
+from specdec.bench.peers.passes import PeerPasses
 from specdec.bench.provenance import collect
-from specdec.client import GenerateOptions
-from specdec.contract.errors import FailedPreconditionError, from_rpc_error
-from specdec.models.files import model_id, resolve_model
+from specdec.contract.errors import from_rpc_error
+from specdec.models.embedded import DEFAULT_MODEL
 from specdec.transport.channel import sync_channel
 from specdec.transport.handshake import make_handshake
-from specdec.v1 import common_pb2, verifier_pb2, verifier_pb2_grpc
+from specdec.v1 import verifier_pb2, verifier_pb2_grpc
 
 RESULTS_FILE = "pass.json"
 FIGURE_FILE = "pass.png"
@@ -53,10 +52,10 @@ class PassRow:
     """Median time of the round as the caller sees it, milliseconds."""
     relative_to_first: float
     """Median over the rounds of compute time over that of the first size, each in the same turn."""
-    transformers_ms_p50: float | None = None
-    """Median time of the peer's forward pass and arg max, milliseconds; None: there is no peer."""
-    relative_to_transformers: float | None = None
-    """Median over the rounds of compute time over the peer's time, each in the same turn."""
+    peer_ms_p50: dict[str, float] = field(default_factory=dict)
+    """Median time of each peer's forward pass and arg max, milliseconds, by the peer's name."""
+    relative_to_peer: dict[str, float] = field(default_factory=dict)
+    """Median over the rounds of compute time over each peer's time, each in the same turn."""
     shape: str = CHAIN
     """Shape of the draft: CHAIN, or TREE for a random tree."""
 
@@ -71,8 +70,18 @@ class RoundTimes:
     """Time within the verifier."""
     round_trip_ns: int
     """Time that the caller sees."""
-    transformers_ns: int = 0
-    """Time of the peer's pass; 0: there is no peer."""
+    peer_ns: dict[str, int] = field(default_factory=dict)
+    """Time of each peer's pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassFigures:
+    """What was measured."""
+
+    rows: list[PassRow]
+    """Figures by size and shape."""
+    peers: dict[str, Any]
+    """What each peer says of itself."""
 
 
 def measure(
@@ -81,10 +90,12 @@ def measure(
     sizes: Sequence[int],
     context_tokens: int,
     repeats: int,
-    peer_model: str | None = None,
+    model: str = DEFAULT_MODEL,
+    peers: Sequence[str] = (),
     with_trees: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[PassRow]:
+    report: Callable[[str], None] = lambda line: None,
+) -> PassFigures:
     """Send rounds of random drafts of each size in turn, so that drift affects all sizes alike.
 
     Args:
@@ -92,13 +103,14 @@ def measure(
         sizes: numbers of tokens in a pass, each >= 1.
         context_tokens: length of the prompt, tokens; it grows by about a token per round.
         repeats: number of measured rounds for each size.
-        peer_model: the verifier's model, as its command line names it, for transformers to run as well; None:
-            there is no peer.
+        model: the verifier's model, as its command line names it, for the peers to run as well.
+        peers: engines that take turns with the verifier.
         with_trees: whether each size is measured as a random tree as well.
         on_progress: called with the number of turns done and of all turns.
+        report: receives a line of text before a slow step.
 
     Raises:
-        SpecdecError: the verifier refused, runs another model, or the peer failed.
+        SpecdecError: the verifier refused, runs another model than the peers, or a peer failed.
     """
     generator = random.Random(0)
     drafts = [(size, CHAIN) for size in sizes]
@@ -110,27 +122,40 @@ def measure(
             channel = stack.enter_context(sync_channel(verifier))
             stub = verifier_pb2_grpc.VerifierServiceStub(channel)
             info = stub.GetInfo(verifier_pb2.VerifierServiceGetInfoRequest(), timeout=10)
-            passes = stack.enter_context(_PeerPasses(peer_model, info.model)) if peer_model else None
+            target = PeerTarget(model, info.model.model_id, info.model.dtype, info.model.device)
+            passes = stack.enter_context(PeerPasses(target, peers, report))
             rounds = _Rounds(stub, info.model.vocab_size, generator)
             num_rounds = (repeats + _NUM_WARMUP_ROUNDS) * len(drafts)
             rounds.open(context_tokens, max_new_tokens=num_rounds * max(sizes), draft_nodes=max(sizes))
-            if passes:
-                passes.open(rounds.tokens(context_tokens))
+            passes.fill_caches(rounds.tokens(context_tokens))
             for index in range(repeats + _NUM_WARMUP_ROUNDS):
                 for size, shape in drafts:
-                    # Both go first equally often: what ran last has its data in the caches.
-                    first = passes.run(rounds.tokens(size)) if passes and index % 2 else 0
-                    sample = rounds.run(size - 1, shape)
-                    if passes:
-                        peer_ns = first or passes.run(rounds.tokens(size))
-                        sample = replace(sample, transformers_ns=peer_ns)
+                    sample = _take_turns(index, rounds, passes, size, shape)
                     if index >= _NUM_WARMUP_ROUNDS:
                         samples[size, shape].append(sample)
                 on_progress(index + 1, repeats + _NUM_WARMUP_ROUNDS)
             rounds.close()
+            described = passes.descriptions()
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
-    return _rows(samples)
+    return PassFigures(_rows(samples), described)
+
+
+def _take_turns(index: int, rounds: _Rounds, passes: PeerPasses, size: int, shape: str) -> RoundTimes:
+    """Run a round and a pass of every peer.
+
+    Each goes first equally often, for what ran last has its data in the processor's caches.
+    """
+    own = RoundTimes(0, 0, 0)
+    peer_ns: dict[str, int] = {}
+    order = ["", *passes.names]
+    start = index % len(order)
+    for name in order[start:] + order[:start]:
+        if name:
+            peer_ns[name] = passes.run(name, rounds.tokens(size))
+        else:
+            own = rounds.run(size - 1, shape)
+    return replace(own, peer_ns={name: peer_ns[name] for name in passes.names})
 
 
 class _Rounds:
@@ -187,54 +212,21 @@ class _Rounds:
         return [self._generator.randrange(self._vocab_size) for _ in range(count)]
 
 
-class _PeerPasses:
-    """Passes of the peer, for as long as a `with` block lasts."""
-
-    def __init__(self, model: str, target: common_pb2.ModelInfo) -> None:
-        if model_id(model) != target.model_id:
-            raise FailedPreconditionError(
-                f"The verifier runs {target.model_id}, but the peer would load {model_id(model)}; name the "
-                "verifier's model with --model."
-            )
-        folder = resolve_model(model)
-        self._backend = TransformersBackend(folder, target.dtype, target.device, GenerateOptions())
-        self._runner = asyncio.Runner()
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(self._runner)
-            self._runner.run(self._backend.__aenter__())
-            stack.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with self._runner:
-            self._runner.run(self._backend.__aexit__(*error))
-
-    def open(self, context_token_ids: Sequence[int]) -> None:
-        """Fill the peer's cache."""
-        self._runner.run(self._backend.open_pass(context_token_ids))
-
-    def run(self, token_ids: Sequence[int]) -> int:
-        """Run a pass and return its time, nanoseconds."""
-        return self._runner.run(self._backend.time_pass(token_ids))
-
-
 def _rows(samples: dict[tuple[int, str], list[RoundTimes]]) -> list[PassRow]:
     first = next(iter(samples.values()))
     return [_row(size, shape, own, first) for (size, shape), own in samples.items()]
 
 
 def _row(size: int, shape: str, own: Sequence[RoundTimes], first: Sequence[RoundTimes]) -> PassRow:
-    with_peer = [sample for sample in own if sample.transformers_ns]
+    peers = own[0].peer_ns
     return PassRow(
         size,
         statistics.median(sample.compute_ns for sample in own) / 1e6,
         statistics.median(sample.total_ns for sample in own) / 1e6,
         statistics.median(sample.round_trip_ns for sample in own) / 1e6,
         statistics.median(a.compute_ns / b.compute_ns for a, b in zip(own, first, strict=True)),
-        statistics.median(s.transformers_ns for s in with_peer) / 1e6 if with_peer else None,
-        statistics.median(s.compute_ns / s.transformers_ns for s in with_peer) if with_peer else None,
+        {peer: statistics.median(sample.peer_ns[peer] for sample in own) / 1e6 for peer in peers},
+        {peer: statistics.median(s.compute_ns / s.peer_ns[peer] for s in own) for peer in peers},
         shape,
     )
 
@@ -265,13 +257,14 @@ def table(rows: Sequence[PassRow]) -> Table:
     """Return the rows as a table."""
     result = Table(title="Cost of a verify pass")
     base = f"x {rows[0].num_tokens} token"
-    has_peer = rows[0].transformers_ms_p50 is not None
-    peer_columns = ("transformers ms", "step x transformers") if has_peer else ()
+    peers = list(rows[0].peer_ms_p50)
+    peer_columns = [head for peer in peers for head in (f"{peer} ms", f"step x {peer}")]
     for column in ("tokens", "draft", "engine step ms", "verifier ms", "round trip ms", base, *peer_columns):
         result.add_column(column, justify="right")
     for row in rows:
         times = (row.compute_ms_p50, row.total_ms_p50, row.round_trip_ms_p50, row.relative_to_first)
-        peer_times = (row.transformers_ms_p50, row.relative_to_transformers)
-        values = (f"{value:.2f}" for value in (*times, *peer_times) if value is not None)
-        result.add_row(str(row.num_tokens), row.shape, *values)
+        peer_times = [
+            value for peer in peers for value in (row.peer_ms_p50[peer], row.relative_to_peer[peer])
+        ]
+        result.add_row(str(row.num_tokens), row.shape, *(f"{value:.2f}" for value in (*times, *peer_times)))
     return result

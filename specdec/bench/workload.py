@@ -29,6 +29,8 @@ class Prompt:
     """The user's turn; the model's chat template is applied to it."""
     source: str = ""
     """Name of the prompt's file. Several files may have the same ids."""
+    token_ids: tuple[int, ...] = ()
+    """The prompt in the model's chat template, where engines other than the gateway answer it as well."""
 
     @property
     def key(self) -> tuple[str, QuestionId]:

@@ -1,4 +1,4 @@
-"""`specdec bench`: workload, order of a run, figures, files, and the transformers peer."""
+"""`specdec bench`: workload, order of a run, figures and files; peers as a part of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from specdec.bench import plots, provenance
-from specdec.bench.backends import TransformersBackend
 from specdec.bench.cli import bench
 from specdec.bench.compare import differences
 from specdec.bench.experiment import BenchConfig
@@ -24,10 +23,11 @@ from specdec.bench.report import markdown, peer_ratios, read_rows
 from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
 from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin
-from specdec.client import GenerateOptions, Speculation
+from specdec.client import Speculation
 from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
+from tests.tiny_chat import greedy, save_tiny_chat_model
 
 # Workload
 
@@ -222,9 +222,11 @@ def test_options_of_a_method() -> None:
         (BenchConfig(concurrencies=()), "concurrency"),
         (BenchConfig(draft_depth=(4, 0)), "draft-depth"),
         (BenchConfig(concurrencies=(0,)), "concurrency"),
-        (BenchConfig(peers=("other",)), "no peer 'other'"),
+        (BenchConfig(peers=("other",)), "no peer 'other'; there are transformers and openvino"),
         (BenchConfig(peers=("transformers",), concurrencies=(4,)), "add 1"),
         (BenchConfig(methods=("transformers",), peers=("transformers",)), "is a peer"),
+        (BenchConfig(methods=("transformers-lookup",), peers=("transformers",)), "is a peer"),
+        (BenchConfig(peers=("openvino",), temperature=0.5), "use --temperature 0"),
     ],
 )
 def test_a_configuration_that_cannot_run_is_refused(config: BenchConfig, message: str) -> None:
@@ -402,7 +404,7 @@ class ScriptedGateway(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[gateway_pb2.GenerateResponse]:
         self.requests.append(request)
-        if "fail" in request.chat.messages[0].content:
+        if any("fail" in message.content for message in request.chat.messages):
             context.abort(grpc.StatusCode.INTERNAL, "scripted failure")
         yield gateway_pb2.GenerateResponse(
             started=gateway_pb2.GenerateStarted(input_tokens=4, method=request.method, model_id=self.model_id)
@@ -600,83 +602,50 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-# The transformers peer
-
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %} end"
-
-
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a random Llama whose tokenizer knows the words w0 to w126, and "end"."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=128,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    vocabulary = {**{f"w{i}": i for i in range(127)}, "end": 127}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE})
-    )
-    return folder
+    return save_tiny_chat_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
-def greedy(folder: Path, input_ids: list[int], num_tokens: int) -> tuple[int, ...]:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    token_ids = list(input_ids)
-    with torch.no_grad():
-        for _ in range(num_tokens):
-            token_ids.append(int(model(torch.tensor([token_ids])).logits[0, -1].argmax()))
-    return tuple(token_ids[len(input_ids) :])
-
-
-async def test_the_peer_decodes_greedily_from_the_chat_template(tiny_model: Path) -> None:
-    options = GenerateOptions(max_new_tokens=6)
-    async with TransformersBackend(tiny_model, "float32", "cpu", options) as peer:
-        answered = await peer.generate(Prompt(0, "a", "w5 w9 w11"))
-    assert answered.token_ids == greedy(tiny_model, [5, 9, 11, 127], 6)
-    assert answered.input_tokens == 4
-    assert answered.finish_reason == "length"
-    assert answered.speculation is None
-    assert answered.ttft_ms > 0
-    assert answered.tpot_ms is not None
-    assert answered.tpot_ms > 0
-
-
-def test_a_peer_is_a_row_of_the_run(
+def test_peers_are_rows_of_the_run_and_all_get_the_same_tokens(
     gateway: tuple[str, ScriptedGateway], tiny_model: Path, tmp_path: Path
 ) -> None:
     address, servicer = gateway
     servicer.model_id = tiny_model.name
-    arguments = ["--peers", "transformers", "--model", str(tiny_model), "--limit", "2", "--temperature", "1"]
-    result = bench_run(address, tmp_path, *arguments, "--max-new-tokens", "3")
+    prompts = write_prompts(tmp_path / "prompts.jsonl", "w5 w9 w11", "w7")
+    arguments = ["--peers", "transformers", "--model", str(tiny_model), "--prompts", str(prompts)]
+    result = bench_run(address, tmp_path, *arguments, "--max-new-tokens", "24")
     assert result.exit_code == 0, result.output
     assert "none / transformers tokens/s: " in result.output
+    assert "none / transformers-lookup tokens/s: " in result.output
+    assert {tuple(r.token_ids.token_ids) for r in servicer.requests} == {(5, 9, 11, 127), (7, 127)}
     results = json.loads((tmp_path / "results.json").read_text())
-    peer = next(row for row in results["rows"] if row["method"] == "transformers")
-    assert (peer["num_prompts"], peer["num_errors"]) == (2, 0)
-    assert peer["mean_acceptance_length"] is None
-    assert peer["tokens_per_s"] > 0
+    answers = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    expected = [greedy(tiny_model, [*ids, 127], 24) for ids in ([5, 9, 11], [7])]
+    for name in ("transformers", "transformers-lookup"):
+        peer = next(row for row in results["rows"] if row["method"] == name)
+        assert (peer["num_prompts"], peer["num_errors"]) == (2, 0)
+        assert peer["mean_acceptance_length"] is None
+        assert peer["tokens_per_s"] > 0
+        assert peer["ttft_ms_p50"] > 0
+        assert peer["speedup"] > 0
+        # The scripted gateway says something else, which is a figure and not a failure.
+        assert peer["identical_to_none"] == 0.0
+        own = [entry for entry in answers if entry["method"] == name]
+        assert [tuple(entry["token_ids"]) for entry in own] == expected
+        assert [entry["input_tokens"] for entry in own] == [4, 2]
+        assert {entry["finish_reason"] for entry in own} == {"length"}
+        described = results["provenance"]["peers"][name]
+        assert (described["precision"], set(described["versions"])) == ("float32", {"torch", "transformers"})
 
 
-async def test_a_peer_that_does_not_start_says_why(tmp_path: Path) -> None:
-    backend = TransformersBackend(tmp_path / "nowhere", "float32", "cpu", GenerateOptions(max_new_tokens=1))
-    with pytest.raises(UnavailableError, match="does not exist"):
-        async with backend:
-            pass
+@pytest.mark.slow
+def test_the_transformers_peer_samples_as_well(
+    gateway: tuple[str, ScriptedGateway], tiny_model: Path, tmp_path: Path
+) -> None:
+    address, servicer = gateway
+    servicer.model_id = tiny_model.name
+    arguments = ["--peers", "transformers", "--model", str(tiny_model), "--limit", "1", "--temperature", "1"]
+    result = bench_run(address, tmp_path, *arguments, "--max-new-tokens", "3")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "results.json").read_text())["errors"] == []
