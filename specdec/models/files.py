@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from specdec.contract.errors import InvalidArgumentError, NotFoundError
+from specdec.models.digests import file_digest
 from specdec.models.embedded import DEFAULT_MODEL, MODEL_ID, prepare_default_model
 
 TOKENIZER_FILES = (
@@ -21,8 +22,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json")
-_SAMPLE_BYTES = 2**16
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def resolve_model(model: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
@@ -72,19 +73,14 @@ def model_id(model: str) -> str:
 def revision(folder: Path) -> str:
     """Identify the weights in a model folder by the hub's commit, or by a digest if it is not from a hub.
 
-    The digest covers each file of configuration or weights: its name, its size, its first 64 KiB, which hold
-    the names and shapes of tensors, and its last 64 KiB.
+    The digest covers the name and the whole content of every file of configuration or weights, so that two
+    models with equal revisions give the same answers. `specdec.models.digests` says what that costs.
     """
-    if folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots" and _HUB_COMMIT.fullmatch(folder.name):
         return folder.name
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\t{size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE_BYTES))
-            file.seek(max(0, size - _SAMPLE_BYTES))
-            digest.update(file.read(_SAMPLE_BYTES))
+        digest.update(f"{path.name}\t{file_digest(path)}\n".encode())
     return digest.hexdigest()[:40]
 
 
