@@ -14,7 +14,7 @@ from specdec.cli.render import console, info_tables, report
 from specdec.client import Client
 from specdec.local.launcher import SystemConfig, default_drafters, prepare_models
 from specdec.local.state_file import SystemState, how_to_stop, refuse_if_running
-from specdec.local.up import run_detached, run_foreground, stop_running
+from specdec.local.up import run_detached, run_foreground, stop_running, stop_starting
 from specdec.models.embedded import DEFAULT_MODEL
 
 DETACH_MARGIN_S = 30.0
@@ -95,13 +95,20 @@ def up(detach: bool, **options: Any) -> None:
     config = SystemConfig(**options, extra_args={"gateway": ("--failover-wait-s", "60")})
     refuse_if_running()
     if detach:
-        prepare_models(config, report)
-        report("Starting verifier, drafter and gateway.")
-        state = run_detached(_foreground_command(config), timeout_s=config.ready_timeout_s + DETACH_MARGIN_S)
+        state = run_detached(
+            _foreground_command(config),
+            timeout_s=config.ready_timeout_s + DETACH_MARGIN_S,
+            prepare=lambda: _prepare(config),
+        )
         _announce(state, f"`{how_to_stop()}` stops it.")
     else:
         report("Starting verifier, drafter and gateway.")
         run_foreground(config, report=report, announce=lambda state: _announce(state, "Ctrl-C stops it."))
+
+
+def _prepare(config: SystemConfig) -> None:
+    prepare_models(config, report)
+    report("Starting verifier, drafter and gateway.")
 
 
 def _foreground_command(config: SystemConfig) -> list[str]:
@@ -124,10 +131,12 @@ def _announce(state: SystemState, hint: str) -> None:
 @click.command()
 def down() -> None:
     """Stop what `specdec up` started; running answers may finish."""
-    state = stop_running()
-    report(
-        "Nothing is running." if state is None else f"Stopped the system with its gateway on {state.gateway}."
-    )
+    if state := stop_running():
+        report(f"Stopped the system with its gateway on {state.gateway}.")
+    elif stop_starting():
+        report("Stopped a system that was starting.")
+    else:
+        report("Nothing is running.")
 
 
 @click.command()

@@ -27,6 +27,7 @@ STOP_GRACE_S = 35.0
 """Seconds between SIGTERM and SIGKILL, a little more than a service gives its running answers to finish."""
 
 LOG_TAIL_LINES = 15
+_STDERR = 2
 
 # The kernel signals a process when the thread that started it ends, so that not even SIGKILL of the launcher
 # leaves services behind. A small program asks for that signal and then becomes the service, because Python
@@ -101,10 +102,19 @@ class Service:
         return self._process.poll() if self._process else None
 
     def start(self) -> None:
-        """Start the process, or start it again after it ended."""
-        with self.log_path.open("ab") as log:
+        """Start the process, or start it again after it ended.
+
+        A service whose log cannot be opened any more writes where its launcher does.
+        """
+        with self._open_log() as log:
             self._process = self._run_in_owner(lambda: self._spawn(log))
         self.started_at = time.monotonic()
+
+    def _open_log(self) -> IO[bytes]:
+        try:
+            return self.log_path.open("ab")
+        except OSError:
+            return os.fdopen(os.dup(_STDERR), "ab")
 
     def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
         wrapper = (sys.executable, "-I", "-S", "-c", _DIE_WITH_LAUNCHER, str(os.getpid()))
@@ -155,7 +165,10 @@ class Service:
 
 def describe_log(path: Path) -> str:
     """Quote the last lines of a log, for an error message."""
-    lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if path.exists() else []
+    try:
+        lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    except OSError as error:
+        return f"Its log {path} cannot be read ({error.strerror})."
     if not lines:
         return f"Its log {path} is empty."
     return f"Its log {path} ends:\n" + "\n".join(f"  {line}" for line in lines)

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
-from specdec.contract.errors import SpecdecError, UnavailableError
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    RequestCancelledError,
+    SpecdecError,
+    UnavailableError,
+)
 from specdec.local.launcher import Report, SystemConfig, prepare_models, service_specs
 from specdec.local.processes import POLL_S, ServiceGroup, describe_log
 from specdec.local.state_file import (
     SystemState,
+    held_locks,
+    lock_owner,
+    log_dir,
     read_live_state,
     refuse_if_running,
     remove_state,
+    sole_starter,
     sole_supervisor,
-    state_dir,
     write_state,
 )
 from specdec.local.supervisor import Supervisor, stop_on_signals
@@ -44,37 +55,44 @@ def run_foreground(config: SystemConfig, *, report: Report, announce: Callable[[
     """
     with sole_supervisor():
         prepare_models(config, report)
-        log_dir = _fresh_log_dir()
-        group = ServiceGroup(service_specs(config), log_dir, ready_timeout_s=config.ready_timeout_s)
-        supervise(group, log_dir, report=report, announce=announce)
+        logs = _fresh_log_dir()
+        group = ServiceGroup(service_specs(config), logs, ready_timeout_s=config.ready_timeout_s)
+        supervise(group, logs, report=report, announce=announce)
 
 
 def _fresh_log_dir() -> Path:
     """Return the log directory of `specdec up`, without the logs of the last system."""
-    log_dir = state_dir() / "logs"
-    log_dir.mkdir(mode=0o700, exist_ok=True)
-    for path in log_dir.glob("*.log"):
+    directory = log_dir()
+    for path in directory.glob("*.log"):
         # A detached supervisor has its own log open already.
         if path.name != _SUPERVISOR_LOG:
             path.unlink()
-    return log_dir
+    return directory
 
 
 def supervise(
-    group: ServiceGroup, log_dir: Path, *, report: Report, announce: Callable[[SystemState], None]
+    group: ServiceGroup, logs: Path, *, report: Report, announce: Callable[[SystemState], None]
 ) -> None:
     """Start a group, write the state file, restart dead services, stop on a signal; see `run_foreground`."""
     with stop_on_signals(group.stopping), group:
         try:
-            announce(_publish(group, log_dir))
-            Supervisor(group, report=report, on_restart=lambda: _publish(group, log_dir)).run()
+            announce(_publish(group, logs))
+            Supervisor(group, report=report, on_restart=lambda: _publish_again(group, logs, report)).run()
         finally:
             # The file goes before the services stop, so that it does not send anyone to a draining gateway.
             remove_state()
             report("Stopping.")
 
 
-def _publish(group: ServiceGroup, log_dir: Path) -> SystemState:
+def _publish_again(group: ServiceGroup, logs: Path, report: Report) -> None:
+    """Write the new pids. The old file still names the supervisor and the addresses, which do not change."""
+    try:
+        _publish(group, logs)
+    except FailedPreconditionError as error:
+        report(f"The state file keeps old pids: {error.message}")
+
+
+def _publish(group: ServiceGroup, logs: Path) -> SystemState:
     addresses = {service.spec.name: service.spec.address for service in group.services}
     state = SystemState(
         supervisor_pid=os.getpid(),
@@ -83,34 +101,52 @@ def _publish(group: ServiceGroup, log_dir: Path) -> SystemState:
         verifier=addresses["verifier"],
         drafter=addresses["drafter"],
         pids=group.pids,
-        log_dir=str(log_dir),
+        log_dir=str(logs),
     )
     write_state(state)
     return state
 
 
-def run_detached(command: Sequence[str], *, timeout_s: float) -> SystemState:
+def run_detached(
+    command: Sequence[str], *, timeout_s: float, prepare: Callable[[], object] = lambda: None
+) -> SystemState:
     """Run a supervisor in a session of its own and wait until its services are healthy.
 
     Args:
         command: program and arguments of a process that calls `supervise`.
         timeout_s: seconds within which that process must write the state file.
+        prepare: called before the supervisor starts.
 
     Raises:
         FailedPreconditionError: a system runs already.
+        RequestCancelledError: `specdec down` stopped the start.
         UnavailableError: the supervisor failed; the error quotes the end of its log.
     """
     refuse_if_running()
-    log_dir = state_dir() / "logs"
-    log_dir.mkdir(mode=0o700, exist_ok=True)
-    log_path = log_dir / _SUPERVISOR_LOG
-    pid = _spawn_detached(command, log_path)
+    log_path = log_dir() / _SUPERVISOR_LOG
+    with sole_starter(), _raise_on_sigterm():
+        prepare()
+        pid = _spawn_detached(command, log_path)
+        try:
+            return _await_state(pid, log_path, timeout_s)
+        except BaseException:
+            if psutil.pid_exists(pid):
+                psutil.Process(pid).terminate()
+            raise
+
+
+@contextmanager
+def _raise_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise RequestCancelledError in the block, so that the block cleans up."""
+
+    def cancel(_signum: int, _frame: FrameType | None) -> None:
+        raise RequestCancelledError("The system was stopped while it was starting.")
+
+    previous = signal.signal(signal.SIGTERM, cancel)
     try:
-        return _await_state(pid, log_path, timeout_s)
-    except BaseException:
-        if psutil.pid_exists(pid):
-            psutil.Process(pid).terminate()
-        raise
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _spawn_detached(command: Sequence[str], log_path: Path) -> int:
@@ -165,3 +201,28 @@ def stop_running(timeout_s: float = DOWN_TIMEOUT_S) -> SystemState | None:
             f"end it and its services with `kill -9 {state.supervisor_pid}`. Logs: {state.log_dir}"
         ) from None
     return state
+
+
+def stop_starting(timeout_s: float = DOWN_TIMEOUT_S) -> bool:
+    """Stop a system that is still starting, and wait for its end; return whether there was one.
+
+    Raises:
+        SpecdecError: it did not stop in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    asked: set[int] = set()
+    found = False
+    while locks := held_locks():
+        found = True
+        for owner in filter(None, map(lock_owner, locks)):
+            if owner.pid not in asked:
+                asked.add(owner.pid)
+                with suppress(psutil.NoSuchProcess):
+                    owner.terminate()
+        if time.monotonic() > deadline:
+            raise SpecdecError(
+                f"The system that is starting did not stop within {timeout_s:g} s; its processes: "
+                f"{', '.join(map(str, sorted(asked)))}."
+            )
+        time.sleep(POLL_S)
+    return found

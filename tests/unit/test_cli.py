@@ -22,6 +22,7 @@ from specdec.cli.main import main
 from specdec.cli.render import AnswerPrinter, agreement, fallback_note
 from specdec.client import Client, GenerateOptions, Message, Token
 from specdec.client.generation import Generation, ProposerStats, Speculation, Timing, Usage
+from specdec.local import up
 from specdec.local.state_file import SystemState, write_state
 from tests.unit.scripted_gateway import (
     Responses,
@@ -384,6 +385,26 @@ def test_a_stopped_answer_stays_in_the_history(gateway: ScriptedGateway) -> None
 def test_down_says_so_when_nothing_runs() -> None:
     result = run("down")
     assert (result.exit_code, result.stderr) == (0, "Nothing is running.\n")
+
+
+@pytest.mark.parametrize("command", [("up",), ("up", "--detach", "--model", "none/none")])
+@pytest.mark.parametrize("inside", ["", "logs", "lock"])
+def test_a_state_directory_that_cannot_be_used_is_an_error(
+    state: Path, command: tuple[str, ...], inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is where a directory has to be, or the other way round."""
+    if inside == "lock":
+        (state / "lock").mkdir(parents=True)
+        (state / "starting").mkdir()
+    else:
+        (state / inside).parent.mkdir(exist_ok=True, parents=True)
+        (state / inside).touch()
+    monkeypatch.setattr(up, "prepare_models", lambda *_: None)
+    result = run(*command)
+    assert result.exit_code == 1, result.output
+    assert f"error: {state / inside}".rstrip("/") in result.stderr or "starting, where" in result.stderr
+    assert "set SPECDEC_STATE_DIR to a directory" in result.stderr
+    assert isinstance(result.exception, SystemExit)
 
 
 def test_help_teaches_and_is_quick() -> None:

@@ -21,9 +21,11 @@ import pytest
 
 from specdec.contract.errors import FailedPreconditionError, RequestCancelledError, UnavailableError
 from specdec.local.launcher import LocalSystem, SystemConfig, service_specs
-from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
+from specdec.local.processes import Service, ServiceGroup, ServiceSpec, free_ports
 from specdec.local.state_file import (
     SystemState,
+    held_locks,
+    lock_owner,
     read_live_state,
     remove_state,
     sole_supervisor,
@@ -31,7 +33,7 @@ from specdec.local.state_file import (
     write_state,
 )
 from specdec.local.supervisor import RestartPolicy, Supervisor, _Record
-from specdec.local.up import run_detached, stop_running
+from specdec.local.up import run_detached, stop_running, stop_starting
 
 NAMES = ("gateway", "drafter", "verifier")
 
@@ -281,6 +283,77 @@ def test_the_state_follows_a_restart(fakes: Fakes, state: Path) -> None:
         return current is not None and current.pids["drafter"] != running.pids["drafter"]
 
     eventually(is_new)
+
+
+def test_the_system_outlives_its_state_directory(fakes: Fakes, state: Path, tmp_path: Path) -> None:
+    running = run_detached(fakes.up_command(), timeout_s=30)
+    supervisor = psutil.Process(running.supervisor_pid)
+    drafter = supervisor.children()
+    # A file in place of the directories: nothing can be written there, not even by root.
+    for directory in (state, fakes.logs):
+        directory.rename(tmp_path / f"{directory.name} aside")
+        directory.touch()
+    os.kill(running.pids["drafter"], signal.SIGKILL)
+    eventually(lambda: is_serving(running.drafter) and set(supervisor.children()) - set(drafter) != set())
+    state.unlink()
+    (tmp_path / "state aside").rename(state)
+    assert read_live_state() == running
+    assert stop_running() == running
+    assert not supervisor.is_running()
+
+
+def is_serving(address: str) -> bool:
+    spec = ServiceSpec("drafter", address, (), "test.drafter")
+    return Service(spec, Path(), {}, lambda _: None).is_serving()
+
+
+def test_a_system_is_found_where_nothing_can_be_written(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    me = psutil.Process()
+    written = some_state(me.pid, me.create_time())
+    write_state(written)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert read_live_state() == written
+    with pytest.raises(FailedPreconditionError, match=r"it is not writable.*SPECDEC_STATE_DIR"):
+        state_dir()
+    remove_state()  # does no harm where it cannot remove
+    assert read_live_state() == written
+    monkeypatch.undo()
+    remove_state()
+    assert read_live_state() is None
+
+
+def detaching(command: list[str]) -> subprocess.Popen[str]:
+    """Start a process that runs a detached system, as `specdec up --detach` does."""
+    program = (
+        "import sys\nfrom specdec.contract.errors import SpecdecError\n"
+        "from specdec.local.up import run_detached\n"
+        "try:\n    print(run_detached(sys.argv[1:], timeout_s=60))\n"
+        "except SpecdecError as error:\n    sys.exit(f'error: {error}')\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("lock", ["starting", "lock"])
+def test_a_system_that_is_still_starting_is_stopped(fakes: Fakes, state: Path, lock: str) -> None:
+    with detaching(fakes.up_command(verifier="never-ready")) as starter:
+        eventually(lambda: state / lock in held_locks())
+        assert stop_running() is None
+        assert stop_starting(timeout_s=30)
+        assert "stopped while" in starter.communicate(timeout=30)[1].lower()
+    assert starter.returncode == 1
+    assert held_locks() == []
+    assert not stop_starting()
+    assert read_live_state() is None
+
+
+def test_a_process_that_only_has_the_pid_of_an_old_lock_is_left_alone(state: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with sole_supervisor():
+            (state / "lock").write_text(f"{other.pid}\n")
+            assert lock_owner(state / "lock") is None
+            (state / "lock").write_text(f"{os.getpid()}\n")
+            assert lock_owner(state / "lock") == psutil.Process()
+        other.communicate(b"\n")
 
 
 def test_a_detached_failure_is_told_as_the_supervisor_told_it(fakes: Fakes, state: Path) -> None:
