@@ -33,7 +33,7 @@ _TEMPLATE = """---
 | | |
 |---|---|
 {%- for name, value in rows.items() %}
-| {{ name }} | {{ value }} |
+| {{ name }} | {{ value | replace("|", "\\\\|") }} |
 {%- endfor %}
 
 ## Acceptance on held-out answers
@@ -42,9 +42,13 @@ _TEMPLATE = """---
 rounds. Acceptance length **{{ "%.2f" | format(acceptance.length) }}** tokens a round, the target's own
 included.
 
-| draft token |{% for _ in acceptance.per_position %} {{ loop.index }} |{% endfor %} |---|{% for _ in
-acceptance.per_position %}---|{% endfor %} | accepted, share of rounds |{% for share in
-acceptance.per_position %} {{ "%.2f" | format(share) }} |{% endfor %} {%- if figure %}
+| draft token |
+{%- for _ in acceptance.per_position %} {{ loop.index }} |{% endfor %}
+|---|
+{%- for _ in acceptance.per_position %}---|{% endfor %}
+| accepted, share of rounds |
+{%- for share in acceptance.per_position %} {{ "%.2f" | format(share) }} |{% endfor %}
+{%- if figure %}
 
 ![Loss and held-out acceptance by step]({{ figure }})
 {%- endif %}

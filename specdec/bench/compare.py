@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from specdec.bench.report import cell
@@ -29,7 +30,9 @@ def comparison_table(old: Sequence[Row], new: Sequence[Row]) -> Table:
     old_rows, new_rows = _by_key(old), _by_key(new)
     for key in dict.fromkeys([*old_rows, *new_rows]):
         before, after = old_rows.get(key), new_rows.get(key)
-        table.add_row(*map(str, key), *(_change(before, after, name) for name in _FIGURES))
+        table.add_row(
+            *(escape(str(part)) for part in key), *(_change(before, after, name) for name in _FIGURES)
+        )
     return table
 
 

@@ -59,7 +59,8 @@ def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:
             color=f"C{index}" if index < 10 else "black",
         )
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(categories)), [name.replace("_", "\n") for name in categories])
+    labels = [name.replace("_", "\n") for name in categories]
+    axes.set_xticks(range(len(categories)), labels, parse_math=False)
     axes.set_ylabel("speedup over none (TPOT)")
     axes.set_title(f"Concurrency {rows[0].concurrency}")
     # Beside the bars: many methods would hide them.

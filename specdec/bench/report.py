@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from specdec.bench.records import RequestRecord
@@ -80,8 +81,13 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return all rows as a Markdown table whose heads are the fields' names."""
     names = [field.name for field in fields(Row)]
     lines = [names, ["---"] * len(names)]
-    lines += [[cell(getattr(row, name)) for name in names] for row in rows]
+    lines += [[_markdown_cell(cell(getattr(row, name))) for name in names] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    """Escape what would end a cell or a row of a Markdown table: the name of a category may hold it."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def speed_table(rows: Sequence[Row]) -> Table:
@@ -117,7 +123,9 @@ def category_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         by_group.setdefault((row.category, row.concurrency), {})[row.method] = row
     for (category, concurrency), by_method in by_group.items():
-        table.add_row(category, str(concurrency), *(_gain(by_method.get(method)) for method in methods))
+        table.add_row(
+            escape(category), str(concurrency), *(_gain(by_method.get(method)) for method in methods)
+        )
     return table
 
 

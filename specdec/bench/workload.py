@@ -107,15 +107,16 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
     place = f"{path}:{number}"
     try:
         fields = json.loads(line)
-        question_id, category, text = fields["question_id"], fields["category"], fields["turns"][0]
+        question_id, category, turns = fields["question_id"], fields["category"], fields["turns"]
+        text = turns[0]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InvalidArgumentError(
             f'{place} is not of the form {{"question_id": 1, "category": "c", "turns": ["..."]}}: {error!r}'
         ) from error
-    if not (_is_id(question_id) and isinstance(category, str) and isinstance(text, str) and text):
+    if not (_is_id(question_id) and _is_text(category) and isinstance(turns, list) and _is_text(text)):
         raise InvalidArgumentError(
-            f"{place}: question_id must be an integer or a non-empty string, category a string, turns a list "
-            "of non-empty strings."
+            f"{place}: question_id must be an integer or a non-empty string, category a non-empty string, "
+            "turns a list of non-empty strings."
         )
     if category == "all":
         raise InvalidArgumentError(f'{place}: the category "all" is taken by the overall row; use another.')
@@ -125,3 +126,7 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
 def _is_id(value: object) -> bool:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     return is_integer or (isinstance(value, str) and value != "")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +15,14 @@ from pathlib import Path
 import grpc
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from specdec.bench import plots, provenance
 from specdec.bench.cli import bench
-from specdec.bench.compare import differences
+from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig
 from specdec.bench.records import Answer, Contender, RequestRecord
-from specdec.bench.report import markdown, peer_ratios, read_rows
+from specdec.bench.report import category_table, markdown, peer_ratios, read_rows
 from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
 from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin
@@ -74,6 +77,9 @@ def test_a_limit_takes_prompts_from_all_categories_in_turn() -> None:
         ('{"question_id": null, "category": "a", "turns": ["x"]}', "an integer or a non-empty string"),
         ('{"question_id": ["a"], "category": "a", "turns": ["x"]}', "an integer or a non-empty string"),
         ('{"question_id": 1, "category": "a", "turns": [""]}', "non-empty"),
+        ('{"question_id": 1, "category": "a", "turns": "abc"}', ":1: .* turns a list"),
+        ('{"question_id": 1, "category": "a", "turns": [" "]}', "non-empty"),
+        ('{"question_id": 1, "category": "", "turns": ["x"]}', ":1: .* category a non-empty string"),
         ('{"question_id": 1, "category": "all", "turns": ["x"]}', "overall row"),
         ('{"question_id": 1, "category": "a", "turns": ["x"]}\n' * 2, "question_id 1 twice"),
         ('{"question_id": "q/1", "category": "a", "turns": ["x"]}\n' * 2, "question_id 'q/1' twice"),
@@ -360,6 +366,19 @@ def test_the_markdown_table_has_every_field_and_row() -> None:
     lines = markdown(rows).splitlines()
     assert len(lines) == len(rows) + 2
     assert lines[0].strip("| ").split(" | ") == [field.name for field in fields(Row)]
+
+
+def test_a_category_of_any_name_stays_in_its_cell() -> None:
+    """Columns, rows and markup are what a category's name must not make."""
+    record = replace(RECORDS[0], category="a|b\nc [/red]")
+    row = next(row for row in markdown(compute_rows([record])).splitlines() if "a\\|b" in row)
+    assert r"| a\|b c [/red] |" in row
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(fields(Row)) + 1
+    printed = io.StringIO()
+    rows = [replace(row, method="ngram") for row in compute_rows([record])]
+    Console(file=printed, width=200).print(category_table(rows))
+    Console(file=printed, width=200).print(comparison_table(rows, rows))
+    assert printed.getvalue().count("c [/red]") == 2
 
 
 # Provenance

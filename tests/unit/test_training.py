@@ -382,6 +382,7 @@ def test_a_drafter_from_nothing_by_command(method: str, tiny_llama: Path, tmp_pa
     card = (out / "README.md").read_text()
     assert "| steps | 3 |" in card
     assert "4 answers, greedy, K = 4" in card
+    assert "\n| draft token | 1 | 2 | 3 | 4 |\n|---|---|---|---|---|\n| accepted, share of rounds | " in card
     code, output = run(*arguments)
     assert code == 2
     assert "--resume" in output
