@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from specdec.runtime.loading import DTYPES
 from specdec.service.config import config_options
 from specdec.service.tuning import tune_process
 from verifier_service.config import VerifierConfig
+
+if TYPE_CHECKING:
+    from specdec.service.telemetry import Telemetry
+    from verifier_service.server import VerifierServer
 
 
 @click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_VERIFIER"})
@@ -18,8 +24,14 @@ def main(**options: object) -> None:
     Example: specdec-verifier --model google/gemma-4-31B-it --device cuda:0 --kv-cache-mib 16384
     """
     tune_process()
-    # These imports are slow and --help does not need them.
+    # This import is slow and --help does not need it.
     from specdec.service.process import serve_from_command_line
+
+    serve_from_command_line("specdec-verifier", VerifierConfig, options, _make_server)
+
+
+def _make_server(config: VerifierConfig, telemetry: Telemetry) -> VerifierServer:
+    # Imported here: it imports torch, and where that is missing, the process says so in its log.
     from verifier_service.server import VerifierServer
 
-    serve_from_command_line("specdec-verifier", VerifierConfig, options, VerifierServer)
+    return VerifierServer(config, telemetry)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import click
 
 from specdec.contract.errors import InvalidArgumentError, NotFoundError, SpecdecError
+from specdec.models.extra import models_extra
 
 
 class ErrorGroup(click.Group):
@@ -17,7 +18,8 @@ class ErrorGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit code 2 for bad input, 1 for everything else that goes wrong."""
         try:
-            return super().invoke(ctx)
+            with models_extra():
+                return super().invoke(ctx)
         except SpecdecError as error:
             click.echo(describe_error(error), err=True)
             ctx.exit(2 if isinstance(error, (InvalidArgumentError, NotFoundError)) else 1)

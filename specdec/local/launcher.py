@@ -19,6 +19,7 @@ from typing import Self
 from specdec.contract.errors import NotFoundError, UnavailableError
 from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
 from specdec.models.embedded import DEFAULT_MODEL
+from specdec.models.extra import require_models_extra
 
 HOST = "127.0.0.1"
 
@@ -71,8 +72,10 @@ def prepare_models(config: SystemConfig, report: Report) -> None:
     """Fetch the embedded model if the system uses it, so that two services do not both fetch it later.
 
     Raises:
+        FailedPreconditionError: the packages that run models are not installed.
         UnavailableError: the model cannot be fetched.
     """
+    require_models_extra()
     if config.needs_default_model:
         from specdec.models.embedded import prepare_default_model
 

@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol, TypeVar
 import click
 
 from specdec.contract.errors import SpecdecError
+from specdec.models.extra import models_extra
 from specdec.service.exporters import telemetry_from_environment
 from specdec.service.host import ServiceHost
 from specdec.service.logs import setup_logging
@@ -90,7 +91,8 @@ def serve_from_command_line(
         await make_server(config, telemetry).run()
 
     try:
-        asyncio.run(serve())
+        with models_extra():
+            asyncio.run(serve())
     except SpecdecError as error:
         logger.error(error.message, extra={"reason": error.reason})
         _exit(2)
