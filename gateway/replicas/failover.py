@@ -11,7 +11,7 @@ from typing import Protocol, Self
 
 from gateway.replicas.replica import Lease, Replica
 from gateway.rounds.vocabulary import Draft, Round, Verified, VerifierSession
-from specdec.contract.errors import ResourceExhaustedError, UnavailableError
+from specdec.contract.errors import ResourceExhaustedError, SpecdecError, UnavailableError
 from specdec.v1 import verifier_pb2
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class LastingVerifierSession:
         """Open on another replica, or on the same when it is back.
 
         Raises:
-            UnavailableError: the error it was lost with, if nobody takes the session in time.
+            UnavailableError: the error it was lost with, and why no replica took the session in time.
         """
         logger.warning("verifier lost", extra={"reason": lost.message})
         self._on_lost(lost.message)
@@ -135,5 +135,10 @@ class LastingVerifierSession:
                 return await self._open(traceparent)
             except (UnavailableError, ResourceExhaustedError) as error:
                 if time.monotonic() + _RETRY_S >= give_up_at:
-                    raise lost from error
+                    raise _lost_for_good(lost, error) from error
                 await asyncio.sleep(_RETRY_S)
+
+
+def _lost_for_good(lost: UnavailableError, error: SpecdecError) -> UnavailableError:
+    message = f"{lost.message} {error.message}" if error.reason == "NO_REPLICA" else lost.message
+    return UnavailableError(message, reason=lost.reason, retry_after_s=lost.retry_after_s)

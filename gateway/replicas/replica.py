@@ -190,7 +190,8 @@ class ReplicaWatch(Generic[InfoT]):
     async def _mark(self, reason: str) -> None:
         replica = self.replica
         if reason != replica.reason:
-            event = "replica lost" if reason else "replica ready"
-            logger.info(event, extra={"uri": replica.uri, "service": replica.service, "reason": reason})
+            lost = "replica not reachable" if replica.info is None else "replica lost"
+            extra = {"uri": replica.uri, "peer_service": replica.service, "reason": reason}
+            logger.info(lost if reason else "replica ready", extra=extra)
         replica.reason = reason
         await self._on_change()

@@ -114,13 +114,20 @@ class ReplicaSet(Generic[InfoT]):
             mine = found
             await asyncio.sleep(self._resolve_interval_s)
 
-    def pick(self, suits: Callable[[InfoT], bool] = lambda _: True, *, near: str = "") -> Replica[InfoT]:
+    def pick(
+        self,
+        suits: Callable[[InfoT], bool] = lambda _: True,
+        *,
+        near: str = "",
+        unsuited: str = "does not suit",
+    ) -> Replica[InfoT]:
         """Return the least busy ready replica that suits.
 
         Args:
             suits: whether what a replica says of itself will do.
             near: URI of another service; a replica at its address, that is in its pod, goes before all
                 others: it may map what they would have to stream.
+            unsuited: what the error says of a ready replica that does not suit.
 
         Raises:
             UnavailableError: no such replica is ready; the message says why for each.
@@ -133,7 +140,7 @@ class ReplicaSet(Generic[InfoT]):
         if not fitting:
             name = self.service.rpartition(".")[2]
             raise UnavailableError(
-                f"No {name} replica is ready ({self.describe()}). Start one, or check the "
+                f"No {name} replica is ready ({self.describe(unsuited)}). Start one, or check the "
                 "gateway's addresses.",
                 reason="NO_REPLICA",
                 retry_after_s=1.0,
@@ -142,9 +149,9 @@ class ReplicaSet(Generic[InfoT]):
             fitting, key=lambda replica: (_machine(replica.uri) != _machine(near), replica.num_sessions)
         )
 
-    def describe(self) -> str:
+    def describe(self, unsuited: str = "does not suit") -> str:
         """Describe why replicas are not used, each with its reason."""
-        known = {r.uri: r.reason or "does not suit" for r in self.replicas} | self._unresolved
+        known = {r.uri: r.reason or unsuited for r in self.replicas} | self._unresolved
         return "; ".join(f"{uri}: {reason}" for uri, reason in known.items()) or "none configured"
 
     async def wait_until_ready(self) -> None:

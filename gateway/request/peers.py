@@ -24,6 +24,9 @@ from specdec.service.auth import caller_key
 from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, drafter_pb2, verifier_pb2
 
+OTHER_WEIGHTS = "it is ready, but runs another model or revision"
+"""Why a verifier cannot go on with another verifier's answer."""
+
 
 class Peers:
     """Opens a request's sessions: on its first verifier, on those it goes on with, and on its drafters.
@@ -53,7 +56,11 @@ class Peers:
         return LastingVerifierSession(
             self._first,
             self._connect_verifier,
-            partial(self._backends.verifiers.pick, partial(_is_same_model, model)),
+            partial(
+                self._backends.verifiers.pick,
+                partial(_is_same_model, model),
+                unsuited=OTHER_WEIGHTS,
+            ),
             prompt_token_ids=self._plan.prompt_token_ids,
             wait_s=self._backends.config.failover_wait_s,
             on_lost=on_lost,
@@ -112,6 +119,7 @@ class Peers:
             self._plan.prompt_token_ids,
             vocab_size=self.verifier.info.model.vocab_size,
             timeout_s=self._backends.config.draft_timeout_s,
+            drafter=proposer.drafter,
         )
 
     async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:

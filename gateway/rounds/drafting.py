@@ -65,6 +65,9 @@ class DraftLink:
     target does not have. It is tried again, maybe elsewhere, after a pause of `retry_s`, which grows while it
     fails.
 
+    Args:
+        drafter: name of the drafter in the log.
+
     The link is always in one state of `link_states`, and `_enter` is the only place where that changes.
     """
 
@@ -75,10 +78,12 @@ class DraftLink:
         *,
         vocab_size: int,
         timeout_s: float,
+        drafter: str = "",
         open_timeout_s: float = _OPEN_TIMEOUT_S,
         retry_s: float = _FIRST_RETRY_S,
     ) -> None:
         self._connect = connect
+        self._drafter = drafter
         self._prompt = list(prompt_token_ids)
         self._vocab_size = vocab_size
         self._timeout_s = timeout_s
@@ -188,7 +193,9 @@ class DraftLink:
 
     async def _lose(self, error: SpecdecError) -> None:
         self._loss = Fallback(_readable(error.message), status_code(error).name.lower())
-        logger.warning("drafting without a drafter", extra={"code": self._loss.code})
+        logger.warning(
+            "drafting without a drafter", extra={"drafter": self._drafter, "code": self._loss.code}
+        )
         # A drafter knows the prompt, and may repeat it in its message.
         logger.debug("why there is no drafter", extra={"reason": self._loss.reason})
         is_permanent = isinstance(error, _PERMANENT)

@@ -15,6 +15,7 @@ from specdec.client import (
     DrafterServiceInfo,
     GatewayInfo,
     Generation,
+    ModelInfo,
     ReplicaInfo,
     Speculation,
     Token,
@@ -26,6 +27,7 @@ DRAFT_STYLE = Style(color="green")
 """Colour of tokens that the drafter proposed and the target accepted."""
 
 _MAX_SHOWN_DEPTH = 8
+_REVISION_DIGITS = 8
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -221,7 +223,7 @@ def _runs(replica: ReplicaInfo) -> str:
     match replica.info:
         case VerifierInfo() as verifier:
             return (
-                f"{verifier.model.model_id if verifier.model else '-'}, K up to "
+                f"{_weights(verifier.model)}, K up to "
                 f"{verifier.max_draft_nodes}, KV {verifier.kv_free_tokens} of "
                 f"{verifier.kv_capacity_tokens} tokens free\ntarget state offered by {_state_offer(verifier)}"
             )
@@ -233,6 +235,13 @@ def _runs(replica: ReplicaInfo) -> str:
             )
             return "\n".join([drafters, *map(_state_link, service.state_links)])
     return "-"
+
+
+def _weights(model: ModelInfo | None) -> str:
+    if model is None:
+        return "-"
+    revision = model.revision[:_REVISION_DIGITS]
+    return f"{model.model_id} ({revision})" if revision else model.model_id
 
 
 _STORAGE_NAMES = {"shared_memory": "handle (shared memory)", "cuda_ipc": "handle (CUDA IPC)"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -289,7 +290,10 @@ class TestHealth:
             async with asyncio.timeout(WAIT_S / 2):
                 await stopping
 
-    async def test_no_replica_is_named_with_its_reason(self, tiny_llama: Path) -> None:
+    async def test_no_replica_is_named_with_its_reason(
+        self, tiny_llama: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "gateway")
         async with AsyncExitStack() as verifier:
             verifier_at, _ = await verifier.enter_async_context(running_verifier(tiny_llama))
             async with (
@@ -307,6 +311,9 @@ class TestHealth:
                     await client.generate([1, 2], OPTIONS)
                 assert caught.value.reason == "NO_REPLICA"
                 assert caught.value.retry_after_s
+        (record,) = [record for record in caplog.records if record.message == "replica lost"]
+        assert vars(record)["peer_service"] == "specdec.v1.VerifierService"
+        assert "service" not in vars(record), "it is the gateway's own in each of its records"
 
     @pytest.mark.parametrize(
         ("code", "answer"),
@@ -319,8 +326,13 @@ class TestHealth:
         ids=["it ends", "no health service", "refused", "nonsense"],
     )
     async def test_a_watch_that_ended_begins_again_after_a_pause(
-        self, code: grpc.StatusCode | None, answer: Exception | None, monkeypatch: pytest.MonkeyPatch
+        self,
+        code: grpc.StatusCode | None,
+        answer: Exception | None,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
+        caplog.set_level(logging.INFO, "gateway")
         pause_s = 0.1
         monkeypatch.setattr(replica, "_RETRY_S", pause_s)
         monkeypatch.setattr(replica, "_REFUSED_RETRY_S", pause_s)
@@ -341,6 +353,9 @@ class TestHealth:
             assert min(after - before for before, after in pairwise(health.begun)) > 0.9 * pause_s
             assert not watching.num_ready
             assert watching.replicas[0].reason != "not serving yet"
+            messages = {record.message for record in caplog.records}
+            assert "replica not reachable" in messages
+            assert "replica lost" not in messages, "it was never there"
         finally:
             await watching.close()
             await server.stop(0)

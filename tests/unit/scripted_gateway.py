@@ -109,7 +109,12 @@ def refuse(_gateway: object, _request: object, context: grpc.ServicerContext) ->
 def information() -> gateway_pb2.GatewayServiceGetInfoResponse:
     """Return what GetInfo answers."""
     model = common_pb2.ModelInfo(
-        model_id="tiny", vocabulary_fingerprint="ab" * 32, vocab_size=100, max_length=64, dtype="bfloat16"
+        model_id="tiny",
+        vocabulary_fingerprint="ab" * 32,
+        vocab_size=100,
+        max_length=64,
+        dtype="bfloat16",
+        revision="0123abcd" * 5,
     )
     verifier = verifier_pb2.VerifierServiceGetInfoResponse(
         protocol_version=PROTOCOL_VERSION,

@@ -243,7 +243,7 @@ def test_a_pipe_gets_the_text_as_it_is(gateway: ScriptedGateway) -> None:
 
 def test_info_shows_models_methods_and_replicas(gateway: ScriptedGateway) -> None:
     output = run("info", gateway=gateway).stdout
-    for shown in ("tiny", "none, ngram", "host:1", "ready", "1 of 8"):
+    for shown in ("tiny", "none, ngram", "host:1", "ready", "1 of 8", "tiny (0123abcd),"):
         assert shown in output
     info = json.loads(run("info", "--json", gateway=gateway).stdout)
     assert info["methods"] == ["none", "ngram"]

@@ -142,6 +142,7 @@ class FakeDrafters:
             timeout_s=timeout_s,
             open_timeout_s=open_timeout_s,
             retry_s=retry_s,
+            drafter="ngram",
         )
 
     def assert_all_closed_once(self) -> None:
@@ -409,6 +410,12 @@ class TestALostDrafter:
             drafters.assert_all_closed_once()
         assert drafters.num_attempts == 1
         drafters.assert_all_closed_once()
+
+    async def test_the_log_names_the_drafter(self, caplog: pytest.LogCaptureFixture) -> None:
+        async with FakeDrafters(UnavailableError("gone")).link() as link:
+            await link.propose(ask(PROMPT, 2))
+        (record,) = [record for record in caplog.records if record.message == "drafting without a drafter"]
+        assert (vars(record)["drafter"], vars(record)["code"]) == ("ngram", "unavailable")
 
     async def test_a_late_draft_counts_as_lost(self) -> None:
         drafters = FakeDrafters([answer, hang])

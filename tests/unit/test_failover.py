@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Self
 
 import pytest
@@ -13,6 +14,8 @@ import pytest_asyncio
 from gateway.replicas import failover
 from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
 from gateway.replicas.replica import Replica
+from gateway.replicas.replica_set import ReplicaSet
+from gateway.request.peers import OTHER_WEIGHTS, _is_same_model
 from gateway.rounds.vocabulary import Verified
 from specdec.contract.errors import (
     FailedPreconditionError,
@@ -21,6 +24,8 @@ from specdec.contract.errors import (
     SpecdecError,
     UnavailableError,
 )
+from specdec.v1.common_pb2 import ModelInfo
+from specdec.v1.verifier_pb2 import VerifierServiceGetInfoResponse
 
 PROMPT = [1, 2]
 LOST = UnavailableError("it was lost")
@@ -193,3 +198,39 @@ async def test_who_gives_up_waiting_leaves_nothing_behind(make_world: Callable[.
         await waiting
     assert waiting.cancelled()
     world.assert_all_is_given_back()
+
+
+async def test_the_error_says_why_no_replica_goes_on(make_world: Callable[..., World]) -> None:
+    world = make_world(None)
+
+    def refuse() -> VerifierReplica:
+        raise UnavailableError("No replica: 127.0.0.1:2 runs another revision.", reason="NO_REPLICA")
+
+    world.pick = refuse  # type: ignore[method-assign]
+    async with world.session(wait_s=0) as session:
+        await session.open("")
+        with pytest.raises(UnavailableError, match=r"^it was lost No replica: 127\.0\.0\.1:2 runs another"):
+            await session.verify(3, [], "")
+    world.assert_all_is_given_back()
+
+
+@pytest.mark.parametrize("revision", ["other", "same"])
+async def test_a_ready_verifier_of_other_weights_is_named_as_such(revision: str) -> None:
+    async def get_info(_: object) -> None: ...
+
+    verifiers: ReplicaSet[VerifierServiceGetInfoResponse] = ReplicaSet(
+        "specdec.v1.VerifierService", ["127.0.0.1:1"], get_info=get_info, check=lambda _: None
+    )
+    ready = verifiers.replicas[0]
+    ready.reason, ready.info = "", VerifierServiceGetInfoResponse(model=ModelInfo(revision=revision))
+    try:
+        suits = partial(_is_same_model, ModelInfo(revision="same"))
+        if revision == "same":
+            assert verifiers.pick(suits, unsuited=OTHER_WEIGHTS) is ready
+        else:
+            with pytest.raises(
+                UnavailableError, match=r"127\.0\.0\.1:1: it is ready, but runs another model"
+            ):
+                verifiers.pick(suits, unsuited=OTHER_WEIGHTS)
+    finally:
+        await verifiers.close()
