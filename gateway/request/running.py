@@ -11,6 +11,7 @@ from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import Plan
 from gateway.request.text import TextStream, TextToken
+from gateway.rounds.ahead import one_ahead
 from gateway.rounds.decode import decode
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
@@ -60,6 +61,9 @@ class RunningRequest:
                 trace=self._trace,
             )
             await stack.enter_async_context(aclosing(rounds))
+            if not self._plan.stop_strings:
+                # Only the text tells whether a stop string ends the generation and there is no next round.
+                rounds = await stack.enter_async_context(aclosing(one_ahead(rounds)))
             finish_reason = ""
             async for current in rounds:
                 chunk = self._take(current)

@@ -95,15 +95,19 @@ class AdaptiveSize:
         self._stats = {budget: method.stats[budget] for budget in budgets}
         self._mine = {budget: Survival(_SESSION_MEMORY) for budget in budgets}
         self._lengths = [k for k in _LENGTHS if k < longest] + [longest]
+        self._next: DraftSize | None = None
+        """The size of the next round, chosen ahead; None: nothing was observed since the last one."""
 
     def choose(self, limit: int) -> DraftSize:
         """Return the best size, or now and then another."""
         if limit <= 0:
             return PLAIN_SIZE
-        self._method.num_rounds += 1
-        return FixedSize(self._wanted(self._method.num_rounds)).choose(limit)
+        size, self._next = self._next or self._wanted(), None
+        return FixedSize(size).choose(limit)
 
-    def _wanted(self, num_rounds: int) -> DraftSize:
+    def _wanted(self) -> DraftSize:
+        self._method.num_rounds += 1
+        num_rounds = self._method.num_rounds
         if not any(stats.is_known for stats in self._stats.values()):
             return self._start
         best, rate = self._best()
@@ -119,6 +123,7 @@ class AdaptiveSize:
         if size.draft_depth and completed.draft.is_complete:
             self._stats[size.draft_nodes].observe(size, completed)
             self._mine[size.draft_nodes].add(size.draft_depth, completed.verified.num_accepted_tokens)
+        self._next = self._wanted()
 
     def _best(self) -> tuple[DraftSize, float]:
         """Return the size with the most tokens per nanosecond, and how many those are."""

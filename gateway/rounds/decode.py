@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from gateway.rounds.tracing import RequestTrace
@@ -45,6 +46,7 @@ async def decode(
             )
             current = Round(draft, verified)
             span.describe(current, size)
-        control.observe(size, current)
+        # The next request does not wait for what this round teaches.
+        asyncio.get_running_loop().call_soon(control.observe, size, current)
         committed.extend(current.token_ids)
         yield current

@@ -85,7 +85,7 @@ class SpeculationTally:
     def add(self, completed: Round) -> None:
         """Count a round; the prefill only starts the clock."""
         if completed.is_prefill:
-            self._started_ns = time.monotonic_ns()
+            self._started_ns = completed.ended_ns
             return
         draft, verified = completed.draft, completed.verified
         self.num_rounds += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from specdec.contract.draft_tree import DraftTree
@@ -108,6 +109,8 @@ class Round:
     draft: Draft
     verified: Verified
     is_prefill: bool = False
+    ended_ns: int = field(default_factory=time.monotonic_ns, compare=False)
+    """When the target's answer was here, by time.monotonic_ns."""
 
     @property
     def transport_ns(self) -> int:
