@@ -97,7 +97,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         record_span(
             self._tracer,
             "specdec.draft",
-            context_of(request.traceparent),
+            request.traceparent,
             duration_ns=total_ns,
             kind=SpanKind.SERVER,
             attributes={

@@ -128,7 +128,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         record_span(
             self._tracer,
             "specdec.verify",
-            context_of(traceparent),
+            traceparent,
             duration_ns=total_ns,
             kind=SpanKind.SERVER,
             attributes={

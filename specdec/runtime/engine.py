@@ -195,8 +195,10 @@ class Engine(Generic[ItemT, ResultT]):
             outcomes = self._outcomes(batch)
             ended_ns = time.monotonic_ns()
             with self._wakeup:
+                # The results leave first. Whoever gets one can submit again only when the lock is free.
+                self._deliver(batch, outcomes, started_ns, ended_ns)
                 self._scheduler.finish(batch, started_ns, ended_ns)
-            self._deliver(batch, outcomes, started_ns, ended_ns)
+            self._report(len(batch), num_tokens_of(batch), ended_ns - started_ns)
         for submission in self._scheduler.drain():
             submission.post(_closed_error())
 
@@ -240,8 +242,10 @@ class Engine(Generic[ItemT, ResultT]):
             else:
                 queue_ns = started_ns - submission.submitted_ns
                 submission.post(EngineResult(outcome, queue_ns, compute_ns, len(batch), num_tokens))
+
+    def _report(self, batch_size: int, batch_tokens: int, compute_ns: int) -> None:
         try:
-            self._on_step(len(batch), num_tokens, compute_ns)
+            self._on_step(batch_size, batch_tokens, compute_ns)
         except Exception as error:  # what watches the engine must not end it
             log_defect(logger, "the report of a step failed", error)
 

@@ -6,6 +6,7 @@ OpenTelemetry's API is needed here; where spans and metrics go is the business o
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.metrics import Meter
-from opentelemetry.trace import Span, SpanKind, Tracer
+from opentelemetry.trace import NoOpTracer, Span, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from specdec.contract.request_id import REQUEST_ID
@@ -51,6 +52,8 @@ class Telemetry:
 
 def traceparent_of(span: Span) -> str:
     """Return the W3C traceparent of a span; it is empty if the span is not recorded anywhere."""
+    if not span.get_span_context().is_valid:
+        return ""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, trace.set_span_in_context(span))
     return carrier.get("traceparent", "")
@@ -70,16 +73,28 @@ def trace_id_of(span: Span) -> str:
 def record_span(
     tracer: Tracer,
     name: str,
-    parent: Context,
+    parent: Context | str,
     *,
     duration_ns: int,
     attributes: Attributes,
     kind: SpanKind = SpanKind.INTERNAL,
 ) -> None:
-    """Record a span that ends now, after the fact: cheaper than one kept open across awaits."""
+    """Record a span that ends now, after the fact, which is cheaper than a span that is open across awaits.
+
+    The event loop builds the span in its next turn: what the caller does at once, such as sending an answer,
+    does not wait for that.
+
+    Args:
+        parent: context or traceparent of the parent.
+    """
+    if isinstance(tracer, NoOpTracer):
+        return
     end_ns = time.time_ns()
     attributes = {REQUEST_ID_ATTRIBUTE: REQUEST_ID.get(), **attributes}
-    span = tracer.start_span(
-        name, context=parent, kind=kind, attributes=attributes, start_time=end_ns - duration_ns
-    )
-    span.end(end_ns)
+
+    def record() -> None:
+        context = context_of(parent) if isinstance(parent, str) else parent
+        start_ns = end_ns - duration_ns
+        tracer.start_span(name, context, kind, attributes, start_time=start_ns).end(end_ns)
+
+    asyncio.get_running_loop().call_soon(record)
