@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,7 +14,7 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.service.auth import Authenticator
 from specdec.service.health import LIVENESS, HealthService
 from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, RequestIdInterceptor
-from specdec.transport.channel import server_options
+from specdec.transport.channel import check_socket_path, server_options, socket_path
 from specdec.transport.tls import PemFiles, server_credentials
 
 _WATCH_GRACE_S = 1.0
@@ -108,7 +109,8 @@ def _bind(
 ) -> str:
     """Bind a server to an address, and return the address with the real port."""
     try:
-        _require_unused(listen)
+        if path := socket_path(listen):
+            _require_usable(path)
         if credentials:
             port = server.add_secure_port(listen, credentials)
         else:
@@ -123,11 +125,19 @@ def _bind(
     return listen if listen.startswith("unix") else f"{listen.rpartition(':')[0]}:{port}"
 
 
-def _require_unused(listen: str) -> None:
-    """Refuse a unix socket on which a server answers; gRPC would take the socket away from that server."""
-    path = listen.removeprefix("unix:")
-    if path == listen:
-        return
+def _require_usable(path: str) -> None:
+    """Refuse a unix socket that cannot be made, or on which a server answers; gRPC would take the socket
+    away from that server.
+    """
+    check_socket_path(path)
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise InvalidArgumentError(
+            f"Cannot listen on {path}: {folder} is not a directory; make it, with mode 0700 if only your own "
+            "processes may connect.",
+            field="listen",
+            reason="NO_SOCKET_DIRECTORY",
+        )
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)

@@ -29,6 +29,8 @@ _RETIRE_AFTER_S = 10.0
 """Seconds for which a channel with outdated credentials still accepts calls from its holders."""
 _RETIRED_GRACE_S = 24 * 3600.0
 """Seconds for which calls may continue on such a channel after that."""
+MAX_SOCKET_PATH_BYTES = 107
+"""Longest path of a unix socket that the kernel takes."""
 URI_SCHEMES = ("dns:", "unix:", "unix-abstract:", "ipv4:", "ipv6:", "xds:")
 
 
@@ -109,6 +111,26 @@ def is_local(uri: str) -> bool:
         return False
 
 
+def socket_path(uri: str) -> str:
+    """Return the path of a unix socket's file; it is empty for every other address."""
+    return uri.removeprefix("unix:").removeprefix("//") if uri.startswith("unix:") else ""
+
+
+def check_socket_path(path: str) -> None:
+    """Refuse a path that no unix socket can have.
+
+    Raises:
+        InvalidArgumentError: the path is too long.
+    """
+    num_bytes = len(os.fsencode(path))
+    if num_bytes > MAX_SOCKET_PATH_BYTES:
+        raise InvalidArgumentError(
+            f"The path of a unix socket may have at most {MAX_SOCKET_PATH_BYTES} bytes, but {path} has "
+            f"{num_bytes}; choose a shorter one.",
+            reason="SOCKET_PATH_TOO_LONG",
+        )
+
+
 def server_options() -> list[tuple[str, Any]]:
     """Return the arguments of a server. Servers never share a port: that would split the traffic."""
     return [
@@ -138,6 +160,8 @@ def parse_uris(text: str) -> tuple[str, ...]:
             "The address is empty; pass host:port, dns:///host:port, unix:/path, or several, comma-separated."
         )
     for uri in uris:
+        if path := socket_path(uri):
+            check_socket_path(path)
         if uri.startswith(URI_SCHEMES) and not uri.startswith("dns:"):
             continue
         host, _, port = uri.rpartition(":")

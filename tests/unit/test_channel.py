@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
+from specdec.contract.errors import InvalidArgumentError
 from specdec.transport import channel
-from specdec.transport.channel import ServiceChannel, client_options, server_options
+from specdec.transport.channel import ServiceChannel, client_options, parse_uris, server_options
 from specdec.transport.tls import OutgoingTls, PemFiles, server_credentials
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.certificates import Authority, Folder, replace
@@ -27,6 +28,15 @@ from tests.unit.scripted_gateway import (
     started,
     token,
 )
+
+
+def test_addresses_may_be_sockets_whose_paths_the_kernel_takes() -> None:
+    longest = f"unix:/{'x' * 106}"
+    assert parse_uris(f"{longest}, host:1") == (longest, "host:1")
+    with pytest.raises(InvalidArgumentError, match="at most 107 bytes"):
+        parse_uris(f"host:1,{longest}x")
+    with pytest.raises(InvalidArgumentError, match="has 108;"):
+        parse_uris(f"unix:///{'x' * 105}é")
 
 
 @pytest.mark.parametrize("options", [client_options("dns:///host:1"), server_options()])

@@ -61,6 +61,29 @@ async def test_a_socket_left_behind_is_used_again(tmp_path: Path) -> None:
     await host.stop(0)
 
 
+async def test_a_socket_path_that_is_too_long_is_named(tmp_path: Path) -> None:
+    path = f"{tmp_path}/{'x' * 120}"
+    reason = f"at most 107 bytes, but {path} has {len(path)}"
+    with pytest.raises(InvalidArgumentError, match=reason) as raised:
+        await host_at(f"unix:{path}").start()
+    assert raised.value.reason == "SOCKET_PATH_TOO_LONG"
+
+
+async def test_a_socket_without_its_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{tmp_path}/missing is not a directory"):
+        await host_at(f"unix:{tmp_path}/missing/socket").start()
+
+
+async def test_a_socket_is_written_with_or_without_slashes(tmp_path: Path) -> None:
+    host = host_at(f"unix://{tmp_path}/socket")
+    await host.start()
+    assert await answers(f"unix:{tmp_path}/socket")
+    with pytest.raises(InvalidArgumentError, match="in use"):
+        await host_at(f"unix:{tmp_path}/socket").start()
+    await host.stop(0)
+    assert not (tmp_path / "socket").exists()
+
+
 async def test_a_start_that_fails_at_its_second_port_gives_the_first_back() -> None:
     other = socket.create_server(("127.0.0.1", 0))
     async with nothing_left_behind():
