@@ -39,7 +39,7 @@ These variables have no option. The first seven are read by the commands and the
 | `SPECDEC_TLS_PRIVATE_KEY` | The certificate's private key, a PEM file. |
 | `SPECDEC_TLS_SERVER_NAME` | Name that the gateway's certificate must carry. |
 | `SPECDEC_STATE_DIR` | Folder where `specdec up` notes its gateway's address. Default: the user's own. |
-| `SPECDEC_CACHE_DIR` | Folder of models that were converted or exported, and of digests. Default: the user's cache. |
+| `SPECDEC_CACHE_DIR` | Folder of converted and exported models, and of digests. Default: the user's cache. |
 | `OTEL_*` | Where services send traces and metrics ([serving.md](serving.md#telemetry)). |
 """
 
