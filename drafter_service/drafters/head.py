@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from drafter_service.drafters.growing import Candidates
 from specdec.contract.errors import InvalidArgumentError
-from specdec.runtime.picks import PickContext, Picker, arg_max
+from specdec.runtime.picks import PickContext, Picker
 from specdec.runtime.prepack import multiplier
 from specdec.state.weights import TargetWeights, softcapped
 
@@ -126,13 +127,8 @@ class DraftHead:
         Returns:
             A token for each row, session by session.
         """
-        if all(context.sampling.is_plain for context in contexts):
-            best = arg_max(logits)
-            token_ids = best if self.draft_vocab is None else self.draft_vocab[best]
-            return [part.tolist() for part in token_ids.split(list(counts))]
-        vocab_size = self.vocab_size(weights)
-        logits = self._over_all_tokens(logits, vocab_size)
-        return self._picker(vocab_size, logits.device).pick(list(logits.split(list(counts))), contexts)
+        picker = self._picker(self.vocab_size(weights), logits.device)
+        return picker.pick(list(logits.split(list(counts))), contexts)
 
     def candidates(
         self,
@@ -150,38 +146,21 @@ class DraftHead:
         Returns:
             At most `num_candidates` (log probability, token id) pairs for each session and row, best first.
         """
-        return [
-            self._candidates(rows, context, self.vocab_size(weights), num_candidates)
-            for rows, context in zip(logits.split(list(counts)), contexts, strict=True)
-        ]
-
-    def _candidates(
-        self, logits: Tensor, context: PickContext, vocab_size: int, num_candidates: int
-    ) -> list[Candidates]:
-        token_ids = self.draft_vocab
-        if context.sampling.is_plain:
-            scores = logits.float()
-        else:
-            picker, token_ids = self._picker(vocab_size, logits.device), None
-            scores = picker.scores(self._over_all_tokens(logits, vocab_size), context)
-        log_probs, indices = scores.log_softmax(-1).topk(min(num_candidates, scores.shape[-1]))
-        found = indices if token_ids is None else token_ids[indices]
-        return [
+        picker = self._picker(self.vocab_size(weights), logits.device)
+        scores = picker.scores(list(logits.split(list(counts))), contexts)
+        log_probs, columns = scores.log_softmax(-1).topk(min(num_candidates, scores.shape[-1]))
+        token_ids = columns if self.draft_vocab is None else self.draft_vocab[columns]
+        rows = [
             [pair for pair in zip(*row, strict=True) if pair[0] > -math.inf]
-            for row in zip(log_probs.tolist(), found.tolist(), strict=True)
+            for row in zip(log_probs.tolist(), token_ids.tolist(), strict=True)
         ]
+        remaining = iter(rows)
+        return [list(islice(remaining, count)) for count in counts]
 
     def _picker(self, vocab_size: int, device: torch.device) -> Picker:
         if vocab_size not in self._pickers:
-            self._pickers[vocab_size] = Picker(vocab_size, device)
+            self._pickers[vocab_size] = Picker(vocab_size, device, self.draft_vocab)
         return self._pickers[vocab_size]
-
-    def _over_all_tokens(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """Spread logits over all tokens [num_rows, vocab_size], -inf outside the draft vocabulary."""
-        if self.draft_vocab is None:
-            return logits
-        full = logits.new_full((len(logits), vocab_size), float("-inf"))
-        return full.index_copy_(1, self.draft_vocab, logits)
 
     def confidence(self, logits: Tensor, token_id: int) -> float:
         """Return the probability of a draft token by its row of logits [draft_vocab_size]."""

@@ -58,9 +58,14 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
+    def changes_logits(self) -> bool:
+        """Whether penalties, biases or allowed tokens change the logits."""
+        return bool(self.has_penalties or self.logit_bias or self.allowed_token_ids)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the pick is the arg max of the raw logits."""
-        return self.is_greedy and not (self.has_penalties or self.logit_bias or self.allowed_token_ids)
+        return self.is_greedy and not self.changes_logits
 
     def validate(self, vocab_size: int = 0) -> None:
         """Refuse parameters that are out of range. With `vocab_size` 0, token ids are not checked.

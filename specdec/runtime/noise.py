@@ -26,29 +26,45 @@ from specdec.contract.token_noise import (
 
 
 class GumbelNoise:
-    """Generates standard Gumbel noise over a vocabulary, in buffers it keeps.
+    """Generates standard Gumbel noise over given tokens, in buffers it keeps.
 
     Not safe for several threads at once: give each thread its own.
+
+    Args:
+        token_ids: the tokens [num_tokens], int64, on the device of the noise.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
-        self._device = torch.device(device)
-        ids = torch.arange(vocab_size, dtype=torch.int64, device=self._device)
-        self._ids = _wrap(ids * TOKEN_MULTIPLIER)
-        self._buffers = torch.empty(3, 0, vocab_size, dtype=torch.int32, device=self._device)
+    def __init__(self, token_ids: Tensor) -> None:
+        self._device = token_ids.device
+        self._ids = _wrap(token_ids * TOKEN_MULTIPLIER)
+        self._buffers = torch.empty(3, 0, len(token_ids), dtype=torch.int32, device=self._device)
 
     def __call__(self, seed: int, positions: Sequence[int]) -> Tensor:
-        """Return the noise [num_positions, vocab_size], fp32. It is valid until the next call.
+        """Return the noise of `at` for positions of a request.
 
         Args:
             seed: the request's seed, 0 to 2**64 - 1.
             positions: index in the sequence of the token each row picks.
         """
-        rows = len(positions)
+        return self.at([noise_key(seed, position) for position in positions])
+
+    def at(self, keys: Sequence[int]) -> Tensor:
+        """Return noise [num_keys, num_tokens], fp32. It is valid until the next call.
+
+        Args:
+            keys: what `noise_key` returns for each row; keys may occur several times.
+        """
+        distinct = list(dict.fromkeys(keys))
+        noise = self._of_distinct(distinct)
+        if len(distinct) == len(keys):
+            return noise
+        return noise[torch.tensor([distinct.index(key) for key in keys], device=self._device)]
+
+    def _of_distinct(self, keys: Sequence[int]) -> Tensor:
+        rows = len(keys)
         if rows > self._buffers.shape[1]:
             self._buffers = torch.empty(3, rows, len(self._ids), dtype=torch.int32, device=self._device)
         bits, scratch, spare = self._buffers[:, :rows]
-        keys = [noise_key(seed, position) for position in positions]
         low, high = _wrap(torch.tensor([[key & MASK32, key >> 32] for key in keys], device=self._device)).T
         torch.add(self._ids, low[:, None], out=bits)
         _hash(bits, scratch)

@@ -9,18 +9,25 @@ parameters and t, so any drafter meets the same pick.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
 
+import numpy
 import torch
 from torch import Tensor
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.sampling import SamplingParams
+from specdec.contract.token_noise import Words, noise_key
+from specdec.runtime.contenders import picks_of_contenders
 from specdec.runtime.noise import GumbelNoise
 
 _TOP_P_CANDIDATES = 256
 _ARG_MAX_BLOCK = 256
+
+_Value = TypeVar("_Value")
 
 
 def arg_max(rows: Tensor) -> Tensor:
@@ -64,88 +71,183 @@ class PickContext:
             return range(first, first + num_rows)
         return [first, *(first + depth for depth in self.draft.depths)][:num_rows]
 
+    def noise_keys(self, num_rows: int) -> list[int]:
+        """Return the noise key of each of the first rows' positions."""
+        return [noise_key(self.sampling.noise_seed, position) for position in self.positions(num_rows)]
+
 
 class Picker:
-    """Picks tokens. Keeps the noise generator's buffers: one per engine thread."""
+    """Picks tokens. Keeps the noise generator's buffers: one per engine thread.
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._noise = GumbelNoise(vocab_size, device)
+    Args:
+        vocab_size: number of tokens.
+        device: device of the logits.
+        token_ids: the token of each column of the logits [num_tokens], ascending; all other tokens count as
+            having a logit of -inf. None: the logits have a column for each token.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, token_ids: Tensor | None = None) -> None:
+        self._is_part = token_ids is not None
+        self._token_ids = torch.arange(vocab_size, device=device) if token_ids is None else token_ids
+        self._words: Words = self._token_ids.cpu().numpy().astype(numpy.uint32)
+        self._noise = GumbelNoise(self._token_ids)
 
     def pick(self, logits: Sequence[Tensor], contexts: Sequence[PickContext]) -> list[list[int]]:
         """Return the target's pick for every row of every session.
 
         Args:
-            logits: per session [num_rows, vocab_size]; what each row follows is in its context.
+            logits: per session [num_rows, num_tokens]; what each row follows is in its context.
             contexts: per session.
 
         Returns:
             Per session num_rows token ids.
         """
-        plain = [index for index, context in enumerate(contexts) if context.sampling.is_plain]
+        rows = self._processed(logits, contexts)
+        greedy = [index for index, context in enumerate(contexts) if context.sampling.is_greedy]
+        sampled = [index for index, context in enumerate(contexts) if not context.sampling.is_greedy]
         picks: list[list[int]] = [[] for _ in contexts]
-        if plain:
-            best = arg_max(torch.cat([logits[index] for index in plain])).tolist()
-            for index in plain:
-                picks[index], best = best[: len(logits[index])], best[len(logits[index]) :]
-        for index, context in enumerate(contexts):
-            if not context.sampling.is_plain:
-                scores = self.scores(logits[index], context)
-                picks[index] = arg_max(scores).tolist()
+        for indices, pick in ((greedy, self._greedy), (sampled, self._sampled)):
+            if indices:
+                found = iter(pick([rows[index] for index in indices], [contexts[index] for index in indices]))
+                for index in indices:
+                    picks[index] = list(islice(found, len(rows[index])))
         return picks
 
-    def scores(self, logits: Tensor, context: PickContext) -> Tensor:
-        """Return processed and perturbed logits [num_rows, vocab_size], fp32, whose arg max is the pick."""
-        sampling = context.sampling
-        scores = logits.float()
-        if scores is logits:
-            scores = logits.clone()
-        process_logits(scores, context)
-        if sampling.is_greedy:
-            return scores
-        # Relative to the best: dividing by a temperature near 0 then cannot overflow to infinity.
-        scores.sub_(scores.amax(-1, keepdim=True)).div_(sampling.temperature)
-        truncate(scores, sampling)
-        return scores.add_(self._noise_at(sampling.noise_seed, context.positions(len(scores))))
+    def scores(self, logits: Sequence[Tensor], contexts: Sequence[PickContext]) -> Tensor:
+        """Return processed and perturbed logits [all rows, num_tokens], fp32, whose arg max is the pick."""
+        return self._scores(
+            self._processed(logits, contexts),
+            [context.sampling for context in contexts],
+            [context.noise_keys(len(rows)) for rows, context in zip(logits, contexts, strict=True)],
+        )
 
-    def _noise_at(self, seed: int, positions: Sequence[int]) -> Tensor:
-        """Return the noise [num_positions, vocab_size] of positions, valid until the next call. Some are
-        equal.
+    def _processed(self, logits: Sequence[Tensor], contexts: Sequence[PickContext]) -> list[Tensor]:
+        """Return the logits as they are or, of sessions that change them, changed copies in fp32."""
+        processed = list(logits)
+        for index, context in enumerate(contexts):
+            if context.sampling.changes_logits:
+                processed[index] = logits[index].to(torch.float32, copy=True)
+                process_logits(processed[index], context, self._words if self._is_part else None)
+        return processed
+
+    def _greedy(self, rows: Sequence[Tensor], contexts: Sequence[PickContext]) -> list[int]:
+        joined = _joined(rows)
+        columns = arg_max(joined)
+        if any(context.sampling.changes_logits for context in contexts):
+            return self._tokens(columns, joined)
+        found: list[int] = self._token_ids[columns].tolist()
+        return found
+
+    def _sampled(self, rows: Sequence[Tensor], contexts: Sequence[PickContext]) -> list[int]:
+        keys = [context.noise_keys(len(part)) for part, context in zip(rows, contexts, strict=True)]
+        samplings = [context.sampling for context in contexts]
+        if self._token_ids.device.type != "cpu":
+            return self._sampled_from_all(rows, samplings, keys)
+        of_rows = [sampling for sampling, part in zip(samplings, rows, strict=True) for _ in part]
+        key_of_rows = [key for part in keys for key in part]
+        joined = _joined(rows).float()
+        columns = picks_of_contenders(joined.numpy(), self._words, of_rows, key_of_rows)
+        return [
+            self._sampled_from_all([joined[row : row + 1]], [of_rows[row]], [[key_of_rows[row]]])[0]
+            if column is None
+            else int(self._words[column])
+            for row, column in enumerate(columns)
+        ]
+
+    def _sampled_from_all(
+        self, rows: Sequence[Tensor], samplings: Sequence[SamplingParams], keys: Sequence[Sequence[int]]
+    ) -> list[int]:
+        columns = arg_max(self._scores(rows, samplings, keys))
+        return self._tokens(columns, _joined(rows))
+
+    def _scores(
+        self, rows: Sequence[Tensor], samplings: Sequence[SamplingParams], keys: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Perturb processed logits with the noise of all tokens [all rows, num_tokens], fp32.
+
+        Args:
+            keys: noise keys of the rows, per session.
         """
-        if isinstance(positions, range):
-            return self._noise(seed, positions)
-        distinct = sorted(set(positions))
-        rows = torch.tensor([distinct.index(position) for position in positions])
-        noise = self._noise(seed, distinct)
-        return noise.index_select(0, rows.to(noise.device))
+        scores = _joined([_scaled(part, sampling) for part, sampling in zip(rows, samplings, strict=True)])
+        of_rows = [(sampling, key) for sampling, part in zip(samplings, keys, strict=True) for key in part]
+        noisy = {row: key for row, (sampling, key) in enumerate(of_rows) if not sampling.is_greedy}
+        if noisy:
+            indices = torch.tensor(list(noisy), device=scores.device)
+            scores.index_add_(0, indices, self._noise.at(list(noisy.values())))
+        return scores
+
+    def _tokens(self, columns: Tensor, rows: Tensor) -> list[int]:
+        """Return the tokens of picked columns. A row without a possible token picks token 0."""
+        tokens = self._token_ids[columns]
+        if self._is_part:
+            tokens.masked_fill_(rows.amax(-1) == float("-inf"), 0)
+        found: list[int] = tokens.tolist()
+        return found
 
 
-def process_logits(logits: Tensor, context: PickContext) -> None:
-    """Apply bias, allowed tokens and penalties in place to logits [num_rows, vocab_size], fp32."""
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _scaled(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """Return the scores that the noise is added to, in fp32; at temperature 0 the logits themselves."""
+    if sampling.is_greedy:
+        return logits.float()
+    logits = logits.float()
+    # Relative to the best: dividing by a temperature near 0 then cannot overflow to infinity.
+    scores = (logits - logits.amax(-1, keepdim=True)).div_(sampling.temperature)
+    truncate(scores, sampling)
+    return scores
+
+
+def process_logits(logits: Tensor, context: PickContext, token_ids: Words | None = None) -> None:
+    """Apply bias, allowed tokens and penalties in place to logits [num_rows, num_tokens], fp32.
+
+    Args:
+        token_ids: the token of each column [num_tokens], ascending; None: the columns' numbers.
+    """
     sampling = context.sampling
-    if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        logits[:, ids] += torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+    if bias := _by_column(sampling.logit_bias, token_ids):
+        values = torch.tensor(list(bias.values()), device=logits.device)
+        logits[:, _indices(bias, logits.device)] += values
     if sampling.allowed_token_ids:
-        allowed = torch.tensor(sampling.allowed_token_ids, device=logits.device)
+        columns = _by_column(dict.fromkeys(sampling.allowed_token_ids), token_ids)
+        allowed = _indices(columns, logits.device)
         kept = logits[:, allowed]
         logits.fill_(float("-inf"))
         logits[:, allowed] = kept
     if sampling.has_penalties:
         for row in range(len(logits)):
-            _penalise(logits[row], context.tokens_before(row), context.prompt_length, sampling)
+            _penalise(logits[row], context.tokens_before(row), context, token_ids)
 
 
-def _penalise(logits: Tensor, tokens: list[int], prompt_length: int, sampling: SamplingParams) -> None:
-    """Apply penalties to one row [vocab_size], in place."""
+def _by_column(values: Mapping[int, _Value], token_ids: Words | None) -> Mapping[int, _Value]:
+    """Return the values, given for tokens, of the columns. Tokens without a column are left out."""
+    if token_ids is None or not values:
+        return values
+    tokens = numpy.fromiter(values, numpy.int64, len(values))
+    columns = numpy.searchsorted(token_ids, tokens).clip(max=len(token_ids) - 1)
+    found = (token_ids[columns] == tokens).tolist()
+    items = zip(columns.tolist(), values.values(), found, strict=True)
+    return {column: value for column, value, is_there in items if is_there}
+
+
+def _penalise(logits: Tensor, tokens: list[int], context: PickContext, token_ids: Words | None) -> None:
+    """Apply penalties to one row [num_tokens] that follows the tokens, in place."""
+    sampling = context.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+        seen = _indices(_by_column(dict.fromkeys(tokens), token_ids), logits.device)
         values, penalty = logits[seen], sampling.repetition_penalty
         logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    output = Counter(tokens[prompt_length:])
-    if output and (sampling.presence_penalty or sampling.frequency_penalty):
-        ids = torch.tensor(list(output), device=logits.device)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        output = _by_column(Counter(tokens[context.prompt_length :]), token_ids)
         counts = torch.tensor(list(output.values()), dtype=torch.float32, device=logits.device)
-        logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        penalties = sampling.presence_penalty + sampling.frequency_penalty * counts
+        logits[_indices(output, logits.device)] -= penalties
+
+
+def _indices(columns: Iterable[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(columns), dtype=torch.int64, device=device)
 
 
 def truncate(scores: Tensor, sampling: SamplingParams) -> None:

@@ -125,4 +125,4 @@ async def test_a_refusal_is_a_typed_error(tiny_llama: Path) -> None:
 
 
 def test_the_noise_of_a_round_is_timed() -> None:
-    assert noise_cost.measure(num_positions=2, vocab_size=100, repeats=3) > 0
+    assert min(noise_cost.measure(num_positions=2, vocab_size=100, repeats=3)) > 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -333,7 +334,7 @@ def test_sampled_candidates_come_in_the_order_of_the_shared_noise(
     table = random_table(Random(seed))
     sampling = SamplingParams(temperature=temperature, seed=noise_seed)
     session, plain = indexed(table, token_ids, sampling=sampling), indexed(table, token_ids)
-    noise = GumbelNoise(VOCABULARY.size)
+    noise = GumbelNoise(torch.arange(VOCABULARY.size))
     for path in ([], [0], [3, 1]):
         row = noise(noise_seed, [len(token_ids) + len(path)])[0].tolist()
         scores = {
@@ -366,7 +367,9 @@ def test_no_more_than_the_best_eight_are_looked_at(sampling: SamplingParams) -> 
     few = {token_id: 0.1 - token_id / 1000 for token_id in range(10)}
     session = indexed(table_of({(12,): Following(few)}), [12], sampling=sampling)
     plain = {token_id: math.log(value) for token_id, value in few.items()}
-    noise = [0.0] * 16 if sampling.is_greedy else GumbelNoise(16)(sampling.seed, [1])[0].tolist()
+    noise = [0.0] * 16
+    if not sampling.is_greedy:
+        noise = GumbelNoise(torch.arange(16))(sampling.seed, [1])[0].tolist()
     scores = {
         token_id: value / (sampling.temperature or 1) + noise[token_id] for token_id, value in plain.items()
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from specdec.contract.token_noise import gumbel
+from specdec.contract.token_noise import LARGEST_NOISE, _negative_log, gumbel, noise_key, noise_of
 from specdec.runtime.noise import GumbelNoise
 
 VOCAB_SIZE = 49152
@@ -21,7 +21,8 @@ DIGEST = "0d445be90649c47cc0f4b42d75bb39c1ec4d4bbed0596a280a8bcf06dbec74ba"
 
 def sample(device: str = "cpu") -> torch.Tensor:
     """Return the noise of a few positions far apart, [9, vocab]."""
-    return GumbelNoise(VOCAB_SIZE, device)(2**63 + 5, [0, 1, 2, 1000, 2**20, 7, 8, 9, 2**31]).cpu().clone()
+    noise = GumbelNoise(torch.arange(VOCAB_SIZE, device=device))
+    return noise(2**63 + 5, [0, 1, 2, 1000, 2**20, 7, 8, 9, 2**31]).cpu().clone()
 
 
 def digest(noise: torch.Tensor) -> str:
@@ -60,19 +61,19 @@ def test_a_gpu_gets_the_same_bits() -> None:
 
 
 def test_a_row_depends_on_its_seed_and_position_alone() -> None:
-    noise = GumbelNoise(1000)
+    noise = GumbelNoise(torch.arange(1000))
     together = noise(7, [3, 4, 5]).clone()
     assert torch.equal(noise(7, [4])[0], together[1])
     assert torch.equal(noise(7, [5, 3])[1], together[0])
     assert not torch.equal(noise(8, [4])[0], together[1])
     # A larger vocabulary extends a row, it does not change it.
-    assert torch.equal(GumbelNoise(2000)(7, [4])[0, :1000], together[1])
+    assert torch.equal(GumbelNoise(torch.arange(2000))(7, [4])[0, :1000], together[1])
 
 
 @pytest.mark.parametrize("token_ids", [[0], [VOCAB_SIZE - 1, 3, 3, 700], list(range(0, VOCAB_SIZE, 7)), []])
 def test_the_noise_of_some_tokens_is_their_columns_bit_for_bit(token_ids: list[int]) -> None:
     for seed, positions in ((7, [3, 2**31, 5]), (2**64 - 1, [4]), (0, range(20))):
-        everything = GumbelNoise(VOCAB_SIZE)(seed, positions)[:, token_ids].numpy()
+        everything = GumbelNoise(torch.arange(VOCAB_SIZE))(seed, positions)[:, token_ids].numpy()
         some = np.stack([gumbel(seed, position, token_ids) for position in positions])
         assert some.dtype == everything.dtype
         assert some.tobytes() == everything.tobytes()
@@ -80,10 +81,10 @@ def test_the_noise_of_some_tokens_is_their_columns_bit_for_bit(token_ids: list[i
 
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
 def test_values_are_gumbel_along_the_vocabulary_and_along_positions(seed: int) -> None:
-    noise = GumbelNoise(VOCAB_SIZE)
+    noise = GumbelNoise(torch.arange(VOCAB_SIZE))
     row = noise(seed, [11])[0].numpy().copy()
     # A vocabulary that ends with the column has the same values in it.
-    column = GumbelNoise(18)(seed, range(8192))[:, 17].numpy().copy()
+    column = GumbelNoise(torch.arange(18))(seed, range(8192))[:, 17].numpy().copy()
     for values in (row, column):
         assert stats.kstest(values, "gumbel_r").pvalue > 1e-3
         assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.05
@@ -91,7 +92,35 @@ def test_values_are_gumbel_along_the_vocabulary_and_along_positions(seed: int) -
 
 
 def test_nearby_seeds_are_independent() -> None:
-    noise = GumbelNoise(VOCAB_SIZE)
+    noise = GumbelNoise(torch.arange(VOCAB_SIZE))
     rows = [noise(seed, [5])[0].numpy().copy() for seed in range(4)]
     correlations = np.corrcoef(rows)[np.triu_indices(4, 1)]
     assert np.abs(correlations).max() < 0.02
+
+
+def test_no_noise_is_larger_than_the_largest() -> None:
+    uniform = (np.arange(2**23, dtype=np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+    assert 0 < uniform[0] < uniform[-1] < 1
+    noise = np.concatenate([_negative_log(_negative_log(part)) for part in np.split(uniform, 256)])
+    assert noise.max() == noise[-1] == LARGEST_NOISE
+    assert (np.diff(noise) >= 0).all()
+
+
+def test_the_noise_of_some_tokens_is_their_columns_at_every_position() -> None:
+    token_ids = [3, 17, 18, 4000, VOCAB_SIZE - 1]
+    everything, some = GumbelNoise(torch.arange(VOCAB_SIZE)), GumbelNoise(torch.tensor(token_ids))
+    assert torch.equal(some(2**64 - 1, range(9)), everything(2**64 - 1, range(9))[:, token_ids])
+
+
+def test_keys_may_occur_several_times() -> None:
+    noise = GumbelNoise(torch.arange(100))
+    keys = [noise_key(5, position) for position in (2, 9, 2, 2, 4)]
+    rows = noise.at(keys).clone()
+    assert torch.equal(rows, torch.stack([noise.at([key])[0].clone() for key in keys]))
+
+
+def test_pairs_have_the_noise_of_their_key_and_token() -> None:
+    pairs = [(4, 7), (4, 8), (2**31, 7), (0, VOCAB_SIZE - 1)]
+    keys = np.array([noise_key(2**64 - 1, position) for position, _ in pairs], np.uint64)
+    found = noise_of(keys, np.array([token_id for _, token_id in pairs], np.uint32))
+    assert found.tolist() == [gumbel(2**64 - 1, position, [token_id])[0] for position, token_id in pairs]
