@@ -16,6 +16,7 @@ from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import FailedPreconditionError, UnavailableError
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import adopt_request_id
+from specdec.contract.request_limits import validate_cache_key
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.runtime.engine import EngineResult
@@ -156,6 +157,8 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
 
 
 def _open_draft(message: drafter_pb2.DraftOpen) -> OpenDraft:
+    validate_cache_key("cache_salt", message.cache_salt)
+    validate_cache_key("caller_key", message.caller_key)
     return OpenDraft(
         committed_token_ids=tuple(message.committed_token_ids),
         prompt_length=message.prompt_length or len(message.committed_token_ids),

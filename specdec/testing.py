@@ -21,10 +21,21 @@ from typing import Any
 from specdec.client.generation import GenerateOptions, Message
 from specdec.client.transport import Metadata
 from specdec.client.wire import request_fields, value_of
-from specdec.contract.errors import FailedPreconditionError, RequestCancelledError, SpecdecError
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RequestCancelledError,
+    SpecdecError,
+)
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION, REQUEST_ID_METADATA
-from specdec.contract.sampling import SamplingParams, with_seed
+from specdec.contract.request_limits import (
+    validate_cache_key,
+    validate_max_new_tokens,
+    validate_roles,
+    validate_stop_strings,
+)
+from specdec.contract.sampling import SamplingParams, validate_min_draft_confidence, with_seed
 from specdec.v1 import common_pb2, gateway_pb2, verifier_pb2
 
 MODEL_ID = "mock"
@@ -84,6 +95,11 @@ class MockTransport:
         *,
         info: gateway_pb2.GatewayServiceGetInfoResponse | None = None,
     ) -> None:
+        if not (callable(answers) or isinstance(answers, Iterable)):
+            raise InvalidArgumentError(
+                f"answers is {answers!r}; pass a text, a list of answers, or a function of the request.",
+                field="answers",
+            )
         self._handler = answers if callable(answers) else _handler_of(answers)
         self._info = info or _default_info()
         self.requests: list[MockRequest] = []
@@ -102,7 +118,8 @@ class MockTransport:
         self.requests.append(asked)
         default_id = f"request-{len(self.requests)}"
         try:
-            answer = self._handler(asked)
+            _refuse_as_a_gateway(asked)
+            answer = _checked_answer(self._handler(asked))
         except SpecdecError as error:
             answer = error
         return MockCall(_responses(answer, asked, asked.metadata.get(REQUEST_ID_METADATA, default_id)))
@@ -169,6 +186,38 @@ def _handler_of(answers: Iterable[Answer] | str) -> Handler:
         )
 
     return next_answer
+
+
+def _refuse_as_a_gateway(asked: MockRequest) -> None:
+    """Refuse what every gateway refuses, whatever its model.
+
+    Raises:
+        InvalidArgumentError: a value is wrong; the error names its field.
+    """
+    if asked.options.max_new_tokens is not None:
+        validate_max_new_tokens(asked.options.max_new_tokens)
+    validate_stop_strings(asked.options.stop)
+    validate_min_draft_confidence(asked.options.min_draft_confidence)
+    validate_cache_key("cache_salt", asked.options.cache_salt)
+    validate_roles(message.role for message in asked.messages)
+    if not (asked.messages or asked.raw_text or asked.token_ids):
+        raise InvalidArgumentError("The prompt is empty.", field="prompt", reason="EMPTY_PROMPT")
+
+
+def _checked_answer(answer: Answer) -> Answer:
+    """Return an answer if it is of the types that answers have.
+
+    Raises:
+        FailedPreconditionError: it is not.
+    """
+    tokens = [answer] if isinstance(answer, str | SpecdecError) else answer
+    if isinstance(tokens, Sequence) and all(isinstance(token, str | SpecdecError) for token in tokens):
+        return answer
+    raise FailedPreconditionError(
+        f"The answer of a MockTransport is {answer!r}; it must be a text, a SpecdecError, or a list of them. "
+        "Does its function return one in every case?",
+        reason="WRONG_ANSWER",
+    )
 
 
 def _read_request(

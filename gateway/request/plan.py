@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 from gateway.request.backends import Backends
 from gateway.request.drafts import DraftPlan, plan_drafts
 from gateway.request.prompt import require_shorter, tokenise
-from gateway.request.text import validate_stop_strings
 from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.request_limits import (
+    validate_cache_key,
+    validate_max_new_tokens,
+    validate_stop_strings,
+)
 from specdec.contract.sampling import (
     SamplingParams,
     validate_min_draft_confidence,
     validate_num_top_logprobs,
+    validate_token_ids,
     with_seed,
 )
 from specdec.v1 import gateway_pb2, verifier_pb2
-
-_MAX_SALT_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +62,8 @@ async def make_plan(
     Raises:
         InvalidArgumentError: a value is wrong; the error names its field.
     """
-    if not 0 < max_new_tokens < 2**31:
-        raise InvalidArgumentError(
-            f"max_new_tokens is {max_new_tokens}; it must be at least 1.", field="max_new_tokens"
-        )
+    validate_max_new_tokens(max_new_tokens)
+    validate_cache_key("cache_salt", request.cache_salt)
     num_top_logprobs = request.num_top_logprobs if request.HasField("num_top_logprobs") else None
     validate_num_top_logprobs(num_top_logprobs)
     validate_stop_strings(request.stop_strings)
@@ -74,6 +75,7 @@ async def make_plan(
     token_ids = await tokenise(request, backends, context)
     if not token_ids:
         raise InvalidArgumentError("The prompt is empty.", field="prompt", reason="EMPTY_PROMPT")
+    validate_token_ids("token_ids", token_ids, verifier.model.vocab_size)
     if context:
         require_shorter(len(token_ids), context)
         max_new_tokens = min(max_new_tokens, context - len(token_ids))
@@ -87,7 +89,7 @@ async def make_plan(
         ignore_eos=request.ignore_eos,
         num_top_logprobs=num_top_logprobs,
         min_draft_confidence=request.min_draft_confidence,
-        cache_salt=_checked_salt(request.cache_salt),
+        cache_salt=request.cache_salt,
     )
 
 
@@ -96,12 +98,3 @@ def _settle_sampling(request: gateway_pb2.GenerateRequest, vocab_size: int) -> S
     sampling = SamplingParams.from_proto(request.sampling)
     sampling.validate(vocab_size)
     return with_seed(sampling)
-
-
-def _checked_salt(salt: str) -> str:
-    if len(salt) > _MAX_SALT_LENGTH:
-        raise InvalidArgumentError(
-            f"cache_salt has {len(salt)} characters; at most {_MAX_SALT_LENGTH} are taken.",
-            field="cache_salt",
-        )
-    return salt

@@ -17,12 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.request_limits import validate_roles
 from specdec.models.files import TOKENIZER_FILES, load_tokenizer, resolve_model, vocabulary_fingerprint
 
-_ROLES = ("system", "user", "assistant")
 _REPLACEMENT = "\ufffd"
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_LENGTH = 256
 
 
 class TextCodec:
@@ -58,11 +56,7 @@ class TextCodec:
         """
         if not messages:
             raise InvalidArgumentError("The chat has no messages.", field="chat", reason="EMPTY_PROMPT")
-        for role, _ in messages:
-            if role not in _ROLES:
-                raise InvalidArgumentError(
-                    f"Unknown role {role!r}; use {', '.join(_ROLES)}.", field="chat.messages.role"
-                )
+        validate_roles(role for role, _ in messages)
         if self._template is None:
             raise InvalidArgumentError(
                 "This model has no chat template; send raw text or token ids.", field="chat"
@@ -187,21 +181,6 @@ class TextStream:
         split = len(self._held) - keep
         released, self._held = self._held[:split], self._held[split:]
         return released
-
-
-def validate_stop_strings(stop_strings: Sequence[str]) -> None:
-    """Refuse empty, long or too many stop strings.
-
-    Raises:
-        InvalidArgumentError: a limit is exceeded; the message names it.
-    """
-    if len(stop_strings) > MAX_STOP_STRINGS:
-        raise InvalidArgumentError(f"At most {MAX_STOP_STRINGS} stop strings.", field="stop_strings")
-    for stop in stop_strings:
-        if not 0 < len(stop) <= MAX_STOP_STRING_LENGTH:
-            raise InvalidArgumentError(
-                f"A stop string must have 1 to {MAX_STOP_STRING_LENGTH} characters.", field="stop_strings"
-            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

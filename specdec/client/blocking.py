@@ -11,7 +11,7 @@ from specdec.client.common import (
     ClientBase,
     Timeout,
     call_metadata,
-    refuse_two_ways,
+    check_connection,
 )
 from specdec.client.gateway_info import GatewayInfo
 from specdec.client.generation import DEFAULT_OPTIONS, GenerateOptions, Generation, Prompt, with_keywords
@@ -50,7 +50,7 @@ class Client(ClientBase):
         transport: Transport | None = None,
     ) -> None:
         super().__init__(timeout_s)
-        refuse_two_ways(transport, target, tls, token)
+        check_connection(Transport, transport, target, tls, token)
         self._transport: Transport = transport or GrpcTransport(target, tls=tls, token=token)
 
     def generate(

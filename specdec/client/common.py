@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -56,12 +57,24 @@ class ClientBase:
         return self._timeout_s if isinstance(timeout_s, ClientDefault) else _checked_timeout(timeout_s)
 
 
-def refuse_two_ways(transport: object, target: str, tls: TlsConfig | None, token: str) -> None:
-    """Refuse a transport beside an address, for a transport knows where it goes.
+def check_connection(
+    kind: type[object], transport: object, target: str, tls: TlsConfig | None, token: str
+) -> None:
+    """Refuse values of wrong types, and a transport beside an address, for a transport knows where it goes.
 
     Raises:
-        InvalidArgumentError: both are given.
+        InvalidArgumentError: a value is of a wrong type, or both ways are given.
     """
+    for name, text in (("target", target), ("token", token)):
+        if not isinstance(text, str):
+            raise InvalidArgumentError(f"{name} is {text!r}; it must be a string.", field=name)
+    if tls is not None and not isinstance(tls, TlsConfig):
+        raise InvalidArgumentError(f"tls is {tls!r}; it must be a TlsConfig.", field="tls")
+    methods = [name for name in vars(kind) if not name.startswith("_")]
+    if transport is not None and not all(callable(getattr(transport, name, None)) for name in methods):
+        raise InvalidArgumentError(
+            f"transport is {transport!r}; it must have the methods {', '.join(methods)}.", field="transport"
+        )
     if transport is not None and (target or tls is not None or token):
         raise InvalidArgumentError(
             "Give the client a transport or an address with its tls and token, not both; "
@@ -85,9 +98,9 @@ def call_metadata(request_id: str = "") -> Metadata:
 
 
 def _checked_timeout(timeout_s: float | None) -> float | None:
-    if timeout_s is not None and not 0 < timeout_s < math.inf:
+    if timeout_s is not None and not (isinstance(timeout_s, Real) and 0 < timeout_s < math.inf):
         raise InvalidArgumentError(
-            f"timeout_s is {timeout_s}; it must be a number of seconds > 0, or None for no deadline.",
+            f"timeout_s is {timeout_s!r}; it must be a number of seconds > 0, or None for no deadline.",
             field="timeout_s",
         )
     return timeout_s

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.sampling import SamplingParams
 
 
@@ -72,7 +73,21 @@ def with_keywords(
     seed: int | None,
     stop: str | Sequence[str] | None,
 ) -> GenerateOptions:
-    """Return the options with the fields replaced that have a value here; None leaves a field as it is."""
+    """Return the options with the fields replaced that have a value here; None leaves a field as it is.
+
+    Raises:
+        InvalidArgumentError: a value is of a wrong type, for which it cannot be put into the options.
+    """
+    if not isinstance(options, GenerateOptions):
+        raise InvalidArgumentError(
+            f"options is {options!r}; pass GenerateOptions(...), or keywords.", field="options"
+        )
+    if not isinstance(options.sampling, SamplingParams):
+        raise InvalidArgumentError(
+            f"sampling is {options.sampling!r}; pass SamplingParams(...).", field="sampling"
+        )
+    if not isinstance(stop, Sequence | None):
+        raise InvalidArgumentError(f"stop is {stop!r}; pass a string or a tuple of strings.", field="stop")
     strings = (stop,) if isinstance(stop, str) else None if stop is None else tuple(stop)
     sampling = _given(temperature=temperature, top_p=top_p, seed=seed)
     changes = _given(method=method, max_new_tokens=max_new_tokens, stop=strings)

@@ -6,12 +6,14 @@ import asyncio
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import grpc
 
 from specdec.client.transport import AsyncCall, Call, Metadata
 from specdec.contract.errors import (
+    DeadlineExceededError,
     InvalidArgumentError,
     RequestCancelledError,
     SpecdecError,
@@ -84,10 +86,15 @@ class _GatewayConnection:
             message = f"The connection to {self.target} was never closed; use the client in a with block."
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
-    def _error(self, error: grpc.RpcError) -> SpecdecError:
+    def _error(self, error: grpc.RpcError, timeout_s: float | None) -> SpecdecError:
         typed = from_rpc_error(error)
         metadata: Any = error.trailing_metadata() or ()
         from_server = any(key == "grpc-status-details-bin" for key, _ in metadata)
+        if isinstance(typed, DeadlineExceededError) and not from_server and timeout_s is not None:
+            return DeadlineExceededError(
+                f"The gateway at {self.target} did not finish within {timeout_s:g} s; allow more time with "
+                "--timeout, or timeout_s in Python."
+            )
         is_lost = isinstance(typed, UnavailableError) or (
             # A gateway that stops cancels what its grace did not suffice for.
             isinstance(typed, RequestCancelledError) and not _was_cancelled_here(error)
@@ -114,7 +121,7 @@ class GrpcTransport(_GatewayConnection):
     ) -> Call:
         """Start a generation; see `Transport`."""
         call = self._stub.Generate(request, timeout=timeout_s, metadata=(*metadata, *self._credentials))
-        return _GrpcCall(call, self._error)
+        return _GrpcCall(call, partial(self._error, timeout_s=timeout_s))
 
     def info(self, metadata: Metadata, timeout_s: float | None) -> gateway_pb2.GatewayServiceGetInfoResponse:
         """Ask what the gateway is; see `Transport`."""
@@ -124,7 +131,7 @@ class GrpcTransport(_GatewayConnection):
                 request, timeout=timeout_s, metadata=metadata
             )
         except grpc.RpcError as error:
-            raise self._error(error) from error
+            raise self._error(error, timeout_s) from error
         return response
 
     def close(self) -> None:
@@ -150,7 +157,7 @@ class AsyncGrpcTransport(_GatewayConnection):
         """Start a generation; see `AsyncTransport`."""
         metadata = (*metadata, *self._credentials)
         call = self._connected().Generate(request, timeout=timeout_s, metadata=metadata)
-        return _AsyncGrpcCall(call, self._error)
+        return _AsyncGrpcCall(call, partial(self._error, timeout_s=timeout_s))
 
     async def info_async(
         self, metadata: Metadata, timeout_s: float | None
@@ -162,7 +169,7 @@ class AsyncGrpcTransport(_GatewayConnection):
                 request, timeout=timeout_s, metadata=metadata
             )
         except grpc.RpcError as error:
-            raise self._error(error) from error
+            raise self._error(error, timeout_s) from error
         return response
 
     async def close_async(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from numbers import Integral
 from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message as ProtoMessage
@@ -23,10 +24,12 @@ from specdec.client.generation import (
 )
 from specdec.contract.errors import InternalError, InvalidArgumentError
 from specdec.contract.finish_reasons import FINISH_REASONS
+from specdec.contract.request_limits import MAX_NEW_TOKENS
 from specdec.contract.sampling import validate_num_top_logprobs
 from specdec.v1 import gateway_pb2
 
 NS_PER_MS = 1_000_000
+_MAX_UINT32 = 2**32 - 1
 
 _ELSEWHERE = {"sampling", "raw", "request_id"}
 """Options that are not fields of the request: a message of their own, the kind of prompt, and metadata."""
@@ -46,10 +49,15 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     validate_num_top_logprobs(options.num_top_logprobs)
     if isinstance(options.stop, str):
         raise InvalidArgumentError("stop is one string; pass a tuple of strings.", field="stop")
+    if options.max_new_tokens is not None:
+        _require_integer("max_new_tokens", options.max_new_tokens, 1, MAX_NEW_TOKENS)
+    if options.draft_depth is not None:
+        _require_integer("draft_depth", options.draft_depth, 0, _MAX_UINT32)
+    _require_integer("draft_nodes", options.draft_nodes, 0, _MAX_UINT32)
     request = gateway_pb2.GenerateRequest(sampling=options.sampling.to_proto())
     for option, name in request_fields():
         value = getattr(options, option)
-        with _refusing(name, value):
+        with _refusing(option, value):
             request.MergeFrom(gateway_pb2.GenerateRequest(**{name: value}))
     with _refusing("prompt", prompt):
         _set_prompt(request, prompt, options.raw)
@@ -71,6 +79,11 @@ def _set_prompt(request: gateway_pb2.GenerateRequest, prompt: Prompt, raw: bool)
         return
     if isinstance(prompt, (bytes, bytearray)):
         raise InvalidArgumentError("The prompt is bytes; decode it to a string first.", field="prompt")
+    if isinstance(prompt, Mapping):
+        raise InvalidArgumentError(
+            "The prompt is a dict; a conversation is a list of dicts, even if it has one turn only.",
+            field="prompt",
+        )
     if len(prompt) == 0:
         raise InvalidArgumentError(
             "The prompt is empty; give at least one message or token id.", field="prompt"
@@ -85,6 +98,13 @@ def _set_prompt(request: gateway_pb2.GenerateRequest, prompt: Prompt, raw: bool)
             request.chat.messages.add(role=message.role, content=message.content)
     else:
         request.token_ids.token_ids.extend(cast(Sequence[int], prompt))
+
+
+def _require_integer(name: str, value: object, low: int, high: int) -> None:
+    if not (isinstance(value, Integral) and low <= int(value) <= high):
+        raise InvalidArgumentError(
+            f"{name} is {value!r}; it must be an integer from {low} to {high}.", field=name
+        )
 
 
 def _message(turn: object) -> Message:

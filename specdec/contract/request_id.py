@@ -26,9 +26,13 @@ def checked_request_id(request_id: str) -> str:
     Raises:
         InvalidArgumentError: the id is not 1 to 128 printable ASCII characters without spaces.
     """
+    if not isinstance(request_id, str):
+        raise InvalidArgumentError(
+            f"The request id is {request_id!r}; pass a string.", field=REQUEST_ID_METADATA
+        )
     if not _LAWFUL.fullmatch(request_id):
         raise InvalidArgumentError(
-            f"The request id {request_id[:40]!r} is malformed; "
+            f"The request id {request_id[:40]!r}, {len(request_id)} characters long, is malformed; "
             "send 1 to 128 printable ASCII characters without spaces.",
             field=REQUEST_ID_METADATA,
         )

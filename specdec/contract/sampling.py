@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.v1 import common_pb2
@@ -74,18 +75,26 @@ class SamplingParams:
             InvalidArgumentError: a parameter is out of range; the error names it and its range.
         """
         _require("temperature", self.temperature, 0.0, math.inf, "a number >= 0; 0 is greedy")
+        _require_integer("top_k", self.top_k, "0 (off) or more")
         if self.top_k < 0 or (vocab_size and self.top_k > vocab_size):
             limit = f"to {vocab_size}" if vocab_size else "or more"
             _refuse("top_k", self.top_k, f"0 (off) {limit}")
+        _require_number("top_p", self.top_p, "in (0, 1]; 1 keeps every token")
         if not 0.0 < self.top_p <= 1.0:
             _refuse("top_p", self.top_p, "in (0, 1]; 1 keeps every token")
         _require("min_p", self.min_p, 0.0, 1.0, "in [0, 1]; 0 keeps every token")
+        _require_number("repetition_penalty", self.repetition_penalty, "a number > 0; 1 is off")
         if not 0.0 < self.repetition_penalty < math.inf:
             _refuse("repetition_penalty", self.repetition_penalty, "a number > 0; 1 is off")
         _require("presence_penalty", self.presence_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
         _require("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
+        _require_integer("seed", self.noise_seed, "an integer in [0, 2**64)")
         if not 0 <= self.noise_seed < 2**64:
             _refuse("seed", self.noise_seed, "an integer in [0, 2**64)")
+        if not isinstance(self.logit_bias, Mapping):
+            _refuse("logit_bias", repr(self.logit_bias)[:80], "a dict of token ids and numbers")
+        if not isinstance(self.allowed_token_ids, Sequence):
+            _refuse("allowed_token_ids", repr(self.allowed_token_ids)[:80], "a sequence of token ids")
         if len(self.logit_bias) > MAX_LOGIT_BIASES:
             _refuse("logit_bias", f"{len(self.logit_bias)} entries long", f"at most {MAX_LOGIT_BIASES}")
         if vocab_size and len(self.allowed_token_ids) > vocab_size:
@@ -165,11 +174,24 @@ def validate_num_top_logprobs(num_top_logprobs: int | None) -> None:
     Raises:
         InvalidArgumentError: the number is not in [0, MAX_TOP_LOGPROBS].
     """
+    if num_top_logprobs is not None:
+        _require_integer("num_top_logprobs", num_top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]")
     if num_top_logprobs is not None and not 0 <= num_top_logprobs <= MAX_TOP_LOGPROBS:
         _refuse("num_top_logprobs", num_top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]")
 
 
+def _require_number(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Real):
+        _refuse(name, repr(value)[:80], expected)
+
+
+def _require_integer(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Integral):
+        _refuse(name, repr(value)[:80], expected)
+
+
 def _require(name: str, value: float, low: float, high: float, expected: str) -> None:
+    _require_number(name, value, expected)
     # NaN compares false with everything, so this form of the condition refuses it.
     if not (low <= value <= high and math.isfinite(value)):
         _refuse(name, value, expected)

@@ -78,7 +78,7 @@ GATEWAY_REFUSALS = [
     ({"text": "\xe9" * 2_500_000}, "prompt", "5000000 bytes"),
     ({"chat": Chat(messages=[ChatMessage(role="user", content="a" * 2**19)] * 3)}, "prompt", "1048576"),
     (ids(*[5] * (POOL_TOKENS - 7)), "max_new_tokens", str(POOL_TOKENS)),
-    (ids(5, VOCAB_SIZE), "committed_token_ids", str(VOCAB_SIZE)),
+    (ids(5, VOCAB_SIZE), "token_ids", str(VOCAB_SIZE)),
     ({"draft_depth": 65}, "draft_depth", "64"),
     ({"draft_depth": 65, "method": "ngram+model"}, "draft_depth", "64"),
     ({"draft_nodes": 65}, "draft_nodes", "64"),
@@ -93,6 +93,7 @@ GATEWAY_REFUSALS = [
     ({"stop_strings": ["x" * 257]}, "stop_strings", "256"),
     ({"stop_strings": ["x"] * 17}, "stop_strings", "16"),
     ({"max_new_tokens": 2**31}, "max_new_tokens", "at least 1"),
+    ({"cache_salt": "x" * 257}, "cache_salt", "256"),
     *SAMPLING_REFUSALS,
 ]
 
@@ -101,6 +102,8 @@ VERIFIER_REFUSALS = [
     ({"prompt": [5] * CONTEXT}, "prompt", str(CONTEXT)),
     ({"prompt": [5] * (POOL_TOKENS - 7)}, "max_new_tokens", str(POOL_TOKENS)),
     ({"prompt": [5, 2**32 - 1]}, "committed_token_ids", str(VOCAB_SIZE)),
+    ({"cache_salt": "x" * 257}, "cache_salt", "256"),
+    ({"caller_key": "x" * 257}, "caller_key", "256"),
     ({"prompt_length": len(PROMPT) + 1}, "prompt_length", str(len(PROMPT))),
     *SAMPLING_REFUSALS,
 ]
@@ -122,6 +125,16 @@ async def test_verifier_refuses(fields: dict[str, Any], field: str, fragment: st
         with pytest.raises(SpecdecError) as raised:
             await stream.open(**({"prompt": PROMPT} | fields))
     assert_refusal(raised, InvalidArgumentError, field, fragment)
+    await assert_healthy(small)
+
+
+@shared
+@pytest.mark.parametrize("field", ["cache_salt", "caller_key"])
+async def test_drafter_refuses_long_keys(field: str, small: System) -> None:
+    async with draft_stream(small.drafter_address) as stream:
+        with pytest.raises(SpecdecError) as raised:
+            await stream.open("ngram", PROMPT, **{field: "x" * 257})
+    assert_refusal(raised, InvalidArgumentError, field, "256")
     await assert_healthy(small)
 
 

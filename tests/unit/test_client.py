@@ -203,7 +203,27 @@ def test_the_three_forms_of_a_prompt() -> None:
         ("a", {"draft_depth": -1}, "draft_depth"),
         ("a", {"max_new_tokens": -1}, "max_new_tokens"),
         ("a", {"max_new_tokens": 2**32}, "max_new_tokens"),
-        ("a", {"stop": ("\ud800",)}, "stop_strings"),
+        ("a", {"stop": ("\ud800",)}, "stop"),
+        ("a", {"stop": (1,)}, "stop"),
+        ("a", {"stop": 5}, "stop"),
+        ({"role": "user", "content": "a"}, {}, "prompt"),
+        (5, {}, "prompt"),
+        ("a", {"draft_depth": "4"}, "draft_depth"),
+        ("a", {"draft_nodes": None}, "draft_nodes"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens"),
+        ("a", {"max_new_tokens": 1.5}, "max_new_tokens"),
+        ("a", {"num_top_logprobs": "2"}, "num_top_logprobs"),
+        ("a", {"min_draft_confidence": "0.5"}, "min_draft_confidence"),
+        ("a", {"cache_salt": 5}, "cache_salt"),
+        ("a", {"sampling": SamplingParams(temperature="hot")}, "temperature"),  # type: ignore[arg-type]
+        ("a", {"sampling": SamplingParams(seed="7")}, "seed"),  # type: ignore[arg-type]
+        ("a", {"sampling": SamplingParams(top_p="1")}, "top_p"),  # type: ignore[arg-type]
+        ("a", {"sampling": SamplingParams(top_k=1.5)}, "top_k"),  # type: ignore[arg-type]
+        ("a", {"sampling": SamplingParams(min_p=None)}, "min_p"),  # type: ignore[arg-type]
+        ("a", {"sampling": SamplingParams(repetition_penalty="1")}, "repetition_penalty"),  # type: ignore[arg-type]
+        ("a", {"sampling": SamplingParams(logit_bias=[1])}, "logit_bias"),  # type: ignore[arg-type]
+        ("a", {"sampling": SamplingParams(logit_bias={1: "x"})}, "logit_bias"),  # type: ignore[dict-item]
+        ("a", {"sampling": SamplingParams(allowed_token_ids=3)}, "allowed_token_ids"),  # type: ignore[arg-type]
         ("a", {"stop": "END"}, "stop"),
         ("a", {"stop_token_ids": (-3,)}, "stop_token_ids"),
         ("a", {"num_top_logprobs": 21}, "num_top_logprobs"),
@@ -217,6 +237,71 @@ def test_what_cannot_be_sent_is_refused_by_name(prompt: Any, options: dict[str, 
     with pytest.raises(InvalidArgumentError) as caught:
         build_request(prompt, GenerateOptions(**options))
     assert caught.value.field == field
+
+
+def test_a_request_id_that_is_too_long_is_refused_with_its_length(client: Client) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"129 characters long.* 1 to 128"):
+        client.generate("a", GenerateOptions(request_id="x" * 129))
+
+
+@pytest.mark.parametrize("number", [-1, 2**40])
+def test_a_number_out_of_range_is_refused_with_the_range(number: int) -> None:
+    for option, low in (("draft_depth", 0), ("max_new_tokens", 1), ("draft_nodes", 0)):
+        with pytest.raises(
+            InvalidArgumentError, match=rf"{option} is {number}; .* integer from {low} to \d+"
+        ):
+            build_request("a", GenerateOptions(**{option: number}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "field"),
+    [
+        ({"seed": "7"}, "seed"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"timeout_s": "5"}, "timeout_s"),
+        ({"stop": 5}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"max_new_tokens": "5"}, "max_new_tokens"),
+        ({"options": {"seed": 7}}, "options"),
+        ({"options": GenerateOptions(sampling={"seed": 7})}, "sampling"),  # type: ignore[arg-type]
+        ({"options": GenerateOptions(request_id=5)}, "x-request-id"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_keyword_of_a_wrong_type_is_refused_by_name(
+    keywords: dict[str, Any], field: str, client: Client
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        client.generate("a", **keywords)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("keywords", "field"),
+    [
+        ({"target": 5}, "target"),
+        ({"token": 5}, "token"),
+        ({"tls": "pem"}, "tls"),
+        ({"transport": "x"}, "transport"),
+    ],
+)
+def test_a_connection_of_a_wrong_type_is_refused_by_name(
+    kind: Any, keywords: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=field) as caught:
+        kind(**keywords)
+    assert caught.value.field == field
+
+
+def test_an_answer_that_is_late_says_which_gateway_and_what_to_change(
+    client: Client, gateway: ScriptedGateway
+) -> None:
+    gateway.script = hang
+    with pytest.raises(
+        DeadlineExceededError, match=r"within 0\.2 s; allow more time with --timeout"
+    ) as caught:
+        client.generate("Hi", timeout_s=0.2)
+    assert gateway.address in caught.value.message
 
 
 def test_server_errors_are_typed_and_keep_their_details(client: Client, gateway: ScriptedGateway) -> None:

@@ -270,6 +270,40 @@ class TestMockTransport:
         assert _ask_blocking(MockTransport(text), "Hi").text == text
 
 
+class TestTheMockRefuses:
+    @pytest.mark.parametrize(
+        ("prompt", "options", "field"),
+        [
+            ("Hi", {"stop": ("",)}, "stop_strings"),
+            ("Hi", {"stop": ("x",) * 17}, "stop_strings"),
+            ("Hi", {"cache_salt": "x" * 257}, "cache_salt"),
+            ("Hi", {"min_draft_confidence": 2.0}, "min_draft_confidence"),
+            ("", {"raw": True}, "prompt"),
+            ([{"role": "tool", "content": "x"}], {}, "chat.messages.role"),
+        ],
+    )
+    def test_what_a_gateway_refuses(
+        self, prompt: Any, options: dict[str, Any], field: str, transport: MockTransport
+    ) -> None:
+        with Client(transport=transport) as client, pytest.raises(InvalidArgumentError) as caught:
+            client.generate(prompt, GenerateOptions(**options))
+        assert caught.value.field == field
+        assert len(transport.requests) == 1
+
+    @pytest.mark.parametrize("answers", [None, 5])
+    def test_answers_that_are_none(self, answers: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match="a text, a list of answers, or a function"):
+            MockTransport(answers)
+
+    @pytest.mark.parametrize("answer", [None, 5, [1]])
+    def test_a_function_without_an_answer(self, answer: Any) -> None:
+        with (
+            Client(transport=MockTransport(lambda _: answer)) as client,
+            pytest.raises(FailedPreconditionError, match="it must be a text, a SpecdecError"),
+        ):
+            client.generate("Hi")
+
+
 class TestStreams:
     BROKEN = ("Hel", "lo", UnavailableError("The gateway went away."))
 

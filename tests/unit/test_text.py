@@ -15,14 +15,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from gateway.request.text import (
-    MAX_STOP_STRING_LENGTH,
-    MAX_STOP_STRINGS,
     TextCodec,
     TextStream,
     TextToken,
-    validate_stop_strings,
 )
 from specdec.contract.errors import InvalidArgumentError, NotFoundError
+from specdec.contract.request_limits import (
+    MAX_STOP_STRING_LENGTH,
+    MAX_STOP_STRINGS,
+    validate_stop_strings,
+)
 from specdec.models.embedded import DEFAULT_MODEL, prepare_default_model
 from tests.tiny_models import BOS, EOS, VOCAB_SIZE, byte_tokenizer
 
