@@ -6,11 +6,11 @@ import click
 
 from drafter_service.config import STREAM_FEATURES, DrafterConfig
 from specdec.runtime.loading import DTYPES
-from specdec.service.config import config_options
+from specdec.service.config import config_options, service_context
 from specdec.service.tuning import tune_process
 
 
-@click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_DRAFTER"})
+@click.command(context_settings=service_context("SPECDEC_DRAFTER"))
 @config_options(DrafterConfig, choices={"dtype": DTYPES, "stream_features": STREAM_FEATURES})
 def main(**options: object) -> None:
     """Serve drafters: each round, guess the tokens the target will pick next.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from gateway.config import GatewayConfig
-from specdec.service.config import config_options
+from specdec.service.config import config_options, service_context
 
 
-@click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_GATEWAY"})
+@click.command(context_settings=service_context("SPECDEC_GATEWAY"))
 @config_options(GatewayConfig)
 def main(**options: object) -> None:
     """Serve clients: tokenise, run the draft-verify loop over the services, stream text.

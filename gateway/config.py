@@ -21,7 +21,8 @@ class GatewayConfig(ServiceConfig):
     """Addresses of the verifiers: gRPC URIs (host:port, dns:///name:port, unix:/path), separated by commas.
     Each address that a name resolves to is a replica."""
     drafter: str = "127.0.0.1:50052"
-    """Addresses of the drafter services, written alike. Empty: the gateway uses no drafters."""
+    """Addresses of the drafter services, written as those of the verifiers. Empty: the gateway asks no
+    drafter, and every answer is decoded plainly."""
     tokenizer: str = DEFAULT_MODEL
     """Model whose tokenizer and chat template are used, which must be the target's: a folder, a hub id, or
     "default" for the embedded model."""

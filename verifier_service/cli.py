@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from specdec.runtime.loading import DTYPES
-from specdec.service.config import config_options
+from specdec.service.config import config_options, service_context
 from specdec.service.tuning import tune_process
 from verifier_service.config import VerifierConfig
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from verifier_service.server import VerifierServer
 
 
-@click.command(context_settings={"show_default": True, "auto_envvar_prefix": "SPECDEC_VERIFIER"})
+@click.command(context_settings=service_context("SPECDEC_VERIFIER"))
 @config_options(VerifierConfig, choices={"dtype": DTYPES})
 def main(**options: object) -> None:
     """Serve a target model: prefill prompts, verify drafts, pick tokens.

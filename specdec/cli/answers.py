@@ -12,6 +12,7 @@ from specdec.cli.chat import Conversation, read_line
 from specdec.cli.options import NO_COLOR, connection_options, generation_options
 from specdec.cli.render import (
     AnswerPrinter,
+    closing_line,
     comparison_table,
     console,
     fallback_note,
@@ -20,7 +21,7 @@ from specdec.cli.render import (
 )
 from specdec.client import Client, GenerateOptions, Generation, Message, Prompt
 from specdec.contract.methods import PLAIN
-from specdec.contract.sampling import with_seed
+from specdec.contract.sampling import MAX_TOP_LOGPROBS, with_seed
 
 WARM_UP_TOKENS = 4
 """Tokens of the untimed run before a comparison, so that no method pays for cold caches."""
@@ -32,7 +33,10 @@ WARM_UP_TOKENS = 4
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option(
-    "--logprobs", metavar="N", type=int, help="With --json: log probabilities, and the N best alternatives."
+    "--logprobs",
+    metavar="N",
+    type=click.IntRange(0, MAX_TOP_LOGPROBS),
+    help="With --json: log probabilities, and the N best alternatives.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @connection_options
@@ -109,6 +113,7 @@ def compare(
     """Answer PROMPT with each method in turn and compare speed and text.
 
     In a terminal the answers come as they are made, tokens the drafter guessed in green; a table ends them.
+    Elsewhere only the table is printed, and on standard error a line for each method when it is done.
     Speedup is the time per output token of `none` (or of the first method) over that of the method. One
     prompt is one sample; `specdec bench run` measures many.
 
@@ -136,7 +141,9 @@ def _answer_of(method: str, client: Client, prompt: str, options: GenerateOption
     """Return the answer by one method, shown live where a terminal is there to watch it in."""
     options, out = _for_method(options, method), console()
     if not out.is_terminal:
-        return client.generate(prompt, options)
+        answer = client.generate(prompt, options)
+        report(f"{method}: {closing_line(answer)}")
+        return answer
     out.rule(method)
     return _stream_answer(client, prompt, options, no_color=False)
 

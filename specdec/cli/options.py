@@ -25,7 +25,7 @@ _CONNECTION = (
         "--timeout",
         "timeout_s",
         metavar="SECONDS",
-        type=float,
+        type=click.FloatRange(min=0, min_open=True),
         default=DEFAULT_TIMEOUT_S,
         show_default=True,
         help="Give up on an answer after this many seconds.",
@@ -44,7 +44,7 @@ _LENGTH = (
         "-k",
         "--draft-depth",
         metavar="K",
-        type=int,
+        type=click.IntRange(min=0),
         help="Tokens to draft in a row in each round; 0 is plain decoding.  [default: the gateway chooses "
         "round by round what pays]",
     ),
@@ -68,7 +68,7 @@ _LENGTH = (
         "-n",
         "--max-new-tokens",
         metavar="N",
-        type=int,
+        type=click.IntRange(min=1),
         help="Most tokens of the answer.  [default: the gateway's]",
     ),
     click.option(
@@ -116,7 +116,7 @@ _SAMPLING = (
     click.option(
         "--seed",
         metavar="N",
-        type=int,
+        type=click.IntRange(0, 2**64 - 1),
         help="Seed of random picks: the same request and seed give the same answer with every method.  "
         "[default: the gateway draws one for each request]",
     ),

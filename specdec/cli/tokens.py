@@ -18,10 +18,14 @@ def _not_blank(_context: click.Context, _parameter: click.Parameter, value: str)
 @click.command()
 @click.argument("name", callback=_not_blank)
 def token(name: str) -> None:
-    """Make a bearer token for a gateway that is run with --auth-tokens FILE.
+    """Make a bearer token for NAME, a caller of a gateway that runs with --auth-tokens FILE.
 
-    The token is shown once, on the error output; the table that goes into FILE, on the output, holds its
-    checksum only: specdec token alice >> tokens.toml
+    Standard output gets the entry for FILE, which holds only a checksum of the token. Standard error gets
+    the token itself, for the caller to set as SPECDEC_TOKEN; it is shown only now.
+
+    \b
+    Example:
+      specdec token alice >> tokens.toml
     """
     secret = secrets.token_urlsafe(32)
     click.echo(f"[[tokens]]\nname = {json.dumps(name)}")

@@ -152,6 +152,19 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
+def service_context(prefix: str) -> dict[str, object]:
+    """Return the click settings of a service's command.
+
+    Args:
+        prefix: the environment variable of each option is PREFIX_OPTION.
+    """
+    return {
+        "show_default": True,
+        "auto_envvar_prefix": prefix,
+        "help_option_names": ["-h", "--help"],
+    }
+
+
 def config_options(
     config_type: type[Any], *, choices: Mapping[str, Sequence[str]] | None = None
 ) -> Callable[[CommandT], CommandT]:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+from drafter_service.cli import main as drafter_main
+from gateway.cli import main as gateway_main
 from specdec.cli.chat import Conversation
 from specdec.cli.main import main
 from specdec.cli.render import AnswerPrinter, agreement, fallback_note
@@ -35,6 +38,7 @@ from tests.unit.scripted_gateway import (
     started,
     token,
 )
+from verifier_service.cli import main as verifier_main
 
 COMMANDS = ["bench", "chat", "compare", "down", "generate", "info", "up"]
 
@@ -132,11 +136,16 @@ def test_prompt_from_standard_input_raw(gateway: ScriptedGateway) -> None:
     [
         (("generate", "a\udcff"), "prompt is not valid Unicode"),
         (("generate", "-"), "prompt is not valid Unicode"),
-        (("generate", "Hi", "-k", "-1"), "draft_depth cannot be -1"),
-        (("generate", "Hi", "-n", "-5"), "max_new_tokens cannot be -5"),
+        (("generate", "Hi", "-k", "-1"), "-1 is not in the range x>=0"),
+        (("generate", "Hi", "-n", "-5"), "-5 is not in the range x>=1"),
+        (("generate", "Hi", "--seed", "-1"), "-1 is not in the range 0<=x<=18446744073709551615"),
+        (
+            ("generate", "Hi", "-n", "4294967296"),
+            "max_new_tokens is 4294967296; it must be an integer from 1",
+        ),
         (("generate", "Hi", "-t", "nan"), "temperature is nan"),
         (("generate", "Hi", "--top-p", "0"), "top_p is 0.0"),
-        (("generate", "Hi", "--timeout", "0"), "timeout_s is 0.0"),
+        (("generate", "Hi", "--timeout", "0"), "0.0 is not in the range x>0"),
         (("generate", "Hi", "--logprobs", "1"), "--logprobs needs --json"),
         (("generate", "Hi", "--raw", "--system", "x"), "--system needs the chat template"),
         (("compare", "Hi", "--methods", ","), "--methods is empty"),
@@ -269,6 +278,9 @@ def test_compare_runs_each_method_after_a_warm_up(gateway: ScriptedGateway) -> N
     assert gateway.requests[3].draft_depth == 4
     for shown in ("Compared with none", "ngram", "1.00x", "2.50", "same"):
         assert shown in result.stdout
+    first, second = result.stderr.splitlines()
+    assert first.startswith("none: 5 tokens, 1250.0 tokens/s")
+    assert second.startswith("ngram: 5 tokens, 1250.0 tokens/s")
 
 
 def test_compare_shows_the_answers_as_they_come_in_a_terminal(
@@ -385,6 +397,19 @@ def test_a_stopped_answer_stays_in_the_history(gateway: ScriptedGateway) -> None
 def test_down_says_so_when_nothing_runs() -> None:
     result = run("down")
     assert (result.exit_code, result.stderr) == (0, "Nothing is running.\n")
+
+
+def test_help_shows_the_ranges_of_numbers() -> None:
+    shown = " ".join(run("generate", "-h").stdout.split())
+    for numbers in ("[x>=0]", "[x>=1]", "0<=x<=18446744073709551615", "0<=x<=20", "x>0"):
+        assert numbers in shown
+
+
+@pytest.mark.parametrize("service", [gateway_main, verifier_main, drafter_main])
+def test_services_take_the_short_option_for_help(service: click.Command) -> None:
+    result = CliRunner().invoke(service, ["-h"])
+    assert result.exit_code == 0
+    assert "Example:" in result.output
 
 
 @pytest.mark.parametrize("command", [("up",), ("up", "--detach", "--model", "none/none")])
