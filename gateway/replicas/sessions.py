@@ -188,16 +188,17 @@ class RemoteVerifierSession:
 def _verified(
     result: verifier_pb2.VerifyResult, elapsed_ns: int, target_state: RemoteState | None
 ) -> Verified:
+    timings = result.timings
     return Verified(
         num_accepted_tokens=result.num_accepted_tokens,
         bonus_token_id=result.bonus_token_id,
         finish_reason=FINISH_REASONS[result.finish_reason],
         logprobs=tuple(_logprobs(entry) for entry in result.logprobs),
-        server_ns=min(result.timings.total_ns, elapsed_ns),
+        server_ns=min(timings.total_ns, elapsed_ns),
         elapsed_ns=elapsed_ns,
-        compute_ns=result.timings.compute_ns,
-        batch_size=result.timings.batch_size,
-        batch_tokens=result.timings.batch_tokens,
+        compute_ns=timings.compute_ns,
+        batch_size=timings.batch_size,
+        batch_tokens=timings.batch_tokens,
         target_state=target_state,
         accepted_node_indices=tuple(result.accepted_node_indices),
     )

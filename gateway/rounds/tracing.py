@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
@@ -105,17 +105,13 @@ class RequestTrace:
             }
         )
 
-    @contextmanager
-    def prefill(self) -> Iterator[RoundSpan]:
+    def prefill(self) -> AbstractContextManager[RoundSpan]:
         """Record a span around the opening of the sessions."""
-        with self._child("specdec.prefill") as child:
-            yield child
+        return self._child("specdec.prefill")
 
-    @contextmanager
-    def round(self) -> Iterator[RoundSpan]:
+    def round(self) -> AbstractContextManager[RoundSpan]:
         """Record a span around one draft and one verify."""
-        with self._child("specdec.round") as child:
-            yield child
+        return self._child("specdec.round")
 
     def fail(self, error: BaseException) -> None:
         """Mark the request as failed."""

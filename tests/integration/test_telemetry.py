@@ -56,6 +56,10 @@ class Recorded:
     def spans(self) -> tuple[ReadableSpan, ...]:
         return self._exporter.get_finished_spans()
 
+    def forget(self) -> None:
+        """Drop the spans so far."""
+        self._exporter.clear()
+
     def named(self, name: str) -> list[ReadableSpan]:
         return [span for span in self.spans if span.name == name]
 
@@ -135,6 +139,23 @@ class TestSpanTree:
                 }
             accounted = 2 + len(rounds) + sum(len(recorded.children(parent)) for parent in [prefill, *rounds])
             assert len(recorded.spans) == accounted
+
+    async def test_no_round_runs_past_a_stop_string(self, recorded: Recorded, tiny_llama: Path) -> None:
+        async with running_system(tiny_llama, "ngram", telemetry=recorded.telemetry) as system:
+            options = {"method": "ngram", "draft_depth": 1, "ignore_eos": True, "max_new_tokens": 32}
+            whole = await system.client.generate(PROMPT, GenerateOptions(**options))
+            await recorded.request()
+            recorded.forget()
+            middle = len(whole.text) // 2
+            stop = whole.text[middle : middle + 2]
+            result = await system.client.generate(PROMPT, GenerateOptions(**options, stop=(stop,)))
+            assert result.finish_reason == "stop_string"
+            assert 0 < result.speculation.num_rounds < whole.speculation.num_rounds
+            rounds = [
+                span for span in recorded.children(await recorded.request()) if span.name == "specdec.round"
+            ]
+            assert len(rounds) == result.speculation.num_rounds
+            assert all(span.status.is_ok for span in rounds)
 
     async def test_attributes_agree_with_the_answer(
         self, recorded: Recorded, tiny_llama: Path, noisy_llama: Path
