@@ -25,24 +25,19 @@ from specdec.runtime.contenders import picks_of_contenders
 from specdec.runtime.noise import GumbelNoise
 
 _TOP_P_CANDIDATES = 256
-_ARG_MAX_BLOCK = 256
 
 _Value = TypeVar("_Value")
 
 
 def arg_max(rows: Tensor) -> Tensor:
-    """Index of each row's largest value, the first one's of several [num_rows].
+    """Return the index of each row's largest value, the first one's of several [num_rows].
 
-    By blocks where they come out even: torch has vector instructions for maxima, none on a CPU for where they
-    are (measured: 0.3 ms instead of 2.1 for 16 rows of 49152 bf16 values).
+    On a CPU numpy finds it, with vector instructions that torch lacks there (measured on one thread: 0.2 ms
+    instead of 3.6 for 16 rows of 49152 bf16 values).
     """
-    if rows.shape[-1] % _ARG_MAX_BLOCK:
+    if rows.device.type != "cpu":
         return rows.argmax(-1)
-    blocks = rows.unflatten(-1, (-1, _ARG_MAX_BLOCK))  # [num_rows, num_blocks, block]
-    best = blocks.amax(-1).argmax(-1)
-    within = blocks[torch.arange(len(rows), device=rows.device), best].argmax(-1)
-    found: Tensor = best * _ARG_MAX_BLOCK + within
-    return found
+    return torch.from_numpy(rows.detach().float().numpy().argmax(-1))
 
 
 @dataclass(frozen=True, slots=True)
