@@ -114,12 +114,14 @@ class Peers:
 
     def _link(self, proposer: Proposer) -> DraftLink:
         assert self.verifier.info is not None
+        # A client may have made the name up while no drafter service was there to deny it.
+        is_known = proposer.drafter in self._backends.known_drafters
         return DraftLink(
             partial(self._connect_drafter, proposer.drafter),
             self._plan.prompt_token_ids,
             vocab_size=self.verifier.info.model.vocab_size,
             timeout_s=self._backends.config.draft_timeout_s,
-            drafter=proposer.drafter,
+            drafter=proposer.drafter if is_known else "unknown",
         )
 
     async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:

@@ -311,9 +311,9 @@ class TestHealth:
                     await client.generate([1, 2], OPTIONS)
                 assert caught.value.reason == "NO_REPLICA"
                 assert caught.value.retry_after_s
-        (record,) = [record for record in caplog.records if record.message == "replica lost"]
-        assert vars(record)["peer_service"] == "specdec.v1.VerifierService"
-        assert "service" not in vars(record), "it is the gateway's own in each of its records"
+        records = [vars(record) for record in caplog.records if record.message == "replica lost"]
+        assert {record["peer_service"] for record in records} == {"specdec.v1.VerifierService"}
+        assert not any("service" in record for record in records), "it is the gateway's own in its records"
 
     @pytest.mark.parametrize(
         ("code", "answer"),
