@@ -35,7 +35,11 @@ run(lambda: Served({{"precision": "float32"}}, answer))
 
 BUSY_RUN = """
 import asyncio
+import signal
 from tests.scripted_peer import HANG, pid_of, prompt, scripted
+
+# A shell's background job, and so its children, ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main():
     async with scripted() as peer:
