@@ -45,7 +45,7 @@ class _Contenders(NamedTuple):
 
     def spans(self, num_rows: int) -> list[slice]:
         """Return where the contenders of each row are."""
-        bounds = numpy.searchsorted(self.rows, numpy.arange(num_rows + 1)).tolist()
+        bounds = self.rows.searchsorted(numpy.arange(num_rows + 1)).tolist()
         return [slice(start, stop) for start, stop in pairwise(bounds)]
 
     def only(self, chosen: _Mask) -> _Contenders:
@@ -103,9 +103,9 @@ def _sieved(logits: Floats, token_ids: Words, temperatures: Floats, keys: Keys) 
     # The logit of the likeliest token counts as 0, so its noise is the score that it reaches.
     reached = noise_of(keys, token_ids[top])
     cuts = highest + temperatures * (reached - numpy.float32(LARGEST_NOISE + _MARGIN))
-    found = numpy.flatnonzero(logits >= cuts[:, None])
-    starts = numpy.searchsorted(found, numpy.arange(len(logits) + 1) * num_tokens)
-    rows = numpy.repeat(each_row, numpy.diff(starts))
+    (found,) = (logits >= cuts[:, None]).reshape(-1).nonzero()
+    starts = found.searchsorted(numpy.arange(len(logits) + 1) * num_tokens)
+    rows = each_row.repeat(starts[1:] - starts[:-1])
     scores = (logits.reshape(-1)[found] - highest[rows]) / temperatures[rows]
     bounds = (cuts - highest) / temperatures
     bounds[~(bounds + numpy.float32(LARGEST_NOISE) < reached)] = numpy.nan
@@ -174,5 +174,7 @@ def _nucleus(scores: Floats, top_p: float, mass_of_others: float, num_tokens: in
 
 def _noise(keys: Keys, token_ids: Words) -> Floats:
     """Return the noise of pairs of a key and a token [num_pairs]."""
-    parts = (slice(first, first + _CHUNK) for first in range(0, max(len(keys), 1), _CHUNK))
+    if len(keys) <= _CHUNK:
+        return noise_of(keys, token_ids)
+    parts = (slice(first, first + _CHUNK) for first in range(0, len(keys), _CHUNK))
     return numpy.concatenate([noise_of(keys[part], token_ids[part]) for part in parts])

@@ -139,7 +139,7 @@ def batches(draw: st.DrawFn) -> tuple[int, list[tuple[Tensor, PickContext]]]:
 
 
 @given(batches())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_picks_are_those_of_the_noise_of_all_tokens(
     batch: tuple[int, list[tuple[Tensor, PickContext]]],
 ) -> None:
@@ -172,7 +172,7 @@ def head_of(
 
 
 @given(draft_batches())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_a_head_of_some_tokens_picks_as_if_all_others_were_impossible(
     batch: tuple[int, list[int], list[tuple[Tensor, PickContext]]],
 ) -> None:
@@ -185,7 +185,7 @@ def test_a_head_of_some_tokens_picks_as_if_all_others_were_impossible(
 
 
 @given(draft_batches(), st.integers(1, 9))
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_candidates_of_some_tokens_are_those_of_all_if_the_others_are_impossible(
     batch: tuple[int, list[int], list[tuple[Tensor, PickContext]]], num_candidates: int
 ) -> None:
@@ -220,7 +220,7 @@ def test_many_seeds_and_temperatures_on_a_large_vocabulary(shape: str, truncatio
 
 
 @given(rounds(256, 256, least_temperature=0.01) | rounds(12, 12, least_temperature=0.01))
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_contenders_decide_rightly_or_not_at_all(made: tuple[Tensor, PickContext]) -> None:
     logits, context = made
     scores = logits.float().clone()
@@ -340,6 +340,16 @@ def test_the_first_of_equal_scores_is_picked(position: int, tied: list[int]) -> 
     assert Picker(8192, CPU).pick([logits], [context]) == [tied[:1]]
     logits[0, tied[0]] = -1e-3
     assert Picker(8192, CPU).pick([logits], [context]) == [tied[1:]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_picks_the_arg_max_of_its_scores() -> None:
+    picker, rows = Picker(4096, torch.device("cuda")), zipf(5, 4096, seed=3).cuda()
+    logits = [rows[:2], rows[2:3], rows[3:]]
+    temperatures = (0.8, 0.0, 2.0)
+    contexts = [PickContext(SamplingParams(temperature=one, seed=8), [1, 2], 0) for one in temperatures]
+    assert sum(picker.pick(logits, contexts), []) == picker.scores(logits, contexts).argmax(-1).tolist()
 
 
 def test_rows_at_one_position_share_their_noise_and_their_picks() -> None:
