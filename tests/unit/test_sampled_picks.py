@@ -348,8 +348,9 @@ def test_a_gpu_picks_the_arg_max_of_its_scores() -> None:
     picker, rows = Picker(4096, torch.device("cuda")), zipf(5, 4096, seed=3).cuda()
     logits = [rows[:2], rows[2:3], rows[3:]]
     temperatures = (0.8, 0.0, 2.0)
-    contexts = [PickContext(SamplingParams(temperature=one, seed=8), [1, 2], 0) for one in temperatures]
-    assert sum(picker.pick(logits, contexts), []) == picker.scores(logits, contexts).argmax(-1).tolist()
+    contexts = [PickContext(SamplingParams(temperature=value, seed=8), [1, 2], 0) for value in temperatures]
+    picks = [pick for rows in picker.pick(logits, contexts) for pick in rows]
+    assert picks == picker.scores(logits, contexts).argmax(-1).tolist()
 
 
 def test_rows_at_one_position_share_their_noise_and_their_picks() -> None:
