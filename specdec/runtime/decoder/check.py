@@ -8,7 +8,7 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +74,8 @@ class _Run:
             {name: rotary.table(chunk.positions, torch.float32) for name, rotary in rotaries.items()}
             for chunk in self._chunks
         ]
+        self._restore: Callable[[], None] = lambda: None
+        """Gives the layer that runs its own weights back."""
         self._own: Sequence[Tensor] = ()
         """What each layer has of an embedding of its own [tokens, size]."""
 
@@ -108,8 +110,7 @@ class _Run:
             stack.callback(self._model.set_attn_implementation, implementation)
             for name in _SMALL_PARTS:
                 if part := getattr(self._decoder, name, None):
-                    stack.callback(part.to, self._dtype)
-                    part.float()
+                    stack.callback(_widen(part))
             for name in ("embed_tokens", "embed_tokens_per_layer"):
                 if part := getattr(self._decoder, name, None):
                     stack.enter_context(_hook(part.register_forward_hook(_to_fp32)))
@@ -127,7 +128,7 @@ class _Run:
         return Comparison(self._finding, logits)
 
     def _before_layer(self, index: int, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        module.float()
+        self._restore = _widen(module)
         if not index:
             self._embed(inputs[0][0])
         if self._own:
@@ -147,7 +148,7 @@ class _Run:
             own = self._own[index][rows] if self._own else None
             found.append(layer(inputs[0][0, rows], tables, PoolKv(self._pool, chunk), own))
         self._note(f"layer {index}", torch.cat(found), output[0], inputs[0][0])
-        module.to(self._dtype)
+        self._restore()
 
     def _after_norm(self, _module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self._normed = final_norm_of(self._decoder)(inputs[0][0])
@@ -175,6 +176,20 @@ class _Run:
         error = ((found.float() - expected).norm() / scale).item()
         if not error <= tolerance and not self._finding:
             self._finding = f"{what} differs (relative error {error:.3g})"
+
+
+def _widen(module: nn.Module) -> Callable[[], None]:
+    """Make a module's weights fp32 and return what gives it back its own, which are not copied."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    own = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+
+    def restore() -> None:
+        for tensor, data in zip(tensors, own, strict=True):
+            tensor.data = data
+
+    return restore
 
 
 def _to_fp32(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
