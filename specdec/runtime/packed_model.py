@@ -62,6 +62,7 @@ class PackedModel:
         self.why_transformers = why_not(model)
         """Why the model's own code computes a pass; empty: it does not."""
         self._forward, expected, rounding, shapes = self._take_over(model)
+        self._settle_memory()
         self.pool = KvPool(
             shapes, budget_bytes=kv_budget_bytes, dtype=self.dtype, device=self.device, memory=memory
         )
@@ -71,7 +72,6 @@ class PackedModel:
         self.fills_up = self.device.type == "cuda"
         """Whether passes of rounds are filled up to a bucket: on a GPU, where rows cost next to nothing."""
         self._self_test(expected, rounding)
-        self._settle_memory()
 
     def _take_over(
         self, model: PreTrainedModel
