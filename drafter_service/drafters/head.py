@@ -15,9 +15,10 @@ from torch import Tensor
 
 from drafter_service.drafters.growing import Candidates
 from specdec.contract.errors import InvalidArgumentError
+from specdec.runtime.decoder.layers import softcapped
 from specdec.runtime.picks import PickContext, Picker
 from specdec.runtime.prepack import multiplier
-from specdec.state.weights import TargetWeights, softcapped
+from specdec.state.weights import TargetWeights
 
 DRAFT_VOCAB_FILE = "draft_vocab.safetensors"
 Logits = Callable[[Tensor], Tensor]

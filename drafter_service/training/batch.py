@@ -15,8 +15,9 @@ from torch.nn.functional import linear
 
 from drafter_service.drafters.head import DRAFT_VOCAB_FILE
 from drafter_service.training.features import SequenceFeatures
+from specdec.runtime.decoder.layers import softcapped
 from specdec.runtime.picks import arg_max
-from specdec.state.weights import TargetWeights, softcapped
+from specdec.state.weights import TargetWeights
 
 _EVEN_ROWS = 64
 

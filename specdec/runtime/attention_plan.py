@@ -2,7 +2,7 @@
 
 Query rows come in multiples of `_ROW_MULTIPLE`. On CPUs the kernels then round each row alike, in bf16 too,
 whatever else is in the pass; elsewhere they may still differ. Small heads need more: there each token gets
-products of its own (`_is_small`).
+products of its own (`Geometry.is_small`).
 
 Everything is computed on the host before the first layer runs, so that the layers neither wait for the host
 nor repeat what they have in common.

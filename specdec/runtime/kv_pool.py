@@ -68,15 +68,14 @@ class KvAllocation:
 
     def slots(self, start: int, stop: int) -> slice | Tensor:
         """Index of positions start to stop into a layer's pool: a slice where contiguous, else slot ids."""
-        if self.slot_ids is not None:
-            return self.slot_ids[start:stop]
-        first = self.blocks[0] * BLOCK_TOKENS
-        return slice(first + start, first + stop)
+        return self._run(start, stop) if self.slot_ids is None else self.slot_ids[start:stop]
 
     def host_slots(self, start: int, stop: int) -> slice | Indices:
         """The same as `slots`, for plans that are made on the host."""
-        if self.host_slot_ids is not None:
-            return self.host_slot_ids[start:stop]
+        return self._run(start, stop) if self.host_slot_ids is None else self.host_slot_ids[start:stop]
+
+    def _run(self, start: int, stop: int) -> slice:
+        """The slots of positions start to stop, where all blocks are one run."""
         first = self.blocks[0] * BLOCK_TOKENS
         return slice(first + start, first + stop)
 
@@ -95,7 +94,7 @@ class KvAllocation:
     def runs(self, start: int, stop: int) -> Iterator[slice]:
         """Positions start to stop as slices into a layer's pool, in order."""
         if self.slot_ids is None:
-            yield slice(self.blocks[0] * BLOCK_TOKENS + start, self.blocks[0] * BLOCK_TOKENS + stop)
+            yield self._run(start, stop)
             return
         while start < stop:
             index, offset = divmod(start, BLOCK_TOKENS)

@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError, NotFoundError
 from specdec.contract.target_state import StateStorage, TensorRef
+from specdec.runtime.decoder.families import softcap_of
+from specdec.runtime.decoder.layers import softcapped
 from specdec.runtime.memory import StateMemory, dtype_name
 from specdec.v1 import target_state_pb2 as pb
 
@@ -57,7 +59,7 @@ class TargetWeights:
             input_module.weight.detach(),
             head.weight.detach(),
             _scale_of(input_module),
-            _softcap_of(model.config),
+            softcap_of(model.config),
         )
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -70,11 +72,6 @@ class TargetWeights:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab_size] of hidden states [..., hidden_size] after the final norm."""
         return softcapped(linear(hidden, self.lm_head), self.final_logit_softcap)
-
-
-def softcapped(logits: Tensor, cap: float) -> Tensor:
-    """Bend logits to stay within -cap to cap; 0: leave them as they are."""
-    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +122,7 @@ def share_weights(model: PreTrainedModel, memory: StateMemory, model_id: str) ->
         moved[_EMBEDDING],
         moved.get(_LM_HEAD, moved[_EMBEDDING]),
         _scale_of(input_module),
-        _softcap_of(model.config),
+        softcap_of(model.config),
     )
 
 
@@ -178,10 +175,6 @@ def _scale_of(input_module: nn.Module) -> float:
     return float(scale)
 
 
-def _softcap_of(config: Any) -> float:
-    return float(getattr(config.get_text_config(), "final_logit_softcapping", None) or 0.0)
-
-
 def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> TargetWeights:
     """Read the embedding and LM head of a checkpoint; no other tensor is read.
 
@@ -204,7 +197,7 @@ def read_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Targ
         embedding=weight,
         lm_head=weight if tied else _read(folder, files, names[id(head.weight)], dtype, device),
         embedding_scale=_scale_of_config(skeleton, config),
-        final_logit_softcap=_softcap_of(config),
+        final_logit_softcap=softcap_of(config),
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from specdec.runtime.attention import Segment
-from specdec.runtime.decoder.decoder import PoolKv, softcap_of
+from specdec.runtime.decoder.decoder import PoolKv
 from specdec.runtime.decoder.families import (
     embedding_of,
     final_norm_of,
@@ -29,11 +29,13 @@ from specdec.runtime.decoder.families import (
     per_layer_embedding_of,
     rotaries_of,
     shape_of,
+    softcap_of,
 )
 from specdec.runtime.decoder.layers import softcapped
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.prepack import head_multiplier
+from specdec.runtime.transformers_pass import probe_tokens
 
 TOLERANCE = 1e-3
 """Largest relative error of a part in fp32; of a layer, relative to what it adds."""
@@ -83,8 +85,7 @@ class _Run:
         """As many tokens as leave the smallest window, if that is a few."""
         windows = {shape_of(self._decoder, index).window for index in range(len(self._decoder.layers))}
         num_tokens = min(min(windows - {0}, default=0) + _LEAST_TOKENS, _MOST_TOKENS)
-        vocab_size = self._model.get_input_embeddings().weight.shape[0]
-        return [(17 + 7919 * index) % vocab_size for index in range(num_tokens)]
+        return probe_tokens(self._head.weight.shape[0], num_tokens)
 
     def _passes(self) -> tuple[KvPool, list[Pass]]:
         """A pool, and the tokens in two chunks: the second reads what the first has stored."""
@@ -155,9 +156,8 @@ class _Run:
         self._note("the final norm", self._normed, output[0])
 
     def _logits(self) -> Tensor:
-        softcap = softcap_of(self._model)
         logits = head_multiplier(self._head)(self._normed.to(self._dtype))
-        return softcapped(logits, softcap)
+        return softcapped(logits, softcap_of(self._model.config))
 
     def _note(
         self,

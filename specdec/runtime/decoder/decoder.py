@@ -17,6 +17,7 @@ from specdec.runtime.decoder.families import (
     layer_of,
     per_layer_embedding_of,
     rotaries_of,
+    softcap_of,
 )
 from specdec.runtime.decoder.layers import (
     AttentionShape,
@@ -92,7 +93,7 @@ class Decoder:
             layers,
             norm,
             head_multiplier(head),
-            softcap_of(model),
+            softcap_of(model.config),
         )
 
     def __call__(self, current: Pass, pool: KvPool, capture: Capture) -> Tensor:
@@ -122,11 +123,6 @@ class Decoder:
         """Plan attention for all layers before the pass runs."""
         for geometry in dict.fromkeys(layer.attention.shape.geometry for layer in self.layers):
             current.plan(geometry)
-
-
-def softcap_of(model: PreTrainedModel) -> float:
-    """Return the cap of a model's logits; 0: it has none."""
-    return float(getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0)
 
 
 def _free(module: Any) -> None:

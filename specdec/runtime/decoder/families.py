@@ -218,6 +218,11 @@ def final_norm_of(decoder: Any) -> Norm:
     return _norm_maker(decoder)(decoder.norm)
 
 
+def softcap_of(config: Any) -> float:
+    """Return the cap of a model's logits; 0: it has none."""
+    return float(getattr(config.get_text_config(), "final_logit_softcapping", None) or 0.0)
+
+
 def fused(parts: Sequence[nn.Linear]) -> Linear:
     """Return linear layers over one input as one, their outputs side by side, packed where possible."""
     weight = torch.cat([part.weight.detach() for part in parts])
