@@ -43,6 +43,19 @@ def test_the_same_bits() -> None:
     assert packed["inner"][0].weight.shape == (64, 96)
 
 
+@pytest.mark.skipif(not has_bf16_kernels, reason="oneDNN has no bf16 kernels for this CPU")
+@pytest.mark.parametrize(("in_features", "out_features"), [(576, 960), (3072, 1024), (6144, 2048)])
+@torch.inference_mode()
+def test_a_row_gets_the_same_bits_in_every_product(in_features: int, out_features: int) -> None:
+    """Kernels for few and for many input features differ in when they begin to round otherwise."""
+    torch.manual_seed(1)
+    multiply = multiplier(torch.randn(out_features, in_features, dtype=torch.bfloat16))
+    x = torch.randn(160, in_features, dtype=torch.bfloat16)
+    in_pairs = torch.cat([multiply(pair) for pair in x.split(2)])
+    for num_rows in (3, 9, 16, 28, 32, 33, 50, 65, 128, 129, 160):
+        assert torch.equal(multiply(x[:num_rows]), in_pairs[:num_rows]), num_rows
+
+
 @torch.inference_mode()
 def test_rows_are_multiplied_in_parts_that_round_alike() -> None:
     seen: list[int] = []
