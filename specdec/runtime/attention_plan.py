@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, embedding
 from torch.nn.functional import scaled_dot_product_attention
 
 from specdec.runtime.attention import Span
@@ -91,8 +91,8 @@ class SpanGroup:
         heads = numpy.arange(self.num_kv_heads)[:, None] * geometry.fold + head  # [kv_heads, rows]
         token_rows = (tokens + first_rows)[:, None]
         taken = token_rows * (geometry.stride or geometry.num_heads) + heads
-        self.query_index = torch.from_numpy(taken.ravel()).to(device)
-        """Where the queries are taken from for each of [spans, kv_heads, rows]."""
+        self.query_index = torch.from_numpy(taken).to(device)
+        """Where the queries are taken from, [spans, kv_heads, rows]."""
         self.output_index: Indices = (token_rows * geometry.num_heads + heads).transpose(0, 2, 1).ravel()
         """Which (token, head) of the packed batch each of [spans, rows, kv_heads] is: so kernels lay out what
         they return."""
@@ -121,7 +121,7 @@ class SpanGroup:
         self, packed: Tensor, keys: Tensor, values: Tensor, scaling: float | None, softcap: float
     ) -> Tensor:
         """[tokens * stride, dim] of the packed batch over a layer's KV to [spans, kv_heads, rows, dim]."""
-        query, key, value = self.queries(packed), self.keys(keys), self.keys(values)
+        query, key, value = embedding(packed, self.query_index), self.keys(keys), self.keys(values)
         if not self.is_small:
             return attend(query, key, value, self.mask, scaling, softcap)
         each = partial(self._each, scaling=scaling, softcap=softcap)
@@ -148,23 +148,13 @@ class SpanGroup:
         )
         return output.transpose(0, 1).flatten(1, 2)
 
-    def queries(self, packed: Tensor) -> Tensor:
-        """[tokens * stride, dim] of the packed batch to [spans, kv_heads, rows, dim]."""
-        rows = packed.index_select(0, self.query_index)
-        return rows.view(self.num_spans, self.num_kv_heads, self.num_rows, -1)
-
     def keys(self, pool: Tensor) -> Tensor:
-        """A layer's K or V [slots, kv_heads, dim] to [spans, kv_heads, keys, dim]."""
-        slots, num_keys, num_heads = self.key_slots, self.num_keys, self.num_kv_heads
+        """A layer's K or V [1, kv_heads, slots, dim] to [spans, kv_heads, keys, dim]."""
+        slots = self.key_slots
         if isinstance(slots, slice):
-            # A view, made at once: this is called for every layer.
-            row, head, dim = pool.stride()
-            start = pool.storage_offset() + slots.start * row
-            return pool.as_strided(
-                (1, num_heads, num_keys, pool.shape[-1]), (num_keys * row, head, row, dim), start
-            )
-        keys = pool.index_select(0, slots)
-        return keys.view(self.num_spans, num_keys, num_heads, -1).transpose(1, 2)
+            return pool.narrow(2, slots.start, self.num_keys)
+        keys = pool[0].transpose(0, 1).index_select(0, slots)
+        return keys.view(self.num_spans, self.num_keys, self.num_kv_heads, -1).transpose(1, 2)
 
 
 def attend(
@@ -206,7 +196,7 @@ class AttentionPlan:
 
     groups: Sequence[SpanGroup]
     output_index: Tensor
-    """The place of each (token, head) of the packed batch in the groups' outputs, [all rows * kv_heads]."""
+    """The place of each head of the packed batch in the groups' outputs, [tokens, num_heads]."""
 
     def attend(
         self, packed: Tensor, keys: Tensor, values: Tensor, scaling: float | None, softcap: float
@@ -215,19 +205,19 @@ class AttentionPlan:
 
         Args:
             packed: where the queries are taken from [tokens * stride, dim].
-            keys: K of a layer [slots, kv_heads, dim].
-            values: V of a layer [slots, kv_heads, value_dim].
+            keys: K of a layer [1, kv_heads, slots, dim].
+            values: V of a layer [1, kv_heads, slots, value_dim].
             scaling: factor of the scores; None: the inverse root of `dim`.
             softcap: cap of the scores; 0: none.
 
         Returns:
-            [tokens * num_heads, value_dim]
+            [tokens, num_heads, value_dim]
         """
         outputs = [
-            group.attend(packed, keys, values, scaling, softcap).transpose(1, 2).reshape(-1, values.shape[-1])
+            group.attend(packed, keys, values, scaling, softcap).transpose(1, 2).flatten(0, 2)
             for group in self.groups
         ]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).index_select(0, self.output_index)
+        return embedding(outputs[0] if len(outputs) == 1 else torch.cat(outputs), self.output_index)
 
     def buffers(self) -> list[Tensor]:
         """The tensors of a plan whose keys are not one run."""

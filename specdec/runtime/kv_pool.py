@@ -148,6 +148,11 @@ class KvPool:
                 region, offset, value_name(layer), shape.num_heads, shape.value_dim
             )
             offset += self.values[layer].nbytes
+        self.by_head = {
+            layer: (self.keys[layer].transpose(0, 1)[None], self.values[layer].transpose(0, 1)[None])
+            for layer in shapes
+        }
+        """The same as attention reads it: K and V of each layer, [1, num_heads, slots, head_dim]."""
         self.hidden: dict[str, Tensor] = {}
         """Hidden states that some session exports or has exported, by name: [slots, hidden_size]."""
         self._hidden_regions: dict[str, Region] = {}
@@ -287,7 +292,7 @@ def device_slots(slots: slice | Indices, device: torch.device) -> slice | Tensor
 def write_rows(tensor: Tensor, slots: slice | Tensor, rows: Tensor) -> None:
     """Store rows [num_slots, ...] at their slots of a pool's tensor."""
     if isinstance(slots, slice):
-        tensor.narrow(0, slots.start, len(rows)).copy_(rows)
+        tensor.narrow(0, slots.start, rows.shape[0]).copy_(rows)
     else:
         tensor.index_copy_(0, slots, rows)
 

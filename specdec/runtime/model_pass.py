@@ -114,7 +114,7 @@ class Pass:
         output_index.ravel()[written] = numpy.arange(len(written))
         # What fills up goes on repeating the last token, in every layer.
         output_index[self.num_tokens :] = output_index[self.num_tokens - 1]
-        return AttentionPlan(groups, torch.from_numpy(output_index.ravel()).to(self._device))
+        return AttentionPlan(groups, torch.from_numpy(output_index).to(self._device))
 
     def _spans(self, window: int, *, may_join: bool) -> Iterator[Span]:
         for row, segment in with_rows(self.segments):

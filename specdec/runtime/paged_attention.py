@@ -71,12 +71,12 @@ def _paged_attention(
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment over its own KV; returns [1, num_tokens, num_heads, value_dim]."""
-    keys, values = key.cache.pool.keys[key.layer], key.cache.pool.values[key.layer]
+    keys, values = key.cache.pool.by_head[key.layer]
     _, num_heads, num_tokens, head_dim = query.shape
     plan = key.cache.current.plan(Geometry(num_heads, keys.shape[1], head_dim, sliding_window or 0))
     rows = query[0].transpose(0, 1).reshape(-1, head_dim)
     output = plan.attend(rows, keys, values, scaling, softcap or 0.0)
-    return output.view(1, num_tokens, num_heads, -1), None
+    return output[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, _paged_attention)

@@ -102,7 +102,8 @@ def multiplier(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor],
     multiply = _packed(weight, bias)
 
     def apply(x: Tensor) -> Tensor:
-        return multiply(x) if len(x) <= _MAX_ROWS and x.ndim == 2 else in_parts(multiply, x, _MAX_ROWS)
+        # Not len(), which is Python code of torch's: a pass multiplies a hundred times.
+        return multiply(x) if x.shape[0] <= _MAX_ROWS and x.ndim == 2 else in_parts(multiply, x, _MAX_ROWS)
 
     return apply
 
@@ -120,7 +121,7 @@ def head_multiplier(head: nn.Linear) -> Callable[[Tensor], Tensor]:
     )
 
     def apply(x: Tensor) -> Tensor:
-        if len(x) == 1:  # a product with a single row rounds otherwise
+        if x.shape[0] == 1:  # a product with a single row rounds otherwise
             return multiply(x.expand(2, -1))[:1]
         return in_parts(multiply, x, _MAX_HEAD_ROWS)
 

@@ -51,14 +51,11 @@ class PoolKv:
 
     def attend(self, shape: AttentionShape, heads: Tensor) -> Tensor:
         """Attend as planned, from [tokens, heads, head_dim] to [tokens, num_heads * head_dim]."""
-        output = self._current.plan(shape.geometry).attend(
-            heads.view(-1, shape.head_dim),
-            self._pool.keys[shape.layer],
-            self._pool.values[shape.layer],
-            shape.scaling,
-            shape.softcap,
-        )
-        return output.view(len(heads), -1)
+        keys, values = self._pool.by_head[shape.layer]
+        plan = self._current.plan(shape.geometry)
+        return plan.attend(
+            heads.view(-1, shape.head_dim), keys, values, shape.scaling, shape.softcap
+        ).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)
