@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 _MAX_ROWS = 32 if torch.cpu._is_amx_tile_supported() else 128
-"""Most rows of one product. Of more, oneDNN may take kernels that round otherwise (with AMX from 33 on, else seen
-from about 130 on): a session's bits would depend on how many others share its pass."""
+"""Most rows of one product. Of more, oneDNN may take kernels that round otherwise (with AMX from 33 on, else
+seen from about 130): the bits of a session would depend on how many others share its pass."""
 _MAX_HEAD_ROWS = 32
 """The same of the LM head, whose weight may be in its own layout (seen from 33 on)."""
 

@@ -52,9 +52,10 @@ class Norm:
 
     @cached_property
     def _weight_by_length(self) -> Tensor:
-        """The weight in fp32 for rows divided by their length, whose mean square is the inverse of their size."""
+        """The weight in fp32 for rows divided by their length: the mean square of those is 1 / size."""
         assert self.weight is not None
-        return self.weight.float() * self.weight.numel() ** 0.5
+        root: float = self.weight.numel() ** 0.5
+        return self.weight.float() * root
 
 
 @dataclass(frozen=True, slots=True)
