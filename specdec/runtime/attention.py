@@ -63,14 +63,20 @@ class Span:
     num_keys: int
     tokens: Mapping[int, int] = field(default_factory=dict)
     """The position whose slot has the key of each place, from a tree's root on."""
-    paths: Sequence[Sequence[int]] = ()
-    """The places from `num_shared` on that each query attends to, beside all keys before, where branches lie
-    side by side. Empty: the positions say it."""
-    num_shared: int = 0
+    branches: TreeKeys | None = None
+    """Where the keys are, if branches lie side by side."""
+    queried: Sequence[int] = ()
+    """Which tokens the queries are of, then."""
 
     def key_slots(self) -> slice | NDArray[numpy.int64]:
         """The slots of the keys, in order of their places."""
         stop_key = self.first_key + self.num_keys
+        if self.branches:
+            positions = numpy.arange(self.num_keys)
+            placed = self.branches.positions()
+            positions[: len(placed)] = placed
+            # A place that nothing is put at is hidden, and may be none of the session's own.
+            return self.allocation.host_slots_at(positions.clip(max=self.allocation.capacity - 1))
         if not self.tokens:
             return self.allocation.host_slots(self.first_key, stop_key)
         positions = numpy.arange(self.first_key, stop_key)
@@ -81,12 +87,14 @@ class Span:
 
     def hidden(self) -> NDArray[numpy.bool_] | None:
         """Which keys a query may not attend to [num_queries, num_keys]; None: as the positions say."""
-        if not self.paths:
+        if not self.branches:
             return None
         hidden = numpy.ones((self.num_queries, self.num_keys), dtype=numpy.bool_)
-        hidden[:, : self.num_shared] = False
-        queries = [query for query, path in enumerate(self.paths) for _ in path]
-        hidden[queries, [place for path in self.paths for place in path]] = False
+        hidden[:, : self.branches.num_shared] = False
+        for of_query, token in zip(hidden, self.queried, strict=True):
+            path = self.branches.paths[token]
+            of_query[path.common : path.common + self.branches.num_common] = False
+            of_query[[*path.own]] = False
         return hidden
 
 
@@ -149,8 +157,6 @@ class Tree:
         runs = self._runs
         while runs:
             keys, num_joined = TreeKeys(self._segment.start, self._segment.parents, is_exact=is_exact), 0
-            if not keys.has_room:
-                return  # nor has any of the others
             while num_joined < len(runs) and keys.add(self._paths[runs[num_joined][-1]]):
                 num_joined += 1
             bundle, runs = runs[: max(1, num_joined)], runs[max(1, num_joined) :]
@@ -171,7 +177,6 @@ class Tree:
 
     def _joined(self, row: int, queries: range, keys: TreeKeys) -> Span:
         """Several runs, side by side."""
-        start = self._segment.start
         return Span(
             self._segment.allocation,
             row + queries.start,
@@ -179,9 +184,8 @@ class Tree:
             self._positions[queries.start],
             first_key=0,
             num_keys=-(-keys.num_places // BLOCK_TOKENS) * BLOCK_TOKENS,
-            tokens={place: start + token for place, token in keys.tokens.items()},
-            paths=[keys.paths[query] for query in queries],
-            num_shared=keys.num_shared,
+            branches=keys,
+            queried=queries,
         )
 
     def _alone(self, row: int, run: range, window: int) -> Iterator[Span]:

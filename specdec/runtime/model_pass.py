@@ -103,7 +103,7 @@ class Pass:
             grouped: Iterable[Sequence[AnySpan]] = [self.bucket.spans(self.segments, geometry.window)]
         else:
             spans = list(self._spans(geometry.window, may_join=not geometry.is_small))
-            self._has_joined = self._has_joined or any(span.paths for span in spans)
+            self._has_joined = self._has_joined or any(span.branches for span in spans)
             grouped = _grouped(spans)
         groups = [
             SpanGroup(alike, geometry, dtype=self._dtype, device=self._device, bucket=self.bucket)

@@ -26,7 +26,7 @@ from specdec.runtime.tree_keys import Branches, TreeKeys
 from tests.tiny_models import VOCAB_SIZE, save_tiny_model
 
 GROUP, KERNEL = 32, 512
-TEXT = torch.randint(0, VOCAB_SIZE, (640,), generator=torch.Generator().manual_seed(1)).tolist()
+TEXT = torch.randint(0, VOCAB_SIZE, (1700,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def random_parents(random: Random, num_tokens: int) -> list[int]:
@@ -38,8 +38,15 @@ def path_to(parents: list[int], token: int) -> list[int]:
     return ([] if parents[token] < 0 else path_to(parents, parents[token])) + [token]
 
 
+def places_of(keys: TreeKeys, token: int) -> list[int]:
+    """Return the places of all keys that a token attends to."""
+    path = keys.paths[token]
+    common = range(path.common, path.common + keys.num_common)
+    return [*range(keys.num_shared), *common, *path.own]
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.randoms(use_true_random=False), st.integers(0, 1100), st.integers(1, 40))
+@given(st.randoms(use_true_random=False), st.integers(0, 1600), st.integers(1, 70))
 def test_every_path_has_its_keys_in_whole_groups_in_order(
     random: Random, start: int, num_tokens: int
 ) -> None:
@@ -47,43 +54,39 @@ def test_every_path_has_its_keys_in_whole_groups_in_order(
     keys = TreeKeys(start, parents)
     added = [token for token in range(num_tokens) if keys.add(path_to(parents, token))]
     for token in added:
-        path, places = path_to(parents, token), keys.paths[token]
-        positions = range(keys.num_shared, start + len(path))
-        assert len(places) == len(positions)
-        assert list(places) == sorted(set(places)), "in order of position"
-        for place, position in zip(places, positions, strict=True):
-            assert place % GROUP == position % GROUP
-            assert place // KERNEL == start // KERNEL, "where kernels start afresh"
-            owner = position - start if position < start else path[position - start]
-            assert keys.tokens.get(place, place - start) == owner
-        groups = [
-            {
-                place // GROUP
-                for place, position in zip(places, positions, strict=True)
-                if position // GROUP == group
+        path, places = path_to(parents, token), places_of(keys, token)
+        positions = range(start + len(path))
+        assert places == sorted(set(places)), "in order of position"
+        owners = [position if position < start else start + path[position - start] for position in positions]
+        assert keys.positions()[places].tolist() == owners
+        assert [place % GROUP for place in places] == [position % GROUP for position in positions]
+        for size in (GROUP, KERNEL):
+            parts = {
+                (position // size, place // size) for position, place in zip(positions, places, strict=True)
             }
-            for group in range(start // GROUP, positions.stop // GROUP + 1)
-        ]
-        assert all(len(group) <= 1 for group in groups), "a group is whole"
+            assert len(parts) == positions[-1] // size + 1, "what is summed up together stays so"
+            assert len({place for _, place in parts}) == len(parts), "and apart from what comes after"
     # What did not fit left nothing behind.
     assert set(keys.paths) == {node for token in added for node in path_to(parents, token)}
-    assert all(place < (start // KERNEL + 1) * KERNEL for place in keys.tokens)
+    assert keys.num_places <= max(2 * (start // KERNEL + 1), start // KERNEL + 2) * KERNEL
 
 
 def test_a_path_takes_the_places_of_a_chain() -> None:
-    keys = TreeKeys(300, [-1, 0, 1, 2])
-    assert keys.add([0, 1, 2, 3])
-    assert keys.tokens == {300: 0, 301: 1, 302: 2, 303: 3}
-    assert keys.paths[3] == tuple(range(288, 304))
+    for start in (300, 510):
+        keys = TreeKeys(start, [-1, 0, 1, 2])
+        assert keys.add([0, 1, 2, 3])
+        assert keys.tokens == {start: 0, start + 1: 1, start + 2: 2, start + 3: 3}
+        assert places_of(keys, 3) == [*range(start + 4)]
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    keys = TreeKeys(510, [-1, 0, 1, 1, 0])
-    assert not keys.add([0, 1, 2]), "its last token is where kernels start afresh"
-    assert not keys.tokens
+def test_where_512_keys_have_no_room_others_begin_with_copies() -> None:
+    keys = TreeKeys(510, [-1, 0, 1, 0, 0])
     assert keys.add([0, 1])
-    assert not keys.add([0, 4]), "there is no group left for a copy"
-    assert keys.tokens == {510: 0, 511: 1}
+    assert keys.add([0, 3]), "with copies of the first 510 keys"
+    assert places_of(keys, 3) == [*range(512, 1024)]
+    assert not keys.add([0, 4]), "a call of its own costs less than more copies"
+    assert not keys.add([0, 1, 2]), "its last token is where kernels start afresh"
+    assert keys.tokens == {510: 0, 511: 1, 1022: 0, 1023: 3} | {992 + at: at - 30 for at in range(30)}
 
 
 SIZES = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
@@ -108,7 +111,7 @@ def trees(random: Random, packed: PackedModel, start: int) -> Iterator[Segment]:
         yield Segment(allocation, start, tokens, num_tokens, random_parents(random, num_tokens))
 
 
-@pytest.mark.parametrize("start", [1, 14, 31, 64, 135, 300, 490, 508, 512, 590])
+@pytest.mark.parametrize("start", [1, 14, 31, 64, 300, 490, 508, 512, 590, 1000, 1020, 1590])
 def test_branches_get_the_bits_they_get_alone(packed: PackedModel, start: int) -> None:
     random = Random(start)
     segments = list(trees(random, packed, start))
@@ -206,7 +209,7 @@ def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> 
         assert packed.branches is Branches.EXACT
     assert tree_spans(packed, Branches.APART) == 3
     assert tree_spans(packed, Branches.EXACT) == 1
-    assert tree_spans(packed, Branches.EXACT, start=500) == 3, "no room before kernels start afresh"
+    assert tree_spans(packed, Branches.EXACT, start=500) == 2, "two of them with copies of all keys"
     assert tree_spans(packed, Branches.MASKED, start=500) == 1
 
 
