@@ -46,8 +46,10 @@ class PoolKv:
     def store(self, shape: AttentionShape, keys: Tensor, values: Tensor) -> None:
         """Keep K and V [tokens, num_kv_heads, head_dim], but for what pads the pass."""
         slots, num_stored = self._current.slots, self._current.num_stored
-        write_rows(self._pool.keys[shape.layer], slots, keys[:num_stored])
-        write_rows(self._pool.values[shape.layer], slots, values[:num_stored])
+        if num_stored < keys.shape[0]:
+            keys, values = keys.narrow(0, 0, num_stored), values.narrow(0, 0, num_stored)
+        write_rows(self._pool.keys[shape.layer], slots, keys)
+        write_rows(self._pool.values[shape.layer], slots, values)
 
     def attend(self, shape: AttentionShape, heads: Tensor) -> Tensor:
         """Attend as planned, from [tokens, heads, head_dim] to [tokens, num_heads * head_dim]."""

@@ -113,6 +113,11 @@ class AttentionShape:
         return self.num_heads + self.num_kv_heads * self.has_kv
 
     @cached_property
+    def first_value(self) -> int:
+        """Which of the projected heads is the first of the values."""
+        return self.num_heads if self.value_is_key else self.num_turned
+
+    @cached_property
     def geometry(self) -> Geometry:
         """What a pass plans attention by. Queries are taken from between keys that were turned with them."""
         return Geometry(self.num_heads, self.num_kv_heads, self.head_dim, self.window, self.num_turned)
@@ -148,11 +153,14 @@ class Attention:
         """Map [tokens, hidden_size] to [tokens, hidden_size]."""
         shape = self.shape
         projected = self.project(x).view(x.shape[0], -1, shape.head_dim)
-        turned = rotate(self._normed(projected[:, : shape.num_turned]), tables[shape.rotary])
+        heads = projected.narrow(1, 0, shape.num_turned)
+        turned = rotate(self._normed(heads), tables[shape.rotary])
         if shape.has_kv:
-            values = projected[:, shape.num_heads if shape.value_is_key else shape.num_turned :]
+            values = projected.narrow(1, shape.first_value, shape.num_kv_heads)
             kv.store(
-                shape, turned[:, shape.num_heads :], self.value_norm(values) if self.value_norm else values
+                shape,
+                turned.narrow(1, shape.num_heads, shape.num_kv_heads),
+                self.value_norm(values) if self.value_norm else values,
             )
         return self.output(kv.attend(shape, turned))
 
