@@ -153,7 +153,7 @@ class Tree:
         self._bundles = [] if branches is Branches.APART else list(self._join(branches is Branches.EXACT))
 
     def _join(self, is_exact: bool) -> Iterator[tuple[list[range], TreeKeys]]:
-        """Neighbouring runs that fit side by side, one that fits beside none alone; nothing if none can."""
+        """Neighbouring runs that fit side by side; one that fits beside none is alone."""
         runs = self._runs
         while runs:
             keys, num_joined = TreeKeys(self._segment.start, self._segment.parents, is_exact=is_exact), 0

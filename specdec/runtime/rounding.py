@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,9 +23,11 @@ from specdec.runtime.tree_keys import Branches
 
 logger = logging.getLogger(__name__)
 
-_NUM_ROOM_TOKENS = 704
+_NUM_ROOM_TOKENS = 1088
 """Positions a trial uses, if the pool and the model have as many."""
-_STARTS = (1, 375, 590)
+_CHAIN_STARTS = (1, 375, 590)
+_TREE_STARTS = (1, 375, 508, 1020)
+"""Behind the last two, branches go on in the next 512 keys, and behind the last others begin with copies."""
 _NUM_CHAIN_TOKENS = 16
 _ALONE = (0, 1, 8, 9, 15)
 """Which tokens of a chain are computed alone as well. 375 + 8 and 375 + 9 are in different blocks."""
@@ -64,7 +66,7 @@ def _has_known_sums() -> bool:
 def tokens_round_alike(packed: PackedModel) -> bool:
     """Return whether the tokens of a chain get the bits that each gets in a pass of its own."""
     with _random_context(packed) as (allocation, room):
-        for start in _starts(room, _NUM_CHAIN_TOKENS):
+        for start in _starts(_CHAIN_STARTS, room, _NUM_CHAIN_TOKENS):
             chain = _segment(packed, allocation, start, min(_NUM_CHAIN_TOKENS, room - start))
             together, _ = packed.trial_pass(chain)
             for index in (index for index in _ALONE if index < len(chain.token_ids)):
@@ -79,7 +81,7 @@ def branches_round_alike(packed: PackedModel) -> bool:
     """Return whether branches side by side get the bits that they get apart; False if none has room."""
     has_joined = False
     with _random_context(packed) as (allocation, room):
-        for start in _starts(room, _NUM_TREE_TOKENS):
+        for start in _starts(_TREE_STARTS, room, _NUM_TREE_TOKENS):
             num_tokens = min(_NUM_TREE_TOKENS, room - start)
             parents = [-1, *((index - 1) // (2 if index % 3 == 0 else 1) for index in range(1, num_tokens))]
             tree = replace(_segment(packed, allocation, start, num_tokens), parents=parents)
@@ -112,9 +114,9 @@ def _fill(pool: KvPool, allocation: KvAllocation) -> None:
         tensor[slots] = torch.randn(shape, generator=generator, dtype=tensor.dtype, device=pool.device)
 
 
-def _starts(room: int, num_tokens: int) -> list[int]:
-    """Return positions at which chains and trees begin, fewer in a small pool."""
-    return [start for start in _STARTS if start + num_tokens <= room] or [1]
+def _starts(starts: Sequence[int], room: int, num_tokens: int) -> list[int]:
+    """Return positions at which chains or trees begin, fewer in a small pool."""
+    return [start for start in starts if start + num_tokens <= room] or [1]
 
 
 def _segment(packed: PackedModel, allocation: KvAllocation, start: int, num_tokens: int) -> Segment:

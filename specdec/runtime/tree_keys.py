@@ -73,7 +73,7 @@ class TreeKeys:
         self.num_common = start // _GROUP_KEYS * _GROUP_KEYS - self.num_shared if is_exact else 0
         """Keys from there to the first group that some branch has a copy of."""
         self._kernels = [_Kernel(False, self.num_common // _GROUP_KEYS + 1)]
-        # Beyond that, calls of their own cost less: all queries meet the keys of all branches.
+        # With more, calls of their own cost less, for all queries meet the keys of all branches.
         self._most_kernels = max(2, self.num_shared // _KERNEL_KEYS + 1)
         self.tokens: dict[int, int] = {}
         """Whose key is at a place, as its distance from the root's slot: a token's index, or, of a copied key
@@ -146,6 +146,8 @@ class TreeKeys:
             has_room = kernel.num_groups + num_groups <= _GROUPS_PER_KERNEL
             if index > after and kernel.is_next == is_next and has_room:
                 return self._extended(path, num_kept, index)
+        if not is_next and not self.num_shared:
+            return None  # a branch that has all its keys copied shares none
         num_common = 0 if is_next else self.num_common // _GROUP_KEYS
         if len(self._kernels) == self._most_kernels or num_common + num_groups > _GROUPS_PER_KERNEL:
             return None

@@ -80,13 +80,18 @@ def test_a_path_takes_the_places_of_a_chain() -> None:
 
 
 def test_where_512_keys_have_no_room_others_begin_with_copies() -> None:
-    keys = TreeKeys(510, [-1, 0, 1, 0, 0])
+    keys = TreeKeys(1022, [-1, 0, 1, 0, 0])
     assert keys.add([0, 1])
-    assert keys.add([0, 3]), "with copies of the first 510 keys"
-    assert places_of(keys, 3) == [*range(512, 1024)]
+    assert keys.add([0, 3]), "with copies of the keys from 512 on"
+    assert places_of(keys, 3) == [*range(512), *range(1024, 1536)]
     assert not keys.add([0, 4]), "a call of its own costs less than more copies"
     assert not keys.add([0, 1, 2]), "its last token is where kernels start afresh"
-    assert keys.tokens == {510: 0, 511: 1, 1022: 0, 1023: 3} | {992 + at: at - 30 for at in range(30)}
+    assert keys.tokens == {1022: 0, 1023: 1, 1534: 0, 1535: 3} | {1504 + at: at - 30 for at in range(30)}
+    early = TreeKeys(510, [-1, 0, 1, 0])
+    assert early.add([0, 1])
+    assert not early.add([0, 3]), "there are no keys that it could share"
+    assert early.add([0, 1, 2]), "where kernels start afresh"
+    assert places_of(early, 2) == [*range(513)]
 
 
 SIZES = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
@@ -209,7 +214,8 @@ def test_branches_share_calls_where_that_changes_no_bit(packed: PackedModel) -> 
         assert packed.branches is Branches.EXACT
     assert tree_spans(packed, Branches.APART) == 3
     assert tree_spans(packed, Branches.EXACT) == 1
-    assert tree_spans(packed, Branches.EXACT, start=500) == 2, "two of them with copies of all keys"
+    assert tree_spans(packed, Branches.EXACT, start=500) == 3, "no room before kernels start afresh"
+    assert tree_spans(packed, Branches.EXACT, start=1012) == 2, "two of them, one beside copies"
     assert tree_spans(packed, Branches.MASKED, start=500) == 1
 
 

@@ -35,7 +35,7 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the normalised rows, in the type of `x`."""
         weight = self.weight
-        if weight is not None and not x.is_cuda:
+        if weight is not None and x.is_cpu:
             # On a CPU rms_norm is ten operations; these are six, and the length may be squared within one.
             wide = x.float()
             length = hypot(vector_norm(wide, 2, -1, True), self._least_length)
