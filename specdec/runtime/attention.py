@@ -71,18 +71,16 @@ class Span:
     def key_slots(self) -> slice | NDArray[numpy.int64]:
         """The slots of the keys, in order of their places."""
         stop_key = self.first_key + self.num_keys
-        if self.branches:
-            positions = numpy.arange(self.num_keys)
-            placed = self.branches.positions()
-            positions[: len(placed)] = placed
-            # A place that nothing is put at is hidden, and may be none of the session's own.
-            return self.allocation.host_slots_at(positions.clip(max=self.allocation.capacity - 1))
-        if not self.tokens:
+        if not self.branches and not self.tokens:
             return self.allocation.host_slots(self.first_key, stop_key)
         positions = numpy.arange(self.first_key, stop_key)
-        moved = {place: at for place, at in self.tokens.items() if self.first_key <= place < stop_key}
-        positions[[place - self.first_key for place in moved]] = [*moved.values()]
-        # A place after the root that nothing is put at is hidden, and may be none of the session's own.
+        if self.branches:
+            placed = self.branches.positions()
+            positions[: len(placed)] = placed
+        else:
+            moved = {place: at for place, at in self.tokens.items() if self.first_key <= place < stop_key}
+            positions[[place - self.first_key for place in moved]] = [*moved.values()]
+        # A place that nothing is put at is hidden, and may be none of the session's own.
         return self.allocation.host_slots_at(positions.clip(max=self.allocation.capacity - 1))
 
     def hidden(self) -> NDArray[numpy.bool_] | None:

@@ -116,7 +116,7 @@ def trees(random: Random, packed: PackedModel, start: int) -> Iterator[Segment]:
         yield Segment(allocation, start, tokens, num_tokens, random_parents(random, num_tokens))
 
 
-@pytest.mark.parametrize("start", [1, 14, 31, 64, 300, 490, 508, 512, 590, 1000, 1020, 1590])
+@pytest.mark.parametrize("start", [1, 14, 31, 64, 135, 300, 490, 508, 512, 590, 1000, 1020, 1590])
 def test_branches_get_the_bits_they_get_alone(packed: PackedModel, start: int) -> None:
     random = Random(start)
     segments = list(trees(random, packed, start))
