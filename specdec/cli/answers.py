@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import click
 
-from specdec.cli.chat import Conversation, read_line
+from specdec.cli.chat import Conversation, ctrl_c_cancels, read_line
 from specdec.cli.options import NO_COLOR, connection_options, generation_options
 from specdec.cli.render import (
     AnswerPrinter,
@@ -88,8 +88,9 @@ def _stream_answer(client: Client, prompt: Prompt, options: GenerateOptions, no_
     printer = AnswerPrinter(console(no_color))
     with client.stream(prompt, options) as stream:
         try:
-            for token in stream:
-                printer.add(token)
+            with ctrl_c_cancels(stream):
+                for token in stream:
+                    printer.add(token)
         finally:
             printer.end()
         print_closing_line(stream.result, no_color)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from specdec.cli.groups import describe_error
 from specdec.cli.render import AnswerPrinter, console, print_closing_line, report
-from specdec.client import Client, GenerateOptions, Message
-from specdec.contract.errors import SpecdecError
+from specdec.client import Client, GenerateOptions, GenerationStream, Message
+from specdec.contract.errors import RequestCancelledError, SpecdecError
 
 
 def read_line() -> str | None:
@@ -20,6 +24,34 @@ def read_line() -> str | None:
             return None
         except KeyboardInterrupt:
             report("\n(/exit or Ctrl-D leaves)")
+
+
+@contextmanager
+def ctrl_c_cancels(stream: GenerationStream) -> Iterator[None]:
+    """Make Ctrl-C cancel the answer during the block, which raises KeyboardInterrupt where it is read.
+
+    Python alone would raise it anywhere, also while gRPC waits for a lock, which does not survive it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    pressed = threading.Event()
+
+    def cancel(_signum: int, _frame: FrameType | None) -> None:
+        pressed.set()
+        # The handler may have interrupted a holder of the call's lock: another thread waits for it.
+        threading.Thread(target=stream.cancel, daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, cancel)
+    try:
+        yield
+    except RequestCancelledError as error:
+        if pressed.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Conversation:
@@ -66,7 +98,7 @@ class Conversation:
         printer = AnswerPrinter(console(self._no_color))
         texts: list[str] = []
         try:
-            with self._client.stream(turns, self._options) as stream:
+            with self._client.stream(turns, self._options) as stream, ctrl_c_cancels(stream):
                 for token in stream:
                     printer.add(token)
                     texts.append(token.text)

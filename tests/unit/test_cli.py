@@ -372,6 +372,19 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(gateway: ScriptedGateway) 
     assert (chat.returncode, errors) == (0, "(stopped)\n")
 
 
+@pytest.mark.usefixtures("children_heed_ctrl_c")
+def test_ctrl_c_ends_an_answer_in_order(gateway: ScriptedGateway) -> None:
+    gateway.script = hang
+    command = [sys.executable, "-m", "specdec", "generate", "Hi", "--gateway", gateway.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as answer:
+        assert answer.stdout is not None
+        assert answer.stdout.read(5) == "Hello"
+        answer.send_signal(signal.SIGINT)
+        assert gateway.ended.wait(10)
+        _, errors = answer.communicate(timeout=20)
+    assert (answer.returncode, errors.strip()) == (1, "Aborted!")
+
+
 def test_a_stopped_answer_stays_in_the_history(gateway: ScriptedGateway) -> None:
     class Impatient(Client):
         """Presses Ctrl-C after the first token."""
@@ -400,7 +413,9 @@ def test_down_says_so_when_nothing_runs() -> None:
 
 
 def test_help_shows_the_ranges_of_numbers() -> None:
-    shown = " ".join(run("generate", "-h").stdout.split())
+    result = run("generate", "-h")
+    assert (result.exit_code, result.stderr) == (0, ""), result.exc_info
+    shown = " ".join(result.stdout.split())
     for numbers in ("[x>=0]", "[x>=1]", "0<=x<=18446744073709551615", "0<=x<=20", "x>0"):
         assert numbers in shown
 
