@@ -102,6 +102,10 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+ROUNDING = 3e-5
+"""The relative error that float32 sums in another order may make; some random models reach 1.02e-5."""
+
+
 @settings(max_examples=25, deadline=None)
 @given(model=models(), seed=st.integers(0, 2**32))
 def test_any_dense_model_gives_transformers_logits(model: PreTrainedModel, seed: int) -> None:
@@ -128,9 +132,9 @@ def test_any_dense_model_gives_transformers_logits(model: PreTrainedModel, seed:
         ]
     )
     (rest,) = packed.forward([Segment(first, start, text[start:], LENGTH - start)])
-    assert error(torch.cat([prefill, rest]), whole) < 1e-5
-    assert error(drafted[1:], torch.stack(by_path)) < 1e-5
-    assert error(beside, other) < 1e-5
+    assert error(torch.cat([prefill, rest]), whole) < ROUNDING
+    assert error(drafted[1:], torch.stack(by_path)) < ROUNDING
+    assert error(beside, other) < ROUNDING
 
 
 def test_every_dense_family_has_a_tiny_model() -> None:
