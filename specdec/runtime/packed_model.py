@@ -19,6 +19,7 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
 from specdec.runtime.bucket import Bucket, fits
 from specdec.runtime.capture import HiddenCapture
+from specdec.runtime.decoder import kernels
 from specdec.runtime.decoder.check import compare
 from specdec.runtime.decoder.decoder import Decoder
 from specdec.runtime.decoder.families import kv_shapes, why_not
@@ -84,6 +85,8 @@ class PackedModel:
             self.why_transformers = comparison.finding
             rounding = _relative_error(expected, comparison.logits[: len(expected)])
             if not comparison.finding:
+                if self.device.type == "cpu" and self.dtype is torch.bfloat16:
+                    kernels.warn_if_missing()
                 shapes = kv_shapes(model.get_decoder())
                 return Decoder.of(model), expected, rounding, shapes
             logger.warning(

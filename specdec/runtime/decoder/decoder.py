@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.runtime.capture import AFTER_NORM
+from specdec.runtime.decoder import kernels
 from specdec.runtime.decoder.families import (
     embedding_of,
     final_norm_of,
@@ -48,8 +49,12 @@ class PoolKv:
         slots, num_stored = self._current.slots, self._current.num_stored
         if num_stored < keys.shape[0]:
             keys, values = keys.narrow(0, 0, num_stored), values.narrow(0, 0, num_stored)
-        write_rows(self._pool.keys[shape.layer], slots, keys)
-        write_rows(self._pool.values[shape.layer], slots, values)
+        key_pool, value_pool = self._pool.keys[shape.layer], self._pool.values[shape.layer]
+        if kernels.takes(keys):
+            kernels.store(keys, values, key_pool, value_pool, slots)
+        else:
+            write_rows(key_pool, slots, keys)
+            write_rows(value_pool, slots, values)
 
     def attend(self, shape: AttentionShape, heads: Tensor) -> Tensor:
         """Attend as planned, from [tokens, heads, head_dim] to [tokens, num_heads * head_dim]."""

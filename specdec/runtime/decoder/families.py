@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from specdec.runtime.decoder import kernels
 from specdec.runtime.decoder.layers import (
     Attention,
     AttentionShape,
@@ -160,6 +161,7 @@ def layer_of(decoder: Any, index: int) -> Layer:
         mlp=Mlp(
             fused([module.mlp.gate_proj, module.mlp.up_proj]),
             module.mlp.act_fn.forward,
+            kernels.gate_kind(module.mlp.act_fn),
             fused([module.mlp.down_proj]),
         ),
         after_mlp_norm=norm(module.post_feedforward_layernorm) if after else None,

@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch import Tensor, hypot, rms_norm
-from torch.linalg import vector_norm
+from torch import Tensor, rms_norm
 from torch.nn.functional import embedding
 
 from specdec.runtime.attention_plan import Geometry
+from specdec.runtime.decoder import kernels
 
 Linear = Callable[[Tensor], Tensor]
 """Maps [tokens, in_features] to [tokens, out_features]."""
@@ -34,28 +34,32 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the normalised rows, in the type of `x`."""
+        if kernels.takes(x):
+            return kernels.norm(x, self.wide_weight, self.epsilon)
         weight = self.weight
-        if weight is not None and x.is_cpu:
-            # On a CPU rms_norm is ten operations; these are six, and the length may be squared within one.
-            wide = x.float()
-            length = hypot(vector_norm(wide, 2, -1, True), self._least_length)
-            return wide.div(length).mul_(self._weight_by_length).to(x.dtype)
         if weight is None or weight.dtype is x.dtype:
             return rms_norm(x, x.shape[-1:], weight, self.epsilon)
         return rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.epsilon).to(x.dtype)
 
     @cached_property
-    def _least_length(self) -> Tensor:
-        """What epsilon adds to the length of a row: the root of the row's size times epsilon, []."""
-        assert self.weight is not None
-        return torch.tensor((self.weight.numel() * self.epsilon) ** 0.5)
+    def wide_weight(self) -> Tensor | None:
+        """The weight in fp32."""
+        return None if self.weight is None else self.weight.float()
 
-    @cached_property
-    def _weight_by_length(self) -> Tensor:
-        """The weight in fp32 for rows divided by their length: the mean square of those is 1 / size."""
-        assert self.weight is not None
-        root: float = self.weight.numel() ** 0.5
-        return self.weight.float() * root
+
+def add_norm(x: Tensor, added: Tensor, after: Norm | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Return x + added, the latter after a norm of its own if it has one, and the norm of the sum."""
+    if kernels.takes(x):
+        return kernels.add_norm(
+            x,
+            added,
+            norm.wide_weight,
+            norm.epsilon,
+            after.wide_weight if after else None,
+            after.epsilon if after else 0.0,
+        )
+    x = x + (after(added) if after else added)
+    return x, norm(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +157,7 @@ class Attention:
         """Map [tokens, hidden_size] to [tokens, hidden_size]."""
         shape = self.shape
         projected = self.project(x).view(x.shape[0], -1, shape.head_dim)
-        heads = projected.narrow(1, 0, shape.num_turned)
-        turned = rotate(self._normed(heads), tables[shape.rotary])
+        turned = self._turned(projected, tables[shape.rotary])
         if shape.has_kv:
             values = projected.narrow(1, shape.first_value, shape.num_kv_heads)
             kv.store(
@@ -163,6 +166,21 @@ class Attention:
                 self.value_norm(values) if self.value_norm else values,
             )
         return self.output(kv.attend(shape, turned))
+
+    def _turned(self, projected: Tensor, table: RotaryTable) -> Tensor:
+        """Query and key heads [tokens, num_turned, head_dim] after their norms, turned."""
+        shape = self.shape
+        if kernels.takes(projected):
+            return kernels.turn(
+                projected,
+                table,
+                shape.num_heads,
+                shape.num_turned - shape.num_heads,
+                self.query_norm.wide_weight if self.query_norm else None,
+                self.key_norm.wide_weight if self.key_norm else None,
+                self.query_norm.epsilon if self.query_norm else 0.0,
+            )
+        return rotate(self._normed(projected.narrow(1, 0, shape.num_turned)), table)
 
     def _normed(self, heads: Tensor) -> Tensor:
         """Query and key heads after their norms."""
@@ -180,11 +198,16 @@ class Mlp:
 
     gate_up: Linear
     activation: Callable[[Tensor], Tensor]
+    kernel: int | None
+    """What `kernels.gated` knows the activation by; None: it does not know it."""
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [tokens, hidden_size] to [tokens, hidden_size]."""
-        gate, up = self.gate_up(x).chunk(2, -1)
+        gate_up = self.gate_up(x)
+        if self.kernel is not None and kernels.takes(gate_up):
+            return self.down(kernels.gated(gate_up, self.kernel))
+        gate, up = gate_up.chunk(2, -1)
         return self.down(self.activation(gate) * up)
 
 
@@ -233,8 +256,8 @@ class Layer:
         """
         normed = self.attention_norm(x)
         attended = self.attention(normed if context is None else torch.cat([context, normed]), tables, kv)
-        x = x + (self.after_attention_norm(attended) if self.after_attention_norm else attended)
-        computed = self.mlp(self.mlp_norm(x))
+        x, normed = add_norm(x, attended, self.after_attention_norm, self.mlp_norm)
+        computed = self.mlp(normed)
         x = x + (self.after_mlp_norm(computed) if self.after_mlp_norm else computed)
         if self.per_layer_input is not None:
             assert own is not None
