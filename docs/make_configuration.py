@@ -59,15 +59,18 @@ def program(name: str) -> click.Command:
     return command
 
 
-def leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Context]]:
+def leaves(
+    name: str, command: click.Command, parent: click.Context | None = None
+) -> Iterator[tuple[str, click.Context]]:
     """Yield the commands of a program that are not groups, by the words one types."""
-    context = click.Context(command, info_name=name, **command.context_settings)
+    # Of its parent a command has the names of its option for help, which it keeps from the first context on.
+    context = click.Context(command, parent, name, **command.context_settings)
     if not isinstance(command, click.Group):
         yield name, context
         return
     for child in command.list_commands(context):
         if found := command.get_command(context, child):
-            yield from leaves(f"{name} {child}", found)
+            yield from leaves(f"{name} {child}", found, context)
 
 
 def _sections(name: str) -> Iterator[str]:

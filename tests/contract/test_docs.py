@@ -32,9 +32,8 @@ _INLINE = re.compile(r"`([^`\n]+)`")
 _TOP_FOLDERS = "|".join((*PACKAGES, "protos", "tests", "docs", "deploy"))
 _PATH = re.compile(rf"(?<![\w/.<:-])(?:{_TOP_FOLDERS})/[\w./-]*\w")
 
-COMMANDS = {
-    words: context.command for name in (*SERVICES, CLIENT) for words, context in leaves(name, program(name))
-}
+CONTEXTS = {words: context for name in (*SERVICES, CLIENT) for words, context in leaves(name, program(name))}
+COMMANDS = {words: context.command for words, context in CONTEXTS.items()}
 """What one can run, by the words one types."""
 
 
@@ -96,7 +95,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
 
 
 def options_of(command: click.Command) -> set[str]:
-    return {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    return {name for parameter in command.params for name in parameter.opts} | {"-h", "--help"}
 
 
 def misuse(words: list[str]) -> str:
@@ -106,13 +105,13 @@ def misuse(words: list[str]) -> str:
     name, arguments = find_command(words)
     if not name:
         return f"{words}: no such command"
-    context = click.Context(COMMANDS[name], info_name=name)
+    context = CONTEXTS[name]
     try:
-        given, _, _ = COMMANDS[name].make_parser(context).parse_args(list(arguments))
+        given, _, _ = context.command.make_parser(context).parse_args(list(arguments))
     except click.UsageError as error:
         return f"{words}: {error.format_message()}"
     missing = [
-        param.name for param in COMMANDS[name].params if param.required and not given.get(param.name or "")
+        param.name for param in context.command.params if param.required and not given.get(param.name or "")
     ]
     return f"{words}: {missing} missing" if missing and "--help" not in arguments else ""
 
