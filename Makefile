@@ -77,7 +77,7 @@ manifests: .venv/installed .venv/checkov/installed
 	.venv/peers/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-.venv/installed: pyproject.toml .ci/constraints.txt specdec/runtime/decoder/kernels.c
+.venv/installed: pyproject.toml .ci/constraints.txt $(wildcard specdec/runtime/kernels/*.[ch])
 	@echo "Installing into .venv: 1.6 GB, two to three minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[models,bench,dev]"

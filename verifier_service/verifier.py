@@ -18,7 +18,7 @@ from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.loading import LoadedModel, load_causal_lm, usable_device
 from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
 from specdec.runtime.packed_model import PackedModel
-from specdec.runtime.rounding import settle_branches
+from specdec.runtime.rounding import try_rounding
 from specdec.state.weights import TargetWeightsRef, share_weights
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest, Session
@@ -73,7 +73,7 @@ class Verifier:
         self.config = config
         self.loaded = loaded
         packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20), memory=memory)
-        settle_branches(packed)
+        try_rounding(packed)
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
         self.model_impl = packed.model_impl

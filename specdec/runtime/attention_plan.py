@@ -1,8 +1,7 @@
 """The plan of a pass: which spans of several sessions share an attention call, and how their rows lie in it.
 
-Query rows come in multiples of `_ROW_MULTIPLE`. On CPUs the kernels then round each row alike, in bf16 too,
-whatever else is in the pass; elsewhere they may still differ. Small heads need more: there each token gets
-products of its own (`Geometry.is_small`).
+Query rows come in multiples of `_ROW_MULTIPLE`: on CPUs torch's kernels then round most rows alike, whatever
+else is in the pass. Kernels of our own do so always (`kernels.attention`).
 
 Everything is computed on the host before the first layer runs, so that the layers neither wait for the host
 nor repeat what they have in common.
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy
@@ -26,7 +24,6 @@ from specdec.runtime.bucket import Bucket, MaskedSpan
 from specdec.runtime.kv_pool import Indices, device_slots, join_slots
 
 _ROW_MULTIPLE = 4
-_MIN_SHARED_HEAD_DIM = 64
 
 
 AnySpan = Span | MaskedSpan
@@ -48,17 +45,6 @@ class Geometry(NamedTuple):
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
-    @property
-    def is_small(self) -> bool:
-        """Whether heads are so small that a product over several tokens may round otherwise than over one.
-
-        The library that multiplies chooses its kernel by the shape of a product. With heads of 64 and more
-        the choice shows in no bit. With one KV head of 16, 28 and 32 query rows were seen to round otherwise
-        than 4, on a CPU with AVX512-BF16 and without AMX. So tokens with small heads share no product, nor do
-        branches.
-        """
-        return self.head_dim < _MIN_SHARED_HEAD_DIM
-
 
 class SpanGroup:
     """Spans of several sessions that one call attends for: with as many keys, and about as many queries.
@@ -79,11 +65,9 @@ class SpanGroup:
         self.num_spans, self.num_keys = len(spans), spans[0].num_keys
         self.num_kv_heads = geometry.num_kv_heads
         self.num_queries = max(span.num_queries for span in spans)
-        self.is_small = geometry.is_small
         if bucket:
-            self.num_queries, self.is_small = bucket.num_queries, False
+            self.num_queries = bucket.num_queries
         head, query = self._rows(geometry.fold)
-        self.num_rows = len(head)
         first_rows, counts, positions, first_keys = numpy.array(
             [(span.row, span.num_queries, span.position, span.first_key) for span in spans]
         ).T[..., None]  # each [spans, 1]
@@ -108,11 +92,6 @@ class SpanGroup:
 
     def _rows(self, fold: int) -> tuple[Indices, Indices]:
         """Which of the heads that read the same K and V, and which query, each row is."""
-        if self.is_small:
-            rows_of_query = numpy.arange(_multiple(fold)).clip(max=fold - 1)
-            return numpy.tile(rows_of_query, self.num_queries), numpy.arange(self.num_queries).repeat(
-                len(rows_of_query)
-            )
         num_rows = fold * self.num_queries
         place = numpy.arange(_multiple(num_rows)).clip(max=num_rows - 1)
         return place // self.num_queries, place % self.num_queries
@@ -122,31 +101,7 @@ class SpanGroup:
     ) -> Tensor:
         """[tokens * stride, dim] of the packed batch over a layer's KV to [spans, kv_heads, rows, dim]."""
         query, key, value = embedding(packed, self.query_index), self.keys(keys), self.keys(values)
-        if not self.is_small:
-            return attend(query, key, value, self.mask, scaling, softcap)
-        each = partial(self._each, scaling=scaling, softcap=softcap)
-        return torch.stack([each(*span) for span in zip(query, key, value, self.mask, strict=True)])
-
-    def _each(
-        self,
-        query: Tensor,  # [kv_heads, rows, dim]
-        key: Tensor,  # [kv_heads, keys, dim]
-        value: Tensor,  # [kv_heads, keys, value_dim]
-        mask: Tensor,  # [1, rows, keys]
-        scaling: float | None,
-        softcap: float,
-    ) -> Tensor:  # [kv_heads, rows, value_dim]
-        """One span, whose queries become a batch over the same keys."""
-        apart = (self.num_queries, -1)
-        output = attend(
-            query.unflatten(1, apart).transpose(0, 1),
-            key.expand(self.num_queries, *key.shape),
-            value.expand(self.num_queries, *value.shape),
-            mask.unflatten(1, apart).transpose(0, 1),
-            scaling,
-            softcap,
-        )
-        return output.transpose(0, 1).flatten(1, 2)
+        return attend(query, key, value, self.mask, scaling, softcap)
 
     def keys(self, pool: Tensor) -> Tensor:
         """A layer's K or V [1, kv_heads, slots, dim] to [spans, kv_heads, keys, dim]."""

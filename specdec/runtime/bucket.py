@@ -76,8 +76,12 @@ class MaskedSpan:
     """Which keys of the session each token attends to [num_queries, keys of the session from the first]."""
 
     @classmethod
-    def of(cls, segment: Segment, row: int, window: int, num_keys: int) -> MaskedSpan:
-        """Return the span of a segment whose first token is `row` of the packed batch."""
+    def of(cls, segment: Segment, row: int, window: int, num_keys: int = 0) -> MaskedSpan:
+        """Return the span of a segment whose first token is `row` of the packed batch.
+
+        Args:
+            num_keys: what the keys are filled up to; 0: there are as many as the segment has.
+        """
         positions = numpy.array(segment.positions, dtype=numpy.int64)
         first = max(0, segment.start - window + 1) if window else 0
         before = numpy.arange(first, segment.start)
@@ -85,7 +89,8 @@ class MaskedSpan:
         seen = numpy.concatenate([numpy.ones((len(positions), len(before)), dtype=numpy.bool_), own], axis=1)
         if window:
             seen &= numpy.concatenate([before, positions]) > positions[:, None] - window
-        return cls(segment.allocation, row, len(positions), segment.start, first, num_keys, seen)
+        size = num_keys or seen.shape[1]
+        return cls(segment.allocation, row, len(positions), segment.start, first, size, seen)
 
     def key_slots(self) -> Indices:
         """The slots of the keys; the first one's stands for those that only fill up."""

@@ -8,11 +8,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from specdec.runtime.attention import Segment, Span, Tree, chain_spans, with_rows
+from specdec.runtime.attention import Segment, chain_spans, tree_spans, with_rows
 from specdec.runtime.attention_plan import AnySpan, AttentionPlan, Geometry, SpanGroup
-from specdec.runtime.bucket import Bucket, padded
+from specdec.runtime.bucket import Bucket, MaskedSpan, padded
+from specdec.runtime.kernels.attention import RowPlan
+from specdec.runtime.kernels.library import are_for
 from specdec.runtime.kv_pool import Indices, as_indices, device_slots, join_slots
-from specdec.runtime.tree_keys import Branches
 
 _MIN_PASS_TOKENS = 2
 """A pass over one token is padded to this many. Matrix products with a single row take another path through
@@ -25,7 +26,7 @@ class Pass:
     Args:
         segments: what the pass runs.
         dtype: of keys, values and queries.
-        branches: how those of trees are computed.
+        joins_branches: whether a tree's branches share calls, where a kernel does not see to that.
         bucket: sizes that the pass is filled up to, its branches side by side; None: it has its own.
     """
 
@@ -35,14 +36,12 @@ class Pass:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        branches: Branches = Branches.APART,
+        joins_branches: bool = False,
         bucket: Bucket | None = None,
     ) -> None:
         self.segments = segments
         self._dtype, self._device, self.bucket = dtype, device, bucket
-        self._trees = {
-            row: Tree(segment, branches) for row, segment in with_rows(segments) if segment.parents
-        }
+        self._joins_branches = joins_branches
         token_ids = [token_id for segment in segments for token_id in segment.token_ids]
         positions = [position for segment in segments for position in segment.positions]
         self.num_tokens = len(token_ids)
@@ -63,8 +62,8 @@ class Pass:
         self.num_logits = [segment.num_logits for segment in segments]
         self.logit_rows = self._tensor(range(self.num_rows) if bucket else _logit_rows(segments))
         """Rows whose logits are computed: in a bucket all of them, the first of which are wanted."""
-        self._has_joined = False
-        self._plans: dict[Geometry, AttentionPlan] = {}
+        self._has_kernels = are_for(dtype, device) and not bucket
+        self._plans: dict[Geometry, AttentionPlan | RowPlan] = {}
 
     def _tensor(self, values: Sequence[int] | Indices) -> Tensor:
         return torch.from_numpy(numpy.asarray(values, dtype=numpy.int64)).to(self._device)
@@ -82,29 +81,24 @@ class Pass:
         return list(logits[: sum(self.num_logits)].split(self.num_logits))
 
     @property
-    def has_joined(self) -> bool:
-        """Whether branches of a tree shared a call."""
-        return self._has_joined
-
-    @property
     def windows(self) -> set[int]:
         """Sliding windows that layers have asked for; 0 is none."""
         return {geometry.window for geometry in self._plans}
 
-    def plan(self, geometry: Geometry) -> AttentionPlan:
+    def plan(self, geometry: Geometry) -> AttentionPlan | RowPlan:
         """The plan of layers that attend alike, made once for all of them."""
         plan = self._plans.get(geometry)
         if plan is None:
             plan = self._plans[geometry] = self._make_plan(geometry)
         return plan
 
-    def _make_plan(self, geometry: Geometry) -> AttentionPlan:
+    def _make_plan(self, geometry: Geometry) -> AttentionPlan | RowPlan:
+        if self._has_kernels:
+            return RowPlan(self.segments, geometry, self.num_rows)
         if self.bucket:
             grouped: Iterable[Sequence[AnySpan]] = [self.bucket.spans(self.segments, geometry.window)]
         else:
-            spans = list(self._spans(geometry.window, may_join=not geometry.is_small))
-            self._has_joined = self._has_joined or any(span.branches for span in spans)
-            grouped = _grouped(spans)
+            grouped = _grouped(self._spans(geometry.window))
         groups = [
             SpanGroup(alike, geometry, dtype=self._dtype, device=self._device, bucket=self.bucket)
             for alike in grouped
@@ -116,12 +110,14 @@ class Pass:
         output_index[self.num_tokens :] = output_index[self.num_tokens - 1]
         return AttentionPlan(groups, torch.from_numpy(output_index).to(self._device))
 
-    def _spans(self, window: int, *, may_join: bool) -> Iterator[Span]:
+    def _spans(self, window: int) -> Iterator[AnySpan]:
         for row, segment in with_rows(self.segments):
-            if tree := self._trees.get(row):
-                yield from tree.spans(row, window, may_join=may_join)
-            else:
+            if not segment.parents:
                 yield from chain_spans(segment.allocation, row, segment.start, segment.stop, window)
+            elif self._joins_branches:
+                yield MaskedSpan.of(segment, row, window)
+            else:
+                yield from tree_spans(segment, row, window)
 
 
 def _logit_rows(segments: Sequence[Segment]) -> list[int]:
@@ -134,9 +130,9 @@ def _logit_rows(segments: Sequence[Segment]) -> list[int]:
     return rows
 
 
-def _grouped(spans: Iterable[Span]) -> Iterable[list[Span]]:
+def _grouped(spans: Iterable[AnySpan]) -> Iterable[list[AnySpan]]:
     """Spans that share a call. Rows that only fill up cost time: sizes within a factor of two."""
-    groups: dict[tuple[int, int], list[Span]] = {}
+    groups: dict[tuple[int, int], list[AnySpan]] = {}
     for span in spans:
         groups.setdefault((span.num_keys, (span.num_queries - 1).bit_length()), []).append(span)
     return groups.values()

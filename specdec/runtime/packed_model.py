@@ -19,15 +19,14 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
 from specdec.runtime.bucket import Bucket, fits
 from specdec.runtime.capture import HiddenCapture
-from specdec.runtime.decoder import kernels
 from specdec.runtime.decoder.check import compare
 from specdec.runtime.decoder.decoder import Decoder
 from specdec.runtime.decoder.families import kv_shapes, why_not
+from specdec.runtime.kernels.library import warn_if_missing
 from specdec.runtime.kv_pool import KvPool, KvShape
 from specdec.runtime.memory import StateMemory
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.transformers_pass import TransformersPass, probe, probe_tokens, refuse_unsupported
-from specdec.runtime.tree_keys import Branches
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +67,9 @@ class PackedModel:
             shapes, budget_bytes=kv_budget_bytes, dtype=self.dtype, device=self.device, memory=memory
         )
         self.capture = HiddenCapture(num_layers, hidden_size, self.pool)
-        self.branches = Branches.APART
-        """How branches of draft trees are computed."""
+        self.joins_branches = self.device.type != "cpu"
+        """Whether branches of a draft tree share calls of torch's attention. On a CPU they would round
+        otherwise than apart; on a GPU a pass of another size does so in any case."""
         self.fills_up = self.device.type == "cuda"
         """Whether passes of rounds are filled up to a bucket: on a GPU, where rows cost next to nothing."""
         self._self_test(expected, rounding)
@@ -86,7 +86,7 @@ class PackedModel:
             rounding = _relative_error(expected, comparison.logits[: len(expected)])
             if not comparison.finding:
                 if self.device.type == "cpu" and self.dtype is torch.bfloat16:
-                    kernels.warn_if_missing()
+                    warn_if_missing()
                 shapes = kv_shapes(model.get_decoder())
                 return Decoder.of(model), expected, rounding, shapes
             logger.warning(
@@ -120,13 +120,19 @@ class PackedModel:
         for segment in segments:
             if segment.start == 0:
                 self.pool.clear(segment.allocation)
-        current = self._pass(segments, self.branches)
+        current = self._pass(segments)
         self.capture.start(current, captured)
         return current.split(self._run(current))
 
-    def _pass(self, segments: Sequence[Segment], branches: Branches) -> Pass:
+    def _pass(self, segments: Sequence[Segment]) -> Pass:
         bucket = Bucket.of(segments) if self.fills_up and fits(segments) else None
-        return Pass(segments, dtype=self.dtype, device=self.device, branches=branches, bucket=bucket)
+        return Pass(
+            segments,
+            dtype=self.dtype,
+            device=self.device,
+            joins_branches=self.joins_branches,
+            bucket=bucket,
+        )
 
     def _run(self, current: Pass) -> Tensor:
         self._forward.prepare(current)
@@ -161,9 +167,9 @@ class PackedModel:
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.clone()
 
-    def trial_pass(self, segment: Segment, branches: Branches = Branches.APART) -> tuple[Tensor, Pass]:
+    def trial_pass(self, segment: Segment) -> tuple[Tensor, Pass]:
         """Logits of a pass over one segment, and the pass. For trials, whose sessions nobody else knows."""
-        current = self._pass([segment], branches)
+        current = self._pass([segment])
         self.capture.start(current, frozenset())
         return current.split(self._run(current))[0], current
 

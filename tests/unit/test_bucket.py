@@ -118,7 +118,7 @@ def test_a_recorded_pass_runs_any_other_of_its_bucket(packed: PackedModel) -> No
     packed.forward([Segment(first, 0, text[:20], 0)])
     packed.forward([Segment(second, 0, text[:75], 0)])
     recorded, other = (
-        packed._pass(segments, packed.branches)
+        packed._pass(segments)
         for segments in (
             [Segment(first, 20, text[20:25], 5)],
             [Segment(second, 75, text[75:83], 8, [-1, 0, 1, 1, 0, 4, 4, 2])],

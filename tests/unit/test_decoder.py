@@ -24,7 +24,6 @@ from specdec.runtime.decoder.families import FAMILIES as DENSE
 from specdec.runtime.decoder.families import why_not
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.packed_model import SPECDEC, TRANSFORMERS, PackedModel
-from specdec.runtime.tree_keys import Branches
 from tests.slow import quick_only
 from tests.tiny_models import FAMILIES, PUBLISHED, QUICK_FAMILIES, VOCAB_SIZE, tiny_config
 from tests.trees import random_tree
@@ -123,7 +122,7 @@ def test_any_dense_model_gives_transformers_logits(model: PreTrainedModel, seed:
     # A prefill, then a tree beside another session's prefill, then a continuation over the tree's slots.
     (prefill,) = packed.forward([Segment(first, 0, text[:start], start)])
     parents = [-1, *(parent + 1 for parent in tree.parents)]
-    packed.branches = random.choice([Branches.APART, Branches.MASKED])
+    packed.joins_branches = random.choice([False, True])
     drafted, beside = packed.forward(
         [
             Segment(first, start, [text[start], *tree.token_ids], len(tree) + 1, parents),
@@ -284,7 +283,7 @@ def test_a_pass_is_a_function_of_its_buffers(family: str, shape: str) -> None:
         "tree": [Segment(allocations[0], 20, text[20:25], 5, [-1, 0, 1, 1, 0])],
         "batch": [Segment(allocation, 20, text[20:23], 3) for allocation in allocations],
     }[shape]
-    current = Pass(segments, dtype=packed.dtype, device=packed.device, branches=Branches.MASKED)
+    current = Pass(segments, dtype=packed.dtype, device=packed.device, joins_branches=True)
     decoder: Any = packed._forward
     decoder.prepare(current)
     expected = torch.cat(packed.forward(segments))

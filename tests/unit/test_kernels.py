@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from specdec.runtime.decoder import kernels
 from specdec.runtime.decoder.layers import rotate
+from specdec.runtime.kernels import layer as kernels
+from specdec.runtime.kernels import library
 
 pytestmark = pytest.mark.skipif(
-    kernels._LIBRARY is None and not (shutil.which("gcc") or shutil.which("cc")),
+    library.LIBRARY is None and not (shutil.which("gcc") or shutil.which("cc")),
     reason="without a C compiler there are no kernels",
 )
 
@@ -44,7 +45,7 @@ def assert_rounded(found: Tensor, exact: Tensor, units: float = 0.51) -> None:
 
 
 def test_they_are_there() -> None:
-    assert kernels._LIBRARY is not None
+    assert library.LIBRARY is not None
     assert kernels.takes(rows(1))
     assert not kernels.takes(torch.zeros(1))
 
@@ -156,6 +157,6 @@ def test_a_nan_stays_in_its_row(kernel: str) -> None:
 def test_a_library_of_other_sources_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels, "_VERSION", ctypes.c_int32(-1).value)
-    assert kernels._load() is None
+    monkeypatch.setattr(library, "_VERSION", ctypes.c_int32(-1).value)
+    assert library.load() is None
     assert "install the package once more" in caplog.text

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.runtime.capture import AFTER_NORM
-from specdec.runtime.decoder import kernels
 from specdec.runtime.decoder.families import (
     embedding_of,
     final_norm_of,
@@ -30,6 +29,7 @@ from specdec.runtime.decoder.layers import (
     RotaryTable,
     softcapped,
 )
+from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kv_pool import KvPool, write_rows
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.prepack import head_multiplier

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specdec.runtime.decoder import kernels
 from specdec.runtime.decoder.layers import (
     Attention,
     AttentionShape,
@@ -27,6 +26,7 @@ from specdec.runtime.decoder.layers import (
     PerLayerInput,
     Rotary,
 )
+from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kv_pool import KvShape
 from specdec.runtime.prepack import multiplier
 

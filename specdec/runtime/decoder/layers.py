@@ -16,7 +16,7 @@ from torch import Tensor, rms_norm
 from torch.nn.functional import embedding
 
 from specdec.runtime.attention_plan import Geometry
-from specdec.runtime.decoder import kernels
+from specdec.runtime.kernels import layer as kernels
 
 Linear = Callable[[Tensor], Tensor]
 """Maps [tokens, in_features] to [tokens, out_features]."""

@@ -1,33 +1,18 @@
-"""What a layer computes between its matrix products, in one call each: on a CPU in bf16 (see `kernels.c`).
+"""What a layer computes between its matrix products, in one call each (see `layer.c`).
 
-Where the kernels take a tensor they stand for operations of torch in `layers`, which say what is computed.
-They round a result once, where torch rounds after every operation. Gradients do not pass through them.
+Where the kernels take a tensor they stand for operations of torch in `decoder.layers`, which say what is
+computed. They round a result once, where torch rounds after every operation. They pass on no gradients.
 """
 
 from __future__ import annotations
 
-import ctypes
-import logging
-from ctypes import c_float, c_int32, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from specdec.runtime.kernels.library import LIBRARY
 
-_FILES = "_kernels*.so"
-_VERSION = 1
-"""That of the functions' parameters in `kernels.c`."""
-_ARGUMENTS = {
-    "norm": [*[c_void_p] * 3, *[c_int64] * 2, c_float],
-    "add_norm": [*[c_void_p] * 6, *[c_int64] * 2, *[c_float] * 2],
-    "turn": [*[c_void_p] * 6, *[c_int64] * 6, c_float],
-    "store": [*[c_void_p] * 5, *[c_int64] * 5],
-    "gated": [*[c_void_p] * 2, *[c_int64] * 3],
-}
 _SILU, _GELU_TANH = 0, 1
 _GATES = {
     "SiLU": _SILU,
@@ -38,40 +23,9 @@ _GATES = {
 """Activations that `gated` knows, by the class of their module."""
 
 
-def _load() -> Any:
-    """Return the shared library that is built when the package is installed; None: it was not built."""
-    for path in Path(__file__).parent.glob(_FILES):
-        try:
-            # The interpreter's lock is kept: a call takes microseconds.
-            library = ctypes.PyDLL(str(path))
-            if c_int32.in_dll(library, "kernels_version").value != _VERSION:
-                raise OSError("it was built from other sources; install the package once more")
-            for name, arguments in _ARGUMENTS.items():
-                function = getattr(library, name)
-                function.argtypes, function.restype = arguments, None
-        except (OSError, AttributeError, ValueError) as error:  # of another machine, or of other sources
-            logger.warning("%s cannot be used, decoder layers run slower without it: %s", path, error)
-        else:
-            return library
-    return None
-
-
-_LIBRARY = _load()
-
-
 def takes(x: Tensor) -> bool:
     """Whether the kernels compute with a tensor of this type and device."""
-    return _LIBRARY is not None and x.dtype is torch.bfloat16 and x.is_cpu
-
-
-@cache
-def warn_if_missing() -> None:
-    """Say once, for a model that the kernels would be used for, that they are not there."""
-    if _LIBRARY is None:
-        logger.warning(
-            "the kernels for CPUs were not built when this package was installed, so passes take longer: "
-            "install a C compiler (Debian: gcc and libc6-dev), then the package once more"
-        )
+    return LIBRARY is not None and x.dtype is torch.bfloat16 and x.is_cpu
 
 
 def gate_kind(activation: Any) -> int | None:
@@ -88,7 +42,7 @@ def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     """
     x = x.contiguous()
     normed, size = torch.empty_like(x), x.shape[-1]
-    _LIBRARY.norm(x.data_ptr(), _address(weight), normed.data_ptr(), x.numel() // size, size, epsilon)
+    LIBRARY.norm(x.data_ptr(), _address(weight), normed.data_ptr(), x.numel() // size, size, epsilon)
     return normed
 
 
@@ -110,7 +64,7 @@ def add_norm(
     total = torch.empty_like(x)
     normed = total if weight is None else torch.empty_like(x)
     num_rows, size = x.shape
-    _LIBRARY.add_norm(
+    LIBRARY.add_norm(
         x.data_ptr(),
         added.data_ptr(),
         _address(after),
@@ -148,7 +102,7 @@ def turn(
     num_rows, stride, dim = heads.shape
     turned = heads.new_empty((num_rows, num_queries + num_keys, dim))
     cosine, sine = table
-    _LIBRARY.turn(
+    LIBRARY.turn(
         heads.data_ptr(),
         cosine.data_ptr(),
         sine.data_ptr(),
@@ -174,7 +128,7 @@ def store(keys: Tensor, values: Tensor, key_pool: Tensor, value_pool: Tensor, sl
         key_pool, value_pool: [slots, num_kv_heads, head_dim], contiguous.
     """
     first, at = (slots.start, None) if isinstance(slots, slice) else (0, slots.data_ptr())
-    _LIBRARY.store(
+    LIBRARY.store(
         keys.data_ptr(),
         values.data_ptr(),
         key_pool.data_ptr(),
@@ -192,7 +146,7 @@ def gated(gate_up: Tensor, kind: int) -> Tensor:
     """Return activation(gate) * up [tokens, size] of both side by side [tokens, 2 * size], contiguous."""
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((num_rows, size))
-    _LIBRARY.gated(gate_up.data_ptr(), out.data_ptr(), num_rows, size, kind)
+    LIBRARY.gated(gate_up.data_ptr(), out.data_ptr(), num_rows, size, kind)
     return out
 
 

@@ -1,0 +1,62 @@
+"""The shared library of the kernels, which is built when the package is installed."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch  # first: the library uses torch's threads
+
+logger = logging.getLogger(__name__)
+
+_FILES = "_kernels*.so"
+_VERSION = 1
+"""That of the functions' parameters in `layer.c` and `attention.c`."""
+_ARGUMENTS = {
+    "norm": [*[c_void_p] * 3, *[c_int64] * 2, c_float],
+    "add_norm": [*[c_void_p] * 6, *[c_int64] * 2, *[c_float] * 2],
+    "turn": [*[c_void_p] * 6, *[c_int64] * 6, c_float],
+    "store": [*[c_void_p] * 5, *[c_int64] * 5],
+    "gated": [*[c_void_p] * 2, *[c_int64] * 3],
+    "attend": [c_void_p],
+}
+
+
+def load() -> Any:
+    """Return the library; None: it was not built, or cannot be used."""
+    for path in Path(__file__).parent.glob(_FILES):
+        try:
+            # The interpreter's lock is kept: most calls take microseconds.
+            library = ctypes.PyDLL(str(path))
+            if c_int32.in_dll(library, "kernels_version").value != _VERSION:
+                raise OSError("it was built from other sources; install the package once more")
+            for name, arguments in _ARGUMENTS.items():
+                function = getattr(library, name)
+                function.argtypes, function.restype = arguments, None
+        except (OSError, AttributeError, ValueError) as error:  # of another machine, or of other sources
+            logger.warning("%s cannot be used, so passes take longer: %s", path, error)
+        else:
+            return library
+    return None
+
+
+LIBRARY = load()
+
+
+def are_for(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels are there, and compute with tensors of this type and device."""
+    return LIBRARY is not None and dtype is torch.bfloat16 and device.type == "cpu"
+
+
+@cache
+def warn_if_missing() -> None:
+    """Say once, for a model that the kernels would be used for, that they are not there."""
+    if LIBRARY is None:
+        logger.warning(
+            "the kernels for CPUs were not built when this package was installed, so passes take longer: "
+            "install a C compiler (Debian: gcc and libc6-dev), then the package once more"
+        )
