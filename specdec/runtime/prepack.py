@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from specdec.runtime.kernels.products import can_multiply
+from specdec.runtime.kernels.products import multiplier as kernel_multiplier
+
 _MAX_ROWS = 32 if torch.cpu._is_amx_tile_supported() else 128
 """Most rows of one product. Of more, oneDNN may take kernels that round otherwise (with AMX from 33 on, else
 seen from about 130): the bits of a session would depend on how many others share its pass."""
@@ -51,7 +54,7 @@ class PrepackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # An attribute, not a parameter: the opaque layout cannot be moved, copied or saved.
-        self._multiply = _packed(
+        self._multiply = multiplier(
             linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
         )
         self.weight = torch.empty_like(linear.weight, device="meta")
@@ -59,7 +62,7 @@ class PrepackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return in_parts(self._multiply, x, _MAX_ROWS)
+        return self._multiply(x)
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -97,6 +100,8 @@ def stable_head(head: nn.Module) -> nn.Module:
 
 def multiplier(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """x [..., in_features] to x @ weight.T + bias [..., out_features], prepacked where that can be done."""
+    if can_multiply(weight):
+        return kernel_multiplier(weight, bias)
     if not _can_prepack(weight):
         return partial(linear, weight=weight, bias=bias)
     multiply = _packed(weight, bias)
@@ -114,6 +119,8 @@ def head_multiplier(head: nn.Linear) -> Callable[[Tensor], Tensor]:
     A packed head has a weight of its own: the module's is shared with the embedding and read by others.
     """
     weight, bias = head.weight, head.bias
+    if can_multiply(weight):
+        return kernel_multiplier(weight.detach(), bias)
     if not _is_bf16_on_cpu(weight):
         return head.forward
     multiply = (

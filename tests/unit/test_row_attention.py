@@ -25,9 +25,9 @@ NUM_BLOCKS = 20
 @pytest.fixture(params=["vectors", "matrices"], autouse=True)
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Multiply in either way, where the machine can."""
-    if request.param == "matrices" and not attention._has_matrices():
+    if request.param == "matrices" and not attention.has_matrices():
         pytest.skip("this CPU does not multiply matrices")
-    monkeypatch.setattr(attention, "_has_matrices", lambda: request.param == "matrices")
+    monkeypatch.setattr(attention, "has_matrices", lambda: request.param == "matrices")
     product: str = request.param
     return product
 

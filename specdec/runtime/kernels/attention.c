@@ -4,11 +4,11 @@
    bits depend on its own keys alone, whether it is computed alone or beside others, in a chain or in a tree, and
    wherever its keys lie. What rows share is the work of laying out the keys that they have in common. */
 
+#include "amx.h"
 #include "attention.h"
 #include "vectors.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define HAS_MATRICES
+#ifdef HAS_AMX
 #include "matrices.h"
 #endif
 
@@ -83,9 +83,9 @@ INLINE float softmax(
 #undef TARGET
 #undef IS_PACKED
 
-#ifdef HAS_MATRICES
+#ifdef HAS_AMX
 #define PRODUCT(name) name##_matrices
-#define TARGET WITH_MATRICES
+#define TARGET WITH_AMX
 #define IS_PACKED 1
 #include "tile.h"
 #else

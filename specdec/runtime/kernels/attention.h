@@ -8,8 +8,6 @@
 #define LANES 16 /* fp32 numbers of a vector */
 #define BLOCK 32 /* positions, from a multiple on, whose keys are computed with at once */
 #define WIDTH 32 /* dimensions are filled up to a multiple with zeros, which add nothing */
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define UP_TO(multiple, x) (((x) + (multiple) - 1) / (multiple) * (multiple))
 #define UNROLL _Pragma("GCC unroll 16")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from ctypes import c_double, c_int64, c_void_p
-from functools import cache
 
 import numpy
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from specdec.runtime.attention import Segment, with_rows
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels.library import LIBRARY
+from specdec.runtime.kernels.products import has_matrices
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 
 _BLOCK = 32
@@ -92,7 +92,7 @@ class RowPlan:
             geometry.num_kv_heads,
             geometry.head_dim,
             num_threads,
-            _has_matrices(),
+            has_matrices(),
             0.0,
             0.0,
         )
@@ -139,12 +139,6 @@ def _tree_rows(segment: Segment, row: int, window: int, places: list[int]) -> tu
 
 def _up_to(multiple: int, number: int) -> int:
     return -(-number // multiple) * multiple
-
-
-@cache
-def _has_matrices() -> bool:
-    """Whether this CPU multiplies matrices (AMX), and the kernel of the system lets this process do so."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def _first_key(position: int, window: int) -> int:

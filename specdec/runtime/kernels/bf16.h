@@ -14,6 +14,8 @@
 #else
 #define FOR_EACH_CPU
 #endif
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define INLINE static inline __attribute__((always_inline))
 
 typedef uint16_t bf16;

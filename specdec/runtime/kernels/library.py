@@ -7,6 +7,7 @@ import logging
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch  # first: the library uses torch's threads
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _FILES = "_kernels*.so"
 _VERSION = 1
-"""That of the functions' parameters in `layer.c` and `attention.c`."""
+"""That of the functions' parameters in `layer.c`, `attention.c` and `products.c`."""
 _ARGUMENTS = {
     "norm": [*[c_void_p] * 3, *[c_int64] * 2, c_float],
     "add_norm": [*[c_void_p] * 6, *[c_int64] * 2, *[c_float] * 2],
@@ -23,20 +24,24 @@ _ARGUMENTS = {
     "store": [*[c_void_p] * 5, *[c_int64] * 5],
     "gated": [*[c_void_p] * 2, *[c_int64] * 3],
     "attend": [c_void_p],
+    "multiply": [*[c_void_p] * 4, *[c_int64] * 4],
 }
+_LONG = {"attend", "multiply"}
+"""Functions that let other threads of the interpreter run meanwhile; the others take microseconds."""
 
 
 def load() -> Any:
     """Return the library; None: it was not built, or cannot be used."""
     for path in Path(__file__).parent.glob(_FILES):
         try:
-            # The interpreter's lock is kept: most calls take microseconds.
-            library = ctypes.PyDLL(str(path))
-            if c_int32.in_dll(library, "kernels_version").value != _VERSION:
+            keeping, yielding = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
+            if c_int32.in_dll(keeping, "kernels_version").value != _VERSION:
                 raise OSError("it was built from other sources; install the package once more")
+            library = SimpleNamespace()
             for name, arguments in _ARGUMENTS.items():
-                function = getattr(library, name)
+                function = getattr(yielding if name in _LONG else keeping, name)
                 function.argtypes, function.restype = arguments, None
+                setattr(library, name, function)
         except (OSError, AttributeError, ValueError) as error:  # of another machine, or of other sources
             logger.warning("%s cannot be used, so passes take longer: %s", path, error)
         else:

@@ -5,36 +5,23 @@
 #ifndef SPECDEC_MATRICES_H
 #define SPECDEC_MATRICES_H
 
+#include "amx.h"
 #include "attention.h"
 
-#include <immintrin.h>
-#define WITH_MATRICES __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))
-#define INLINE_MATRICES WITH_MATRICES INLINE
-#define MEMORY __asm__ volatile("" ::: "memory") /* the compiler does not know that tiles are read from memory */
-
-/* Matrices: queries [heads, width] in bf16, a tile for 16 heads, and a block of keys [2, width / 2, 16] of pairs of
+/* Queries [heads, width] are in bf16, 16 heads in a tile, and a block of keys [2, width / 2, 16] in pairs of
    dimensions. Tiles 0 to 4 have 16 rows; 5 to 7 have those of the last heads of one row. */
-INLINE_MATRICES void begin_matrices(int64_t fold) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int tile = 0; tile < 8; tile++) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = (uint8_t)(tile < 5 ? 16 : (fold - 1) % 16 + 1);
-    }
-    MEMORY;
-    _tile_loadconfig(&config);
+INLINE_AMX void begin_matrices(int64_t fold) {
+    int64_t last = (fold - 1) % 16 + 1;
+    configure_tiles((const int64_t[]){16, 16, 16, 16, 16, last, last, last});
 }
 
-INLINE_MATRICES void end_matrices(void) { _tile_release(); }
+INLINE_AMX void end_matrices(void) { _tile_release(); }
 
-INLINE_MATRICES void lay_query_matrices(void *queries, int64_t head, const bf16 *from, int64_t dim, int64_t width) {
+INLINE_AMX void lay_query_matrices(void *queries, int64_t head, const bf16 *from, int64_t dim, int64_t width) {
     for (int64_t i = 0; i < width; i += WIDTH) copy_width((bf16 *)queries + head * width + i, from, i, dim);
 }
 
-INLINE_MATRICES void lay_keys_matrices(float *block, const bf16 *const *keys, int64_t dim, int64_t width) {
+INLINE_AMX void lay_keys_matrices(float *block, const bf16 *const *keys, int64_t dim, int64_t width) {
     for (int64_t half = 0; half < 2; half++)
         for (int64_t i = 0; i < width; i += WIDTH)
             transpose(keys + half * LANES, i, dim, (words *)block + (half * width + i) / 2);
@@ -56,7 +43,7 @@ INLINE_MATRICES void lay_keys_matrices(float *block, const bf16 *const *keys, in
     } while (0)
 
 /* `is_row`: of the heads of one row, and of no head behind them. Else heads are filled up to a multiple of 16. */
-INLINE_MATRICES void score_matrices(
+INLINE_AMX void score_matrices(
     int is_row, int64_t heads, const void *queries, int64_t first_head, const float *block, int64_t width,
     float *scores, int64_t most_keys) {
     const bf16 *from = (const bf16 *)queries + first_head * width;
@@ -70,7 +57,7 @@ INLINE_MATRICES void score_matrices(
 }
 
 /* A block of values [16 pairs of positions, width]. Returns whether all are finite. */
-INLINE_MATRICES int lay_values_matrices(float *block, const bf16 *const *values, int64_t dim, int64_t width) {
+INLINE_AMX int lay_values_matrices(float *block, const bf16 *const *values, int64_t dim, int64_t width) {
     words is_infinite = {0};
     for (int64_t pair = 0; pair < 16; pair++)
         for (int64_t i = 0; i < width; i += WIDTH) {
@@ -104,7 +91,7 @@ INLINE_MATRICES int lay_values_matrices(float *block, const bf16 *const *values,
     } while (0)
 
 /* Weights are in bf16, each row's in the first half of its scores. Those outside first and stop are 0. */
-INLINE_MATRICES void add_matrices(
+INLINE_AMX void add_matrices(
     int is_row, int64_t heads, int64_t first_head, const float *weights, int64_t most_keys, int64_t at,
     const float *block, int64_t first, int64_t stop, int64_t width, float *sums) {
     (void)first, (void)stop;

@@ -1,0 +1,61 @@
+"""Products with a packed weight, by AMX (see `products.c`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from specdec.runtime.kernels.library import LIBRARY, are_for
+
+_TILE = 16
+"""Outputs of a tile, and pairs of inputs."""
+
+
+@cache
+def has_matrices() -> bool:
+    """Whether this CPU multiplies matrices (AMX), and the system lets this process do so."""
+    return LIBRARY is not None and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def can_multiply(weight: Tensor) -> bool:
+    """Whether the kernel multiplies with a weight [outputs, inputs]."""
+    return are_for(weight.dtype, weight.device) and has_matrices() and weight.shape[1] % (2 * _TILE) == 0
+
+
+def multiplier(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x [..., inputs] to x @ weight.T + bias [..., outputs], with a packed copy of the weight.
+
+    A row gets the same bits however many rows there are.
+    """
+    outputs, inputs = weight.shape
+    packed, wide_bias = _packed(weight), None if bias is None else bias.float()
+
+    def apply(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:-1], outputs))
+        LIBRARY.multiply(
+            x.data_ptr(),
+            packed.data_ptr(),
+            None if wide_bias is None else wide_bias.data_ptr(),
+            out.data_ptr(),
+            x.numel() // inputs,
+            inputs,
+            outputs,
+            torch.get_num_threads(),
+        )
+        return out
+
+    return apply
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """[outputs, inputs] to tiles, outputs filled up with zeros:
+    [outputs / 32, inputs / 32, 2, 16 pairs of inputs, 16 outputs, 2]."""
+    outputs, inputs = weight.shape
+    missing = -outputs % (2 * _TILE)
+    weight = torch.cat([weight, weight.new_zeros(missing, inputs)]) if missing else weight
+    tiles = weight.view(-1, 2, _TILE, inputs // (2 * _TILE), _TILE, 2)
+    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()

@@ -1,0 +1,88 @@
+"""Products by the kernel for CPUs with AMX: right, and the same bits for a row whatever is beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from specdec.runtime.kernels import products
+from specdec.runtime.prepack import PrepackedLinear, head_multiplier, multiplier
+
+pytestmark = pytest.mark.skipif(
+    not products.has_matrices(), reason="this CPU has no AMX, or there are no kernels"
+)
+
+SHAPES = [(32, 32), (1, 32), (33, 64), (960, 576), (100, 1536), (49, 2048)]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 32, 33, 50, 600])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_it_is_the_product(outputs: int, inputs: int, num_rows: int, has_bias: bool) -> None:
+    x, weight, bias = random(num_rows, inputs), random(outputs, inputs, seed=1), random(outputs, seed=2)
+    expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    found = products.multiplier(weight, bias if has_bias else None)(x)
+    assert found.dtype is torch.bfloat16
+    error = (found.double() - expected).abs()
+    # Half a unit in the last of 8 places, and what fp32 rounds while it sums up.
+    assert bool((error <= expected.abs() * 2**-8 + 1e-5 * inputs**0.5).all())
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_a_row_gets_the_bits_it_gets_alone(outputs: int, inputs: int) -> None:
+    multiply, x = (
+        products.multiplier(random(outputs, inputs, seed=1), random(outputs, seed=2)),
+        random(77, inputs),
+    )
+    together = multiply(x)
+    for index in range(len(x)):
+        assert torch.equal(multiply(x[index : index + 1])[0], together[index])
+    assert torch.equal(multiply(x[30:70]), together[30:70])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_bits_do_not_depend_on_threads(num_threads: int) -> None:
+    multiply, x, own = (
+        products.multiplier(random(100, 64), None),
+        random(40, 64, seed=1),
+        torch.get_num_threads(),
+    )
+    expected = multiply(x)
+    torch.set_num_threads(num_threads)
+    try:
+        assert torch.equal(multiply(x), expected)
+    finally:
+        torch.set_num_threads(own)
+
+
+def test_inputs_that_lie_apart_and_more_dimensions() -> None:
+    weight, x = random(40, 64), random(6, 4, 128, seed=1)
+    multiply = products.multiplier(weight, None)
+    assert torch.equal(multiply(x[:, 1:3, 64:]), multiply(x[:, 1:3, 64:].reshape(-1, 64)).view(6, 2, 40))
+    assert multiply(x[:0, 0, :64]).shape == (0, 40)
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    x = random(20, 64)
+    x[7, 3] = float("nan")
+    found = products.multiplier(random(40, 64, seed=1), None)(x)
+    assert torch.isnan(found).any(1).nonzero().flatten().tolist() == [7]
+
+
+def test_layers_are_multiplied_with_it() -> None:
+    linear, x = nn.Linear(64, 40).bfloat16(), random(3, 64)
+    expected = products.multiplier(linear.weight.detach(), linear.bias.detach())(x)
+    assert torch.equal(multiplier(linear.weight.detach(), linear.bias.detach())(x), expected)
+    assert torch.equal(PrepackedLinear(linear)(x), expected)
+    assert torch.equal(head_multiplier(linear)(x), expected)
+
+
+def test_other_weights_are_left_to_torch() -> None:
+    assert products.can_multiply(random(40, 64))
+    assert not products.can_multiply(random(40, 60)), "no whole tiles"
+    assert not products.can_multiply(random(40, 64).float())
