@@ -94,7 +94,8 @@ INLINE float softmax(
 
 /* Attention of all rows. Threads are those of torch: OpenMP's functions are found in the library that it uses. */
 void attend(const Layer *layer) {
-    int64_t num_tasks = layer->num_tiles * layer->num_kv_heads;
+    int64_t num_tasks = layer->num_tiles * layer->num_kv_heads, row_size = layer->num_heads * layer->dim;
+    memset(layer->out + layer->num_tokens * row_size, 0, (size_t)(layer->num_fill * row_size) * sizeof(bf16));
 #pragma omp parallel for schedule(dynamic) num_threads(layer->num_threads) if (num_tasks > 1 && layer->num_threads > 1)
     for (int64_t task = 0; task < num_tasks; task++)
         (layer->has_matrices ? attend_tile_matrices : attend_tile_vectors)(

@@ -36,13 +36,15 @@ typedef struct {
     const bf16 *queries; /* [tokens, stride, dim] */
     const bf16 *keys;    /* [slots, num_kv_heads, dim] */
     const bf16 *values;
-    bf16 *out; /* [tokens, num_heads, dim] */
+    bf16 *out; /* [tokens and rows that fill up, num_heads, dim] */
     const Tile *tiles;
     const Row *rows;
     const int64_t *tables; /* blocks of each session */
     const int64_t *places; /* of keys that are elsewhere than their position says */
     char *scratch;
     int64_t scratch_bytes; /* of a thread */
+    int64_t num_tokens;
+    int64_t num_fill; /* rows of the output behind the tokens, which become 0 */
     int64_t num_tiles;
     int64_t most_keys; /* of a row, a multiple of BLOCK */
     int64_t block_tokens;
@@ -83,15 +85,16 @@ INLINE floats exponentials(floats x) {
 INLINE void find(
     const Layer *layer, const Tile *tile, const bf16 *pool, const int64_t *places, int64_t at, int64_t stop,
     const bf16 **found) {
-    for (int64_t lane = 0; lane < BLOCK; lane++, at++) {
-        if (at >= stop) {
-            found[lane] = NULL;
-            continue;
-        }
-        int64_t place = places ? places[at] : at, size = layer->block_tokens;
-        int64_t slot = layer->tables[tile->table + place / size] * size + place % size;
-        found[lane] = pool + slot * layer->num_kv_heads * layer->dim;
+    int64_t size = layer->block_tokens, count = MIN(BLOCK, stop - at), slot_size = layer->num_kv_heads * layer->dim;
+    for (int64_t lane = 0; lane < count; lane++) {
+        /* Blocks of the pool consist of whole blocks of ours: in those one place leads to the next. */
+        int64_t place = places ? places[at + lane] : at;
+        if (places || !lane)
+            found[lane] = pool + (layer->tables[tile->table + place / size] * size + place % size) * slot_size;
+        else
+            found[lane] = found[lane - 1] + slot_size;
     }
+    for (int64_t lane = count; lane < BLOCK; lane++) found[lane] = NULL;
 }
 
 /* Dimensions of a row from i on, WIDTH of them: those that there are, then zeros. */

@@ -37,7 +37,18 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("queries", "keys", "values", "out")),
         *((name, c_void_p) for name in ("tiles", "rows", "tables", "places", "scratch")),
-        *((name, c_int64) for name in ("scratch_bytes", "num_tiles", "most_keys", "block_tokens", "stride")),
+        *(
+            (name, c_int64)
+            for name in (
+                "scratch_bytes",
+                "num_tokens",
+                "num_fill",
+                "num_tiles",
+                "most_keys",
+                "block_tokens",
+                "stride",
+            )
+        ),
         *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "num_threads", "has_matrices")),
         *((name, c_double) for name in ("scaling", "softcap")),
     )
@@ -67,7 +78,6 @@ class RowPlan:
                 part = of_rows[first : first + tile_rows]
                 tiles.append((len(part), len(rows) + first, table, shared or int(part[-1][2])))
             rows.extend(of_rows)
-        self._num_tokens = len(rows)
         self._arrays = [
             numpy.array(values, dtype=numpy.int64) for values in (tiles, rows, tables.blocks, places)
         ]
@@ -84,6 +94,8 @@ class RowPlan:
             *(array.ctypes.data for array in self._arrays),
             self._scratch.ctypes.data,
             scratch_bytes,
+            len(rows),
+            num_rows - len(rows),
             len(tiles),
             most_keys,
             BLOCK_TOKENS,
@@ -104,8 +116,6 @@ class RowPlan:
         """Attention of every token over its own session's KV; see `AttentionPlan.attend`."""
         geometry, layer = self._geometry, self._layer
         out = packed.new_empty((self._num_rows, geometry.num_heads, geometry.head_dim))
-        if self._num_tokens < self._num_rows:
-            out[self._num_tokens :] = 0
         layer.queries, layer.out = packed.data_ptr(), out.data_ptr()
         layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
         layer.scaling, layer.softcap = scaling or geometry.head_dim**-0.5, softcap
