@@ -11,8 +11,7 @@ from torch import Tensor
 from specdec.runtime.attention import Segment, chain_spans, tree_spans, with_rows
 from specdec.runtime.attention_plan import AnySpan, AttentionPlan, Geometry, SpanGroup
 from specdec.runtime.bucket import Bucket, MaskedSpan, padded
-from specdec.runtime.kernels.attention import RowPlan
-from specdec.runtime.kernels.library import are_for
+from specdec.runtime.kernels.attention import RowPlan, attends
 from specdec.runtime.kv_pool import Indices, as_indices, device_slots, join_slots
 
 _MIN_PASS_TOKENS = 2
@@ -62,7 +61,6 @@ class Pass:
         self.num_logits = [segment.num_logits for segment in segments]
         self.logit_rows = self._tensor(range(self.num_rows) if bucket else _logit_rows(segments))
         """Rows whose logits are computed: in a bucket all of them, the first of which are wanted."""
-        self._has_kernels = are_for(dtype, device) and not bucket
         self._plans: dict[Geometry, AttentionPlan | RowPlan] = {}
 
     def _tensor(self, values: Sequence[int] | Indices) -> Tensor:
@@ -93,7 +91,7 @@ class Pass:
         return plan
 
     def _make_plan(self, geometry: Geometry) -> AttentionPlan | RowPlan:
-        if self._has_kernels:
+        if not self.bucket and attends(self._dtype, self._device, geometry.head_dim):
             return RowPlan(self.segments, geometry, self.num_rows)
         if self.bucket:
             grouped: Iterable[Sequence[AnySpan]] = [self.bucket.spans(self.segments, geometry.window)]

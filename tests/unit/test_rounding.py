@@ -13,7 +13,7 @@ import torch
 from specdec.runtime import attention_plan
 from specdec.runtime.attention import Segment
 from specdec.runtime.attention_plan import Geometry
-from specdec.runtime.kernels import library
+from specdec.runtime.kernels import attention as kernel_attention
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.model_pass import Pass
@@ -151,7 +151,7 @@ def test_a_machine_that_rounds_by_the_length_of_a_pass_is_warned_of(
         return output
 
     with monkeypatch.context() as patch:
-        patch.setattr(library, "LIBRARY", None)
+        patch.setattr(kernel_attention, "has_long_vectors", lambda: False)
         patch.setattr(attention_plan, "attend", rounds_by_rows)
         try_rounding(packed)
     assert "the output may depend on the drafts" in caplog.text

@@ -223,3 +223,13 @@ def test_a_long_context_is_read_in_smaller_tiles(monkeypatch: pytest.MonkeyPatch
     expected = heads.attend(segment)
     monkeypatch.setattr(attention, "_MOST_TILE_SCORES", 1)
     assert torch.equal(heads.attend(segment), expected)
+
+
+def test_shorter_vectors_are_for_small_heads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not attention.attends(torch.float32, cpu, 16)
+    monkeypatch.setattr(attention, "has_long_vectors", lambda: False)
+    assert attention.attends(torch.bfloat16, cpu, 16)
+    assert not attention.attends(torch.bfloat16, cpu, 64)
+    monkeypatch.setattr(attention, "has_long_vectors", lambda: True)
+    assert attention.attends(torch.bfloat16, cpu, 64)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdec.runtime.attention import Segment, with_rows
 from specdec.runtime.attention_plan import Geometry
-from specdec.runtime.kernels.library import LIBRARY
+from specdec.runtime.kernels.library import LIBRARY, are_for
 from specdec.runtime.kernels.products import has_matrices
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 
@@ -25,6 +25,9 @@ _BLOCK = 32
 _MOST_TILE_ROWS = 16
 """Rows of a session that share the work of laying out keys."""
 _MOST_TILE_SCORES = 1 << 20
+_LEAST_TORCH_HEAD_DIM = 64
+"""Where heads are smaller, the library that torch multiplies with chooses its kernel by the number of rows:
+with one KV head of 16, 28 and 32 query rows were seen to round otherwise than 4."""
 
 
 _RowKeys = tuple[int, int, int, int, int]
@@ -52,6 +55,20 @@ class _Layer(ctypes.Structure):
         *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "num_threads", "has_matrices")),
         *((name, c_double) for name in ("scaling", "softcap")),
     )
+
+
+def attends(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+    """Whether the kernel is to attend from heads of this size, type and device.
+
+    Its vectors are of 512 bits. Where a CPU has shorter ones, torch is faster, and rounds the same by itself
+    where heads are not small.
+    """
+    return are_for(dtype, device) and (has_long_vectors() or head_dim < _LEAST_TORCH_HEAD_DIM)
+
+
+def has_long_vectors() -> bool:
+    """Whether this CPU has vectors of 512 bits."""
+    return torch.cpu._is_avx512_supported()
 
 
 class RowPlan:
