@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.runtime.attention import Segment, chain_spans, tree_spans, with_rows
 from specdec.runtime.attention_plan import AnySpan, AttentionPlan, Geometry, SpanGroup
 from specdec.runtime.bucket import Bucket, MaskedSpan, padded
-from specdec.runtime.kernels.attention import RowPlan, attends
+from specdec.runtime.kernels.attention import RowPlan, SessionRows, attends
 from specdec.runtime.kv_pool import Indices, as_indices, device_slots, join_slots
 
 _MIN_PASS_TOKENS = 2
@@ -92,7 +92,10 @@ class Pass:
 
     def _make_plan(self, geometry: Geometry) -> AttentionPlan | RowPlan:
         if not self.bucket and attends(self._dtype, self._device, geometry.head_dim):
-            return RowPlan(self.segments, geometry, self.num_rows)
+            sessions = [
+                SessionRows.of(segment, row, geometry.window) for row, segment in with_rows(self.segments)
+            ]
+            return RowPlan(sessions, geometry, self.num_rows)
         if self.bucket:
             grouped: Iterable[Sequence[AnySpan]] = [self.bucket.spans(self.segments, geometry.window)]
         else:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.runtime.attention import Segment
+from specdec.runtime.attention import Segment, with_rows
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels import attention
-from specdec.runtime.kernels.attention import RowPlan
+from specdec.runtime.kernels.attention import RowPlan, SessionRows
 from specdec.runtime.kernels.library import LIBRARY
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
 
@@ -59,7 +59,10 @@ class Heads:
     def attend(self, *segments: Segment, scaling: float = 0.2, softcap: float = 0.0, pad: int = 0) -> Tensor:
         """Return [tokens, num_heads, dim] of the kernel."""
         num_tokens = sum(len(segment.token_ids) for segment in segments)
-        plan = RowPlan(segments, self.geometry, num_tokens + pad)
+        sessions = [
+            SessionRows.of(segment, row, self.geometry.window) for row, segment in with_rows(segments)
+        ]
+        plan = RowPlan(sessions, self.geometry, num_tokens + pad)
         packed = self.queries.flatten(0, 1)
         keys, values = (part.transpose(0, 1)[None] for part in (self.keys, self.values))
         return plan.attend(packed, keys, values, scaling, softcap)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
+
+from specdec.runtime.kernels import layer as kernels
 
 PREFIX = "markov."
 """Prefix of the head's weights in a checkpoint; checkpoints from elsewhere have no such weights."""
@@ -52,14 +55,21 @@ class MarkovHead(nn.Module):
 
     def prepared(self, states: Tensor) -> Tensor:
         """Return the part that does not depend on the token before [num_rows, rank]."""
-        prepared: Tensor = self.state(rms_norm(states, states.shape[-1:]))
+        prepared: Tensor = self.state(_normed(states))
         return prepared
 
     def correction(self, prepared: Tensor, embeddings: Tensor) -> Tensor:
         """Return what is added to the states [num_rows, hidden_size]."""
-        token: Tensor = self.token(rms_norm(embeddings, embeddings.shape[-1:]))
+        token: Tensor = self.token(_normed(embeddings))
         corrected: Tensor = self.out(silu(prepared + token))
         return corrected
+
+
+def _normed(x: Tensor) -> Tensor:
+    """Return the norm of rows [num_rows, size], as torch computes it without an epsilon of ours."""
+    if kernels.takes(x) and not torch.is_grad_enabled():
+        return kernels.norm(x, None, torch.finfo(x.dtype).eps)
+    return rms_norm(x, x.shape[-1:])
 
 
 def split_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

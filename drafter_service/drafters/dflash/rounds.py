@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from drafter_service.drafters.base import DraftSession, OpenDraft
 from drafter_service.drafters.dflash.layers import LayerMask
 from drafter_service.drafters.growing import GrowingTree
+from specdec.runtime.attention_plan import Geometry
+from specdec.runtime.kernels import layer as kernels
+from specdec.runtime.kernels.attention import RowKeys, RowPlan, SessionRows, attends, first_key
 from specdec.runtime.kv_pool import KvAllocation, KvPool, device_slots, join_slots, write_rows
 
 
@@ -72,13 +75,25 @@ class PassKv:
             self._slots = device_slots(join_slots([*context, *blocks]), pool.device)
         self._reads: dict[LayerMask, list[tuple[slice | Tensor, Tensor | None]]] = {}
         """By mask, for each round: the slots of the keys that a block reads, and those a query sees."""
+        self._plans: dict[LayerMask, RowPlan] = {}
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         """Store what is new and attend session by session, over views of the pool where slots are one run."""
         pooled = self._pool.keys[layer], self._pool.values[layer]
+        mask = self._masks[layer]
+        if attends(queries.dtype, queries.device, queries.shape[-1]):
+            # The heads of a row must lie side by side.
+            queries, keys, values = (
+                part.transpose(0, 1).contiguous().transpose(0, 1)
+                if part.stride(0) != part.shape[-1]
+                else part
+                for part in (queries, keys, values)
+            )
+            kernels.store(keys.transpose(0, 1), values.transpose(0, 1), *pooled, self._slots)
+            plan = self._plans.get(mask) or self._plan(mask, queries, len(keys))
+            return plan.attend(queries, *pooled, scaling, softcap=0.0).transpose(0, 1)
         for tensor, rows in zip(pooled, (keys, values), strict=True):
             write_rows(tensor, self._slots, rows.transpose(0, 1))
-        mask = self._masks[layer]
         if mask not in self._reads:
             self._reads[mask] = [self._read(part, mask) for part in self._rounds]
         outputs = [
@@ -88,6 +103,23 @@ class PassKv:
             )
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _plan(self, mask: LayerMask, queries: Tensor, num_kv_heads: int) -> RowPlan:
+        """Make the plan of the layers with a mask; queries lie apart, between the heads of keys."""
+        num_heads, num_rows, head_dim = queries.shape
+        sessions, row = [], 0
+        for part in self._rounds:
+            positions = range(part.anchor, part.stop)
+            window = 0 if mask.reach is None else mask.reach + 1
+            rows = [
+                RowKeys(at, first_key(position, window), position + 1 if mask.is_causal else part.stop)
+                for at, position in enumerate(positions, row)
+            ]
+            sessions.append(SessionRows(part.session.allocation.blocks, rows, part.stop))
+            row += len(positions)
+        geometry = Geometry(num_heads, num_kv_heads, head_dim, stride=queries.stride(1) // head_dim)
+        plan = self._plans[mask] = RowPlan(sessions, geometry, num_rows)
+        return plan
 
     def _read(self, part: BlockRound, mask: LayerMask) -> tuple[slice | Tensor, Tensor | None]:
         """Return the slots of the keys that a block reads, and which of them each query sees; None: all."""

@@ -7,14 +7,16 @@ beside it, on whether it is in a chain or in a tree, or on which blocks of the p
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import c_double, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
 
-from specdec.runtime.attention import Segment, with_rows
+from specdec.runtime.attention import Segment
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels.library import LIBRARY, are_for
 from specdec.runtime.kernels.products import has_matrices
@@ -30,8 +32,18 @@ _LEAST_TORCH_HEAD_DIM = 64
 with one KV head of 16, 28 and 32 query rows were seen to round otherwise than 4."""
 
 
-_RowKeys = tuple[int, int, int, int, int]
-"""The `Row` of `attention.h`."""
+class RowKeys(NamedTuple):
+    """Which keys a row attends to: the `Row` of `attention.h`."""
+
+    token: int
+    """Row of the pass."""
+    first: int
+    """Position of its first key."""
+    stop: int
+    """Position after its last key that is not in its tail."""
+    tail: int = 0
+    """Where its tail begins among the session's places."""
+    num_tail: int = 0
 
 
 class _Layer(ctypes.Structure):
@@ -71,33 +83,66 @@ def has_long_vectors() -> bool:
     return torch.cpu._is_avx512_supported()
 
 
+@dataclass(frozen=True, slots=True)
+class SessionRows:
+    """Rows of one session, and the keys that each attends to."""
+
+    blocks: Sequence[int]
+    """The session's block table."""
+    rows: Sequence[RowKeys]
+    num_shared: int
+    """Keys before this position are where their positions say. Those from it on are in tails, and it is a
+    multiple of 32; without tails it is the position after the last key of all rows."""
+    places: Sequence[int] = ()
+    """Positions that say where keys of tails are."""
+
+    @classmethod
+    def of(cls, segment: Segment, row: int, window: int) -> SessionRows:
+        """Return those of a segment, the first of which is `row` of the pass, in layers with that window."""
+        if segment.parents:
+            return cls._of_tree(segment, row, window)
+        positions = range(segment.start, segment.stop)
+        rows = [
+            RowKeys(row + index, first_key(position, window), position + 1)
+            for index, position in enumerate(positions)
+        ]
+        return cls(segment.allocation.blocks, rows, segment.stop)
+
+    @classmethod
+    def _of_tree(cls, segment: Segment, row: int, window: int) -> SessionRows:
+        start, shared = segment.start, segment.start // _BLOCK * _BLOCK
+        begun = list(range(shared, start))
+        rows, paths, places = list[RowKeys](), list[list[int]](), list[int]()
+        for index, (parent, position) in enumerate(zip(segment.parents, segment.positions, strict=True)):
+            path = [*(begun if parent < 0 else paths[parent]), start + index]
+            rows.append(RowKeys(row + index, first_key(position, window), shared, len(places), len(path)))
+            paths.append(path)
+            places.extend(path)
+        return cls(segment.allocation.blocks, rows, shared, places)
+
+
 class RowPlan:
     """How the layers of one geometry attend: see `AttentionPlan`, whose place it takes.
 
     Args:
-        num_rows: rows of the pass; those behind the segments' tokens only fill up, and get zeros.
+        num_rows: rows of the pass; those behind the sessions' only fill up, and get zeros.
     """
 
-    def __init__(self, segments: Sequence[Segment], geometry: Geometry, num_rows: int) -> None:
+    def __init__(self, sessions: Sequence[SessionRows], geometry: Geometry, num_rows: int) -> None:
         self._num_rows, self._geometry = num_rows, geometry
-        # A tail is no longer than its segment, from the block on in which that begins.
-        most_keys = _up_to(_BLOCK, max(segment.stop for segment in segments))
+        longest = max(session.num_shared + max(row.num_tail for row in session.rows) for session in sessions)
+        most_keys = _up_to(_BLOCK, longest)
         tile_rows = max(1, min(_MOST_TILE_ROWS, _MOST_TILE_SCORES // (geometry.fold * most_keys)))
-        tables, places = _Tables(), list[int]()
-        tiles, rows = list[tuple[int, int, int, int]](), list[_RowKeys]()
-        for row, segment in with_rows(segments):
-            table = tables.add(segment.allocation.blocks)
-            if segment.parents:
-                shared, of_rows = _tree_rows(segment, row, geometry.window, places)
-            else:
-                shared, of_rows = 0, _chain_rows(segment, row, geometry.window)
-            for first in range(0, len(of_rows), tile_rows):
-                part = of_rows[first : first + tile_rows]
-                tiles.append((len(part), len(rows) + first, table, shared or int(part[-1][2])))
-            rows.extend(of_rows)
-        self._arrays = [
-            numpy.array(values, dtype=numpy.int64) for values in (tiles, rows, tables.blocks, places)
-        ]
+        tables, places = list[int](), list[int]()
+        tiles, rows = list[tuple[int, int, int, int]](), list[RowKeys]()
+        for session in sessions:
+            for part in _parts(session.rows, tile_rows):
+                shared = min(session.num_shared, max(row.stop for row in part))
+                tiles.append((len(part), len(rows), len(tables), shared))
+                rows.extend(row._replace(tail=row.tail + len(places)) for row in part)
+            tables.extend(session.blocks)
+            places.extend(session.places)
+        self._arrays = [numpy.array(values, dtype=numpy.int64) for values in (tiles, rows, tables, places)]
         heads = _up_to(16, tile_rows * geometry.fold)
         width = _up_to(_BLOCK, geometry.head_dim)
         scratch_bytes = 4 * ((_BLOCK + 2 * heads) * width + heads * (1 + most_keys))
@@ -144,42 +189,14 @@ class RowPlan:
         return []
 
 
-def _chain_rows(segment: Segment, row: int, window: int) -> list[_RowKeys]:
-    return [
-        (row + index, _first_key(position, window), position + 1, 0, 0)
-        for index, position in enumerate(range(segment.start, segment.stop))
-    ]
-
-
-def _tree_rows(segment: Segment, row: int, window: int, places: list[int]) -> tuple[int, list[_RowKeys]]:
-    """How many keys all tokens of a tree share, and the rows, whose other keys are appended to `places`."""
-    start = segment.start
-    shared = start // _BLOCK * _BLOCK
-    begun = list(range(shared, start))
-    rows, paths = list[_RowKeys](), list[list[int]]()
-    for index, (parent, position) in enumerate(zip(segment.parents, segment.positions, strict=True)):
-        paths.append([*(begun if parent < 0 else paths[parent]), start + index])
-        rows.append((row + index, _first_key(position, window), shared, len(places), len(paths[-1])))
-        places.extend(paths[-1])
-    return shared, rows
+def _parts(rows: Sequence[RowKeys], size: int) -> Iterator[Sequence[RowKeys]]:
+    return (rows[first : first + size] for first in range(0, len(rows), size))
 
 
 def _up_to(multiple: int, number: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _first_key(position: int, window: int) -> int:
+def first_key(position: int, window: int) -> int:
+    """Return the position of the first key that a query sees, with a sliding window (0: none)."""
     return max(0, position - window + 1) if window else 0
-
-
-class _Tables:
-    """The block tables of a pass, one after the other."""
-
-    def __init__(self) -> None:
-        self.blocks: list[int] = []
-
-    def add(self, blocks: Iterable[int]) -> int:
-        """Add a table and return where it begins."""
-        begin = len(self.blocks)
-        self.blocks.extend(blocks)
-        return begin
