@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import GENERATIONS, TensorRef, key_name, value_name
+from specdec.runtime.kernels import rows as kernels
 from specdec.runtime.memory import PrivateMemory, Region, StateMemory, dtype_name
 
 BLOCK_TOKENS = 64
@@ -254,7 +255,11 @@ class KvPool:
         A slot may be both a source and a target: all are read before one is written.
         """
         hidden = (self.hidden[name] for name in hidden_names)
-        for tensor in (*self.keys.values(), *self.values.values(), *hidden):
+        tensors = [*self.keys.values(), *self.values.values(), *hidden]
+        if kernels.can_move(self.device):
+            kernels.move(tensors, sources, targets)
+            return
+        for tensor in tensors:
             tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def free(self, allocation: KvAllocation) -> None:

@@ -22,6 +22,8 @@ from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.token_noise import Words, noise_key
 from specdec.runtime.contenders import picks_of_contenders
+from specdec.runtime.kernels import rows as kernels
+from specdec.runtime.kernels.library import are_for
 from specdec.runtime.noise import GumbelNoise
 
 _TOP_P_CANDIDATES = 256
@@ -32,11 +34,12 @@ _Value = TypeVar("_Value")
 def arg_max(rows: Tensor) -> Tensor:
     """Return the index of each row's largest value, the first one's of several [num_rows].
 
-    On a CPU numpy finds it, with vector instructions that torch lacks there (measured on one thread: 0.2 ms
-    instead of 3.6 for 16 rows of 49152 bf16 values).
+    On a CPU a kernel or numpy finds it, with vector instructions that torch lacks there.
     """
     if rows.device.type != "cpu":
         return rows.argmax(-1)
+    if are_for(rows.dtype, rows.device):
+        return kernels.arg_max(rows)
     return torch.from_numpy(rows.detach().float().numpy().argmax(-1))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from specdec.runtime.decoder.layers import rotate
 from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kernels import library
+from specdec.runtime.kernels import rows as row_kernels
 
 pytestmark = pytest.mark.skipif(
     library.LIBRARY is None and not (shutil.which("gcc") or shutil.which("cc")),
@@ -160,3 +161,32 @@ def test_a_library_of_other_sources_is_not_used(
     monkeypatch.setattr(library, "_VERSION", ctypes.c_int32(-1).value)
     assert library.load() is None
     assert "install the package once more" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100, 49152])
+def test_arg_max_is_the_first_of_the_largest(size: int) -> None:
+    x = rows(9, size)
+    assert torch.equal(row_kernels.arg_max(x), x.float().argmax(-1))
+    x[:] = -3.0
+    assert row_kernels.arg_max(x).tolist() == [0] * 9
+    x[2, size // 2 :] = 0.5
+    x[3] = float("-inf")
+    x[4, -1] = float("nan")
+    x[5, size // 2] = float("inf")
+    assert row_kernels.arg_max(x)[2:6].tolist() == [size // 2, 0, size - 1, size // 2]
+
+
+def test_arg_max_of_rows_that_lie_apart() -> None:
+    x = rows(9, 80)[::2, 7:70]
+    assert torch.equal(row_kernels.arg_max(x), x.float().argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moved_rows_are_read_before_one_is_written(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(20, *shape).to(dtype) for shape in ((3, 16), (5,), (2, 2, 2))]
+    pairs = torch.tensor([[4, 5], [5, 4], [9, 1], [1, 2]])
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor in expected:
+        tensor[pairs[:, 1]] = tensor[pairs[:, 0]]
+    row_kernels.move(tensors, pairs[:, 0], pairs[:, 1])
+    assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True))

@@ -16,13 +16,15 @@ logger = logging.getLogger(__name__)
 
 _FILES = "_kernels*.so"
 _VERSION = 1
-"""That of the functions' parameters in `layer.c`, `attention.c` and `products.c`."""
+"""That of the functions' parameters in the C files."""
 _ARGUMENTS = {
     "norm": [*[c_void_p] * 3, *[c_int64] * 2, c_float],
     "add_norm": [*[c_void_p] * 6, *[c_int64] * 2, *[c_float] * 2],
     "turn": [*[c_void_p] * 6, *[c_int64] * 6, c_float],
     "store": [*[c_void_p] * 5, *[c_int64] * 5],
     "gated": [*[c_void_p] * 2, *[c_int64] * 3],
+    "arg_max": [*[c_void_p] * 2, *[c_int64] * 2],
+    "move": [*[c_void_p] * 2, c_int64, *[c_void_p] * 2, c_int64, c_void_p],
     "attend": [c_void_p],
     "multiply": [*[c_void_p] * 4, *[c_int64] * 4],
 }
