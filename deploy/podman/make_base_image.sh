@@ -6,6 +6,6 @@ set -euo pipefail
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
 debootstrap --variant=minbase \
-    --include=ca-certificates,python-is-python3,python3,python3-pip,python3-venv bookworm "$root" >&2
+    --include=ca-certificates,python-is-python3,python3,python3-pip,python3-venv,gcc,libc6-dev bookworm "$root" >&2
 rm -rf "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
 tar -C "$root" -c . | podman import - localhost/python:3.11-slim-bookworm

@@ -57,10 +57,11 @@ def add_norm(
     """Return x + added, and the norm of that.
 
     Args:
-        x, added: [tokens, size], contiguous.
+        x, added: [tokens, size].
         weight: of the norm [size], fp32; None: there is none, the sum is returned twice.
         after: weight of a norm of `added` before it is added [size], fp32; None: there is none.
     """
+    x, added = x.contiguous(), added.contiguous()
     total = torch.empty_like(x)
     normed = total if weight is None else torch.empty_like(x)
     num_rows, size = x.shape
