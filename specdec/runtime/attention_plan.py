@@ -39,6 +39,8 @@ class Geometry(NamedTuple):
     """How many keys a query sees, its own included; 0: all before it."""
     stride: int = 0
     """Rows of a token where queries are taken from; 0: its query heads and nothing else."""
+    value_dim: int = 0
+    """Size of a head of values; 0: `head_dim`."""
 
     @property
     def fold(self) -> int:

@@ -91,7 +91,7 @@ class Pass:
         return plan
 
     def _make_plan(self, geometry: Geometry) -> AttentionPlan | RowPlan:
-        if not self.bucket and attends(self._dtype, self._device, geometry.head_dim):
+        if not self.bucket and attends(self._dtype, self._device, geometry.head_dim, geometry.value_dim):
             sessions = [
                 SessionRows.of(segment, row, geometry.window) for row, segment in with_rows(self.segments)
             ]

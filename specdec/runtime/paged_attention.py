@@ -73,7 +73,8 @@ def _paged_attention(
     """Attention of each segment over its own KV; returns [1, num_tokens, num_heads, value_dim]."""
     keys, values = key.cache.pool.by_head[key.layer]
     _, num_heads, _, head_dim = query.shape
-    plan = key.cache.current.plan(Geometry(num_heads, keys.shape[1], head_dim, sliding_window or 0))
+    geometry = Geometry(num_heads, keys.shape[1], head_dim, sliding_window or 0, value_dim=values.shape[-1])
+    plan = key.cache.current.plan(geometry)
     rows = query[0].transpose(0, 1).reshape(-1, head_dim)
     output = plan.attend(rows, keys, values, scaling, softcap or 0.0)
     return output[None], None

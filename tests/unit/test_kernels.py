@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from drafter_service.drafters.dflash.markov import MarkovHead
 from specdec.runtime.decoder.layers import rotate
 from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kernels import library
@@ -190,3 +191,24 @@ def test_moved_rows_are_read_before_one_is_written(dtype: torch.dtype) -> None:
         tensor[pairs[:, 1]] = tensor[pairs[:, 0]]
     row_kernels.move(tensors, pairs[:, 0], pairs[:, 1])
     assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True))
+
+
+def test_arg_max_is_of_rows() -> None:
+    with pytest.raises(ValueError, match="unpack"):
+        row_kernels.arg_max(rows(2, 3, 8))
+
+
+def test_a_table_for_other_heads_is_refused() -> None:
+    for table in (rows(1, 1, 16), rows(1, 1, 32).float()):
+        with pytest.raises(ValueError, match="for heads of 32"):
+            kernels.turn(rows(2, 3, 32), (table, table), 3, 0, None, None, EPSILON)
+
+
+def test_a_markov_head_computes_the_same_with_kernels() -> None:
+    head = MarkovHead(64, 32).bfloat16()
+    nn.init.normal_(head.out.weight)
+    states, embeddings = rows(5, 64), rows(5, 64, seed=1, scale=0.02)
+    expected = head(states, embeddings).detach()
+    with torch.inference_mode():
+        found = head(states, embeddings)
+    assert torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02)

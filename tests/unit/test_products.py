@@ -86,3 +86,14 @@ def test_other_weights_are_left_to_torch() -> None:
     assert products.can_multiply(random(40, 64))
     assert not products.can_multiply(random(40, 60)), "no whole tiles"
     assert not products.can_multiply(random(40, 64).float())
+
+
+@pytest.mark.parametrize("x", [random(4, 96), random(4, 32), random(4, 64).float()])
+def test_inputs_of_another_size_or_type_are_refused(x: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="does not fit a weight of 64 inputs"):
+        products.multiplier(random(40, 64), None)(x)
+
+
+def test_a_weight_that_it_cannot_multiply_with_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no product by AMX with a weight \[40, 60\]"):
+        products.multiplier(random(40, 60), None)

@@ -16,6 +16,7 @@ from specdec.runtime.kernels import attention
 from specdec.runtime.kernels.attention import RowPlan, SessionRows
 from specdec.runtime.kernels.library import LIBRARY
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.model_pass import Pass
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built")
 
@@ -236,3 +237,18 @@ def test_shorter_vectors_are_for_small_heads_only(monkeypatch: pytest.MonkeyPatc
     assert not attention.attends(torch.bfloat16, cpu, 64)
     monkeypatch.setattr(attention, "has_long_vectors", lambda: True)
     assert attention.attends(torch.bfloat16, cpu, 64)
+
+
+def test_values_of_another_size_are_left_to_torch() -> None:
+    segment, cpu = chain(allocation(0), 5, 3), torch.device("cpu")
+    assert not attention.attends(torch.bfloat16, cpu, 64, value_dim=32)
+    heads = Heads.random(Geometry(4, 2, 64, value_dim=32), 3)
+    keys, values = heads.keys.transpose(0, 1)[None], heads.values[..., :32].transpose(0, 1)[None]
+    current = Pass([segment], dtype=torch.bfloat16, device=cpu)
+    found = current.plan(heads.geometry).attend(heads.queries.flatten(0, 1), keys, values, 0.2, 0.0)
+    assert found.shape == (3, 4, 32)
+    expected = heads.of_row(1, slots_of(segment, 1, 0))[:, :32]
+    assert torch.allclose(found[1].double(), expected, atol=2**-6, rtol=2**-6)
+    plan = RowPlan([SessionRows.of(segment, 0, 0)], heads.geometry, 3)
+    with pytest.raises(ValueError, match="heads of another size"):
+        plan.attend(heads.queries.flatten(0, 1), keys, values, 0.2, 0.0)

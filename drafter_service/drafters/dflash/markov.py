@@ -68,7 +68,7 @@ class MarkovHead(nn.Module):
 def _normed(x: Tensor) -> Tensor:
     """Return the norm of rows [num_rows, size], as torch computes it without an epsilon of ours."""
     if kernels.takes(x) and not torch.is_grad_enabled():
-        return kernels.norm(x, None, torch.finfo(x.dtype).eps)
+        return kernels.norm(x, None, torch.finfo(torch.float32).eps)
     return rms_norm(x, x.shape[-1:])
 
 

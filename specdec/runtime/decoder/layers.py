@@ -49,7 +49,7 @@ class Norm:
 
 def add_norm(x: Tensor, added: Tensor, after: Norm | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """Return x + added, the latter after a norm of its own if it has one, and the norm of the sum."""
-    if kernels.takes(x):
+    if kernels.takes(x) and kernels.takes(added):
         return kernels.add_norm(
             x,
             added,
@@ -178,7 +178,7 @@ class Attention:
                 shape.num_turned - shape.num_heads,
                 self.query_norm.wide_weight if self.query_norm else None,
                 self.key_norm.wide_weight if self.key_norm else None,
-                self.query_norm.epsilon if self.query_norm else 0.0,
+                norm.epsilon if (norm := self.query_norm or self.key_norm) else 0.0,
             )
         return rotate(self._normed(projected.narrow(1, 0, shape.num_turned)), table)
 

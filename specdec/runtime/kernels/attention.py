@@ -69,13 +69,14 @@ class _Layer(ctypes.Structure):
     )
 
 
-def attends(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
+def attends(dtype: torch.dtype, device: torch.device, head_dim: int, value_dim: int = 0) -> bool:
     """Whether the kernel is to attend from heads of this size, type and device.
 
     Its vectors are of 512 bits. Where a CPU has shorter ones, torch is faster, and rounds the same by itself
-    where heads are not small.
+    where heads are not small. Values must have the size of keys (0: they have).
     """
-    return are_for(dtype, device) and (has_long_vectors() or head_dim < _LEAST_TORCH_HEAD_DIM)
+    is_faster = has_long_vectors() or head_dim < _LEAST_TORCH_HEAD_DIM
+    return are_for(dtype, device) and value_dim in (0, head_dim) and is_faster
 
 
 def has_long_vectors() -> bool:
@@ -130,7 +131,10 @@ class RowPlan:
 
     def __init__(self, sessions: Sequence[SessionRows], geometry: Geometry, num_rows: int) -> None:
         self._num_rows, self._geometry = num_rows, geometry
-        longest = max(session.num_shared + max(row.num_tail for row in session.rows) for session in sessions)
+        longest = max(
+            session.num_shared + max((row.num_tail for row in session.rows), default=0)
+            for session in sessions
+        )
         most_keys = _up_to(_BLOCK, longest)
         tile_rows = max(1, min(_MOST_TILE_ROWS, _MOST_TILE_SCORES // (geometry.fold * most_keys)))
         tables, places = list[int](), list[int]()
@@ -177,6 +181,8 @@ class RowPlan:
     ) -> Tensor:
         """Attention of every token over its own session's KV; see `AttentionPlan.attend`."""
         geometry, layer = self._geometry, self._layer
+        if not packed.shape[-1] == keys.shape[-1] == values.shape[-1] == geometry.head_dim:
+            raise ValueError(f"heads of another size: {packed.shape}, {keys.shape}, {values.shape}")
         out = packed.new_empty((self._num_rows, geometry.num_heads, geometry.head_dim))
         layer.queries, layer.out = packed.data_ptr(), out.data_ptr()
         layer.keys, layer.values = keys.data_ptr(), values.data_ptr()

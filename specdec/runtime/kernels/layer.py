@@ -103,6 +103,8 @@ def turn(
     num_rows, stride, dim = heads.shape
     turned = heads.new_empty((num_rows, num_queries + num_keys, dim))
     cosine, sine = table
+    if not (takes(cosine) and cosine.shape[-1] == dim):
+        raise ValueError(f"a rotary table {[*cosine.shape]} in {cosine.dtype} for heads of {dim}")
     LIBRARY.turn(
         heads.data_ptr(),
         cosine.data_ptr(),

@@ -6,6 +6,7 @@ import ctypes
 import logging
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ import torch  # first: the library uses torch's threads
 
 logger = logging.getLogger(__name__)
 
-_FILES = "_kernels*.so"
 _VERSION = 1
 """That of the functions' parameters in the C files."""
 _ARGUMENTS = {
@@ -34,7 +34,8 @@ _LONG = {"attend", "multiply"}
 
 def load() -> Any:
     """Return the library; None: it was not built, or cannot be used."""
-    for path in Path(__file__).parent.glob(_FILES):
+    path = Path(__file__).with_name(f"_kernels{EXTENSION_SUFFIXES[0]}")
+    if path.is_file():
         try:
             keeping, yielding = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
             if c_int32.in_dll(keeping, "kernels_version").value != _VERSION:

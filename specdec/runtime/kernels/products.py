@@ -17,7 +17,9 @@ _TILE = 16
 @cache
 def has_matrices() -> bool:
     """Whether this CPU multiplies matrices (AMX), and the system lets this process do so."""
-    return LIBRARY is not None and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+    has_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    is_able = LIBRARY is not None and has_vectors and torch.cpu._is_amx_tile_supported()
+    return is_able and torch.cpu._init_amx()
 
 
 def can_multiply(weight: Tensor) -> bool:
@@ -29,11 +31,18 @@ def multiplier(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor
     """x [..., inputs] to x @ weight.T + bias [..., outputs], with a packed copy of the weight.
 
     A row gets the same bits however many rows there are.
+
+    Raises:
+        ValueError: the kernel does not multiply with this weight.
     """
+    if not can_multiply(weight):
+        raise ValueError(f"no product by AMX with a weight {[*weight.shape]} in {weight.dtype}")
     outputs, inputs = weight.shape
     packed, wide_bias = _packed(weight), None if bias is None else bias.float()
 
     def apply(x: Tensor) -> Tensor:
+        if x.shape[-1] != inputs or x.dtype is not torch.bfloat16:
+            raise RuntimeError(f"{[*x.shape]} in {x.dtype} does not fit a weight of {inputs} inputs in bf16")
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], outputs))
         LIBRARY.multiply(

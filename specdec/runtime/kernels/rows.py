@@ -18,8 +18,9 @@ def arg_max(rows: Tensor) -> Tensor:
         rows: [rows, size] in bf16, in the host's memory.
     """
     rows = rows.contiguous()
-    index = torch.empty(len(rows), dtype=torch.int64)
-    LIBRARY.arg_max(rows.data_ptr(), index.data_ptr(), *rows.shape)
+    num_rows, size = rows.shape
+    index = torch.empty(num_rows, dtype=torch.int64)
+    LIBRARY.arg_max(rows.data_ptr(), index.data_ptr(), num_rows, size)
     return index
 
 
