@@ -97,3 +97,19 @@ def test_inputs_of_another_size_or_type_are_refused(x: Tensor) -> None:
 def test_a_weight_that_it_cannot_multiply_with_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no product by AMX with a weight \[40, 60\]"):
         products.multiplier(random(40, 60), None)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 40])
+@pytest.mark.parametrize(("kind", "activation"), [(0, nn.SiLU()), (1, nn.GELU(approximate="tanh"))])
+def test_gates_are_applied_to_sums(num_rows: int, kind: int, activation: nn.Module) -> None:
+    x, gate, up = random(num_rows, 64), random(48, 64, seed=1) * 0.3, random(48, 64, seed=2)
+    assert products.can_gate(gate)
+    expected = activation(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    multiply = products.gated_multiplier(gate, up, kind)
+    found = multiply(x)
+    assert bool(((found.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-4).all())
+    assert torch.equal(multiply(x[:1])[0], found[0])
+
+
+def test_gates_that_are_no_whole_tiles_are_left_to_others() -> None:
+    assert not products.can_gate(random(40, 64))

@@ -27,6 +27,7 @@ from specdec.runtime.decoder.layers import (
     Rotary,
 )
 from specdec.runtime.kernels import layer as kernels
+from specdec.runtime.kernels.products import can_gate, gated_multiplier
 from specdec.runtime.kv_pool import KvShape
 from specdec.runtime.prepack import multiplier
 
@@ -158,12 +159,7 @@ def layer_of(decoder: Any, index: int) -> Layer:
         attention=_attention(module.self_attn, shape_of(decoder, index), norm),
         after_attention_norm=norm(module.post_attention_layernorm) if after else None,
         mlp_norm=norm(module.pre_feedforward_layernorm if after else module.post_attention_layernorm),
-        mlp=Mlp(
-            fused([module.mlp.gate_proj, module.mlp.up_proj]),
-            module.mlp.act_fn.forward,
-            kernels.gate_kind(module.mlp.act_fn),
-            fused([module.mlp.down_proj]),
-        ),
+        mlp=Mlp(_gated(module.mlp), fused([module.mlp.down_proj])),
         after_mlp_norm=norm(module.post_feedforward_layernorm) if after else None,
         per_layer_input=_per_layer_input(module, norm),
         scalar=None if scalar is None or float(scalar) == 1.0 else scalar.clone(),
@@ -181,6 +177,24 @@ def _attention(module: Any, shape: AttentionShape, norm: Callable[[Any], Norm]) 
         fused([module.o_proj]),
         *(norm(part) if part is not None else None for part in norms.values()),
     )
+
+
+def _gated(module: Any) -> Linear:
+    """Return the first half of an MLP, activation(gate(x)) * up(x): one product where a kernel does both."""
+    gate, up, kind = module.gate_proj, module.up_proj, kernels.gate_kind(module.act_fn)
+    if kind is not None and gate.bias is None and up.bias is None and can_gate(gate.weight):
+        return gated_multiplier(gate.weight.detach(), up.weight.detach(), kind)
+    multiply, activation = fused([gate, up]), module.act_fn.forward
+
+    def apply(x: Tensor) -> Tensor:
+        both = multiply(x)
+        if kind is not None and kernels.takes(both):
+            return kernels.gated(both, kind)
+        gates, ups = both.chunk(2, -1)
+        result: Tensor = activation(gates) * ups
+        return result
+
+    return apply
 
 
 def _per_layer_input(module: Any, norm: Callable[[Any], Norm]) -> PerLayerInput | None:

@@ -196,19 +196,13 @@ class Attention:
 class Mlp:
     """A gated MLP: activation(gate(x)) * up(x), projected down."""
 
-    gate_up: Linear
-    activation: Callable[[Tensor], Tensor]
-    kernel: int | None
-    """What `kernels.gated` knows the activation by; None: it does not know it."""
+    gated: Linear
+    """To activation(gate(x)) * up(x)."""
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [tokens, hidden_size] to [tokens, hidden_size]."""
-        gate_up = self.gate_up(x)
-        if self.kernel is not None and kernels.takes(gate_up):
-            return self.down(kernels.gated(gate_up, self.kernel))
-        gate, up = gate_up.chunk(2, -1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.gated(x))
 
 
 @dataclass(frozen=True, slots=True)

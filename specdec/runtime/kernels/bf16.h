@@ -57,4 +57,14 @@ INLINE float exponential(float x) {
     return (sum * rest * rest + rest + 1.0f) * power;
 }
 
+/* Activations of gates: which `gate` is which. Both are the input times a sigmoid: SiLU that of the input, GELU's tanh
+   form that of 2 * sqrt(2 / pi) * (x + 0.044715 x^3). */
+enum { NO_GATE = -1, SILU, GELU };
+
+INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+INLINE float gelu(float x) {
+    return x / (1.0f + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+}
+
 #endif

@@ -18,9 +18,18 @@ typedef struct {
     int64_t num_rows;
     int64_t inputs; /* a multiple of 32 */
     int64_t outputs;
+    int64_t gate; /* NO_GATE, or which activation gates: a chunk is 16 gates and what they are for, and 16 outputs */
 } Product;
 
 #ifdef HAS_AMX
+
+/* Of 16 gates and 16 numbers the products, after the activation. */
+INLINE_AMX void gate_some(const float *sums, bf16 *out, int64_t gate) {
+    if (gate == GELU)
+        for (int i = 0; i < 16; i++) out[i] = narrow(gelu(sums[i]) * sums[16 + i]);
+    else
+        for (int i = 0; i < 16; i++) out[i] = narrow(silu(sums[i]) * sums[16 + i]);
+}
 
 /* Results of up to 32 rows and the chunk of outputs from `output` on. */
 INLINE_AMX void multiply_chunk(const Product *product, int64_t row, int64_t output) {
@@ -56,6 +65,12 @@ INLINE_AMX void multiply_chunk(const Product *product, int64_t row, int64_t outp
     _tile_stored(0, sums, OUTPUTS * 4);
     _tile_stored(1, sums + 16, OUTPUTS * 4);
     MEMORY;
+    if (product->gate != NO_GATE) {
+        for (int64_t at = 0; at < num_rows; at++)
+            gate_some(
+                sums + at * OUTPUTS, product->out + ((row + at) * product->outputs + output) / 2, product->gate);
+        return;
+    }
     int64_t width = MIN(OUTPUTS, product->outputs - output);
     for (int64_t at = 0; at < num_rows; at++) {
         bf16 *out = product->out + (row + at) * product->outputs + output;
@@ -82,11 +97,11 @@ WITH_AMX static void multiply_chunks(const Product *product, int64_t from, int64
     _tile_release();
 }
 
-/* x times a packed weight, and a bias. Threads have neighbouring outputs, so that each reads on and on. */
+/* x times a packed weight, and a bias or a gate. Threads have neighbouring outputs, so that each reads on and on. */
 void multiply(
     const bf16 *x, const bf16 *weight, const float *bias, bf16 *out, int64_t num_rows, int64_t inputs,
-    int64_t outputs, int64_t num_threads) {
-    Product product = {x, weight, bias, out, num_rows, inputs, outputs};
+    int64_t outputs, int64_t gate, int64_t num_threads) {
+    Product product = {x, weight, bias, out, num_rows, inputs, outputs, gate};
     int64_t num_chunks = (outputs + OUTPUTS - 1) / OUTPUTS;
 #pragma omp parallel for num_threads(num_threads) schedule(static, 1) if (num_threads > 1)
     for (int64_t part = 0; part < num_threads; part++)
@@ -97,9 +112,10 @@ void multiply(
 
 void multiply(
     const bf16 *x, const bf16 *weight, const float *bias, bf16 *out, int64_t num_rows, int64_t inputs,
-    int64_t outputs, int64_t num_threads) {
+    int64_t outputs, int64_t gate, int64_t num_threads) {
     /* Is not called where there is no AMX. */
-    (void)x, (void)weight, (void)bias, (void)out, (void)num_rows, (void)inputs, (void)outputs, (void)num_threads;
+    (void)x, (void)weight, (void)bias, (void)out, (void)num_rows, (void)inputs, (void)outputs, (void)gate;
+    (void)num_threads;
 }
 
 #endif

@@ -12,6 +12,7 @@ from specdec.runtime.kernels.library import LIBRARY, are_for
 
 _TILE = 16
 """Outputs of a tile, and pairs of inputs."""
+_NO_GATE = -1
 
 
 @cache
@@ -35,24 +36,48 @@ def multiplier(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor
     Raises:
         ValueError: the kernel does not multiply with this weight.
     """
+    return _multiplier(weight, None if bias is None else bias.float(), _NO_GATE)
+
+
+def gated_multiplier(gate: Tensor, up: Tensor, kind: int) -> Callable[[Tensor], Tensor]:
+    """x [..., inputs] to activation(x @ gate.T) * (x @ up.T) [..., outputs], likewise.
+
+    Args:
+        kind: of the activation, see `layer.gate_kind`.
+
+    Raises:
+        ValueError: the kernel does not multiply with these weights.
+    """
+    # Sixteen gates, then the sixteen that they are for.
+    pairs = torch.stack([gate.view(-1, _TILE, gate.shape[1]), up.view(-1, _TILE, up.shape[1])], 1)
+    return _multiplier(pairs.flatten(0, 2), None, kind)
+
+
+def can_gate(gate: Tensor) -> bool:
+    """Whether the kernel multiplies with weights [outputs, inputs] of gates, and of what they are for."""
+    return can_multiply(gate) and gate.shape[0] % _TILE == 0
+
+
+def _multiplier(weight: Tensor, bias: Tensor | None, gate: int) -> Callable[[Tensor], Tensor]:
     if not can_multiply(weight):
         raise ValueError(f"no product by AMX with a weight {[*weight.shape]} in {weight.dtype}")
     outputs, inputs = weight.shape
-    packed, wide_bias = _packed(weight), None if bias is None else bias.float()
+    num_results, packed = outputs if gate == _NO_GATE else outputs // 2, _packed(weight)
 
     def apply(x: Tensor) -> Tensor:
         if x.shape[-1] != inputs or x.dtype is not torch.bfloat16:
             raise RuntimeError(f"{[*x.shape]} in {x.dtype} does not fit a weight of {inputs} inputs in bf16")
         x = x.contiguous()
-        out = x.new_empty((*x.shape[:-1], outputs))
+        out = x.new_empty((*x.shape[:-1], num_results))
         LIBRARY.multiply(
             x.data_ptr(),
             packed.data_ptr(),
-            None if wide_bias is None else wide_bias.data_ptr(),
+            None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             x.numel() // inputs,
             inputs,
             outputs,
+            gate,
             torch.get_num_threads(),
         )
         return out
