@@ -46,6 +46,14 @@ class Segment:
             positions.append(self.start if parent < 0 else positions[parent] + 1)
         return positions
 
+    @property
+    def paths(self) -> Sequence[Sequence[int]]:
+        """The tokens of a tree from the root to each, as indices in token_ids."""
+        paths: list[list[int]] = []
+        for index, parent in enumerate(self.parents):
+            paths.append([index] if parent < 0 else [*paths[parent], index])
+        return paths
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -85,6 +93,11 @@ def with_rows(segments: Sequence[Segment]) -> Iterator[tuple[int, Segment]]:
         row += len(segment.token_ids)
 
 
+def first_key(position: int, window: int) -> int:
+    """Return the position of the first key that a query sees, with a sliding window (0: none)."""
+    return max(0, position - window + 1) if window else 0
+
+
 def chain_spans(
     allocation: KvAllocation,
     row: int,
@@ -97,18 +110,18 @@ def chain_spans(
     blocks changes."""
 
     def key_range(position: int) -> tuple[int, int]:
-        first = max(0, position - window + 1) if window else 0
+        first = first_key(position, window)
         return first // BLOCK_TOKENS * BLOCK_TOKENS, (position // BLOCK_TOKENS + 1) * BLOCK_TOKENS
 
-    for (first_key, stop_key), group in groupby(range(start, stop), key_range):
+    for (first, stop_key), group in groupby(range(start, stop), key_range):
         positions = list(group)
         yield Span(
             allocation,
             row + positions[0] - start,
             len(positions),
             positions[0],
-            first_key,
-            stop_key - first_key,
+            first,
+            stop_key - first,
             tokens or {},
         )
 
@@ -119,10 +132,7 @@ def tree_spans(segment: Segment, row: int, window: int) -> Iterator[Span]:
     So a token's query meets the keys it would meet in a chain, in the same order. Every token is in one run;
     depth first there are as many runs as leaves. The root is `row` of the packed batch.
     """
-    parents, positions, start = segment.parents, segment.positions, segment.start
-    paths: list[list[int]] = []
-    for index, parent in enumerate(parents):
-        paths.append([index] if parent < 0 else [*paths[parent], index])
+    parents, positions, start, paths = segment.parents, segment.positions, segment.start, segment.paths
     heads = [index for index, parent in enumerate(parents) if not index or parent != index - 1]
     for head, stop in pairwise([*heads, len(parents)]):
         tokens = {start + depth: start + token for depth, token in enumerate(paths[stop - 1])}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-from specdec.runtime.attention import Segment, with_rows
+from specdec.runtime.attention import Segment, first_key, with_rows
 from specdec.runtime.kv_pool import Indices, KvAllocation
 
 MAX_QUERIES = 64
@@ -83,7 +83,7 @@ class MaskedSpan:
             num_keys: what the keys are filled up to; 0: there are as many as the segment has.
         """
         positions = numpy.array(segment.positions, dtype=numpy.int64)
-        first = max(0, segment.start - window + 1) if window else 0
+        first = first_key(segment.start, window)
         before = numpy.arange(first, segment.start)
         own = _ancestors(segment)
         seen = numpy.concatenate([numpy.ones((len(positions), len(before)), dtype=numpy.bool_), own], axis=1)

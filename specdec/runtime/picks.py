@@ -23,7 +23,7 @@ from specdec.contract.sampling import SamplingParams
 from specdec.contract.token_noise import Words, noise_key
 from specdec.runtime.contenders import picks_of_contenders
 from specdec.runtime.kernels import rows as kernels
-from specdec.runtime.kernels.library import are_for
+from specdec.runtime.kernels.layer import takes
 from specdec.runtime.noise import GumbelNoise
 
 _TOP_P_CANDIDATES = 256
@@ -38,7 +38,7 @@ def arg_max(rows: Tensor) -> Tensor:
     """
     if rows.device.type != "cpu":
         return rows.argmax(-1)
-    if are_for(rows.dtype, rows.device):
+    if takes(rows):
         return kernels.arg_max(rows)
     return torch.from_numpy(rows.detach().float().numpy().argmax(-1))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from drafter_service.drafters.dflash.markov import MarkovHead
-from specdec.runtime.decoder.layers import rotate
+from specdec.runtime.decoder.layers import Norm, add_norm, rotate
 from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kernels import library
 from specdec.runtime.kernels import rows as row_kernels
@@ -212,3 +212,11 @@ def test_a_markov_head_computes_the_same_with_kernels() -> None:
     with torch.inference_mode():
         found = head(states, embeddings)
     assert torch.allclose(found.float(), expected.float(), atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("after", [None, Norm(None, EPSILON)])
+def test_norms_without_a_weight_are_norms(after: Norm | None) -> None:
+    x, added = rows(4, 64, scale=3.0), rows(4, 64, seed=1, scale=3.0)
+    total, normed = add_norm(x, added, after, Norm(None, EPSILON))
+    assert torch.equal(total, x + (after(added) if after else added))
+    assert_rounded(normed, rms_norm(total, None))

@@ -12,9 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from drafter_service.drafters.base import DraftSession, OpenDraft
 from drafter_service.drafters.dflash.layers import LayerMask
 from drafter_service.drafters.growing import GrowingTree
+from specdec.runtime.attention import first_key
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels import layer as kernels
-from specdec.runtime.kernels.attention import RowKeys, RowPlan, SessionRows, attends, first_key
+from specdec.runtime.kernels.attention import RowKeys, RowPlan, SessionRows, attends
 from specdec.runtime.kv_pool import KvAllocation, KvPool, device_slots, join_slots, write_rows
 
 

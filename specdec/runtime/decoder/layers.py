@@ -35,27 +35,32 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the normalised rows, in the type of `x`."""
         if kernels.takes(x):
-            return kernels.norm(x, self.wide_weight, self.epsilon)
+            return kernels.norm(x, None if self.weight is None else self._wide_weight, self.epsilon)
         weight = self.weight
         if weight is None or weight.dtype is x.dtype:
             return rms_norm(x, x.shape[-1:], weight, self.epsilon)
         return rms_norm(x.to(weight.dtype), x.shape[-1:], weight, self.epsilon).to(x.dtype)
 
+    def factors(self, size: int) -> Tensor:
+        """Return what a row of that size is multiplied with, in fp32 [size]."""
+        return torch.ones(size) if self.weight is None else self._wide_weight
+
     @cached_property
-    def wide_weight(self) -> Tensor | None:
-        """The weight in fp32."""
-        return None if self.weight is None else self.weight.float()
+    def _wide_weight(self) -> Tensor:
+        assert self.weight is not None
+        return self.weight.float()
 
 
 def add_norm(x: Tensor, added: Tensor, after: Norm | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """Return x + added, the latter after a norm of its own if it has one, and the norm of the sum."""
     if kernels.takes(x) and kernels.takes(added):
+        size = x.shape[-1]
         return kernels.add_norm(
             x,
             added,
-            norm.wide_weight,
+            norm.factors(size),
             norm.epsilon,
-            after.wide_weight if after else None,
+            after.factors(size) if after else None,
             after.epsilon if after else 0.0,
         )
     x = x + (after(added) if after else added)
@@ -176,8 +181,8 @@ class Attention:
                 table,
                 shape.num_heads,
                 shape.num_turned - shape.num_heads,
-                self.query_norm.wide_weight if self.query_norm else None,
-                self.key_norm.wide_weight if self.key_norm else None,
+                self.query_norm.factors(shape.head_dim) if self.query_norm else None,
+                self.key_norm.factors(shape.head_dim) if self.key_norm else None,
                 norm.epsilon if (norm := self.query_norm or self.key_norm) else 0.0,
             )
         return rotate(self._normed(projected.narrow(1, 0, shape.num_turned)), table)

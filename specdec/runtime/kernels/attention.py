@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from specdec.runtime.attention import Segment
+from specdec.runtime.attention import Segment, first_key
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels.library import LIBRARY, are_for
 from specdec.runtime.kernels.products import has_matrices
@@ -112,13 +112,11 @@ class SessionRows:
     @classmethod
     def _of_tree(cls, segment: Segment, row: int, window: int) -> SessionRows:
         start, shared = segment.start, segment.start // _BLOCK * _BLOCK
-        begun = list(range(shared, start))
-        rows, paths, places = list[RowKeys](), list[list[int]](), list[int]()
-        for index, (parent, position) in enumerate(zip(segment.parents, segment.positions, strict=True)):
-            path = [*(begun if parent < 0 else paths[parent]), start + index]
-            rows.append(RowKeys(row + index, first_key(position, window), shared, len(places), len(path)))
-            paths.append(path)
-            places.extend(path)
+        rows, places = list[RowKeys](), list[int]()
+        for index, (path, position) in enumerate(zip(segment.paths, segment.positions, strict=True)):
+            tail = [*range(shared, start), *(start + token for token in path)]
+            rows.append(RowKeys(row + index, first_key(position, window), shared, len(places), len(tail)))
+            places.extend(tail)
         return cls(segment.allocation.blocks, rows, shared, places)
 
 
@@ -146,33 +144,28 @@ class RowPlan:
                 rows.extend(row._replace(tail=row.tail + len(places)) for row in part)
             tables.extend(session.blocks)
             places.extend(session.places)
-        self._arrays = [numpy.array(values, dtype=numpy.int64) for values in (tiles, rows, tables, places)]
+        lists = {"tiles": tiles, "rows": rows, "tables": tables, "places": places}
+        self._arrays = {name: numpy.array(values, dtype=numpy.int64) for name, values in lists.items()}
         heads = _up_to(16, tile_rows * geometry.fold)
         width = _up_to(_BLOCK, geometry.head_dim)
         scratch_bytes = 4 * ((_BLOCK + 2 * heads) * width + heads * (1 + most_keys))
         num_threads = torch.get_num_threads()
         self._scratch = numpy.empty(num_threads * scratch_bytes, dtype=numpy.uint8)
         self._layer = _Layer(
-            0,
-            0,
-            0,
-            0,
-            *(array.ctypes.data for array in self._arrays),
-            self._scratch.ctypes.data,
-            scratch_bytes,
-            len(rows),
-            num_rows - len(rows),
-            len(tiles),
-            most_keys,
-            BLOCK_TOKENS,
-            geometry.stride or geometry.num_heads,
-            geometry.num_heads,
-            geometry.num_kv_heads,
-            geometry.head_dim,
-            num_threads,
-            has_matrices(),
-            0.0,
-            0.0,
+            **{name: array.ctypes.data for name, array in self._arrays.items()},
+            scratch=self._scratch.ctypes.data,
+            scratch_bytes=scratch_bytes,
+            num_tokens=len(rows),
+            num_fill=num_rows - len(rows),
+            num_tiles=len(tiles),
+            most_keys=most_keys,
+            block_tokens=BLOCK_TOKENS,
+            stride=geometry.stride or geometry.num_heads,
+            num_heads=geometry.num_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            dim=geometry.head_dim,
+            num_threads=num_threads,
+            has_matrices=has_matrices(),
         )
         self._address = ctypes.addressof(self._layer)
 
@@ -201,8 +194,3 @@ def _parts(rows: Sequence[RowKeys], size: int) -> Iterator[Sequence[RowKeys]]:
 
 def _up_to(multiple: int, number: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def first_key(position: int, window: int) -> int:
-    """Return the position of the first key that a query sees, with a sliding window (0: none)."""
-    return max(0, position - window + 1) if window else 0

@@ -43,7 +43,7 @@ FOR_EACH_CPU void norm(const bf16 *x, const float *weight, bf16 *out, int64_t ro
 }
 
 /* sum = x + added, rows [rows, size], the latter after a norm of its own if it has one (after not NULL), and
-   normed = norm(sum), if that is wanted (weight not NULL). */
+   normed = norm(sum). */
 FOR_EACH_CPU void add_norm(
     const bf16 *restrict x,
     const bf16 *restrict added,
@@ -63,7 +63,7 @@ FOR_EACH_CPU void add_norm(
         } else {
             for (int64_t i = 0; i < size; i++) sum[i] = narrow(widen(x[i]) + widen(added[i]));
         }
-        if (weight) norm_row(sum, weight, normed + row * size, size, epsilon);
+        norm_row(sum, weight, normed + row * size, size, epsilon);
     }
 }
 

@@ -49,7 +49,7 @@ def norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
 def add_norm(
     x: Tensor,
     added: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     epsilon: float,
     after: Tensor | None = None,
     after_epsilon: float = 0.0,
@@ -58,18 +58,17 @@ def add_norm(
 
     Args:
         x, added: [tokens, size].
-        weight: of the norm [size], fp32; None: there is none, the sum is returned twice.
+        weight: of the norm [size], fp32.
         after: weight of a norm of `added` before it is added [size], fp32; None: there is none.
     """
     x, added = x.contiguous(), added.contiguous()
-    total = torch.empty_like(x)
-    normed = total if weight is None else torch.empty_like(x)
+    total, normed = torch.empty_like(x), torch.empty_like(x)
     num_rows, size = x.shape
     LIBRARY.add_norm(
         x.data_ptr(),
         added.data_ptr(),
         _address(after),
-        _address(weight),
+        weight.data_ptr(),
         total.data_ptr(),
         normed.data_ptr(),
         num_rows,
