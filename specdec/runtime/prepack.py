@@ -1,7 +1,7 @@
 """Linear layers with packed weights, on a CPU in bf16: our own kernel's where it multiplies, else oneDNN's.
 
-Our own needs AMX and a multiple of 32 inputs (`kernels.products`). oneDNN's layout is worth a tenth to a
-fifth of a pass of a small model; the results have the same bits as without.
+Our own needs AMX or AVX512-BF16, and a multiple of 32 inputs (`kernels.products`). oneDNN's layout is worth a
+tenth to a fifth of a pass of a small model; the results have the same bits as without.
 
 oneDNN rounds a row alike in products of up to some number of rows, and longer products are computed in parts.
 Weights are reordered without a hint at that number: with a hint of one row, CPUs with AMX were seen to round

@@ -1,4 +1,4 @@
-"""Products by the kernel for CPUs with AMX: right, and the same bits for a row whatever is beside it."""
+"""Products by the kernel, by AMX and by vectors: right, and the same bits for a row whatever is beside it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from specdec.runtime.kernels import products
 from specdec.runtime.prepack import PrepackedLinear, head_multiplier, multiplier
 
 pytestmark = pytest.mark.skipif(
-    not products.has_matrices(), reason="this CPU has no AMX, or there are no kernels"
+    not products.has_products(), reason="this CPU has neither AMX nor AVX512-BF16, or there are no kernels"
 )
 
 SHAPES = [(32, 32), (1, 32), (33, 64), (960, 576), (100, 1536), (49, 2048)]
+
+
+@pytest.fixture(params=["vectors", "matrices"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply in either way, where the machine can."""
+    has_vectors = torch.cpu._is_avx512_bf16_supported()
+    if not (has_vectors if request.param == "vectors" else products.has_matrices()):
+        pytest.skip(f"this CPU does not multiply {request.param}")
+    monkeypatch.setattr(products, "has_matrices", lambda: request.param == "matrices")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -21,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
-@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 32, 33, 50, 600])
+@pytest.mark.parametrize("num_rows", [*range(1, 18), 32, 33, 50, 600])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_it_is_the_product(outputs: int, inputs: int, num_rows: int, has_bias: bool) -> None:
     x, weight, bias = random(num_rows, inputs), random(outputs, inputs, seed=1), random(outputs, seed=2)
@@ -95,7 +104,7 @@ def test_inputs_of_another_size_or_type_are_refused(x: Tensor) -> None:
 
 
 def test_a_weight_that_it_cannot_multiply_with_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no product by AMX with a weight \[40, 60\]"):
+    with pytest.raises(ValueError, match=r"the kernel does not multiply with a weight \[40, 60\]"):
         products.multiplier(random(40, 60), None)
 
 

@@ -9,7 +9,6 @@
 #define BLOCK 32 /* positions, from a multiple on, whose keys are computed with at once */
 #define WIDTH 32 /* dimensions are filled up to a multiple with zeros, which add nothing */
 #define UP_TO(multiple, x) (((x) + (multiple) - 1) / (multiple) * (multiple))
-#define UNROLL _Pragma("GCC unroll 16")
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));

@@ -11,7 +11,7 @@
 #define LANES 32
 
 /* Of these functions' parameters: library.py uses no library that was built with others. */
-const int32_t kernels_version = 2;
+const int32_t kernels_version = 3;
 
 /* 1 / root mean square of a row. */
 INLINE float inverse_length(const bf16 *x, int64_t size, float epsilon) {

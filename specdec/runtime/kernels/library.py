@@ -15,7 +15,7 @@ import torch  # first: the library uses torch's threads
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 """That of the functions' parameters in the C files."""
 _ARGUMENTS = {
     "norm": [*[c_void_p] * 3, *[c_int64] * 2, c_float],
@@ -26,7 +26,7 @@ _ARGUMENTS = {
     "arg_max": [*[c_void_p] * 2, *[c_int64] * 2],
     "move": [*[c_void_p] * 2, c_int64, *[c_void_p] * 2, c_int64, c_void_p],
     "attend": [c_void_p],
-    "multiply": [*[c_void_p] * 4, *[c_int64] * 5],
+    "multiply": [*[c_void_p] * 4, *[c_int64] * 6],
 }
 _LONG = {"attend", "multiply"}
 """Functions that let other threads of the interpreter run meanwhile; the others take microseconds."""

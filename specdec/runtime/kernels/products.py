@@ -1,4 +1,4 @@
-"""Products with a packed weight, by AMX (see `products.c`)."""
+"""Products with a packed weight, by AMX or AVX512-BF16 (see `products.c`)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ _NO_GATE = -1
 @cache
 def has_matrices() -> bool:
     """Whether this CPU multiplies matrices (AMX), and the system lets this process do so."""
-    has_vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    is_able = LIBRARY is not None and has_vectors and torch.cpu._is_amx_tile_supported()
-    return is_able and torch.cpu._init_amx()
+    return _has_vectors() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+@cache
+def has_products() -> bool:
+    """Whether this CPU multiplies numbers in bf16: matrices, or vectors (AVX512-BF16)."""
+    return has_matrices() or (_has_vectors() and torch.cpu._is_avx512_bf16_supported())
+
+
+def _has_vectors() -> bool:
+    return LIBRARY is not None and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def can_multiply(weight: Tensor) -> bool:
     """Whether the kernel multiplies with a weight [outputs, inputs]."""
-    return are_for(weight.dtype, weight.device) and has_matrices() and weight.shape[1] % (2 * _TILE) == 0
+    return are_for(weight.dtype, weight.device) and has_products() and weight.shape[1] % (2 * _TILE) == 0
 
 
 def multiplier(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -60,7 +68,7 @@ def can_gate(gate: Tensor) -> bool:
 
 def _multiplier(weight: Tensor, bias: Tensor | None, gate: int) -> Callable[[Tensor], Tensor]:
     if not can_multiply(weight):
-        raise ValueError(f"no product by AMX with a weight {[*weight.shape]} in {weight.dtype}")
+        raise ValueError(f"the kernel does not multiply with a weight {[*weight.shape]} in {weight.dtype}")
     outputs, inputs = weight.shape
     num_results, packed = outputs if gate == _NO_GATE else outputs // 2, _packed(weight)
 
@@ -78,6 +86,7 @@ def _multiplier(weight: Tensor, bias: Tensor | None, gate: int) -> Callable[[Ten
             inputs,
             outputs,
             gate,
+            has_matrices(),
             torch.get_num_threads(),
         )
         return out
