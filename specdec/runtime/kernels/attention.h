@@ -7,6 +7,7 @@
 
 #define LANES 16 /* fp32 numbers of a vector */
 #define BLOCK 32 /* positions, from a multiple on, whose keys are computed with at once */
+#define AHEAD (2 * BLOCK) /* positions from what is read to what is asked for: a head's rows lie apart in memory */
 #define WIDTH 32 /* dimensions are filled up to a multiple with zeros, which add nothing */
 #define UP_TO(multiple, x) (((x) + (multiple) - 1) / (multiple) * (multiple))
 
@@ -94,6 +95,16 @@ INLINE void find(
             found[lane] = found[lane - 1] + slot_size;
     }
     for (int64_t lane = count; lane < BLOCK; lane++) found[lane] = NULL;
+}
+
+/* Asks for the keys or values of a block before they are read. */
+INLINE void ask_for(
+    const Layer *layer, const Tile *tile, const bf16 *pool, const int64_t *places, int64_t at, int64_t stop) {
+    const bf16 *found[BLOCK];
+    if (at >= stop) return;
+    find(layer, tile, pool, places, at, stop, found);
+    for (int64_t lane = 0; lane < MIN(BLOCK, stop - at); lane++)
+        for (int64_t i = 0; i < layer->dim; i += 32) __builtin_prefetch(found[lane] + i, 0, 2);
 }
 
 /* Dimensions of a row from i on, WIDTH of them: those that there are, then zeros. */

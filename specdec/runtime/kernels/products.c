@@ -67,7 +67,7 @@ WITH_AMX static void begin_tiles(int64_t num_rows) {
 
 WITH_AMX static void end_tiles(void) { _tile_release(); }
 
-#define AHEAD 8192 /* numbers of the weight from what is read to what is asked for: the second-level cache has it in time */
+#define AHEAD 8192     /* numbers of the weight from what is read to what is asked for */
 #define VECTOR_ROWS 12 /* at once, as many as there are registers for */
 #define WITH_PAIRS __attribute__((target("arch=x86-64-v4,avx512bf16")))
 

@@ -21,11 +21,14 @@ TARGET static void PRODUCT(attend_tile)(const Layer *layer, const Tile *tile, in
             PRODUCT(lay_query)(scratch.queries, row * fold + head, from + head * dim, dim, width);
     }
 
+    for (int64_t at = begin; at < begin + AHEAD; at += BLOCK) ask_for(layer, tile, keys, NULL, at, shared);
     for (int64_t at = begin; at < shared; at += BLOCK) {
+        ask_for(layer, tile, keys, NULL, at + AHEAD, shared);
         find(layer, tile, keys, NULL, at, shared, found);
         PRODUCT(lay_keys)(block, found, dim, width);
         PRODUCT(score)(0, heads, scratch.queries, 0, block, width, scores + at, most_keys);
     }
+    for (int64_t at = begin; at < begin + AHEAD; at += BLOCK) ask_for(layer, tile, values, NULL, at, shared);
     for (int64_t row = 0; row < tile->num_rows; row++) {
         const int64_t *places = layer->places + rows[row].tail;
         int64_t num_tail = rows[row].num_tail, stop = num_tail ? shared + num_tail : rows[row].stop;
@@ -42,6 +45,7 @@ TARGET static void PRODUCT(attend_tile)(const Layer *layer, const Tile *tile, in
 
     memset(sums, 0, (size_t)(UP_TO(16, heads) * width) * sizeof(float));
     for (int64_t at = begin; at < shared; at += BLOCK) {
+        ask_for(layer, tile, values, NULL, at + AHEAD, shared);
         find(layer, tile, values, NULL, at, shared, found);
         int is_finite = PRODUCT(lay_values)(block, found, dim, width);
         if ((first <= at && at + BLOCK <= whole) || is_finite) {
