@@ -6,10 +6,12 @@ import ctypes
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
-_SPIN_COUNT = "10000"
-"""How many times an idle OpenMP thread spins before it sleeps. The default takes cores away from the other
-model process of the host; without spinning, a pass takes nearly twice as long."""
+_SPIN_COUNT, _SPIN_COUNT_OF_AMD = "10000", "30000"
+"""How many times an idle OpenMP thread spins before it sleeps: for a fraction of a millisecond. The default
+takes cores away from the other model process of the host; without spinning, a pass takes nearly twice as
+long. AMD's CPUs pause more shortly: on a Zen 4, 10,000 and 60,000 made passes and drafts a tenth slower."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Option numbers of glibc's mallopt."""
@@ -22,9 +24,18 @@ _SWITCH_INTERVAL_S = 0.0005
 def tune_process() -> None:
     """Prepare this process for running a model. Call this before the first import of torch."""
     os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    os.environ.setdefault("GOMP_SPINCOUNT", spin_count())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+
+
+def spin_count() -> str:
+    """Return how many times an idle OpenMP thread should spin on this machine."""
+    try:
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        is_amd = False
+    return _SPIN_COUNT_OF_AMD if is_amd else _SPIN_COUNT
 
 
 def keep_freed_memory() -> None:

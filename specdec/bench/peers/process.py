@@ -16,6 +16,7 @@ from specdec.bench.records import Answer
 from specdec.bench.workload import Prompt
 from specdec.client import GenerateOptions
 from specdec.contract.errors import DeadlineExceededError, InternalError, UnavailableError
+from specdec.service.tuning import spin_count
 
 _LINE_LIMIT_BYTES = 2**24
 _STDERR_TAIL_BYTES = 2000
@@ -176,4 +177,4 @@ def _kill(process: Process) -> None:
 
 def _environment() -> dict[str, str]:
     """Return the environment of a peer: idle, it spins shortly, for it must not disturb the verifier."""
-    return {**os.environ, "GOMP_SPINCOUNT": "10000", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, "GOMP_SPINCOUNT": spin_count(), "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,23 @@
+"""How long idle OpenMP threads spin goes by the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from specdec.service import tuning
+
+
+@pytest.mark.parametrize(("vendor", "count"), [("GenuineIntel", "10000"), ("AuthenticAMD", "30000")])
+def test_amd_spins_more_often(monkeypatch: pytest.MonkeyPatch, vendor: str, count: str) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
+    assert tuning.spin_count() == count
+
+
+def test_without_a_description_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert tuning.spin_count() == "10000"
