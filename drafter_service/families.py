@@ -6,11 +6,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import is_drafter_name
+
+if TYPE_CHECKING:
+    from drafter_service.drafters.dflash.checkpoint import Kind
 
 _SPEC = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?P<family>[\w-]+)(?::(?P<model>.+))?")
 
@@ -108,13 +112,37 @@ def _make_mtp(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
 
 
 def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.dflash.checkpoint import DFLASH
+
+    return _make_block_drafter(spec, config, spec.model or pretrained("dflash"), DFLASH)
+
+
+def _make_dflash2(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.dflash2.checkpoint import DFLASH2
+
+    return _make_block_drafter(spec, config, spec.model, DFLASH2)
+
+
+def _make_dspark(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.dspark.checkpoint import DSPARK
+
+    return _make_block_drafter(spec, config, spec.model, DSPARK)
+
+
+def _make_block_drafter(spec: DrafterSpec, config: DrafterConfig, model: str, kind: Kind) -> Drafter:
     from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
     from drafter_service.drafters.dflash.drafter import DFlashDrafter
 
-    model = spec.model or pretrained("dflash")
+    if not model:
+        raise InvalidArgumentError(
+            f"The {spec.family} drafter needs a model; write --drafter {spec.family}:FOLDER-OR-HUB-ID.",
+            field="drafter",
+        )
     return DFlashDrafter(
         spec.name,
-        DFlashCheckpoint.load(model, dtype=config.dtype, device=config.device, threads=config.threads),
+        DFlashCheckpoint.load(
+            model, dtype=config.dtype, device=config.device, threads=config.threads, kind=kind
+        ),
         kv_budget_bytes=int(config.kv_cache_mib * 2**20),
         max_draft_depth=config.max_draft_depth,
         max_draft_nodes=config.max_draft_nodes,
@@ -132,6 +160,8 @@ FAMILIES: Mapping[str, DrafterFactory] = {
     "causal-lm": _make_causal_lm,
     "mtp": _make_mtp,
     "dflash": _make_dflash,
+    "dflash2": _make_dflash2,
+    "dspark": _make_dspark,
 }
 
 

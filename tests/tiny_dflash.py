@@ -118,3 +118,60 @@ def _write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def save_as_dflash2(source: Path, folder: Path, *, seed: int = 3) -> Path:
+    """Write the drafter in `source` as z-lab writes DFlash 2, with random convolutions and selector."""
+    muse = json.loads((source / "config.json").read_text())
+    size, taps, group, rank = muse["hidden_size"], 2, 8, 6
+    random = torch.Generator().manual_seed(seed)
+    weights = {
+        "candidate_selector.predecessor_codebook": torch.randn(VOCAB_SIZE, rank, generator=random),
+        "candidate_selector.successor_codebook": torch.randn(VOCAB_SIZE, rank, generator=random),
+        "candidate_selector.hidden_projection.weight": torch.randn(rank, size, generator=random),
+    }
+    for layer in range(muse["num_hidden_layers"]):
+        for name in ("attention_conv", "mlp_conv"):
+            prefix = f"layers.{layer}.{name}"
+            made = 2 * taps * size // group
+            weights[f"{prefix}.base_kernel"] = torch.randn(2, taps, size, generator=random) * 0.5
+            weights[f"{prefix}.kernel_projection.weight"] = torch.randn(made, size, generator=random) * 0.1
+    own = {"conv_kernel_size": taps, "conv_group_size": group, "selector_rank": rank, "selector_top_k": 8}
+    names = ("block_size", "mask_token_id", "target_layer_ids")
+    save_as_z_lab(
+        source,
+        folder,
+        architectures=["DFlash2DraftModel"],
+        is_causal=False,
+        dflash_config={**{name: muse[name] for name in names}, **own},
+    )
+    return _add(folder, weights)
+
+
+def save_as_dspark(source: Path, folder: Path, *, kind: str = "vanilla", seed: int = 4) -> Path:
+    """Write the drafter in `source` as speculators writes DSpark, with a random bias and confidence head."""
+    size, rank = json.loads((source / "config.json").read_text())["hidden_size"], 6
+    random = torch.Generator().manual_seed(seed)
+    shapes = {
+        "markov_head.markov_w1.weight": (VOCAB_SIZE, rank),
+        "markov_head.markov_w2.weight": (VOCAB_SIZE, rank),
+        "confidence_head.proj.weight": (1, size + rank),
+        "confidence_head.proj.bias": (1,),
+    }
+    if kind == "gated":
+        shapes |= {"markov_head.gate_proj.weight": (rank, size + rank), "markov_head.gate_proj.bias": (rank,)}
+    if kind == "rnn":
+        shapes["markov_head.joint_proj.weight"] = (3 * rank, 2 * rank + size)
+        shapes["markov_head.joint_proj.bias"] = (3 * rank,)
+    weights = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    save_as_speculators(
+        source, folder, speculators_model_type="dspark", markov_rank=rank, markov_head_type=kind
+    )
+    return _add(folder, weights)
+
+
+def _add(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Add weights to a checkpoint."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | weights, path, metadata={"format": "pt"})
+    return folder

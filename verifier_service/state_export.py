@@ -100,6 +100,7 @@ class StateExport:
             tensors=tuple(self._tensor_ref(name) for name in (GENERATIONS, *names)),
             block_ids=allocation.blocks,
             block_tokens=BLOCK_TOKENS,
+            projection_sha256=spec.projection.sha256 if spec.projection else "",
         )
         state = ExportedState(ref, spec, allocation, frozenset(hidden_names))
         self._sessions[ref.session_id] = state

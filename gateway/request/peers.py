@@ -155,17 +155,14 @@ class Peers:
         )
 
     def _find_state_spec(self) -> TargetStateSpec | None:
-        """Return what the drafters read of the target; None: nothing, or the drafters are not known yet.
-
-        Where two drafters cannot be served together, the first is served.
-        """
+        """Return what the drafters read of the target; None: nothing, or the drafters are not known yet."""
         session: TargetStateSpec | None = None
         for proposer in self._plan.drafting.proposers:
             infos = self._backends.drafters.known_infos
             found = (find_drafter(info, proposer.drafter) for info in infos)
             spec = _state_spec(next((drafter for drafter in found if drafter), None))
             if spec:
-                session = (session.union(spec) or session) if session else spec
+                session = session.union(spec) if session else spec
         return session
 
     def _fits(self, name: str, info: drafter_pb2.DrafterServiceGetInfoResponse) -> bool:
@@ -174,7 +171,7 @@ class Peers:
         if drafter is None:
             return False
         spec, session = _state_spec(drafter), self._state_spec
-        return spec is None or (session is not None and session.union(spec) == session)
+        return spec is None or (session is not None and session.serves(spec))
 
 
 class LeasedDrafterSession:

@@ -100,23 +100,32 @@ class TargetStateSpec:
         """Names of its layers' hidden states, each once: what a projection takes the place of."""
         return tuple(hidden_name(layer_id) for layer_id in dict.fromkeys(self.hidden_layer_ids))
 
-    def union(self, other: TargetStateSpec) -> TargetStateSpec | None:
-        """Return what serves drafters of both specs; None: they want hidden states of layers that differ.
+    def union(self, other: TargetStateSpec) -> TargetStateSpec:
+        """Return what serves drafters of both specs.
 
-        A projection is of all hidden states in the spec, in order, so two such lists cannot be made one.
+        A projection is of all hidden states in a spec, in order. So the union of specs whose hidden states or
+        projections differ has none, and their drafters project for themselves.
         """
-        with_hidden = self if self.hidden_layer_ids else other
-        if other.hidden_layer_ids and (with_hidden.hidden_layer_ids, with_hidden.projection) != (
-            other.hidden_layer_ids,
-            other.projection,
-        ):
-            return None
+        hidden = (self.hidden_layer_ids, self.projection), (other.hidden_layer_ids, other.projection)
+        layer_ids, projection = next((one for one in hidden if one[0]), hidden[0])
+        if any(one[0] and one != (layer_ids, projection) for one in hidden):
+            layer_ids = tuple(dict.fromkeys((*self.hidden_layer_ids, *other.hidden_layer_ids)))
+            projection = None
         return TargetStateSpec(
-            with_hidden.hidden_layer_ids,
+            layer_ids,
             self.last_hidden_state or other.last_hidden_state,
             tuple(dict.fromkeys((*self.kv_layer_ids, *other.kv_layer_ids))),
             self.kv_last_of_each_attention_type or other.kv_last_of_each_attention_type,
-            with_hidden.projection,
+            projection,
+        )
+
+    def serves(self, other: TargetStateSpec) -> bool:
+        """Whether a session that exports this has all that a drafter of the other spec reads."""
+        return (
+            set(other.hidden_layer_ids) <= set(self.hidden_layer_ids)
+            and self.last_hidden_state >= other.last_hidden_state
+            and set(other.kv_layer_ids) <= set(self.kv_layer_ids)
+            and self.kv_last_of_each_attention_type >= other.kv_last_of_each_attention_type
         )
 
     def to_proto(self) -> pb.TargetStateSpec:
@@ -235,10 +244,14 @@ class TargetStateRef:
     tensors: tuple[TensorRef, ...] = field(default=(), repr=False)
     block_ids: tuple[int, ...] = field(default=(), repr=False)
     block_tokens: int = 0
+    projection_sha256: str = field(default="", repr=False)
+    """Checksum of the projection that the verifier makes for this session; empty: it makes none."""
 
     def at(self, cached_length: int) -> TargetStateRef:
         """Return the handle as later rounds carry it: lengths only."""
-        return replace(self, cached_length=cached_length, tensors=(), block_ids=(), block_tokens=0)
+        return replace(
+            self, cached_length=cached_length, tensors=(), block_ids=(), block_tokens=0, projection_sha256=""
+        )
 
     def to_proto(self) -> pb.TargetStateRef:
         """Return the message of the handle."""
@@ -250,6 +263,7 @@ class TargetStateRef:
             tensors=[tensor.to_proto() for tensor in self.tensors],
             block_ids=self.block_ids,
             block_tokens=self.block_tokens,
+            projection_sha256=self.projection_sha256,
         )
 
     @classmethod
@@ -263,4 +277,5 @@ class TargetStateRef:
             tensors=tuple(TensorRef.from_proto(tensor) for tensor in message.tensors),
             block_ids=tuple(message.block_ids),
             block_tokens=message.block_tokens,
+            projection_sha256=message.projection_sha256,
         )

@@ -172,7 +172,11 @@ class StateReader:
             max_length,
             device=self.config.device,
             projection=projection,
-            is_projected=projection is not None and self.config.stream_projected,
+            is_projected=(
+                self.config.stream_projected
+                and projection is not None
+                and ref.projection_sha256 == projection.info.sha256
+            ),
         )
 
     async def release(self, link: Link) -> None:

@@ -41,7 +41,8 @@ SEVERAL = [*ALONE, block_round([9, 1], 60, 1, 5), block_round([7], 0, 20, 8)]
 
 @pytest.mark.parametrize("parts", [ALONE, SEVERAL], ids=["one session", "several"])
 @pytest.mark.parametrize(
-    "mask", [LayerMask(), LayerMask(reach=30), LayerMask(reach=4), LayerMask(is_causal=True)]
+    "mask",
+    [LayerMask(), LayerMask(reach=30), LayerMask(reach=4), LayerMask(ahead=0), LayerMask(reach=2, ahead=2)],
 )
 @pytest.mark.parametrize("are_packed", [True, False])
 def test_the_kernel_attends_as_torch_does(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from specdec.contract.target_state import ProjectionInfo, TargetStateSpec
 
 PROJECTION = ProjectionInfo("ab" * 32, 64, 32, 1e-6, "float32")
@@ -21,6 +23,20 @@ def test_kv_layers_are_joined() -> None:
     ) == TargetStateSpec(kv_layer_ids=(3, 1, 2))
 
 
-def test_hidden_states_that_differ_cannot_be_had_together() -> None:
-    assert DFLASH.union(TargetStateSpec(hidden_layer_ids=(0, 1))) is None
-    assert DFLASH.union(TargetStateSpec(hidden_layer_ids=(0, 2))) is None
+@pytest.mark.parametrize("layer_ids", [(0, 1), (0, 2), (2, 0)])
+def test_a_projection_is_of_one_list_of_layers(layer_ids: tuple[int, ...]) -> None:
+    """Where lists or projections differ, drafters get the states as they are."""
+    other = TargetStateSpec(hidden_layer_ids=layer_ids)
+    both = DFLASH.union(other)
+    assert both == TargetStateSpec(hidden_layer_ids=tuple(dict.fromkeys((0, 2, *layer_ids))))
+    assert both.union(DFLASH) == both
+    assert all(both.serves(spec) for spec in (DFLASH, other, both))
+
+
+def test_a_session_serves_what_it_has() -> None:
+    both = MTP.union(DFLASH)
+    assert all(both.serves(spec) for spec in (MTP, DFLASH, TargetStateSpec(hidden_layer_ids=(2,)), both))
+    assert not MTP.serves(DFLASH)
+    assert not DFLASH.serves(MTP)
+    assert not DFLASH.serves(TargetStateSpec(hidden_layer_ids=(0, 1)))
+    assert not TargetStateSpec(kv_layer_ids=(1,)).serves(TargetStateSpec(kv_layer_ids=(1, 2)))

@@ -1,24 +1,29 @@
 """DFlash checkpoints of three kinds: z-lab's, those of vLLM's `speculators`, and transformers' own.
 
 They hold the same decoder under different names; some bring a head of their own, all others use the target's.
+Families that grew out of DFlash say by a `Kind` what is different.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import MuseGlimmerAssistantModel
+from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
 from drafter_service.drafters.dflash.config import DFlashSettings, read_config
+from drafter_service.drafters.dflash.links import Links
 from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.drafters.head import read_draft_vocab
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import model_id, resolve_model, revision
+from specdec.runtime.decoder.layers import Layer
 from specdec.runtime.loading import usable_device
 from specdec.state.view import Projection
 
@@ -32,10 +37,47 @@ _IGNORED = ("embed_tokens.", "verifier_norm.", "verifier_lm_head.", "t2d")
 """Weights of `speculators` that are the target's, or repeat what other weights say."""
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a family has beside the decoder and the LM head."""
+
+    links: Links | None = None
+    """What makes a draft depend on the one before it; None: drafts of a block do not depend on each other."""
+    changes: Sequence[Callable[[Layer], Layer]] = ()
+    """What is made of each decoder layer; empty: they stay as they are."""
+    begin: Callable[[Sequence[int], torch.device], None] = lambda lengths, device: None
+    """Is told the lengths of a pass's blocks before it runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that is being read; parts are taken out of its weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    weights: dict[str, Tensor]
+    settings: DFlashSettings
+    hidden_size: int
+    draft_order: Tensor | None
+    """Rows [draft_vocab_size] of what a checkpoint has for each token that it drafts, in order of their ids;
+    None: they are in that order, or there is no draft vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A family of block drafters: how its config is read, and its parts."""
+
+    family: str
+    read_config: Callable[[Mapping[str, Any]], tuple[MuseGlimmerAssistantConfig, DFlashSettings]]
+    take_parts: Callable[[Source], Parts]
+    """Raises KeyError, RuntimeError, TypeError or ValueError where weights are missing or do not fit."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class DFlashCheckpoint:
-    """A DFlash checkpoint in memory."""
+    """A checkpoint of a block drafter in memory."""
 
+    family: str
     model_id: str
     revision: str
     settings: DFlashSettings
@@ -46,28 +88,31 @@ class DFlashCheckpoint:
     """The checkpoint's own head [draft_vocab_size, hidden_size]; None: the target's is used."""
     draft_vocab: Tensor | None
     """Token ids [draft_vocab_size] the head covers, ascending; None: all."""
-    markov: MarkovHead | None
-    """What makes a draft depend on the one before it; None: drafts of a block do not depend on each other."""
+    parts: Parts
 
     @classmethod
-    def load(cls, model: str, *, dtype: str, device: str, threads: int = 0) -> DFlashCheckpoint:
+    def load(
+        cls, model: str, *, dtype: str, device: str, threads: int = 0, kind: Kind | None = None
+    ) -> DFlashCheckpoint:
         """Load a folder or hub id.
 
         Args:
             threads: CPU threads of this process's models; 0: as torch chooses.
+            kind: the family that it is to be of; None: DFlash.
 
         Raises:
             NotFoundError: there is no such checkpoint.
-            InvalidArgumentError: it is not a DFlash drafter of a kind that is supported, it is damaged, or
-                the device does not exist.
+            InvalidArgumentError: it is not a drafter of a kind that is supported, it is damaged, or the
+                device does not exist.
         """
+        kind = kind or DFLASH
         folder = resolve_model(model)
         target = usable_device(device)
         if threads:
             torch.set_num_threads(threads)
         try:
             config = json.loads((folder / "config.json").read_text())
-            decoder_config, settings = read_config(config)
+            decoder_config, settings = kind.read_config(config)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"{folder}: {error.message}", field="drafter") from error
         except Exception as error:  # a broken config surfaces as many types
@@ -77,15 +122,17 @@ class DFlashCheckpoint:
         weights = _read_weights(folder, target)
         decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
-        lm_head, draft_vocab = _take_head(folder, weights, settings.vocab_size, decoder_config.hidden_size)
+        hidden_size = decoder_config.hidden_size
+        lm_head, draft_vocab, order = _take_head(folder, weights, settings.vocab_size, hidden_size)
         if lm_head is not None and draft_vocab is None:
             settings = replace(settings, vocab_size=len(lm_head))
         if draft_vocab is None:
             draft_vocab = read_draft_vocab(folder, settings.vocab_size, decoder.device)
-        markov = _take_markov(folder, weights, decoder)
+        parts = _take_parts(kind, Source(folder, config, weights, settings, hidden_size, order), decoder)
         _fill(folder, decoder, weights)
         encoder = decoder.encoder
         return cls(
+            kind.family,
             model_id(model),
             revision(folder),
             settings,
@@ -93,7 +140,7 @@ class DFlashCheckpoint:
             Projection(encoder.fc.weight, encoder.output_norm_enc.weight, decoder_config.rms_norm_eps),
             None if lm_head is None else lm_head.to(decoder.dtype),
             draft_vocab,
-            markov,
+            parts,
         )
 
 
@@ -116,15 +163,15 @@ def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 def _take_head(
     folder: Path, weights: dict[str, Tensor], vocab_size: int, hidden_size: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Take head and draft vocabulary out of the weights; both are in order of token ids.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Take head and draft vocabulary out of the weights, both in order of token ids, and that order.
 
     Args:
         vocab_size: tokens the drafter knows; 0: unknown.
     """
     lm_head, offsets = weights.pop("lm_head.weight", None), weights.pop("d2t", None)
     if lm_head is None:
-        return None, None
+        return None, None, None
     if lm_head.ndim != 2 or not len(lm_head) or lm_head.shape[1] != hidden_size:
         raise InvalidArgumentError(
             f"{folder}: lm_head.weight is {list(lm_head.shape)}; it must have rows of the drafter's "
@@ -134,7 +181,7 @@ def _take_head(
     if offsets is not None:
         token_ids = _mapped_tokens(folder, offsets, len(lm_head), vocab_size)
         order = token_ids.argsort()
-        return lm_head[order], token_ids[order]
+        return lm_head[order], token_ids[order], order
     if len(lm_head) < vocab_size:
         raise InvalidArgumentError(
             f"{folder}: its head has {len(lm_head)} rows for a vocabulary of {vocab_size} tokens, and no d2t "
@@ -142,7 +189,7 @@ def _take_head(
             field="drafter",
         )
     # More rows than tokens are padding.
-    return lm_head[: vocab_size or None], None
+    return lm_head[: vocab_size or None], None, None
 
 
 def _mapped_tokens(folder: Path, offsets: Tensor, num_rows: int, vocab_size: int) -> Tensor:
@@ -166,20 +213,30 @@ def _mapped_tokens(folder: Path, offsets: Tensor, num_rows: int, vocab_size: int
     return token_ids
 
 
-def _take_markov(
-    folder: Path, weights: dict[str, Tensor], decoder: MuseGlimmerAssistantModel
-) -> MarkovHead | None:
-    """Take the weights of a Markov head out of a checkpoint's, where it has one."""
-    own = split_weights(weights)
-    if not own:
-        return None
+def _take_parts(kind: Kind, source: Source, decoder: MuseGlimmerAssistantModel) -> Parts:
+    """Take what a family has beside the decoder out of a checkpoint's weights, in the decoder's data type."""
+    names = [name for name, weight in source.weights.items() if weight.is_floating_point()]
+    source.weights.update({name: source.weights[name].to(decoder.dtype) for name in names})
     try:
-        return MarkovHead.of(own, decoder.config.hidden_size).to(decoder.dtype)
-    except (KeyError, RuntimeError, TypeError) as error:
+        return kind.take_parts(source)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidArgumentError(
-            f"{folder}: its {PREFIX}* weights do not fit {decoder.config.hidden_size} elements: {error}",
+            f"{source.folder}: the weights that it has as a {kind.family} drafter do not fit its "
+            f"{source.hidden_size} elements: {error}",
             field="drafter",
         ) from error
+
+
+def _take_markov(source: Source) -> Parts:
+    """Take the weights of a Markov head, where a checkpoint has one."""
+    own = split_weights(source.weights)
+    try:
+        return Parts(MarkovHead.of(own, source.hidden_size) if own else None)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{PREFIX}*: {error}") from error
+
+
+DFLASH = Kind("dflash", read_config, _take_markov)
 
 
 def _fill(folder: Path, decoder: MuseGlimmerAssistantModel, weights: dict[str, Tensor]) -> None:

@@ -16,6 +16,8 @@ from drafter_service.drafters.dflash.layers import LayerMask
 from specdec.contract.errors import InvalidArgumentError
 
 _SLIDING = "sliding_attention"
+_OTHERS = {"dflash2": "dflash2", "dspark": "dspark", "eagle": "eagle3"}
+"""What the names of other kinds contain, and the families that run them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,23 @@ def read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
     """
     if config.get("model_type") == "muse_glimmer_assistant":
         return _read_transformers(config)
-    if "speculators_model_type" in config:
-        return _read_speculators(config)
-    if "dflash_config" in config or "DFlashDraftModel" in config.get("architectures", ()):
-        return _read_z_lab(config)
-    kind = config.get("architectures") or config.get("model_type")
+    if config.get("speculators_model_type") == "dflash":
+        return read_speculators(config)
+    architecture = next(iter(config.get("architectures") or ()), "")
+    if is_z_lab(config, "DFlashDraftModel") or ("dflash_config" in config and not architecture):
+        return read_z_lab(config)
+    kind = config.get("speculators_model_type") or architecture or config.get("model_type")
+    if other := next((name for word, name in _OTHERS.items() if word in str(kind).lower()), ""):
+        raise InvalidArgumentError(f"it holds {kind}; write --drafter {other}:MODEL.")
     raise InvalidArgumentError(
         f"it holds {kind}; the dflash drafter runs DFlashDraftModel, speculators' dflash and "
         "muse_glimmer_assistant."
     )
+
+
+def is_z_lab(config: Mapping[str, Any], architecture: str) -> bool:
+    """Whether a config is of z-lab's format, and of a model of that class."""
+    return "speculators_model_type" not in config and architecture in (config.get("architectures") or ())
 
 
 def _read_transformers(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
@@ -85,10 +95,13 @@ def _read_transformers(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantC
     )
 
 
-def _read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
+def read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
+    """Read a config as z-lab writes it.
+
+    Raises:
+        InvalidArgumentError: a value is missing, or of no use.
+    """
     own = {**config, **config.get("dflash_config", {})}
-    if any(name.startswith("DFlash2") for name in config.get("architectures", ())):
-        raise InvalidArgumentError("it holds a DFlash2DraftModel, which the dflash drafter does not support.")
     layer_ids = _layer_ids(own.get("target_layer_ids"))
     source = Qwen3Config(**config)
     return _decoder_config(source, layer_ids), DFlashSettings(
@@ -106,10 +119,14 @@ def _read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
     )
 
 
-def _read_speculators(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
-    kind, projector = config["speculators_model_type"], config.get("projector_type", "dflash")
-    if (kind, projector) != ("dflash", "dflash"):
-        raise InvalidArgumentError(f"it holds a speculator of type {kind!r} ({projector}), not dflash.")
+def read_speculators(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
+    """Read a config as vLLM's `speculators` writes it.
+
+    Raises:
+        InvalidArgumentError: a value is missing, or of no use.
+    """
+    if (projector := config.get("projector_type", "dflash")) != "dflash":
+        raise InvalidArgumentError(f"its projector_type is {projector!r}, which is not supported.")
     if config.get("shift_label"):
         raise InvalidArgumentError("its labels are shifted (shift_label), which is not supported.")
     layers = config["transformer_layer_config"]
@@ -167,8 +184,9 @@ def _masks(source: Qwen3Config, config: Mapping[str, Any], is_causal: bool | Non
     for kind in source.layer_types:
         slides = kind == _SLIDING
         causal = slides if is_causal is None else is_causal
-        # A window counts the query's own position.
-        masks.append(LayerMask(reach if slides else None, causal))
+        # A window counts the query's own position. A short one hides what is as far ahead as well.
+        own = reach if slides else None
+        masks.append(LayerMask(own, 0 if causal else own))
     return tuple(masks)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from drafter_service.drafters.base import (
@@ -63,10 +63,11 @@ class DFlashDrafter(Drafter):
             scale=settings.logit_scale,
             softcap=settings.logit_softcap,
         )
-        self._layers = BlockForward(model)
-        if checkpoint.markov:
-            prepack_linears(checkpoint.markov)
-        self._picker = BlockPicker(self._head, checkpoint.markov, self._dtype, self._device)
+        parts = checkpoint.parts
+        self._layers, self._begin = BlockForward(model, parts.changes), parts.begin
+        if isinstance(parts.links, nn.Module):
+            prepack_linears(parts.links)
+        self._picker = BlockPicker(self._head, parts.links, self._device)
         shape = KvShape(config.num_key_value_heads, config.head_dim, config.head_dim)
         self.kv_pool = self._pool = KvPool(
             dict.fromkeys(range(config.num_hidden_layers), shape),
@@ -77,7 +78,7 @@ class DFlashDrafter(Drafter):
         max_depth = min(max_draft_depth, settings.max_draft_depth)
         self.traits = DrafterTraits(
             name=name,
-            family="dflash",
+            family=checkpoint.family,
             max_draft_depth=max_depth,
             max_draft_nodes=max_draft_nodes,
             default_draft_depth=min(settings.default_draft_depth or max_depth, max_depth),
@@ -185,6 +186,7 @@ class DFlashDrafter(Drafter):
         weights = rounds[0].session.target_weights
         assert weights is not None
         token_ids = torch.tensor([token for part in rounds for token in part.block], device=self._device)
+        self._begin([len(part.block) for part in rounds], self._device)
         states = self._layers(
             torch.cat([part.context for part in rounds]),
             self._embed(token_ids, weights),

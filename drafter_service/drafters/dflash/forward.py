@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +11,24 @@ from transformers import MuseGlimmerAssistantModel
 
 from drafter_service.drafters.dflash.layers import BlockKv
 from specdec.runtime.decoder.families import final_norm_of, layer_of, rotaries_of
-from specdec.runtime.decoder.layers import AttentionShape
+from specdec.runtime.decoder.layers import AttentionShape, Layer
 
 
 class BlockForward:
-    """A draft pass without context projection and head; it takes the model's layers over."""
+    """A draft pass without context projection and head; it takes the model's layers over.
 
-    def __init__(self, model: MuseGlimmerAssistantModel) -> None:
+    Args:
+        changes: what is made of each layer; empty: they stay as they are.
+    """
+
+    def __init__(
+        self, model: MuseGlimmerAssistantModel, changes: Sequence[Callable[[Layer], Layer]] = ()
+    ) -> None:
         decoder: Any = model
         self._rotaries = rotaries_of(decoder)
         self._layers = [layer_of(decoder, index) for index in range(len(decoder.layers))]
+        if changes:
+            self._layers = [change(layer) for change, layer in zip(changes, self._layers, strict=True)]
         self._norm = final_norm_of(decoder)
         del decoder.layers, decoder.encoder
 

@@ -23,18 +23,22 @@ class LayerMask:
 
     reach: int | None = None
     """How far back a query sees from its own position, that key included; None: all the way."""
-    is_causal: bool = False
-    """Whether later keys of the block are hidden from a query."""
+    ahead: int | None = None
+    """How far ahead a query sees within its block; 0: it is causal; None: to the block's end."""
 
     def seen(self, queries: Tensor, keys: Tensor) -> Tensor | None:
         """Return which keys each query sees [num_queries, num_keys], by position; None: all of them."""
         seen = None
         if self.reach is not None:
             seen = queries[:, None] - keys <= self.reach
-        if self.is_causal:
-            causal = keys <= queries[:, None]
-            seen = causal if seen is None else seen & causal
+        if self.ahead is not None:
+            near = keys - queries[:, None] <= self.ahead
+            seen = near if seen is None else seen & near
         return seen
+
+    def stop(self, position: int, block_stop: int) -> int:
+        """Return the position after the last key that the query at a position sees."""
+        return block_stop if self.ahead is None else min(position + self.ahead + 1, block_stop)
 
 
 class BlockKv(Protocol):

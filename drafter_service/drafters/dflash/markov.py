@@ -1,19 +1,22 @@
-"""A head that lets the drafts of one block depend on each other.
+"""The links of the DFlash drafters that are trained here: a small head that corrects states.
 
-The places of a block are computed side by side, so each is a guess that does not know which token was picked
-before it. This small head corrects the state of a place by that token; nothing else of the block is computed
-again.
+A state is corrected by the embedding of the token before it, so the head learns little about many tokens from
+few, and needs no table of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
+from drafter_service.drafters.dflash.links import LinkedPlaces, Places
+from drafter_service.drafters.head import DraftHead
 from specdec.runtime.kernels import layer as kernels
+from specdec.state.weights import TargetWeights
 
 PREFIX = "markov."
 """Prefix of the head's weights in a checkpoint; checkpoints from elsewhere have no such weights."""
@@ -64,6 +67,30 @@ class MarkovHead(nn.Module):
         corrected: Tensor = self.out(silu(prepared + token))
         return corrected
 
+    def walk(self, places: Places, head: DraftHead, weights: TargetWeights) -> MarkovWalk:
+        """Prepare the part that does not depend on the tokens before; see `Links`."""
+        return MarkovWalk(self, places.states, self.prepared(places.states), head, weights)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MarkovWalk:
+    """A walk that corrects the state of each place before the LM head reads it."""
+
+    markov: MarkovHead
+    states: Tensor
+    prepared: Tensor
+    head: DraftHead
+    weights: TargetWeights
+
+    def begin(self) -> None:
+        """Return nothing: a place depends on one token only."""
+
+    def follow(self, rows: Tensor, before: Tensor, memory: Tensor | None) -> LinkedPlaces:
+        """Say what may follow tokens; see `Walk`."""
+        embeddings = self.weights.embed(before).to(self.states.dtype)
+        states = self.states[rows] + self.markov.correction(self.prepared[rows], embeddings)
+        return LinkedPlaces(self.head.logits(states, self.weights))
+
 
 def _normed(x: Tensor) -> Tensor:
     """Return the norm of rows [num_rows, size], as torch computes it without an epsilon of ours."""
@@ -74,5 +101,10 @@ def _normed(x: Tensor) -> Tensor:
 
 def split_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take the head's weights out of a checkpoint's; the result is empty where it has no such head."""
-    names = [name for name in weights if name.startswith(PREFIX)]
-    return {name.removeprefix(PREFIX): weights.pop(name) for name in names}
+    return take_weights(weights, PREFIX)
+
+
+def take_weights(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the weights with a prefix out of a checkpoint's, and their prefix away."""
+    names = [name for name in weights if name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights.pop(name) for name in names}

@@ -1,4 +1,4 @@
-"""From the states of a block to draft tokens: chains and trees, with and without a Markov head."""
+"""From the states of a block to draft tokens: chains and trees, with and without links between them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from drafter_service.drafters.base import Drafted, DraftSession
-from drafter_service.drafters.dflash.markov import MarkovHead
+from drafter_service.drafters.dflash.links import LinkedPlaces, Links, Places, Walk
 from drafter_service.drafters.dflash.rounds import BlockRound
 from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, GrowingTree
 from drafter_service.drafters.head import DraftHead
+from specdec.contract.draft_tree import ANCHOR
 from specdec.runtime.picks import PickContext
 from specdec.state.weights import TargetWeights
 
@@ -22,17 +23,11 @@ class BlockPicker:
 
     Args:
         head: the drafter's LM head, its own or the target's.
-        markov: makes a draft depend on the one before it; None: drafts of a block do not depend on each
-            other.
-        dtype: data type of the drafter's states.
-        device: device of the drafter's states.
+        links: make a draft depend on the one before it; None: drafts of a block do not depend on each other.
     """
 
-    def __init__(
-        self, head: DraftHead, markov: MarkovHead | None, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._head, self._markov = head, markov
-        self._dtype, self._device = dtype, device
+    def __init__(self, head: DraftHead, links: Links | None, device: torch.device) -> None:
+        self._head, self._links, self._device = head, links, device
 
     def draft(self, rounds: Sequence[BlockRound], states: Tensor, weights: TargetWeights) -> list[Drafted]:
         """Pick every round's draft, chains and trees apart.
@@ -41,30 +36,28 @@ class BlockPicker:
             states: states of the blocks [num_rows, hidden_size], round after round.
         """
         blocks = states.split([len(part.block) for part in rounds])
-        # The anchor's own place comes first, and drafts nothing unless the checkpoint says so.
-        places = [block[-part.num_drafts :] for part, block in zip(rounds, blocks, strict=True)]
         drafts: list[Drafted] = [[] for _ in rounds]
         for draft, is_tree in ((self._draft_chains, False), (self._draft_trees, True)):
             chosen = [index for index, part in enumerate(rounds) if (part.tree is not None) == is_tree]
             if chosen:
-                own = torch.cat([places[index] for index in chosen])
+                own = [blocks[index] for index in chosen]
                 found = draft([rounds[index] for index in chosen], own, weights)
                 for index, drafted in zip(chosen, found, strict=True):
                     drafts[index] = drafted
         return drafts
 
     def _draft_chains(
-        self, rounds: Sequence[BlockRound], states: Tensor, weights: TargetWeights
+        self, rounds: Sequence[BlockRound], blocks: Sequence[Tensor], weights: TargetWeights
     ) -> Sequence[Drafted]:
         """Pick the likeliest token of every place.
 
         Args:
-            states: states of the places that draft [num_rows, hidden_size], round after round.
+            blocks: each block's states [num_rows, hidden_size].
         """
-        if self._markov:
-            return self._draft_in_order(rounds, states, self._markov, weights)
+        if self._links:
+            return self._draft_in_order(rounds, self._walk(self._links, rounds, blocks, weights), weights)
         counts = [part.num_drafts for part in rounds]
-        logits = self._head.logits(states, weights)
+        logits = self._head.logits(_drafting(rounds, blocks), weights)
         contexts = [_pick_context(part.session) for part in rounds]
         picks = self._head.pick(logits, counts, contexts, weights)
         return [
@@ -72,45 +65,63 @@ class BlockPicker:
             for part, rows, draft in zip(rounds, logits.split(counts), picks, strict=True)
         ]
 
-    def _draft_in_order(
-        self, rounds: Sequence[BlockRound], states: Tensor, markov: MarkovHead, weights: TargetWeights
-    ) -> list[list[int]]:
-        """Pick token by token, the rounds side by side: each pick corrects the state of the next place.
+    def _walk(
+        self, links: Links, rounds: Sequence[BlockRound], blocks: Sequence[Tensor], weights: TargetWeights
+    ) -> Walk:
+        """Return the links' walk over all places that draft."""
+        anchors = torch.tensor([part.block[0] for part in rounds], device=self._device)
+        anchor_states = None
+        if len(rounds[0].block) > rounds[0].num_drafts:
+            anchor_states = torch.stack([block[0] for block in blocks])
+        return links.walk(Places(_drafting(rounds, blocks), anchors, anchor_states), self._head, weights)
 
-        Args:
-            states: states of the places that draft [num_rows, hidden_size], round after round.
-        """
-        prepared = markov.prepared(states)
-        firsts = list(accumulate((part.num_drafts for part in rounds), initial=0))
+    def _draft_in_order(
+        self, rounds: Sequence[BlockRound], walk: Walk, weights: TargetWeights
+    ) -> list[list[int]]:
+        """Pick token by token, the rounds side by side: each pick corrects the next place."""
+        firsts = _firsts(rounds)
         drafts: list[list[int]] = [[] for _ in rounds]
-        running = list(range(len(rounds)))
+        running, memory = list(range(len(rounds))), walk.begin()
         for step in range(max(part.num_drafts for part in rounds)):
-            rows = torch.tensor([firsts[index] + step for index in running], device=self._device)
+            rows = self._indices([firsts[index] + step for index in running])
             before = [drafts[index][-1] if step else rounds[index].block[0] for index in running]
-            embeddings = weights.embed(torch.tensor(before, device=self._device)).to(self._dtype)
-            logits = self._head.logits(states[rows] + markov.correction(prepared[rows], embeddings), weights)
+            found = walk.follow(rows, self._indices(before), memory)
             contexts = [_pick_context(rounds[index].session, drafts[index]) for index in running]
-            picks = self._head.pick(logits, [1] * len(running), contexts, weights)
-            running = [
-                index
-                for index, (pick,), row in zip(running, picks, logits, strict=True)
-                if self._head.extend(drafts[index], pick, row, rounds[index].session.min_draft_confidence)
+            picks = self._head.pick(found.logits, [1] * len(running), contexts, weights)
+            going_on = [
+                row
+                for row, (index, (pick,)) in enumerate(zip(running, picks, strict=True))
+                if self._extend(rounds[index].session, drafts[index], pick, found, row)
                 and step + 1 < rounds[index].num_drafts
             ]
-            if not running:
+            if not going_on:
                 break
+            memory = None if found.memory is None else found.memory[going_on]
+            running = [running[row] for row in going_on]
         return drafts
 
+    def _extend(
+        self, session: DraftSession, draft: list[int], pick: int, found: LinkedPlaces, row: int
+    ) -> bool:
+        """Append a pick to a draft, unless it is unlikely and not the first; return whether it was likely."""
+        threshold = session.min_draft_confidence
+        if found.confidence is None or not threshold:
+            return self._head.extend(draft, pick, found.logits[row], threshold)
+        is_sure = bool(found.confidence[row] >= threshold)
+        if is_sure or not draft:
+            draft.append(pick)
+        return is_sure
+
     def _draft_trees(
-        self, rounds: Sequence[BlockRound], states: Tensor, weights: TargetWeights
+        self, rounds: Sequence[BlockRound], blocks: Sequence[Tensor], weights: TargetWeights
     ) -> Sequence[Drafted]:
         """Pick the likeliest paths, by the product of what their places say; arguments as of
         _draft_chains."""
         trees = [part.tree for part in rounds if part.tree]
-        if self._markov:
-            self._grow_trees(rounds, trees, states, self._markov, weights)
+        if self._links:
+            self._grow_trees(rounds, trees, self._walk(self._links, rounds, blocks, weights), weights)
             return [tree.tree() for tree in trees]
-        logits = self._head.logits(states, weights)
+        logits = self._head.logits(_drafting(rounds, blocks), weights)
         contexts = [_pick_context(part.session) for part in rounds]
         counts = [part.num_drafts for part in rounds]
         found = self._head.candidates(logits, counts, contexts, weights, MAX_CHILDREN)
@@ -120,17 +131,13 @@ class BlockPicker:
         self,
         rounds: Sequence[BlockRound],
         trees: Sequence[GrowingTree],
-        states: Tensor,
-        markov: MarkovHead,
+        walk: Walk,
         weights: TargetWeights,
     ) -> None:
-        """Expand every tree's likeliest leaves step by step; their tokens correct the next places' states.
-
-        Args:
-            states: states of the places that draft [num_rows, hidden_size], round after round.
-        """
-        prepared = markov.prepared(states)
-        firsts = list(accumulate((part.num_drafts for part in rounds), initial=0))
+        """Expand every tree's likeliest leaves step by step; their tokens correct the next places."""
+        firsts, first_memory = _firsts(rounds), walk.begin()
+        after: list[dict[int, Tensor]] = [{} for _ in rounds]
+        """What the links remember behind each node that was expanded, for each round."""
         for _ in range(max(part.num_drafts for part in rounds)):
             leaves = [(at, node) for at, tree in enumerate(trees) for node in tree.frontier()]
             if not leaves:
@@ -139,16 +146,27 @@ class BlockPicker:
             contexts = [
                 _pick_context(rounds[at].session, path) for (at, _), path in zip(leaves, paths, strict=True)
             ]
-            rows = torch.tensor(
-                [firsts[at] + len(path) for (at, _), path in zip(leaves, paths, strict=True)],
-                device=self._device,
-            )
-            before = torch.tensor([context.token_ids[-1] for context in contexts], device=self._device)
-            embeddings = weights.embed(before).to(self._dtype)
-            logits = self._head.logits(states[rows] + markov.correction(prepared[rows], embeddings), weights)
-            found = self._head.candidates(logits, [1] * len(leaves), contexts, weights, MAX_CHILDREN)
-            for (at, node), (candidates,) in zip(leaves, found, strict=True):
-                trees[at].expand(node, candidates)
+            rows = [firsts[at] + len(path) for (at, _), path in zip(leaves, paths, strict=True)]
+            memory = None
+            if first_memory is not None:
+                memory = torch.stack(
+                    [
+                        first_memory[at] if node == ANCHOR else after[at][trees[at].parent(node)]
+                        for at, node in leaves
+                    ]
+                )
+            before = [context.token_ids[-1] for context in contexts]
+            found = walk.follow(self._indices(rows), self._indices(before), memory)
+            families = self._head.candidates(found.logits, [1] * len(leaves), contexts, weights, MAX_CHILDREN)
+            for row, ((at, node), (candidates,)) in enumerate(zip(leaves, families, strict=True)):
+                threshold = rounds[at].session.min_draft_confidence
+                is_sure = found.confidence is None or bool(found.confidence[row] >= threshold)
+                trees[at].expand(node, candidates if is_sure or node == ANCHOR else ())
+                if found.memory is not None:
+                    after[at][node] = found.memory[row]
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self._device)
 
     def _num_sure(self, session: DraftSession, logits: Tensor, draft: Sequence[int]) -> int:
         """Count the tokens of a draft before the first unlikely one, at least one.
@@ -163,6 +181,19 @@ class BlockPicker:
             if self._head.confidence(logits[index], token_id) < threshold:
                 return max(index, 1)
         return len(draft)
+
+
+def _drafting(rounds: Sequence[BlockRound], blocks: Sequence[Tensor]) -> Tensor:
+    """Return the states of the places that draft [num_places, hidden_size], block after block.
+
+    The anchor's own place comes first, and drafts nothing unless the checkpoint says so.
+    """
+    return torch.cat([block[-part.num_drafts :] for part, block in zip(rounds, blocks, strict=True)])
+
+
+def _firsts(rounds: Sequence[BlockRound]) -> list[int]:
+    """Return where each round's places begin among all that draft."""
+    return list(accumulate((part.num_drafts for part in rounds), initial=0))
 
 
 def _by_depth(places: Sequence[Candidates]) -> Callable[[Sequence[int]], Candidates]:

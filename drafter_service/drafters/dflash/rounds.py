@@ -113,7 +113,7 @@ class PassKv:
             positions = range(part.anchor, part.stop)
             window = 0 if mask.reach is None else mask.reach + 1
             rows = [
-                RowKeys(at, first_key(position, window), position + 1 if mask.is_causal else part.stop)
+                RowKeys(at, first_key(position, window), mask.stop(position, part.stop))
                 for at, position in enumerate(positions, row)
             ]
             sessions.append(SessionRows(part.session.allocation.blocks, rows, part.stop))

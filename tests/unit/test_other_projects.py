@@ -1,0 +1,265 @@
+"""Drafters give what other projects' own code gives, for checkpoints as those projects write them.
+
+`tests/fixtures` holds small random checkpoints and what their code made of them; its README names the
+projects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from drafter_service.drafters.base import Drafted, DraftItem, OpenDraft
+from drafter_service.drafters.dflash.checkpoint import DFLASH, DFlashCheckpoint, Kind
+from drafter_service.drafters.dflash.drafter import DFlashDrafter
+from drafter_service.drafters.dflash.links import Places
+from drafter_service.drafters.dflash2.checkpoint import DFLASH2
+from drafter_service.drafters.dspark.checkpoint import DSPARK
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import InvalidArgumentError, SpecdecError
+from specdec.contract.sampling import SamplingParams
+from specdec.contract.target_state import hidden_name
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.state.view import TargetStateView
+from specdec.state.weights import TargetWeights
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+BLOCK_DRAFTERS: dict[str, Kind] = {
+    "dflash-zlab/full": DFLASH,
+    "dflash-zlab/sliding": DFLASH,
+    "dflash-zlab/sliding_noncausal": DFLASH,
+    "dflash-zlab/short_window": DFLASH,
+    "speculators-dflash/full": DFLASH,
+    "speculators-dflash/sliding_d2t": DFLASH,
+    "speculators-dflash/noncausal_anchor": DFLASH,
+    "dflash2/published": DFLASH2,
+    "dflash2/taps3_softcap": DFLASH2,
+    "dflash2/causal_unsaid": DFLASH2,
+    "dspark/vanilla": DSPARK,
+    "dspark/gated_d2t": DSPARK,
+    "dspark/rnn_bonus_anchor": DSPARK,
+    "dspark/sliding_d2t_bonus_anchor": DSPARK,
+    "dspark-deepspec/qwen3_vanilla": DSPARK,
+}
+WINDOW_FROM_ANCHOR = {
+    "speculators-dflash/sliding_d2t",
+    "speculators-dflash/noncausal_anchor",
+    "dspark/sliding_d2t_bonus_anchor",
+}
+"""Where the other project counts a window from the anchor, and this one from the row, as vLLM does: they
+agree in sessions that are shorter than the window less the block."""
+
+
+@dataclass
+class Case:
+    """One round of a session, as another project ran it."""
+
+    name: str
+    read: int
+    length: int
+    values: dict[str, Tensor]
+
+
+class OtherProject:
+    """A checkpoint, the target's states that it reads, and the rounds that another project ran with it."""
+
+    def __init__(self, variant: str) -> None:
+        self.folder = FIXTURES / variant
+        target = load_file(self.folder.parent / "target.safetensors")
+        self.hidden, self.token_ids = target["hidden_states"], target["token_ids"].tolist()
+        own = load_file(self.folder / "model.safetensors")
+        embedding = target.get("embedding", own.get("embed_tokens.weight"))
+        head = target.get("lm_head", own.get("lm_head.weight"))
+        assert embedding is not None
+        assert head is not None
+        self.weights = TargetWeights(embedding, head)
+        self._values = load_file(self.folder / "case.safetensors")
+
+    def sessions(self) -> dict[str, list[Case]]:
+        """Return the rounds of every session, in order."""
+        found: dict[str, list[Case]] = {}
+        is_short = str(self.folder.relative_to(FIXTURES)) in WINDOW_FROM_ANCHOR
+        names = {name.rsplit(".", 1)[0] for name in self._values if name.endswith(".context")}
+        for name in sorted(names):
+            values = {
+                key.removeprefix(f"{name}."): value
+                for key, value in self._values.items()
+                if key.startswith(f"{name}.")
+            }
+            read, length = values["context"].tolist()
+            if not is_short or length == 1:
+                found.setdefault(name.split(".")[0], []).append(Case(name, read, length, values))
+        assert found
+        return found
+
+    def view(self, drafter: DFlashDrafter, length: int) -> TargetStateView:
+        """Return the target's state of a round."""
+        spec = drafter.traits.target_state_spec
+        assert spec is not None
+        num_blocks = -(-len(self.token_ids) // BLOCK_TOKENS)
+        tensors = {
+            hidden_name(layer_id): torch.cat(
+                [self.hidden[layer_id + 1], torch.zeros(num_blocks * BLOCK_TOKENS, self.hidden.shape[2])]
+            )
+            for layer_id in spec.hidden_layer_ids
+        }
+        allocation = KvAllocation.of(range(num_blocks), torch.device("cpu"))
+        return TargetStateView(spec, tensors, [], allocation, length, drafter.projection)
+
+
+def load(variant: str, kind: Kind) -> tuple[OtherProject, DFlashCheckpoint, DFlashDrafter]:
+    other = OtherProject(variant)
+    checkpoint = DFlashCheckpoint.load(str(other.folder), dtype="float32", device="cpu", kind=kind)
+    drafter = DFlashDrafter("drafter", checkpoint, kv_budget_bytes=2**22, max_draft_depth=16)
+    return other, checkpoint, drafter
+
+
+def run(
+    other: OtherProject,
+    drafter: DFlashDrafter,
+    cases: Sequence[Case],
+    *,
+    num_nodes: int = 0,
+    confidence: float = 0.0,
+    temperature: float = 0.0,
+) -> Iterator[tuple[Case, Drafted, Tensor]]:
+    """Run the rounds of a session; yield what was drafted, and the states of the block."""
+    seen: list[Tensor] = []
+    draft = drafter._picker.draft
+
+    def recorded(rounds: Sequence[object], states: Tensor, weights: TargetWeights) -> list[Drafted]:
+        seen.append(states)
+        return draft(rounds, states, weights)  # type: ignore[arg-type]
+
+    drafter._picker.draft = recorded  # type: ignore[method-assign, assignment]
+    committed = other.token_ids[: cases[0].length + 1]
+    sampling = SamplingParams(temperature=temperature, seed=7 if temperature else None)
+    session = drafter.open(OpenDraft(tuple(committed), len(committed), 60, sampling, confidence))
+    session.target_weights = other.weights
+    for case in cases:
+        new = other.token_ids[len(session.token_ids) : case.length + 1]
+        session.commit(new, case.length + 1)
+        session.view = other.view(drafter, case.length)
+        assert case.read in (0, session.num_cached)
+        num_drafts = len(case.values["draft_ids"])
+        (drafted,) = drafter.propose([DraftItem(drafter, session, num_drafts, 1, num_nodes)])
+        assert not isinstance(drafted, Exception), drafted
+        yield case, drafted, seen[-1]
+    drafter.close(session)
+
+
+@pytest.mark.parametrize("variant", BLOCK_DRAFTERS)
+@torch.inference_mode()
+def test_states_and_drafts_are_those_of_the_other_project(variant: str) -> None:
+    other, _, drafter = load(variant, BLOCK_DRAFTERS[variant])
+    for cases in other.sessions().values():
+        for case, drafted, states in run(other, drafter, cases):
+            torch.testing.assert_close(states, case.values["hidden"][: len(states)], **CLOSE)
+            assert drafted == case.values["draft_ids"].tolist(), case.name
+
+
+@pytest.mark.parametrize("variant", [name for name, kind in BLOCK_DRAFTERS.items() if kind is DSPARK])
+@torch.inference_mode()
+def test_biases_and_confidences_are_those_of_the_other_project(variant: str) -> None:
+    other, checkpoint, drafter = load(variant, DSPARK)
+    links, head = checkpoint.parts.links, drafter._head
+    assert links is not None
+    for cases in other.sessions().values():
+        for case in cases:
+            values, drafts = case.values, case.values["draft_ids"]
+            first = len(values["hidden"]) - len(drafts)
+            places = Places(
+                values["hidden"][first:], values["block_ids"][:1], values["hidden"][:1] if first else None
+            )
+            walk = links.walk(places, head, other.weights)
+            memory, before = walk.begin(), values["block_ids"][:1]
+            for row, pick in enumerate(drafts):
+                found = walk.follow(torch.tensor([row]), before, memory)
+                torch.testing.assert_close(found.logits[0], values["biased_logits"][first + row], **CLOSE)
+                assert found.confidence is not None
+                expected = values["confidence_logits"][first + row].sigmoid()
+                torch.testing.assert_close(found.confidence[0], expected, **CLOSE)
+                memory, before = found.memory, pick[None]
+
+
+@pytest.mark.parametrize("variant", BLOCK_DRAFTERS)
+@torch.inference_mode()
+def test_a_tree_holds_the_chain(variant: str) -> None:
+    """The chain is a path of a tree that has room for it."""
+    other, _, drafter = load(variant, BLOCK_DRAFTERS[variant])
+    for cases in other.sessions().values():
+        for case, drafted, _ in run(other, drafter, cases, num_nodes=60):
+            assert isinstance(drafted, DraftTree)
+            paths = {
+                tuple(drafted.token_ids[at] for at in drafted.path_to(index)) for index in range(len(drafted))
+            }
+            assert tuple(case.values["draft_ids"][:2].tolist()) in paths
+
+
+@pytest.mark.parametrize("variant", [name for name, kind in BLOCK_DRAFTERS.items() if kind is DSPARK])
+@torch.inference_mode()
+def test_a_draft_ends_before_the_first_place_that_is_not_sure(variant: str) -> None:
+    other, _, drafter = load(variant, DSPARK)
+    for cases in other.sessions().values():
+        expected = [case.values["draft_ids"].tolist() for case in cases]
+        sure = [
+            case.values["confidence_logits"][-len(draft) :].sigmoid()
+            for case, draft in zip(cases, expected, strict=True)
+        ]
+        threshold = float(torch.cat(sure).quantile(0.4))
+        lengths = [
+            max(1, next((at for at, own in enumerate(places) if own < threshold), len(places)))
+            for places in sure
+        ]
+        for (_, drafted, _), draft, length in zip(
+            run(other, drafter, cases, confidence=threshold), expected, lengths, strict=True
+        ):
+            assert drafted == draft[:length]
+
+
+@pytest.mark.parametrize("variant", [name for name, kind in BLOCK_DRAFTERS.items() if kind is DFLASH2])
+@torch.inference_mode()
+def test_sampled_drafts_are_candidates(variant: str) -> None:
+    other, _, drafter = load(variant, DFLASH2)
+    for cases in other.sessions().values():
+        for case, drafted, _ in run(other, drafter, cases, temperature=1.0):
+            assert isinstance(drafted, list)
+            for token_id, candidates in zip(drafted, case.values["candidate_ids"], strict=True):
+                assert token_id in candidates
+
+
+def test_sessions_side_by_side_do_not_touch_each_other() -> None:
+    """Convolutions end where a block does."""
+    other, _, drafter = load("dflash2/taps3_softcap", DFLASH2)
+    alone, items = list[Drafted | SpecdecError](), list[DraftItem]()
+    for length in (20, 9, 31):
+        for is_alone in (True, False):
+            committed = tuple(other.token_ids[: length + 1])
+            session = drafter.open(OpenDraft(committed, len(committed), 60))
+            session.target_weights, session.view = other.weights, other.view(drafter, length)
+            items.append(DraftItem(drafter, session, 3 + length % 4, 1))
+            if is_alone:
+                alone += drafter.propose([items.pop()])
+    assert drafter.propose(items) == alone
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant", "message"),
+    [
+        (DFLASH, "dflash2/published", "it holds DFlash2DraftModel; write --drafter dflash2:MODEL"),
+        (DFLASH, "dspark/vanilla", "it holds dspark; write --drafter dspark:MODEL"),
+        (DFLASH, "dspark-deepspec/qwen3_vanilla", "it holds Qwen3DSparkModel; write --drafter dspark:MODEL"),
+        (DFLASH2, "dflash-zlab/full", "it is not a DFlash 2 drafter"),
+        (DSPARK, "dflash-zlab/full", "it is not a DSpark drafter"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused_by_name(kind: Kind, variant: str, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        DFlashCheckpoint.load(str(FIXTURES / variant), dtype="float32", device="cpu", kind=kind)
