@@ -82,14 +82,9 @@ def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     from drafter_service.drafters.causal_lm.drafter import CausalLmDrafter
     from specdec.runtime.loading import load_causal_lm
 
-    if not spec.model:
-        raise InvalidArgumentError(
-            "The causal-lm drafter needs a model; write --drafter causal-lm:FOLDER-OR-HUB-ID.",
-            field="drafter",
-        )
     return CausalLmDrafter(
         spec.name,
-        load_causal_lm(spec.model, dtype=config.dtype, device=config.device, threads=config.threads),
+        load_causal_lm(_named_model(spec), dtype=config.dtype, device=config.device, threads=config.threads),
         kv_budget_bytes=int(config.kv_cache_mib * 2**20),
         max_draft_depth=config.max_draft_depth,
     )
@@ -120,24 +115,52 @@ def _make_dflash(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
 def _make_dflash2(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     from drafter_service.drafters.dflash2.checkpoint import DFLASH2
 
-    return _make_block_drafter(spec, config, spec.model, DFLASH2)
+    return _make_block_drafter(spec, config, _named_model(spec), DFLASH2)
 
 
 def _make_dspark(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     from drafter_service.drafters.dspark.checkpoint import DSPARK
 
-    return _make_block_drafter(spec, config, spec.model, DSPARK)
+    return _make_block_drafter(spec, config, _named_model(spec), DSPARK)
+
+
+def _make_eagle3(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
+    from drafter_service.drafters.eagle3.checkpoint import EagleCheckpoint, num_layers
+    from drafter_service.drafters.eagle3.drafter import EagleDrafter
+
+    return EagleDrafter(
+        spec.name,
+        EagleCheckpoint.load(
+            _named_model(spec),
+            dtype=config.dtype,
+            device=config.device,
+            threads=config.threads,
+            num_target_layers=num_layers(config.target),
+        ),
+        kv_budget_bytes=int(config.kv_cache_mib * 2**20),
+        max_draft_depth=config.max_draft_depth,
+        max_draft_nodes=config.max_draft_nodes,
+    )
+
+
+def _named_model(spec: DrafterSpec) -> str:
+    """Return the checkpoint of a family that has none bundled.
+
+    Raises:
+        InvalidArgumentError: none is named.
+    """
+    if not spec.model:
+        raise InvalidArgumentError(
+            f"The {spec.family} drafter needs a model; write --drafter {spec.family}:FOLDER-OR-HUB-ID.",
+            field="drafter",
+        )
+    return spec.model
 
 
 def _make_block_drafter(spec: DrafterSpec, config: DrafterConfig, model: str, kind: Kind) -> Drafter:
     from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
     from drafter_service.drafters.dflash.drafter import DFlashDrafter
 
-    if not model:
-        raise InvalidArgumentError(
-            f"The {spec.family} drafter needs a model; write --drafter {spec.family}:FOLDER-OR-HUB-ID.",
-            field="drafter",
-        )
     return DFlashDrafter(
         spec.name,
         DFlashCheckpoint.load(
@@ -162,6 +185,7 @@ FAMILIES: Mapping[str, DrafterFactory] = {
     "dflash": _make_dflash,
     "dflash2": _make_dflash2,
     "dspark": _make_dspark,
+    "eagle3": _make_eagle3,
 }
 
 

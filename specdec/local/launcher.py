@@ -6,6 +6,7 @@ with LocalSystem(drafters=["ngram"]) as system, Client(system.gateway) as client
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import sys
@@ -27,6 +28,9 @@ SERVICE_GROUP = "specdec.services"
 """The group of entry points that name the program of each service."""
 
 Report = Callable[[str], None]
+
+_EAGLE = re.compile(r"([^=:]+=)?eagle3(:|$)")
+"""Drafters that may have to know the target before they meet it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,8 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
     ports = free_ports(3)
     gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
     drafter_args = [argument for name in config.drafters for argument in ("--drafter", name)]
+    if any(_EAGLE.match(name) for name in config.drafters):
+        drafter_args += ["--target", config.model]
     shared = ["--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state]
     if config.threads:
         shared += ["--threads", str(config.threads)]

@@ -1,4 +1,4 @@
-"""DFlash 2 and DSpark drafters in service: the text is the target's, whatever they draft and read."""
+"""Drafters of other projects' families in service: the text is the target's, whatever they draft and read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ from specdec.contract.sampling import SamplingParams
 from tests.integration.test_dflash import MODES, NUM_TOKENS, PROMPT, K, generate, save_pair
 from tests.systems import running_system
 from tests.tiny_dflash import save_as_dflash2, save_as_dspark, save_tiny_dflash
+from tests.tiny_eagle import save_tiny_eagle
+
+
+def save_eagle(_: Path, folder: Path) -> Path:
+    """Write an EAGLE-3 drafter; it has nothing of the drafter that others are made of."""
+    return save_tiny_eagle(folder)
+
 
 FAMILIES: dict[str, Callable[[Path, Path], Path]] = {
+    "eagle3": save_eagle,
     "dflash2": save_as_dflash2,
     **{f"dspark, {kind}": partial(save_as_dspark, kind=kind) for kind in ("vanilla", "gated", "rnn")},
 }
@@ -43,7 +51,7 @@ async def test_the_text_is_the_targets(name: str, mode: str, tmp_path: Path) -> 
         assert await asyncio.gather(*answers) == alone
 
 
-@pytest.mark.parametrize("name", ["dflash2", "dspark, vanilla"])
+@pytest.mark.parametrize("name", ["dflash2", "dspark, vanilla", "eagle3"])
 async def test_drafts_are_accepted_now_and_then(name: str, tmp_path: Path) -> None:
     target, source = save_pair(tmp_path)
     folder, family = FAMILIES[name](source, tmp_path / "other"), name.split(",", maxsplit=1)[0]
@@ -57,16 +65,17 @@ async def test_drafts_are_accepted_now_and_then(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("mode", MODES)
 async def test_drafters_that_read_other_layers_serve_one_request(mode: str, tmp_path: Path) -> None:
-    """The verifier cannot project for either, so both project for themselves."""
+    """The verifier cannot project for all, so each projects for itself."""
     target, source = save_pair(tmp_path)
+    eagle = save_tiny_eagle(tmp_path / "eagle")
     other = save_as_dflash2(save_tiny_dflash(tmp_path / "source", target_layer_ids=[1]), tmp_path / "other")
     options = MODES[mode][1] | {"target": str(target)}
     async with running_system(
-        target, f"dflash:{source}", f"dflash2:{other}", drafter_options=options
+        target, f"dflash:{source}", f"dflash2:{other}", f"eagle3:{eagle}", drafter_options=options
     ) as system:
         plain = await generate(system, method="none", draft_depth=None)
         merged = GenerateOptions(
-            method="dflash+dflash2",
+            method="dflash+dflash2+eagle3",
             max_new_tokens=NUM_TOKENS,
             draft_depth=K,
             draft_nodes=40,
@@ -75,7 +84,7 @@ async def test_drafters_that_read_other_layers_serve_one_request(mode: str, tmp_
         result = await system.client.generate(PROMPT, merged)
     assert list(result.token_ids) == plain
     assert result.speculation.fallback_reason == ""
-    assert [part.drafter for part in result.speculation.proposers] == ["dflash", "dflash2"]
+    assert [part.drafter for part in result.speculation.proposers] == ["dflash", "dflash2", "eagle3"]
     for part in result.speculation.proposers:
         assert part.num_fallback_rounds == 0
         assert part.num_draft_tokens > 0

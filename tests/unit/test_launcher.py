@@ -419,6 +419,14 @@ def test_only_one_supervisor_at_a_time(state: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("drafter", ["eagle3:org/head", "mine=eagle3:org/head"])
+def test_an_eagle_is_told_its_target(drafter: str) -> None:
+    told = ("--target", "org/model")
+    for drafters, expected in (((drafter, "ngram"), True), (("ngram", "eagle3=ngram"), False)):
+        _, spec, _ = service_specs(SystemConfig(model="org/model", drafters=drafters))
+        assert (told in zip(spec.command, spec.command[1:], strict=False)) == expected
+
+
 def test_service_commands() -> None:
     config = SystemConfig(
         model="org/model",

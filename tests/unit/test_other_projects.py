@@ -21,6 +21,9 @@ from drafter_service.drafters.dflash.drafter import DFlashDrafter
 from drafter_service.drafters.dflash.links import Places
 from drafter_service.drafters.dflash2.checkpoint import DFLASH2
 from drafter_service.drafters.dspark.checkpoint import DSPARK
+from drafter_service.drafters.eagle3.checkpoint import EagleCheckpoint
+from drafter_service.drafters.eagle3.drafter import EagleDrafter
+from drafter_service.drafters.eagle3.rounds import Branch, EagleRound, EagleSession
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import InvalidArgumentError, SpecdecError
 from specdec.contract.sampling import SamplingParams
@@ -31,6 +34,13 @@ from specdec.state.weights import TargetWeights
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+EAGLES = (
+    "eagle3/d2t",
+    "eagle3/full_vocab_theta",
+    "eagle3-speculators/llama_d2t",
+    "eagle3-speculators/llama_two_layers",
+    "eagle3-speculators/qwen3_norms",
+)
 BLOCK_DRAFTERS: dict[str, Kind] = {
     "dflash-zlab/full": DFLASH,
     "dflash-zlab/sliding": DFLASH,
@@ -99,7 +109,7 @@ class OtherProject:
         assert found
         return found
 
-    def view(self, drafter: DFlashDrafter, length: int) -> TargetStateView:
+    def view(self, drafter: DFlashDrafter | EagleDrafter, length: int) -> TargetStateView:
         """Return the target's state of a round."""
         spec = drafter.traits.target_state_spec
         assert spec is not None
@@ -119,6 +129,42 @@ def load(variant: str, kind: Kind) -> tuple[OtherProject, DFlashCheckpoint, DFla
     checkpoint = DFlashCheckpoint.load(str(other.folder), dtype="float32", device="cpu", kind=kind)
     drafter = DFlashDrafter("drafter", checkpoint, kv_budget_bytes=2**22, max_draft_depth=16)
     return other, checkpoint, drafter
+
+
+def load_eagle(variant: str, dtype: str = "float32") -> tuple[OtherProject, EagleDrafter]:
+    other = OtherProject(variant)
+    checkpoint = EagleCheckpoint.load(
+        str(other.folder), dtype=dtype, device="cpu", num_target_layers=len(other.hidden) - 1
+    )
+    return other, EagleDrafter("drafter", checkpoint, kv_budget_bytes=2**22, max_draft_depth=16)
+
+
+def run_eagle(
+    other: OtherProject, drafter: EagleDrafter, cases: Sequence[Case], *, num_nodes: int = 0
+) -> Iterator[tuple[Case, Drafted, list[Tensor]]]:
+    """Run the rounds of a session; yield what was drafted, and the logits that the picks were made from."""
+    seen = list[Tensor]()
+    logits = drafter._head.logits
+
+    def recorded(states: Tensor, weights: TargetWeights) -> Tensor:
+        seen.append(logits(states, weights))
+        return seen[-1]
+
+    drafter._head.logits = recorded  # type: ignore[method-assign]
+    committed = other.token_ids[: cases[0].length + 1]
+    session = drafter.open(OpenDraft(tuple(committed), len(committed), 60))
+    session.target_weights = other.weights
+    for case in cases:
+        seen.clear()
+        new = other.token_ids[len(session.token_ids) : case.length + 1]
+        session.commit(new, case.length + 1)
+        session.view = other.view(drafter, case.length)
+        (drafted,) = drafter.propose(
+            [DraftItem(drafter, session, len(case.values["draft_ids"]), 1, num_nodes)]
+        )
+        assert not isinstance(drafted, Exception), drafted
+        yield case, drafted, seen
+    drafter.close(session)
 
 
 def run(
@@ -263,3 +309,66 @@ def test_sessions_side_by_side_do_not_touch_each_other() -> None:
 def test_a_checkpoint_of_another_kind_is_refused_by_name(kind: Kind, variant: str, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         DFlashCheckpoint.load(str(FIXTURES / variant), dtype="float32", device="cpu", kind=kind)
+
+
+@pytest.mark.parametrize("variant", EAGLES)
+@torch.inference_mode()
+def test_eagle_drafts_are_those_of_the_other_project(variant: str) -> None:
+    """So layers are counted as the other project counts them: by what enters them."""
+    other, drafter = load_eagle(variant)
+    for cases in other.sessions().values():
+        for case, drafted, logits in run_eagle(other, drafter, cases):
+            torch.testing.assert_close(torch.cat(logits), case.values["logits"], **CLOSE)
+            assert drafted == case.values["draft_ids"].tolist(), case.name
+
+
+@pytest.mark.parametrize("variant", EAGLES)
+@torch.inference_mode()
+def test_an_eagle_tree_holds_the_chain(variant: str) -> None:
+    other, drafter = load_eagle(variant)
+    for cases in other.sessions().values():
+        for case, drafted, _ in run_eagle(other, drafter, cases, num_nodes=60):
+            assert isinstance(drafted, DraftTree)
+            paths = {
+                tuple(drafted.token_ids[at] for at in drafted.path_to(index)) for index in range(len(drafted))
+            }
+            assert tuple(case.values["draft_ids"][:2].tolist()) in paths
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_eagle_branches_are_chains_of_their_own(dtype: str) -> None:
+    """A tree's step computes for a path what a chain that drafts this path computes."""
+    other, drafter = load_eagle("eagle3-speculators/llama_two_layers", dtype)
+    close = CLOSE if dtype == "float32" else {"atol": 0.05, "rtol": 0.05}
+    case = other.sessions()["long"][0]
+    committed = tuple(other.token_ids[: case.length + 1])
+
+    def session() -> EagleSession:
+        opened = drafter.open(OpenDraft(committed, len(committed), 60))
+        opened.target_weights, opened.view = other.weights, other.view(drafter, case.length)
+        return opened
+
+    def start() -> tuple[EagleRound, Branch]:
+        part = EagleRound(session(), case.length, 4, 16)
+        (output,) = drafter._read([part.session], [case.length])
+        return part, Branch(output, ())
+
+    part, first = start()
+    together = drafter._step([part], [[first, first]], [[5, 9]], other.weights)[0]
+    deeper = drafter._step([part], [[together[1], together[0]]], [[7, 3]], other.weights)[0]
+    for path, found in (([9, 7], deeper[0]), ([5, 3], deeper[1])):
+        alone, branch = start()
+        for token_id in path:
+            ((branch,),) = drafter._step([alone], [[branch]], [[token_id]], other.weights)
+        torch.testing.assert_close(found.feature, branch.feature, **close)
+
+
+def test_an_eagle_that_does_not_say_what_it_reads_asks_for_the_target() -> None:
+    with pytest.raises(InvalidArgumentError, match="give the target's checkpoint with --target"):
+        EagleCheckpoint.load(str(FIXTURES / "eagle3/d2t"), dtype="float32", device="cpu")
+
+
+def test_another_kind_is_not_an_eagle() -> None:
+    with pytest.raises(InvalidArgumentError, match="it holds dspark; the eagle3 drafter runs"):
+        EagleCheckpoint.load(str(FIXTURES / "dspark/vanilla"), dtype="float32", device="cpu")

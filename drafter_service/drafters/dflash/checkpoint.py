@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
@@ -21,13 +20,13 @@ from drafter_service.drafters.dflash.config import DFlashSettings, read_config
 from drafter_service.drafters.dflash.links import Links
 from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead, split_weights
 from drafter_service.drafters.head import read_draft_vocab
+from drafter_service.drafters.weights import read_weights, take_head
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import model_id, resolve_model, revision
 from specdec.runtime.decoder.layers import Layer
 from specdec.runtime.loading import usable_device
 from specdec.state.view import Projection
 
-_INDEX = "model.safetensors.index.json"
 TRANSFORMERS_NAMES = {
     "fc.weight": "encoder.fc.weight",
     "hidden_norm.weight": "encoder.output_norm_enc.weight",
@@ -119,11 +118,12 @@ class DFlashCheckpoint:
             raise InvalidArgumentError(
                 f"{folder}/config.json cannot be used: {type(error).__name__}: {error}", field="drafter"
             ) from error
-        weights = _read_weights(folder, target)
+        read = read_weights(folder, target)
+        weights = {TRANSFORMERS_NAMES.get(name, name): weight for name, weight in read.items()}
         decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
         hidden_size = decoder_config.hidden_size
-        lm_head, draft_vocab, order = _take_head(folder, weights, settings.vocab_size, hidden_size)
+        lm_head, draft_vocab, order = take_head(folder, weights, settings.vocab_size, hidden_size)
         if lm_head is not None and draft_vocab is None:
             settings = replace(settings, vocab_size=len(lm_head))
         if draft_vocab is None:
@@ -142,75 +142,6 @@ class DFlashCheckpoint:
             draft_vocab,
             parts,
         )
-
-
-def _read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
-        files = ["model.safetensors"]
-        if (folder / _INDEX).is_file():
-            files = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-        weights: dict[str, Tensor] = {}
-        for file in files:
-            # A name with a folder in it would lead out of the checkpoint.
-            with safe_open(folder / Path(file).name, framework="pt", device=str(device)) as tensors:
-                weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InvalidArgumentError(
-            f"The weights in {folder} cannot be read: {error}", field="drafter"
-        ) from error
-    return {TRANSFORMERS_NAMES.get(name, name): weight for name, weight in weights.items()}
-
-
-def _take_head(
-    folder: Path, weights: dict[str, Tensor], vocab_size: int, hidden_size: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Take head and draft vocabulary out of the weights, both in order of token ids, and that order.
-
-    Args:
-        vocab_size: tokens the drafter knows; 0: unknown.
-    """
-    lm_head, offsets = weights.pop("lm_head.weight", None), weights.pop("d2t", None)
-    if lm_head is None:
-        return None, None, None
-    if lm_head.ndim != 2 or not len(lm_head) or lm_head.shape[1] != hidden_size:
-        raise InvalidArgumentError(
-            f"{folder}: lm_head.weight is {list(lm_head.shape)}; it must have rows of the drafter's "
-            f"{hidden_size} elements.",
-            field="drafter",
-        )
-    if offsets is not None:
-        token_ids = _mapped_tokens(folder, offsets, len(lm_head), vocab_size)
-        order = token_ids.argsort()
-        return lm_head[order], token_ids[order], order
-    if len(lm_head) < vocab_size:
-        raise InvalidArgumentError(
-            f"{folder}: its head has {len(lm_head)} rows for a vocabulary of {vocab_size} tokens, and no d2t "
-            "that says which tokens they are for.",
-            field="drafter",
-        )
-    # More rows than tokens are padding.
-    return lm_head[: vocab_size or None], None, None
-
-
-def _mapped_tokens(folder: Path, offsets: Tensor, num_rows: int, vocab_size: int) -> Tensor:
-    """Return the token of each row of a head [num_rows].
-
-    Args:
-        offsets: how far each row's token is from the row's index [num_rows].
-
-    Raises:
-        InvalidArgumentError: the rows do not have different tokens of the vocabulary.
-    """
-    right = offsets.shape == (num_rows,)
-    if right:
-        token_ids = torch.arange(num_rows, device=offsets.device) + offsets.long()
-        in_range = token_ids.min() >= 0 and not (vocab_size and token_ids.max() >= vocab_size)
-        right = bool(in_range) and len(token_ids.unique()) == num_rows
-    if not right:
-        raise InvalidArgumentError(
-            f"{folder}: d2t does not map the {num_rows} rows of the head to as many tokens.", field="drafter"
-        )
-    return token_ids
 
 
 def _take_parts(kind: Kind, source: Source, decoder: MuseGlimmerAssistantModel) -> Parts:

@@ -15,6 +15,7 @@ from torch.nn.functional import rms_norm, silu
 
 from drafter_service.drafters.dflash.links import LinkedPlaces, Places
 from drafter_service.drafters.head import DraftHead
+from drafter_service.drafters.weights import take_weights
 from specdec.runtime.kernels import layer as kernels
 from specdec.state.weights import TargetWeights
 
@@ -102,9 +103,3 @@ def _normed(x: Tensor) -> Tensor:
 def split_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take the head's weights out of a checkpoint's; the result is empty where it has no such head."""
     return take_weights(weights, PREFIX)
-
-
-def take_weights(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Take the weights with a prefix out of a checkpoint's, and their prefix away."""
-    names = [name for name in weights if name.startswith(prefix)]
-    return {name.removeprefix(prefix): weights.pop(name) for name in names}

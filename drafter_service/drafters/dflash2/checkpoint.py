@@ -10,9 +10,9 @@ from transformers import MuseGlimmerAssistantConfig
 
 from drafter_service.drafters.dflash.checkpoint import Kind, Parts, Source
 from drafter_service.drafters.dflash.config import DFlashSettings, is_z_lab, read_speculators, read_z_lab
-from drafter_service.drafters.dflash.markov import take_weights
 from drafter_service.drafters.dflash2.convolution import BlockRows, ShortConvolution, convolved
 from drafter_service.drafters.dflash2.selector import Selector
+from drafter_service.drafters.weights import take_weights
 from specdec.contract.errors import InvalidArgumentError
 
 ARCHITECTURE = "DFlash2DraftModel"

@@ -10,8 +10,8 @@ from transformers import MuseGlimmerAssistantConfig
 
 from drafter_service.drafters.dflash.checkpoint import Kind, Parts, Source
 from drafter_service.drafters.dflash.config import DFlashSettings, is_z_lab, read_speculators, read_z_lab
-from drafter_service.drafters.dflash.markov import take_weights
 from drafter_service.drafters.dspark.bias import KINDS, TokenBias
+from drafter_service.drafters.weights import take_weights
 from specdec.contract.errors import InvalidArgumentError
 
 _AUTHORS, _GEMMA = "Qwen3DSparkModel", "Gemma4DSparkModel"

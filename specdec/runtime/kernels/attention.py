@@ -22,7 +22,7 @@ from specdec.runtime.kernels.library import LIBRARY, are_for
 from specdec.runtime.kernels.products import has_matrices
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 
-_BLOCK = 32
+BLOCK = 32
 """Positions whose keys are computed with at once, and what dimensions are filled up to a multiple of."""
 _MOST_TILE_ROWS = 16
 """Rows of a session that share the work of laying out keys."""
@@ -111,7 +111,7 @@ class SessionRows:
 
     @classmethod
     def _of_tree(cls, segment: Segment, row: int, window: int) -> SessionRows:
-        start, shared = segment.start, segment.start // _BLOCK * _BLOCK
+        start, shared = segment.start, segment.start // BLOCK * BLOCK
         rows, places = list[RowKeys](), list[int]()
         for index, (path, position) in enumerate(zip(segment.paths, segment.positions, strict=True)):
             tail = [*range(shared, start), *(start + token for token in path)]
@@ -133,7 +133,7 @@ class RowPlan:
             session.num_shared + max((row.num_tail for row in session.rows), default=0)
             for session in sessions
         )
-        most_keys = _up_to(_BLOCK, longest)
+        most_keys = _up_to(BLOCK, longest)
         tile_rows = max(1, min(_MOST_TILE_ROWS, _MOST_TILE_SCORES // (geometry.fold * most_keys)))
         tables, places = list[int](), list[int]()
         tiles, rows = list[tuple[int, int, int, int]](), list[RowKeys]()
@@ -147,8 +147,8 @@ class RowPlan:
         lists = {"tiles": tiles, "rows": rows, "tables": tables, "places": places}
         self._arrays = {name: numpy.array(values, dtype=numpy.int64) for name, values in lists.items()}
         heads = _up_to(16, tile_rows * geometry.fold)
-        width = _up_to(_BLOCK, geometry.head_dim)
-        scratch_bytes = 4 * ((_BLOCK + 2 * heads) * width + heads * (1 + most_keys))
+        width = _up_to(BLOCK, geometry.head_dim)
+        scratch_bytes = 4 * ((BLOCK + 2 * heads) * width + heads * (1 + most_keys))
         num_threads = torch.get_num_threads()
         self._scratch = numpy.empty(num_threads * scratch_bytes, dtype=numpy.uint8)
         self._layer = _Layer(

@@ -1,0 +1,64 @@
+"""An EAGLE-3 draft session, and its draft in the making."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from drafter_service.drafters.base import DraftSession, OpenDraft
+from drafter_service.drafters.growing import GrowingTree
+from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.picks import PickContext
+
+
+class EagleSession(DraftSession):
+    """Committed tokens, and how many pairs of a feature and the token after it have keys and values."""
+
+    def __init__(self, request: OpenDraft, allocation: KvAllocation) -> None:
+        super().__init__(request)
+        self.allocation = allocation
+        self.num_cached = 0
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Positions of the target's state, as far as it is known, without keys and values."""
+        return self.view.length - self.num_cached if self.view else 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Branch:
+    """A token of a draft, from which a step may go on."""
+
+    feature: Tensor  # [hidden_size]
+    """What the step before returned, or that of the last pair."""
+    path: tuple[int, ...]
+    """Places of the steps that led here, none of which read this token yet."""
+
+
+@dataclass(slots=True, eq=False)
+class EagleRound:
+    """One session's draft in the making."""
+
+    session: EagleSession
+    num_pairs: int
+    num_wanted: int
+    most_steps: int
+    """Places for steps behind the pairs."""
+    tree: GrowingTree | None = None
+    """The draft where a tree is wanted."""
+    draft: list[int] = field(default_factory=list)
+    num_steps: int = 0
+    """Places for steps that are taken."""
+
+    def next_place(self) -> int:
+        """Take the next place for a step's keys and values."""
+        self.num_steps += 1
+        return self.num_pairs + self.num_steps - 1
+
+    def context(self, path: Sequence[int]) -> PickContext:
+        """Return what the pick after a path of draft tokens depends on."""
+        return PickContext(
+            self.session.sampling, [*self.session.token_ids, *path], self.session.prompt_length
+        )
