@@ -23,11 +23,11 @@ class DrafterConfig(ModelServiceConfig):
     """A drafter to load, [NAME=]FAMILY[:MODEL]; may be given several times. The families are "ngram" (prompt
     lookup), "ngram-lm:FOLDER-OR-HUB-ID" (prompt lookup, and a table of what the target usually says),
     "mtp:FOLDER-OR-HUB-ID" (a Gemma 4 assistant made for the target), "dflash:FOLDER-OR-HUB-ID" (a block
-    diffusion drafter made for the target), "dflash2:FOLDER-OR-HUB-ID" and "dspark:FOLDER-OR-HUB-ID" (two kinds
-    that have grown out of it), "eagle3:FOLDER-OR-HUB-ID" (an EAGLE-3 head made for the target) and
-    "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Without MODEL, "ngram-lm", "mtp"
-    and "dflash" are the bundled ones for the embedded model. Requests name the drafter by NAME; without NAME,
-    by FAMILY."""
+    diffusion drafter made for the target), "dflash2:FOLDER-OR-HUB-ID" and "dspark:FOLDER-OR-HUB-ID" (two
+    kinds that have grown out of it), "eagle3:FOLDER-OR-HUB-ID" (an EAGLE-3 head made for the target) and
+    "causal-lm:FOLDER-OR-HUB-ID" (a small model with the target's vocabulary). Without MODEL, "ngram-lm",
+    "mtp" and "dflash" are the bundled ones for the embedded model. Requests name the drafter by NAME; without
+    NAME, by FAMILY."""
     max_draft_depth: int = 64
     """Most tokens that a drafter drafts in a row in one round."""
     max_draft_nodes: int = 64

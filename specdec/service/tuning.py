@@ -11,7 +11,8 @@ from pathlib import Path
 _SPIN_COUNT, _SPIN_COUNT_OF_AMD = "10000", "30000"
 """How many times an idle OpenMP thread spins before it sleeps: for a fraction of a millisecond. The default
 takes cores away from the other model process of the host; without spinning, a pass takes nearly twice as
-long. AMD's CPUs pause more shortly: on a Zen 4, 10,000 and 60,000 made passes and drafts a tenth slower."""
+long. AMD's CPUs pause for a shorter time: on a Zen 4, passes and drafts took a tenth more with 10,000, and
+with 60,000."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Option numbers of glibc's mallopt."""
