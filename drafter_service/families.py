@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter
+from drafter_service.drafters.kinds import kind_of, why_other
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import is_drafter_name
 
@@ -82,6 +84,7 @@ def _make_causal_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
     from drafter_service.drafters.causal_lm.drafter import CausalLmDrafter
     from specdec.runtime.loading import load_causal_lm
 
+    _refuse_other_kinds(_named_model(spec))
     return CausalLmDrafter(
         spec.name,
         load_causal_lm(_named_model(spec), dtype=config.dtype, device=config.device, threads=config.threads),
@@ -141,6 +144,23 @@ def _make_eagle3(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         max_draft_depth=config.max_draft_depth,
         max_draft_nodes=config.max_draft_nodes,
     )
+
+
+def _refuse_other_kinds(model: str) -> None:
+    """Refuse what transformers would take for a causal LM with missing weights.
+
+    Raises:
+        InvalidArgumentError: the checkpoint is a drafter that needs a target.
+    """
+    from specdec.models.files import resolve_model
+
+    folder = resolve_model(model)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return  # whoever loads it says what is wrong
+    if kind_of(config)[1] not in ("causal-lm", ""):
+        raise InvalidArgumentError(f"{folder}: {why_other(config, 'causal-lm')}", field="drafter")
 
 
 def _named_model(spec: DrafterSpec) -> str:

@@ -446,13 +446,13 @@ def _change_config(folder: Path, **changes: Any) -> None:
             {"dflash_config": {"mask_token_id": 1, "target_layer_ids": [0], "block_size": 1}},
             "block_size is 1",
         ),
-        ({"architectures": ["DFlash2DraftModel"]}, "DFlash2"),
+        ({"architectures": ["DFlash2DraftModel"]}, "write --drafter dflash2:MODEL"),
         ({"attention_bias": True}, "biases"),
         ({"num_hidden_layers": 3, "layer_types": None}, "lacks layers.2"),
         ({"num_hidden_layers": 1, "layer_types": None}, "unknown layers.1"),
         ({"hidden_size": 64}, "size mismatch"),
         ({"hidden_size": "wide"}, "config.json cannot be used"),
-        ({"architectures": ["LlamaForCausalLM"], "dflash_config": None}, "muse_glimmer_assistant"),
+        ({"architectures": ["LlamaForCausalLM"], "dflash_config": None}, "it holds LlamaForCausalLM"),
     ],
 )
 def test_checkpoints_that_cannot_be_used_are_refused(

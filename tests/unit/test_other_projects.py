@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafted, DraftItem, OpenDraft
 from drafter_service.drafters.dflash.checkpoint import DFLASH, DFlashCheckpoint, Kind
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
@@ -24,6 +26,8 @@ from drafter_service.drafters.dspark.checkpoint import DSPARK
 from drafter_service.drafters.eagle3.checkpoint import EagleCheckpoint
 from drafter_service.drafters.eagle3.drafter import EagleDrafter
 from drafter_service.drafters.eagle3.rounds import Branch, EagleRound, EagleSession
+from drafter_service.drafters.kinds import kind_of, why_other
+from drafter_service.families import load_drafters
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import InvalidArgumentError, SpecdecError
 from specdec.contract.sampling import SamplingParams
@@ -300,10 +304,11 @@ def test_sessions_side_by_side_do_not_touch_each_other() -> None:
     ("kind", "variant", "message"),
     [
         (DFLASH, "dflash2/published", "it holds DFlash2DraftModel; write --drafter dflash2:MODEL"),
-        (DFLASH, "dspark/vanilla", "it holds dspark; write --drafter dspark:MODEL"),
+        (DFLASH, "dspark/vanilla", "it holds speculators' dspark; write --drafter dspark:MODEL"),
         (DFLASH, "dspark-deepspec/qwen3_vanilla", "it holds Qwen3DSparkModel; write --drafter dspark:MODEL"),
-        (DFLASH2, "dflash-zlab/full", "it is not a DFlash 2 drafter"),
-        (DSPARK, "dflash-zlab/full", "it is not a DSpark drafter"),
+        (DFLASH, "eagle3/d2t", "it holds an EAGLE-3 head; write --drafter eagle3:MODEL"),
+        (DFLASH2, "dflash-zlab/full", "it holds DFlashDraftModel; write --drafter dflash:MODEL"),
+        (DSPARK, "dflash2/published", "it holds DFlash2DraftModel; write --drafter dflash2:MODEL"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_refused_by_name(kind: Kind, variant: str, message: str) -> None:
@@ -370,5 +375,32 @@ def test_an_eagle_that_does_not_say_what_it_reads_asks_for_the_target() -> None:
 
 
 def test_another_kind_is_not_an_eagle() -> None:
-    with pytest.raises(InvalidArgumentError, match="it holds dspark; the eagle3 drafter runs"):
+    with pytest.raises(
+        InvalidArgumentError, match="it holds speculators' dspark; write --drafter dspark:MODEL"
+    ):
         EagleCheckpoint.load(str(FIXTURES / "dspark/vanilla"), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "called", "family"),
+    [
+        ({"speculators_model_type": "mtp"}, "speculators' mtp", ""),
+        ({"speculators_model_type": "peagle"}, "speculators' peagle", ""),
+        ({"model_type": "gemma4_assistant", "architectures": ["X"]}, "gemma4_assistant", "mtp"),
+        ({"model_type": "specdec_ngram_lm"}, "specdec_ngram_lm", "ngram-lm"),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM", "causal-lm"),
+        ({"architectures": ["Gemma4DSparkModel"], "model_type": "gemma4"}, "Gemma4DSparkModel", ""),
+        ({}, "nothing that says what it is", ""),
+    ],
+)
+def test_kinds_of_checkpoints(config: dict[str, Any], called: str, family: str) -> None:
+    assert kind_of(config) == (called, family)
+    message = why_other(config, "dflash")
+    assert message.startswith(f"it holds {called}")
+    assert (f"--drafter {family}:MODEL" in message) == bool(family)
+
+
+@pytest.mark.parametrize("family", ["mtp", "causal-lm"])
+def test_families_of_transformers_refuse_other_kinds_as_well(family: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="it holds DFlashDraftModel; write --drafter dflash:MODEL"):
+        load_drafters(DrafterConfig(drafter=(f"{family}:{FIXTURES / 'dflash-zlab/full'}",)))

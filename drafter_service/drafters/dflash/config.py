@@ -13,11 +13,10 @@ from typing import Any
 from transformers import MuseGlimmerAssistantConfig, Qwen3Config
 
 from drafter_service.drafters.dflash.layers import LayerMask
+from drafter_service.drafters.kinds import kind_of, why_other
 from specdec.contract.errors import InvalidArgumentError
 
 _SLIDING = "sliding_attention"
-_OTHERS = {"dflash2": "dflash2", "dspark": "dspark", "eagle": "eagle3"}
-"""What the names of other kinds contain, and the families that run them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +62,9 @@ def read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         return _read_transformers(config)
     if config.get("speculators_model_type") == "dflash":
         return read_speculators(config)
-    architecture = next(iter(config.get("architectures") or ()), "")
-    if is_z_lab(config, "DFlashDraftModel") or ("dflash_config" in config and not architecture):
+    if kind_of(config)[1] == "dflash":
         return read_z_lab(config)
-    kind = config.get("speculators_model_type") or architecture or config.get("model_type")
-    if other := next((name for word, name in _OTHERS.items() if word in str(kind).lower()), ""):
-        raise InvalidArgumentError(f"it holds {kind}; write --drafter {other}:MODEL.")
-    raise InvalidArgumentError(
-        f"it holds {kind}; the dflash drafter runs DFlashDraftModel, speculators' dflash and "
-        "muse_glimmer_assistant."
-    )
+    raise InvalidArgumentError(why_other(config, "dflash"))
 
 
 def is_z_lab(config: Mapping[str, Any], architecture: str) -> bool:

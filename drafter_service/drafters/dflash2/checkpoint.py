@@ -12,6 +12,7 @@ from drafter_service.drafters.dflash.checkpoint import Kind, Parts, Source
 from drafter_service.drafters.dflash.config import DFlashSettings, is_z_lab, read_speculators, read_z_lab
 from drafter_service.drafters.dflash2.convolution import BlockRows, ShortConvolution, convolved
 from drafter_service.drafters.dflash2.selector import Selector
+from drafter_service.drafters.kinds import why_other
 from drafter_service.drafters.weights import take_weights
 from specdec.contract.errors import InvalidArgumentError
 
@@ -30,10 +31,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         return read_speculators({"sliding_window_non_causal": True, **config})
     if is_z_lab(config, ARCHITECTURE):
         return read_z_lab(config)
-    raise InvalidArgumentError(
-        f"it is not a DFlash 2 drafter ({ARCHITECTURE}, or speculators' dflash2); for one of plain DFlash "
-        "write --drafter dflash:MODEL."
-    )
+    raise InvalidArgumentError(why_other(config, "dflash2"))
 
 
 def take_parts(source: Source) -> Parts:

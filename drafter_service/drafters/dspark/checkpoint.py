@@ -11,6 +11,7 @@ from transformers import MuseGlimmerAssistantConfig
 from drafter_service.drafters.dflash.checkpoint import Kind, Parts, Source
 from drafter_service.drafters.dflash.config import DFlashSettings, is_z_lab, read_speculators, read_z_lab
 from drafter_service.drafters.dspark.bias import KINDS, TokenBias
+from drafter_service.drafters.kinds import RUNS, why_other
 from drafter_service.drafters.weights import take_weights
 from specdec.contract.errors import InvalidArgumentError
 
@@ -33,13 +34,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         return decoder, replace(settings, sample_from_anchor=True)
     if is_z_lab(config, _GEMMA):
         raise InvalidArgumentError(
-            f"it holds a {_GEMMA}, whose decoder layers are Gemma 4's; the dspark drafter runs {_AUTHORS} "
-            "and speculators' dspark, whose layers are Qwen 3's."
+            f"it holds {_GEMMA}, whose decoder layers are Gemma 4's; dspark runs {RUNS['dspark']}, whose "
+            "layers are Qwen 3's."
         )
-    raise InvalidArgumentError(
-        f"it is not a DSpark drafter ({_AUTHORS}, or speculators' dspark); for one of plain DFlash write "
-        "--drafter dflash:MODEL."
-    )
+    raise InvalidArgumentError(why_other(config, "dspark"))
 
 
 def take_parts(source: Source) -> Parts:

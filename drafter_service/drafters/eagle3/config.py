@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
+from drafter_service.drafters.kinds import kind_of, why_other
 from specdec.contract.errors import InvalidArgumentError
 
 _DECODERS: Mapping[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
@@ -45,13 +46,9 @@ def read_config(config: Mapping[str, Any], num_target_layers: int) -> tuple[Pret
     """
     if config.get("speculators_model_type") == "eagle3":
         return _read_speculators(config, num_target_layers)
-    if "speculators_model_type" not in config and "draft_vocab_size" in config:
+    if kind_of(config)[1] == "eagle3":
         return _read_authors(config, num_target_layers)
-    kind = config.get("speculators_model_type") or config.get("architectures") or config.get("model_type")
-    raise InvalidArgumentError(
-        f"it holds {kind}; the eagle3 drafter runs speculators' eagle3, and checkpoints of the authors, "
-        "whose config has a draft_vocab_size."
-    )
+    raise InvalidArgumentError(why_other(config, "eagle3"))
 
 
 def _read_speculators(

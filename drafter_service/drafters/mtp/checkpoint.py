@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from drafter_service.drafters.head import Logits, read_draft_vocab
+from drafter_service.drafters.kinds import kind_of, why_other
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import resolve_model
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 from specdec.runtime.prepack import multiplier
 
-MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 _HEAD_WEIGHTS = {"lm_head.weight", "model.embed_tokens.weight"}
 
 
@@ -42,15 +43,14 @@ class Assistant:
         """
         folder = resolve_model(model)
         try:
+            written = json.loads((folder / "config.json").read_text())
+            if kind_of(written)[1] != "mtp":
+                raise InvalidArgumentError(f"{folder}: {why_other(written, 'mtp')}", field="drafter")
             config = AutoConfig.from_pretrained(folder)
+        except InvalidArgumentError:
+            raise
         except Exception as error:  # a broken config surfaces as many types
             raise InvalidArgumentError(f"{folder}/config.json cannot be used: {error}") from error
-        if config.model_type not in MODEL_TYPES:
-            raise InvalidArgumentError(
-                f"{folder} holds a {config.model_type!r} model; the mtp drafter runs "
-                f"{' and '.join(MODEL_TYPES)}.",
-                field="drafter",
-            )
         uses_target_head = bool(getattr(config, "specdec_target_head", False))
         loaded = load_causal_lm(
             model,
