@@ -56,7 +56,8 @@ def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:
             [own.get(category) or 0.0 for category in categories],
             width,
             label=method,
-            color=f"C{index}" if index < 10 else "black",
+            color=f"C{index % 10}",
+            hatch="///" if index >= 10 else None,
         )
     axes.axhline(1.0, color="black", linewidth=0.8)
     labels = [name.replace("_", "\n") for name in categories]
