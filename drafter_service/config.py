@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specdec.contract.errors import InvalidArgumentError
-from specdec.service.config import ModelServiceConfig, require_choice, require_positive
+from specdec.service.config import ModelServiceConfig, require_choice, require_not_negative, require_positive
 
 STREAM_FEATURES = ("projected", "raw")
 MTP_POSITIONS = {"anchor": 0, "hidden": -1}
@@ -37,7 +37,11 @@ class DrafterConfig(ModelServiceConfig):
     ngram drafts two tokens at most."""
     ngram_max: int = 4
     """Longest n-gram that ngram and ngram-lm look up in the text, tokens; longer matches are preferred."""
-
+    ngram_memory: int = 0
+    """Number of tokens of earlier answers that ngram and ngram-lm look up as well: the latest ones, of all
+    callers together; 0: none. An answer is proposed only to requests with the caller and the cache salt of
+    the request that it answered. Where callers have no names (--auth-tokens of the gateway), all of them are
+    one caller."""
     mtp_position: str = "anchor"
     """Position of an MTP drafter's steps: "anchor" is the last committed token's, as in transformers;
     "hidden" is that of the hidden state that the draft starts from, as in vLLM."""
@@ -56,6 +60,7 @@ class DrafterConfig(ModelServiceConfig):
         # The two-argument form: with slots, super() would look for another class object.
         super(DrafterConfig, self).__post_init__()
         require_positive(self, "max_draft_depth", "max_draft_nodes", "ngram_min", "mirror_mib")
+        require_not_negative(self, "ngram_memory")
         require_choice(self, "stream_features", STREAM_FEATURES)
         require_choice(self, "mtp_position", tuple(MTP_POSITIONS))
         if self.ngram_max < self.ngram_min:

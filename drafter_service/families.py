@@ -61,6 +61,7 @@ def _make_ngram(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         max_size=config.ngram_max,
         max_draft_depth=config.max_draft_depth,
         max_draft_nodes=config.max_draft_nodes,
+        memory_tokens=config.ngram_memory,
     )
 
 
@@ -76,6 +77,7 @@ def _make_ngram_lm(spec: DrafterSpec, config: DrafterConfig) -> Drafter:
         max_size=config.ngram_max,
         max_draft_depth=config.max_draft_depth,
         max_draft_nodes=config.max_draft_nodes,
+        memory_tokens=config.ngram_memory,
     )
 
 

@@ -165,6 +165,8 @@ def _open_draft(message: drafter_pb2.DraftOpen) -> OpenDraft:
         max_length=message.max_length,
         sampling=SamplingParams.from_proto(message.sampling),
         min_draft_confidence=message.min_draft_confidence,
+        caller_key=message.caller_key,
+        cache_salt=message.cache_salt,
     )
 
 

@@ -72,6 +72,10 @@ class OpenDraft:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     min_draft_confidence: float = 0.0
     """Probability, 0 to 1, of a token below which a draft ends, if the drafter knows probabilities."""
+    caller_key: str = ""
+    """Tells callers apart, see specdec.v1.DraftOpen."""
+    cache_salt: str = ""
+    """Tells what may be remembered together apart, see specdec.v1.DraftOpen."""
 
 
 class DraftSession:

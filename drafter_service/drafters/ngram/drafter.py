@@ -1,5 +1,7 @@
 """Prompt lookup: a draft is what followed the last occurrence of the last few tokens. It needs no model.
 
+Occurrences are in the text itself and, where that is switched on, in earlier answers to the same caller.
+
 Sources: Saxena 2023, "Prompt Lookup Decoding"; n-gram speculation as in vLLM and transformers.
 """
 
@@ -16,6 +18,7 @@ from drafter_service.drafters.base import (
     DraftSession,
     OpenDraft,
 )
+from drafter_service.drafters.ngram.memory import AnswerMemory, Owner
 from specdec.contract.draft_tree import DraftTree, from_chains
 
 DEFAULT_DRAFT_DEPTH = 8
@@ -28,8 +31,9 @@ _MAX_MATCHES = 64
 class NgramSession(DraftSession):
     """Committed tokens and, for each n-gram in them, the positions after its occurrences, the last first."""
 
-    def __init__(self, request: OpenDraft, sizes: range) -> None:
+    def __init__(self, request: OpenDraft, sizes: range, memory: AnswerMemory) -> None:
         super().__init__(request)
+        self.memory, self.owner = memory, Owner(request.caller_key, request.cache_salt)
         self.sizes = sizes
         """Sizes of the n-grams that are looked up, tokens."""
         self._next_position: dict[tuple[int, ...], int] = {}
@@ -39,22 +43,27 @@ class NgramSession(DraftSession):
 
     def propose(self, draft_depth: int) -> list[int]:
         """Draft the continuation of the longest n-gram that occurred before."""
-        self.index()
-        for size, start in self._matches():
-            return self._continuation(start, _length(size, draft_depth))
-        return []
+        return next(self._chains(draft_depth), [])
 
     def propose_tree(self, draft_depth: int, draft_nodes: int) -> DraftTree:
         """Draft what followed earlier occurrences of the last tokens, of longer n-grams first."""
-        self.index()
-        chains = (self._continuation(start, _length(size, draft_depth)) for size, start in self._matches())
-        return from_chains(islice(chains, _MAX_MATCHES), draft_nodes)
+        return from_chains(islice(self._chains(draft_depth), _MAX_MATCHES), draft_nodes)
 
-    def _matches(self) -> Iterator[tuple[int, int]]:
-        """Yield the size of each earlier occurrence of the last tokens, and the position after it."""
+    def _chains(self, draft_depth: int) -> Iterator[list[int]]:
+        """Yield what followed each earlier occurrence of the last tokens, of the longest n-grams first.
+
+        Of n-grams of a size those in the text come first, then the last one in an earlier answer.
+        """
+        self.index()
         for size in reversed(self.sizes):
-            if size <= len(self.token_ids):
-                yield from ((size, start) for start in self.occurrences(self.token_ids[-size:]))
+            if size > len(self.token_ids):
+                continue
+            recent, length = self.token_ids[-size:], _length(size, draft_depth)
+            for start in self.occurrences(recent):
+                yield self._continuation(start, length)
+            if remembered := self.memory.find(self.owner, recent):
+                answer, start = remembered
+                yield list(answer[start : start + length])
 
     def occurrences(self, token_ids: Sequence[int]) -> Iterator[int]:
         """Yield the position after each occurrence of an n-gram, the last first; its size must be in
@@ -91,12 +100,24 @@ def _length(size: int, draft_depth: int) -> int:
 
 
 class NgramDrafter(Drafter):
-    """Drafts by looking up n-grams of `min_size` to `max_size` tokens, longest first."""
+    """Drafts by looking up n-grams of `min_size` to `max_size` tokens, longest first.
+
+    Args:
+        memory_tokens: tokens of earlier answers that are looked up as well, see AnswerMemory.
+    """
 
     def __init__(
-        self, name: str, *, min_size: int, max_size: int, max_draft_depth: int, max_draft_nodes: int = 64
+        self,
+        name: str,
+        *,
+        min_size: int,
+        max_size: int,
+        max_draft_depth: int,
+        max_draft_nodes: int = 64,
+        memory_tokens: int = 0,
     ) -> None:
         self._sizes = range(min_size, max_size + 1)
+        self.memory = AnswerMemory(memory_tokens, max_size)
         self.traits = DrafterTraits(
             name=name,
             family="ngram",
@@ -107,7 +128,12 @@ class NgramDrafter(Drafter):
 
     def open(self, request: OpenDraft) -> NgramSession:
         """Open a session with an empty index; the first round fills it."""
-        return NgramSession(request, self._sizes)
+        return NgramSession(request, self._sizes, self.memory)
+
+    def close(self, session: DraftSession) -> None:
+        """Remember what the target said, where that is switched on."""
+        assert isinstance(session, NgramSession)
+        self.memory.add(session.owner, session.token_ids[session.prompt_length :])
 
     def propose(self, items: Sequence[DraftItem]) -> list[Drafted]:
         """Look up the last tokens of each item."""

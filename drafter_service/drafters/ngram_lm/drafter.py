@@ -17,6 +17,7 @@ from itertools import islice
 from drafter_service.drafters.base import OpenDraft
 from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, GrowingTree
 from drafter_service.drafters.ngram.drafter import NgramDrafter, NgramSession
+from drafter_service.drafters.ngram.memory import AnswerMemory
 from drafter_service.drafters.ngram_lm.table import NgramTable
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.token_noise import gumbel
@@ -38,8 +39,8 @@ _MEAN_NOISE = 0.5772
 class NgramLmSession(NgramSession):
     """Committed tokens, and what may follow them or a draft of them."""
 
-    def __init__(self, request: OpenDraft, sizes: range, table: NgramTable) -> None:
-        super().__init__(request, sizes)
+    def __init__(self, request: OpenDraft, sizes: range, memory: AnswerMemory, table: NgramTable) -> None:
+        super().__init__(request, sizes, memory)
         self._table = table
 
     def propose(self, draft_depth: int) -> list[int]:
@@ -83,15 +84,19 @@ class NgramLmSession(NgramSession):
     def _mixed(self, usual: dict[int, float], recent: Sequence[int]) -> dict[int, float]:
         """Mix the table's probabilities with those of the longest match, by the match's length."""
         for size in reversed(self.sizes):
-            starts = list(islice(self.occurrences(recent[-size:]), _MAX_OCCURRENCES))
-            if not starts:
+            starts = islice(self.occurrences(recent[-size:]), _MAX_OCCURRENCES)
+            following = [self.token_ids[start] for start in starts]
+            if not following and (remembered := self.memory.find(self.owner, recent[-size:])):
+                answer, start = remembered
+                following = [answer[start]]
+            if not following:
                 continue
             doubt = _DOUBT * _DOUBT_FALLS ** (size - 1)
             mixed = defaultdict(float, {token_id: doubt * value for token_id, value in usual.items()})
-            weights = [_EARLIER_WEIGHT**age for age in range(len(starts))]
+            weights = [_EARLIER_WEIGHT**age for age in range(len(following))]
             total = sum(weights)
-            for start, weight in zip(starts, weights, strict=True):
-                mixed[self.token_ids[start]] += (1 - doubt) * weight / total
+            for token_id, weight in zip(following, weights, strict=True):
+                mixed[token_id] += (1 - doubt) * weight / total
             return mixed
         return usual
 
@@ -131,6 +136,7 @@ class NgramLmDrafter(NgramDrafter):
         max_size: int,
         max_draft_depth: int,
         max_draft_nodes: int = 64,
+        memory_tokens: int = 0,
     ) -> None:
         super().__init__(
             name,
@@ -138,6 +144,7 @@ class NgramLmDrafter(NgramDrafter):
             max_size=max_size,
             max_draft_depth=max_draft_depth,
             max_draft_nodes=max_draft_nodes,
+            memory_tokens=memory_tokens,
         )
         self._table = table
         self.traits = replace(
@@ -150,4 +157,4 @@ class NgramLmDrafter(NgramDrafter):
 
     def open(self, request: OpenDraft) -> NgramLmSession:
         """Open a session with an empty index; the first round fills it."""
-        return NgramLmSession(request, self._sizes, self._table)
+        return NgramLmSession(request, self._sizes, self.memory, self._table)
