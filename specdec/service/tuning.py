@@ -11,8 +11,8 @@ from pathlib import Path
 _SPIN_COUNT, _SPIN_COUNT_OF_AMD = "10000", "2000"
 """How many times an idle OpenMP thread spins before it sleeps. The default takes cores away from the other
 model process of the host; without spinning, a pass takes nearly twice as long. On an Intel Xeon with AMX,
-1,000 made a pass 1.3 times as long. On a Zen 4, 2,000 takes a single request 1.02 times as long as 30,000, and
-four at a time with dflash two thirds as long, for then both processes work at once."""
+1,000 made a pass 1.3 times as long. On a Zen 4, a single request takes 1.02 times as long with 2,000 as with
+30,000, and four at a time with dflash two thirds as long, for then both processes work at once."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Option numbers of glibc's mallopt."""
