@@ -40,8 +40,7 @@ class DrafterConfig(ModelServiceConfig):
     ngram_memory: int = 0
     """Number of tokens of earlier answers that ngram and ngram-lm look up as well: the latest ones, of all
     callers together; 0: none. An answer is proposed only to requests with the caller and the cache salt of
-    the request that it answered. Where callers have no names (--auth-tokens of the gateway), all of them are
-    one caller."""
+    the request that it answered. Unless the gateway has --auth-tokens, all callers are one."""
     mtp_position: str = "anchor"
     """Position of an MTP drafter's steps: "anchor" is the last committed token's, as in transformers;
     "hidden" is that of the hidden state that the draft starts from, as in vLLM."""

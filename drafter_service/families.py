@@ -159,9 +159,9 @@ def _refuse_other_kinds(model: str) -> None:
     folder = resolve_model(model)
     try:
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # whoever loads it says what is wrong
-    if kind_of(config)[1] not in ("causal-lm", ""):
+    if isinstance(config, dict) and kind_of(config)[1] not in ("causal-lm", ""):
         raise InvalidArgumentError(f"{folder}: {why_other(config, 'causal-lm')}", field="drafter")
 
 

@@ -77,13 +77,19 @@ class GrowingTree:
         ]
         return open_nodes[:MAX_STEP_NODES]
 
-    def expand(self, parent: int, candidates: Candidates) -> None:
-        """Add the candidates to follow a node of the frontier."""
+    def expand(self, parent: int, candidates: Candidates, *, are_sure: bool = False) -> None:
+        """Add the candidates to follow a node of the frontier.
+
+        Args:
+            are_sure: whether it is known that they are likely enough, whatever their probabilities.
+        """
         self._expanded.add(parent)
         depth = 1 + (0 if parent == ANCHOR else self._nodes[parent].depth)
         log_prob = 0.0 if parent == ANCHOR else self._nodes[parent].log_prob
         for own, token_id in candidates:
-            if own >= self._threshold or not self._nodes:  # the first token is proposed in any case
+            if (
+                are_sure or own >= self._threshold or not self._nodes
+            ):  # the first token is proposed in any case
                 self._nodes.append(_Node(parent, token_id, depth, log_prob + own))
 
     def parent(self, index: int) -> int:

@@ -15,6 +15,8 @@ RUNS: Mapping[str, str] = {
     "causal-lm": "any causal LM with the target's vocabulary",
 }
 """What each family that has checkpoints runs."""
+MOST_LAYERS = 10_000
+"""No target has more: what a config names beyond it is a mistake."""
 _CLASSES = {"DFlashDraftModel": "dflash", "DFlash2DraftModel": "dflash2", "Qwen3DSparkModel": "dspark"}
 _TYPES = {
     "gemma4_assistant": "mtp",
@@ -27,9 +29,9 @@ _TYPES = {
 def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
     """Return what a checkpoint is called, and the family that runs it; empty: none does."""
     if kind := config.get("speculators_model_type"):
-        return f"speculators' {kind}", kind if kind in RUNS and kind != "mtp" else ""
-    model_type, classes = str(config.get("model_type", "")), config.get("architectures") or [""]
-    name = str(classes[0])
+        return f"speculators' {kind}", kind if str(kind) in RUNS and kind != "mtp" else ""
+    model_type, classes = str(config.get("model_type", "")), config.get("architectures")
+    name = str(classes[0]) if isinstance(classes, list) and classes else ""
     if name in _CLASSES or model_type in _TYPES:
         return (name, _CLASSES[name]) if name in _CLASSES else (model_type, _TYPES[model_type])
     if "draft_vocab_size" in config:

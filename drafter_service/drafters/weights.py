@@ -23,10 +23,10 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
     """
     try:
         if not any((folder / name).is_file() for name in (_SINGLE, _INDEX)) and (folder / _PICKLED).is_file():
-            pickled: dict[str, Tensor] = torch.load(
-                folder / _PICKLED, map_location=device, weights_only=True, mmap=True
-            )
-            return pickled
+            pickled = torch.load(folder / _PICKLED, map_location=device, weights_only=True, mmap=True)
+            if not all(isinstance(name, str) and _is_plain(value) for name, value in pickled.items()):
+                raise ValueError(f"{_PICKLED} has something else than weights")
+            return dict(pickled)
         files = [_SINGLE]
         if (folder / _INDEX).is_file():
             files = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
@@ -35,11 +35,18 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
             # A name with a folder in it would lead out of the checkpoint.
             with safe_open(folder / Path(file).name, framework="pt", device=str(device)) as tensors:
                 weights |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+    except (
+        *(AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError),
+        *(SafetensorError, pickle.UnpicklingError),
+    ) as error:
         raise InvalidArgumentError(
             f"The weights in {folder} cannot be read: {error}", field="drafter"
         ) from error
     return weights
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def take_weights(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -65,6 +72,11 @@ def take_head(
     """
     lm_head, offsets = weights.pop("lm_head.weight", None), weights.pop("d2t", None)
     if lm_head is None:
+        if offsets is not None:
+            raise InvalidArgumentError(
+                f"{folder}: it has d2t, which says what tokens its head is for, and no lm_head.",
+                field="drafter",
+            )
         return None, None, None
     if lm_head.ndim != 2 or not len(lm_head) or lm_head.shape[1] != hidden_size:
         raise InvalidArgumentError(

@@ -6,6 +6,7 @@ projects.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafter_service.config import DrafterConfig
@@ -27,6 +28,7 @@ from drafter_service.drafters.eagle3.checkpoint import EagleCheckpoint
 from drafter_service.drafters.eagle3.drafter import EagleDrafter
 from drafter_service.drafters.eagle3.rounds import Branch, EagleRound, EagleSession
 from drafter_service.drafters.kinds import kind_of, why_other
+from drafter_service.drafters.weights import read_weights
 from drafter_service.families import load_drafters
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import InvalidArgumentError, SpecdecError
@@ -404,3 +406,96 @@ def test_kinds_of_checkpoints(config: dict[str, Any], called: str, family: str) 
 def test_families_of_transformers_refuse_other_kinds_as_well(family: str) -> None:
     with pytest.raises(InvalidArgumentError, match="it holds DFlashDraftModel; write --drafter dflash:MODEL"):
         load_drafters(DrafterConfig(drafter=(f"{family}:{FIXTURES / 'dflash-zlab/full'}",)))
+
+
+def copy_with(variant: str, folder: Path, changes: dict[str, Tensor | None], **config: Any) -> Path:
+    """Write a checkpoint with other weights (None: without them) and another config."""
+    folder.mkdir()
+    written = json.loads((FIXTURES / variant / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(written))
+    weights = load_file(FIXTURES / variant / "model.safetensors") | changes
+    save_file(
+        {key: value for key, value in weights.items() if value is not None}, folder / "model.safetensors"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "changes", "config"),
+    [
+        ("eagle3", "eagle3-speculators/qwen3_norms", {"fc_norm.0.weight": torch.ones(1)}, {}),
+        ("eagle3", "eagle3-speculators/llama_two_layers", {"input_norm.weight": torch.ones(3)}, {}),
+        ("eagle3", "eagle3-speculators/qwen3_norms", {"embed_tokens.weight": torch.ones(9, 64)}, {}),
+        ("eagle3", "eagle3-speculators/llama_d2t", {"lm_head.weight": None}, {}),
+        (
+            "eagle3",
+            "eagle3-speculators/qwen3_norms",
+            {},
+            {"eagle_aux_hidden_state_layer_ids": [2**40, 1]},
+        ),
+        ("dflash2", "dflash2/published", {"candidate_selector.successor_codebook": torch.ones(3)}, {}),
+        (
+            "dflash2",
+            "dflash2/published",
+            {},
+            {"dflash_config": {"target_layer_ids": [0, 2, 4], "mask_token_id": 159, "selector_top_k": 0}},
+        ),
+        ("dspark", "dspark/vanilla", {"markov_head.markov_w1.weight": torch.ones(3)}, {}),
+        ("dspark", "dspark/gated_d2t", {"markov_head.markov_w2.weight": torch.ones(9, 8)}, {}),
+        ("dspark", "dspark/gated_d2t", {"markov_head.gate_proj.bias": torch.ones(3)}, {}),
+        ("dspark", "dspark/vanilla", {"confidence_head.proj.bias": torch.ones(3)}, {}),
+        ("dspark", "dspark-deepspec/qwen3_vanilla", {}, {"target_layer_ids": [-1, 3]}),
+        ("dflash", "dflash-zlab/full", {}, {"hidden_act": "x"}),
+        ("dflash", "dflash-zlab/full", {}, {"num_key_value_heads": 0}),
+        ("dflash", "dflash-zlab/full", {}, {"default_draft_depth": -1}),
+        ("dflash", "dflash-zlab/full", {}, {"vocab_size": -1}),
+        ("dflash", "dflash-zlab/full", {}, {"block_size": 10**12}),
+    ],
+)
+def test_checkpoints_that_do_not_fit_together_are_refused(
+    family: str, variant: str, changes: dict[str, Tensor | None], config: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = copy_with(variant, tmp_path / "drafter", changes, **config)
+    with pytest.raises(InvalidArgumentError, match="drafter"):
+        load_drafters(DrafterConfig(drafter=(f"{family}:{folder}",), dtype="float32"))
+
+
+@pytest.mark.parametrize("pickled", [[1], {"fc.weight": 3}, {3: torch.ones(2)}, torch.ones(2)])
+def test_pickles_of_something_else_are_refused(pickled: Any, tmp_path: Path) -> None:
+    torch.save(pickled, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        read_weights(tmp_path, torch.device("cpu"))
+
+
+def test_weights_of_the_authors_may_be_pickled(tmp_path: Path) -> None:
+    torch.save(load_file(FIXTURES / "eagle3/d2t/model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text((FIXTURES / "eagle3/d2t/config.json").read_text())
+    loaded = EagleCheckpoint.load(str(tmp_path), dtype="float32", device="cpu", num_target_layers=8)
+    assert loaded.settings.layer_ids == (1, 3, 4)
+
+
+@torch.inference_mode()
+def test_an_eagle_round_that_is_asked_for_again_gives_the_same_draft() -> None:
+    other, drafter = load_eagle("eagle3/d2t")
+    items = list[DraftItem]()
+    for length in (20, 9):
+        committed = tuple(other.token_ids[: length + 1])
+        session = drafter.open(OpenDraft(committed, len(committed), 60))
+        session.target_weights, session.view = other.weights, other.view(drafter, length)
+        items.append(DraftItem(drafter, session, 4, 1))
+    first = drafter.propose(items[:1])
+    assert drafter.propose(items)[0] == first[0]
+    assert drafter.propose(items[:1]) == first
+
+
+@torch.inference_mode()
+def test_only_the_confidence_keeps_a_tree_of_dspark_short() -> None:
+    other = OtherProject("dspark/gated_d2t")
+    cases = other.sessions()["long"]
+    ((_, chain, _), *_), ((_, tree, _), *_) = (
+        list(run(other, load("dspark/gated_d2t", DSPARK)[2], cases[:1], confidence=0.3, num_nodes=nodes))
+        for nodes in (0, 60)
+    )
+    assert isinstance(chain, list)
+    assert isinstance(tree, DraftTree)
+    assert len(tree) > len(chain) > 1, "a single token, where the probabilities count as well"

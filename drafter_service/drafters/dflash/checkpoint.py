@@ -112,6 +112,7 @@ class DFlashCheckpoint:
         try:
             config = json.loads((folder / "config.json").read_text())
             decoder_config, settings = kind.read_config(config)
+            decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"{folder}: {error.message}", field="drafter") from error
         except Exception as error:  # a broken config surfaces as many types
@@ -120,7 +121,6 @@ class DFlashCheckpoint:
             ) from error
         read = read_weights(folder, target)
         weights = {TRANSFORMERS_NAMES.get(name, name): weight for name, weight in read.items()}
-        decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
         hidden_size = decoder_config.hidden_size
         lm_head, draft_vocab, order = take_head(folder, weights, settings.vocab_size, hidden_size)
@@ -150,7 +150,7 @@ def _take_parts(kind: Kind, source: Source, decoder: MuseGlimmerAssistantModel) 
     source.weights.update({name: source.weights[name].to(decoder.dtype) for name in names})
     try:
         return kind.take_parts(source)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidArgumentError(
             f"{source.folder}: the weights that it has as a {kind.family} drafter do not fit its "
             f"{source.hidden_size} elements: {error}",

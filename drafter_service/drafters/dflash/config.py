@@ -13,10 +13,11 @@ from typing import Any
 from transformers import MuseGlimmerAssistantConfig, Qwen3Config
 
 from drafter_service.drafters.dflash.layers import LayerMask
-from drafter_service.drafters.kinds import kind_of, why_other
+from drafter_service.drafters.kinds import MOST_LAYERS, kind_of, why_other
 from specdec.contract.errors import InvalidArgumentError
 
 _SLIDING = "sliding_attention"
+_MOST_BLOCK_SIZE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +105,12 @@ def read_z_lab(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, D
         embedding_scale=float(own.get("input_embedding_scale", 1.0)),
         logit_scale=float(own.get("output_multiplier", 1.0)),
         logit_softcap=float(own.get("final_logit_softcapping") or 0.0),
-        vocab_size=source.vocab_size,
+        vocab_size=_not_negative(source.vocab_size, "vocab_size"),
         # Checkpoints that were trained before the key was renamed have the second one.
-        default_draft_depth=int(own.get("default_draft_depth", own.get("default_num_draft_tokens", 0))),
-        vocabulary_fingerprint=config.get("specdec_vocabulary_fingerprint", ""),
+        default_draft_depth=_not_negative(
+            own.get("default_draft_depth", own.get("default_num_draft_tokens", 0)), "default_draft_depth"
+        ),
+        vocabulary_fingerprint=str(config.get("specdec_vocabulary_fingerprint", "")),
     )
 
 
@@ -132,28 +135,38 @@ def read_speculators(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantCon
         _masks(source, layers, False if config.get("sliding_window_non_causal") else None),
         sample_from_anchor=bool(config.get("sample_from_anchor", False)),
         embedding_scale=1.0,
-        vocab_size=source.vocab_size,
+        vocab_size=_not_negative(source.vocab_size, "vocab_size"),
     )
 
 
 def _layer_ids(given: Any, offset: int = 0) -> tuple[int, ...]:
     layer_ids = tuple(int(layer_id) - offset for layer_id in given or ())
-    if not layer_ids or min(layer_ids) < 0:
+    if not layer_ids or min(layer_ids) < 0 or max(layer_ids) > MOST_LAYERS:
         raise InvalidArgumentError(
-            f"it must name target layers to read, counted from {offset}; it has {given}."
+            f"it must name target layers to read, counted from {offset}; it has {given}. (The output of the "
+            "embedding, layer -1, is not supported.)"
         )
     return layer_ids
+
+
+def _not_negative(given: Any, name: str) -> int:
+    if int(given) < 0:
+        raise InvalidArgumentError(f"its {name} is {given}; it must not be negative.")
+    return int(given)
 
 
 def _mask_token(given: Any) -> int:
     if given is None:
         raise InvalidArgumentError("it names no mask token (mask_token_id).")
-    return int(given)
+    return _not_negative(given, "mask_token_id")
 
 
 def _block_size(given: Any) -> int:
-    if int(given) < 2:
-        raise InvalidArgumentError(f"its block_size is {given}; a block has an anchor and at least one mask.")
+    if not 2 <= int(given) <= _MOST_BLOCK_SIZE:
+        raise InvalidArgumentError(
+            f"its block_size is {given}; a block has an anchor and at least one mask, and at most "
+            f"{_MOST_BLOCK_SIZE} tokens."
+        )
     return int(given)
 
 

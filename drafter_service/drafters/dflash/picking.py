@@ -161,7 +161,11 @@ class BlockPicker:
             for row, ((at, node), (candidates,)) in enumerate(zip(leaves, families, strict=True)):
                 threshold = rounds[at].session.min_draft_confidence
                 is_sure = found.confidence is None or bool(found.confidence[row] >= threshold)
-                trees[at].expand(node, candidates if is_sure or node == ANCHOR else ())
+                trees[at].expand(
+                    node,
+                    candidates if is_sure or node == ANCHOR else (),
+                    are_sure=is_sure and found.confidence is not None,
+                )
                 if found.memory is not None:
                     after[at][node] = found.memory[row]
 

@@ -46,6 +46,8 @@ class Selector:
         if len(sizes) != 1 or tables[0].ndim != 2 or tables[0].shape[1] != rank or len(projection) != rank:
             shapes = [[*tensor.shape] for tensor in (*tables, projection)]
             raise ValueError(f"the selector's tables and projection are {shapes}, and its rank is {rank}")
+        if num_candidates < 1:
+            raise ValueError(f"selector_top_k is {num_candidates}")
         return cls(*tables, multiplier(projection), num_candidates)
 
     def walk(self, places: Places, head: DraftHead, weights: TargetWeights) -> SelectorWalk:

@@ -67,6 +67,12 @@ class TokenBias:
                 f"the tables are {[*tokens.shape]} and {[*rows.shape]}, the {kind} bias has a projection of "
                 f"{None if inner is None else [*inner.shape]}, and markov_rank is {rank}"
             )
+        if draft_order is not None and len(draft_order) != len(rows):
+            raise ValueError(f"markov_w2 has {len(rows)} rows for a head of {len(draft_order)}")
+        for name, owner in ((f"{KINDS[kind]}.bias", weights), ("proj.bias", confidence)):
+            weight = owner.get(name.replace(".bias", ".weight"))
+            if weight is not None and owner[name].shape != weight.shape[:1]:
+                raise ValueError(f"{name} is {[*owner[name].shape]}")
         says = confidence.get("proj.weight")
         if says is not None and says.shape not in ((1, hidden_size), (1, hidden_size + rank)):
             raise ValueError(f"the confidence head is {[*says.shape]}")

@@ -90,8 +90,10 @@ class EagleCheckpoint:
         try:
             features = _take_features(weights, settings, size, decoder_config.rms_norm_eps)
             embedding = weights.pop("embed_tokens.weight", None)
+            if embedding is not None and embedding.shape != (settings.vocab_size, size):
+                raise ValueError(f"embed_tokens.weight is {[*embedding.shape]}")
             decoder.load_state_dict(weights)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InvalidArgumentError(
                 f"{folder}: its weights are not those of an EAGLE-3 drafter of {size} elements: {error}",
                 field="drafter",
@@ -106,12 +108,19 @@ def num_layers(target: str) -> int:
 
     Raises:
         NotFoundError: there is no such checkpoint.
+        InvalidArgumentError: its config cannot be used.
     """
     if not target:
         return 0
     folder: Path = resolve_model(target)
-    text_config: Any = AutoConfig.from_pretrained(folder).get_text_config()
-    return int(text_config.num_hidden_layers)
+    try:
+        text_config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+        return int(text_config.num_hidden_layers)
+    except Exception as error:  # a broken config surfaces as many types
+        raise InvalidArgumentError(
+            f"{folder} does not say how many layers the target has: {type(error).__name__}: {error}",
+            field="target",
+        ) from error
 
 
 def _take_features(
@@ -127,9 +136,23 @@ def _take_features(
         raise ValueError(f"fc.weight is {[*fc.shape]} for the states of {count} layers")
     if fc is None and count > 1:
         raise KeyError("fc.weight")
-    before = Norm(weights.pop("input_norm.weight"), epsilon) if settings.norm_before_fc else None
+    width = size if fc is None else fc.shape[1]
+    before = None
+    if settings.norm_before_fc:
+        before = _norm(weights.pop("input_norm.weight"), width, epsilon)
     each: tuple[Norm, ...] = ()
     if settings.norms_features:
         own = take_weights(weights, "fc_norm.")
-        each = tuple(Norm(own[f"{index}.weight"], epsilon) for index in range(count))
+        each = tuple(_norm(own[f"{index}.weight"], width // count, epsilon) for index in range(count))
     return Features(fc, before, each)
+
+
+def _norm(weight: Tensor, size: int, epsilon: float) -> Norm:
+    """Return a norm of rows of that size: a kernel that reads it asks for no shape.
+
+    Raises:
+        ValueError: the weight is of another shape.
+    """
+    if weight.shape != (size,):
+        raise ValueError(f"a norm of {size} elements has a weight {[*weight.shape]}")
+    return Norm(weight, epsilon)

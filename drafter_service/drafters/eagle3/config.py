@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from drafter_service.drafters.kinds import kind_of, why_other
+from drafter_service.drafters.kinds import MOST_LAYERS, kind_of, why_other
 from specdec.contract.errors import InvalidArgumentError
 
 _DECODERS: Mapping[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
@@ -113,7 +113,7 @@ def _layer_ids(given: Any, num_target_layers: int) -> tuple[int, ...]:
             )
         given = (2, num_target_layers // 2, num_target_layers - 3)
     layer_ids = tuple(int(layer_id) - 1 for layer_id in given)
-    if not layer_ids or min(layer_ids) < 0:
+    if not layer_ids or min(layer_ids) < 0 or max(layer_ids) > MOST_LAYERS:
         raise InvalidArgumentError(
             f"it must name target layers to read, counted from 1; it has {list(given)}."
         )

@@ -173,7 +173,8 @@ class EagleDrafter(Drafter):
         """Make keys and values of pairs up to a position each; return each session's last output."""
         token_ids, features, positions, rows, slots = list[int](), list[Tensor](), list[Tensor](), [], []
         for session, stop in zip(sessions, stops, strict=True):
-            view, start = session.view, session.num_cached
+            # A round that is asked for again reads its last pair again: drafting begins with what that gives.
+            view, start = session.view, min(session.num_cached, stop - 1)
             assert view is not None
             rows.append(rows_of_pairs(session.allocation, start, stop, len(token_ids)))
             slots.append(session.allocation.host_slots(start, stop))

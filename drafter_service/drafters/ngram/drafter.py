@@ -31,9 +31,10 @@ _MAX_MATCHES = 64
 class NgramSession(DraftSession):
     """Committed tokens and, for each n-gram in them, the positions after its occurrences, the last first."""
 
-    def __init__(self, request: OpenDraft, sizes: range, memory: AnswerMemory) -> None:
+    def __init__(self, request: OpenDraft, sizes: range, memory: AnswerMemory | None = None) -> None:
         super().__init__(request)
-        self.memory, self.owner = memory, Owner(request.caller_key, request.cache_salt)
+        self.memory = memory or AnswerMemory(0, sizes[-1])
+        self.owner = Owner(request.caller_key, request.cache_salt)
         self.sizes = sizes
         """Sizes of the n-grams that are looked up, tokens."""
         self._next_position: dict[tuple[int, ...], int] = {}
