@@ -167,6 +167,7 @@ def _open_draft(message: drafter_pb2.DraftOpen) -> OpenDraft:
         min_draft_confidence=message.min_draft_confidence,
         caller_key=message.caller_key,
         cache_salt=message.cache_salt,
+        vocabulary_fingerprint=message.handshake.vocabulary_fingerprint,
     )
 
 

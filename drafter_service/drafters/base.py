@@ -76,6 +76,8 @@ class OpenDraft:
     """Tells callers apart, see specdec.v1.DraftOpen."""
     cache_salt: str = ""
     """Tells what may be remembered together apart, see specdec.v1.DraftOpen."""
+    vocabulary_fingerprint: str = ""
+    """Checksum of the target's vocabulary; empty: it is not known."""
 
 
 class DraftSession:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import pytest
 
@@ -23,9 +24,7 @@ def make_drafter(memory_tokens: int = 1000) -> NgramDrafter:
 def draft(
     drafter: NgramDrafter, token_ids: Sequence[int], owner: Owner = ANN, depth: int = 4, nodes: int = 0
 ) -> Drafted:
-    session = drafter.open(
-        OpenDraft(tuple(token_ids), 1, 100, caller_key=owner.caller_key, cache_salt=owner.cache_salt)
-    )
+    session = drafter.open(OpenDraft(tuple(token_ids), 1, 100, **asdict(owner)))
     (found,) = drafter.propose([DraftItem(drafter, session, depth, 0, nodes)])
     return found
 
@@ -34,9 +33,7 @@ def answer(
     drafter: NgramDrafter, prompt: Sequence[int], token_ids: Sequence[int], owner: Owner = ANN
 ) -> None:
     """Run a session to its end."""
-    session = drafter.open(
-        OpenDraft(tuple(prompt), len(prompt), 100, caller_key=owner.caller_key, cache_salt=owner.cache_salt)
-    )
+    session = drafter.open(OpenDraft(tuple(prompt), len(prompt), 100, **asdict(owner)))
     session.commit(token_ids, len(prompt) + len(token_ids))
     drafter.close(session)
 
@@ -50,7 +47,7 @@ def test_an_earlier_answer_is_drafted_from() -> None:
     assert draft(drafter, [50, 2, 3]) == [], "a prompt is not remembered"
 
 
-@pytest.mark.parametrize("other", [BOB, Owner("ann", "salt"), Owner("", "")])
+@pytest.mark.parametrize("other", [BOB, Owner("ann", "salt"), Owner("", ""), Owner("ann", "", "other")])
 def test_nobody_elses_text_is_proposed(other: Owner) -> None:
     drafter = make_drafter()
     answer(drafter, [1], [5, 6, 7, 8, 9, 10])

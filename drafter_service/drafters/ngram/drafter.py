@@ -34,7 +34,7 @@ class NgramSession(DraftSession):
     def __init__(self, request: OpenDraft, sizes: range, memory: AnswerMemory | None = None) -> None:
         super().__init__(request)
         self.memory = memory or AnswerMemory(0, sizes[-1])
-        self.owner = Owner(request.caller_key, request.cache_salt)
+        self.owner = Owner(request.caller_key, request.cache_salt, request.vocabulary_fingerprint)
         self.sizes = sizes
         """Sizes of the n-grams that are looked up, tokens."""
         self._next_position: dict[tuple[int, ...], int] = {}

@@ -20,6 +20,8 @@ class Owner:
 
     caller_key: str
     cache_salt: str
+    vocabulary_fingerprint: str = ""
+    """Of the target: the tokens of another one mean something else."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
