@@ -22,7 +22,7 @@ from specdec.contract.target_state import TargetStateSpec
 
 if TYPE_CHECKING:
     # For types only: drafters that need no target state run without torch.
-    from specdec.runtime.kv_pool import KvPool
+    from specdec.runtime.kv_pool import KvAllocation, KvPool
     from specdec.state.reader import StateSession
     from specdec.state.view import Projection, TargetStateView
     from specdec.state.weights import TargetWeights
@@ -123,6 +123,20 @@ class DraftSession:
         self.token_ids.extend(committed_token_ids)
 
 
+class CachedSession(DraftSession):
+    """A session whose drafter keeps keys and values of the positions of the target's state."""
+
+    def __init__(self, request: OpenDraft, allocation: KvAllocation) -> None:
+        super().__init__(request)
+        self.allocation = allocation
+        self.num_cached = 0
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Positions of the target's state, as far as it is known, without keys and values."""
+        return self.view.length - self.num_cached if self.view else 0
+
+
 @dataclass(frozen=True, slots=True)
 class DraftItem:
     """One session's work in an engine step: draft up to K tokens, or (K = 0) read committed ones."""
@@ -185,6 +199,26 @@ class Drafter(ABC):
             return error
         log_defect(logger, "drafter failed", error, drafter=self.traits.name)
         return InternalError(f"{self.traits.name} failed: {type(error).__name__}: {error}")
+
+    def refuse_misfit(self, session: DraftSession, misfit: Callable[[], str]) -> None:
+        """Refuse a session of a target that the drafter cannot follow.
+
+        Args:
+            misfit: says what of the target has another size than the drafter reads; empty: everything fits.
+
+        Raises:
+            FailedPreconditionError: there is no state yet, or it does not fit.
+        """
+        assert session.view is not None
+        if not session.view.length:
+            raise FailedPreconditionError(
+                f"{self.traits.name} drafts from the target's state of at least one position.",
+                reason="NO_TARGET_STATE",
+            )
+        if what := misfit():
+            raise FailedPreconditionError(
+                f"{self.traits.name} was made for another target: {what}.", reason="DRAFTER_MISFIT"
+            )
 
     def propose_by_target(
         self,

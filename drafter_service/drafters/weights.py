@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +15,23 @@ from torch import Tensor
 from specdec.contract.errors import InvalidArgumentError
 
 _SINGLE, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+
+
+@contextmanager
+def reading_config(folder: Path) -> Iterator[None]:
+    """Say of what goes wrong with a checkpoint's config.json which folder it is in.
+
+    Raises:
+        InvalidArgumentError: in place of any other error.
+    """
+    try:
+        yield
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{folder}: {error.message}", field="drafter") from error
+    except Exception as error:  # a broken config surfaces as many types
+        raise InvalidArgumentError(
+            f"{folder}/config.json cannot be used: {type(error).__name__}: {error}", field="drafter"
+        ) from error
 
 
 def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:

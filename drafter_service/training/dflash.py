@@ -21,7 +21,8 @@ from transformers import MuseGlimmerAssistantModel
 
 from drafter_service.drafters.dflash.checkpoint import TRANSFORMERS_NAMES
 from drafter_service.drafters.dflash.layers import BlockLayers
-from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead, split_weights
+from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead
+from drafter_service.drafters.weights import take_weights
 from drafter_service.training.architecture import context_layers, dflash_config, mask_token, z_lab_config
 from drafter_service.training.attention import BlockBatchKv
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
@@ -192,7 +193,7 @@ class DFlashTrainee(Trainee):
                 for name, weight in load_file(folder / _WEIGHTS).items()
             }
             weights["encoder.fc.weight"] /= self._input_scales.cpu()
-            self._load_markov(split_weights(weights))
+            self._load_markov(take_weights(weights, PREFIX))
             encoder = {name: weights.pop(f"encoder.{name}") for name in list(self.encoder.state_dict())}
             self.encoder.load_state_dict(encoder)
             self.model.load_state_dict(weights)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafted, DraftItem, OpenDraft
+from drafter_service.drafters.base import CachedSession, Drafted, DraftItem, OpenDraft
 from drafter_service.drafters.dflash.checkpoint import DFLASH, DFlashCheckpoint, Kind
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
 from drafter_service.drafters.dflash.links import Places
@@ -26,7 +26,7 @@ from drafter_service.drafters.dflash2.checkpoint import DFLASH2
 from drafter_service.drafters.dspark.checkpoint import DSPARK
 from drafter_service.drafters.eagle3.checkpoint import EagleCheckpoint
 from drafter_service.drafters.eagle3.drafter import EagleDrafter
-from drafter_service.drafters.eagle3.rounds import Branch, EagleRound, EagleSession
+from drafter_service.drafters.eagle3.rounds import Branch, EagleRound
 from drafter_service.drafters.kinds import kind_of, why_other
 from drafter_service.drafters.weights import read_weights
 from drafter_service.families import load_drafters
@@ -351,7 +351,7 @@ def test_eagle_branches_are_chains_of_their_own(dtype: str) -> None:
     case = other.sessions()["long"][0]
     committed = tuple(other.token_ids[: case.length + 1])
 
-    def session() -> EagleSession:
+    def session() -> CachedSession:
         opened = drafter.open(OpenDraft(committed, len(committed), 60))
         opened.target_weights, opened.view = other.weights, other.view(drafter, case.length)
         return opened

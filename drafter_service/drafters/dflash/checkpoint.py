@@ -18,9 +18,9 @@ from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
 from drafter_service.drafters.dflash.config import DFlashSettings, read_config
 from drafter_service.drafters.dflash.links import Links
-from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead, split_weights
+from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead
 from drafter_service.drafters.head import read_draft_vocab
-from drafter_service.drafters.weights import read_weights, take_head
+from drafter_service.drafters.weights import read_weights, reading_config, take_head, take_weights
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import model_id, resolve_model, revision
 from specdec.runtime.decoder.layers import Layer
@@ -109,16 +109,10 @@ class DFlashCheckpoint:
         target = usable_device(device)
         if threads:
             torch.set_num_threads(threads)
-        try:
+        with reading_config(folder):
             config = json.loads((folder / "config.json").read_text())
             decoder_config, settings = kind.read_config(config)
             decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
-        except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"{folder}: {error.message}", field="drafter") from error
-        except Exception as error:  # a broken config surfaces as many types
-            raise InvalidArgumentError(
-                f"{folder}/config.json cannot be used: {type(error).__name__}: {error}", field="drafter"
-            ) from error
         read = read_weights(folder, target)
         weights = {TRANSFORMERS_NAMES.get(name, name): weight for name, weight in read.items()}
         decoder.requires_grad_(False)
@@ -160,7 +154,7 @@ def _take_parts(kind: Kind, source: Source, decoder: MuseGlimmerAssistantModel) 
 
 def _take_markov(source: Source) -> Parts:
     """Take the weights of a Markov head, where a checkpoint has one."""
-    own = split_weights(source.weights)
+    own = take_weights(source.weights, PREFIX)
     try:
         return Parts(MarkovHead.of(own, source.hidden_size) if own else None)
     except (KeyError, RuntimeError, TypeError) as error:

@@ -68,11 +68,6 @@ def read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
     raise InvalidArgumentError(why_other(config, "dflash"))
 
 
-def is_z_lab(config: Mapping[str, Any], architecture: str) -> bool:
-    """Whether a config is of z-lab's format, and of a model of that class."""
-    return "speculators_model_type" not in config and architecture in (config.get("architectures") or ())
-
-
 def _read_transformers(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, DFlashSettings]:
     decoder = MuseGlimmerAssistantConfig(**config)
     # Its mask lets a query see a whole window back, and its block both ways.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from drafter_service.drafters.base import (
+    CachedSession,
     Drafted,
     Drafter,
     DrafterTraits,
@@ -25,10 +26,10 @@ from drafter_service.drafters.base import (
 from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
 from drafter_service.drafters.dflash.forward import BlockForward
 from drafter_service.drafters.dflash.picking import BlockPicker
-from drafter_service.drafters.dflash.rounds import BlockRound, DFlashSession, PassKv
+from drafter_service.drafters.dflash.rounds import BlockRound, PassKv
 from drafter_service.drafters.growing import GrowingTree, growing_tree
 from drafter_service.drafters.head import DraftHead
-from specdec.contract.errors import FailedPreconditionError, SpecdecError
+from specdec.contract.errors import SpecdecError
 from specdec.contract.sampling import validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvPool, KvShape
@@ -94,7 +95,7 @@ class DFlashDrafter(Drafter):
             needs_target_weights=True,
         )
 
-    def open(self, request: OpenDraft) -> DFlashSession:
+    def open(self, request: OpenDraft) -> CachedSession:
         """Open a session with room for its context and a block behind it.
 
         Raises:
@@ -102,7 +103,7 @@ class DFlashDrafter(Drafter):
             ResourceExhaustedError: all memory is in use.
         """
         num_tokens = request.max_length + self._settings.block_size
-        return DFlashSession(request, self._pool.allocate(num_tokens))
+        return CachedSession(request, self._pool.allocate(num_tokens))
 
     def close(self, session: DraftSession) -> None:
         """Give the session's memory back."""
@@ -129,7 +130,7 @@ class DFlashDrafter(Drafter):
             return None
         return self._round(session, num_drafts, growing_tree(item, num_drafts) if item.wants_tree else None)
 
-    def _check(self, session: DFlashSession) -> None:
+    def _check(self, session: CachedSession) -> None:
         """Refuse a session of a target that the drafter cannot follow.
 
         Raises:
@@ -139,38 +140,33 @@ class DFlashDrafter(Drafter):
         view, weights = session.view, session.target_weights
         assert view is not None
         assert weights is not None
-        if not view.length:
-            raise FailedPreconditionError(
-                f"{self.traits.name} drafts from the target's state of at least one position.",
-                reason="NO_TARGET_STATE",
-            )
-        width = weights.embedding.shape[1]
-        misfit = self._head.misfit(weights, self._settings.mask_token_id + 1)
-        if width != self._hidden_size:
-            misfit = f"it reads embeddings of {self._hidden_size} elements, the target's have {width}"
-        if misfit:
-            raise FailedPreconditionError(
-                f"{self.traits.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
-            )
+        self.refuse_misfit(session, lambda: self._misfit(weights))
         if not self.traits.vocab_size:
             # The drafter names no vocabulary, so nothing was checked when these tokens came.
             vocab_size = self._head.vocab_size(weights)
             session.sampling.validate(vocab_size)
             validate_token_ids("committed_token_ids", session.token_ids, vocab_size)
 
-    def _read(self, session: DFlashSession, num_tokens: int) -> None:
+    def _misfit(self, weights: TargetWeights) -> str:
+        """Say what of the target has another size than the drafter reads; empty: everything fits."""
+        width = weights.embedding.shape[1]
+        if width != self._hidden_size:
+            return f"it reads embeddings of {self._hidden_size} elements, the target's have {width}"
+        return self._head.misfit(weights, self._settings.mask_token_id + 1)
+
+    def _read(self, session: CachedSession, num_tokens: int) -> None:
         """Keep keys and values of the next part of a long context."""
         stop = session.num_cached + min(num_tokens, session.num_prefill_tokens)
         # A pass needs a block; nobody reads what this one gives, and what follows overwrites it.
         self._run([BlockRound(session, self._context(session, stop), session.token_ids[stop : stop + 1], 0)])
 
-    def _round(self, session: DFlashSession, num_drafts: int, tree: GrowingTree | None) -> BlockRound:
+    def _round(self, session: CachedSession, num_drafts: int, tree: GrowingTree | None) -> BlockRound:
         assert session.view is not None
         num_masks = num_drafts - 1 if self._settings.sample_from_anchor else num_drafts
         block = [session.token_ids[-1], *[self._settings.mask_token_id] * num_masks]
         return BlockRound(session, self._context(session, session.view.length), block, num_drafts, tree)
 
-    def _context(self, session: DFlashSession, stop: int) -> Tensor:
+    def _context(self, session: CachedSession, stop: int) -> Tensor:
         """Project the target's hidden states of the positions before `stop` that were not read yet."""
         assert session.view is not None
         return session.view.projected(session.num_cached, stop).to(self._dtype)
@@ -205,8 +201,8 @@ class DFlashDrafter(Drafter):
         return embedding(token_ids, weights.embedding).to(self._dtype) * scale
 
 
-def _checked(session: DraftSession) -> DFlashSession:
-    assert isinstance(session, DFlashSession)
+def _checked(session: DraftSession) -> CachedSession:
+    assert isinstance(session, CachedSession)
     return session
 
 

@@ -15,7 +15,6 @@ from torch.nn.functional import rms_norm, silu
 
 from drafter_service.drafters.dflash.links import LinkedPlaces, Places
 from drafter_service.drafters.head import DraftHead
-from drafter_service.drafters.weights import take_weights
 from specdec.runtime.kernels import layer as kernels
 from specdec.state.weights import TargetWeights
 
@@ -98,8 +97,3 @@ def _normed(x: Tensor) -> Tensor:
     if kernels.takes(x) and not torch.is_grad_enabled():
         return kernels.norm(x, None, torch.finfo(torch.float32).eps)
     return rms_norm(x, x.shape[-1:])
-
-
-def split_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the head's weights out of a checkpoint's; the result is empty where it has no such head."""
-    return take_weights(weights, PREFIX)

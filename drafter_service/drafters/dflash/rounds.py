@@ -1,4 +1,4 @@
-"""A DFlash draft session, its part of a pass, and the keys and values that a pass reads and writes."""
+"""A session's part of a DFlash pass, and the keys and values that a pass reads and writes."""
 
 from __future__ import annotations
 
@@ -9,35 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from drafter_service.drafters.base import DraftSession, OpenDraft
+from drafter_service.drafters.base import CachedSession
 from drafter_service.drafters.dflash.layers import LayerMask
 from drafter_service.drafters.growing import GrowingTree
 from specdec.runtime.attention import first_key
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kernels.attention import RowKeys, RowPlan, SessionRows, attends
-from specdec.runtime.kv_pool import KvAllocation, KvPool, device_slots, join_slots, write_rows
-
-
-class DFlashSession(DraftSession):
-    """Committed tokens, and how many positions of the context have keys and values."""
-
-    def __init__(self, request: OpenDraft, allocation: KvAllocation) -> None:
-        super().__init__(request)
-        self.allocation = allocation
-        self.num_cached = 0
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Positions of the context, as far as it is known, without keys and values."""
-        return self.view.length - self.num_cached if self.view else 0
+from specdec.runtime.kv_pool import KvPool, device_slots, join_slots, write_rows
 
 
 @dataclass(slots=True, eq=False)
 class BlockRound:
     """One session's part of a pass."""
 
-    session: DFlashSession
+    session: CachedSession
     context: Tensor  # [num_context, hidden_size]
     block: Sequence[int]
     """Token ids of the block: the anchor and the masks."""

@@ -9,14 +9,13 @@ from typing import Any
 from transformers import MuseGlimmerAssistantConfig
 
 from drafter_service.drafters.dflash.checkpoint import Kind, Parts, Source
-from drafter_service.drafters.dflash.config import DFlashSettings, is_z_lab, read_speculators, read_z_lab
+from drafter_service.drafters.dflash.config import DFlashSettings, read_speculators, read_z_lab
 from drafter_service.drafters.dflash2.convolution import BlockRows, ShortConvolution, convolved
 from drafter_service.drafters.dflash2.selector import Selector
-from drafter_service.drafters.kinds import why_other
+from drafter_service.drafters.kinds import kind_of, why_other
 from drafter_service.drafters.weights import take_weights
 from specdec.contract.errors import InvalidArgumentError
 
-ARCHITECTURE = "DFlash2DraftModel"
 _SUBLAYERS = ("attention_conv", "mlp_conv")
 
 
@@ -29,7 +28,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
     if config.get("speculators_model_type") == "dflash2":
         # Said nowhere, its sliding layers see both ways.
         return read_speculators({"sliding_window_non_causal": True, **config})
-    if is_z_lab(config, ARCHITECTURE):
+    if kind_of(config)[1] == "dflash2":
         return read_z_lab(config)
     raise InvalidArgumentError(why_other(config, "dflash2"))
 

@@ -9,13 +9,13 @@ from typing import Any
 from transformers import MuseGlimmerAssistantConfig
 
 from drafter_service.drafters.dflash.checkpoint import Kind, Parts, Source
-from drafter_service.drafters.dflash.config import DFlashSettings, is_z_lab, read_speculators, read_z_lab
+from drafter_service.drafters.dflash.config import DFlashSettings, read_speculators, read_z_lab
 from drafter_service.drafters.dspark.bias import KINDS, TokenBias
-from drafter_service.drafters.kinds import RUNS, why_other
+from drafter_service.drafters.kinds import RUNS, kind_of, why_other
 from drafter_service.drafters.weights import take_weights
 from specdec.contract.errors import InvalidArgumentError
 
-_AUTHORS, _GEMMA = "Qwen3DSparkModel", "Gemma4DSparkModel"
+_GEMMA = "Gemma4DSparkModel"
 _DEFAULT_RANK = 256
 
 
@@ -29,10 +29,10 @@ def read_config(config: Mapping[str, Any]) -> tuple[MuseGlimmerAssistantConfig, 
         raise InvalidArgumentError(f"its markov_head_type is {kind!r}; supported are {', '.join(KINDS)}.")
     if config.get("speculators_model_type") == "dspark":
         return read_speculators({"sample_from_anchor": True, **config})
-    if is_z_lab(config, _AUTHORS):
+    if kind_of(config)[1] == "dspark":
         decoder, settings = read_z_lab(config)
         return decoder, replace(settings, sample_from_anchor=True)
-    if is_z_lab(config, _GEMMA):
+    if kind_of(config)[0] == _GEMMA:
         raise InvalidArgumentError(
             f"it holds {_GEMMA}, whose decoder layers are Gemma 4's; dspark runs {RUNS['dspark']}, whose "
             "layers are Qwen 3's."

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from drafter_service.drafters.eagle3.config import EagleSettings, read_config
 from drafter_service.drafters.eagle3.layers import empty_decoder
-from drafter_service.drafters.weights import read_weights, take_head, take_weights
+from drafter_service.drafters.weights import read_weights, reading_config, take_head, take_weights
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import model_id, resolve_model, revision
 from specdec.runtime.decoder.layers import Norm
@@ -69,16 +69,10 @@ class EagleCheckpoint:
         folder, at = resolve_model(model), usable_device(device)
         if threads:
             torch.set_num_threads(threads)
-        try:
+        with reading_config(folder):
             config = json.loads((folder / "config.json").read_text())
             decoder_config, settings = read_config(config, num_target_layers)
             decoder = empty_decoder(decoder_config).to(at, getattr(torch, dtype)).eval()
-        except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"{folder}: {error.message}", field="drafter") from error
-        except Exception as error:  # a broken config surfaces as many types
-            raise InvalidArgumentError(
-                f"{folder}/config.json cannot be used: {type(error).__name__}: {error}", field="drafter"
-            ) from error
         decoder.requires_grad_(False)
         kind, size = getattr(torch, dtype), decoder_config.hidden_size
         weights = {

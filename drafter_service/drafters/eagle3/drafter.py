@@ -8,7 +8,7 @@ returned. The keys and values of steps lie behind the pairs, and the next round 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -16,14 +16,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from drafter_service.drafters.base import Drafted, Drafter, DrafterTraits, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.base import (
+    CachedSession,
+    Drafted,
+    Drafter,
+    DrafterTraits,
+    DraftItem,
+    DraftSession,
+    OpenDraft,
+)
 from drafter_service.drafters.eagle3.checkpoint import EagleCheckpoint
 from drafter_service.drafters.eagle3.layers import EagleForward, PairKv, rows_of_pairs, rows_of_steps
-from drafter_service.drafters.eagle3.rounds import Branch, EagleRound, EagleSession
+from drafter_service.drafters.eagle3.rounds import Branch, EagleRound
 from drafter_service.drafters.growing import MAX_CHILDREN, GrowingTree, growing_tree
 from drafter_service.drafters.head import DraftHead
 from specdec.contract.draft_tree import ANCHOR
-from specdec.contract.errors import FailedPreconditionError, SpecdecError
+from specdec.contract.errors import SpecdecError
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvPool, KvShape, device_slots, join_slots
 from specdec.runtime.memory import dtype_name
@@ -81,14 +89,14 @@ class EagleDrafter(Drafter):
             needs_target_weights=True,
         )
 
-    def open(self, request: OpenDraft) -> EagleSession:
+    def open(self, request: OpenDraft) -> CachedSession:
         """Open a session with room for its pairs, and for a round's steps behind them.
 
         Raises:
             InvalidArgumentError: the generation is longer than the pool.
             ResourceExhaustedError: all memory is in use.
         """
-        return EagleSession(request, self._pool.allocate(request.max_length + self._most_steps))
+        return CachedSession(request, self._pool.allocate(request.max_length + self._most_steps))
 
     @property
     def _most_steps(self) -> int:
@@ -110,8 +118,10 @@ class EagleDrafter(Drafter):
             FailedPreconditionError: the drafter cannot follow the target.
         """
         session = _checked(item.session)
-        self._check(session)
-        assert session.view is not None
+        view, weights = session.view, session.target_weights
+        assert view is not None
+        assert weights is not None
+        self.refuse_misfit(session, lambda: self._misfit(view, weights))
         if not item.draft_depth:
             stop = session.num_cached + min(item.num_tokens, session.num_prefill_tokens)
             self._read([session], [stop])
@@ -120,26 +130,7 @@ class EagleDrafter(Drafter):
         if num_wanted <= 0:
             return None
         tree = growing_tree(item, num_wanted) if item.wants_tree else None
-        return EagleRound(session, session.view.length, num_wanted, self._most_steps, tree)
-
-    def _check(self, session: EagleSession) -> None:
-        """Refuse a session of a target that the drafter cannot follow.
-
-        Raises:
-            FailedPreconditionError: its state or weights are not what the drafter reads.
-        """
-        view, weights = session.view, session.target_weights
-        assert view is not None
-        assert weights is not None
-        if not view.length:
-            raise FailedPreconditionError(
-                f"{self.traits.name} drafts from the target's state of at least one position.",
-                reason="NO_TARGET_STATE",
-            )
-        if misfit := self._misfit(view, weights):
-            raise FailedPreconditionError(
-                f"{self.traits.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
-            )
+        return EagleRound(session, view.length, num_wanted, self._most_steps, tree)
 
     def _misfit(self, view: TargetStateView, weights: TargetWeights) -> str:
         """Say what of the target has another size than the drafter reads; empty: everything fits."""
@@ -169,7 +160,7 @@ class EagleDrafter(Drafter):
             features = self._features.before(features)
         return features if self._project is None else self._project(features)
 
-    def _read(self, sessions: Sequence[EagleSession], stops: Sequence[int]) -> list[Tensor]:
+    def _read(self, sessions: Sequence[CachedSession], stops: Sequence[int]) -> list[Tensor]:
         """Make keys and values of pairs up to a position each; return each session's last output."""
         token_ids, features, positions, rows, slots = list[int](), list[Tensor](), list[Tensor](), [], []
         for session, stop in zip(sessions, stops, strict=True):
@@ -246,29 +237,36 @@ class EagleDrafter(Drafter):
         """Expand the likeliest leaves of every tree step by step: a branch is just a row."""
         behind: list[dict[int, Branch]] = [{ANCHOR: first} for _, first, _ in growing]
         """What a step over a node returned, by node, for each round; of the anchor it is the last pair's."""
-        for _ in range(max((part.num_wanted for part, _, _ in growing), default=0)):
+        if growing:
+            self._expand(growing, behind, [(at, ANCHOR) for at in range(len(growing))], weights)
+        for _ in range(max((part.num_wanted for part, _, _ in growing), default=0) - 1):
             frontiers = [tree.frontier()[: part.most_steps - part.num_steps] for part, _, tree in growing]
-            active = [at for at, nodes in enumerate(frontiers) if nodes]
+            active = [(at, nodes) for at, nodes in enumerate(frontiers) if nodes]
             if not active:
                 return
-            fresh = [[node for node in frontiers[at] if node != ANCHOR] for at in active]
-            if any(fresh):
-                stepping = [at for at, nodes in zip(active, fresh, strict=True) if nodes]
-                nodes_of = {at: nodes for at, nodes in zip(active, fresh, strict=True) if nodes}
-                stepped = self._step(
-                    [growing[at][0] for at in stepping],
-                    [[behind[at][growing[at][2].parent(node)] for node in nodes_of[at]] for at in stepping],
-                    [[growing[at][2].path(node)[-1] for node in nodes_of[at]] for at in stepping],
-                    weights,
-                )
-                for at, branches in zip(stepping, stepped, strict=True):
-                    behind[at].update(zip(nodes_of[at], branches, strict=True))
-            leaves = [(at, node) for at in active for node in frontiers[at]]
-            logits = self._logits([behind[at][node] for at, node in leaves], weights)
-            contexts = [growing[at][0].context(growing[at][2].path(node)) for at, node in leaves]
-            found = self._head.candidates(logits, [1] * len(leaves), contexts, weights, MAX_CHILDREN)
-            for (at, node), (candidates,) in zip(leaves, found, strict=True):
-                growing[at][2].expand(node, candidates)
+            stepped = self._step(
+                [growing[at][0] for at, _ in active],
+                [[behind[at][growing[at][2].parent(node)] for node in nodes] for at, nodes in active],
+                [[growing[at][2].path(node)[-1] for node in nodes] for at, nodes in active],
+                weights,
+            )
+            for (at, nodes), branches in zip(active, stepped, strict=True):
+                behind[at].update(zip(nodes, branches, strict=True))
+            self._expand(growing, behind, [(at, node) for at, nodes in active for node in nodes], weights)
+
+    def _expand(
+        self,
+        growing: Sequence[tuple[EagleRound, Branch, GrowingTree]],
+        behind: Sequence[Mapping[int, Branch]],
+        leaves: Sequence[tuple[int, int]],
+        weights: TargetWeights,
+    ) -> None:
+        """Let the likeliest tokens follow leaves, each of a round and its node."""
+        logits = self._logits([behind[at][node] for at, node in leaves], weights)
+        contexts = [growing[at][0].context(growing[at][2].path(node)) for at, node in leaves]
+        found = self._head.candidates(logits, [1] * len(leaves), contexts, weights, MAX_CHILDREN)
+        for (at, node), (candidates,) in zip(leaves, found, strict=True):
+            growing[at][2].expand(node, candidates)
 
     def _step(
         self,
@@ -318,6 +316,6 @@ class EagleDrafter(Drafter):
         return self._forward.norm(stacked) if self._settings.norm_output else stacked
 
 
-def _checked(session: DraftSession) -> EagleSession:
-    assert isinstance(session, EagleSession)
+def _checked(session: DraftSession) -> CachedSession:
+    assert isinstance(session, CachedSession)
     return session

@@ -1,4 +1,4 @@
-"""An EAGLE-3 draft session, and its draft in the making."""
+"""An EAGLE-3 draft in the making."""
 
 from __future__ import annotations
 
@@ -7,24 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from drafter_service.drafters.base import DraftSession, OpenDraft
+from drafter_service.drafters.base import CachedSession
 from drafter_service.drafters.growing import GrowingTree
-from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
-
-
-class EagleSession(DraftSession):
-    """Committed tokens, and how many pairs of a feature and the token after it have keys and values."""
-
-    def __init__(self, request: OpenDraft, allocation: KvAllocation) -> None:
-        super().__init__(request)
-        self.allocation = allocation
-        self.num_cached = 0
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Positions of the target's state, as far as it is known, without keys and values."""
-        return self.view.length - self.num_cached if self.view else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +26,7 @@ class Branch:
 class EagleRound:
     """One session's draft in the making."""
 
-    session: EagleSession
+    session: CachedSession
     num_pairs: int
     num_wanted: int
     most_steps: int

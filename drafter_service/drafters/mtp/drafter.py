@@ -22,7 +22,7 @@ from drafter_service.drafters.mtp.checkpoint import Assistant
 from drafter_service.drafters.mtp.forward import assistant_step
 from drafter_service.drafters.mtp.rounds import AssistantRound, SessionKv
 from specdec.contract.draft_tree import ANCHOR
-from specdec.contract.errors import FailedPreconditionError, SpecdecError
+from specdec.contract.errors import SpecdecError
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.memory import dtype_name
 from specdec.state.view import TargetStateView
@@ -92,21 +92,13 @@ class MtpDrafter(Drafter):
         Raises:
             FailedPreconditionError: the assistant cannot draft from the target's state.
         """
-        session = item.session
+        session, view = item.session, item.session.view
         num_wanted = min(item.draft_depth, session.max_length - len(session.token_ids))
-        assert session.view is not None
-        kv = {kind: session.view.kv(_layer_of(session.view, kind)) for kind in self._kv_shapes}
-        length = session.view.length
-        if not length:
-            raise FailedPreconditionError(
-                f"{self.traits.name} drafts from the target's state of at least one position.",
-                reason="NO_TARGET_STATE",
-            )
-        hidden = session.view.last_hidden(length - 1, length)
-        if misfit := self._misfit(session, kv, hidden):
-            raise FailedPreconditionError(
-                f"{self.traits.name} was made for another target: {misfit}.", reason="DRAFTER_MISFIT"
-            )
+        assert view is not None
+        kv = {kind: view.kv(_layer_of(view, kind)) for kind in self._kv_shapes}
+        # The slice is empty where there is no position yet, which is refused first.
+        hidden = view.last_hidden(max(view.length - 1, 0), view.length)
+        self.refuse_misfit(session, lambda: self._misfit(session, kv, hidden))
         if num_wanted <= 0:
             return None
         return AssistantRound(
