@@ -88,6 +88,8 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # A new channel tries at once, even while an older one of this process waits to try again.
+        ("grpc.use_local_subchannel_pool", 1),
         ("grpc.service_config", json.dumps(service_config)),
     ]
     if is_local(uri):

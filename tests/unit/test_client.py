@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
@@ -35,6 +36,7 @@ from specdec.contract.errors import (
     RequestCancelledError,
     ResourceExhaustedError,
     UnavailableError,
+    UnimplementedError,
 )
 from specdec.local.processes import free_ports
 from specdec.local.state_file import SystemState, write_state
@@ -411,6 +413,22 @@ async def test_async_unreachable_gateway_says_what_to_do() -> None:
     async with AsyncClient(f"127.0.0.1:{free_ports(1)[0]}") as client:
         with pytest.raises(UnavailableError, match=r"specdec up"):
             await client.info()
+
+
+async def test_a_new_client_does_not_wait_for_an_older_ones_next_attempt() -> None:
+    """An older client of this process waits longer and longer before it tries the address again."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    server = grpc.aio.server()
+    async with AsyncClient(address) as older, AsyncClient(address) as newer:
+        for _ in range(15):
+            with pytest.raises(UnavailableError, match="does not answer"):
+                await older.info()
+            await asyncio.sleep(0.1)
+        server.add_insecure_port(address)
+        await server.start()
+        with pytest.raises(UnimplementedError):
+            await newer.info()
+        await server.stop(0)
 
 
 def test_info_is_typed(client: Client) -> None:
