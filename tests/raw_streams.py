@@ -154,8 +154,8 @@ async def output_of(address: str, prompt: Sequence[int], **fields: Any) -> list[
     return [result.bonus_token_id for result in await run_session(address, prompt, **fields)]
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait for a condition that nothing announces."""
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait for a condition that nothing announces; the limit ends what hangs, on a busy machine as well."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"

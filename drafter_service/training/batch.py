@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from drafter_service.drafters.head import DRAFT_VOCAB_FILE
 from drafter_service.training.features import SequenceFeatures
+from drafter_service.training.losses import HeadLoss, Loss, Taught
 from specdec.runtime.decoder.layers import softcapped
 from specdec.runtime.picks import arg_max
 from specdec.state.weights import TargetWeights
@@ -105,10 +106,24 @@ class FrozenHead:
         """Return logits [..., draft_vocab_size] of states [..., hidden_size]."""
         return softcapped(linear(states.to(self._rows.dtype), self._rows), self._softcap)
 
-    @torch.no_grad()
-    def target(self, last_hidden: Tensor) -> Tensor:
-        """Return the target's distribution after its last hidden states [..., draft_vocab_size], fp32."""
-        return self.logits(last_hidden).float().softmax(-1)
+    def teach(self, states: Tensor, last_hidden: Tensor, token_ids: Tensor, loss: Loss) -> Taught:
+        """Compare drafts with the target; the losses go back to the states.
+
+        Args:
+            states: what the head reads of the drafter [num_rows, hidden_size].
+            last_hidden: what it reads of the target at the same places [num_rows, hidden_size].
+            token_ids: the target's own tokens there [num_rows].
+        """
+        losses, right = HeadLoss.apply(
+            states, last_hidden, self._index[token_ids], self.logits, self._back, loss
+        )
+        return Taught(losses, right)
+
+    def _back(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """Return the gradient by states [num_rows, hidden_size] of that by logits."""
+        if self._softcap:
+            gradient = gradient * (1.0 - (logits / self._softcap).square())
+        return gradient.to(self._rows.dtype) @ self._rows
 
     def is_right(self, logits: Tensor, token_ids: Tensor) -> Tensor:
         """Return whether these tokens have the best logits of their rows [num_rows].

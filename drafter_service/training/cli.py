@@ -95,7 +95,7 @@ def data(**options: Any) -> None:
     show_default=True,
     help="Number of draft steps that are trained.",
 )
-def mtp(num_layers: int, num_steps: int, draft_vocab_size: int, **options: Any) -> None:
+def mtp(num_layers: int, num_steps: int, draft_vocab_size: int, loss: str, **options: Any) -> None:
     """Train a Gemma 4 assistant, which drafts token by token over the target's own KV cache."""
     tune_process()
     from drafter_service.training.mtp import make_trainee
@@ -111,6 +111,7 @@ def mtp(num_layers: int, num_steps: int, draft_vocab_size: int, **options: Any) 
             num_steps=num_steps,
             draft_vocab_size=draft_vocab_size,
             pool_tokens=pool_tokens,
+            loss=loss,
         ),
         options,
     )
@@ -164,6 +165,7 @@ def dflash(
     num_anchors: int,
     markov_rank: int,
     draft_vocab_size: int,
+    loss: str,
     **options: Any,
 ) -> None:
     """Train a DFlash drafter, which drafts a whole block in one pass from hidden states of a few target
@@ -186,6 +188,7 @@ def dflash(
             draft_vocab_size=draft_vocab_size,
             pool_tokens=pool_tokens,
             markov_rank=markov_rank,
+            loss=loss,
             init=options["init"],
         ),
         options,

@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+LOSS_NAMES = ("kl", "ce", "tv", "acceptance", "lk")
+"""What a drafter can minimise; losses.py says what they are."""
+
 
 class _Options:
     """Options that are taken from those of a command."""

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import MuseGlimmerAssistantModel
 
 from drafter_service.drafters.dflash.checkpoint import TRANSFORMERS_NAMES
@@ -25,9 +24,10 @@ from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead
 from drafter_service.drafters.weights import take_weights
 from drafter_service.training.architecture import context_layers, dflash_config, mask_token, z_lab_config
 from drafter_service.training.attention import BlockBatchKv
-from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch
+from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch, even_rows
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
+from drafter_service.training.losses import LOSSES
 from drafter_service.training.trainee import Trainee, unlike
 from drafter_service.training.warm_start import BlockScales, warm_start_block
 from specdec.contract.errors import InvalidArgumentError
@@ -57,6 +57,7 @@ class DFlashTrainee(Trainee):
         scales: BlockScales,
         num_anchors: int,
         markov_rank: int,
+        loss: str,
         target_id: str,
         vocabulary_fingerprint: str,
     ) -> None:
@@ -71,6 +72,7 @@ class DFlashTrainee(Trainee):
         self.weights, self.scales, self.num_anchors = weights, scales, num_anchors
         self.head = FrozenHead(weights, draft_vocab)
         self.layer_ids = tuple(self.model.config.target_layer_ids)
+        self.loss_name, self.row_loss = loss, LOSSES[loss]
         self.target_id, self.fingerprint = target_id, vocabulary_fingerprint
 
     @property
@@ -111,10 +113,7 @@ class DFlashTrainee(Trainee):
         return self.markov(states, self.weights.embed(previous).float()) if self.markov else states
 
     def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
-        """Return the weighted mean over the masks of the cross entropy against the target's distribution.
-
-        Up to a constant it is the KL divergence over the draft vocabulary.
-        """
+        """Return the mean loss over masks, which are drawn by how much their drafts count."""
         batch = PackedBatch.of(features)
         drawn = torch.randperm(len(batch.anchors.row), generator=generator)[: self.num_anchors]
         anchors = batch.anchors.take(drawn.sort().values.to(batch.token_ids.device))
@@ -122,15 +121,13 @@ class DFlashTrainee(Trainee):
         states = self.states(batch, anchors, block_size)
         distances = torch.arange(block_size - 1, device=states.device)
         is_there = anchors.position[:, None] + distances + 1 < batch.lengths[anchors.sequence][:, None]
-        # Places after an answer's end stay, with no weight: all steps have the same shape and share kernels.
-        weights = (torch.exp(-distances / _DECAY) * is_there).flatten()
-        rows = (anchors.row[:, None] + distances).clamp_(max=len(batch.token_ids) - 1).flatten()
-        losses = cross_entropy(
-            self.head.logits(self._head_states(states.flatten(0, 1), batch.token_ids[rows])).float(),
-            self.head.target(batch.last_hidden[rows]),
-            reduction="none",
+        places = _drawn(torch.exp(-distances / _DECAY) * is_there, generator)
+        rows = (anchors.row[:, None] + distances).flatten()[places]
+        head_states = self._head_states(states.flatten(0, 1)[places], batch.token_ids[rows])
+        taught = self.head.teach(
+            head_states, batch.last_hidden[rows], batch.token_ids[rows + 1], self.row_loss
         )
-        return (losses * weights).sum() / weights.sum()
+        return taught.losses.mean()
 
     def num_accepted(self, batch: PackedBatch, draft_depth: int) -> Tensor:
         """Count, for the anchors of a batch [num_anchors], the drafts before the first wrong one."""
@@ -163,6 +160,7 @@ class DFlashTrainee(Trainee):
             "mask_token_id": config.mask_token_id,
             "context_layers": list(self.layer_ids),
             "anchors": self.num_anchors,
+            "loss": self.loss_name,
             "markov_rank": self.markov.state.out_features if self.markov else 0,
             "hidden_scales": list(self.scales.hidden),
             "embedding_scale": self.scales.embedding,
@@ -225,6 +223,19 @@ class DFlashTrainee(Trainee):
         self.head.save(folder)
 
 
+def _drawn(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw places, each with the probability that is its share; return ascending indices [num_drawn].
+
+    Args:
+        shares: how much each place counts, 0 to 1 [num_blocks, num_places].
+    """
+    flat = shares.flatten()
+    distance = torch.rand(flat.shape, generator=generator).to(flat.device) - flat
+    is_drawn = (distance < 0) & (flat > 0)
+    num_drawn = even_rows(int(is_drawn.sum()), int((flat > 0).sum()))
+    return distance.masked_fill(flat <= 0, torch.inf).topk(num_drawn, largest=False).indices.sort().values
+
+
 def make_trainee(
     loaded: LoadedModel,
     data: TokenData,
@@ -236,6 +247,7 @@ def make_trainee(
     draft_vocab_size: int,
     pool_tokens: int,
     markov_rank: int = 0,
+    loss: str = "kl",
     init: Path | None = None,
 ) -> tuple[DFlashTrainee, FeatureSource]:
     """Make a DFlash drafter for a target, warm-started from it, and the source of its features.
@@ -246,6 +258,7 @@ def make_trainee(
         num_anchors: number of blocks in a step.
         pool_tokens: tokens the target reads in one pass; a sequence must not be longer.
         markov_rank: width of the head by which a draft depends on the one before it; 0: there is none.
+        loss: what is minimised, by its name in LOSSES.
         init: the drafter whose weights will be loaded.
 
     Raises:
@@ -280,6 +293,7 @@ def make_trainee(
         scales,
         num_anchors,
         markov_rank,
+        loss,
         loaded.model_id,
         loaded.vocabulary_fingerprint,
     )

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import Gemma4AssistantForCausalLM, PreTrainedModel
 
 from drafter_service.drafters.mtp.layers import AssistantLayers, TargetKv
@@ -25,6 +24,7 @@ from drafter_service.training.attention import AnchorKv
 from drafter_service.training.batch import Anchors, FrozenHead, PackedBatch, even_rows
 from drafter_service.training.data import TokenData
 from drafter_service.training.features import FeatureSource, SequenceFeatures, pool_bytes
+from drafter_service.training.losses import LOSSES
 from drafter_service.training.trainee import Trainee, unlike
 from drafter_service.training.warm_start import warm_start
 from specdec.contract.errors import InvalidArgumentError
@@ -53,6 +53,7 @@ class MtpTrainee(Trainee):
         kv_layers: dict[str, int],
         hidden_scale: float,
         num_steps: int,
+        loss: str,
         target_id: str,
     ) -> None:
         super().__init__()
@@ -64,6 +65,7 @@ class MtpTrainee(Trainee):
         self.weights, self.target_id = weights, target_id
         self.kv_layers = kv_layers
         self.num_steps = num_steps
+        self.loss_name, self.row_loss = loss, LOSSES[loss]
         self.head = FrozenHead(weights, draft_vocab)
         self.embedding_scale = 1.0 / (weights.embedding[draft_vocab].float().square().mean().sqrt().item())
         self.embedding_scale /= weights.embedding_scale
@@ -98,10 +100,7 @@ class MtpTrainee(Trainee):
         return batch.last_hidden[anchors.row - 1] * self.hidden_scale
 
     def loss(self, features: Sequence[SequenceFeatures], generator: torch.Generator) -> Tensor:
-        """Return the mean over anchors and steps of the cross entropy against the target's distribution.
-
-        Up to a constant it is the KL divergence over the draft vocabulary.
-        """
+        """Return the mean loss over anchors and steps."""
         batch = PackedBatch.of(features)
         everyone = torch.ones_like(batch.anchors.row, dtype=torch.bool)
         anchors = batch.anchors.take(_going_on(everyone, everyone, generator))
@@ -109,12 +108,13 @@ class MtpTrainee(Trainee):
         hidden = self.first_hidden(batch, anchors)
         for distance in range(self.num_steps):
             states, hidden = self.step(batch, anchors, batch.token_ids[anchors.row + distance], hidden)
-            logits = self.head.logits(states).float()
-            target = self.head.target(batch.last_hidden[anchors.row + distance])
-            total = total + cross_entropy(logits, target, reduction="sum")
-            count += len(logits)
-            right = self.head.is_right(logits, batch.token_ids[anchors.row + distance + 1])
-            index = _going_on(right, batch.has_token(anchors, distance + 2), generator)
+            rows = anchors.row + distance
+            taught = self.head.teach(
+                states, batch.last_hidden[rows], batch.token_ids[rows + 1], self.row_loss
+            )
+            total = total + taught.losses.sum()
+            count += len(states)
+            index = _going_on(taught.right, batch.has_token(anchors, distance + 2), generator)
             if not len(index):
                 break
             anchors, hidden = anchors.take(index), hidden[index]
@@ -135,6 +135,7 @@ class MtpTrainee(Trainee):
             "target": self.target_id,
             "num_layers": len(self.model.model.layers),
             "unroll": self.num_steps,
+            "loss": self.loss_name,
             "kv_layers": dict(self.kv_layers),
             "embedding_scale": self.embedding_scale,
             "hidden_scale": self.hidden_scale,
@@ -210,6 +211,7 @@ def make_trainee(
     num_steps: int,
     draft_vocab_size: int,
     pool_tokens: int,
+    loss: str = "kl",
 ) -> tuple[MtpTrainee, FeatureSource]:
     """Make an MTP assistant for a target, warm-started from it, and the source of its features.
 
@@ -217,6 +219,7 @@ def make_trainee(
         loaded: the target; afterwards it can only be evaluated.
         num_steps: number of draft steps that are unrolled in training.
         pool_tokens: tokens the target reads in one pass; a sequence must not be longer.
+        loss: what is minimised, by its name in LOSSES.
 
     Raises:
         InvalidArgumentError: a drafter cannot be trained for the target.
@@ -246,6 +249,7 @@ def make_trainee(
         {"full_attention": kv_layer},
         hidden_scale,
         num_steps,
+        loss,
         loaded.model_id,
     )
     packed = PackedModel(target, kv_budget_bytes=pool_bytes(shapes, target.dtype, pool_tokens))

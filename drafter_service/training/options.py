@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from drafter_service.training.config import DataOptions, LoopConfig
+from drafter_service.training.config import LOSS_NAMES, DataOptions, LoopConfig
 from specdec.runtime.loading import DTYPES
 
 _DEFAULTS = LoopConfig(out=Path())
@@ -143,6 +143,16 @@ TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
         default=8192,
         show_default=True,
         help="Number of tokens the drafter can propose: the most frequent tokens of the answers.",
+    ),
+    click.option(
+        "--loss",
+        type=click.Choice(LOSS_NAMES),
+        default="kl",
+        show_default=True,
+        help="What is minimised: kl, the divergence from the target's distribution; ce, the cross entropy "
+        "against its own tokens; tv, the total variation, which is the share of drafts it rejects when it "
+        "samples; acceptance, the negative logarithm of the share it accepts; lk, tv with kl as a guard "
+        "where little is accepted.",
     ),
     click.option(
         "--evaluate-minutes",
