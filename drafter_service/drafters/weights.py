@@ -38,6 +38,28 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
     """Read all weights of a checkpoint: safetensors, in one file or several, or else PyTorch's own format.
 
     Raises:
+        InvalidArgumentError: there are none, they are damaged, or they are quantised.
+    """
+    weights = _read_files(folder, device)
+    for name, weight in weights.items():
+        if weight.ndim > 1 and not weight.is_floating_point():
+            raise InvalidArgumentError(
+                f"{folder}: {name} is of {weight.dtype}; quantised drafters are not run here.",
+                field="drafter",
+            )
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise InvalidArgumentError(
+                f"{folder}: {name} has values that are not finite; the file is damaged, or its training "
+                "went wrong.",
+                field="drafter",
+            )
+    return weights
+
+
+def _read_files(folder: Path, device: torch.device) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint.
+
+    Raises:
         InvalidArgumentError: there are none, or they are damaged.
     """
     try:
@@ -72,6 +94,19 @@ def take_weights(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Take the weights with a prefix out of a checkpoint's, and their prefix away."""
     names = [name for name in weights if name.startswith(prefix)]
     return {name.removeprefix(prefix): weights.pop(name) for name in names}
+
+
+def check_rows(name: str, table: Tensor, vocab_size: int) -> None:
+    """Refuse a table that lacks rows for some of the vocabulary's tokens.
+
+    Args:
+        vocab_size: tokens that a row is looked up for; 0: unknown.
+
+    Raises:
+        ValueError: it lacks rows.
+    """
+    if len(table) < vocab_size:
+        raise ValueError(f"{name} has {len(table)} rows for a vocabulary of {vocab_size} tokens")
 
 
 def take_head(

@@ -7,6 +7,7 @@ projects.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -440,6 +441,22 @@ def copy_with(variant: str, folder: Path, changes: dict[str, Tensor | None], **c
             {},
             {"dflash_config": {"target_layer_ids": [0, 2, 4], "mask_token_id": 159, "selector_top_k": 0}},
         ),
+        (
+            "dflash2",
+            "dflash2/published",
+            {
+                f"candidate_selector.{name}_codebook": torch.ones(9, 16)
+                for name in ("successor", "predecessor")
+            },
+            {},
+        ),
+        (
+            "dflash2",
+            "dflash2/published",
+            {"candidate_selector.hidden_projection.weight": torch.ones(16, 3)},
+            {},
+        ),
+        ("dspark", "dspark/vanilla", {"markov_head.markov_w1.weight": torch.ones(9, 12)}, {}),
         ("dspark", "dspark/vanilla", {"markov_head.markov_w1.weight": torch.ones(3)}, {}),
         ("dspark", "dspark/gated_d2t", {"markov_head.markov_w2.weight": torch.ones(9, 8)}, {}),
         ("dspark", "dspark/gated_d2t", {"markov_head.gate_proj.bias": torch.ones(3)}, {}),
@@ -458,6 +475,19 @@ def test_checkpoints_that_do_not_fit_together_are_refused(
     folder = copy_with(variant, tmp_path / "drafter", changes, **config)
     with pytest.raises(InvalidArgumentError, match="drafter"):
         load_drafters(DrafterConfig(drafter=(f"{family}:{folder}",), dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.full((4, 4), math.nan), "fc.weight has values that are not finite"),
+        (torch.ones(4, 4, dtype=torch.int8), "fc.weight is of torch.int8; quantised drafters are not run"),
+    ],
+)
+def test_weights_that_cannot_draft_are_refused(weight: Tensor, message: str, tmp_path: Path) -> None:
+    save_file({"fc.weight": weight}, tmp_path / "model.safetensors")
+    with pytest.raises(InvalidArgumentError, match=message):
+        read_weights(tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("pickled", [[1], {"fc.weight": 3}, {3: torch.ones(2)}, torch.ones(2)])

@@ -44,6 +44,7 @@ def take_parts(source: Source) -> Parts:
         take_weights(source.weights, "candidate_selector."),
         int(own["selector_top_k"]),
         int(own["selector_rank"]),
+        (source.settings.vocab_size, source.hidden_size),
     )
     rows = BlockRows()
     taps, group_size = int(own["conv_kernel_size"]), int(own["conv_group_size"])

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding
 
 from drafter_service.drafters.dflash.links import LinkedPlaces, Places
 from drafter_service.drafters.head import DraftHead
+from drafter_service.drafters.weights import check_rows
 from specdec.runtime.decoder.layers import Linear
 from specdec.runtime.prepack import multiplier
 from specdec.state.weights import TargetWeights
@@ -34,18 +35,26 @@ class Selector:
     """Of each place."""
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], num_candidates: int, rank: int) -> Selector:
+    def of(
+        cls, weights: Mapping[str, Tensor], num_candidates: int, rank: int, sizes: tuple[int, int]
+    ) -> Selector:
         """Make it of a checkpoint's weights.
+
+        Args:
+            sizes: of the vocabulary, 0 being unknown, and of a state.
 
         Raises:
             KeyError, ValueError: weights are missing or do not fit each other.
         """
         tables = weights["predecessor_codebook"], weights["successor_codebook"]
         projection = weights["hidden_projection.weight"]
-        sizes = {table.shape for table in tables}
-        if len(sizes) != 1 or tables[0].ndim != 2 or tables[0].shape[1] != rank or len(projection) != rank:
+        vocab_size, hidden_size = sizes
+        widths = {(table.ndim, *table.shape[1:]) for table in tables}
+        if widths != {(2, rank)} or projection.shape != (rank, hidden_size):
             shapes = [[*tensor.shape] for tensor in (*tables, projection)]
             raise ValueError(f"the selector's tables and projection are {shapes}, and its rank is {rank}")
+        for table in tables:
+            check_rows("a codebook", table, vocab_size)
         if num_candidates < 1:
             raise ValueError(f"selector_top_k is {num_candidates}")
         return cls(*tables, multiplier(projection), num_candidates)

@@ -12,7 +12,7 @@ from drafter_service.drafters.dflash.checkpoint import Kind, Parts, Source
 from drafter_service.drafters.dflash.config import DFlashSettings, read_speculators, read_z_lab
 from drafter_service.drafters.dspark.bias import KINDS, TokenBias
 from drafter_service.drafters.kinds import RUNS, kind_of, why_other
-from drafter_service.drafters.weights import take_weights
+from drafter_service.drafters.weights import check_rows, take_weights
 from specdec.contract.errors import InvalidArgumentError
 
 _GEMMA = "Gemma4DSparkModel"
@@ -56,9 +56,9 @@ def take_parts(source: Source) -> Parts:
     kind = config.get("markov_head_type", "vanilla")
     if not config.get("enable_confidence_head", True):
         confidence = {}
-    return Parts(
-        TokenBias.of(kind, weights, confidence, (rank, source.hidden_size), source.draft_order),
-    )
+    bias = TokenBias.of(kind, weights, confidence, (rank, source.hidden_size), source.draft_order)
+    check_rows("markov_w1", bias.tokens, source.settings.vocab_size)
+    return Parts(bias)
 
 
 DSPARK = Kind("dspark", read_config, take_parts)
