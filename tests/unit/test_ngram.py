@@ -34,15 +34,20 @@ def draft_after(token_ids: Sequence[int], draft_depth: int, *, min_size: int = 2
 
 
 def search(token_ids: Sequence[int], draft_depth: int, min_size: int, max_size: int) -> list[int]:
-    """Return the definition's draft: the longest suffix that occurred before, and what followed its most
-    recent occurrence.
+    """Return the definition's draft: what followed the longest match of the last tokens, of several the most
+    recent.
     """
     tokens = list(token_ids)
-    for size in range(max_size, min_size - 1, -1):
-        for start in range(len(tokens) - size - 1, -1, -1):
-            if tokens[start : start + size] == tokens[-size:]:
-                return continuation(tokens[start + size :], size, draft_depth)
-    return []
+    matches = [
+        (size, stop)
+        for stop in range(1, len(tokens))
+        for size in range(min_size, stop + 1)
+        if tokens[stop - size : stop] == tokens[-size:]
+    ]
+    if not matches:
+        return []
+    size, stop = max(matches)
+    return continuation(tokens[stop:], min(size, max_size), draft_depth)
 
 
 def continuation(following: Sequence[int], size: int, draft_depth: int) -> list[int]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import DraftItem, OpenDraft
+from drafter_service.drafters.ngram.drafter import NgramSession
 from drafter_service.drafters.ngram_lm.drafter import NgramLmDrafter, NgramLmSession
 from drafter_service.drafters.ngram_lm.table import NgramTable
 from drafter_service.families import load_drafters
@@ -196,8 +197,8 @@ def test_of_earlier_occurrences_the_later_say_more() -> None:
 def expected_mix(
     table: NgramTable, token_ids: Sequence[int], path: Sequence[int], sizes: range
 ) -> dict[int, float]:
-    """Compute the definition by search: the longest match, its last eight occurrences, and the table's
-    probabilities.
+    """Compute the definition by search: the last occurrences of the longest n-gram, how far back each is the
+    same, and the table's probabilities.
     """
     both = [*token_ids, *path]
     usual = table.candidates(both)
@@ -206,10 +207,19 @@ def expected_mix(
             start
             for start in range(len(token_ids) - 1, size - 1, -1)
             if list(token_ids[start - size : start]) == both[-size:]
-        ][:8]
+        ][:32]
         if starts:
-            weights = [0.7**age for age in range(len(starts))]
-            doubt = 0.75 * 0.6 ** (size - 1)
+            recent = [*token_ids[-24:], *path]
+            lengths = [
+                max(
+                    n
+                    for n in range(min(start, len(recent)) + 1)
+                    if token_ids[start - n : start] == recent[-n:] or not n
+                )
+                for start in starts
+            ]
+            weights = [0.7**age * 1.5**length for age, length in enumerate(lengths)]
+            doubt = 0.75 / max(lengths)
             mixed = {token_id: doubt * value for token_id, value in usual.items()}
             for start, weight in zip(starts, weights, strict=True):
                 said = (1 - doubt) * weight / sum(weights)
@@ -241,6 +251,16 @@ def test_candidates_are_as_likely_as_table_and_text_say_together(
     found = session.candidates(path)
     assert {token_id: math.exp(value) for value, token_id in found} == pytest.approx(expected)
     assert list(found) == sorted(found, reverse=True)
+
+
+def test_what_followed_the_longest_match_comes_first() -> None:
+    """The last occurrence of "1 2 3 4" went on with 8; the one before "0" as well stood there with 9."""
+    text = [0, 1, 2, 3, 4, 9, 5, 1, 2, 3, 4, 8, 0, 1, 2, 3, 4]
+    session = indexed(NOTHING_KNOWN, text)
+    assert [token_id for _, token_id in session.candidates([])] == [9, 8]
+    ngram = NgramSession(OpenDraft(tuple(text), len(text), 60), range(1, 5))
+    assert ngram.propose(3) == [9, 5, 1]
+    assert paths(ngram.propose_tree(2, 4)) == [(9,), (9, 5), (8,), (8, 0)]
 
 
 # Trees

@@ -1,4 +1,4 @@
-"""Prompt lookup: a draft is what followed the last occurrence of the last few tokens. It needs no model.
+"""Prompt lookup: a draft is what followed the longest match of the last tokens. It needs no model.
 
 Occurrences are in the text itself and, where that is switched on, in earlier answers to the same caller.
 
@@ -8,6 +8,7 @@ Sources: Saxena 2023, "Prompt Lookup Decoding"; n-gram speculation as in vLLM an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from drafter_service.drafters.base import (
@@ -26,6 +27,22 @@ _AFTER_ONE_TOKEN = 2
 """Most draft tokens after a match of one token: such matches are frequent and say little."""
 _MAX_MATCHES = 64
 """Most occurrences considered for a tree; many have the same continuation."""
+REACH = 24
+"""Most committed tokens of a match that are counted, or the largest size: the longer, the surer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """An earlier place where the last tokens stood as well."""
+
+    token_ids: Sequence[int]
+    """The text."""
+    start: int
+    """Position after the match in it."""
+    length: int
+    """How many tokens before it are the same."""
+    is_own: bool = True
+    """Whether it is the request's own text, and not an earlier answer."""
 
 
 class NgramSession(DraftSession):
@@ -37,6 +54,8 @@ class NgramSession(DraftSession):
         self.owner = Owner(request.caller_key, request.cache_salt, request.vocabulary_fingerprint)
         self.sizes = sizes
         """Sizes of the n-grams that are looked up, tokens."""
+        self.reach = max(REACH, sizes[-1])
+        """How many of the committed tokens are compared with earlier places."""
         self._next_position: dict[tuple[int, ...], int] = {}
         self._earlier: dict[tuple[int, int], int] = {}
         """The position after an n-gram's previous occurrence, by (size, position after this occurrence)."""
@@ -51,7 +70,7 @@ class NgramSession(DraftSession):
         return from_chains(islice(self._chains(draft_depth), _MAX_MATCHES), draft_nodes)
 
     def _chains(self, draft_depth: int) -> Iterator[list[int]]:
-        """Yield what followed each earlier occurrence of the last tokens, of the longest n-grams first.
+        """Yield what followed each earlier occurrence of the last tokens, of the longest matches first.
 
         Of n-grams of a size those in the text come first, then the last one in an earlier answer.
         """
@@ -59,12 +78,26 @@ class NgramSession(DraftSession):
         for size in reversed(self.sizes):
             if size > len(self.token_ids):
                 continue
-            recent, length = self.token_ids[-size:], _length(size, draft_depth)
-            for start in self.occurrences(recent):
-                yield self._continuation(start, length)
-            if remembered := self.memory.find(self.owner, recent):
-                answer, start = remembered
-                yield list(answer[start : start + length])
+            length = _length(size, draft_depth)
+            matches = self.matches(self.recent(()), size, _MAX_MATCHES)
+            for match in sorted(matches, key=lambda match: -match.length):
+                yield _continuation(match, length)
+
+    def recent(self, path: Sequence[int]) -> list[int]:
+        """Return the tokens that matches are counted in: the last ones committed, then a path of drafts."""
+        return [*self.token_ids[-self.reach :], *path]
+
+    def matches(self, recent: Sequence[int], size: int, most: int) -> list[Match]:
+        """Return where the last `size` tokens stood before, the last occurrence first, and how many more
+        tokens before them are the same; an earlier answer comes last."""
+        if size > len(recent):
+            return []
+        starts = islice(self.occurrences(recent[-size:]), most)
+        found = [Match(self.token_ids, start, _common(self.token_ids, start, recent)) for start in starts]
+        if remembered := self.memory.find(self.owner, recent[-size:]):
+            answer, start = remembered
+            found.append(Match(answer, start, _common(answer, start, recent), is_own=False))
+        return found
 
     def occurrences(self, token_ids: Sequence[int]) -> Iterator[int]:
         """Yield the position after each occurrence of an n-gram, the last first; its size must be in
@@ -86,13 +119,22 @@ class NgramSession(DraftSession):
                     self._next_position[ngram] = position
         self._num_indexed = len(self.token_ids)
 
-    def _continuation(self, start: int, draft_depth: int) -> list[int]:
-        """Return the tokens from `start` on; a match close to the end repeats its period."""
-        draft = self.token_ids[start : start + draft_depth]
-        period = len(draft)
-        while len(draft) < draft_depth:
-            draft.append(draft[len(draft) - period])
-        return draft
+
+def _common(token_ids: Sequence[int], start: int, recent: Sequence[int]) -> int:
+    """Return how many tokens before a position are the same as the last ones."""
+    length, most = 0, min(start, len(recent))
+    while length < most and token_ids[start - 1 - length] == recent[-1 - length]:
+        length += 1
+    return length
+
+
+def _continuation(match: Match, draft_depth: int) -> list[int]:
+    """Return the tokens after a match; one close to the end of the text itself repeats its period."""
+    draft = list(match.token_ids[match.start : match.start + draft_depth])
+    period = len(draft)
+    while match.is_own and len(draft) < draft_depth:
+        draft.append(draft[len(draft) - period])
+    return draft
 
 
 def _length(size: int, draft_depth: int) -> int:

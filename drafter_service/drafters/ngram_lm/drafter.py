@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from heapq import nlargest
-from itertools import islice
 
 from drafter_service.drafters.base import OpenDraft
 from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, GrowingTree
@@ -25,13 +24,14 @@ from specdec.contract.token_noise import gumbel
 _LEAST_PROBABILITY = 0.03
 """Least probability of a path: verifying a less likely one costs more than it gains."""
 _DOUBT = 0.75
-"""Probability that another token follows now than followed the same single token before."""
-_DOUBT_FALLS = 0.6
-"""Factor of the doubt for each further token of the match."""
-_MAX_OCCURRENCES = 8
+"""Probability that another token follows now than followed the same single token before; after a match of n
+tokens it is an n-th of that, as fitted on answers that were not counted."""
+_MAX_OCCURRENCES = 32
 """Most earlier occurrences that are considered."""
 _EARLIER_WEIGHT = 0.7
 """Weight of an occurrence, relative to the weight of the next later occurrence."""
+_LONGER_WEIGHT = 1.5
+"""Factor of an occurrence's weight for each further token that matches."""
 _MEAN_NOISE = 0.5772
 """Mean of standard Gumbel noise: Euler's constant."""
 
@@ -42,6 +42,7 @@ class NgramLmSession(NgramSession):
     def __init__(self, request: OpenDraft, sizes: range, memory: AnswerMemory, table: NgramTable) -> None:
         super().__init__(request, sizes, memory)
         self._table = table
+        self.reach = max(self.reach, table.max_size)
 
     def propose(self, draft_depth: int) -> list[int]:
         """Draft the likeliest token, then the likeliest after it, until the whole path is unlikely."""
@@ -73,8 +74,7 @@ class NgramLmSession(NgramSession):
 
         Above temperature 0 the order is that of the shared noise, by which the target picks.
         """
-        reach = max(self._table.max_size, self.sizes[-1])
-        recent = [*self.token_ids[-reach:], *path]
+        recent = self.recent(path)
         probabilities = self._mixed(self._table.candidates(recent), recent)
         if not self.sampling.is_greedy:
             return self._as_picked(probabilities, len(self.token_ids) + len(path))
@@ -84,19 +84,21 @@ class NgramLmSession(NgramSession):
     def _mixed(self, usual: dict[int, float], recent: Sequence[int]) -> dict[int, float]:
         """Mix the table's probabilities with those of the longest match, by the match's length."""
         for size in reversed(self.sizes):
-            starts = islice(self.occurrences(recent[-size:]), _MAX_OCCURRENCES)
-            following = [self.token_ids[start] for start in starts]
-            if not following and (remembered := self.memory.find(self.owner, recent[-size:])):
-                answer, start = remembered
-                following = [answer[start]]
-            if not following:
+            matches = self.matches(recent, size, _MAX_OCCURRENCES)
+            if not matches:
                 continue
-            doubt = _DOUBT * _DOUBT_FALLS ** (size - 1)
+            # An earlier answer counts only where the text itself says nothing.
+            matches = [match for match in matches if match.is_own] or matches
+            longest = max(match.length for match in matches)
+            doubt = _DOUBT / longest
             mixed = defaultdict(float, {token_id: doubt * value for token_id, value in usual.items()})
-            weights = [_EARLIER_WEIGHT**age for age in range(len(following))]
+            weights = [
+                _EARLIER_WEIGHT**age * _LONGER_WEIGHT ** (match.length - longest)
+                for age, match in enumerate(matches)
+            ]
             total = sum(weights)
-            for token_id, weight in zip(following, weights, strict=True):
-                mixed[token_id] += (1 - doubt) * weight / total
+            for match, weight in zip(matches, weights, strict=True):
+                mixed[match.token_ids[match.start]] += (1 - doubt) * weight / total
             return mixed
         return usual
 
