@@ -102,7 +102,7 @@ async def _running(server: Any) -> AsyncIterator[tuple[str, Any]]:
     address = await server.host.start()
     try:
         await server.load()
-        await server.host.set_serving()
+        server.host.set_serving()
         yield address, server
     finally:
         await server.host.stop(grace_s=0)

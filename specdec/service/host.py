@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,10 @@ from grpc_reflection.v1alpha import reflection
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.auth import Authenticator
-from specdec.service.health import LIVENESS, HealthService
-from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, RequestIdInterceptor
+from specdec.service.health import DRAIN_S, LIVENESS, HealthService
+from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, OpenCalls, RequestIdInterceptor
 from specdec.transport.channel import check_socket_path, server_options, socket_path
 from specdec.transport.tls import PemFiles, server_credentials
-
-_WATCH_GRACE_S = 1.0
-"""How long watchers of the health port have to read that the service drains, seconds."""
 
 
 class ServiceHost:
@@ -56,7 +54,8 @@ class ServiceHost:
         interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor()]
         if authenticator:
             interceptors.append(AuthInterceptor(authenticator))
-        interceptors.append(HouseInterceptor())
+        self._calls = OpenCalls()
+        interceptors.append(HouseInterceptor(self._calls))
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options())
         self._health = HealthService()
         register(self._server)
@@ -77,8 +76,8 @@ class ServiceHost:
         Raises:
             InvalidArgumentError: an address cannot be bound.
         """
-        await self._set_health(serving=False)
-        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+        self._set_health(serving=False)
+        self._health.set(LIVENESS, serving=True)
         self.address = _bind(self._server, self._listen, "listen", self._credentials)
         await self._server.start()  # a server that has not started keeps its port, whatever `stop` does
         if self.health_address:
@@ -86,22 +85,47 @@ class ServiceHost:
             await self._health_server.start()
         return self.address
 
-    async def set_serving(self) -> None:
-        """Report SERVING from now on."""
-        await self._set_health(serving=True)
+    @property
+    def num_watches(self) -> int:
+        """How many peers watch the server's health, on both ports."""
+        return self._health.num_watches
 
-    async def _set_health(self, *, serving: bool) -> None:
-        status = health_pb2.HealthCheckResponse
+    def limit_watches(self, most: int) -> None:
+        """Let a host have so many watches at a time."""
+        self._health.max_watches = most
+
+    def set_serving(self) -> None:
+        """Report SERVING from now on."""
+        self._set_health(serving=True)
+
+    def _set_health(self, *, serving: bool) -> None:
         for name in ("", self._service):
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+            self._health.set(name, serving=serving)
 
     async def stop(self, grace_s: float) -> None:
-        """Report NOT_SERVING, refuse new calls, and cancel calls that still run after `grace_s` seconds."""
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace_s)
+        """Report NOT_SERVING, refuse new calls, and cancel calls that still run after `grace_s` seconds.
+
+        Only calls of the service itself are waited for: a peer may leave a watch or a status unread for ever.
+        """
+        self._health.drain()
+        if grace_s:
+            await self._stop_within(grace_s)
+        await self._server.stop(0)
         if self.health_address:
             # Watches end by themselves once they have told of the drain.
-            await self._health_server.stop(_WATCH_GRACE_S)
+            await self._health_server.stop(DRAIN_S)
+
+    async def _stop_within(self, grace_s: float) -> None:
+        """Refuse new calls, and return once those of the service have ended and watchers had time to read."""
+        stopping = asyncio.ensure_future(self._server.stop(grace_s))
+        idle = asyncio.ensure_future(self._calls.none_left())
+        while not stopping.done():
+            await asyncio.wait((stopping, idle), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((stopping,), timeout=DRAIN_S)
+            if not self._calls.num_open:
+                break
+            idle = asyncio.ensure_future(self._calls.none_left())
+        idle.cancel()
 
 
 def _bind(

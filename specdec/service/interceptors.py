@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 _Message = TypeVar("_Message")
 _OUR_METHODS = "/specdec.v1."
 _HEALTH_METHODS = "/grpc.health.v1.Health/"
+_STATUS_S = 5.0
+"""How long a peer may take to read the error that ends its call, seconds."""
 _METHOD_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
@@ -51,8 +54,40 @@ class RequestIdInterceptor(grpc.aio.ServerInterceptor):
         return await continuation(handler_call_details)
 
 
+class OpenCalls:
+    """How many calls of our methods are answered now."""
+
+    def __init__(self) -> None:
+        self.num_open = 0
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+
+    async def none_left(self) -> None:
+        """Wait until there is none."""
+        await self._none_left.wait()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count a call within the block."""
+        self.num_open += 1
+        self._none_left.clear()
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+            if not self.num_open:
+                self._none_left.set()
+
+
 class HouseInterceptor(grpc.aio.ServerInterceptor):
-    """Turns the errors of our methods into statuses, and undecodable requests into INVALID_ARGUMENT."""
+    """Turns the errors of our methods into statuses, and undecodable requests into INVALID_ARGUMENT.
+
+    Args:
+        calls: counts the calls.
+    """
+
+    def __init__(self, calls: OpenCalls) -> None:
+        self._calls = calls
 
     async def intercept_service(
         self,
@@ -63,7 +98,7 @@ class HouseInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(_OUR_METHODS):
             return handler  # type: ignore[no-any-return]
         kind = next(kind for kind in _METHOD_KINDS if getattr(handler, kind))
-        wrapped = _with_errors(getattr(handler, kind), handler.request_streaming)
+        wrapped = _with_errors(getattr(handler, kind), handler.request_streaming, self._calls)
         decode = _tolerant(handler.request_deserializer)
         return handler._replace(**{kind: wrapped, "request_deserializer": decode})  # type: ignore[no-any-return]
 
@@ -102,27 +137,37 @@ def _refusing(error: SpecdecError) -> grpc.RpcMethodHandler[Any, Any]:
     return handler
 
 
-def _with_errors(behaviour: Callable[..., Awaitable[Any]], streams_requests: bool) -> Callable[..., Any]:
+def _with_errors(
+    behaviour: Callable[..., Awaitable[Any]], streams_requests: bool, calls: OpenCalls
+) -> Callable[..., Any]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            return await behaviour(_checked(request) if streams_requests else _check(request), context)
-        except SpecdecError as error:
-            await _abort(context, error)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except grpc.aio.InternalError:
-            # A write failed because the peer is gone; gRPC ends the call by itself.
-            logger.info("the peer went away in a write", extra={"peer": context.peer()})
-        except Exception as error:
-            log_defect(logger, "request failed", error)
-            await _abort(context, InternalError(f"The server has a defect: {type(error).__name__}: {error}"))
+        with calls.counted():
+            try:
+                return await behaviour(_checked(request) if streams_requests else _check(request), context)
+            except SpecdecError as error:
+                await _abort(context, error)
+            except (asyncio.CancelledError, grpc.aio.AbortError):
+                raise
+            except grpc.aio.InternalError:
+                # A write failed because the peer is gone; gRPC ends the call by itself.
+                logger.info("the peer went away in a write", extra={"peer": context.peer()})
+            except Exception as error:
+                log_defect(logger, "request failed", error)
+                message = f"The server has a defect: {type(error).__name__}: {error}"
+                await _abort(context, InternalError(message))
 
     return call
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SpecdecError) -> None:
+    """End a call with an error. A peer that does not read even that is not waited for: a status comes after
+    the messages before it."""
     status = to_status(error, REQUEST_ID.get())
-    await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    try:
+        async with asyncio.timeout(_STATUS_S):
+            await context.abort(status.code, status.details or "", status.trailing_metadata or ())
+    except TimeoutError:
+        raise asyncio.CancelledError from None
 
 
 def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

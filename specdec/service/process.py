@@ -52,7 +52,7 @@ async def run_service(
         await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
-            await host.set_serving()
+            host.set_serving()
             logger.info("serving", extra={"address": address})
             await stopped
         logger.info("draining", extra={"grace_s": grace_s})

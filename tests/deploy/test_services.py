@@ -224,7 +224,7 @@ class TestCompose:
             address = await host.start()
             try:
                 assert not await is_healthy(address)
-                await host.set_serving()
+                host.set_serving()
                 assert await is_healthy(address)
             finally:
                 await host.stop(grace_s=0)

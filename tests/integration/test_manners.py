@@ -166,7 +166,7 @@ class TestHealth:
 
             await server.load()
             assert await health(channel, service) == Status.NOT_SERVING
-            await server.host.set_serving()
+            server.host.set_serving()
             for name in ("", service):
                 assert await health(channel, name) == Status.SERVING
             assert (await stub_type(channel).GetInfo(info_request())).protocol_version == PROTOCOL_VERSION
@@ -191,7 +191,7 @@ class TestHealth:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=service))
             assert (await watch.read()).status == Status.NOT_SERVING
-            await server.host.set_serving()
+            server.host.set_serving()
             assert (await watch.read()).status == Status.SERVING
             async with asyncio.timeout(WAIT_S / 2):
                 await server.host.stop(WAIT_S)
@@ -346,7 +346,7 @@ async def serving(service: str, register: Callable[[grpc.aio.Server], None]) -> 
     """Run a server of one servicer and yield its address."""
     host = ServiceHost(service, register, ANY_PORT)
     address = await host.start()
-    await host.set_serving()
+    host.set_serving()
     try:
         yield address
     finally:
@@ -369,7 +369,7 @@ class TestHealthPort:
 
     async def test_it_tells_health_in_plaintext(self, host: ServiceHost) -> None:
         assert await self.statuses(host) == [Status.NOT_SERVING, Status.SERVING]
-        await host.set_serving()
+        host.set_serving()
         assert await self.statuses(host) == [Status.SERVING, Status.SERVING]
 
     async def test_it_offers_nothing_else(self, host: ServiceHost) -> None:
@@ -380,7 +380,7 @@ class TestHealthPort:
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
     async def test_it_tells_of_a_drain_until_the_end(self, host: ServiceHost) -> None:
-        await host.set_serving()
+        host.set_serving()
         async with aio_channel(host.health_address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=VERIFIER), timeout=10)
