@@ -17,7 +17,7 @@ from specdec.contract.errors import (
     ResourceExhaustedError,
     SpecdecError,
 )
-from specdec.contract.sampling import validate_min_draft_confidence, validate_token_ids
+from specdec.contract.sampling import validate_probability, validate_token_ids
 from specdec.contract.target_state import TargetStateRef
 from specdec.runtime.engine import Engine, EngineResult, ModelThread
 
@@ -92,7 +92,7 @@ class DrafterHost:
         token_ids = list(request.committed_token_ids)
         validate_token_ids("committed_token_ids", token_ids, drafter.traits.vocab_size)
         request.sampling.validate(drafter.traits.vocab_size)
-        validate_min_draft_confidence(request.min_draft_confidence)
+        validate_probability("min_draft_confidence", request.min_draft_confidence)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken.",

@@ -17,7 +17,7 @@ from specdec.contract.errors import FailedPreconditionError, UnavailableError
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import adopt_request_id
 from specdec.contract.request_limits import validate_cache_key
-from specdec.contract.sampling import SamplingParams
+from specdec.contract.sampling import SamplingParams, validate_probability
 from specdec.contract.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.runtime.engine import EngineResult
 from specdec.service.sessions import SessionRules, send
@@ -92,6 +92,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         ref = message.target_state if message.HasField("target_state") else None
         await host.read_state(drafter, session, TargetStateRef.from_proto(ref) if ref else None)
         state_ns = time.monotonic_ns() - arrived_ns
+        session.min_path_confidence = _path_confidence(message, session.sampling)
         drafted = await host.propose(drafter, session, message.draft_depth, message.draft_nodes)
         self.metrics.add_round(drafter.traits.name)
         total_ns = time.monotonic_ns() - arrived_ns
@@ -154,6 +155,17 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 for link, count in (host.reader.links if host.reader else ())
             ],
         )
+
+
+def _path_confidence(message: drafter_pb2.DraftRound, sampling: SamplingParams) -> float:
+    """Return the least probability of a path in a round. Above temperature 0 there is none: which token the
+    shared noise picks says little about how likely the target picks it as well.
+
+    Raises:
+        InvalidArgumentError: it is not a probability.
+    """
+    validate_probability("min_path_confidence", message.min_path_confidence)
+    return message.min_path_confidence if sampling.is_greedy else 0.0
 
 
 def _open_draft(message: drafter_pb2.DraftOpen) -> OpenDraft:

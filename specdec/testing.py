@@ -35,7 +35,7 @@ from specdec.contract.request_limits import (
     validate_roles,
     validate_stop_strings,
 )
-from specdec.contract.sampling import SamplingParams, validate_min_draft_confidence, with_seed
+from specdec.contract.sampling import SamplingParams, validate_probability, with_seed
 from specdec.v1 import common_pb2, gateway_pb2, verifier_pb2
 
 MODEL_ID = "mock"
@@ -197,7 +197,7 @@ def _refuse_as_a_gateway(asked: MockRequest) -> None:
     if asked.options.max_new_tokens is not None:
         validate_max_new_tokens(asked.options.max_new_tokens)
     validate_stop_strings(asked.options.stop)
-    validate_min_draft_confidence(asked.options.min_draft_confidence)
+    validate_probability("min_draft_confidence", asked.options.min_draft_confidence)
     validate_cache_key("cache_salt", asked.options.cache_salt)
     validate_roles(message.role for message in asked.messages)
     if not (asked.messages or asked.raw_text or asked.token_ids):

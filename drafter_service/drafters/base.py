@@ -80,6 +80,28 @@ class OpenDraft:
     """Checksum of the target's vocabulary; empty: it is not known."""
 
 
+@dataclass(slots=True)
+class Confidence:
+    """How likely it is that a chain is accepted as far as it goes, and when it ends."""
+
+    least_token: float
+    """Least probability of a token; 0: any."""
+    least_path: float
+    """Least probability of all its tokens; 0: any."""
+    path: float = 1.0
+    """Probability of all its tokens so far."""
+
+    @property
+    def matters(self) -> bool:
+        """Whether any probability is asked for."""
+        return self.least_token > 0 or self.least_path > 0
+
+    def takes(self, probability: float) -> bool:
+        """Count a further token in; return whether it is likely enough."""
+        self.path *= probability
+        return probability >= self.least_token and self.path >= self.least_path
+
+
 class DraftSession:
     """One generation as a drafter sees it: the committed tokens. Families add what else they keep."""
 
@@ -89,12 +111,18 @@ class DraftSession:
         self.max_length = request.max_length
         self.sampling = request.sampling
         self.min_draft_confidence = request.min_draft_confidence
+        self.min_path_confidence = 0.0
+        """Least probability of a path in this round; 0: any."""
         self.state: StateSession | None = None
         """Source of the target's state; None: the drafter reads none."""
         self.view: TargetStateView | None = None
         """The target's state in this round, of the positions below committed_length - 1."""
         self.target_weights: TargetWeights | None = None
         """The target's embedding and LM head, set from the first round on where the drafter needs them."""
+
+    def confidence(self) -> Confidence:
+        """Return what decides where a chain of this round ends."""
+        return Confidence(self.min_draft_confidence, self.min_path_confidence)
 
     @property
     def num_prefill_tokens(self) -> int:

@@ -57,12 +57,21 @@ class GrowingTree:
         max_depth: most tokens in a row.
         draft_nodes: most tokens.
         min_confidence: probability, 0 to 1, below which a token does not follow another one.
+        min_path_confidence: probability, 0 to 1, below which a path is left out.
     """
 
-    def __init__(self, *, max_depth: int, draft_nodes: int, min_confidence: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        max_depth: int,
+        draft_nodes: int,
+        min_confidence: float = 0.0,
+        min_path_confidence: float = 0.0,
+    ) -> None:
         self._max_depth = max_depth
         self._draft_nodes = draft_nodes
         self._threshold = math.log(min_confidence) if min_confidence else -math.inf
+        self._least = math.log(min_path_confidence) if min_path_confidence else -math.inf
         self._nodes: list[_Node] = []
         self._expanded: set[int] = set()
 
@@ -87,9 +96,8 @@ class GrowingTree:
         depth = 1 + (0 if parent == ANCHOR else self._nodes[parent].depth)
         log_prob = 0.0 if parent == ANCHOR else self._nodes[parent].log_prob
         for own, token_id in candidates:
-            if (
-                are_sure or own >= self._threshold or not self._nodes
-            ):  # the first token is proposed in any case
+            is_likely = (are_sure or own >= self._threshold) and log_prob + own >= self._least
+            if is_likely or not self._nodes:  # the first token is proposed in any case
                 self._nodes.append(_Node(parent, token_id, depth, log_prob + own))
 
     def parent(self, index: int) -> int:
@@ -116,23 +124,19 @@ class GrowingTree:
         indices = range(len(self._nodes))
         return nlargest(self._draft_nodes, indices, key=lambda index: (self._nodes[index].log_prob, -index))
 
-    def best_paths(
-        self, candidates: Callable[[list[int]], Candidates], *, least_probability: float = 0.0
-    ) -> DraftTree:
+    def best_paths(self, candidates: Callable[[list[int]], Candidates]) -> DraftTree:
         """Return the tree of the likeliest paths, where what may follow is known for all paths at once.
 
         Args:
             candidates: returns what may follow a path of tokens after the anchor, at first the empty path.
-            least_probability: probability below which a path is left out; the first token is always proposed.
         """
-        least = math.log(least_probability) if least_probability else -math.inf
         waiting: list[_Sibling] = []
 
         def enter(parent: int, rank: int, parent_cost: float, family: Candidates) -> None:
             if rank == len(family):
                 return
             own = family[rank][0]
-            is_likely = own >= self._threshold and own - parent_cost >= least
+            is_likely = own >= self._threshold and own - parent_cost >= self._least
             if is_likely or not self._nodes:
                 heappush(waiting, _Sibling(parent_cost - own, parent, rank, parent_cost, family))
 
@@ -155,4 +159,5 @@ def growing_tree(item: DraftItem, max_depth: int) -> GrowingTree:
         max_depth=max_depth,
         draft_nodes=item.draft_nodes,
         min_confidence=item.session.min_draft_confidence,
+        min_path_confidence=item.session.min_path_confidence,
     )

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from drafter_service.drafters.base import Confidence
 from drafter_service.drafters.growing import Candidates
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.decoder.layers import softcapped
@@ -170,14 +171,14 @@ class DraftHead:
             index = int(torch.searchsorted(self.draft_vocab, token_id))
         return logits.float().softmax(-1)[index].item()
 
-    def extend(self, draft: list[int], pick: int, logits: Tensor, threshold: float) -> bool:
+    def extend(self, draft: list[int], pick: int, logits: Tensor, confidence: Confidence) -> bool:
         """Append a pick to a draft, unless it is unlikely and not the first; return whether it was likely.
 
         Args:
             logits: the logits that the pick was made from [draft_vocab_size].
-            threshold: least probability of a likely pick; 0: every pick is likely.
+            confidence: decides by its probability what is likely.
         """
-        is_sure = not threshold or self.confidence(logits, pick) >= threshold
+        is_sure = not confidence.matters or confidence.takes(self.confidence(logits, pick))
         if is_sure or not draft:
             draft.append(pick)
         return is_sure

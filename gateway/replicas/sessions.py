@@ -243,6 +243,7 @@ class RemoteDrafterSession:
             draft_depth=min(draft_depth, self._drafter.max_draft_depth or draft_depth),
             target_state=self._state_message(request.target_state) if self.reads_target_state else None,
             draft_nodes=min(draft_nodes, self._drafter.max_draft_nodes),
+            min_path_confidence=request.size.min_path_confidence,
         )
         round_message = drafter_pb2.DraftRequest(round=message, traceparent=request.traceparent)
         response, elapsed_ns = await self._stream.exchange(round_message)

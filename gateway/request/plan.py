@@ -16,8 +16,8 @@ from specdec.contract.request_limits import (
 )
 from specdec.contract.sampling import (
     SamplingParams,
-    validate_min_draft_confidence,
     validate_num_top_logprobs,
+    validate_probability,
     validate_token_ids,
     with_seed,
 )
@@ -67,7 +67,7 @@ async def make_plan(
     num_top_logprobs = request.num_top_logprobs if request.HasField("num_top_logprobs") else None
     validate_num_top_logprobs(num_top_logprobs)
     validate_stop_strings(request.stop_strings)
-    validate_min_draft_confidence(request.min_draft_confidence)
+    validate_probability("min_draft_confidence", request.min_draft_confidence)
     # Millions of ids fit into a request: that is not work for the event loop.
     sampling = await asyncio.to_thread(_settle_sampling, request, verifier.model.vocab_size)
     drafting = plan_drafts(request, backends, verifier.max_draft_nodes)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 from weakref import WeakKeyDictionary
@@ -32,6 +32,8 @@ _METHOD_ROUNDS = 12.0
 """How many of a session's rounds the knowledge of a method weighs."""
 _SESSION_MEMORY = 0.97
 """What a round's weight becomes with the next one."""
+_MOST_CONFIDENCE = 0.5
+"""Highest probability that a path must have: what a drafter says of itself is an estimate."""
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 
 
@@ -43,7 +45,7 @@ class FixedSize:
 
     def choose(self, limit: int) -> DraftSize:
         """Return the size, cut to `limit`."""
-        return DraftSize(min(self.size.draft_depth, limit), self.size.draft_nodes)
+        return replace(self.size, draft_depth=min(self.size.draft_depth, limit))
 
     def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn nothing: the size is fixed."""
@@ -103,7 +105,24 @@ class AdaptiveSize:
         if limit <= 0:
             return PLAIN_SIZE
         size, self._next = self._next or self._wanted(), None
-        return FixedSize(size).choose(limit)
+        return FixedSize(self._with_confidence(size)).choose(limit)
+
+    def _with_confidence(self, size: DraftSize) -> DraftSize:
+        """Leave out the tokens that cost more time than they save if they are accepted.
+
+        A token saves what a token takes in such rounds, and adds what a further token takes to draft and to
+        verify. A token of a tree is one of many that are drafted in a step: it adds what verifying it takes.
+        """
+        if not size.draft_depth or not self._stats[size.draft_nodes].is_known:
+            return size
+        stats = self._stats[size.draft_nodes]
+        num_nodes = max(1.0, stats.num_nodes(size.draft_depth))
+        expected = self._expected_lengths(size.draft_nodes, size.draft_depth)[-1]
+        added_ns = self._load.round_ns(num_nodes) - self._load.round_ns(num_nodes - 1)
+        if not size.draft_nodes:
+            added_ns += stats.further_ns(num_nodes)
+        share = added_ns * expected / self._cost_ns(size)
+        return replace(size, min_path_confidence=min(_MOST_CONFIDENCE, max(0.0, share)))
 
     def _wanted(self) -> DraftSize:
         self._method.num_rounds += 1

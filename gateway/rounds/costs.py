@@ -63,6 +63,8 @@ class MethodStats:
     """Tokens drafted, by K."""
     draft_ns: Curve = field(default_factory=lambda: Curve(through_origin=True))
     """Time until a draft is here, by K."""
+    token_ns: Curve = field(default_factory=Curve)
+    """Time until a draft is here, by the tokens that it has."""
     survival: Survival = field(default_factory=lambda: Survival(_METHOD_MEMORY))
     num_timed: int = 0
     """How many drafts were timed."""
@@ -84,8 +86,14 @@ class MethodStats:
         if not completed.draft.is_first:
             self.num_timed += 1
             self.draft_ns.add(size.draft_depth, completed.draft.elapsed_ns)
+            self.token_ns.add(len(completed.draft.token_ids), completed.draft.elapsed_ns)
         self.num_nodes.add(size.draft_depth, len(completed.draft.token_ids))
         self.survival.add(size.draft_depth, completed.verified.num_accepted_tokens)
+
+    def further_ns(self, num_tokens: float) -> float:
+        """Return what a further token of such a draft costs the drafter, nanoseconds."""
+        first = min(1.0, num_tokens)
+        return (self.token_ns(num_tokens) - self.token_ns(first)) / max(1.0, num_tokens - first)
 
     def rates(self, depth: int) -> list[float]:
         """Return the acceptance at the first depths."""

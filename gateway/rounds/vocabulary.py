@@ -21,6 +21,9 @@ class DraftSize:
     """K: most tokens in a row; 0: nothing is drafted."""
     draft_nodes: int = 0
     """Most tokens of a draft tree; 0: each drafter drafts a chain."""
+    min_path_confidence: float = field(default=0.0, compare=False)
+    """Probability below which a token is not worth what it costs; 0: none is left out. It follows the costs
+    from round to round, and is not part of what sizes are told apart by."""
 
 
 PLAIN_SIZE = DraftSize(0)

@@ -140,16 +140,14 @@ def with_seed(sampling: SamplingParams) -> SamplingParams:
     return replace(sampling, seed=secrets.randbits(_SEED_BITS))
 
 
-def validate_min_draft_confidence(value: float) -> None:
-    """Refuse a draft confidence that is not a probability.
+def validate_probability(name: str, value: float) -> None:
+    """Check a field that is 0 (off) or a probability.
 
     Raises:
-        InvalidArgumentError: the value is less than 0, more than 1, or not a number.
+        InvalidArgumentError: it is not.
     """
     if not 0.0 <= value <= 1.0:
-        raise InvalidArgumentError(
-            f"min_draft_confidence is {value:g}; it must be from 0 (off) to 1.", field="min_draft_confidence"
-        )
+        raise InvalidArgumentError(f"{name} is {value:g}; it must be from 0 (off) to 1.", field=name)
 
 
 def validate_token_ids(field_name: str, token_ids: list[int] | tuple[int, ...], vocab_size: int) -> None:

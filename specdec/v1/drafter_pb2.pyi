@@ -43,18 +43,20 @@ class DraftOpen(_message.Message):
     def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., drafter: _Optional[str] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_length: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ..., request_id: _Optional[str] = ..., caller_key: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class DraftRound(_message.Message):
-    __slots__ = ("committed_token_ids", "committed_length", "draft_depth", "target_state", "draft_nodes")
+    __slots__ = ("committed_token_ids", "committed_length", "draft_depth", "target_state", "draft_nodes", "min_path_confidence")
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LENGTH_FIELD_NUMBER: _ClassVar[int]
     DRAFT_DEPTH_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
+    MIN_PATH_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     committed_length: int
     draft_depth: int
     target_state: _target_state_pb2.TargetStateRef
     draft_nodes: int
-    def __init__(self, committed_token_ids: _Optional[_Iterable[int]] = ..., committed_length: _Optional[int] = ..., draft_depth: _Optional[int] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., draft_nodes: _Optional[int] = ...) -> None: ...
+    min_path_confidence: float
+    def __init__(self, committed_token_ids: _Optional[_Iterable[int]] = ..., committed_length: _Optional[int] = ..., draft_depth: _Optional[int] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., draft_nodes: _Optional[int] = ..., min_path_confidence: _Optional[float] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
     __slots__ = ("opened", "result")

@@ -6,6 +6,8 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median
+from typing import Any
 
 import pytest
 
@@ -117,6 +119,45 @@ def test_drafts_end_where_a_busy_verifier_pays_for_every_token() -> None:
     busy = World(steep, lambda k: 2.0, 0.4, batch_size=8)
     assert learned(alone).draft_depth > 0
     assert learned(busy) == DraftSize(0)
+
+
+class Cutting(World):
+    """Its drafter knows how likely its tokens are, and stops where a path is less likely than asked for."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked = list[float]()
+
+    def round(self, size: DraftSize) -> Round:
+        self.asked.append(size.min_path_confidence)
+        length, path = min(size.draft_depth, 1), self.rate
+        while length < size.draft_depth and path * self.rate >= size.min_path_confidence:
+            length, path = length + 1, path * self.rate
+        return super().round(replace(size, draft_depth=length))
+
+
+def confidence_of(world: Cutting, budgets: Sequence[int] = (0,)) -> float:
+    """Return the path confidence that is asked for in the end."""
+    sizes = run(session(Controller(), Replica(), budgets), world, 400)
+    return median(size.min_path_confidence for size in sizes[200:] if size.draft_depth)
+
+
+def test_a_token_must_be_as_likely_as_it_is_dear() -> None:
+    assert confidence_of(Cutting(flat, lambda k: 5.0, 0.8)) < 0.02, "more tokens cost nothing"
+    cheap = confidence_of(Cutting(flat, lambda k: 0.5 * k, 0.8))
+    dear = confidence_of(Cutting(flat, lambda k: 4.0 * k, 0.8))
+    assert 0.01 < cheap < dear / 3
+    # A further token takes 4 of the 45 ms or so in which two or three tokens come.
+    assert 0.15 < dear <= 0.5
+
+
+def test_verifying_costs_as_well() -> None:
+    assert confidence_of(Cutting(lambda tokens: 30 + tokens, lambda k: 2.0, 0.8)) > 0.03
+
+
+def test_a_size_that_a_request_fixed_leaves_nothing_out() -> None:
+    sizes = run(FixedSize(DraftSize(4)), Cutting(steep, lambda k: 9.0 * k, 0.5), 50)
+    assert {size.min_path_confidence for size in sizes} == {0.0}
 
 
 def test_drafts_end_though_no_pass_was_ever_without() -> None:

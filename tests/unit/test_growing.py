@@ -76,5 +76,18 @@ def test_unlikely_tokens_follow_nothing_but_the_first_is_there_in_any_case() -> 
     places = [[unsure, unsure], [sure], []]
     by_place = GrowingTree(max_depth=3, draft_nodes=9, min_confidence=0.5)
     assert by_place.best_paths(lambda path: places[len(path)]) == DraftTree((2, 1))
-    unlikely = GrowingTree(max_depth=3, draft_nodes=9)
-    assert unlikely.best_paths(lambda path: [sure, unsure], least_probability=0.6) == DraftTree((1, 1))
+    unlikely = GrowingTree(max_depth=3, draft_nodes=9, min_path_confidence=0.6)
+    assert unlikely.best_paths(lambda path: [sure, unsure]) == DraftTree((1, 1))
+
+
+def test_a_path_ends_where_it_is_too_unlikely_in_all() -> None:
+    sure, unsure = (math.log(0.8), 1), (math.log(0.2), 2)
+    growing = GrowingTree(max_depth=9, draft_nodes=9, min_path_confidence=0.5)
+    while frontier := growing.frontier():
+        for node in frontier:
+            growing.expand(node, [sure, unsure])
+    # 0.8, 0.64, 0.512: the fourth would be 0.41.
+    assert growing.tree() == DraftTree((1, 1, 1))
+    first = GrowingTree(max_depth=9, draft_nodes=9, min_path_confidence=0.9)
+    first.expand(-1, [sure, unsure])
+    assert first.tree() == DraftTree((1,)), "the first token is proposed in any case"

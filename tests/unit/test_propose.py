@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drafter_service.config import DrafterConfig
-from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
+from drafter_service.drafters.base import Confidence, Drafter, DraftItem, DraftSession, OpenDraft
 from drafter_service.drafters.dflash.checkpoint import DFlashCheckpoint
 from drafter_service.drafters.dflash.drafter import DFlashDrafter
 from drafter_service.drafters.head import DraftHead
@@ -202,9 +202,20 @@ def test_a_token_is_as_sure_as_the_head_says_whatever_the_head_covers(draft_voca
     logits = torch.tensor([0.1, 0.3, 0.6]).log()
     assert [head.confidence(logits, token_id) for token_id in token_ids] == pytest.approx([0.1, 0.3, 0.6])
     draft: list[int] = []
-    sure = [head.extend(draft, token_id, logits, 0.3 - 1e-6) for token_id in (*token_ids, token_ids[0])]
+    confidence = Confidence(0.3 - 1e-6, 0.0)
+    sure = [head.extend(draft, token_id, logits, confidence) for token_id in (*token_ids, token_ids[0])]
     assert sure == [False, True, True, False]
     assert draft == token_ids, "the first in any case, the last was not likely enough"
+
+
+def test_a_chain_ends_where_its_tokens_together_are_too_unlikely() -> None:
+    head = DraftHead(None, lambda states: states, torch.float32, vocab_size=3)
+    logits = torch.tensor([0.05, 0.15, 0.8]).log()
+    confidence, draft = Confidence(0.0, 0.6), list[int]()
+    assert [head.extend(draft, 2, logits, confidence) for _ in range(3)] == [True, True, False]
+    assert draft == [2, 2]
+    anything = Confidence(0.0, 0.0)
+    assert all(head.extend(draft, 0, logits, anything) for _ in range(5))
 
 
 def test_memory_is_as_many_mib_as_the_configuration_says(tiny_llama: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from drafter_service.drafters.base import Drafted, DraftSession
+from drafter_service.drafters.base import Confidence, Drafted, DraftSession
 from drafter_service.drafters.dflash.links import LinkedPlaces, Links, Places, Walk
 from drafter_service.drafters.dflash.rounds import BlockRound
 from drafter_service.drafters.growing import MAX_CHILDREN, Candidates, GrowingTree
@@ -81,6 +81,7 @@ class BlockPicker:
         """Pick token by token, the rounds side by side: each pick corrects the next place."""
         firsts = _firsts(rounds)
         drafts: list[list[int]] = [[] for _ in rounds]
+        sure = [part.session.confidence() for part in rounds]
         running, memory = list(range(len(rounds))), walk.begin()
         for step in range(max(part.num_drafts for part in rounds)):
             rows = self._indices([firsts[index] + step for index in running])
@@ -91,7 +92,7 @@ class BlockPicker:
             going_on = [
                 row
                 for row, (index, (pick,)) in enumerate(zip(running, picks, strict=True))
-                if self._extend(rounds[index].session, drafts[index], pick, found, row)
+                if self._extend(sure[index], drafts[index], pick, found, row)
                 and step + 1 < rounds[index].num_drafts
             ]
             if not going_on:
@@ -101,13 +102,12 @@ class BlockPicker:
         return drafts
 
     def _extend(
-        self, session: DraftSession, draft: list[int], pick: int, found: LinkedPlaces, row: int
+        self, confidence: Confidence, draft: list[int], pick: int, found: LinkedPlaces, row: int
     ) -> bool:
         """Append a pick to a draft, unless it is unlikely and not the first; return whether it was likely."""
-        threshold = session.min_draft_confidence
-        if found.confidence is None or not threshold:
-            return self._head.extend(draft, pick, found.logits[row], threshold)
-        is_sure = bool(found.confidence[row] >= threshold)
+        if found.confidence is None or not confidence.matters:
+            return self._head.extend(draft, pick, found.logits[row], confidence)
+        is_sure = confidence.takes(found.confidence[row].item())
         if is_sure or not draft:
             draft.append(pick)
         return is_sure
@@ -178,11 +178,11 @@ class BlockPicker:
         Args:
             logits: [num_drafts, draft_vocab_size].
         """
-        threshold = session.min_draft_confidence
-        if not threshold:
+        confidence = session.confidence()
+        if not confidence.matters:
             return len(draft)
         for index, token_id in enumerate(draft):
-            if self._head.confidence(logits[index], token_id) < threshold:
+            if not confidence.takes(self._head.confidence(logits[index], token_id)):
                 return max(index, 1)
         return len(draft)
 

@@ -220,7 +220,7 @@ class EagleDrafter(Drafter):
             picks = self._head.pick(logits, [1] * len(running), contexts, weights)
             going_on = []
             for row, ((part, branch), (pick,)) in enumerate(zip(running, picks, strict=True)):
-                is_sure = self._head.extend(part.draft, pick, logits[row], part.session.min_draft_confidence)
+                is_sure = self._head.extend(part.draft, pick, logits[row], part.confidence)
                 if is_sure and len(part.draft) < part.num_wanted:
                     going_on.append((part, branch))
             if not going_on:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from drafter_service.drafters.base import CachedSession
+from drafter_service.drafters.base import CachedSession, Confidence
 from drafter_service.drafters.growing import GrowingTree
 from specdec.runtime.picks import PickContext
 
@@ -34,8 +34,13 @@ class EagleRound:
     tree: GrowingTree | None = None
     """The draft where a tree is wanted."""
     draft: list[int] = field(default_factory=list)
+    confidence: Confidence = field(init=False)
+    """Decides where a chain ends."""
     num_steps: int = 0
     """Places for steps that are taken."""
+
+    def __post_init__(self) -> None:
+        self.confidence = self.session.confidence()
 
     def next_place(self) -> int:
         """Take the next place for a step's keys and values."""

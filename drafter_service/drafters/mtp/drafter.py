@@ -209,8 +209,7 @@ class MtpDrafter(Drafter):
         picks = self._head.pick(logits, [1] * len(rounds), contexts, weights)
         going_on = []
         for row, (part, (pick,)) in enumerate(zip(rounds, picks, strict=True)):
-            threshold = part.session.min_draft_confidence
-            is_sure = self._head.extend(part.draft, pick, logits[row], threshold)
+            is_sure = self._head.extend(part.draft, pick, logits[row], part.confidence)
             if is_sure and len(part.draft) < part.num_wanted:
                 going_on.append(row)
         return going_on

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from drafter_service.drafters.base import DraftSession
+from drafter_service.drafters.base import Confidence, DraftSession
 from drafter_service.drafters.growing import GrowingTree
 from specdec.runtime.picks import PickContext
 
@@ -26,6 +26,11 @@ class AssistantRound:
     tree: GrowingTree | None = None
     """The draft where a tree is wanted."""
     draft: list[int] = field(default_factory=list)
+    confidence: Confidence = field(init=False)
+    """Decides where a chain ends."""
+
+    def __post_init__(self) -> None:
+        self.confidence = self.session.confidence()
 
     @property
     def last_token(self) -> int:

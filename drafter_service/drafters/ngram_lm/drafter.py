@@ -47,7 +47,7 @@ class NgramLmSession(NgramSession):
     def propose(self, draft_depth: int) -> list[int]:
         """Draft the likeliest token, then the likeliest after it, until the whole path is unlikely."""
         self.index()
-        least = math.log(_LEAST_PROBABILITY)
+        least = math.log(max(_LEAST_PROBABILITY, self.min_path_confidence))
         confidence = math.log(self.min_draft_confidence) if self.min_draft_confidence else -math.inf
         draft: list[int] = []
         log_prob = 0.0
@@ -66,8 +66,9 @@ class NgramLmSession(NgramSession):
             max_depth=draft_depth,
             draft_nodes=draft_nodes,
             min_confidence=self.min_draft_confidence,
+            min_path_confidence=max(_LEAST_PROBABILITY, self.min_path_confidence),
         )
-        return tree.best_paths(self.candidates, least_probability=_LEAST_PROBABILITY)
+        return tree.best_paths(self.candidates)
 
     def candidates(self, path: Sequence[int]) -> Candidates:
         """Return what may follow a path after the committed tokens, which must be indexed.
