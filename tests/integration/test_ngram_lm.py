@@ -15,11 +15,14 @@ from drafter_service.training.config import CountOptions
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.ngram_lm import count
 from specdec.client import GenerateOptions
+from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.sampling import SamplingParams
 from specdec.models.files import model_id, vocabulary_fingerprint
+from specdec.transport.handshake import make_handshake
 from tests.integration.test_lossless import PROMPTS
+from tests.raw_streams import draft_stream
 from tests.slow import quick_only
-from tests.systems import running_system
+from tests.systems import running_drafter, running_system
 from tests.tiny_models import VOCAB_SIZE
 
 NUM_TOKENS = 60
@@ -106,3 +109,25 @@ async def test_a_table_of_another_vocabulary_is_not_used(
     assert answer.token_ids == plain.token_ids
     assert answer.speculation.num_draft_tokens == 0
     assert "vocabularies differ" in answer.speculation.fallback_reason
+
+
+async def test_a_round_says_how_likely_a_path_must_be(table: Path, vocabulary: TargetVocabulary) -> None:
+    handshake = make_handshake(vocabulary_fingerprint=vocabulary.fingerprint)
+    prompt = list(PROMPTS[0])
+
+    async def lengths(*confidences: float, sampling: SamplingParams | None = None) -> list[int]:
+        async with running_drafter(f"ngram-lm:{table}") as (address, _), draft_stream(address) as stream:
+            fields = {"sampling": sampling.to_proto()} if sampling else {}
+            await stream.open("ngram-lm", prompt, handshake=handshake, **fields)
+            length, found = len(prompt), list[int]()
+            for confidence in confidences:
+                draft = await stream.round([], length, 6, min_path_confidence=confidence)
+                found.append(len(draft))
+            return found
+
+    free, cut, free_again = await lengths(0.0, 1.0, 0.0)
+    assert free == free_again > cut == 1
+    assert await lengths(0.0, 1.0, sampling=SAMPLED) == (await lengths(0.0, sampling=SAMPLED)) * 2
+    for wrong in (1.5, -0.1, float("nan")):
+        with pytest.raises(InvalidArgumentError, match="min_path_confidence is"):
+            await lengths(wrong)
