@@ -32,6 +32,11 @@ class GatewayConfig(ServiceConfig):
     model, and adds ngram-lm, or else ngram; drafters of another vocabulary are left out."""
     default_max_new_tokens: int = 256
     """Most tokens of an answer whose request sets no limit."""
+    max_output_tokens: int = 8192
+    """Most tokens of an answer that a request may ask for."""
+    max_request_s: float = 900.0
+    """Longest time of a request, seconds, from its arrival until its client has read all of the answer; then
+    it is ended. An answer whose client reads slowly waits in the gateway's memory, and holds no verifier."""
     max_requests: int = 256
     """Most requests that run at a time."""
     max_prompt_bytes: int = 2**20
@@ -61,11 +66,19 @@ class GatewayConfig(ServiceConfig):
         require_positive(
             self,
             "default_max_new_tokens",
+            "max_output_tokens",
+            "max_request_s",
             "max_requests",
             "max_prompt_bytes",
             "draft_timeout_s",
         )
         require_not_negative(self, "drain_grace_s", "drafter_wait_s", "failover_wait_s")
+        if self.default_max_new_tokens > self.max_output_tokens:
+            raise InvalidArgumentError(
+                f"--default-max-new-tokens is {self.default_max_new_tokens}, more than --max-output-tokens, "
+                f"{self.max_output_tokens}.",
+                field="default_max_new_tokens",
+            )
         if self.auth_tokens and self.authenticator:
             raise InvalidArgumentError(
                 "--auth-tokens and --authenticator exclude each other; give one.", field="authenticator"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -19,8 +20,14 @@ from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import make_plan
 from gateway.request.running import RunningRequest
+from gateway.rounds.ahead import buffered
 from gateway.rounds.tracing import RequestTrace
-from specdec.contract.errors import ResourceExhaustedError, UnavailableError
+from specdec.contract.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
@@ -64,6 +71,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         wanted = request.max_new_tokens if request.HasField("max_new_tokens") else None
         try:
             with backends.metrics.counting_refusals():
+                _require_length(wanted, backends.config.max_output_tokens)
                 self._require_room(backends)
                 max_new_tokens = admission.enter_context(
                     self._callers.admitted(wanted, backends.config.default_max_new_tokens)
@@ -71,7 +79,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 # It counts from the pick on: requests that come together must not all take the same replica.
                 lease = backends.verifiers.pick().lease()
             admission.callback(lease.end)
-            await self._generate(request, context, backends, lease, trace, arrived_ns, max_new_tokens)
+            async with _at_most(backends.config.max_request_s):
+                await self._generate(request, context, backends, lease, trace, arrived_ns, max_new_tokens)
         except BaseException as error:
             trace.fail(error)
             raise
@@ -115,11 +124,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             seed=None if plan.sampling.is_greedy else plan.sampling.seed,
         )
         await send(context, gateway_pb2.GenerateResponse(started=started))
-        peers = Peers(plan, backends, lease, remaining_timeout_s(context))
+        peers = Peers(plan, backends, lease, _timeout_s(context, backends.config.max_request_s))
         running = RunningRequest(plan, backends, peers, trace, arrived_ns=arrived_ns)
         outcome = "cancelled"
         try:
-            async with aclosing(running.responses()) as responses:
+            async with aclosing(buffered(running.responses())) as responses:
                 async for response in responses:
                     await send(context, response)
             outcome = FINISH_REASONS[response.finished.finish_reason]
@@ -152,6 +161,43 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             verifiers=[_replica_info(r, verifier=r.info) for r in backends.verifiers.replicas],
             drafters=[_replica_info(r, drafter=r.info) for r in backends.drafters.replicas],
         )
+
+
+def _require_length(max_new_tokens: int | None, most: int) -> None:
+    """Refuse an answer that is longer than any may be.
+
+    Raises:
+        InvalidArgumentError: it is.
+    """
+    if max_new_tokens is not None and max_new_tokens > most:
+        raise InvalidArgumentError(
+            f"max_new_tokens is {max_new_tokens}; an answer of this gateway has at most {most} tokens.",
+            field="max_new_tokens",
+        )
+
+
+@asynccontextmanager
+async def _at_most(seconds: float) -> AsyncIterator[None]:
+    """Limit the time of a request, whatever its client does.
+
+    Raises:
+        DeadlineExceededError: the time is over.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise DeadlineExceededError(
+            f"The request took longer than {seconds:g} s, which is the most this gateway gives one; ask for "
+            "fewer tokens, and read them as they come.",
+            reason="REQUEST_TOO_LONG",
+        ) from None
+
+
+def _timeout_s(context: GenerateContext, most: float) -> float:
+    """Return the seconds that the services have: until the caller's deadline, or the gateway's own."""
+    remaining = remaining_timeout_s(context)
+    return most if remaining is None else min(remaining, most)
 
 
 def _replica_info(replica: Replica[Any], **info: Any) -> gateway_pb2.ReplicaInfo:

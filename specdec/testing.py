@@ -27,10 +27,13 @@ from specdec.contract.errors import (
     RequestCancelledError,
     SpecdecError,
 )
-from specdec.contract.methods import PLAIN
+from specdec.contract.methods import PLAIN, validate_method
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION, REQUEST_ID_METADATA
 from specdec.contract.request_limits import (
+    MAX_MESSAGES,
+    MAX_STOP_TOKEN_IDS,
     validate_cache_key,
+    validate_length,
     validate_max_new_tokens,
     validate_roles,
     validate_stop_strings,
@@ -197,6 +200,10 @@ def _refuse_as_a_gateway(asked: MockRequest) -> None:
     if asked.options.max_new_tokens is not None:
         validate_max_new_tokens(asked.options.max_new_tokens)
     validate_stop_strings(asked.options.stop)
+    validate_length("stop_token_ids", len(asked.options.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    validate_length("chat.messages", len(asked.messages), MAX_MESSAGES)
+    if asked.options.method:
+        validate_method(asked.options.method)
     validate_probability("min_draft_confidence", asked.options.min_draft_confidence)
     validate_cache_key("cache_salt", asked.options.cache_salt)
     validate_roles(message.role for message in asked.messages)

@@ -9,7 +9,7 @@ from gateway.request.backends import Backends
 from gateway.rounds.controller import Controller, FixedSize
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, SizeControl
 from specdec.contract.errors import InvalidArgumentError
-from specdec.contract.methods import PLAIN, drafters_of
+from specdec.contract.methods import PLAIN, drafters_of, validate_method
 from specdec.v1 import drafter_pb2, gateway_pb2
 
 _NODE_BUDGETS = (7, 15, 31, 63)
@@ -39,6 +39,8 @@ class DraftPlan:
     """What every round asks for, or the first round where sizes are chosen round by round."""
     budgets: tuple[int, ...] = ()
     """Node budgets to choose from round by round, 0 being chains; empty: `size` stays."""
+    is_offered: bool = True
+    """Whether all of its drafters are known."""
 
     @property
     def num_reserved_nodes(self) -> int:
@@ -46,8 +48,11 @@ class DraftPlan:
         return 0 if self.budgets else self.draft_nodes
 
     def control(self, controller: Controller, verifier: object) -> SizeControl:
-        """Return what decides the size of each round's draft, on that verifier."""
-        if not self.budgets:
+        """Return what decides the size of each round's draft, on that verifier.
+
+        Sizes are chosen for methods that exist: of a name that a client made up nothing is kept.
+        """
+        if not self.budgets or not self.is_offered:
             return FixedSize(self.size)
         longest = max(proposer.draft_depth for proposer in self.proposers)
         return controller.session(verifier, self.method, self.size, longest=longest, budgets=self.budgets)
@@ -126,17 +131,14 @@ def _chosen_drafts(
         node_limit if can_branch or len(drafters) > 1 else 0,
         DraftSize(start, request.draft_nodes),
         budgets=(0, *trees) if can_branch else (0,),
+        is_offered=all(drafter is not _UNKNOWN_DRAFTER for drafter in drafters.values()),
     )
 
 
 def _settle_method(request: gateway_pb2.GenerateRequest, backends: Backends) -> str:
     """Return the method in effect."""
     method = request.method or backends.default_method
-    names = drafters_of(method)
-    if len(set(names)) < len(names) or (len(names) > 1 and (PLAIN in names or "" in names)):
-        raise InvalidArgumentError(
-            f"{method!r} names a drafter twice, or {PLAIN!r} or nothing among drafters.", field="method"
-        )
+    names = validate_method(method)
     if not request.method or not backends.drafters.is_known or backends.offers(method):
         return method
     unknown = next(name for name in names if name not in backends.methods[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 from gateway.request.backends import Backends
@@ -10,7 +9,10 @@ from gateway.request.drafts import DraftPlan, plan_drafts
 from gateway.request.prompt import require_shorter, tokenise
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.request_limits import (
+    MAX_MESSAGES,
+    MAX_STOP_TOKEN_IDS,
     validate_cache_key,
+    validate_length,
     validate_max_new_tokens,
     validate_stop_strings,
 )
@@ -67,9 +69,10 @@ async def make_plan(
     num_top_logprobs = request.num_top_logprobs if request.HasField("num_top_logprobs") else None
     validate_num_top_logprobs(num_top_logprobs)
     validate_stop_strings(request.stop_strings)
+    validate_length("stop_token_ids", len(request.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    validate_length("chat.messages", len(request.chat.messages), MAX_MESSAGES)
     validate_probability("min_draft_confidence", request.min_draft_confidence)
-    # Millions of ids fit into a request: that is not work for the event loop.
-    sampling = await asyncio.to_thread(_settle_sampling, request, verifier.model.vocab_size)
+    sampling = _settle_sampling(request, verifier.model.vocab_size)
     drafting = plan_drafts(request, backends, verifier.max_draft_nodes)
     context = verifier.model.max_length
     token_ids = await tokenise(request, backends, context)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from specdec.contract.errors import InvalidArgumentError
+
 PLAIN = "none"
 """The method of plain decoding, without a drafter (K = 0)."""
+MAX_DRAFTERS = 8
+"""Most drafters that a method names."""
 LOOKUP_FAMILIES = ("ngram-lm", "ngram")
 """Drafter families that look continuations up and run no model, the better guesser first."""
 AUTO = "auto"
@@ -14,7 +18,8 @@ AUTO = "auto"
 _SEPARATOR = "+"
 """Joins the names of drafters whose proposals are merged. A drafter's name cannot contain it."""
 
-_DRAFTER_NAME = re.compile(r"[\w.-]{1,64}")
+_MAX_NAME = 64
+_DRAFTER_NAME = re.compile(rf"[\w.-]{{1,{_MAX_NAME}}}")
 _RESERVED = (PLAIN, AUTO)
 
 
@@ -26,6 +31,26 @@ def is_drafter_name(name: str) -> bool:
 def drafters_of(method: str) -> tuple[str, ...]:
     """Return the drafters that a method names; plain decoding names none."""
     return () if method == PLAIN else tuple(method.split(_SEPARATOR))
+
+
+def validate_method(method: str) -> tuple[str, ...]:
+    """Return the drafters of a method as a request names it, whether they exist or not.
+
+    Raises:
+        InvalidArgumentError: it is no name of a method.
+    """
+    # What is too long is not looked at any further.
+    most = MAX_DRAFTERS * (_MAX_NAME + len(_SEPARATOR))
+    names = drafters_of(method) if len(method) <= most else ("",)
+    if len(names) > MAX_DRAFTERS or not all(is_drafter_name(name) for name in names):
+        raise InvalidArgumentError(
+            f"{method[:80]!r} is not a method: it is {PLAIN!r}, a drafter, or up to {MAX_DRAFTERS} drafters "
+            f"joined by {_SEPARATOR!r}.",
+            field="method",
+        )
+    if len(set(names)) < len(names):
+        raise InvalidArgumentError(f"{method!r} names a drafter twice.", field="method")
+    return names
 
 
 def method_of(drafters: Sequence[str]) -> str:

@@ -10,6 +10,9 @@ ROLES = ("system", "user", "assistant")
 """Who may say a turn of a conversation."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
+MAX_STOP_TOKEN_IDS = 1024
+MAX_MESSAGES = 4096
+"""Most turns of a conversation."""
 MAX_NEW_TOKENS = 2**31 - 1
 MAX_CACHE_KEY_LENGTH = 256
 """Most characters of a cache salt and of a caller's key."""
@@ -41,6 +44,16 @@ def validate_stop_strings(stop_strings: Sequence[str]) -> None:
             raise InvalidArgumentError(
                 f"A stop string must have 1 to {MAX_STOP_STRING_LENGTH} characters.", field="stop_strings"
             )
+
+
+def validate_length(name: str, length: int, most: int) -> None:
+    """Refuse a list that is too long, before anything is made of it.
+
+    Raises:
+        InvalidArgumentError: it is too long; the error names its field.
+    """
+    if length > most:
+        raise InvalidArgumentError(f"{name} has {length} entries; at most {most} are taken.", field=name)
 
 
 def validate_roles(roles: Iterable[str]) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 
 from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.request_limits import validate_length
 from specdec.v1 import common_pb2
 
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIASES = 4096
+MAX_ALLOWED_TOKEN_IDS = 16_384
 _SEED_BITS = 32
 """Number of bits of a drawn seed; few enough that a person can type the seed again."""
 
@@ -95,11 +97,9 @@ class SamplingParams:
             _refuse("logit_bias", repr(self.logit_bias)[:80], "a dict of token ids and numbers")
         if not isinstance(self.allowed_token_ids, Sequence):
             _refuse("allowed_token_ids", repr(self.allowed_token_ids)[:80], "a sequence of token ids")
-        if len(self.logit_bias) > MAX_LOGIT_BIASES:
-            _refuse("logit_bias", f"{len(self.logit_bias)} entries long", f"at most {MAX_LOGIT_BIASES}")
-        if vocab_size and len(self.allowed_token_ids) > vocab_size:
-            length = len(self.allowed_token_ids)
-            _refuse("allowed_token_ids", f"{length} ids long", f"at most {vocab_size}, the vocabulary's size")
+        validate_length("logit_bias", len(self.logit_bias), MAX_LOGIT_BIASES)
+        most = min(MAX_ALLOWED_TOKEN_IDS, vocab_size or MAX_ALLOWED_TOKEN_IDS)
+        validate_length("allowed_token_ids", len(self.allowed_token_ids), most)
         for token_id, bias in self.logit_bias.items():
             _require("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, "in [-100, 100]")
             validate_token_ids("logit_bias", [token_id], vocab_size)
@@ -126,7 +126,14 @@ class SamplingParams:
 
     @classmethod
     def from_proto(cls, message: common_pb2.SamplingParams) -> SamplingParams:
-        """Read parameters from a message without validating them. Unset fields get their defaults."""
+        """Read parameters from a message without validating more than how many there are. Unset fields get
+        their defaults.
+
+        Raises:
+            InvalidArgumentError: a list is too long for anything to be made of it.
+        """
+        validate_length("logit_bias", len(message.logit_bias), MAX_LOGIT_BIASES)
+        validate_length("allowed_token_ids", len(message.allowed_token_ids), MAX_ALLOWED_TOKEN_IDS)
         values = {field.name: value for field, value in message.ListFields()}
         values["logit_bias"] = dict(message.logit_bias)
         values["allowed_token_ids"] = tuple(message.allowed_token_ids)

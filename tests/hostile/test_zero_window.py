@@ -16,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specdec.client import AsyncClient, GenerateOptions
+from specdec.contract.errors import DeadlineExceededError
 from specdec.local.launcher import SystemConfig, service_specs
 from specdec.local.processes import ServiceGroup
 from specdec.service import health
@@ -108,6 +109,27 @@ async def test_a_client_that_reads_nothing_keeps_others_and_the_drain_from_nothi
         await system.gateway.host.stop(grace_s=0.5)
         assert time.monotonic() - begun < 20
         await until(lambda: servicer.num_requests == 0)
+        verifier = system.verifier.servicer.verifier
+        assert verifier is not None
+        await until(lambda: verifier.num_sessions == 0)
+
+
+async def test_a_request_that_nobody_reads_ends_when_its_time_is_over(tiny_llama: Path) -> None:
+    async with running_system(tiny_llama, "ngram", gateway_options={"max_request_s": 1.0}) as system:
+        async with deaf_peer(system.address) as deaf:
+            deaf_generate(deaf)
+            await until(lambda: system.gateway.servicer.num_requests == 1)
+            await until(lambda: system.gateway.servicer.num_requests == 0)
+        options = GenerateOptions(max_new_tokens=20, ignore_eos=True)
+        assert len((await system.client.generate(PROMPT, options)).token_ids) == 20
+
+
+async def test_a_request_that_takes_too_long_says_so(tiny_llama: Path) -> None:
+    async with running_system(tiny_llama, "ngram", gateway_options={"max_request_s": 0.2}) as system:
+        options = GenerateOptions(max_new_tokens=500, ignore_eos=True, method="none")
+        with pytest.raises(DeadlineExceededError, match=r"longer than 0\.2 s") as raised:
+            await system.client.generate(PROMPT, options)
+        assert raised.value.reason == "REQUEST_TOO_LONG"
         verifier = system.verifier.servicer.verifier
         assert verifier is not None
         await until(lambda: verifier.num_sessions == 0)

@@ -60,7 +60,7 @@ SAMPLING_REFUSALS = [
     (sampling(logit_bias={5: NAN}), "logit_bias", "[-100, 100]"),
     (sampling(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias", str(VOCAB_SIZE)),
     (sampling(allowed_token_ids=[5, VOCAB_SIZE]), "allowed_token_ids", str(VOCAB_SIZE)),
-    (sampling(allowed_token_ids=[5] * (VOCAB_SIZE + 1)), "allowed_token_ids", "ids long"),
+    (sampling(allowed_token_ids=[5] * (VOCAB_SIZE + 1)), "allowed_token_ids", "entries"),
     (sampling(logit_bias=dict.fromkeys(range(4097), 1.0)), "logit_bias", "at most 4096"),
     ({"num_top_logprobs": 21}, "num_top_logprobs", "[0, 20]"),
     ({"stop_token_ids": [5, VOCAB_SIZE]}, "stop_token_ids", str(VOCAB_SIZE)),
@@ -84,15 +84,20 @@ GATEWAY_REFUSALS = [
     ({"draft_nodes": 65}, "draft_nodes", "64"),
     ({"draft_depth": 0, "draft_nodes": 8}, "draft_nodes", "plain decoding"),
     ({"method": "ngram+oracle"}, "method", "Unknown method 'oracle'"),
-    ({"method": "ngram+"}, "method", "nothing among drafters"),
-    ({"method": "ngram+none"}, "method", "'none' or nothing among drafters"),
+    ({"method": "ngram+"}, "method", "up to 8 drafters"),
+    ({"method": "ngram+none"}, "method", "up to 8 drafters"),
     ({"method": "ngram+ngram"}, "method", "twice"),
     ({"method": "oracle"}, "method", "none, model, ngram"),
-    ({"method": "\N{JAPANESE OGRE}" * 5000}, "method", "none, model, ngram"),
+    ({"method": "\N{JAPANESE OGRE}" * 5000}, "method", "up to 8 drafters"),
+    ({"method": "+".join(f"d{number}" for number in range(9))}, "method", "up to 8 drafters"),
+    ({"stop_token_ids": [5] * 1025}, "stop_token_ids", "1024"),
+    (sampling(allowed_token_ids=[5] * 20_000), "allowed_token_ids", "16384"),
+    ({"chat": Chat(messages=[ChatMessage(role="user")] * 4097)}, "chat.messages", "4096"),
     ({"stop_strings": [""]}, "stop_strings", "256"),
     ({"stop_strings": ["x" * 257]}, "stop_strings", "256"),
     ({"stop_strings": ["x"] * 17}, "stop_strings", "16"),
-    ({"max_new_tokens": 2**31}, "max_new_tokens", "at least 1"),
+    ({"max_new_tokens": 2**31}, "max_new_tokens", "at most 8192"),
+    ({"max_new_tokens": 8193}, "max_new_tokens", "at most 8192"),
     ({"cache_salt": "x" * 257}, "cache_salt", "256"),
     *SAMPLING_REFUSALS,
 ]
@@ -228,7 +233,7 @@ async def test_a_full_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path
 @shared
 async def test_a_generation_longer_than_the_pool_is_refused_whatever_drafts(small: System) -> None:
     prompt = [i % 250 for i in range(100)]
-    options = GenerateOptions(max_new_tokens=10_000, ignore_eos=True, method="model", draft_depth=4)
+    options = GenerateOptions(max_new_tokens=8_000, ignore_eos=True, method="model", draft_depth=4)
     with pytest.raises(InvalidArgumentError, match=str(POOL_TOKENS)):
         await small.client.generate(prompt, options)
     await assert_healthy(small)
@@ -237,7 +242,7 @@ async def test_a_generation_longer_than_the_pool_is_refused_whatever_drafts(smal
 async def test_max_new_tokens_beyond_the_context_is_cut_and_drafted(tiny_llama: Path) -> None:
     prompt = [i % 250 for i in range(CONTEXT - 20)]
     async with running_system(tiny_llama, f"model=causal-lm:{tiny_llama}") as system:
-        options = GenerateOptions(max_new_tokens=100_000, ignore_eos=True, method="model", draft_depth=4)
+        options = GenerateOptions(max_new_tokens=8_000, ignore_eos=True, method="model", draft_depth=4)
         result = await system.client.generate(prompt, options)
         assert len(result.token_ids) == 20
         assert result.finish_reason == "length"

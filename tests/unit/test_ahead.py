@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from gateway.rounds.ahead import one_ahead
+from gateway.rounds.ahead import buffered, one_ahead
 from gateway.rounds.vocabulary import Draft, Round, Verified
 from specdec.contract.errors import UnavailableError
 
@@ -104,3 +104,30 @@ async def test_cancelling_the_consumer_ends_the_rounds() -> None:
     with pytest.raises(asyncio.CancelledError):
         await consumer
     assert asyncio.all_tasks() == before
+
+
+async def test_what_is_buffered_is_made_whether_it_is_taken_or_not() -> None:
+    rounds = Rounds(9)
+    async with aclosing(buffered(rounds())) as coming:
+        assert number(await anext(coming)) == 0
+        await asyncio.wait_for(rounds.closed.wait(), 10)
+        assert rounds.num_begun == 9
+        assert [number(current) async for current in coming] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("error", [UnavailableError("lost"), ValueError("defect")])
+async def test_an_error_comes_after_what_was_buffered(error: BaseException) -> None:
+    async with aclosing(buffered(Rounds(3, error)())) as coming:
+        assert [number(await anext(coming)) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(type(error)):
+            await anext(coming)
+
+
+async def test_what_is_buffered_ends_with_its_consumer() -> None:
+    rounds = Rounds(10**9)
+    async with aclosing(buffered(rounds())) as coming:
+        await anext(coming)
+    assert rounds.closed.is_set()
+    num_begun = rounds.num_begun
+    await asyncio.sleep(0.01)
+    assert rounds.num_begun == num_begun
