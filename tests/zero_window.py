@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,6 +29,47 @@ class DeafPeer:
 
     def call(self, method: str, *messages: bytes, metadata: Sequence[tuple[str, str]] = ()) -> int:
         """Begin a call, which sends these messages and stays open; return its number."""
+        number = self._begin(method, metadata)
+        for message in messages:
+            self._http.send_data(number, b"\0" + len(message).to_bytes(4, "big") + message)
+        self._writer.write(self._http.data_to_send())
+        return number
+
+    def call_in_part(self, method: str, message: bytes, size: int) -> int:
+        """Begin a call whose message has `size` bytes, of which only these are sent; return its number."""
+        number = self._begin(method, ())
+        self._http.send_data(number, b"\0" + size.to_bytes(4, "big") + message)
+        self._writer.write(self._http.data_to_send())
+        return number
+
+    async def push(self, calls: Sequence[int], size: int, *, patience_s: float = 2.0) -> int:
+        """Send `size` bytes of each call's message, as far as the server lets; return how many were sent once
+        it has let none through for a while."""
+        left = dict.fromkeys(calls, size)
+        num_sent, last = 0, time.monotonic()
+        while any(left.values()) and time.monotonic() - last < patience_s:
+            for number in calls:
+                room = min(left[number], self._http.local_flow_control_window(number), 16_384)
+                if room > 0:
+                    self._http.send_data(number, bytes(room))
+                    left[number] -= room
+                    num_sent, last = num_sent + room, time.monotonic()
+            self._writer.write(self._http.data_to_send())
+            await self._writer.drain()
+            await asyncio.sleep(0.001)
+        return num_sent
+
+    def ping(self) -> None:
+        """Ask for a sign of life."""
+        self._http.ping(b"is there?"[:8])
+        self._writer.write(self._http.data_to_send())
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the server has ended the connection."""
+        return self._http.state_machine.state is h2.connection.ConnectionState.CLOSED
+
+    def _begin(self, method: str, metadata: Sequence[tuple[str, str]]) -> int:
         number = self._http.get_next_available_stream_id()
         headers = [
             (":method", "POST"),
@@ -39,9 +81,6 @@ class DeafPeer:
             *metadata,
         ]
         self._http.send_headers(number, headers)
-        for message in messages:
-            self._http.send_data(number, b"\0" + len(message).to_bytes(4, "big") + message)
-        self._writer.write(self._http.data_to_send())
         return number
 
     async def read(self) -> None:

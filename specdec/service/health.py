@@ -15,6 +15,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from specdec.service.first_message import host_of
+
 LIVENESS = "liveness"
 """The health service name of liveness: SERVING from the start until the drain, whatever is loaded or
 reachable. A process that does not answer for it should be restarted."""
@@ -78,7 +80,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: _Context
     ) -> None:
         """Report each change of a service's status until the server drains."""
-        host = _host(context.peer() or "")
+        host = host_of(context)
         if self._watches[host] >= self.max_watches:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -113,8 +115,3 @@ class HealthService(health_pb2_grpc.HealthServicer):
             self._tasks.discard(task)
             self._watches[host] -= 1
             self._watches += Counter()  # forget hosts without any
-
-
-def _host(peer: str) -> str:
-    """Return the host of a peer, "ipv4:10.0.0.1:41234" for example; unix sockets are one host."""
-    return peer.rpartition(":")[0] or peer

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.auth import Authenticator
+from specdec.service.first_message import FirstMessageInterceptor
 from specdec.service.health import DRAIN_S, LIVENESS, HealthService
 from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, OpenCalls, RequestIdInterceptor
 from specdec.transport.channel import check_socket_path, server_options, socket_path
@@ -51,7 +52,8 @@ class ServiceHost:
         self._service = service
         self._listen = listen
         self._credentials = server_credentials(tls) if tls else None
-        interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor()]
+        self.first_messages = FirstMessageInterceptor()
+        interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor(), self.first_messages]
         if authenticator:
             interceptors.append(AuthInterceptor(authenticator))
         self._calls = OpenCalls()
@@ -64,7 +66,7 @@ class ServiceHost:
             (service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
             self._server,
         )
-        self._health_server = grpc.aio.server(options=server_options())
+        self._health_server = grpc.aio.server(interceptors=[self.first_messages], options=server_options())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
 
     async def start(self) -> str:

@@ -143,9 +143,14 @@ def server_options() -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
         # By default gRPC closes the connection of a client that pings more often than every five minutes.
-        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIME_S * 1000 // 2),
+        # Other gRPC libraries let their users ping every few seconds, and a call may be silent for longer.
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_concurrent_streams", 1024),
+        # What a stream may send before it is read. gRPC would raise it to megabytes on a fast connection, for
+        # every stream, and a peer with many streams would fill them all.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 128 * 1024),
         ("grpc.max_connection_age_ms", int(MAX_CONNECTION_AGE_S * 1000)),
     ]
 

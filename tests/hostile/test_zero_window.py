@@ -88,6 +88,20 @@ async def test_a_host_has_so_many_watches_and_others_have_theirs() -> None:
     await host.stop(grace_s=0)
 
 
+async def test_a_client_may_ping_as_often_as_it_likes_while_a_call_is_silent() -> None:
+    host = ServiceHost(SERVICE, lambda _: None, ANY_PORT)
+    await host.start()
+    async with deaf_peer(host.address) as peer:
+        peer.call(WATCH, watch_of())
+        await until(lambda: host.num_watches == 1)
+        for _ in range(100):
+            peer.ping()
+            await asyncio.sleep(0.01)
+        assert not peer.is_closed
+        assert host.num_watches == 1
+    await host.stop(grace_s=0)
+
+
 def deaf_generate(peer: DeafPeer) -> None:
     request = gateway_pb2.GenerateRequest(
         token_ids=gateway_pb2.TokenIds(token_ids=PROMPT), max_new_tokens=30, ignore_eos=True
