@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from typing import Protocol, Self
 
 from gateway.replicas.replica import Lease, Replica
 from gateway.rounds.vocabulary import Draft, Round, Verified, VerifierSession
-from specdec.contract.errors import ResourceExhaustedError, SpecdecError, UnavailableError
+from specdec.contract.errors import (
+    InternalError,
+    ResourceExhaustedError,
+    SpecdecError,
+    UnavailableError,
+)
 from specdec.v1 import verifier_pb2
 
 logger = logging.getLogger(__name__)
@@ -32,8 +37,13 @@ class OpenableSession(VerifierSession, Protocol):
 
 Connect = Callable[[VerifierReplica, Sequence[int]], OpenableSession]
 """A session on a replica that begins with these committed tokens."""
-Pick = Callable[[], VerifierReplica]
-"""The least busy replica that can go on with the generation; UnavailableError: none is ready."""
+
+
+class Pick(Protocol):
+    """Finds the least busy replica that can go on with the generation."""
+
+    def __call__(self, *, without: Collection[VerifierReplica] = ()) -> VerifierReplica:
+        """Return a replica other than those; UnavailableError: none is ready."""
 
 
 class LastingVerifierSession:
@@ -84,9 +94,12 @@ class LastingVerifierSession:
             SpecdecError: the verifier refused, or it was lost and no other is ready.
         """
         try:
-            return self._noted((), await self._open(traceparent))
+            verified = await self._open(traceparent)
         except UnavailableError as error:
-            return self._noted((), await self._reopen(error, traceparent))
+            verified = await self._reopen(error, traceparent)
+        except (InternalError, ResourceExhaustedError) as error:
+            verified = await self._elsewhere(error, traceparent)
+        return self._noted((), verified)
 
     async def verify(
         self,
@@ -107,16 +120,46 @@ class LastingVerifierSession:
             )
         except UnavailableError as error:
             verified = await self._reopen(error, traceparent)
+        except (InternalError, ResourceExhaustedError) as error:
+            verified = await self._elsewhere(error, traceparent)
         return self._noted(draft_token_ids, verified)
 
     def _noted(self, draft_token_ids: Sequence[int], verified: Verified) -> Verified:
         self._committed += Round(Draft(tuple(draft_token_ids)), verified).token_ids
+        self._lease.replica.succeeded()
         return verified
 
     async def _open(self, traceparent: str) -> Verified:
         connected = self._connect(self._lease.replica, self._committed)
         self._session = await self._stack.enter_async_context(connected)
         return await self._session.open(traceparent)
+
+    async def _elsewhere(self, error: SpecdecError, traceparent: str) -> Verified:
+        """Open on another replica where one is broken or full; each is tried once.
+
+        Raises:
+            SpecdecError: the first error, where no other replica takes the session.
+        """
+        tried: list[VerifierReplica] = []
+        failure = error
+        while True:
+            tried.append(self._lease.replica)
+            if isinstance(failure, InternalError):
+                self._lease.replica.failed()
+            await self._stack.aclose()
+            try:
+                replica = self._pick(without=tried)
+            except UnavailableError:
+                raise error from None
+            if len(tried) == 1 and isinstance(error, InternalError):
+                logger.warning("verifier failed", extra={"reason": error.message})
+                self._on_lost(error.message)
+            self._lease = replica.lease()
+            self._stack.callback(self._lease.end)
+            try:
+                return await self._open(traceparent)
+            except (UnavailableError, InternalError, ResourceExhaustedError) as another:
+                failure = another
 
     async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
         """Open on another replica, or on the same when it is back.
@@ -127,13 +170,17 @@ class LastingVerifierSession:
         logger.warning("verifier lost", extra={"reason": lost.message})
         self._on_lost(lost.message)
         give_up_at = time.monotonic() + self._wait_s
+        broken: list[VerifierReplica] = []
         while True:
             await self._stack.aclose()
             try:
-                self._lease = self._pick().lease()
+                self._lease = self._pick(without=broken).lease()
                 self._stack.callback(self._lease.end)
                 return await self._open(traceparent)
-            except (UnavailableError, ResourceExhaustedError) as error:
+            except (UnavailableError, ResourceExhaustedError, InternalError) as error:
+                if isinstance(error, InternalError):
+                    self._lease.replica.failed()
+                    broken.append(self._lease.replica)
                 if time.monotonic() + _RETRY_S >= give_up_at:
                     raise _lost_for_good(lost, error) from error
                 await asyncio.sleep(_RETRY_S)

@@ -25,6 +25,10 @@ _RETRY_S = 0.2
 _REFUSED_RETRY_S = 2.0
 """Pause before a replica that cannot be used is asked again: reading what it says of itself may be work."""
 _NOT_YET = "not serving yet"
+_ERRORS_TO_REST = 3
+"""How many errors in a row take a replica out of use for a while."""
+_FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
+"""How long that is at first, and at most; each further error doubles it."""
 _CHECK_TIMEOUT_S = 5.0
 _TLS_CHECK_S = 1.0
 """How often a health watch over TLS looks whether certificates changed, seconds."""
@@ -47,6 +51,9 @@ class Replica(Generic[InfoT]):
         """Why it does not get sessions; empty: it does."""
         self.info: InfoT | None = None
         """What it said of itself when it was last ready; kept while it is not."""
+        self._num_errors = 0
+        """Errors in a row."""
+        self._rests_until = -math.inf
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -59,8 +66,29 @@ class Replica(Generic[InfoT]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may be given sessions."""
+        """Whether it may be given sessions, as far as its health says."""
         return not self.reason
+
+    @property
+    def rests(self) -> bool:
+        """Whether it is left alone for a while, because it answered with errors."""
+        return time.monotonic() < self._rests_until
+
+    def failed(self) -> None:
+        """Take note that it answered with an error that is its own: after a few in a row it rests, for longer
+        each time."""
+        self._num_errors += 1
+        num_rests = self._num_errors - _ERRORS_TO_REST
+        if num_rests >= 0:
+            rest_s = min(_LONGEST_REST_S, _FIRST_REST_S * 2 ** min(num_rests, 10))
+            self._rests_until = time.monotonic() + rest_s
+            extra = {"uri": self.uri, "peer_service": self.service, "rest_s": rest_s}
+            logger.warning("replica left alone: it answers with errors", extra=extra)
+
+    def succeeded(self) -> None:
+        """Take note that it answered as it should."""
+        self._num_errors = 0
+        self._rests_until = -math.inf
 
     def lease(self) -> Lease[InfoT]:
         """Count a session until its lease ends."""

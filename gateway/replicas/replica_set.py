@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Generic
 
 import grpc
@@ -120,14 +120,16 @@ class ReplicaSet(Generic[InfoT]):
         *,
         near: str = "",
         unsuited: str = "does not suit",
+        without: Collection[Replica[InfoT]] = (),
     ) -> Replica[InfoT]:
-        """Return the least busy ready replica that suits.
+        """Return the least busy ready replica that suits; one that rests only where there is no other.
 
         Args:
             suits: whether what a replica says of itself will do.
             near: URI of another service; a replica at its address, that is in its pod, goes before all
                 others: it may map what they would have to stream.
             unsuited: what the error says of a ready replica that does not suit.
+            without: replicas that will not do.
 
         Raises:
             UnavailableError: no such replica is ready; the message says why for each.
@@ -135,7 +137,10 @@ class ReplicaSet(Generic[InfoT]):
         fitting = [
             replica
             for replica in self.replicas
-            if replica.is_ready and replica.info is not None and suits(replica.info)
+            if replica.is_ready
+            and replica not in without
+            and replica.info is not None
+            and suits(replica.info)
         ]
         if not fitting:
             name = self.service.rpartition(".")[2]
@@ -146,7 +151,12 @@ class ReplicaSet(Generic[InfoT]):
                 retry_after_s=1.0,
             )
         return min(
-            fitting, key=lambda replica: (_machine(replica.uri) != _machine(near), replica.num_sessions)
+            fitting,
+            key=lambda replica: (
+                replica.rests,
+                _machine(replica.uri) != _machine(near),
+                replica.num_sessions,
+            ),
         )
 
     def describe(self, unsuited: str = "does not suit") -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gateway.server import GatewayServer
 from specdec.client import AsyncClient, GenerateOptions, Generation
-from specdec.contract.errors import UnavailableError
+from specdec.contract.errors import InternalError, UnavailableError
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import TargetStateSpec
 from tests.integration.gated_drafter import eventually_offers
@@ -149,3 +153,89 @@ async def test_a_verifier_of_another_model_does_not_go_on(
     ):
         with pytest.raises(UnavailableError, match="was lost"):
             await lose_one(client, replace(LONG, method="none"), (first, second), after=20)
+
+
+class Broken:
+    """Makes a verifier's passes fail after some of them: an engine's defect, while health says SERVING."""
+
+    def __init__(self, server: VerifierServer, monkeypatch: pytest.MonkeyPatch, *, after: int = 0) -> None:
+        verifier = server.servicer.verifier
+        assert verifier is not None
+        self.num_asked = 0
+        for name in ("prefill", "verify"):
+            monkeypatch.setattr(verifier, name, partial(self._pass, getattr(verifier, name)))
+        self._left = after
+
+    async def _pass(self, right: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+        self.num_asked += 1
+        self._left -= 1
+        if self._left < 0:
+            raise RuntimeError("a defect")
+        return await right(*arguments)
+
+
+@asynccontextmanager
+async def two_verifiers(
+    model: Path, **first_options: Any
+) -> AsyncIterator[tuple[AsyncClient, VerifierServer, VerifierServer, GatewayServer]]:
+    async with (
+        running_verifier(model, **first_options) as (first_address, first),
+        running_verifier(model) as (second_address, second),
+        running_gateway(model, verifier=f"{first_address},{second_address}") as (address, gateway),
+        AsyncClient(address, timeout_s=60) as client,
+    ):
+        backends = gateway.servicer.backends
+        assert backends is not None
+        await until(lambda: backends.verifiers.num_ready == 2)
+        yield client, first, second, gateway
+
+
+SHORT = GenerateOptions(max_new_tokens=12, ignore_eos=True, method="none")
+
+
+async def test_a_broken_replica_takes_no_request_with_it(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with two_verifiers(tiny_llama) as (client, first, second, _):
+        expected = (await client.generate(PROMPT, SHORT)).token_ids
+        broken = Broken(first, monkeypatch)
+        answers = [await client.generate(PROMPT, SHORT) for _ in range(30)]
+        assert {answer.token_ids for answer in answers} == {expected}
+        assert 1 <= sum(answer.num_failovers for answer in answers) == broken.num_asked < 8, "it is let rest"
+        assert num_sessions(first) == num_sessions(second) == 0
+        assert "replica left alone: it answers with errors" in caplog.messages
+
+
+async def test_an_answer_goes_on_elsewhere_when_its_replica_breaks(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(SHORT, max_new_tokens=60, sampling=PENALISED)
+    async with two_verifiers(tiny_llama) as (client, first, second, _):
+        expected = (await client.generate(PROMPT, options)).token_ids
+        for server in (first, second):
+            with monkeypatch.context() as patch:
+                Broken(server, patch, after=7)
+                answers = [await client.generate(PROMPT, options) for _ in range(2)]
+            assert {answer.token_ids for answer in answers} == {expected}
+        assert num_sessions(first) == num_sessions(second) == 0
+
+
+async def test_where_every_replica_breaks_the_first_error_is_told_at_once(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_verifiers(tiny_llama) as (client, first, second, _):
+        broken = [Broken(server, monkeypatch) for server in (first, second)]
+        for number in range(1, 5):
+            with pytest.raises(InternalError, match="a defect"):
+                await client.generate(PROMPT, SHORT)
+            assert [each.num_asked for each in broken] == [number, number], "each is tried once a request"
+        monkeypatch.undo()
+        assert len((await client.generate(PROMPT, SHORT)).token_ids) == 12, "it is asked if all rest"
+
+
+async def test_a_full_replica_sends_nobody_away_while_another_has_room(tiny_llama: Path) -> None:
+    async with two_verifiers(tiny_llama, max_sessions=1) as (client, first, second, _):
+        expected = (await client.generate(PROMPT, SHORT)).token_ids
+        answers = await asyncio.gather(*(client.generate(PROMPT, SHORT) for _ in range(8)))
+        assert {answer.token_ids for answer in answers} == {expected}
+        assert num_sessions(first) == num_sessions(second) == 0

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
+from types import SimpleNamespace
 from typing import Self
 
 import pytest
 import pytest_asyncio
 
 from gateway.replicas import failover
+from gateway.replicas import replica as replica_module
 from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
 from gateway.replicas.replica import Replica
 from gateway.replicas.replica_set import ReplicaSet
@@ -84,7 +86,9 @@ class World:
         self.first: VerifierReplica = Replica("127.0.0.1:1", "")
         self.second: VerifierReplica = Replica("127.0.0.1:2", "")
 
-    def pick(self) -> VerifierReplica:
+    def pick(self, *, without: Collection[VerifierReplica] = ()) -> VerifierReplica:
+        if self.second in without:
+            raise UnavailableError("nobody is there", reason="NO_REPLICA")
         self.num_picked += 1
         return self.second
 
@@ -167,10 +171,61 @@ async def test_where_nobody_takes_it_in_time_the_loss_is_told(
     world.assert_all_is_given_back()
 
 
-@pytest.mark.parametrize("error", [InternalError("a defect"), FailedPreconditionError("another vocabulary")])
-async def test_what_another_try_would_meet_again_is_told_at_once(
+async def test_a_broken_replica_is_asked_once_for_a_lost_session(make_world: Callable[..., World]) -> None:
+    world = make_world(None, InternalError("a defect"), None)
+    async with world.session(wait_s=0.1) as session:
+        await session.open("")
+        with pytest.raises(UnavailableError, match="it was lost nobody is there"):
+            await session.verify(3, [], "")
+    assert world.num_picked == 1
+    world.assert_all_is_given_back()
+
+
+@pytest.mark.parametrize("error", [InternalError("a defect"), FULL])
+async def test_who_is_broken_or_full_sends_a_session_elsewhere(
     error: SpecdecError, make_world: Callable[..., World]
 ) -> None:
+    world = make_world(error, None)
+    async with world.session() as session:
+        assert (await session.open("")).bonus_token_id == 12
+        assert (world.first.num_sessions, world.second.num_sessions) == (0, 1)
+    assert world.lost == ([error.message] if isinstance(error, InternalError) else [])
+    world.assert_all_is_given_back()
+    both = make_world(error, FailedPreconditionError("another"), None)
+    async with both.session() as session:
+        with pytest.raises(FailedPreconditionError, match="another"):
+            await session.open("")
+    alone = make_world(error, error)
+    async with alone.session() as session:
+        with pytest.raises(type(error), match=error.message):
+            await session.open("")
+    assert alone.num_picked == 1
+    alone.assert_all_is_given_back()
+
+
+async def test_a_replica_rests_for_longer_with_every_error_in_a_row(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(replica_module, "time", SimpleNamespace(monotonic=lambda: now))
+    replica = make_world().first
+    rests = []
+    for _ in range(12):
+        replica.failed()
+        begun = now
+        while replica.rests:
+            now += 0.5
+        rests.append(now - begun)
+    assert rests == [0, 0, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    replica.failed()
+    replica.succeeded()
+    assert not replica.rests
+    replica.failed()
+    assert not replica.rests, "the errors are no longer in a row"
+
+
+async def test_what_another_try_would_meet_again_is_told_at_once(make_world: Callable[..., World]) -> None:
+    error = FailedPreconditionError("another vocabulary")
     world = make_world(None, error, None)
     async with world.session() as session:
         await session.open("")
@@ -203,7 +258,7 @@ async def test_who_gives_up_waiting_leaves_nothing_behind(make_world: Callable[.
 async def test_the_error_says_why_no_replica_goes_on(make_world: Callable[..., World]) -> None:
     world = make_world(None)
 
-    def refuse() -> VerifierReplica:
+    def refuse(**_: object) -> VerifierReplica:
         raise UnavailableError("No replica: 127.0.0.1:2 runs another revision.", reason="NO_REPLICA")
 
     world.pick = refuse  # type: ignore[method-assign]
