@@ -79,6 +79,9 @@ async def make_plan(
     if not token_ids:
         raise InvalidArgumentError("The prompt is empty.", field="prompt", reason="EMPTY_PROMPT")
     validate_token_ids("token_ids", token_ids, verifier.model.vocab_size)
+    # Special tokens have no text in which a stop string could be found.
+    stops = [backends.codec.special_token(text) for text in request.stop_strings]
+    special_stops = [token_id for token_id in stops if token_id is not None]
     if context:
         require_shorter(len(token_ids), context)
         max_new_tokens = min(max_new_tokens, context - len(token_ids))
@@ -88,7 +91,7 @@ async def make_plan(
         drafting,
         sampling=sampling,
         stop_strings=tuple(request.stop_strings),
-        stop_token_ids=tuple(request.stop_token_ids),
+        stop_token_ids=(*request.stop_token_ids, *special_stops),
         ignore_eos=request.ignore_eos,
         num_top_logprobs=num_top_logprobs,
         min_draft_confidence=request.min_draft_confidence,

@@ -32,6 +32,11 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._template = _compile(chat_template) if chat_template else None
         self._special_tokens = special_tokens
+        self._special_ids = {
+            token.content: token_id
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
         self.vocabulary_fingerprint = fingerprint
 
     @classmethod
@@ -78,6 +83,10 @@ class TextCodec:
         """Encode raw text, with the special tokens that the tokenizer itself adds."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
+
+    def special_token(self, text: str) -> int | None:
+        """Return the special token with that text; None: there is none. It never appears in decoded text."""
+        return self._special_ids.get(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode token ids to text, special tokens left out."""

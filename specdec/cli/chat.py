@@ -111,6 +111,8 @@ class Conversation:
         except SpecdecError as error:
             printer.end()
             report(describe_error(error))
+            if error.reason == "PROMPT_TOO_LONG" and self.history != self._opening:
+                report("The conversation fills the model's context: /reset forgets it.")
             self.num_failed += 1
             return
         self.history = [*turns, Message("assistant", "".join(texts))]

@@ -75,7 +75,16 @@ _LENGTH = (
         "--stop",
         metavar="TEXT",
         multiple=True,
-        help="End the answer before this text; may be given several times.",
+        help="End the answer before this text; may be given several times. A special token such as "
+        "'<|im_end|>' ends it as well.",
+    ),
+    click.option(
+        "--stop-token-id",
+        "stop_token_ids",
+        metavar="ID",
+        type=click.IntRange(min=0),
+        multiple=True,
+        help="End the answer with this token; may be given several times.",
     ),
     click.option("--ignore-eos", is_flag=True, help="Go on after the model's own end token."),
 )
@@ -144,6 +153,7 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
             min_draft_confidence: float,
             max_new_tokens: int | None,
             stop: tuple[str, ...],
+            stop_token_ids: tuple[int, ...],
             ignore_eos: bool,
             method: str = "",
             **rest: Any,
@@ -156,6 +166,7 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
                 min_draft_confidence=min_draft_confidence,
                 max_new_tokens=max_new_tokens,
                 stop=stop,
+                stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 sampling=SamplingParams(**{name: rest.pop(name) for name in names}),
             )

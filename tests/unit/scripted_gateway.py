@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from specdec.contract.errors import ResourceExhaustedError, to_status
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, to_status
 from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.transport.channel import server_options
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
@@ -102,6 +102,13 @@ def hang(gateway: ScriptedGateway, _request: object, context: grpc.ServicerConte
 def refuse(_gateway: object, _request: object, context: grpc.ServicerContext) -> Responses:
     """Refuse the request because no slot is free."""
     error = ResourceExhaustedError("No slot is free.", reason="NO_SLOT", retry_after_s=1.5)
+    context.abort_with_status(to_status(error))
+    yield started()
+
+
+def refuse_as_too_long(_gateway: object, _request: object, context: grpc.ServicerContext) -> Responses:
+    """Refuse the request because its prompt fills the context."""
+    error = InvalidArgumentError("The prompt has 99 tokens.", field="prompt", reason="PROMPT_TOO_LONG")
     context.abort_with_status(to_status(error))
     yield started()
 

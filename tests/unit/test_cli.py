@@ -34,6 +34,7 @@ from tests.unit.scripted_gateway import (
     finished,
     hang,
     refuse,
+    refuse_as_too_long,
     serving,
     started,
     token,
@@ -108,6 +109,7 @@ def test_generate_json_shows_log_probabilities(gateway: ScriptedGateway) -> None
 def test_every_option_reaches_the_gateway(gateway: ScriptedGateway) -> None:
     options = (
         *("--method", "none", "-k", "3", "-n", "9", "--stop", "a", "--stop", "b", "--ignore-eos"),
+        *("--stop-token-id", "11", "--stop-token-id", "12"),
         *("-t", "0.5", "--top-p", "0.75", "--top-k", "40", "--min-p", "0.25", "--seed", "7"),
         *("--repetition-penalty", "1.5", "--presence-penalty", "0.5", "--frequency-penalty", "-0.5"),
         *("--system", "Be brief."),
@@ -121,6 +123,7 @@ def test_every_option_reaches_the_gateway(gateway: ScriptedGateway) -> None:
     ]
     assert (request.method, request.draft_depth, request.max_new_tokens) == ("none", 3, 9)
     assert (list(request.stop_strings), request.ignore_eos) == (["a", "b"], True)
+    assert list(request.stop_token_ids) == [11, 12]
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.75, 40, 0.25)
     assert (sampling.repetition_penalty, sampling.presence_penalty) == (1.5, 0.5)
     assert (sampling.frequency_penalty, sampling.seed) == (-0.5, 7)
@@ -335,6 +338,18 @@ def test_chat_survives_an_error_and_forgets_the_turn(gateway: ScriptedGateway) -
         conversation.run(lambda: next(lines))
     assert conversation.history == []
     assert conversation.num_failed == 1
+
+
+@pytest.mark.parametrize("num_turns", [0, 1])
+def test_a_chat_that_fills_the_context_says_how_to_go_on(
+    num_turns: int, gateway: ScriptedGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Client(gateway.address) as client:
+        conversation = Conversation(client, GenerateOptions(), [], no_color=True)
+        conversation.run(iter(["Hi"] * num_turns + [None]).__next__)
+        gateway.script = refuse_as_too_long
+        conversation.run(iter(["Hi", None]).__next__)
+    assert ("/reset forgets it" in capsys.readouterr().err) == bool(num_turns)
 
 
 def test_a_piped_chat_that_failed_says_so(gateway: ScriptedGateway) -> None:

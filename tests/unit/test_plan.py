@@ -14,6 +14,7 @@ from gateway.metrics import OTHER
 from gateway.request.backends import Backends
 from gateway.request.drafts import DraftPlan
 from gateway.request.plan import make_plan
+from gateway.rounds.controller import Controller, FixedSize
 from gateway.rounds.vocabulary import DraftSize
 from specdec.contract.errors import InvalidArgumentError
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
@@ -166,6 +167,28 @@ async def test_an_answer_is_no_longer_than_the_context(wanted: int, expected: in
     request = gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(token_ids=[1, 2, 3]))
     plan = await make_plan(request, backends(), VERIFIER, max_new_tokens=wanted)
     assert plan.max_new_tokens == expected
+
+
+async def test_a_special_token_among_the_stop_strings_stops_as_a_token() -> None:
+    known = backends()
+    known.codec.special_token = {"<end>": 7}.get  # type: ignore[method-assign, assignment]
+    request = gateway_pb2.GenerateRequest(
+        token_ids=gateway_pb2.TokenIds(token_ids=[1]), stop_strings=["a", "<end>"], stop_token_ids=[5]
+    )
+    plan = await make_plan(request, known, VERIFIER, max_new_tokens=4)
+    assert plan.stop_token_ids == (5, 7)
+    assert plan.stop_strings == ("a", "<end>")
+
+
+async def test_of_a_method_that_nobody_offers_nothing_is_kept() -> None:
+    controller = Controller()
+    for number in range(100):
+        request = gateway_pb2.GenerateRequest(
+            token_ids=gateway_pb2.TokenIds(token_ids=[1]), method=f"made-up-{number}"
+        )
+        plan = await make_plan(request, backends(), VERIFIER, max_new_tokens=40)
+        assert isinstance(plan.drafting.control(controller, object()), FixedSize)
+    assert not controller._methods
 
 
 class Texts:

@@ -338,6 +338,15 @@ class TestTextCodec:
             assert codec.encode_chat(conversation) == reference_ids(tokenizer, conversation)
 
     @pytest.mark.default_model
+    def test_special_tokens_are_known_by_their_text(self) -> None:
+        codec = TextCodec.load(DEFAULT_MODEL)
+        token_id = codec.special_token("<|im_end|>")
+        assert token_id is not None
+        assert codec.encode_text("<|im_end|>") == [token_id]
+        assert codec.decode([token_id]) == ""
+        assert codec.special_token("Hello") is codec.special_token("") is None
+
+    @pytest.mark.default_model
     def test_default_models_chat_equals_transformers(self) -> None:
         codec, folder = TextCodec.load(DEFAULT_MODEL), prepare_default_model()
         tokenizer = AutoTokenizer.from_pretrained(folder)
