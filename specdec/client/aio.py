@@ -23,7 +23,8 @@ from specdec.transport.channel import TlsConfig
 
 
 class AsyncClient(ClientBase):
-    """Asyncio client of a gateway; belongs to the event loop of its first call. Arguments as `Client`."""
+    """Asyncio client of a gateway, in one event loop at a time: it may be used again in a later
+    `asyncio.run`. Arguments as `Client`."""
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import grpc
 from specdec.client.transport import AsyncCall, Call, Metadata
 from specdec.contract.errors import (
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidArgumentError,
     RequestCancelledError,
     SpecdecError,
@@ -142,12 +143,28 @@ class GrpcTransport(_GatewayConnection):
 
 
 class AsyncGrpcTransport(_GatewayConnection):
-    """A gateway over gRPC on asyncio; belongs to the event loop of its first call. Arguments as `Client`."""
+    """A gateway over gRPC on asyncio, in one event loop at a time. Arguments as `Client`."""
+
+    _loop: asyncio.AbstractEventLoop | None = None
+    """The loop that the channel belongs to."""
 
     def _connected(self) -> Any:
+        """Return the stub of the running loop's channel: loops come and go with every `asyncio.run`.
+
+        Raises:
+            FailedPreconditionError: another loop uses the client now.
+        """
         # A channel binds to the running loop, which there may not be yet where the client is made.
+        loop = asyncio.get_event_loop()
+        if self._channel is not None and loop is not self._loop:
+            if self._loop is not None and not self._loop.is_closed():
+                raise FailedPreconditionError(
+                    "This client is in use in another event loop; make a client in each loop.",
+                    reason="OTHER_EVENT_LOOP",
+                )
+            self._channel = None  # nobody can close it any more: its loop has ended
         if self._channel is None:
-            self._channel = aio_channel(self.target, tls=self._tls)
+            self._channel, self._loop = aio_channel(self.target, tls=self._tls), loop
             self._stub = _stub_of(self._channel)
         return self._stub
 
@@ -176,7 +193,8 @@ class AsyncGrpcTransport(_GatewayConnection):
         """Close the connection; calls under way are cancelled."""
         if self._channel is not None:
             channel, self._channel = self._channel, None
-            await channel.close()
+            if self._loop is asyncio.get_running_loop():
+                await channel.close()
 
 
 class _GrpcCall:

@@ -431,6 +431,25 @@ async def test_a_new_client_does_not_wait_for_an_older_ones_next_attempt() -> No
         await server.stop(0)
 
 
+def test_an_async_client_goes_on_in_the_next_event_loop(gateway: ScriptedGateway) -> None:
+    client = AsyncClient(gateway.address)
+    texts = [asyncio.run(client.generate("Hi")).text for _ in range(3)]
+    assert texts == ["Hello, world!"] * 3
+    assert asyncio.run(client.info()).methods == ("none", "ngram")
+    asyncio.run(client.close())
+
+
+def test_an_async_client_is_not_used_in_two_event_loops_at_a_time(gateway: ScriptedGateway) -> None:
+    async def both() -> None:
+        async with AsyncClient(gateway.address) as client:
+            await client.info()
+            with pytest.raises(FailedPreconditionError, match="another event loop"):
+                await asyncio.to_thread(asyncio.run, client.info())
+            await client.info()
+
+    asyncio.run(both())
+
+
 def test_info_is_typed(client: Client) -> None:
     info = client.info()
     assert info.methods == ("none", "ngram")
