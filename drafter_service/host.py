@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,9 @@ class DrafterHost:
             )
         token_ids = list(request.committed_token_ids)
         validate_token_ids("committed_token_ids", token_ids, drafter.traits.vocab_size)
-        request.sampling.validate(drafter.traits.vocab_size)
+        # A drafter may know fewer tokens than the target.
+        request.sampling.validate()
+        request = replace(request, sampling=request.sampling.within(drafter.traits.vocab_size))
         validate_probability("min_draft_confidence", request.min_draft_confidence)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(

@@ -105,6 +105,20 @@ class SamplingParams:
             validate_token_ids("logit_bias", [token_id], vocab_size)
         validate_token_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
 
+    def within(self, vocab_size: int) -> SamplingParams:
+        """Return the same parameters without the token ids that a smaller vocabulary lacks: it cannot pick
+        them. With `vocab_size` 0 nothing is left out."""
+        if not vocab_size:
+            return self
+        return replace(
+            self,
+            top_k=min(self.top_k, vocab_size),
+            logit_bias={
+                token_id: bias for token_id, bias in self.logit_bias.items() if token_id < vocab_size
+            },
+            allowed_token_ids=tuple(token_id for token_id in self.allowed_token_ids if token_id < vocab_size),
+        )
+
     def to_proto(self) -> common_pb2.SamplingParams:
         """Return the message that carries the parameters.
 
