@@ -207,7 +207,8 @@ class ReplicaWatch(Generic[InfoT]):
 
     async def _update(self, status: int) -> None:
         if status != health_pb2.HealthCheckResponse.SERVING:
-            await self._mark(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+            names = {value: name for name, value in health_pb2.HealthCheckResponse.ServingStatus.items()}
+            await self._mark(names.get(status, f"health status {status}"))
             return
         # A replica that goes up and down all the time has to wait before it is up, never before it is down.
         await asyncio.sleep(max(0.0, self._asked_at + _RETRY_S - time.monotonic()))

@@ -192,7 +192,8 @@ def _verified(
     return Verified(
         num_accepted_tokens=result.num_accepted_tokens,
         bonus_token_id=result.bonus_token_id,
-        finish_reason=FINISH_REASONS[result.finish_reason],
+        # A newer verifier may have more reasons to end.
+        finish_reason=FINISH_REASONS.get(result.finish_reason, "stop_token"),
         logprobs=tuple(_logprobs(entry) for entry in result.logprobs),
         server_ns=min(timings.total_ns, elapsed_ns),
         elapsed_ns=elapsed_ns,
