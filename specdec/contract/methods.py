@@ -47,6 +47,7 @@ def validate_method(method: str) -> tuple[str, ...]:
             f"{method[:80]!r} is not a method: it is {PLAIN!r}, a drafter, or up to {MAX_DRAFTERS} drafters "
             f"joined by {_SEPARATOR!r}.",
             field="method",
+            reason="UNKNOWN_METHOD",
         )
     if len(set(names)) < len(names):
         raise InvalidArgumentError(f"{method!r} names a drafter twice.", field="method")
