@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import Protocol, Self
 
 from gateway.replicas.replica import Lease, Replica
@@ -115,9 +115,10 @@ class LastingVerifierSession:
         """
         assert self._session is not None
         try:
-            verified = await self._session.verify(
-                base_committed_length, draft_token_ids, traceparent, parent_indices
-            )
+            with self._blaming():
+                verified = await self._session.verify(
+                    base_committed_length, draft_token_ids, traceparent, parent_indices
+                )
         except UnavailableError as error:
             verified = await self._reopen(error, traceparent)
         except (InternalError, ResourceExhaustedError) as error:
@@ -132,7 +133,23 @@ class LastingVerifierSession:
     async def _open(self, traceparent: str) -> Verified:
         connected = self._connect(self._lease.replica, self._committed)
         self._session = await self._stack.enter_async_context(connected)
-        return await self._session.open(traceparent)
+        with self._blaming():
+            return await self._session.open(traceparent)
+
+    async def _open_on(self, replica: VerifierReplica, traceparent: str) -> Verified:
+        """Open on another replica; the session before it is closed."""
+        self._lease = replica.lease()
+        self._stack.callback(self._lease.end)
+        return await self._open(traceparent)
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Take note of a defect of the session's replica within the block."""
+        try:
+            yield
+        except InternalError:
+            self._lease.replica.failed()
+            raise
 
     async def _elsewhere(self, error: SpecdecError, traceparent: str) -> Verified:
         """Open on another replica where one is broken or full; each is tried once.
@@ -141,11 +158,8 @@ class LastingVerifierSession:
             SpecdecError: the first error, where no other replica takes the session.
         """
         tried: list[VerifierReplica] = []
-        failure = error
         while True:
             tried.append(self._lease.replica)
-            if isinstance(failure, InternalError):
-                self._lease.replica.failed()
             await self._stack.aclose()
             try:
                 replica = self._pick(without=tried)
@@ -154,15 +168,11 @@ class LastingVerifierSession:
             if len(tried) == 1 and isinstance(error, InternalError):
                 logger.warning("verifier failed", extra={"reason": error.message})
                 self._on_lost(error.message)
-            self._lease = replica.lease()
-            self._stack.callback(self._lease.end)
-            try:
-                return await self._open(traceparent)
-            except (UnavailableError, InternalError, ResourceExhaustedError) as another:
-                failure = another
+            with suppress(UnavailableError, InternalError, ResourceExhaustedError):
+                return await self._open_on(replica, traceparent)
 
     async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
-        """Open on another replica, or on the same when it is back.
+        """Open on another replica, or on the same when it is back; one that is broken is tried once.
 
         Raises:
             UnavailableError: the error it was lost with, and why no replica took the session in time.
@@ -174,12 +184,9 @@ class LastingVerifierSession:
         while True:
             await self._stack.aclose()
             try:
-                self._lease = self._pick(without=broken).lease()
-                self._stack.callback(self._lease.end)
-                return await self._open(traceparent)
+                return await self._open_on(self._pick(without=broken), traceparent)
             except (UnavailableError, ResourceExhaustedError, InternalError) as error:
                 if isinstance(error, InternalError):
-                    self._lease.replica.failed()
                     broken.append(self._lease.replica)
                 if time.monotonic() + _RETRY_S >= give_up_at:
                     raise _lost_for_good(lost, error) from error

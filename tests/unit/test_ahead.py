@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import pytest
@@ -62,8 +62,11 @@ async def test_a_consumer_that_is_slow_stops_the_rounds_after_one() -> None:
 
 
 @pytest.mark.parametrize("error", [UnavailableError("lost"), ValueError("defect"), asyncio.CancelledError()])
-async def test_an_error_comes_after_the_rounds_before_it(error: BaseException) -> None:
-    async with aclosing(one_ahead(Rounds(3, error)())) as coming:
+@pytest.mark.parametrize("ahead", [one_ahead, buffered])
+async def test_an_error_comes_after_the_rounds_before_it(
+    ahead: Callable[[AsyncGenerator[Round]], AsyncGenerator[Round]], error: BaseException
+) -> None:
+    async with aclosing(ahead(Rounds(3, error)())) as coming:
         assert [number(await anext(coming)) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(type(error)):
             await anext(coming)
@@ -113,14 +116,6 @@ async def test_what_is_buffered_is_made_whether_it_is_taken_or_not() -> None:
         await asyncio.wait_for(rounds.closed.wait(), 10)
         assert rounds.num_begun == 9
         assert [number(current) async for current in coming] == list(range(1, 9))
-
-
-@pytest.mark.parametrize("error", [UnavailableError("lost"), ValueError("defect")])
-async def test_an_error_comes_after_what_was_buffered(error: BaseException) -> None:
-    async with aclosing(buffered(Rounds(3, error)())) as coming:
-        assert [number(await anext(coming)) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(type(error)):
-            await anext(coming)
 
 
 async def test_what_is_buffered_ends_with_its_consumer() -> None:
