@@ -20,7 +20,12 @@ from specdec.contract.errors import (
 )
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import adopt_request_id
-from specdec.contract.request_limits import MAX_STOP_TOKEN_IDS, validate_cache_key, validate_length
+from specdec.contract.request_limits import (
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    validate_cache_key,
+    validate_length,
+)
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
 from specdec.service.sessions import WRITE_TIMEOUT_S, SessionRules, send
@@ -273,8 +278,9 @@ async def _receive(
 def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
     validate_cache_key("cache_salt", message.cache_salt)
     validate_cache_key("caller_key", message.caller_key)
-    # The model's own end tokens join those of the request in what the gateway sends.
-    validate_length("stop_token_ids", len(message.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    # Stop strings that are special tokens join those of the request.
+    most = MAX_STOP_TOKEN_IDS + MAX_STOP_STRINGS
+    validate_length("stop_token_ids", len(message.stop_token_ids), most)
     spec = message.target_state_spec if message.HasField("target_state_spec") else None
     return OpenRequest(
         committed_token_ids=tuple(message.committed_token_ids),

@@ -12,6 +12,7 @@ import pytest
 from specdec.client import GenerateOptions, Message
 from specdec.client.wire import build_request
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
+from specdec.contract.request_limits import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 from specdec.contract.sampling import SamplingParams
 from specdec.v1 import gateway_pb2
 from tests.raw_streams import draft_stream, verify_stream
@@ -109,6 +110,7 @@ VERIFIER_REFUSALS = [
     ({"prompt": [5, 2**32 - 1]}, "committed_token_ids", str(VOCAB_SIZE)),
     ({"cache_salt": "x" * 257}, "cache_salt", "256"),
     ({"caller_key": "x" * 257}, "caller_key", "256"),
+    ({"stop_token_ids": [5] * 1041}, "stop_token_ids", "1040"),
     ({"prompt_length": len(PROMPT) + 1}, "prompt_length", str(len(PROMPT))),
     *SAMPLING_REFUSALS,
 ]
@@ -130,6 +132,14 @@ async def test_verifier_refuses(fields: dict[str, Any], field: str, fragment: st
         with pytest.raises(SpecdecError) as raised:
             await stream.open(**({"prompt": PROMPT} | fields))
     assert_refusal(raised, InvalidArgumentError, field, fragment)
+    await assert_healthy(small)
+
+
+@shared
+async def test_a_verifier_takes_as_many_stop_tokens_as_a_gateway_may_send(small: System) -> None:
+    """Those of a request, and a special token for each of its stop strings."""
+    async with verify_stream(small.verifier_address) as stream:
+        await stream.open(PROMPT, stop_token_ids=[255] * (MAX_STOP_TOKEN_IDS + MAX_STOP_STRINGS))
     await assert_healthy(small)
 
 
