@@ -18,6 +18,11 @@ from specdec.transport.tls import OutgoingTls, Pem, PemFiles, channel_credential
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """Largest message that either side accepts; larger tensors travel in chunks."""
 
+CLIENT_WINDOW_BYTES = 1024 * 1024
+"""What a service may send on a stream before its client reads. A wider one is not faster on loopback."""
+SERVER_WINDOW_BYTES = 128 * 1024
+"""What a client may send on a stream before the service reads. A peer may fill it on every stream."""
+
 KEEPALIVE_TIME_S = 30
 """Seconds between two pings of a silent connection; a dead peer is noticed within a minute."""
 
@@ -88,6 +93,7 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        *_fixed_window(CLIENT_WINDOW_BYTES),
         # A new channel tries at once, even while an older one of this process waits to try again.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.service_config", json.dumps(service_config)),
@@ -97,6 +103,14 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))
     return options
+
+
+def _fixed_window(num_bytes: int) -> list[tuple[str, Any]]:
+    """Return the options that set a stream's window.
+
+    By default gRPC measures the connection and raises the window: on a fast one, to hundreds of megabytes.
+    """
+    return [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", num_bytes)]
 
 
 def is_local(uri: str) -> bool:
@@ -147,10 +161,7 @@ def server_options() -> list[tuple[str, Any]]:
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_concurrent_streams", 1024),
-        # What a stream may send before it is read. gRPC would raise it to megabytes on a fast connection, for
-        # every stream, and a peer with many streams would fill them all.
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", 128 * 1024),
+        *_fixed_window(SERVER_WINDOW_BYTES),
         ("grpc.max_connection_age_ms", int(MAX_CONNECTION_AGE_S * 1000)),
     ]
 
