@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/specdec/v1/*.proto)
 CHECKOV := .venv/checkov/bin/checkov --config-file .ci/checkov.yaml
 DEMO_PROMPT := Write a Python class Stack with push, pop, peek and is_empty methods, then show how to use each method.
 
-.PHONY: demo test test-all lint docs wheel-check proto proto-release prometheus-rule manifests clean
+.PHONY: demo test test-all drills lint docs wheel-check proto proto-release prometheus-rule manifests clean
 
 # A state directory of its own: the demo does not meet a system that runs already.
 demo: export SPECDEC_STATE_DIR := $(CURDIR)/.venv/demo-state
@@ -24,11 +24,15 @@ demo: .venv/installed
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --max-worker-restart 0 --durations 25 --durations-min 2
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not drill"
 
 # Everything: what `make test` runs, then the tests that take long.
 test-all: test
 	$(PYTEST) -m slow
+
+# Whole systems under load, of which parts are killed, stopped, ended and added. It prints how long answers paused.
+drills: .venv/installed
+	$(BIN)/pytest -v -rP --show-capture=stdout -m "slow or drill" tests/drills
 
 # The package as users get it: built, installed apart from its sources, and run. `make test-all` does it as well.
 wheel-check: .venv/installed

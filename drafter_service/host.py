@@ -20,7 +20,8 @@ from specdec.contract.errors import (
 )
 from specdec.contract.sampling import validate_probability, validate_token_ids
 from specdec.contract.target_state import TargetStateRef
-from specdec.runtime.engine import Engine, EngineResult, ModelThread
+from specdec.runtime.engine import Engine, EngineResult
+from specdec.runtime.model_thread import ModelThread
 
 if TYPE_CHECKING:
     from specdec.state.reader import StateReader
@@ -46,18 +47,18 @@ class DrafterHost:
         self.reader = reader
         self.config = config
         self.num_sessions = 0
-        self._engine: Engine[DraftItem, DraftTree] = Engine(
+        self.engine: Engine[DraftItem, DraftTree] = Engine(
             _step, max_batch_tokens=config.max_batch_tokens, thread=thread, on_step=on_step
         )
 
     @property
     def num_waiting(self) -> int:
         """Number of items that wait for an engine step."""
-        return self._engine.num_waiting
+        return self.engine.num_waiting
 
     def close(self) -> None:
         """Stop the engine thread."""
-        self._engine.close()
+        self.engine.close()
 
     def drafter(self, name: str) -> Drafter:
         """Return a loaded drafter by its name.
@@ -166,7 +167,7 @@ class DrafterHost:
         """
         while session.num_prefill_tokens > num_left:
             num_tokens = min(session.num_prefill_tokens, self.config.prefill_chunk_tokens)
-            await self._engine.submit(DraftItem(drafter, session, 0, num_tokens))
+            await self.engine.submit(DraftItem(drafter, session, 0, num_tokens))
 
     async def propose(
         self, drafter: Drafter, session: DraftSession, draft_depth: int, draft_nodes: int = 0
@@ -195,7 +196,7 @@ class DrafterHost:
         await self.prefill(drafter, session, num_left=self.config.prefill_chunk_tokens)
         num_tokens = session.num_prefill_tokens + 1
         item = DraftItem(drafter, session, draft_depth, num_tokens, draft_nodes)
-        drafted = await self._engine.submit(item)
+        drafted = await self.engine.submit(item)
         if session.state:
             session.state.check()
         return drafted

@@ -10,11 +10,12 @@ from drafter_service.config import DrafterConfig
 from drafter_service.families import FAMILIES, DrafterFactory, load_drafters
 from drafter_service.host import DrafterHost
 from drafter_service.service import SERVICE_NAME, DrafterServicer
-from specdec.runtime.engine import ModelThread
+from specdec.runtime.model_thread import ModelThread
 from specdec.service.host import ServiceHost
 from specdec.service.process import run_service
 from specdec.service.sessions import SessionRules
 from specdec.service.telemetry import Telemetry
+from specdec.service.watchdog import Watchdog
 from specdec.v1 import drafter_pb2_grpc
 
 
@@ -30,6 +31,7 @@ class DrafterServer:
         self._config = config
         self._telemetry = telemetry
         self._families = families
+        self._watchdog: Watchdog | None = None
         self._outgoing_tls = config.outgoing_tls()
         self.servicer = DrafterServicer(
             telemetry, SessionRules(config.session_callers, config.idle_timeout_s)
@@ -63,11 +65,16 @@ class DrafterServer:
         host = DrafterHost(drafters, self._config, self._thread, reader, on_step=metrics.engine.add_step)
         metrics.observe(host)
         self.servicer.host = host
+        self._watchdog = Watchdog(
+            host.engine, timeout_s=self._config.step_timeout_s, set_serving=self.host.set_serving
+        )
 
     async def close(self) -> None:
         """Stop the engine and send what telemetry is buffered."""
         if self.servicer.host:
             await asyncio.to_thread(self.servicer.host.close)
+            if self._watchdog:  # until now: an engine that hangs does not close
+                await self._watchdog.close()
             if self.servicer.host.reader:
                 await self.servicer.host.reader.close()
         self._thread.close(wait=False)  # without waiting for a load under way

@@ -6,12 +6,13 @@ import asyncio
 import socket
 from functools import partial
 
-from specdec.runtime.engine import ModelThread
 from specdec.runtime.memory import StateMemory
+from specdec.runtime.model_thread import ModelThread
 from specdec.service.host import ServiceHost
 from specdec.service.process import run_service
 from specdec.service.sessions import SessionRules
 from specdec.service.telemetry import Telemetry
+from specdec.service.watchdog import Watchdog
 from specdec.v1 import verifier_pb2_grpc
 from verifier_service.config import VerifierConfig
 from verifier_service.service import SERVICE_NAME, VerifierServicer
@@ -25,6 +26,7 @@ class VerifierServer:
         self._config = config
         self._telemetry = telemetry
         self._memory: StateMemory | None = None
+        self._watchdog: Watchdog | None = None
         self.servicer = VerifierServicer(
             telemetry, SessionRules(config.session_callers, config.idle_timeout_s)
         )
@@ -52,11 +54,19 @@ class VerifierServer:
         )
         metrics.observe(verifier)
         self.servicer.verifier = verifier
+        self._watchdog = Watchdog(
+            verifier.engine,
+            timeout_s=self._config.step_timeout_s,
+            set_serving=self.host.set_serving,
+            before_the_end=memory.close,
+        )
 
     async def close(self) -> None:
         """Stop the engine and send the buffered telemetry."""
         if self.servicer.verifier:
             await asyncio.to_thread(self.servicer.verifier.close)
+        if self._watchdog:  # until now: an engine that hangs does not close
+            await self._watchdog.close()
         if self._memory:
             self._memory.close()  # even after a partial load: no file may stay in the shared directory
         self._thread.close(wait=False)  # do not wait for a load that still runs

@@ -13,10 +13,11 @@ from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
 from specdec.contract.sampling import validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
-from specdec.runtime.engine import Engine, EngineResult, ModelThread
+from specdec.runtime.engine import Engine, EngineResult
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.loading import LoadedModel, load_causal_lm, usable_device
 from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
+from specdec.runtime.model_thread import ModelThread
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.rounding import try_rounding
 from specdec.state.weights import TargetWeightsRef, share_weights
@@ -80,7 +81,7 @@ class Verifier:
         self.pool = packed.pool
         self.num_sessions = 0
         self._weights: TargetWeightsRef | None = None
-        self._engine: Engine[StepItem, Any] = Engine(
+        self.engine: Engine[StepItem, Any] = Engine(
             TargetModel(packed).step,
             max_batch_tokens=config.max_batch_tokens,
             max_background_tokens=config.prefill_chunk_tokens,
@@ -123,14 +124,14 @@ class Verifier:
     @property
     def num_waiting(self) -> int:
         """Items that wait for an engine step."""
-        return self._engine.num_waiting
+        return self.engine.num_waiting
 
     def close(self) -> None:
         """Stop the engine thread."""
-        self._engine.close()
+        self.engine.close()
 
     async def _run_on_engine(self, function: Callable[[], ValueT], num_tokens: int = 0) -> ValueT:
-        value: ValueT = (await self._engine.submit(SideWork(function, num_tokens))).value
+        value: ValueT = (await self.engine.submit(SideWork(function, num_tokens))).value
         return value
 
     async def weights(self) -> TargetWeightsRef:
@@ -182,7 +183,7 @@ class Verifier:
             )
         finally:
             self.num_sessions -= 1
-            self._engine.forget(allocation)
+            self.engine.forget(allocation)
             if state:
                 self.export.close(state)
             self.pool.free(allocation)
@@ -205,7 +206,7 @@ class Verifier:
         results: list[EngineResult[Verdict | None]] = []
         for start in range(0, prompt_length, size):
             chunk = PrefillChunk(session, start, min(start + size, prompt_length))
-            results.append(await self._engine.submit(chunk, session.allocation))
+            results.append(await self.engine.submit(chunk, session.allocation))
         return self._commit(session, NO_DRAFT, results)
 
     async def verify(
@@ -236,7 +237,7 @@ class Verifier:
         # A round commits one token more than it accepts: the rest of the draft could never be used.
         kept = sent.fitting(max_depth=session.num_remaining_tokens - 1, draft_nodes=session.num_free_slots)
         draft = sent.select(kept)
-        result = await self._engine.submit(VerifyItem(session, draft), session.allocation)
+        result = await self.engine.submit(VerifyItem(session, draft), session.allocation)
         timed = self._commit(session, draft, [result])
         return replace(
             timed, accepted_node_indices=tuple(kept[node] for node in timed.verdict.acceptance.path)

@@ -14,6 +14,9 @@ from specdec.contract.errors import UnavailableError
 from specdec.transport.tls import OutgoingTls
 
 RESOLVE_INTERVAL_S = 5.0
+NEAR_SESSIONS = 4
+"""How many sessions more a replica may have that is near: a drafter that drafts for so many others is slower
+than one that has to be sent the target's state."""
 
 
 class ReplicaSet(Generic[InfoT]):
@@ -126,8 +129,8 @@ class ReplicaSet(Generic[InfoT]):
 
         Args:
             suits: whether what a replica says of itself will do.
-            near: URI of another service; a replica at its address, that is in its pod, goes before all
-                others: it may map what they would have to stream.
+            near: URI of another service; a replica at its address, that is in its pod, may map what others
+                would have to stream, and goes before those that have not `NEAR_SESSIONS` fewer.
             unsuited: what the error says of a ready replica that does not suit.
             without: replicas that will not do.
 
@@ -150,12 +153,16 @@ class ReplicaSet(Generic[InfoT]):
                 reason="NO_REPLICA",
                 retry_after_s=1.0,
             )
+
+        def is_near(replica: Replica[InfoT]) -> bool:
+            return _machine(replica.uri) == _machine(near)
+
         return min(
             fitting,
             key=lambda replica: (
                 replica.rests,
-                _machine(replica.uri) != _machine(near),
-                replica.num_sessions,
+                replica.num_sessions + (0 if is_near(replica) else NEAR_SESSIONS),
+                not is_near(replica),
             ),
         )
 

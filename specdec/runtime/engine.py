@@ -11,20 +11,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from specdec.contract.errors import InternalError, SpecdecError, UnavailableError, log_defect
 from specdec.contract.request_id import REQUEST_ID
+from specdec.runtime.model_thread import ModelThread
 from specdec.runtime.scheduler import Scheduler, WorkItem, num_tokens_of
 
 logger = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT", bound=WorkItem)
 ResultT = TypeVar("ResultT")
-ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,43 +72,6 @@ class _Submission(Generic[ItemT, ResultT]):
             logger.debug("the event loop ended before a result was ready")
 
 
-class ModelThread:
-    """The one thread that loads a model and then runs its engine.
-
-    A daemon, unlike an executor's threads: a process that fails before it closes its engine still ends.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, function: Callable[[], ValueT]) -> Future[ValueT]:
-        """Call `function` on the thread, after what was submitted before."""
-        future: Future[ValueT] = Future()
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._calls.put(call)
-        return future
-
-    def close(self, *, wait: bool = True) -> None:
-        """End the thread once what was submitted is done, and wait for that."""
-        self._calls.put(None)
-        if wait:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while call := self._calls.get():
-            call()
-
-
 class Engine(Generic[ItemT, ResultT]):
     """Runs `step` over batches of work items on a thread of its own.
 
@@ -146,6 +107,11 @@ class Engine(Generic[ItemT, ResultT]):
         )
         self._wakeup = threading.Condition()  # holds the scheduler for one thread at a time
         self._closed = False
+        self._under_way: Sequence[_Submission[ItemT, ResultT]] = ()
+        """The items of the step that runs now."""
+        self._started_ns = 0
+        self._hangs = False
+        """Whether the step under way was given up."""
         self._thread = thread or ModelThread("engine")
         self._thread.submit(self._run)
 
@@ -172,6 +138,8 @@ class Engine(Generic[ItemT, ResultT]):
         with self._wakeup:
             if self._closed:
                 raise _closed_error()
+            if self._hangs:
+                raise _hang_error()
             if self._scheduler.add(_Submission(item, future, loop, now_ns, source), now_ns):
                 self._wakeup.notify()
         return await future
@@ -182,6 +150,26 @@ class Engine(Generic[ItemT, ResultT]):
             self._scheduler.forget(source)
             self._wakeup.notify()
 
+    def step_under_way(self) -> tuple[float, int]:
+        """Return how long the step under way has run, seconds, and its tokens; (0, 0): no step runs."""
+        with self._wakeup:
+            if not self._under_way:
+                return 0.0, 0
+            return (time.monotonic_ns() - self._started_ns) / 1e9, num_tokens_of(self._under_way)
+
+    def give_up_step(self) -> str:
+        """Fail all that waits with UnavailableError, and all that comes until the step under way ends.
+
+        Returns:
+            Where in its code the step is.
+        """
+        with self._wakeup:
+            if self._under_way:
+                self._hangs = True
+                for submission in (*self._under_way, *self._scheduler.drain()):
+                    submission.post(_hang_error())
+        return self._thread.stack()
+
     def close(self) -> None:
         """Stop the thread after the step under way; what waits fails with UnavailableError."""
         with self._wakeup:
@@ -191,25 +179,44 @@ class Engine(Generic[ItemT, ResultT]):
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            started_ns = time.monotonic_ns()
-            outcomes = self._outcomes(batch)
-            ended_ns = time.monotonic_ns()
-            with self._wakeup:
-                # The results leave first. Whoever gets one can submit again only when the lock is free.
-                self._deliver(batch, outcomes, started_ns, ended_ns)
-                self._scheduler.finish(batch, started_ns, ended_ns)
-            self._report(len(batch), num_tokens_of(batch), ended_ns - started_ns)
-        for submission in self._scheduler.drain():
-            submission.post(_closed_error())
+            try:
+                self._run_step(batch)
+            except BaseException as error:  # a thread that has ended would leave every later item waiting
+                log_defect(logger, "the engine failed around a step", error)
+                self._fail(batch, InternalError(f"The engine failed: {type(error).__name__}: {error}"))
+        self._fail(self._scheduler.drain(), _closed_error())
+
+    def _run_step(self, batch: Sequence[_Submission[ItemT, ResultT]]) -> None:
+        outcomes = self._outcomes(batch)
+        started_ns, ended_ns = self._started_ns, time.monotonic_ns()
+        with self._wakeup:
+            self._under_way, self._hangs = (), False
+            # The results leave first. Whoever gets one can submit again only when the lock is free.
+            self._deliver(batch, outcomes, started_ns, ended_ns)
+            self._scheduler.finish(batch, started_ns, ended_ns)
+        self._report(len(batch), num_tokens_of(batch), ended_ns - started_ns)
+
+    def _fail(self, submissions: Sequence[_Submission[ItemT, ResultT]], error: SpecdecError) -> None:
+        for submission in submissions:
+            submission.post(error)
 
     def _next_batch(self) -> list[_Submission[ItemT, ResultT]]:
         """Wait for work. Return the items of the next step, none when closed."""
         with self._wakeup:
             while not self._closed:
                 now_ns = time.monotonic_ns()
-                if batch := self._scheduler.take(now_ns):
+                if batch := self._take(now_ns):
+                    self._under_way, self._started_ns = batch, time.monotonic_ns()
                     return batch
                 self._wakeup.wait(self._scheduler.wait_s(now_ns))
+            return []
+
+    def _take(self, now_ns: int) -> list[_Submission[ItemT, ResultT]]:
+        try:
+            return self._scheduler.take(now_ns)
+        except BaseException as error:
+            log_defect(logger, "the scheduler failed", error)
+            self._fail(self._scheduler.drain(), InternalError(f"The scheduler failed: {error}"))
             return []
 
     def _outcomes(self, batch: Sequence[_Submission[ItemT, ResultT]]) -> Sequence[ResultT | SpecdecError]:
@@ -252,6 +259,10 @@ class Engine(Generic[ItemT, ResultT]):
 
 def _closed_error() -> UnavailableError:
     return UnavailableError("The service is shutting down; try another replica.")
+
+
+def _hang_error() -> UnavailableError:
+    return UnavailableError("The model's pass hangs; try another replica.", reason="ENGINE_HANGS")
 
 
 def _resolve(

@@ -105,6 +105,10 @@ class ModelServiceConfig(ServiceConfig):
     id. Empty: every certificate that --tls-client-authorities signed will do."""
     idle_timeout_s: float = 300.0
     """How long a session may stay silent, seconds; then it ends and its memory is freed."""
+    step_timeout_s: float = 30.0
+    """Longest time of a step of the engine, seconds for every 64 tokens in it. Then its sessions go on
+    elsewhere and the service is NOT_SERVING until the step ends; after three times as long the process ends.
+    Raise it for a model that is slow here. 0: no limit."""
     prefill_chunk_tokens: int = 128
     """Prompt tokens that one session adds to a pass. Where a pass also serves rounds, which have to wait for
     it, all sessions together add no more than this."""
@@ -133,7 +137,7 @@ class ModelServiceConfig(ServiceConfig):
             "prefill_chunk_tokens",
             "max_batch_tokens",
         )
-        require_not_negative(self, "drain_grace_s", "threads")
+        require_not_negative(self, "drain_grace_s", "threads", "step_timeout_s")
         require_choice(self, "target_state", TARGET_STATE_MODES)
         if self.tls_session_callers and not self.tls_client_authorities:
             raise InvalidArgumentError(

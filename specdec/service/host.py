@@ -96,9 +96,9 @@ class ServiceHost:
         """Let a host have so many watches at a time."""
         self._health.max_watches = most
 
-    def set_serving(self) -> None:
-        """Report SERVING from now on."""
-        self._set_health(serving=True)
+    def set_serving(self, serving: bool = True) -> None:
+        """Report SERVING from now on, or NOT_SERVING for the time being."""
+        self._set_health(serving=serving)
 
     def _set_health(self, *, serving: bool) -> None:
         for name in ("", self._service):

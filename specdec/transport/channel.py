@@ -23,8 +23,37 @@ CLIENT_WINDOW_BYTES = 1024 * 1024
 SERVER_WINDOW_BYTES = 128 * 1024
 """What a client may send on a stream before the service reads. A peer may fill it on every stream."""
 
-KEEPALIVE_TIME_S = 30
-"""Seconds between two pings of a silent connection; a dead peer is noticed within a minute."""
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """How soon a side notices that its peer is gone, stopped or cut off, although the connection is open.
+
+    A peer's own threads answer pings: a process that is busy, or that waits for a pass, answers at once.
+    """
+
+    time_s: float
+    """Seconds between two pings of a silent connection."""
+    timeout_s: float
+    """Seconds within which the peer must answer, or the connection and its calls end."""
+
+    def options(self) -> list[tuple[str, Any]]:
+        """Return the channel arguments."""
+        return [
+            ("grpc.keepalive_time_ms", int(self.time_s * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.timeout_s * 1000)),
+            # Without this, gRPC waits a minute for the answer to a ping, whatever keepalive says.
+            ("grpc.http2.ping_timeout_ms", int(self.timeout_s * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+
+
+SERVICE_KEEPALIVE = Keepalive(2.0, 2.5)
+"""Of a service that calls another one, whose sessions go on elsewhere within five seconds."""
+CLIENT_KEEPALIVE = Keepalive(10.0, 4.0)
+"""Of a client, whose answers end with an error within fifteen seconds. It may be far away, and there may be
+proxies between, which rarely take more pings."""
+SERVER_KEEPALIVE = Keepalive(30.0, 10.0)
+"""Of a server: what a peer that is gone still holds is free within a minute."""
 
 MAX_CONNECTION_AGE_S = 1800
 """Age at which a server closes a connection to new calls, seconds. The client then looks the name up again
@@ -73,7 +102,9 @@ class TlsConfig:
         return channel_credentials(files.read())
 
 
-def client_options(uri: str, service: str = "", server_name: str = "") -> list[tuple[str, Any]]:
+def client_options(
+    uri: str, service: str = "", server_name: str = "", keepalive: Keepalive = CLIENT_KEEPALIVE
+) -> list[tuple[str, Any]]:
     """Return the channel arguments of a client.
 
     Args:
@@ -81,6 +112,7 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
         service: full name of the gRPC service, "specdec.v1.VerifierService" for example, whose health decides
             which backends of a `dns:` name are used. Empty: health is not checked.
         server_name: replaces the name that the server's certificate must carry. Empty: the name is kept.
+        keepalive: how soon a peer that is silent is given up.
     """
     service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if service:
@@ -88,9 +120,7 @@ def client_options(uri: str, service: str = "", server_name: str = "") -> list[t
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.max_pings_without_data", 0),
+        *keepalive.options(),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         *_fixed_window(CLIENT_WINDOW_BYTES),
@@ -153,9 +183,7 @@ def server_options() -> list[tuple[str, Any]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
-        ("grpc.keepalive_time_ms", KEEPALIVE_TIME_S * 1000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.max_pings_without_data", 0),
+        *SERVER_KEEPALIVE.options(),
         # By default gRPC closes the connection of a client that pings more often than every five minutes.
         # Other gRPC libraries let their users ping every few seconds, and a call may be silent for longer.
         ("grpc.http2.max_ping_strikes", 0),
@@ -193,13 +221,13 @@ def parse_uris(text: str) -> tuple[str, ...]:
 def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
     """Open an asyncio channel. Call this on the event loop that will use the channel."""
     server_name = tls.server_name if tls else ""
-    return _aio_channel(uri, service, tls.credentials() if tls else None, server_name)
+    options = client_options(uri, service, server_name)
+    return _aio_channel(uri, tls.credentials() if tls else None, options)
 
 
 def _aio_channel(
-    uri: str, service: str, credentials: grpc.ChannelCredentials | None, server_name: str
+    uri: str, credentials: grpc.ChannelCredentials | None, options: list[tuple[str, Any]]
 ) -> grpc.aio.Channel:
-    options = client_options(uri, service, server_name)
     if credentials:
         return grpc.aio.secure_channel(uri, credentials, options=options)
     return grpc.aio.insecure_channel(uri, options=options)
@@ -244,7 +272,8 @@ class ServiceChannel:
 
     def _connect(self, pem: Pem | None) -> grpc.aio.Channel:
         credentials = channel_credentials(pem) if pem else None
-        return _aio_channel(self._uri, self._service, credentials, self._server_name)
+        options = client_options(self._uri, self._service, self._server_name, SERVICE_KEEPALIVE)
+        return _aio_channel(self._uri, credentials, options)
 
 
 async def _retire(channel: grpc.aio.Channel) -> None:

@@ -550,7 +550,7 @@ class TestTransport:
         for options in (ours, theirs):
             assert options["grpc.max_receive_message_length"] == MAX_MESSAGE_BYTES
             assert options["grpc.keepalive_time_ms"] > 0
-            assert options["grpc.keepalive_timeout_ms"] > 0
+            assert options["grpc.keepalive_timeout_ms"] == options["grpc.http2.ping_timeout_ms"] > 0
             assert options["grpc.http2.max_pings_without_data"] == 0
         assert theirs["grpc.keepalive_permit_without_calls"] == 1
         assert theirs["grpc.http2.max_ping_strikes"] == 0, "no client is cut off for its pings"

@@ -12,7 +12,13 @@ import pytest
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.transport import channel
-from specdec.transport.channel import ServiceChannel, client_options, parse_uris, server_options
+from specdec.transport.channel import (
+    SERVICE_KEEPALIVE,
+    ServiceChannel,
+    client_options,
+    parse_uris,
+    server_options,
+)
 from specdec.transport.tls import OutgoingTls, PemFiles, server_credentials
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.certificates import Authority, Folder, replace
@@ -39,12 +45,20 @@ def test_addresses_may_be_sockets_whose_paths_the_kernel_takes() -> None:
         parse_uris(f"unix:///{'x' * 105}é")
 
 
-@pytest.mark.parametrize("options", [client_options("dns:///host:1"), server_options()])
+@pytest.mark.parametrize(
+    "options",
+    [
+        client_options("dns:///host:1"),
+        client_options("dns:///host:1", keepalive=SERVICE_KEEPALIVE),
+        server_options(),
+    ],
+)
 def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
     """Each time lies where an operator would expect it; a second taken for a millisecond does not."""
     right_s = {
-        "grpc.keepalive_time_ms": (10, 60),
-        "grpc.keepalive_timeout_ms": (5, 30),
+        "grpc.keepalive_time_ms": (2, 60),
+        "grpc.keepalive_timeout_ms": (2, 30),
+        "grpc.http2.ping_timeout_ms": (2, 30),
         "grpc.initial_reconnect_backoff_ms": (0.05, 1),
         "grpc.max_reconnect_backoff_ms": (1, 5),
         "grpc.max_connection_age_ms": (600, 7200),

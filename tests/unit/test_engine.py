@@ -20,7 +20,9 @@ from specdec.contract.errors import (
 )
 from specdec.contract.request_id import REQUEST_ID
 from specdec.runtime import scheduler
-from specdec.runtime.engine import Engine, EngineResult, ModelThread
+from specdec.runtime.engine import Engine, EngineResult
+from specdec.runtime.model_thread import ModelThread
+from tests.raw_streams import until
 
 ValueT = TypeVar("ValueT")
 
@@ -297,3 +299,61 @@ async def test_the_log_names_the_requests_of_a_failed_step(caplog: pytest.LogCap
     engine.close()
     (record,) = [record for record in caplog.records if record.message == "engine step failed"]
     assert record.__dict__["request_ids"] == ["order-66"]
+
+
+@dataclass
+class BrokenAfterItsStep:
+    """An item whose tokens cannot be counted any more once its step is over."""
+
+    name: str = "broken"
+    is_urgent: bool = True
+    is_over: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        if self.is_over:
+            raise RuntimeError("no count")
+        return 1
+
+
+async def test_a_defect_around_a_step_ends_neither_the_thread_nor_a_wait() -> None:
+    def step(items: Sequence[BrokenAfterItsStep]) -> list[str]:
+        for item in items:
+            item.is_over = item.name == "broken"
+        return [item.name for item in items]
+
+    engine: Engine[BrokenAfterItsStep, str] = Engine(step)
+    try:
+        with pytest.raises(InternalError, match="no count"):
+            await soon(engine.submit(BrokenAfterItsStep()))
+        assert (await soon(engine.submit(BrokenAfterItsStep("well")))).value == "well"
+        waits = BrokenAfterItsStep("unscheduled", is_over=True)
+        with pytest.raises(InternalError, match="no count"):
+            await soon(engine.submit(waits))
+        assert (await soon(engine.submit(BrokenAfterItsStep("well")))).value == "well"
+    finally:
+        engine.close()
+
+
+async def test_a_step_that_is_given_up_fails_all_that_waits_until_it_ends(recorder: Recorder) -> None:
+    engine: Engine[Item, str] = Engine(recorder.step)
+    try:
+        assert engine.step_under_way() == (0.0, 0)
+        running = asyncio.ensure_future(engine.submit(Item("running", num_tokens=7)))
+        await asyncio.to_thread(recorder.running.wait, 10)
+        waiting = asyncio.ensure_future(engine.submit(Item("waiting")))
+        await asyncio.sleep(0.01)
+        seconds, num_tokens = engine.step_under_way()
+        assert seconds > 0
+        assert num_tokens == 7
+        assert "in step" in engine.give_up_step()
+        for item in (running, waiting, engine.submit(Item("late"))):
+            with pytest.raises(UnavailableError, match="another replica"):
+                await soon(item)
+        recorder.gate.release(2)
+        await until(lambda: engine.step_under_way() == (0.0, 0))
+        assert (await soon(engine.submit(Item("after")))).value == "AFTER"
+        assert recorder.batches == [["running"], ["after"]]
+    finally:
+        recorder.gate.release(10)
+        engine.close()
