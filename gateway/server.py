@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from functools import partial
 
@@ -23,6 +24,9 @@ from specdec.v1 import gateway_pb2_grpc
 logger = logging.getLogger(__name__)
 
 _WAIT_REPORT_S = 5.0
+_READINESS_POLL_S = 0.5
+NO_VERIFIER_S = 10.0
+"""How long a gateway without a verifier is ready all the same: a verifier that restarts comes back."""
 
 
 class GatewayServer:
@@ -31,6 +35,7 @@ class GatewayServer:
     def __init__(self, config: GatewayConfig, telemetry: Telemetry) -> None:
         self._config = config
         self._telemetry = telemetry
+        self._following: asyncio.Task[None] | None = None
         self._outgoing_tls = config.outgoing_tls()
         authenticator = make_authenticator(config)
         if authenticator and not config.tls_certificate and not is_local(config.listen):
@@ -66,7 +71,8 @@ class GatewayServer:
                 "drafter": backends.drafters.num_ready,
             },
         )
-        await self._wait_for_a_verifier(self.servicer.backends.verifiers)
+        await self._wait_for_a_verifier(backends.verifiers)
+        self._following = asyncio.ensure_future(self._follow(backends.verifiers))
         # Drafters are welcome, but not worth a long wait: their absence only costs speed.
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drafter_wait_s if self._config.drafter else 0):
@@ -79,8 +85,24 @@ class GatewayServer:
                     return await verifiers.wait_until_ready()
             logger.warning("waiting for a verifier", extra={"replicas": verifiers.describe()})
 
+    async def _follow(self, verifiers: VerifierSet) -> None:
+        """Be NOT_SERVING while there has been no verifier for a while: another gateway may reach one."""
+        is_serving, ready_at = True, time.monotonic()
+        while True:
+            await asyncio.sleep(_READINESS_POLL_S)
+            if verifiers.num_ready:
+                ready_at = time.monotonic()
+            if is_serving != (time.monotonic() - ready_at < NO_VERIFIER_S):
+                is_serving = not is_serving
+                extra = {"serving": is_serving, "replicas": verifiers.describe()}
+                logger.warning("verifiers came or went", extra=extra)
+                self.host.set_serving(is_serving)
+
     async def close(self) -> None:
         """Stop watching and send what telemetry is buffered."""
+        if self._following:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         if self.servicer.backends:
             await self.servicer.backends.verifiers.close()
             await self.servicer.backends.drafters.close()

@@ -1,4 +1,4 @@
-"""An engine that hangs, in a process that still answers: sessions go on elsewhere, and it is not used."""
+"""Services that answer but cannot work: sessions go on elsewhere, and health says so while it lasts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from gateway import server
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import UnavailableError
 from specdec.local.processes import Service, ServiceSpec, free_ports
@@ -125,6 +127,26 @@ async def test_a_drafter_that_hangs_is_not_used(tiny_llama: Path, noisy_llama: P
             gate.open()
         await until_serving(at, True)
         await until(lambda: host.num_sessions == 0)
+
+
+async def test_a_gateway_without_a_verifier_is_not_ready_until_one_is_back(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "NO_VERIFIER_S", 1.0)
+    async with AsyncExitStack() as stack:
+        verifier_at, _ = await stack.enter_async_context(running_verifier(tiny_llama))
+        async with (
+            running_gateway(tiny_llama, verifier=verifier_at) as (at, _),
+            AsyncClient(at, timeout_s=60) as client,
+        ):
+            assert await is_serving(at)
+            await stack.aclose()
+            await until_serving(at, False)
+            with pytest.raises(UnavailableError, match="No VerifierService replica is ready"):
+                await client.generate(PROMPT, GenerateOptions(max_new_tokens=5))
+            async with running_verifier(tiny_llama, listen=verifier_at):
+                await until_serving(at, True)
+                await client.generate(PROMPT, GenerateOptions(max_new_tokens=5))
 
 
 async def test_a_process_whose_engine_hangs_for_long_ends(tiny_llama: Path, tmp_path: Path) -> None:
