@@ -75,7 +75,8 @@ def telemetry_from_environment(service_name: str, metrics_listen: str = "") -> T
         metrics_listen: host:port of a Prometheus endpoint besides; empty: none.
 
     Raises:
-        InvalidArgumentError: the Prometheus endpoint cannot listen there, or the SDK is disabled.
+        InvalidArgumentError: the Prometheus endpoint cannot listen there, the SDK is disabled, or the
+            environment asks for a protocol other than gRPC.
     """
     if metrics_listen and _is_disabled():
         raise InvalidArgumentError(
@@ -106,7 +107,25 @@ def _endpoint_is_set(signal: str) -> bool:
     if os.environ.get(f"OTEL_{signal}_EXPORTER", "otlp") != "otlp":
         return False
     names = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
-    return any(os.environ.get(name) for name in names)
+    if not any(os.environ.get(name) for name in names):
+        return False
+    _require_grpc(signal)
+    return True
+
+
+def _require_grpc(signal: str) -> None:
+    """Refuse another protocol: what is sent by gRPC to a port of HTTP is lost."""
+    # The signal's own variable comes before that of all signals.
+    names = (f"OTEL_EXPORTER_OTLP_{signal}_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    name = next((name for name in names if os.environ.get(name)), "")
+    protocol = os.environ.get(name, "grpc")
+    if protocol.lower() != "grpc":
+        raise InvalidArgumentError(
+            f"{name} is {protocol!r}, but telemetry is exported by gRPC only. Set it to grpc, and "
+            "OTEL_EXPORTER_OTLP_ENDPOINT to the collector's port for gRPC, which is usually 4317.",
+            field=name,
+            reason="UNSUPPORTED_OTLP_PROTOCOL",
+        )
 
 
 def _otlp_span_processor() -> SpanProcessor:

@@ -7,6 +7,8 @@ OpenTelemetry's API is needed here; where spans and metrics go is the business o
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,8 +28,15 @@ if TYPE_CHECKING:
 AttributeValue = str | bool | int | float
 Attributes = Mapping[str, AttributeValue]
 
+logger = logging.getLogger(__name__)
+
 REQUEST_ID_ATTRIBUTE = "specdec.request_id"
 """Attribute of every span: the request it belongs to."""
+
+SHUTDOWN_S = 0.9
+"""Seconds that the last spans and metrics have to reach their collector. The services of a system stop one
+after the other, so that a collector that does not answer costs the three of them less than 3 s."""
+
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -42,12 +51,22 @@ class Telemetry:
     prometheus: PrometheusEndpoint | None = None
     """Where metrics can be scraped; None: nowhere."""
     closers: tuple[Callable[[], None], ...] = field(default=(), repr=False)
-    """What `shutdown` calls, in order: each sends what is buffered and frees what it holds."""
+    """What `shutdown` calls: each sends what is buffered or frees what it holds."""
 
     def shutdown(self) -> None:
-        """Send what is buffered, then close the Prometheus endpoint."""
-        for close in self.closers:
-            close()
+        """Send what is buffered and close the Prometheus endpoint, within SHUTDOWN_S seconds."""
+        # Exporters try again for as long as 10 s each, and take no limit for their end that they would keep.
+        threads = [threading.Thread(target=close, daemon=True) for close in self.closers]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + SHUTDOWN_S
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):
+            logger.warning(
+                f"The last spans and metrics are lost: no collector took them within {SHUTDOWN_S:g} s. "
+                "Check OTEL_EXPORTER_OTLP_ENDPOINT and the collector there."
+            )
 
 
 def traceparent_of(span: Span) -> str:

@@ -482,6 +482,9 @@ class TestEnvironment:
             "OTEL_EXPORTER_OTLP_ENDPOINT",
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
             "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+            "OTEL_EXPORTER_OTLP_PROTOCOL",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+            "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL",
             "OTEL_TRACES_EXPORTER",
             "OTEL_METRICS_EXPORTER",
             "OTEL_SDK_DISABLED",
@@ -495,6 +498,16 @@ class TestEnvironment:
             ({}, (False, False)),
             ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, (True, True)),
             ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1"}, (True, False)),
+            ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, (False, False)),
+            (
+                {
+                    "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
+                    "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+                    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc",
+                    "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "grpc",
+                },
+                (True, True),
+            ),
             (
                 {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_METRICS_EXPORTER": "none"},
                 (True, False),
