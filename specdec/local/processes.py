@@ -6,44 +6,27 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from specdec.contract.errors import RequestCancelledError, UnavailableError
-
-POLL_S = 0.1
-"""Seconds between two checks of a starting service."""
+from specdec.local.probe import POLL_S, Probe, Spawn
+from specdec.local.tied import tied
 
 STOP_GRACE_S = 35.0
 """Seconds between SIGTERM and SIGKILL, a little more than a service gives its running answers to finish."""
 
+KILL_GRACE_S = 10.0
+"""Seconds that the kernel has to end a killed process; a launcher waits no longer."""
+
 LOG_TAIL_LINES = 15
 _STDERR = 2
-
-# The kernel signals a process when the thread that started it ends, so that not even SIGKILL of the launcher
-# leaves services behind. A small program asks for that signal and then becomes the service, because Python
-# code between fork and exec (preexec_fn) can deadlock in a process with gRPC's threads.
-_DIE_WITH_LAUNCHER = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the launcher is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-Spawn = Callable[[], "subprocess.Popen[bytes]"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +88,19 @@ class Service:
         """Start the process, or start it again after it ended.
 
         A service whose log cannot be opened any more writes where its launcher does.
+
+        Raises:
+            UnavailableError: the system has no room for another process.
         """
-        with self._open_log() as log:
-            self._process = self._run_in_owner(lambda: self._spawn(log))
+        try:
+            with self._open_log() as log:
+                self._process = self._run_in_owner(lambda: self._spawn(log))
+        except OSError as error:
+            raise UnavailableError(
+                f"The {self.spec.name} cannot be started ({error.strerror}); end other programs, or raise "
+                "the limits of processes and memory.",
+                reason="START_FAILED",
+            ) from error
         self.started_at = time.monotonic()
 
     def _open_log(self) -> IO[bytes]:
@@ -117,9 +110,8 @@ class Service:
             return os.fdopen(os.dup(_STDERR), "ab")
 
     def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        wrapper = (sys.executable, "-I", "-S", "-c", _DIE_WITH_LAUNCHER, str(os.getpid()))
         return subprocess.Popen(
-            (*wrapper, *self.spec.command),
+            tied(self.spec.command),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -127,19 +119,6 @@ class Service:
             # Ctrl-C is for the launcher, which stops the services in order.
             start_new_session=True,
         )
-
-    def is_serving(self) -> bool:
-        """Return whether the health check says SERVING."""
-        # A short backoff: by default gRPC would only try the service again after seconds.
-        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.enable_http_proxy", 0)]
-        with grpc.insecure_channel(self.spec.address, options=options) as channel:
-            request = health_pb2.HealthCheckRequest(service=self.spec.health_service)
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            try:
-                response = stub.Check(request, timeout=2)
-            except grpc.RpcError:
-                return False
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Ask the process to end; kill it and its children if it still runs after the grace period."""
@@ -150,7 +129,8 @@ class Service:
             self._process.wait(grace_s)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILL_GRACE_S)
 
     def describe_exit(self) -> str:
         """Describe how the process ended, with the last lines of its log."""
@@ -195,12 +175,12 @@ class ServiceGroup:
         self.stopping = threading.Event()
         """Event that ends a start or a supervision that is running."""
         self.ready_timeout_s = ready_timeout_s
-        # One thread, which lives as long as the group, starts every process; see _DIE_WITH_LAUNCHER.
+        # One thread, which lives as long as the group, starts every process: they end when it does.
         self._owner = ThreadPoolExecutor(1, thread_name_prefix="specdec-services")
         # PYTHONSAFEPATH keeps a folder `gateway` in the current directory from hiding the installed package.
-        merged = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", **(env or {})}
+        self._env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", **(env or {})}
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.services = [Service(spec, log_dir, merged, self._spawn) for spec in specs]
+        self.services = [Service(spec, log_dir, self._env, self._spawn) for spec in specs]
 
     def _spawn(self, spawn: Spawn) -> subprocess.Popen[bytes]:
         return self._owner.submit(spawn).result()
@@ -227,21 +207,27 @@ class ServiceGroup:
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self.ready_timeout_s
-        pending = list(self.services)
-        while pending:
-            for service in self.services:
-                if service.exit_code is not None:
-                    raise UnavailableError(service.describe_exit(), reason="SERVICE_EXITED")
-            pending = [service for service in pending if not service.is_serving()]
-            if pending and time.monotonic() > deadline:
-                name = pending[0].spec.name
-                raise UnavailableError(
-                    f"The {name} was not ready after {self.ready_timeout_s:g} s; pass a longer --timeout. "
-                    f"{pending[0].describe_log()}",
-                    reason="START_TIMEOUT",
-                )
-            if pending and self.stopping.wait(POLL_S):
-                raise RequestCancelledError("Stopped while the services were starting.")
+        names = {service.spec.address: service.spec.health_service for service in self.services}
+        with Probe(names, self._env, self._spawn) as probe:
+            while True:
+                for service in self.services:
+                    if service.exit_code is not None:
+                        raise UnavailableError(service.describe_exit(), reason="SERVICE_EXITED")
+                waiting = probe.waiting_for()
+                if not waiting:
+                    return
+                if time.monotonic() > deadline:
+                    raise self._late(waiting)
+                if self.stopping.wait(POLL_S):
+                    raise RequestCancelledError("Stopped while the services were starting.")
+
+    def _late(self, waiting: Set[str]) -> UnavailableError:
+        late = next(service for service in self.services if service.spec.address in waiting)
+        return UnavailableError(
+            f"The {late.spec.name} was not ready after {self.ready_timeout_s:g} s; pass a longer --timeout. "
+            f"{late.describe_log()}",
+            reason="START_TIMEOUT",
+        )
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> None:
         """Stop the services in order; the group cannot be started again."""

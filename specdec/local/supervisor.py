@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from specdec.contract.errors import UnavailableError
+from specdec.contract.errors import RequestCancelledError, UnavailableError
 from specdec.local.processes import Service, ServiceGroup
 
 WATCH_S = 0.2
@@ -117,3 +117,20 @@ def stop_on_signals(stopping: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C during the block. Only the main thread can use it.
+
+    Raises:
+        RequestCancelledError: one of the two came.
+    """
+    # KeyboardInterrupt, for what runs in the block may catch and forget every Exception.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RequestCancelledError("The system was stopped while it was starting.") from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from specdec.contract.errors import (
     FailedPreconditionError,
-    RequestCancelledError,
     SpecdecError,
     UnavailableError,
 )
 from specdec.local.launcher import Report, SystemConfig, prepare_models, service_specs
-from specdec.local.processes import POLL_S, ServiceGroup, describe_log
+from specdec.local.probe import POLL_S
+from specdec.local.processes import ServiceGroup, describe_log
 from specdec.local.state_file import (
     SystemState,
     held_locks,
@@ -33,7 +31,8 @@ from specdec.local.state_file import (
     sole_supervisor,
     write_state,
 )
-from specdec.local.supervisor import Supervisor, stop_on_signals
+from specdec.local.supervisor import Supervisor, interruptible, stop_on_signals
+from specdec.local.tied import outlive_launcher, tied, tied_for_now
 
 DOWN_TIMEOUT_S = 120.0
 """Seconds that `stop_running` waits for the supervisor, which gives three services a grace period each."""
@@ -51,9 +50,10 @@ def run_foreground(config: SystemConfig, *, report: Report, announce: Callable[[
 
     Raises:
         FailedPreconditionError: a system runs already.
+        RequestCancelledError: SIGTERM or Ctrl-C stopped the start.
         UnavailableError: a service did not start, or kept dying.
     """
-    with sole_supervisor():
+    with sole_supervisor(), interruptible():
         prepare_models(config, report)
         logs = _fresh_log_dir()
         group = ServiceGroup(service_specs(config), logs, ready_timeout_s=config.ready_timeout_s)
@@ -76,6 +76,7 @@ def supervise(
     """Start a group, write the state file, restart dead services, stop on a signal; see `run_foreground`."""
     with stop_on_signals(group.stopping), group:
         try:
+            outlive_launcher()
             announce(_publish(group, logs))
             Supervisor(group, report=report, on_restart=lambda: _publish_again(group, logs, report)).run()
         finally:
@@ -119,12 +120,12 @@ def run_detached(
 
     Raises:
         FailedPreconditionError: a system runs already.
-        RequestCancelledError: `specdec down` stopped the start.
+        RequestCancelledError: `specdec down`, SIGTERM or Ctrl-C stopped the start.
         UnavailableError: the supervisor failed; the error quotes the end of its log.
     """
     refuse_if_running()
     log_path = log_dir() / _SUPERVISOR_LOG
-    with sole_starter(), _raise_on_sigterm():
+    with sole_starter(), interruptible():
         prepare()
         pid = _spawn_detached(command, log_path)
         try:
@@ -135,20 +136,6 @@ def run_detached(
             raise
 
 
-@contextmanager
-def _raise_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise RequestCancelledError in the block, so that the block cleans up."""
-
-    def cancel(_signum: int, _frame: FrameType | None) -> None:
-        raise RequestCancelledError("The system was stopped while it was starting.")
-
-    previous = signal.signal(signal.SIGTERM, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _spawn_detached(command: Sequence[str], log_path: Path) -> int:
     # subprocess.Popen does not fit: it warns when it is dropped while its process still runs.
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -157,8 +144,10 @@ def _spawn_detached(command: Sequence[str], log_path: Path) -> int:
         (os.POSIX_SPAWN_OPEN, 1, str(log_path), flags, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return os.posix_spawn(command[0], list(command), environment, file_actions=file_actions, setsid=True)
+    # While it starts, it ends with the process that waits for it, which may be killed.
+    environment = tied_for_now({**os.environ, "PYTHONUNBUFFERED": "1"})
+    program, *arguments = tied(command)
+    return os.posix_spawn(program, [program, *arguments], environment, file_actions=file_actions, setsid=True)
 
 
 def _await_state(pid: int, log_path: Path, timeout_s: float) -> SystemState:

@@ -20,8 +20,9 @@ import psutil
 import pytest
 
 from specdec.contract.errors import FailedPreconditionError, RequestCancelledError, UnavailableError
+from specdec.local import probe
 from specdec.local.launcher import LocalSystem, SystemConfig, service_specs
-from specdec.local.processes import Service, ServiceGroup, ServiceSpec, free_ports
+from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
 from specdec.local.state_file import (
     SystemState,
     held_locks,
@@ -161,7 +162,7 @@ def test_services_start_and_stop_gateway_first(fakes: Fakes) -> None:
     with fakes.group() as group:
         pids = group.pids
         assert set(pids) == set(NAMES)
-        assert all(service.is_serving() for service in group.services)
+        assert all(is_serving(service.spec) for service in group.services)
     assert fakes.stop_order == ["gateway", "drafter", "verifier"]
     assert not any(psutil.pid_exists(pid) for pid in pids.values())
 
@@ -188,6 +189,45 @@ def test_a_start_can_be_given_up(fakes: Fakes) -> None:
         group.start()
     timer.join()
     assert all(service.exit_code is not None for service in group.services)
+
+
+@pytest.mark.parametrize("ended_by", ["the time limit", "a signal"])
+def test_a_start_ends_though_the_health_checks_hang(fakes: Fakes, ended_by: str) -> None:
+    group = fakes.group(ready_timeout_s=3 if ended_by == "the time limit" else 60, verifier="never-ready")
+
+    def hang() -> None:
+        eventually(lambda: bool(probes()))
+        probes()[0].suspend()
+        if ended_by == "a signal":
+            group.stopping.set()
+
+    thread = threading.Thread(target=hang)
+    thread.start()
+    with pytest.raises((UnavailableError, RequestCancelledError)) as caught:
+        group.start()
+    thread.join()
+    assert isinstance(caught.value, UnavailableError) == (ended_by == "the time limit")
+    assert all(service.exit_code is not None for service in group.services)
+    assert probes() == []
+
+
+def probes() -> list[psutil.Process]:
+    """Return the processes that ask for the health of services that this process starts."""
+    return [child for child in psutil.Process().children() if probe.__name__ in child.cmdline()]
+
+
+def test_a_probe_that_dies_is_started_again(fakes: Fakes) -> None:
+    group = fakes.group()
+
+    def kill() -> None:
+        eventually(lambda: bool(probes()))
+        probes()[0].kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with group:
+        thread.join()
+        assert all(is_serving(service.spec) for service in group.services)
 
 
 def test_a_service_that_ignores_the_signal_is_killed(fakes: Fakes) -> None:
@@ -226,7 +266,7 @@ def test_a_killed_service_is_started_again_on_its_address(fakes: Fakes) -> None:
         thread.start()
         before = group.pids
         os.kill(before["verifier"], signal.SIGKILL)
-        eventually(lambda: len(restarts) == 1 and group.services[2].is_serving())
+        eventually(lambda: len(restarts) == 1 and is_serving(group.services[2].spec))
         group.stopping.set()
         thread.join()
         assert restarts[0]["verifier"] != before["verifier"]
@@ -294,7 +334,12 @@ def test_the_system_outlives_its_state_directory(fakes: Fakes, state: Path, tmp_
         directory.rename(tmp_path / f"{directory.name} aside")
         directory.touch()
     os.kill(running.pids["drafter"], signal.SIGKILL)
-    eventually(lambda: is_serving(running.drafter) and set(supervisor.children()) - set(drafter) != set())
+    eventually(
+        lambda: (
+            probe.is_serving(running.drafter, "test.drafter")
+            and set(supervisor.children()) - set(drafter) != set()
+        )
+    )
     state.unlink()
     (tmp_path / "state aside").rename(state)
     assert read_live_state() == running
@@ -302,9 +347,8 @@ def test_the_system_outlives_its_state_directory(fakes: Fakes, state: Path, tmp_
     assert not supervisor.is_running()
 
 
-def is_serving(address: str) -> bool:
-    spec = ServiceSpec("drafter", address, (), "test.drafter")
-    return Service(spec, Path(), {}, lambda _: None).is_serving()
+def is_serving(spec: ServiceSpec) -> bool:
+    return probe.is_serving(spec.address, spec.health_service)
 
 
 def test_a_system_is_found_where_nothing_can_be_written(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,15 +366,16 @@ def test_a_system_is_found_where_nothing_can_be_written(state: Path, monkeypatch
     assert read_live_state() is None
 
 
-def detaching(command: list[str]) -> subprocess.Popen[str]:
+def detaching(command: list[str], prepare: str = "def prepare(): pass\n") -> subprocess.Popen[str]:
     """Start a process that runs a detached system, as `specdec up --detach` does."""
     program = (
-        "import sys\nfrom specdec.contract.errors import SpecdecError\n"
+        f"import sys, time\n{prepare}from specdec.contract.errors import SpecdecError\n"
         "from specdec.local.up import run_detached\n"
-        "try:\n    print(run_detached(sys.argv[1:], timeout_s=60))\n"
+        "try:\n    print(run_detached(sys.argv[1:], timeout_s=60, prepare=prepare))\n"
         "except SpecdecError as error:\n    sys.exit(f'error: {error}')\n"
     )
-    return subprocess.Popen([sys.executable, "-c", program, *command], stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", program, *command], stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.mark.parametrize("lock", ["starting", "lock"])
@@ -344,6 +389,35 @@ def test_a_system_that_is_still_starting_is_stopped(fakes: Fakes, state: Path, l
     assert held_locks() == []
     assert not stop_starting()
     assert read_live_state() is None
+
+
+def test_a_system_does_not_go_on_starting_when_its_starter_is_killed(fakes: Fakes, state: Path) -> None:
+    with detaching(fakes.up_command()) as starter:
+        supervisors = psutil.Process(starter.pid).children
+        eventually(lambda: bool(supervisors()))
+        (supervisor,) = supervisors()
+        starter.kill()
+        eventually(lambda: not supervisor.is_running())
+    assert held_locks() == []
+    assert read_live_state() is None
+
+
+def test_sigterm_is_not_lost_in_a_preparation_that_forgets_errors(fakes: Fakes, state: Path) -> None:
+    prepare = """
+def prepare():
+    try:
+        print("preparing", flush=True)
+        time.sleep(60)
+    except Exception:
+        pass
+"""
+    with detaching(fakes.up_command(), prepare) as starter:
+        assert starter.stdout
+        assert starter.stdout.readline() == "preparing\n"
+        starter.terminate()
+        assert "stopped while it was starting" in starter.communicate(timeout=30)[1]
+    assert starter.returncode == 1
+    assert not fakes.logs.exists(), "nothing was started"
 
 
 def test_a_process_that_only_has_the_pid_of_an_old_lock_is_left_alone(state: Path) -> None:
