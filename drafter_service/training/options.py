@@ -11,6 +11,7 @@ import click
 
 from drafter_service.training.config import LOSS_NAMES, DataOptions, LoopConfig
 from specdec.runtime.loading import DTYPES
+from specdec.service.config import MAX_THREADS
 
 _DEFAULTS = LoopConfig(out=Path())
 DATA_DEFAULTS = DataOptions(out=Path())
@@ -66,7 +67,10 @@ DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
         help="Device of the target and the drafter.",
     ),
     click.option(
-        "--threads", type=click.IntRange(min=0), default=0, help="Number of CPU threads.  [default: all]"
+        "--threads",
+        type=click.IntRange(0, MAX_THREADS),
+        default=0,
+        help="Number of CPU threads.  [default: one per core that it may use]",
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,21 @@ from specdec.client import DEFAULT_TIMEOUT_S, GATEWAY_VARIABLE, GenerateOptions
 from specdec.contract.sampling import SamplingParams
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+class BoundedFloat(click.FloatRange):
+    """A number more than 0 and up to `most`. Not a number, which no comparison refuses, is not one."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__(min=0, max=most, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or fail with the range it has to be in."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
 
 _CONNECTION = (
     click.option(

@@ -9,13 +9,14 @@ from typing import Any
 
 import click
 
-from specdec.cli.options import connection_options
+from specdec.cli.options import BoundedFloat, connection_options
 from specdec.cli.render import console, info_tables, report
 from specdec.client import Client
 from specdec.local.launcher import SystemConfig, default_drafters, prepare_models
 from specdec.local.state_file import SystemState, how_to_stop, refuse_if_running
 from specdec.local.up import run_detached, run_foreground, stop_running, stop_starting
 from specdec.models.embedded import DEFAULT_MODEL
+from specdec.service.config import MAX_THREADS
 
 DETACH_MARGIN_S = 30.0
 """Seconds a detached supervisor has beyond its own timeout, for starting up itself."""
@@ -52,14 +53,14 @@ DETACH_MARGIN_S = 30.0
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, MAX_THREADS),
     default=0,
     help="CPU threads of verifier and drafter each; one is faster where other programs keep the cores busy.  "
-    "[default: one per core]",
+    "[default: one per core that they may use]",
 )
 @click.option(
     "--kv-cache-mib",
-    type=click.FloatRange(min=0, min_open=True),
+    type=BoundedFloat(most=2**24),
     help="Memory of the target's KV, MiB.  [default: the verifier's]",
 )
 @click.option(
@@ -73,7 +74,7 @@ DETACH_MARGIN_S = 30.0
 @click.option(
     "--timeout",
     "ready_timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=BoundedFloat(most=86_400),
     default=120.0,
     show_default=True,
     help="Seconds the services have to become ready.",

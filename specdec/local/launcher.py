@@ -48,7 +48,7 @@ class SystemConfig:
     target_state: str = "auto"
     """How drafters read the target's state: "auto", "handle" or "stream"."""
     threads: int = 0
-    """CPU threads of each of the two model services; 0: one thread per core."""
+    """CPU threads of each of the two model services; 0: one thread per core that they may use."""
     kv_cache_mib: float | None = None
     """Memory for the target's KV, MiB; None: the verifier's default."""
     gateway_port: int = 0

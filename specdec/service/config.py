@@ -19,6 +19,9 @@ from specdec.transport.tls import OutgoingTls, PemFiles
 
 TARGET_STATE_MODES = ("auto", "handle", "stream")
 
+MAX_THREADS = 1024
+"""Most CPU threads of a model: hardly a machine has more cores, and some have no room for more threads."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServiceConfig:
@@ -93,8 +96,9 @@ class ModelServiceConfig(ServiceConfig):
     device: str = "cpu"
     """Device that holds the weights and the KV cache, such as cpu or cuda:0."""
     threads: int = 0
-    """CPU threads of the model; 0: one per core. Give it fewer where other processes keep cores busy: an
-    operation ends only when its slowest thread does."""
+    """CPU threads of the model, 1024 at most; 0: one per core that the process may use by its affinity and
+    its container's quota. Give it fewer where other processes keep cores busy: an operation ends only when
+    its slowest thread does."""
     kv_cache_mib: float = 256.0
     """Memory of a model's KV pool, MiB. It is allocated at start and never grows."""
     max_sessions: int = 64
@@ -137,7 +141,8 @@ class ModelServiceConfig(ServiceConfig):
             "prefill_chunk_tokens",
             "max_batch_tokens",
         )
-        require_not_negative(self, "drain_grace_s", "threads", "step_timeout_s")
+        require_not_negative(self, "drain_grace_s", "step_timeout_s")
+        require_between(self, 0, MAX_THREADS, "threads")
         require_choice(self, "target_state", TARGET_STATE_MODES)
         if self.tls_session_callers and not self.tls_client_authorities:
             raise InvalidArgumentError(
@@ -237,6 +242,16 @@ def require_not_negative(config: object, *names: str) -> None:
     """
     for name in names:
         _require(0 <= getattr(config, name) < math.inf, config, name, "a number, 0 or more")
+
+
+def require_between(config: object, least: float, most: float, *names: str) -> None:
+    """Refuse fields that are less than `least` or more than `most`.
+
+    Raises:
+        InvalidArgumentError: naming the option.
+    """
+    for name in names:
+        _require(least <= getattr(config, name) <= most, config, name, f"a number from {least} to {most}")
 
 
 def require_choice(config: object, name: str, choices: Sequence[str]) -> None:

@@ -427,6 +427,27 @@ def test_down_says_so_when_nothing_runs() -> None:
     assert (result.exit_code, result.stderr) == (0, "Nothing is running.\n")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--threads", "1025"),
+        ("--threads", "-1"),
+        ("--timeout", "86401"),
+        ("--timeout", "nan"),
+        ("--timeout", "inf"),
+        ("--timeout", "0"),
+        ("--kv-cache-mib", "nan"),
+        ("--kv-cache-mib", "1e300"),
+        ("--port", "65536"),
+    ],
+)
+def test_up_has_bounds_for_every_number(option: str, value: str) -> None:
+    result = run("up", option, value)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.stderr
+    assert "is not in the range" in " ".join(result.stderr.split())
+
+
 def test_help_shows_the_ranges_of_numbers() -> None:
     result = run("generate", "-h")
     assert (result.exit_code, result.stderr) == (0, ""), result.exc_info
