@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ def load_reader(
 ) -> StateReader:
     """Return a reader, with the target's weights if a checkpoint is named.
 
+    Where the verifier's own may be mapped, the checkpoint's are read when that fails.
+
     Args:
         tls: credentials for verifiers; None: connections are not encrypted.
         on_link: called for every session that begins to read.
@@ -34,17 +37,21 @@ def load_reader(
         NotFoundError: there is no such checkpoint.
     """
     device = usable_device(config.device)
-    weights = None
+    directory = None if config.target_state == "stream" else _shared_directory(config)
+    checkpoint = None
     if config.target:
-        weights = read_weights(resolve_model(config.target), getattr(torch, config.dtype), device)
+        folder, dtype = resolve_model(config.target), getattr(torch, config.dtype)
+        checkpoint = cache(partial(read_weights, folder, dtype, device))
+        if directory is None:
+            checkpoint()  # now, and not while a first draft waits
     reader_config = ReaderConfig(
         mode=config.target_state,
         device=device,
-        directory=None if config.target_state == "stream" else _shared_directory(config),
+        directory=directory,
         mirror_bytes=int(config.mirror_mib * 2**20),
         stream_projected=config.stream_features == "projected",
     )
-    return StateReader(reader_config, weights, on_link, tls=tls)
+    return StateReader(reader_config, checkpoint, on_link, tls=tls)
 
 
 def _shared_directory(config: DrafterConfig) -> SharedDirectory | None:

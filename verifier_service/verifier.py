@@ -20,7 +20,7 @@ from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMem
 from specdec.runtime.model_thread import ModelThread
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.rounding import try_rounding
-from specdec.state.weights import TargetWeightsRef, share_weights
+from specdec.state.weights import TargetWeightsRef, share_weights, shared_weights_bytes
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest, Session
 from verifier_service.state_export import StateExport
@@ -79,6 +79,7 @@ class Verifier:
         self.max_length = packed.max_length
         self.model_impl = packed.model_impl
         self.pool = packed.pool
+        _expect_drafters(packed, loaded)
         self.num_sessions = 0
         self._weights: TargetWeightsRef | None = None
         self.engine: Engine[StepItem, Any] = Engine(
@@ -285,3 +286,14 @@ def make_memory(config: VerifierConfig) -> StateMemory:
     from specdec.runtime.cuda_ipc import CudaIpcMemory
 
     return CudaIpcMemory(device, host)
+
+
+def _expect_drafters(packed: PackedModel, loaded: LoadedModel) -> None:
+    """Warn if shared memory has no room for what drafters will read besides KV."""
+    weights = shared_weights_bytes(loaded.model)
+    layer = packed.pool.capacity_tokens * packed.capture.hidden_size * loaded.model.dtype.itemsize
+    use = (
+        f"{weights / 2**20:.0f} MiB more for the embedding and the LM head, and {layer / 2**20:.0f} MiB for "
+        "each layer of hidden states"
+    )
+    packed.pool.memory.expect(weights + layer, use)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from specdec.cli.options import BoundedFloat, connection_options
 from specdec.cli.render import console, info_tables, report
 from specdec.client import Client
 from specdec.local.launcher import SystemConfig, default_drafters, prepare_models
+from specdec.local.processes import warnings_in
 from specdec.local.state_file import SystemState, how_to_stop, refuse_if_running
 from specdec.local.up import run_detached, run_foreground, stop_running, stop_starting
 from specdec.models.embedded import DEFAULT_MODEL
@@ -125,6 +127,10 @@ def _foreground_command(config: SystemConfig) -> list[str]:
 
 
 def _announce(state: SystemState, hint: str) -> None:
+    # Not the gateway's, which warns while it waits for the others.
+    for name in ("verifier", "drafter"):
+        for warning in warnings_in(Path(state.log_dir) / f"{name}.log"):
+            report(f"warning: {name}: {warning}")
     click.echo(f"gateway {state.gateway}  verifier {state.verifier}  drafter {state.drafter}")
     report(f"Ready. Logs are in {state.log_dir}. {hint}")
 

@@ -6,7 +6,6 @@ with LocalSystem(drafters=["ngram"]) as system, Client(system.gateway) as client
 
 from __future__ import annotations
 
-import re
 import shutil
 import socket
 import sys
@@ -28,9 +27,6 @@ SERVICE_GROUP = "specdec.services"
 """The group of entry points that name the program of each service."""
 
 Report = Callable[[str], None]
-
-_EAGLE = re.compile(r"([^=:]+=)?eagle3(:|$)")
-"""Drafters that may have to know the target before they meet it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +92,9 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
         _require_free(config.gateway_port)
     ports = free_ports(3)
     gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
-    drafter_args = [argument for name in config.drafters for argument in ("--drafter", name)]
-    if any(_EAGLE.match(name) for name in config.drafters):
-        drafter_args += ["--target", config.model]
+    # The target is for drafters that have to stream its state, and for those that ask what it is.
+    drafter_args = ["--target", config.model]
+    drafter_args += [argument for name in config.drafters for argument in ("--drafter", name)]
     shared = ["--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state]
     if config.threads:
         shared += ["--threads", str(config.threads)]

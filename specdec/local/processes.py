@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -152,6 +153,18 @@ def describe_log(path: Path) -> str:
     if not lines:
         return f"Its log {path} is empty."
     return f"Its log {path} ends:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def warnings_in(path: Path) -> list[str]:
+    """Return the warnings of a service's log, in order; none if it cannot be read."""
+    found = []
+    with suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):  # libraries write lines of other kinds
+                record = json.loads(line)
+                if isinstance(record, dict) and record.get("level") == "WARNING":
+                    found.append(": ".join(filter(None, (record.get("message"), record.get("reason")))))
+    return found
 
 
 class ServiceGroup:

@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import stat
 import threading
 from abc import ABC, abstractmethod
@@ -32,6 +33,7 @@ from specdec.contract.target_state import SharedMemory, StateStorage, Storage, b
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".state"
+_ADVICE = "Give the directory more memory (Docker: --shm-size), or lower --kv-cache-mib."
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64)
@@ -70,6 +72,9 @@ class StateMemory(ABC):
     def allocate_host(self, num_bytes: int) -> Region:
         """Allocate memory of the host, for what readers check before they touch the device's."""
         return self.allocate(num_bytes)
+
+    def expect(self, num_bytes: int, use: str) -> None:  # noqa: B027 - private memory need not be set aside
+        """Warn if there is no room now for what drafters may ask for later; `use` says what that is."""
 
     def release(self, region: Region) -> None:  # noqa: B027 - private memory goes with its last tensor
         """Take one region out of the reach of new readers."""
@@ -128,9 +133,18 @@ class SharedHostMemory(StateMemory):
                     "--target-state stream.",
                     reason="SHARED_MEMORY_FULL",
                 ) from error
-            logger.warning("%s; drafters have to stream this part of the state", message)
+            logger.warning("%s; drafters have to stream this part of the state. %s", message, _ADVICE)
             return PrivateMemory(torch.device("cpu")).allocate(num_bytes)
         return Region(self._mapped(path, num_bytes), SharedMemory(path, 0, self._boot_id))
+
+    def expect(self, num_bytes: int, use: str) -> None:
+        """Warn if the directory has not so much room."""
+        free = shutil.disk_usage(self._directory.path).free
+        if free < num_bytes:
+            logger.warning(
+                "%s has %.0f MiB left; drafters that map all they read need %s. %s",
+                *(self._directory.path, free / 2**20, use, _ADVICE),
+            )
 
     def _mapped(self, path: str, num_bytes: int) -> Tensor:
         try:

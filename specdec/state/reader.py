@@ -68,7 +68,8 @@ class StateReader:
     """Reads the state of many sessions, of any verifier. Used from one event loop.
 
     Args:
-        checkpoint: the target's weights, for where a verifier's own cannot be mapped.
+        checkpoint: reads the target's weights, once they are wanted because a verifier's own cannot be
+            mapped; None: there are none. It is called one call at a time, and remembers what it has read.
         tls: credentials for verifiers; None: no encryption.
         on_link: called for every session that begins to read.
     """
@@ -76,7 +77,7 @@ class StateReader:
     def __init__(
         self,
         config: ReaderConfig,
-        checkpoint: TargetWeights | None = None,
+        checkpoint: Callable[[], TargetWeights] | None = None,
         on_link: Callable[[Link], None] = lambda link: None,
         *,
         tls: OutgoingTls | None = None,

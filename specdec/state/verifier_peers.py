@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Collection, Set
+from collections.abc import Callable, Collection, Set
 from typing import Any
 
 import grpc
 
 from specdec.contract.errors import FailedPreconditionError, from_rpc_error
 from specdec.contract.request_id import request_metadata
+from specdec.runtime.engine import ModelThread
 from specdec.state.source import Mappings
 from specdec.state.weights import TargetWeights, TargetWeightsRef
 from specdec.transport.channel import ServiceChannel
@@ -26,18 +27,22 @@ class VerifierPeers:
 
     Args:
         mappings: memory of verifiers on this host; None: nothing may be mapped.
-        checkpoint: weights for where a verifier's own cannot be mapped.
+        checkpoint: reads the weights where a verifier's own cannot be mapped; None: there are none.
         tls: credentials for verifiers; None: no encryption.
     """
 
     def __init__(
-        self, mappings: Mappings | None, checkpoint: TargetWeights | None, tls: OutgoingTls | None
+        self,
+        mappings: Mappings | None,
+        checkpoint: Callable[[], TargetWeights] | None,
+        tls: OutgoingTls | None,
     ) -> None:
         self._mappings = mappings
         self._checkpoint = checkpoint
         self._tls = tls
         self._channels: dict[str, ServiceChannel] = {}
         self._weights: dict[str, TargetWeights] = {}
+        self._reading = asyncio.Lock()
         self._weights_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
@@ -96,7 +101,16 @@ class VerifierPeers:
                     "drafter with --target MODEL, and it reads them from there.",
                     reason="NO_TARGET_WEIGHTS",
                 ) from error
-            return self._checkpoint
+            return await self._read(self._checkpoint)
+
+    async def _read(self, checkpoint: Callable[[], TargetWeights]) -> TargetWeights:
+        # On a thread that ends: one that stays would keep the OpenMP workers of its tensor operations.
+        async with self._reading:
+            thread = ModelThread("target weights")
+            try:
+                return await asyncio.wrap_future(thread.submit(checkpoint))
+            finally:
+                thread.close(wait=False)
 
     async def _map_weights(self, uri: str) -> TargetWeights:
         if self._mappings is None:

@@ -112,11 +112,8 @@ def share_weights(model: PreTrainedModel, memory: StateMemory, model_id: str) ->
     Raises:
         ResourceExhaustedError: there is no room.
     """
-    input_module, head = _modules_of(model)
-    weights = {_EMBEDDING: input_module.weight}
-    if head.weight is not input_module.weight:
-        weights[_LM_HEAD] = head.weight
-    moved = _move(weights, memory)
+    input_module, _ = _modules_of(model)
+    moved = _move(_shared_weights(model), memory)
     return TargetWeightsRef(
         model_id,
         moved[_EMBEDDING],
@@ -124,6 +121,22 @@ def share_weights(model: PreTrainedModel, memory: StateMemory, model_id: str) ->
         _scale_of(input_module),
         softcap_of(model.config),
     )
+
+
+def shared_weights_bytes(model: PreTrainedModel) -> int:
+    """Return the size of the memory that `share_weights` asks for; 0 if the weights cannot be shared."""
+    try:
+        return sum(_aligned(weight.nbytes) for weight in _shared_weights(model).values())
+    except InvalidArgumentError:
+        return 0
+
+
+def _shared_weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    input_module, head = _modules_of(model)
+    weights = {_EMBEDDING: input_module.weight}
+    if head.weight is not input_module.weight:
+        weights[_LM_HEAD] = head.weight
+    return weights
 
 
 def _modules_of(model: PreTrainedModel) -> tuple[Any, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from specdec.runtime.memory import SharedDirectory
 from specdec.transport.channel import aio_channel
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from tests.refusals import shared
+from tests.small_memory import SmallMemory
 from tests.state_probe import StateProbe, all_of, random_projection
 from tests.systems import System, running_drafter, running_gateway, running_system, running_verifier
 from tests.tiny_models import save_tiny_model
@@ -232,27 +232,6 @@ def entries(root: Path) -> list[Path]:
     return list(root.rglob("*"))
 
 
-class SmallMemory:
-    """A memory-backed directory of a size."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def mount(self, num_kib: int) -> None:
-        """Mount it, or skip the test where that is forbidden."""
-        self.path.mkdir()
-        command = ("mount", "-t", "tmpfs", "-o", f"size={num_kib}k", "tmpfs", str(self.path))
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"a small tmpfs cannot be mounted here: {error}")
-
-    def unmount(self) -> None:
-        if self.path.is_mount():
-            # Lazily: mappings last until they are collected.
-            subprocess.run(("umount", "-l", str(self.path)), check=True)
-
-
 @pytest.fixture
 def small_memory(tmp_path: Path) -> Iterator[SmallMemory]:
     memory = SmallMemory(tmp_path / "small")
@@ -288,6 +267,7 @@ async def test_no_room_is_a_warning_and_a_stream(
     assert len(probe.sessions[0].readings) > 2
     assert f"{small_memory.path}" in caplog.text
     assert "has no room" in caplog.text
+    assert "for the embedding and the LM head, and" in caplog.text, "the start says what else was wanted"
 
 
 @pytest.mark.parametrize("num_kib", [64, KV_KIB], ids=["no room", "room for KV only"])

@@ -493,14 +493,6 @@ def test_only_one_supervisor_at_a_time(state: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("drafter", ["eagle3:org/head", "mine=eagle3:org/head"])
-def test_an_eagle_is_told_its_target(drafter: str) -> None:
-    told = ("--target", "org/model")
-    for drafters, expected in (((drafter, "ngram"), True), (("ngram", "eagle3=ngram"), False)):
-        _, spec, _ = service_specs(SystemConfig(model="org/model", drafters=drafters))
-        assert (told in zip(spec.command, spec.command[1:], strict=False)) == expected
-
-
 def test_service_commands() -> None:
     config = SystemConfig(
         model="org/model",
@@ -518,7 +510,7 @@ def test_service_commands() -> None:
     )
     assert drafter.command[1:] == (
         *("-m", "drafter_service", "--listen", drafter.address),
-        *("--drafter", "ngram", "--drafter", "causal-lm:org/small"),
+        *("--target", "org/model", "--drafter", "ngram", "--drafter", "causal-lm:org/small"),
         *("--dtype", "float32", "--device", "cpu", "--target-state", "stream", "--threads", "3"),
     )
     assert verifier.command[1:] == (
