@@ -11,7 +11,7 @@ import re
 import time
 import tomllib
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -141,9 +141,14 @@ def make_authenticator(config: GatewayConfig) -> Authenticator | None:
 
 
 class CallerLimits:
-    """Counts what each caller does, by the caller's name, over all its tokens."""
+    """Counts what each caller does, by the caller's name, over all its tokens.
 
-    def __init__(self) -> None:
+    Args:
+        retry_after_s: says in how many seconds a request of a caller should end, by the caller's name.
+    """
+
+    def __init__(self, retry_after_s: Callable[[str], float]) -> None:
+        self._retry_after_s = retry_after_s
         self._running: Counter[str] = Counter()
         self._begun: dict[str, deque[float]] = {}
         """When the requests of the last minute began, by caller."""
@@ -188,7 +193,7 @@ class CallerLimits:
             raise ResourceExhaustedError(
                 f"This token's {limit} requests at a time are under way; try again later.",
                 reason="TOO_MANY_REQUESTS_OF_CALLER",
-                retry_after_s=1.0,
+                retry_after_s=self._retry_after_s(caller.name),
             )
         if limits.requests_per_minute is not None and len(begun) >= limits.requests_per_minute:
             raise ResourceExhaustedError(

@@ -32,6 +32,8 @@ from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID
+from specdec.service.auth import CALLER
+from specdec.service.retry import retry_after_s
 from specdec.service.sessions import remaining_timeout_s, send
 from specdec.service.telemetry import Telemetry
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
@@ -49,7 +51,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._tracer = telemetry.tracer
         self.num_requests = 0
         """Requests under way."""
-        self._callers = CallerLimits()
+        self._running: dict[RunningRequest, str] = {}
+        """What has been admitted and planned, with the name of its caller."""
+        self._callers = CallerLimits(self._retry_after_s)
 
     def _loaded(self) -> Backends:
         if self.backends is None:
@@ -94,8 +98,14 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             raise ResourceExhaustedError(
                 f"The gateway runs {backends.config.max_requests} requests already; try again later.",
                 reason="TOO_MANY_REQUESTS",
-                retry_after_s=1.0,
+                retry_after_s=self._retry_after_s(),
             )
+
+    def _retry_after_s(self, caller: str | None = None) -> float:
+        """Return when a request of a caller should end, or the first of all requests."""
+        return retry_after_s(
+            request.progress() for request, owner in self._running.items() if caller in (None, owner)
+        )
 
     async def _generate(
         self,
@@ -127,6 +137,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         peers = Peers(plan, backends, lease, _timeout_s(context, backends.config.max_request_s))
         running = RunningRequest(plan, backends, peers, trace, arrived_ns=arrived_ns)
         outcome = "cancelled"
+        self._running[running] = _caller_name()
         try:
             async with aclosing(buffered(running.responses())) as responses:
                 async for response in responses:
@@ -136,6 +147,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             outcome = outcome_of(error)
             raise
         finally:
+            del self._running[running]
             trace.finish(running.num_output_tokens, running.speculation())
             backends.metrics.add_request(model_id, running.label, outcome, running.timing())
 
@@ -161,6 +173,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             verifiers=[_replica_info(r, verifier=r.info) for r in backends.verifiers.replicas],
             drafters=[_replica_info(r, drafter=r.info) for r in backends.drafters.replicas],
         )
+
+
+def _caller_name() -> str:
+    caller = CALLER.get()
+    return caller.name if caller else ""
 
 
 def _require_length(max_new_tokens: int | None, most: int) -> None:

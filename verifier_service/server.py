@@ -16,7 +16,8 @@ from specdec.service.watchdog import Watchdog
 from specdec.v1 import verifier_pb2_grpc
 from verifier_service.config import VerifierConfig
 from verifier_service.service import SERVICE_NAME, VerifierServicer
-from verifier_service.verifier import Verifier, make_memory
+from verifier_service.state_memory import make_memory
+from verifier_service.verifier import Verifier
 
 
 class VerifierServer:

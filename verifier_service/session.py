@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from specdec.contract.draft_tree import DraftTree
@@ -10,6 +11,7 @@ from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs,
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
+from specdec.service.retry import Progress
 from verifier_service.acceptance import DraftAcceptance, FinishReason
 from verifier_service.state_stream import ExportedState
 
@@ -102,6 +104,8 @@ class Session:
         self.max_length = max_length
         self.prompt_length = request.prompt_length or len(request.committed_token_ids)
         self.token_ids = list(request.committed_token_ids)
+        self._num_given = len(self.token_ids)
+        self._opened_at = time.monotonic()
         self.cached_length = 0
         self.finish_reason: FinishReason | None = None
 
@@ -114,6 +118,16 @@ class Session:
     def num_remaining_tokens(self) -> int:
         """The number of tokens that may still be committed."""
         return self.max_length - self.committed_length
+
+    @property
+    def progress(self) -> Progress:
+        """How far the session has come; its room is that of the KV pool, tokens."""
+        return Progress(
+            begun_at=self._opened_at,
+            num_done=self.committed_length - self._num_given,
+            num_left=0 if self.finish_reason else self.num_remaining_tokens,
+            room=self.allocation.capacity,
+        )
 
     @property
     def num_free_slots(self) -> int:

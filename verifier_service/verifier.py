@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree
@@ -15,15 +14,17 @@ from specdec.contract.sampling import validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.engine import Engine, EngineResult
 from specdec.runtime.kv_pool import KvAllocation
-from specdec.runtime.loading import LoadedModel, load_causal_lm, usable_device
-from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
+from specdec.runtime.loading import LoadedModel, load_causal_lm
+from specdec.runtime.memory import StateMemory
 from specdec.runtime.model_thread import ModelThread
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.rounding import try_rounding
-from specdec.state.weights import TargetWeightsRef, share_weights, shared_weights_bytes
+from specdec.service.retry import retry_after_s
+from specdec.state.weights import TargetWeightsRef, share_weights
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest, Session
 from verifier_service.state_export import StateExport
+from verifier_service.state_memory import expect_drafters
 from verifier_service.state_stream import ExportedState
 from verifier_service.target_model import (
     PrefillChunk,
@@ -79,8 +80,9 @@ class Verifier:
         self.max_length = packed.max_length
         self.model_impl = packed.model_impl
         self.pool = packed.pool
-        _expect_drafters(packed, loaded)
+        expect_drafters(packed, loaded)
         self.num_sessions = 0
+        self._sessions: set[Session] = set()
         self._weights: TargetWeightsRef | None = None
         self.engine: Engine[StepItem, Any] = Engine(
             TargetModel(packed).step,
@@ -164,17 +166,18 @@ class Verifier:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken; try again when one has ended.",
                 reason="NO_SESSION_SLOT",
-                retry_after_s=1.0,
+                retry_after_s=retry_after_s(session.progress for session in self._sessions),
             )
         # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
         with_nodes = max_length + min(request.draft_nodes, self.config.max_draft_nodes)
-        allocation = self.pool.allocate(max(max_length, min(with_nodes, self.pool.capacity_tokens)))
+        allocation = self._allocate(max(max_length, min(with_nodes, self.pool.capacity_tokens)))
         self.num_sessions += 1
+        session: Session | None = None
         state: ExportedState | None = None
         try:
             state, refusal = await self._open_state(request.target_state_spec, allocation)
             eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
-            yield Session(
+            session = Session(
                 request,
                 stop_token_ids=request.stop_token_ids | eos,
                 allocation=allocation,
@@ -182,12 +185,23 @@ class Verifier:
                 state=state,
                 state_refusal=refusal,
             )
+            self._sessions.add(session)
+            yield session
         finally:
             self.num_sessions -= 1
+            self._sessions -= {session}
             self.engine.forget(allocation)
             if state:
                 self.export.close(state)
             self.pool.free(allocation)
+
+    def _allocate(self, num_tokens: int) -> KvAllocation:
+        try:
+            return self.pool.allocate(num_tokens)
+        except ResourceExhaustedError as error:
+            missing = num_tokens - self.pool.free_tokens
+            error.retry_after_s = retry_after_s((session.progress for session in self._sessions), missing)
+            raise
 
     async def _open_state(
         self, spec: TargetStateSpec | None, allocation: KvAllocation
@@ -260,40 +274,3 @@ class Verifier:
             batch_size=results[-1].batch_size,
             batch_tokens=results[-1].batch_tokens,
         )
-
-
-def make_memory(config: VerifierConfig) -> StateMemory:
-    """Make the memory where target state lives, as --target-state says.
-
-    Raises:
-        InvalidArgumentError: the device is not there, or the shared directory cannot be used and must be.
-    """
-    device = usable_device(config.device)
-    if config.target_state == "stream":
-        return PrivateMemory(device)
-    strict = config.target_state == "handle"
-    try:
-        directory = SharedDirectory(Path(config.shared_dir))
-    except InvalidArgumentError as error:
-        if strict:
-            raise
-        logger.warning("drafters have to stream target state", extra={"reason": error.message})
-        return PrivateMemory(device)
-    directory.sweep()
-    host = SharedHostMemory(directory, strict=strict)
-    if device.type != "cuda":
-        return host
-    from specdec.runtime.cuda_ipc import CudaIpcMemory
-
-    return CudaIpcMemory(device, host)
-
-
-def _expect_drafters(packed: PackedModel, loaded: LoadedModel) -> None:
-    """Warn if shared memory has no room for what drafters will read besides KV."""
-    weights = shared_weights_bytes(loaded.model)
-    layer = packed.pool.capacity_tokens * packed.capture.hidden_size * loaded.model.dtype.itemsize
-    use = (
-        f"{weights / 2**20:.0f} MiB more for the embedding and the LM head, and {layer / 2**20:.0f} MiB for "
-        "each layer of hidden states"
-    )
-    packed.pool.memory.expect(weights + layer, use)

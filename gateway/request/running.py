@@ -17,6 +17,7 @@ from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Round
 from specdec.contract.finish_reasons import FINISH_REASONS
+from specdec.service.retry import Progress
 from specdec.v1 import common_pb2, gateway_pb2
 
 
@@ -81,6 +82,14 @@ class RunningRequest:
             ttft_ns=self._first_ns - self._arrived_ns if self._first_ns else 0,
             tpot_ns=(self._last_ns - self._first_ns) // num_later if num_later > 0 else 0,
             total_ns=(self._last_ns or time.monotonic_ns()) - self._arrived_ns,
+        )
+
+    def progress(self) -> Progress:
+        """Return how far the request has come, for those who wait for its end."""
+        return Progress(
+            begun_at=self._arrived_ns / 1e9,
+            num_done=self.num_output_tokens,
+            num_left=max(0, self._plan.max_new_tokens - self.num_output_tokens),
         )
 
     def speculation(self) -> SpeculationStats:
