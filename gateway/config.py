@@ -42,6 +42,10 @@ class GatewayConfig(ServiceConfig):
     max_prompt_bytes: int = 2**20
     """Longest text of a prompt, all messages of a chat together, bytes of UTF-8. While a text is tokenised it
     takes about 300 times as much memory."""
+    allow_special_tokens: bool = False
+    """Let the text of a special token, such as <|im_end|>, in the messages of a chat become that token; a
+    message can then end its turn and speak for others. Without this option it stays text. A raw prompt may
+    have special tokens in any case."""
     draft_timeout_s: float = 2.0
     """How long a round waits for its draft, seconds; a draft that comes later counts as lost."""
     drafter_wait_s: float = 5.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from gateway.request.backends import Backends
-from gateway.request.text import TextCodec
 from specdec.contract.errors import InvalidArgumentError
 from specdec.v1 import gateway_pb2
 
@@ -29,13 +28,13 @@ async def tokenise(request: gateway_pb2.GenerateRequest, backends: Backends, con
         )
     if num_bytes > _LONG_TEXT_BYTES:
         return await _encode_in_turn(request, backends)
-    return await asyncio.to_thread(_encode, request, backends.codec)
+    return await asyncio.to_thread(_encode, request, backends)
 
 
 async def _encode_in_turn(request: gateway_pb2.GenerateRequest, backends: Backends) -> list[int]:
     """Encode a long text. Its thread keeps the turn to its end, although nobody may wait for it any more."""
     await backends.long_texts.acquire()
-    encoding = asyncio.ensure_future(asyncio.to_thread(_encode, request, backends.codec))
+    encoding = asyncio.ensure_future(asyncio.to_thread(_encode, request, backends))
     encoding.add_done_callback(lambda _: backends.long_texts.release())
     return await asyncio.shield(encoding)
 
@@ -45,12 +44,15 @@ def _num_text_bytes(request: gateway_pb2.GenerateRequest) -> int:
     return request.chat.ByteSize() if request.WhichOneof("prompt") == "chat" else len(request.text.encode())
 
 
-def _encode(request: gateway_pb2.GenerateRequest, codec: TextCodec) -> list[int]:
+def _encode(request: gateway_pb2.GenerateRequest, backends: Backends) -> list[int]:
     kind = request.WhichOneof("prompt")
     if kind == "chat":
-        return codec.encode_chat([(message.role, message.content) for message in request.chat.messages])
+        return backends.codec.encode_chat(
+            [(message.role, message.content) for message in request.chat.messages],
+            allow_special_tokens=backends.config.allow_special_tokens,
+        )
     if kind == "text":
-        return codec.encode_text(request.text)
+        return backends.codec.encode_text(request.text)
     raise InvalidArgumentError(
         "The request has no prompt; set chat, text or token_ids.", field="prompt", reason="EMPTY_PROMPT"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from gateway.request.special_tokens import SpecialTokens, new_mark
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.request_limits import validate_roles
 from specdec.models.files import TOKENIZER_FILES, load_tokenizer, resolve_model, vocabulary_fingerprint
@@ -31,12 +33,13 @@ class TextCodec:
     ) -> None:
         self._tokenizer = tokenizer
         self._template = _compile(chat_template) if chat_template else None
-        self._special_tokens = special_tokens
+        self._named_tokens = special_tokens
         self._special_ids = {
             token.content: token_id
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
+        self._special_tokens = SpecialTokens(tokenizer, {*self._special_ids, *special_tokens.values()})
         self.vocabulary_fingerprint = fingerprint
 
     @classmethod
@@ -53,8 +56,14 @@ class TextCodec:
         special_tokens = _named_special_tokens(folder, config)
         return cls(load_tokenizer(folder), template, special_tokens, vocabulary_fingerprint(folder))
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[tuple[str, str]], *, allow_special_tokens: bool = False
+    ) -> list[int]:
         """Encode a conversation of (role, content), up to where the assistant's answer starts.
+
+        Args:
+            allow_special_tokens: the text of a special token in a message becomes that token, as it does with
+                transformers; otherwise it stays text.
 
         Raises:
             InvalidArgumentError: there are no messages, a role is unknown, or the template refuses.
@@ -62,25 +71,46 @@ class TextCodec:
         if not messages:
             raise InvalidArgumentError("The chat has no messages.", field="chat", reason="EMPTY_PROMPT")
         validate_roles(role for role, _ in messages)
+        if allow_special_tokens:
+            ids: list[int] = self._tokenizer.encode(self._render(messages), add_special_tokens=False).ids
+            return ids
+        mark = new_mark()
+        return self._special_tokens.encode(self._render_marked(messages, mark), mark)
+
+    def _render_marked(self, messages: Sequence[tuple[str, str]], mark: str) -> str:
+        """Render with marks wherever messages have, or may complete, the text of a special token."""
+        marks = self._special_tokens
+        marked = [(role, marks.mark_tokens(content, mark)) for role, content in messages]
+        text = self._render(marked, mark)
+        with_ends = [(role, marks.mark_ends(content, mark)) for role, content in marked]
+        if with_ends == marked:
+            return text
+        # A template may look at how a message begins or ends; then these marks are not worth another text.
+        with suppress(InvalidArgumentError):
+            marked_text = self._render(with_ends, mark)
+            if marked_text.replace(mark, "") == text.replace(mark, ""):
+                return marked_text
+        return text
+
+    def _render(self, messages: Sequence[tuple[str, str]], mark: str = "") -> str:
         if self._template is None:
             raise InvalidArgumentError(
                 "This model has no chat template; send raw text or token ids.", field="chat"
             )
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=[{"role": role, "content": content} for role, content in messages],
                 tools=None,  # defined, as transformers defines them
                 documents=None,
                 add_generation_prompt=True,
-                **self._special_tokens,
+                **self._named_tokens,
             )
         except Exception as error:  # the template is the model's own code and fails in its own ways
-            raise InvalidArgumentError(f"The chat template refuses: {error}", field="chat") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+            reason = str(error).replace(mark, "") if mark else str(error)
+            raise InvalidArgumentError(f"The chat template refuses: {reason}", field="chat") from error
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode raw text, with the special tokens that the tokenizer itself adds."""
+        """Encode raw text, with the special tokens written in it and those that the tokenizer itself adds."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import click
 
 from specdec.cli.chat import Conversation, ctrl_c_cancels, read_line
-from specdec.cli.options import NO_COLOR, connection_options, generation_options
+from specdec.cli.options import NO_COLOR, RAW, connection_options, generation_options
 from specdec.cli.render import (
     AnswerPrinter,
     closing_line,
@@ -31,7 +31,7 @@ WARM_UP_TOKENS = 4
 @click.argument("prompt")
 @generation_options()
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@RAW
 @click.option(
     "--logprobs",
     metavar="N",
@@ -106,7 +106,7 @@ def _stream_answer(client: Client, prompt: Prompt, options: GenerateOptions, no_
     help="Methods to run one after the other, separated by commas.",
 )
 @generation_options(with_method=False)
-@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@RAW
 @connection_options
 def compare(
     prompt: str, methods: str, options: GenerateOptions, raw: bool, gateway: str, timeout_s: float

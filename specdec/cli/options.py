@@ -147,6 +147,12 @@ _SAMPLING = (
     ),
 )
 
+RAW = click.option(
+    "--raw",
+    is_flag=True,
+    help="Continue the prompt as it is, without the chat template; special tokens in it stay such.",
+)
+
 NO_COLOR = click.option(
     "--no-color", is_flag=True, help="Show no colours in the terminal; $NO_COLOR does the same."
 )

@@ -179,7 +179,7 @@ def config_options(
 ) -> Callable[[CommandT], CommandT]:
     """Add one option per field: `max_sessions` becomes --max-sessions, its docstring becomes the help.
 
-    Options of fields whose default is a tuple may be given several times.
+    Options of fields whose default is a tuple may be given several times; those of a bool are flags.
     """
     docs = _field_docs(config_type)
     allowed = {"log_level": _LOG_LEVELS, "target_state": TARGET_STATE_MODES, **(choices or {})}
@@ -197,6 +197,7 @@ def config_options(
                 entry.name,
                 type=str if kind is tuple else kind,
                 default=default,
+                is_flag=kind is bool,
                 multiple=isinstance(default, tuple),
                 show_envvar=True,
                 help=docs.get(entry.name, ""),

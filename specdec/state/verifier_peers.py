@@ -11,7 +11,7 @@ import grpc
 
 from specdec.contract.errors import FailedPreconditionError, from_rpc_error
 from specdec.contract.request_id import request_metadata
-from specdec.runtime.engine import ModelThread
+from specdec.runtime.model_thread import ModelThread
 from specdec.state.source import Mappings
 from specdec.state.weights import TargetWeights, TargetWeightsRef
 from specdec.transport.channel import ServiceChannel

@@ -87,7 +87,7 @@ async def test_no_text_of_what_is_refused(tiny_llama: Path, tmp_path: Path, witn
 async def test_no_text_of_a_defect(
     tiny_llama: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(messages: Sequence[tuple[str, str]]) -> list[int]:
+    def fail(messages: Sequence[tuple[str, str]], **_: object) -> list[int]:
         raise KeyError(messages[0][1])
 
     async with running_system(tiny_llama, "ngram", telemetry=witness.telemetry()) as system:

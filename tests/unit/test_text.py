@@ -32,7 +32,7 @@ REPLACEMENT = "\ufffd"
 CONVERSATIONS = [
     [("user", "Hello!")],
     [("system", "Answer in French."), ("user", "Good morning")],
-    [("user", "Hi"), ("assistant", "你好 👋"), ("user", "é <s> </s>")],
+    [("user", "Hi"), ("assistant", "你好 👋"), ("user", "é <s/> </ s>")],
 ]
 
 
