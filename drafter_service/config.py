@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.config import ModelServiceConfig, require_choice, require_not_negative, require_positive
+from specdec.transport.allow_list import LOCAL, AllowList
 
 STREAM_FEATURES = ("projected", "raw")
 MTP_POSITIONS = {"anchor": 0, "hidden": -1}
@@ -55,9 +56,16 @@ class DrafterConfig(ModelServiceConfig):
     """How hidden states are streamed to a drafter that projects them: "projected" by the verifier, which
     makes them smaller, or "raw"."""
 
+    verifier_allow: str = LOCAL
+    """Addresses of verifiers that the drafter may call for target state, separated by commas: "loopback",
+    "unix" (all Unix sockets), HOST:PORT with * for any characters, NETWORK:PORT such as 10.0.0.0/8:50051, or
+    dns:///NAME:PORT, which stands for the addresses that the name has. HOST or NETWORK without a port stands
+    for all ports. Sessions of other verifiers get no drafts for which one would have to be called."""
+
     def __post_init__(self) -> None:
         # The two-argument form: with slots, super() would look for another class object.
         super(DrafterConfig, self).__post_init__()
+        AllowList(self.verifier_allow)
         require_positive(self, "max_draft_depth", "max_draft_nodes", "ngram_min", "mirror_mib")
         require_not_negative(self, "ngram_memory")
         require_choice(self, "stream_features", STREAM_FEATURES)

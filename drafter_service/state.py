@@ -50,6 +50,7 @@ def load_reader(
         directory=directory,
         mirror_bytes=int(config.mirror_mib * 2**20),
         stream_projected=config.stream_features == "projected",
+        verifier_allow=config.verifier_allow,
     )
     return StateReader(reader_config, checkpoint, on_link, tls=tls)
 

@@ -21,11 +21,13 @@ from specdec.contract.target_state import (
 )
 from specdec.runtime.capture import HiddenCapture
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
-from specdec.state.view import Projection
+from specdec.state.view import Projection, num_projection_bytes
 from verifier_service.state_offer import StateOffer
 from verifier_service.state_stream import ExportedState, RunOnEngine, StateChunk, StateStreams
 
 _MAX_PROJECTIONS = 4
+_MAX_PROJECTIONS_BYTES = 2**30
+"""Most bytes of all projections that are kept; a single one is never larger."""
 
 
 class StateExport:
@@ -51,6 +53,7 @@ class StateExport:
         run_on_engine: RunOnEngine,
     ) -> None:
         self.uri = uri
+        self.max_projection_bytes = _MAX_PROJECTIONS_BYTES
         self._pool = pool
         self._offer = StateOffer(capture, attention_types, max_hidden_layers=max_hidden_layers)
         self._streams = StateStreams(pool, run_on_engine)
@@ -125,8 +128,15 @@ class StateExport:
         """Keep a projection; the least recently used one gives way when there are too many."""
         self._projections[projection.info.sha256] = projection.to(self._pool.device)
         self._projections.move_to_end(projection.info.sha256)
-        while len(self._projections) > _MAX_PROJECTIONS:
+        while (
+            len(self._projections) > _MAX_PROJECTIONS or self.num_projection_bytes > self.max_projection_bytes
+        ):
             self._projections.popitem(last=False)
+
+    @property
+    def num_projection_bytes(self) -> int:
+        """Bytes of the projections that are kept."""
+        return sum(num_projection_bytes(projection.info) for projection in self._projections.values())
 
     def projection(self, sha256: str) -> Projection:
         """Return a projection that was put.

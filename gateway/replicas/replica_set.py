@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Generic
 
@@ -17,6 +19,8 @@ RESOLVE_INTERVAL_S = 5.0
 NEAR_SESSIONS = 4
 """How many sessions more a replica may have that is near: a drafter that drafts for so many others is slower
 than one that has to be sent the target's state."""
+REFRESH_INTERVAL_S = 1.0
+"""How long what replicas said of their load is fresh, seconds."""
 
 
 class ReplicaSet(Generic[InfoT]):
@@ -51,6 +55,9 @@ class ReplicaSet(Generic[InfoT]):
         self._resolve = resolve
         self._resolve_interval_s = resolve_interval_s
         self._changed = asyncio.Condition()
+        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshed_at = -math.inf
+        """When the replicas were last asked how busy they are, by time.monotonic."""
         self._watches: dict[str, ReplicaWatch[InfoT]] = {}
         """The watches, by the replica's address."""
         self._unresolved: dict[str, str] = {}
@@ -177,9 +184,19 @@ class ReplicaSet(Generic[InfoT]):
             await self._changed.wait_for(lambda: any(replica.is_ready for replica in self.replicas))
 
     async def refresh(self) -> None:
-        """Ask every ready replica anew how busy it is."""
+        """Ask every ready replica anew how busy it is. Who asks while the answers are fresh, or on their way,
+        shares them: however many ask a gateway, its replicas are asked once in a while.
+        """
+        if time.monotonic() - self._refreshed_at < REFRESH_INTERVAL_S:
+            return
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.ensure_future(self._refresh())
+        await asyncio.shield(self._refreshing)
+
+    async def _refresh(self) -> None:
         watches = list(self._watches.values())
         await asyncio.gather(*(watch.refresh() for watch in watches if watch.replica.is_ready))
+        self._refreshed_at = time.monotonic()
 
     @property
     def known_infos(self) -> list[InfoT]:

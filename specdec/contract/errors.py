@@ -29,6 +29,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 ERROR_DOMAIN = "specdec.v1"
+_DETAILS_METADATA = "grpc-status-details-bin"
 _MAX_MESSAGE_BYTES = 1500
 """Longest message that is sent, bytes. HTTP/2 trailers repeat a status three times and end at 8 KiB."""
 
@@ -213,10 +214,16 @@ def from_rpc_error(error: grpc.RpcError) -> SpecdecError:
     result = error_type(message or f"The call failed with {code.name}.")
     metadata: Any = error.trailing_metadata() or ()  # pairs on either stack; the stubs disagree
     for key, value in metadata:
-        if key == "grpc-status-details-bin":
+        if key == _DETAILS_METADATA:
             with suppress(DecodeError):  # the code counts even if the details are garbage
                 _read_details(result, value)
     return result
+
+
+def has_details(error: grpc.RpcError) -> bool:
+    """Return whether the server itself sent a typed error; otherwise the message is about the connection."""
+    metadata: Any = error.trailing_metadata() or ()
+    return any(key == _DETAILS_METADATA for key, _ in metadata)
 
 
 def _read_details(error: SpecdecError, serialised: bytes) -> None:

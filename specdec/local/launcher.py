@@ -93,7 +93,7 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
     ports = free_ports(3)
     gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
     # The target is for drafters that have to stream its state, and for those that ask what it is.
-    drafter_args = ["--target", config.model]
+    drafter_args = ["--target", config.model, "--verifier-allow", verifier]
     drafter_args += [argument for name in config.drafters for argument in ("--drafter", name)]
     shared = ["--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state]
     if config.threads:

@@ -35,6 +35,7 @@ from specdec.contract.target_state import (
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.memory import dtype_of
 from specdec.state.source import StateSource
+from specdec.state.verifier_peers import from_verifier, silent_verifier
 from specdec.state.view import Projection, TargetStateView
 from specdec.transport.channel import MAX_MESSAGE_BYTES
 from specdec.v1 import target_state_pb2 as pb
@@ -79,6 +80,7 @@ class MirroredState(StateSource):
     Args:
         stub: the verifier's methods.
         max_length: positions the session can reach.
+        timeout_s: how long a round waits for its positions, and how long an upload may take, seconds.
         projection: the spec's, if it has one.
         is_projected: have the verifier apply it, and mirror the result in place of the hidden states.
 
@@ -95,6 +97,7 @@ class MirroredState(StateSource):
         max_length: int,
         *,
         device: torch.device,
+        timeout_s: float,
         projection: Projection | None,
         is_projected: bool,
     ) -> None:
@@ -102,6 +105,7 @@ class MirroredState(StateSource):
         self._budget = budget
         self._ref = ref
         self._spec = spec
+        self._timeout_s = timeout_s
         self._projection = projection
         self._sent_projection = projection if is_projected else None
         refs = _mirrored(ref.tensors, spec, self._sent_projection)
@@ -125,8 +129,12 @@ class MirroredState(StateSource):
 
     async def view(self, cached_length: int) -> TargetStateView:
         """Wait for the stream and return the view."""
-        while self.length < cached_length and self._error is None:
-            await self._changed.wait()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while self.length < cached_length and self._error is None:
+                    await self._changed.wait()
+        except TimeoutError:
+            raise silent_verifier(self._timeout_s) from None
         if self._error:
             raise self._error
         return TargetStateView(
@@ -160,7 +168,7 @@ class MirroredState(StateSource):
                 "The session this state belonged to has ended.", reason="STALE_STATE"
             )
         except grpc.RpcError as error:
-            self._error = _stream_error(from_rpc_error(error))
+            self._error = _stream_error(from_verifier(error))
         except SpecdecError as error:
             self._error = error
         except Exception as error:  # the drafter must learn of any failure, or it would wait for ever
@@ -180,7 +188,9 @@ class MirroredState(StateSource):
         except grpc.aio.AioRpcError as error:
             if projection is None or from_rpc_error(error).reason != _UNKNOWN_PROJECTION:
                 raise
-        await self._stub.PutProjection(_projection_messages(projection), metadata=request_metadata())
+        await self._stub.PutProjection(
+            _projection_messages(projection), metadata=request_metadata(), timeout=self._timeout_s
+        )
         async for chunk in self._stub.StreamTargetState(request, metadata=request_metadata()):
             yield chunk
 

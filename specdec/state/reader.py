@@ -30,6 +30,7 @@ from specdec.state.source import MappedState, Mappings, StateSource
 from specdec.state.verifier_peers import VerifierPeers
 from specdec.state.view import Projection, TargetStateView
 from specdec.state.weights import TargetWeights
+from specdec.transport.allow_list import LOCAL, AllowList
 from specdec.transport.tls import OutgoingTls
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class ReaderConfig:
         directory: where handles may be; None: nowhere.
         mirror_bytes: memory of all mirrors together.
         stream_projected: have the verifier project hidden states it streams, where the spec has a projection.
+        verifier_allow: addresses of verifiers that may be called; see AllowList.
+        timeout_s: how long a verifier may take to answer, or to stream what a round waits for, seconds.
     """
 
     mode: str
@@ -62,6 +65,8 @@ class ReaderConfig:
     directory: SharedDirectory | None
     mirror_bytes: int
     stream_projected: bool = True
+    verifier_allow: str = LOCAL
+    timeout_s: float = 60.0
 
 
 class StateReader:
@@ -87,7 +92,13 @@ class StateReader:
         self.mirrors = MirrorBudget(config.mirror_bytes)
         self._mappings = Mappings(config.device, config.directory)
         may_map = config.mode != "stream"
-        self._verifiers = VerifierPeers(self._mappings if may_map else None, checkpoint, tls)
+        self._verifiers = VerifierPeers(
+            self._mappings if may_map else None,
+            checkpoint,
+            tls,
+            allowed=AllowList(config.verifier_allow),
+            timeout_s=config.timeout_s,
+        )
         self._links: Counter[Link] = Counter()
 
     @property
@@ -115,13 +126,14 @@ class StateReader:
         """Return a target's embedding and LM head; see VerifierPeers."""
         return await self._verifiers.weights(verifier_uri)
 
-    def attach(
+    async def attach(
         self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None
     ) -> tuple[Link, StateSource]:
         """Map a session's state, or start to mirror it; the link counts until it is released.
 
         Raises:
             FailedPreconditionError: it can only be streamed, and handles are demanded.
+            PermissionDeniedError: it can only be streamed, and the verifier may not be called.
             ResourceExhaustedError: no memory for another mirror.
         """
         mode, reason = self.config.mode, ""
@@ -139,7 +151,7 @@ class StateReader:
         if source:
             storage = storage_kind(next(ref.storage for ref in ref.tensors if ref.name != GENERATIONS))
         else:
-            source = self._mirror(ref, spec, max_length, projection)
+            source = await self._mirror(ref, spec, max_length, projection)
         link = Link(ref.verifier_uri, storage, reason)
         if reason and not self._links[link]:
             logger.warning("target state is streamed", extra={"verifier": ref.verifier_uri, "reason": reason})
@@ -162,16 +174,17 @@ class StateReader:
         except (OSError, ValueError, TypeError, OverflowError, RuntimeError) as error:
             return None, f"{type(error).__name__}: {error}"
 
-    def _mirror(
+    async def _mirror(
         self, ref: TargetStateRef, spec: TargetStateSpec, max_length: int, projection: Projection | None
     ) -> StateSource:
         return MirroredState(
-            self._verifiers.stub(ref.verifier_uri),
+            await self._verifiers.stub(ref.verifier_uri),
             self.mirrors,
             ref,
             spec,
             max_length,
             device=self.config.device,
+            timeout_s=self.config.timeout_s,
             projection=projection,
             is_projected=(
                 self.config.stream_projected
@@ -223,7 +236,9 @@ class StateSession:
                     reason="INCOMPLETE_HANDLE",
                 )
             _check_complete(ref, self._spec)
-            self.link, self._source = self._reader.attach(ref, self._spec, self._max_length, self._projection)
+            self.link, self._source = await self._reader.attach(
+                ref, self._spec, self._max_length, self._projection
+            )
             self._identity = identity
         if identity != self._identity:
             raise FailedPreconditionError(

@@ -129,6 +129,14 @@ def test_verifiers_can_be_reached_where_they_say(cluster: Manifests) -> None:
     assert address["valueFrom"]["fieldRef"]["fieldPath"] == "status.podIP"
 
 
+def test_drafters_may_call_the_verifiers_and_nobody_else(manifests: Manifests) -> None:
+    gateway, drafter = (
+        next(container for container in manifests.containers() if container.service == service)
+        for service in ("gateway", "drafter")
+    )
+    assert drafter.option("VERIFIER_ALLOW") == gateway.option("VERIFIER")
+
+
 def test_gateway_verifier_and_drafter_mean_the_same_model(manifests: Manifests) -> None:
     model = {container.service: container for container in manifests.containers()}
     target = model["verifier"].option("MODEL")
@@ -200,6 +208,10 @@ class TestCompose:
             )
             assert config.listen.startswith("0.0.0.0:")
             assert int(service["stop_grace_period"].removesuffix("s")) >= config.drain_grace_s + CLOSING_S
+
+    def test_the_drafter_may_call_the_verifier_and_nobody_else(self, services: dict[str, Any]) -> None:
+        allowed = services["drafter"]["environment"]["SPECDEC_DRAFTER_VERIFIER_ALLOW"]
+        assert allowed == services["verifier"]["environment"]["SPECDEC_VERIFIER_ADVERTISE"]
 
     def test_handles_fit_into_shared_memory(self, services: dict[str, Any]) -> None:
         verifier, drafter = services["verifier"], services["drafter"]

@@ -95,7 +95,7 @@ async def test_state_is_streamed_between_hosts(
 ) -> None:
     everywhere = f"0.0.0.0:{PORT}"
     verifier = verifier_command(everywhere, tiny_llama, "--advertise", namespaces.advertised)
-    drafter = probe_command(everywhere, 5)
+    drafter = probe_command(everywhere, 5, "--verifier-allow", namespaces.advertised)
     group = service_group(
         tmp_path,
         {

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,6 +24,7 @@ from gateway.server import GatewayServer
 from specdec.client import AsyncClient, GatewayInfo, GenerateOptions, VerifierInfo
 from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.service.exporters import make_telemetry
+from specdec.v1 import verifier_pb2, verifier_pb2_grpc
 from tests.integration.gated_drafter import WAIT_S, Gate, eventually
 from tests.systems import ANY_PORT, running_drafter, running_gateway, running_verifier
 from tests.tiny_models import byte_tokenizer, save_tiny_model
@@ -449,3 +451,32 @@ class TestFitting:
                     verifier_uri,
                     drafter_uri,
                 ]
+
+
+async def test_replicas_are_asked_how_busy_they_are_once_for_all_who_ask(tiny_llama: Path) -> None:
+    asked = 0
+
+    async def get_info(channel: grpc.aio.Channel) -> object:
+        nonlocal asked
+        asked += 1
+        stub: Any = verifier_pb2_grpc.VerifierServiceStub(channel)
+        return await stub.GetInfo(verifier_pb2.VerifierServiceGetInfoRequest())
+
+    async with running_verifier(tiny_llama) as (address, _):
+        replicas = ReplicaSet[Any](
+            "specdec.v1.VerifierService", [address], get_info=get_info, check=lambda info: None
+        )
+        await replicas.wait_until_ready()
+        asked_before = asked
+        await asyncio.gather(*(replicas.refresh() for _ in range(20)))
+        await replicas.refresh()
+        assert asked == asked_before + 1
+        await until_asked_again(replicas, lambda: asked > asked_before + 1)
+        await replicas.close()
+
+
+async def until_asked_again(replicas: ReplicaSet[Any], was_asked: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not was_asked():
+            await replicas.refresh()
+            await asyncio.sleep(0.05)

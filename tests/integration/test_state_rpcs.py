@@ -285,6 +285,23 @@ async def test_the_projection_not_used_for_longest_is_forgotten(tiny_llama: Path
         assert known == [True, False, True, True, True]
 
 
+async def test_projections_are_kept_up_to_so_many_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    projections = [Projection(torch.full((8, 32), float(index)), torch.ones(8), 1e-6) for index in range(3)]
+    size = len(projections[0].to_bytes())
+    async with methods_of(tiny_llama, tmp_path, target_state="stream") as methods:
+        verifier = methods.server.servicer.verifier
+        assert verifier is not None
+        verifier.export.max_projection_bytes = 2 * size
+        for projection in projections:
+            async with state_session(
+                methods.address, PROMPT, TargetStateSpec((0,), projection=projection.info)
+            ):
+                await methods.put(*messages(projection.info, projection.to_bytes()))
+        assert verifier.export.num_projection_bytes == 2 * size
+        with pytest.raises(NotFoundError):
+            verifier.export.projection(projections[0].info.sha256)
+
+
 async def test_a_verifier_told_to_share_by_handle_only_does_not_stream(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

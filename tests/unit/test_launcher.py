@@ -510,7 +510,8 @@ def test_service_commands() -> None:
     )
     assert drafter.command[1:] == (
         *("-m", "drafter_service", "--listen", drafter.address),
-        *("--target", "org/model", "--drafter", "ngram", "--drafter", "causal-lm:org/small"),
+        *("--target", "org/model", "--verifier-allow", verifier.address),
+        *("--drafter", "ngram", "--drafter", "causal-lm:org/small"),
         *("--dtype", "float32", "--device", "cpu", "--target-state", "stream", "--threads", "3"),
     )
     assert verifier.command[1:] == (

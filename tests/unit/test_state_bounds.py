@@ -29,7 +29,9 @@ def ref_of(*shape: int, num_blocks: int = 2) -> TargetStateRef:
 
 def mirror(budget: MirrorBudget, ref: TargetStateRef, max_length: int, stub: Any = None) -> MirroredState:
     # Nothing is streamed before the first await.
-    return MirroredState(stub, budget, ref, SPEC, max_length, device=CPU, projection=None, is_projected=False)
+    return MirroredState(
+        stub, budget, ref, SPEC, max_length, device=CPU, timeout_s=20, projection=None, is_projected=False
+    )
 
 
 async def test_a_mirror_is_no_larger_than_the_session_whatever_the_gateway_says() -> None:
@@ -134,7 +136,7 @@ async def test_idle_channels_are_closed_once_and_used_ones_are_kept() -> None:
     reader = StateReader(ReaderConfig("stream", CPU, None, mirror_bytes=2**20))
     sessions = [reader.open(SPEC, 64) for _ in range(20)]
     for index, session in enumerate(sessions):
-        link, source = reader.attach(
+        link, source = await reader.attach(
             TargetStateRef("id", f"127.0.0.1:{index + 1}", 1, 0, ref_of(9, 8).tensors, (0,), 64),
             SPEC,
             64,
