@@ -59,6 +59,10 @@ class GatewayConfig(ServiceConfig):
     authenticator: str = ""
     """MODULE:NAME of a callable that returns a specdec.service.auth.Authenticator, which then decides who may
     call. It replaces --auth-tokens."""
+    trust_traceparent: bool = False
+    """Let a request belong to the trace that its caller names (metadata traceparent), which then also says
+    whether spans of it are recorded. Without this option it has a trace of its own, with a link to the
+    caller's span. Set it where all callers are your own services."""
     drain_grace_s: float = 30.0
     """How long running requests may go on after SIGTERM, seconds."""
     log_level: str = "info"

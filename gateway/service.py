@@ -67,7 +67,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         arrived_ns = time.monotonic_ns()
         backends = self._loaded()
         metadata = dict(context.invocation_metadata() or ())
-        trace = RequestTrace(self._tracer, str(metadata.get("traceparent", "")))
+        trace = RequestTrace(
+            self._tracer,
+            str(metadata.get("traceparent", "")),
+            is_trusted=backends.config.trust_traceparent,
+        )
         # The call's task has this context to itself; log lines of the request carry its trace id.
         attach(set_span_in_context(trace.span))
         self.num_requests += 1

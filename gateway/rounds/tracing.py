@@ -15,6 +15,7 @@ from specdec.contract.request_id import REQUEST_ID
 from specdec.service.telemetry import (
     REQUEST_ID_ATTRIBUTE,
     context_of,
+    links_to,
     record_span,
     trace_id_of,
     traceparent_of,
@@ -62,13 +63,22 @@ class RoundSpan:
 
 
 class RequestTrace:
-    """The span of one request, and its children."""
+    """The span of one request, and its children.
 
-    def __init__(self, tracer: Tracer, traceparent: str) -> None:
+    Args:
+        traceparent: span of the caller; empty or malformed: it has none.
+        is_trusted: the request belongs to the caller's trace, which also says whether it is recorded.
+            Otherwise it has a trace of its own with a link to the caller's span: whoever knows the id of a
+            trace could write into it, and whoever asks not to be recorded would not be.
+    """
+
+    def __init__(self, tracer: Tracer, traceparent: str, *, is_trusted: bool = False) -> None:
         self._tracer = tracer
+        caller = context_of(traceparent)
         self.span: Span = tracer.start_span(
             "specdec.generate",
-            context=context_of(traceparent),
+            context=caller if is_trusted else Context(),
+            links=() if is_trusted else links_to(caller),
             kind=SpanKind.SERVER,
             attributes={REQUEST_ID_ATTRIBUTE: REQUEST_ID.get()},
         )

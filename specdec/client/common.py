@@ -85,7 +85,7 @@ def check_connection(
 
 def call_metadata(request_id: str = "") -> Metadata:
     """Return what goes with a call beside its message: the caller's span, so that its trace goes on in the
-    services, and the request's id; empty: it has none.
+    services, or has a link there, and the request's id; empty: it has none.
 
     Raises:
         InvalidArgumentError: the request id is malformed.

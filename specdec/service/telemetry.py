@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 from opentelemetry.metrics import Meter
-from opentelemetry.trace import NoOpTracer, Span, SpanKind, Tracer
+from opentelemetry.trace import Link, NoOpTracer, Span, SpanKind, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from specdec.contract.request_id import REQUEST_ID
@@ -81,6 +81,12 @@ def traceparent_of(span: Span) -> str:
 def context_of(traceparent: str) -> Context:
     """Return a context whose current span is the remote one; it is empty if traceparent is malformed."""
     return _propagator.extract({"traceparent": traceparent}, Context())
+
+
+def links_to(context: Context) -> list[Link]:
+    """Return a link to the current span of a context; none where there is no such span."""
+    span_context = trace.get_current_span(context).get_span_context()
+    return [Link(span_context)] if span_context.is_valid else []
 
 
 def trace_id_of(span: Span) -> str:

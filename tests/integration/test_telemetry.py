@@ -246,14 +246,40 @@ class TestSpanTree:
 
 
 class TestTraceContext:
-    async def test_the_clients_span_is_the_parent(self, recorded: Recorded, tiny_llama: Path) -> None:
-        async with running_system(tiny_llama, telemetry=recorded.telemetry) as system:
+    async def test_the_span_of_a_trusted_client_is_the_parent(
+        self, recorded: Recorded, tiny_llama: Path
+    ) -> None:
+        async with running_system(
+            tiny_llama, telemetry=recorded.telemetry, gateway_options={"trust_traceparent": True}
+        ) as system:
             with recorded.telemetry.tracer.start_as_current_span("client") as client_span:
                 result = await system.client.generate(PROMPT, GenerateOptions(max_new_tokens=4))
             request = await recorded.request()
             assert request.parent
             assert request.parent.span_id == client_span.get_span_context().span_id
             assert result.trace_id == format_trace_id(client_span.get_span_context().trace_id)
+
+    @pytest.mark.parametrize("flags", ["00", "01"])
+    async def test_a_stranger_neither_joins_a_trace_nor_ends_recording(
+        self, flags: str, recorded: Recorded, tiny_llama: Path
+    ) -> None:
+        trace_id, span_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+        async with (
+            running_system(tiny_llama, telemetry=recorded.telemetry) as system,
+            aio_channel(system.address) as channel,
+        ):
+            message = gateway_pb2.GenerateRequest(text="abc", max_new_tokens=4)
+            call = gateway_pb2_grpc.GatewayServiceStub(channel).Generate(
+                message, metadata=(("traceparent", f"00-{trace_id}-{span_id}-{flags}"),)
+            )
+            started, *_ = [response.started async for response in call]
+            request = await recorded.request()
+        assert request.parent is None
+        assert started.trace_id == format_trace_id(context(request).trace_id) != trace_id
+        (link,) = request.links
+        assert (link.context.trace_id, link.context.span_id) == (int(trace_id, 16), int(span_id, 16))
+        assert {format_trace_id(context(span).trace_id) for span in recorded.spans} == {started.trace_id}
+        assert {"specdec.verify", "specdec.round"} <= {span.name for span in recorded.spans}
 
     async def test_a_malformed_traceparent_starts_a_new_trace(
         self, recorded: Recorded, tiny_llama: Path
@@ -271,9 +297,10 @@ class TestTraceContext:
             assert request.parent is None
             assert started.trace_id == format_trace_id(context(request).trace_id)
 
-    async def test_without_telemetry_there_is_no_trace(self, tiny_llama: Path) -> None:
+    async def test_without_telemetry_there_is_no_trace(self, recorded: Recorded, tiny_llama: Path) -> None:
         async with running_system(tiny_llama) as system:
-            result = await system.client.generate(PROMPT, GenerateOptions(max_new_tokens=4))
+            with recorded.telemetry.tracer.start_as_current_span("client"):
+                result = await system.client.generate(PROMPT, GenerateOptions(max_new_tokens=4))
             assert result.trace_id == ""
 
     async def test_concurrent_requests_do_not_mix(self, recorded: Recorded, tiny_llama: Path) -> None:
