@@ -18,6 +18,7 @@ from drafter_service.training.options import (
     with_options,
 )
 from specdec.cli.groups import ErrorGroup
+from specdec.cli.streams import show
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.tuning import tune_process
 
@@ -68,13 +69,14 @@ def data(**options: Any) -> None:
         raise InvalidArgumentError("--prompts are answered as they are; --passages has no part in that.")
     if given.out.exists():
         raise InvalidArgumentError(f"{given.out} exists; choose another --out.", field="out")
+    # Before the work, which takes long: a folder that cannot be made must not cost its result.
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     tune_process()
     from drafter_service.training.answers import generate_answers, load_target
 
     sequences = generate_answers(load_target(given), given, Console(stderr=True))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     sequences.save(given.out)
-    click.echo(f"{len(sequences)} sequences, {sequences.num_response_tokens} answer tokens in {given.out}")
+    show(f"{len(sequences)} sequences, {sequences.num_response_tokens} answer tokens in {given.out}")
 
 
 @train.command("mtp")
@@ -247,7 +249,7 @@ def _train(method: str, description: str, make: MakeTrainee, options: dict[str, 
 
 
 def _announce(method: str, out: Path, acceptance: HeldOutAcceptance) -> None:
-    click.echo(
+    show(
         f"Acceptance length {acceptance.length:.2f} on {acceptance.num_answers} held-out answers (K = "
         f"{acceptance.draft_depth}). Serve it with: specdec up --drafter {method}:{out}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from drafter_service.training.config import LOSS_NAMES, DataOptions, LoopConfig
+from specdec.cli.files import OutputFolder
 from specdec.runtime.loading import DTYPES
 from specdec.service.config import MAX_THREADS
 
@@ -77,7 +78,7 @@ DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
 OUTPUT_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option(
         "--out",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=OutputFolder(),
         required=True,
         help="Folder for the drafter, the generated answers and the checkpoint of an interrupted run.",
     ),

@@ -15,6 +15,7 @@ from specdec.bench.telemetry_cli import telemetry_command
 from specdec.bench.terminal import EXISTING_FILE, table_console
 from specdec.bench.transport_cli import transport_command
 from specdec.cli.groups import ErrorGroup
+from specdec.cli.streams import show
 
 
 @click.group(cls=ErrorGroup)
@@ -49,7 +50,7 @@ def noise_command(positions: int, vocab_size: int, repeats: int) -> None:
     greedy_ms, sampled_ms = noise_cost.measure(
         num_positions=positions, vocab_size=vocab_size, repeats=repeats
     )
-    click.echo(
+    show(
         f"{positions} positions x {vocab_size} tokens: greedy {greedy_ms:.2f} ms, "
         f"sampled {sampled_ms:.2f} ms (medians of {repeats})"
     )

@@ -20,10 +20,10 @@ from specdec.bench.terminal import (
     lines_above,
     out_option,
     progress_bar,
-    report,
     shown_in,
     table_console,
 )
+from specdec.cli.streams import report
 from specdec.contract.errors import UnavailableError
 from specdec.contract.methods import drafters_of
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from specdec.bench.terminal import report
+from specdec.cli.streams import report
 
 
 def verifier_at(

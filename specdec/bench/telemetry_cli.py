@@ -11,8 +11,9 @@ import click
 from specdec.bench import telemetry_cost, telemetry_report
 from specdec.bench.telemetry_cost import TelemetryConfig
 from specdec.bench.telemetry_report import CONTROL, OFF, ON, SERVICES
-from specdec.bench.terminal import out_option, report
+from specdec.bench.terminal import out_option
 from specdec.bench.workload import load_prompts, select_round_robin
+from specdec.cli.streams import report, show
 from specdec.local.launcher import SystemConfig, prepare_models
 
 _DEFAULTS = TelemetryConfig()
@@ -79,7 +80,7 @@ def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> Non
     telemetry_report.write(directory, samples, costs, asdict(config) | {"num_prompts": len(prompts)})
     for arm, name in ((CONTROL, "off again"), (ON, "on")):
         found = telemetry_report.ratio(samples, arm)
-        click.echo(
+        show(
             f"TPOT, telemetry {name} / off: {found.median:.4f} (95 % interval {found.low:.4f} to "
             f"{found.high:.4f}, {found.num_pairs} pairs)"
         )
@@ -89,7 +90,7 @@ def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> Non
             telemetry_report.cpu_ms_per_token(costs, arm, service) for arm in (OFF, CONTROL, ON)
         )
         share = (on - (off + again) / 2) / tpot_ms
-        click.echo(
+        show(
             f"CPU ms a token, {service}: {off:.3f} off, {again:.3f} off again, {on:.3f} on "
             f"({share:+.2%} of a TPOT of {tpot_ms:.1f} ms)"
         )

@@ -10,6 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from specdec.cli.files import OutputFolder
+
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _TABLE_WIDTH = 160
 """Width of a table in characters where the output is not a terminal with a width of its own."""
@@ -37,15 +39,10 @@ def out_option(files: str) -> Callable[..., Any]:
     return click.option(
         "--out",
         "directory",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=OutputFolder(),
         required=True,
         help=f"Folder for {files}.",
     )
-
-
-def report(line: str) -> None:
-    """Print a line to stderr."""
-    click.echo(line, err=True)
 
 
 def progress_bar() -> Progress:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdec.cli.files import read_text
 from specdec.contract.errors import InvalidArgumentError
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -56,7 +57,7 @@ def load_prompts(*paths: Path) -> list[Prompt]:
 
 def _load(path: Path) -> list[Prompt]:
     # Not splitlines(), which also ends lines at separators that JSON strings may contain.
-    lines = _read_text(path).split("\n")
+    lines = read_text(path, "The prompts file").split("\n")
     prompts = [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise InvalidArgumentError(f"{path} has no prompts; it needs one JSON object per line.")
@@ -94,13 +95,6 @@ def sha256_of(paths: Sequence[Path]) -> str:
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"The prompts file {path} cannot be read: {error}") from error
 
 
 def _parse(line: str, path: Path, number: int) -> Prompt:

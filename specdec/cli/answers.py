@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 
@@ -17,8 +16,8 @@ from specdec.cli.render import (
     console,
     fallback_note,
     print_closing_line,
-    report,
 )
+from specdec.cli.streams import read_input, report, show_json
 from specdec.client import Client, GenerateOptions, Generation, Message, Prompt
 from specdec.contract.methods import PLAIN
 from specdec.contract.sampling import MAX_TOP_LOGPROBS, with_seed
@@ -69,8 +68,7 @@ def generate(
     if system is not None and raw:
         raise click.UsageError("--system needs the chat template, which --raw leaves out.")
     if prompt == "-":
-        # Undecodable bytes become lone surrogates, which the client refuses with a clear error.
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        prompt = read_input()
     if not prompt.strip():
         raise click.UsageError("The prompt is empty.")
     options = replace(options, raw=raw, num_top_logprobs=logprobs)
@@ -78,7 +76,7 @@ def generate(
     with Client(gateway, timeout_s=timeout_s) as client:
         if as_json:
             answer = client.generate(full_prompt, options)
-            click.echo(json.dumps(answer.to_json(), ensure_ascii=False))
+            show_json(answer.to_json())
         else:
             _stream_answer(client, full_prompt, options, no_color)
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from specdec.cli.groups import describe_error
-from specdec.cli.render import AnswerPrinter, console, print_closing_line, report
+from specdec.cli.render import AnswerPrinter, console, print_closing_line
+from specdec.cli.streams import report
 from specdec.client import Client, GenerateOptions, GenerationStream, Message
 from specdec.contract.errors import RequestCancelledError, SpecdecError
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any, cast
 
 import click
 
+from specdec.cli.streams import report, standard_streams
 from specdec.contract.errors import InvalidArgumentError, NotFoundError, SpecdecError
 from specdec.models.extra import models_extra
 
 
 class ErrorGroup(click.Group):
-    """A group that shows the project's errors as one clear message and an exit code."""
+    """A group that shows what goes wrong as one clear message and an exit code."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run the program on streams that take any text; exit code 1 where a file cannot be used."""
+        with standard_streams():
+            try:
+                return super().main(*args, **settings)
+            except OSError as error:
+                report(f"error: {error.filename or 'A file'} cannot be used: {error.strerror or error}.")
+                sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit code 2 for bad input, 1 for everything else that goes wrong."""
@@ -21,7 +32,7 @@ class ErrorGroup(click.Group):
             with models_extra():
                 return super().invoke(ctx)
         except SpecdecError as error:
-            click.echo(describe_error(error), err=True)
+            report(describe_error(error))
             ctx.exit(2 if isinstance(error, (InvalidArgumentError, NotFoundError)) else 1)
 
 

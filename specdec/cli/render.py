@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import click
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
@@ -30,11 +29,6 @@ _MAX_SHOWN_DEPTH = 8
 _REVISION_DIGITS = 8
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def report(line: str) -> None:
-    """Print a line that is not part of the answer."""
-    click.echo(line, err=True)
 
 
 def console(no_color: bool = False, *, stderr: bool = False) -> Console:

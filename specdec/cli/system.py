@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import click
 
 from specdec.cli.options import BoundedFloat, connection_options
-from specdec.cli.render import console, info_tables, report
+from specdec.cli.render import console, info_tables
+from specdec.cli.streams import report, show, show_json
 from specdec.client import Client
 from specdec.local.launcher import SystemConfig, default_drafters, prepare_models
 from specdec.local.processes import warnings_in
@@ -131,7 +131,7 @@ def _announce(state: SystemState, hint: str) -> None:
     for name in ("verifier", "drafter"):
         for warning in warnings_in(Path(state.log_dir) / f"{name}.log"):
             report(f"warning: {name}: {warning}")
-    click.echo(f"gateway {state.gateway}  verifier {state.verifier}  drafter {state.drafter}")
+    show(f"gateway {state.gateway}  verifier {state.verifier}  drafter {state.drafter}")
     report(f"Ready. Logs are in {state.log_dir}. {hint}")
 
 
@@ -154,7 +154,7 @@ def info(as_json: bool, gateway: str, timeout_s: float) -> None:
     with Client(gateway, timeout_s=timeout_s) as client:
         system = client.info()
     if as_json:
-        click.echo(json.dumps(asdict(system)))
+        show_json(asdict(system))
         return
     for table in info_tables(system):
         console(no_color=False).print(table)

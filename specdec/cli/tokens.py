@@ -8,6 +8,8 @@ import secrets
 
 import click
 
+from specdec.cli.streams import report, show
+
 
 def _not_blank(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
     if not value.strip():
@@ -28,8 +30,8 @@ def token(name: str) -> None:
       specdec token alice >> tokens.toml
     """
     secret = secrets.token_urlsafe(32)
-    click.echo(f"[[tokens]]\nname = {json.dumps(name)}")
-    click.echo(f'sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"')
-    click.echo("# max_concurrent_requests = 4\n# max_new_tokens = 1024\n# requests_per_minute = 60")
-    click.echo("# expires = 2030-01-31T00:00:00Z\n")
-    click.echo(f"The token of {name}, for SPECDEC_TOKEN: {secret}", err=True)
+    show(f"[[tokens]]\nname = {json.dumps(name)}")
+    show(f'sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"')
+    show("# max_concurrent_requests = 4\n# max_new_tokens = 1024\n# requests_per_minute = 60")
+    show("# expires = 2030-01-31T00:00:00Z\n")
+    report(f"The token of {name}, for SPECDEC_TOKEN: {secret}")

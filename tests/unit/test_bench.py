@@ -92,6 +92,23 @@ def test_a_malformed_workload_is_refused(tmp_path: Path, content: str, message: 
         load_prompts(path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_separators_that_json_allows_in_a_string_end_no_line(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    text = "a\u2028b\u2029c\u0085d"
+    line = json.dumps({"question_id": 1, "category": "a", "turns": [text]}, ensure_ascii=False)
+    path.write_bytes(f"{line}\r\n".encode(encoding))
+    assert [prompt.text for prompt in load_prompts(path)] == [text]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_workload_of_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"question_id": 1, "category": "a", "turns": ["é"]}', encoding=encoding)
+    with pytest.raises(InvalidArgumentError, match=r"not UTF-8 .*; save it as UTF-8"):
+        load_prompts(path)
+
+
 def test_ids_are_integers_or_strings(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     ids: list[int | str] = ["HumanEval/1", 1, "1", 81]
