@@ -100,14 +100,16 @@ class RunningRequest:
         """Count a round and turn its tokens into text."""
         self._last_ns = time.monotonic_ns()
         self._first_ns = self._first_ns or self._last_ns
-        self._tally.add(completed)
-        self._backends.metrics.add_round(self.label, completed)
         released: list[TextToken] = []
-        for index, token_id in enumerate(completed.token_ids):
-            self._emitted.append(_token(completed, index))
+        for token_id in completed.token_ids:
             released += self._text.push(token_id)
             if self._text.stopped:
                 break
+        # What comes after a stop string was never emitted, and counts nowhere.
+        emitted = completed.ended_after(self._text.num_tokens - self.num_output_tokens)
+        self._tally.add(emitted)
+        self._backends.metrics.add_round(self.label, emitted)
+        self._emitted += [_token(emitted, index) for index in range(len(emitted.token_ids))]
         if completed.verified.finish_reason and not self._text.stopped:
             released += self._text.flush()
         self.num_output_tokens = self._text.num_tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from specdec.contract.draft_tree import DraftTree
@@ -132,6 +132,22 @@ class Round:
         """The tokens that the round commits, all of them picks of the target."""
         accepted = (self.draft.token_ids[node] for node in self.verified.path)
         return (*accepted, self.verified.bonus_token_id)
+
+    def ended_after(self, num_tokens: int) -> Round:
+        """Return the round as one that commits only its first tokens, at least one: the text ends there.
+
+        The last of them counts as the bonus token, as a stop token does, and those after it as not accepted.
+        """
+        if num_tokens > self.verified.num_accepted_tokens:
+            return self
+        verified = replace(
+            self.verified,
+            num_accepted_tokens=num_tokens - 1,
+            bonus_token_id=self.token_ids[num_tokens - 1],
+            logprobs=self.verified.logprobs[:num_tokens],
+            accepted_node_indices=self.verified.accepted_node_indices[: num_tokens - 1],
+        )
+        return replace(self, verified=verified)
 
 
 class StateHandle(Protocol):
