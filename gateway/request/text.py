@@ -23,6 +23,7 @@ from specdec.contract.request_limits import validate_roles
 from specdec.models.files import TOKENIZER_FILES, load_tokenizer, resolve_model, vocabulary_fingerprint
 
 _REPLACEMENT = "\ufffd"
+_MAX_CHARACTER_BYTES = 4
 
 
 class TextCodec:
@@ -118,6 +119,11 @@ class TextCodec:
         """Return the special token with that text; None: there is none. It never appears in decoded text."""
         return self._special_ids.get(text)
 
+    def has_text(self, token_id: int) -> bool:
+        """Return whether a token is text: not a special token, nor an id that the tokenizer lacks."""
+        # Twice, because a space has no text where a text begins.
+        return self.decode([token_id, token_id]) != ""
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode token ids to text, special tokens left out."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -138,13 +144,17 @@ class TextStream:
     """Turns tokens into text as they come: without broken characters, and nothing past a stop string.
 
     A token is released once its text is final: characters are whole, and the text cannot become part of a
-    stop string any more. The released texts join to the decoded whole, cut at the first stop string.
+    stop string any more. The released texts join to the decoded whole, cut at the first stop string. (Where
+    bytes that form no character are tokens of their own, as in SentencePiece's vocabularies, decoding the
+    whole also makes U+FFFD of whole characters beside them; the released texts keep those.)
     """
 
     def __init__(self, codec: TextCodec, stop_strings: Sequence[str] = ()) -> None:
         self._codec = codec
         self._stop_strings = stop_strings
-        self._token_ids: list[int] = []
+        self._num_tokens = 0
+        self._text_ids: list[int] = []
+        """The tokens that have text."""
         self._prefix = 0
         self._read = 0
         self._held: list[TextToken] = []
@@ -153,21 +163,27 @@ class TextStream:
     @property
     def num_tokens(self) -> int:
         """How many tokens were pushed."""
-        return len(self._token_ids)
+        return self._num_tokens
 
     def push(self, token_id: int) -> list[TextToken]:
         """Add a token and return those it releases; sets `stopped` when a stop string is complete."""
-        self._token_ids.append(token_id)
-        self._held.append(TextToken(token_id, self._next_piece(), len(self._token_ids) - 1))
+        piece = ""
+        if self._codec.has_text(token_id):
+            self._text_ids.append(token_id)
+            piece = self._next_piece()
+        if piece and self._is_within_character:
+            self._add_to_last_held(piece)
+            piece = ""
+        self._held.append(TextToken(token_id, piece, self._num_tokens))
+        self._num_tokens += 1
         return self._release(self._num_held_characters())
 
     def flush(self) -> list[TextToken]:
         """Release what is held: nothing follows."""
         if not self.stopped and self._held:
             rest = self._text_from(self._prefix)[len(self._text_from(self._prefix, self._read)) :]
-            last = self._held[-1]
-            self._held[-1] = TextToken(last.token_id, last.text + rest, last.index)
-            self._read = self._prefix = len(self._token_ids)
+            self._add_to_last_held(rest)
+            self._read = self._prefix = len(self._text_ids)
             self._num_held_characters()  # the rest may complete a stop string
         return self._release(0)
 
@@ -177,16 +193,40 @@ class TextStream:
         """
         before = self._text_from(self._prefix, self._read)
         now = self._text_from(self._prefix)
-        if now == before:  # a special token, which has no text and does not wait for text
-            self._read = len(self._token_ids)
+        if len(now) <= len(before):
             return ""
-        if len(now) <= len(before) or now.endswith(_REPLACEMENT):
+        end = self._end_of_garbage(now) if now.endswith(_REPLACEMENT) else len(self._text_ids)
+        if end == self._read:
             return ""
-        self._prefix, self._read = self._read, len(self._token_ids)
-        return now[len(before) :]
+        piece = self._text_from(self._prefix, end)[len(before) :]
+        self._prefix, self._read = self._read, end
+        return piece
+
+    def _end_of_garbage(self, now: str) -> int:
+        """Return up to which token the text is final although it ends in U+FFFD; `_read` if none is.
+
+        A character has at most four bytes, so what is no character after as many tokens begins none. Its last
+        three may still begin one. They are split off where that leaves the text as it is: not within bytes
+        that become one U+FFFD together.
+        """
+        end = len(self._text_ids)
+        if end - self._read < _MAX_CHARACTER_BYTES:
+            return self._read
+        splits = range(end - _MAX_CHARACTER_BYTES + 1, end)
+        same = (at for at in splits if self._text_from(self._prefix, at) + self._text_from(at) == now)
+        return next(same, self._read)
+
+    @property
+    def _is_within_character(self) -> bool:
+        """Whether the text of the last tokens is not final."""
+        return self._read < len(self._text_ids)
+
+    def _add_to_last_held(self, text: str) -> None:
+        last = self._held[-1]
+        self._held[-1] = TextToken(last.token_id, last.text + text, last.index)
 
     def _text_from(self, start: int, stop: int | None = None) -> str:
-        return self._codec.decode(self._token_ids[start:stop])
+        return self._codec.decode(self._text_ids[start:stop])
 
     def _num_held_characters(self) -> int:
         """Count how much of the held text's end could still become a stop string; cut at a complete one."""
@@ -216,7 +256,7 @@ class TextStream:
             keep += 1
             num_held_characters -= len(self._held[-keep].text)
         # Within a character one token is held as well: the flush must have one to hang the rest on.
-        keep = max(keep, int(self._read < len(self._token_ids)))
+        keep = max(keep, int(self._is_within_character))
         split = len(self._held) - keep
         released, self._held = self._held[:split], self._held[split:]
         return released

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gateway.request.text import (
     TextCodec,
@@ -29,6 +30,23 @@ from specdec.models.embedded import DEFAULT_MODEL, prepare_default_model
 from tests.tiny_models import BOS, EOS, VOCAB_SIZE, byte_tokenizer
 
 REPLACEMENT = "\ufffd"
+BYTE_IDS = {
+    byte: byte_tokenizer().backend_tokenizer.token_to_id(character)
+    for byte, character in bytes_to_unicode().items()
+}
+"""The token of each byte."""
+PIECES = [
+    b"a",
+    b"\xe2\x82\xac",
+    b"\xe2",
+    b"\xe2\x82",
+    b"\xf0\x9f\x98\x80",
+    b"\xf0\x9f\x98",
+    b"\xc3",
+    b"\x80",
+    b"\xff",
+]
+"""Characters, their beginnings, and bytes that begin none."""
 CONVERSATIONS = [
     [("user", "Hello!")],
     [("system", "Answer in French."), ("user", "Good morning")],
@@ -110,7 +128,46 @@ class TestTextStream:
         half = codec.encode_text("€")[0]
         released = [token for _ in range(50) for token in stream.push(half)]
         assert len(released) == 49
-        assert join(stream.flush()) == REPLACEMENT * 50
+        assert len(join(released)) >= 47
+        assert join(released) + join(stream.flush()) == REPLACEMENT * 50
+
+    @given(data=st.binary(max_size=40) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))
+    def test_bytes_that_form_no_character_stall_nothing(self, codec: TextCodec, data: bytes) -> None:
+        stream = TextStream(codec)
+        so_far = ""
+        for length, byte in enumerate(data, start=1):
+            so_far += join(stream.push(BYTE_IDS[byte]))
+            whole = data[:length].decode(errors="replace")
+            assert whole.startswith(so_far.rstrip(REPLACEMENT))
+            assert len(whole) - len(so_far) <= 3
+        assert so_far + join(stream.flush()) == data.decode(errors="replace")
+
+    def test_each_token_costs_the_same_whatever_bytes_came_before(self, codec: TextCodec) -> None:
+        decoded = []
+
+        class CountingCodec(TextCodec):
+            """Notes how many tokens are decoded."""
+
+            def __init__(self) -> None:
+                """Leave out the tokenizer."""
+
+            def decode(self, token_ids: Sequence[int]) -> str:
+                decoded.append(len(token_ids))
+                return codec.decode(token_ids)
+
+        half, continuation = codec.encode_text("é")
+        for token_ids in ([half] * 400, [continuation] * 400, [half, *[EOS] * 400]):
+            stream = TextStream(CountingCodec())
+            for token_id in token_ids:
+                stream.push(token_id)
+            assert max(decoded) < 16
+            assert sum(decoded) < 16 * 4 * len(token_ids)
+            decoded.clear()
+
+    def test_special_tokens_within_a_character_leave_it_whole(self, codec: TextCodec) -> None:
+        first, second, third = codec.encode_text("€")
+        released, _ = stream_out(codec, [first, *[EOS] * 9, second, EOS, third])
+        assert join(released) == "€"
 
     def test_invalid_bytes_become_replacement_characters_where_they_are(self, codec: TextCodec) -> None:
         half = codec.encode_text("€")[:1]
@@ -152,6 +209,15 @@ class TestTokensOfWords:
     def test_tokens_join_to_the_decode_of_the_whole(self, words: TextCodec, token_ids: list[int]) -> None:
         released, _ = stream_out(words, token_ids)
         assert join(released) == words.decode(token_ids)
+
+    @given(data=st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))
+    def test_bytes_that_form_no_character_stall_nothing(self, words: TextCodec, data: bytes) -> None:
+        stream = TextStream(words)
+        token_ids = [2 + byte for byte in data]
+        so_far = [token for token_id in token_ids for token in stream.push(token_id)]
+        # Each byte is a U+FFFD of its own; at most three may still begin a character.
+        assert len(token_ids) - len(so_far) <= 3
+        assert [token.token_id for token in [*so_far, *stream.flush()]] == token_ids
 
     @given(text=st.text(st.sampled_from("ab €👋"), max_size=12))
     def test_text_gets_the_tokenizers_own_bos_and_comes_back(self, words: TextCodec, text: str) -> None:
