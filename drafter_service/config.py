@@ -66,7 +66,7 @@ class DrafterConfig(ModelServiceConfig):
         # The two-argument form: with slots, super() would look for another class object.
         super(DrafterConfig, self).__post_init__()
         AllowList(self.verifier_allow)
-        require_positive(self, "max_draft_depth", "max_draft_nodes", "ngram_min", "mirror_mib")
+        require_positive(self, "max_draft_depth", "max_draft_nodes", "ngram_min", "ngram_max", "mirror_mib")
         require_not_negative(self, "ngram_memory")
         require_choice(self, "stream_features", STREAM_FEATURES)
         require_choice(self, "mtp_position", tuple(MTP_POSITIONS))

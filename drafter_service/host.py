@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
+from specdec.contract.bounds import MAX_NUMBER, bound_passed
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import (
     FailedPreconditionError,
@@ -85,12 +86,16 @@ class DrafterHost:
             raise InvalidArgumentError(
                 "A draft needs at least one committed token.", field="committed_token_ids"
             )
-        if request.max_length < num_committed or not 0 < request.prompt_length <= num_committed:
-            raise InvalidArgumentError(
-                f"max_length ({request.max_length}) must be at least, and prompt_length "
-                f"({request.prompt_length}) at most, the {num_committed} committed tokens.",
-                field="max_length",
-            )
+        for name, low, high in (
+            ("max_length", num_committed, MAX_NUMBER),
+            ("prompt_length", 1, num_committed),
+        ):
+            if passed := bound_passed(getattr(request, name), low, high):
+                raise InvalidArgumentError(
+                    f"{name} is {getattr(request, name)}; it must be {passed}, with {num_committed} "
+                    "committed tokens.",
+                    field=name,
+                )
         token_ids = list(request.committed_token_ids)
         validate_token_ids("committed_token_ids", token_ids, drafter.traits.vocab_size)
         # A drafter may know fewer tokens than the target.

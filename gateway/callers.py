@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.config import GatewayConfig
+from specdec.contract.bounds import MAX_NUMBER
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnauthenticatedError
 from specdec.service.auth import CALLER, Authenticator, Caller, Limits
 
@@ -106,8 +107,8 @@ def _entry(table: Mapping[str, Any]) -> _Entry:
         raise ValueError(f"{', '.join(sorted(unknown))} is not a field of a token")
     limits = {name: table[name] for name in names & table.keys()}
     for name, value in limits.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        if type(value) is not int or not 1 <= value <= MAX_NUMBER:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {MAX_NUMBER}")
     if not _SHA256.fullmatch(table["sha256"]):
         raise ValueError("sha256 must be 64 hexadecimal digits")
     expires = table.get("expires")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.request_limits import validate_max_new_tokens
 from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import KvAllocation
@@ -55,10 +56,7 @@ class OpenRequest:
                 field="prompt",
                 reason="PROMPT_TOO_LONG",
             )
-        if self.max_new_tokens < 1:
-            raise InvalidArgumentError(
-                f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.", field="max_new_tokens"
-            )
+        validate_max_new_tokens(self.max_new_tokens)
         if self.prompt_length > num_committed:
             raise InvalidArgumentError(
                 f"prompt_length is {self.prompt_length}; it must be at most {num_committed}, the number of "

@@ -18,6 +18,7 @@ from drafter_service.training.options import (
     with_options,
 )
 from specdec.cli.groups import ErrorGroup
+from specdec.cli.numbers import integers, numbers
 from specdec.cli.streams import show
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.tuning import tune_process
@@ -48,7 +49,7 @@ def train() -> None:
 )
 @click.option(
     "--task-share",
-    type=click.FloatRange(0, 1),
+    type=numbers(0, 1),
     default=DATA_DEFAULTS.task_share,
     show_default=True,
     help="Share of the prompts that are about a text the target wrote: summaries, corrections, questions.",
@@ -84,7 +85,7 @@ def data(**options: Any) -> None:
 @click.option(
     "--layers",
     "num_layers",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=2,
     show_default=True,
     help="Number of decoder layers of the drafter.",
@@ -92,7 +93,7 @@ def data(**options: Any) -> None:
 @click.option(
     "--unroll",
     "num_steps",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=5,
     show_default=True,
     help="Number of draft steps that are trained.",
@@ -124,7 +125,7 @@ def mtp(num_layers: int, num_steps: int, draft_vocab_size: int, loss: str, **opt
 @click.option(
     "--layers",
     "num_layers",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=3,
     show_default=True,
     help="Number of decoder layers of the drafter.",
@@ -132,14 +133,14 @@ def mtp(num_layers: int, num_steps: int, draft_vocab_size: int, loss: str, **opt
 @click.option(
     "--context-layers",
     "num_context_layers",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=4,
     show_default=True,
     help="Number of target layers whose hidden states the drafter reads.",
 )
 @click.option(
     "--block-size",
-    type=click.IntRange(min=2),
+    type=integers(2),
     default=8,
     show_default=True,
     help="Number of tokens in a block: the anchor, and a mask for every draft.",
@@ -147,14 +148,14 @@ def mtp(num_layers: int, num_steps: int, draft_vocab_size: int, loss: str, **opt
 @click.option(
     "--anchors",
     "num_anchors",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=160,
     show_default=True,
     help="Number of blocks in a step.",
 )
 @click.option(
     "--markov-rank",
-    type=click.IntRange(min=0),
+    type=integers(0),
     default=256,
     show_default=True,
     help="Width of a small head that makes each draft depend on the draft before it; 0 leaves the head out, "
@@ -201,21 +202,21 @@ def dflash(
 @with_options(*OUTPUT_OPTIONS, *DATA_OPTIONS)
 @click.option(
     "--max-size",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_COUNTING.max_size,
     show_default=True,
     help="Length of the longest context, tokens.",
 )
 @click.option(
     "--min-count",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_COUNTING.min_count,
     show_default=True,
     help="Drop contexts of several tokens that occur fewer times.",
 )
 @click.option(
     "--min-gain",
-    type=click.FloatRange(min=0),
+    type=numbers(0),
     default=_COUNTING.min_gain,
     show_default=True,
     help="Drop contexts that say less than this beyond the next shorter context, nats over all their "

@@ -11,6 +11,7 @@ import click
 
 from drafter_service.training.config import LOSS_NAMES, DataOptions, LoopConfig
 from specdec.cli.files import OutputFolder
+from specdec.cli.numbers import integers, numbers
 from specdec.runtime.loading import DTYPES
 from specdec.service.config import MAX_THREADS
 
@@ -35,21 +36,21 @@ DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--num-sequences",
-        type=click.IntRange(min=2),
+        type=integers(2),
         default=DATA_DEFAULTS.num_sequences,
         show_default=True,
         help="Number of answers to generate.",
     ),
     click.option(
         "--max-new-tokens",
-        type=click.IntRange(min=1),
+        type=integers(1),
         default=DATA_DEFAULTS.max_new_tokens,
         show_default=True,
         help="Longest generated answer, tokens.",
     ),
     click.option(
         "--seed",
-        type=click.IntRange(min=0),
+        type=integers(0),
         default=_DEFAULTS.seed,
         show_default=True,
         help="Seed of the data, of its order and of the first weights.",
@@ -69,7 +70,7 @@ DATA_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--threads",
-        type=click.IntRange(0, MAX_THREADS),
+        type=integers(0, MAX_THREADS),
         default=0,
         help="Number of CPU threads.  [default: one per core that it may use]",
     ),
@@ -95,48 +96,48 @@ TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     *OUTPUT_OPTIONS,
     click.option(
         "--minutes",
-        type=click.FloatRange(min=0, min_open=True),
+        type=numbers(0, above=True),
         default=_DEFAULTS.minutes,
         show_default=True,
         help="Time to train, minutes, without the generation of answers.",
     ),
     click.option(
         "--steps",
-        type=click.IntRange(min=0),
+        type=integers(0),
         default=_DEFAULTS.steps,
         help="Number of steps to train, whatever the time.  [default: as many as fit into the minutes]",
     ),
     click.option(
         "--learning-rate",
-        type=click.FloatRange(min=0, min_open=True),
+        type=numbers(0, above=True),
         default=_DEFAULTS.learning_rate,
         show_default=True,
         help="Largest learning rate of AdamW.",
     ),
     click.option(
         "--warmup-steps",
-        type=click.IntRange(min=1),
+        type=integers(1),
         default=_DEFAULTS.warmup_steps,
         show_default=True,
         help="Number of steps over which the learning rate rises.",
     ),
     click.option(
         "--tokens-per-step",
-        type=click.IntRange(min=1),
+        type=integers(1),
         default=_DEFAULTS.tokens_per_step,
         show_default=True,
         help="Least number of answer tokens in a step.",
     ),
     click.option(
         "--max-length",
-        type=click.IntRange(min=8),
+        type=integers(8),
         default=_DEFAULTS.max_length,
         show_default=True,
         help="Length at which sequences are cut, tokens.",
     ),
     click.option(
         "--passes",
-        type=click.IntRange(min=1),
+        type=integers(1),
         default=_DEFAULTS.passes,
         show_default=True,
         help="How often an answer is trained on while the target's states of it are in memory.",
@@ -144,7 +145,7 @@ TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option(
         "--draft-vocab",
         "draft_vocab_size",
-        type=click.IntRange(min=1),
+        type=integers(1),
         default=8192,
         show_default=True,
         help="Number of tokens the drafter can propose: the most frequent tokens of the answers.",
@@ -161,7 +162,7 @@ TRAINING_OPTIONS: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--evaluate-minutes",
-        type=click.FloatRange(min=0, min_open=True),
+        type=numbers(0, above=True),
         default=_DEFAULTS.evaluate_minutes,
         show_default=True,
         help="Time between measurements of the held-out acceptance, minutes.",

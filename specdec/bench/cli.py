@@ -15,6 +15,7 @@ from specdec.bench.telemetry_cli import telemetry_command
 from specdec.bench.terminal import EXISTING_FILE, table_console
 from specdec.bench.transport_cli import transport_command
 from specdec.cli.groups import ErrorGroup
+from specdec.cli.numbers import integers
 from specdec.cli.streams import show
 
 
@@ -30,21 +31,19 @@ for _command in (run_command, pass_command, transport_command, telemetry_command
 @bench.command("noise")
 @click.option(
     "--positions",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=9,
     show_default=True,
     help="Number of positions: K + 1 of a round.",
 )
 @click.option(
     "--vocab-size",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=49152,
     show_default=True,
     help="Number of values at each position.",
 )
-@click.option(
-    "--repeats", type=click.IntRange(min=1), default=100, show_default=True, help="Number of measurements."
-)
+@click.option("--repeats", type=integers(1), default=100, show_default=True, help="Number of measurements.")
 def noise_command(positions: int, vocab_size: int, repeats: int) -> None:
     """Measure what the picks of a sampled round cost, beside those of a greedy round."""
     greedy_ms, sampled_ms = noise_cost.measure(

@@ -11,6 +11,7 @@ from specdec.bench import verify_pass
 from specdec.bench.peers.engines import require_usable
 from specdec.bench.services import verifier_at
 from specdec.bench.terminal import CommaList, lines_above, out_option, progress_bar, shown_in, table_console
+from specdec.cli.numbers import integers
 from specdec.contract.errors import InvalidArgumentError
 
 
@@ -30,14 +31,14 @@ from specdec.contract.errors import InvalidArgumentError
 @click.option(
     "--context",
     "context_tokens",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=256,
     show_default=True,
     help="Number of tokens in the KV cache at the start.",
 )
 @click.option(
     "--repeats",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=50,
     show_default=True,
     help="Number of rounds for each size.",

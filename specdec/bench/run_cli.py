@@ -23,6 +23,7 @@ from specdec.bench.terminal import (
     shown_in,
     table_console,
 )
+from specdec.cli.numbers import integers
 from specdec.cli.streams import report
 from specdec.contract.errors import UnavailableError
 from specdec.contract.methods import drafters_of
@@ -50,12 +51,12 @@ _DEFAULTS = BenchConfig()
 )
 @click.option(
     "--limit",
-    type=click.IntRange(min=1),
+    type=integers(1),
     help="Number of prompts to use, round-robin over the categories.  [default: all]",
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_DEFAULTS.max_new_tokens,
     show_default=True,
     help="Most tokens of an answer.",
@@ -72,7 +73,7 @@ _DEFAULTS = BenchConfig()
 )
 @click.option(
     "--draft-depth",
-    type=CommaList(int),
+    type=CommaList(int, 1),
     default="",
     show_default="chosen by the gateway",
     help="Draft tokens in a row per round (K). With several, such as 3,7,15, every method runs with each.",
@@ -88,7 +89,7 @@ _DEFAULTS = BenchConfig()
 @click.option(
     "--concurrency",
     "concurrencies",
-    type=CommaList(int),
+    type=CommaList(int, 1),
     default="1",
     show_default=True,
     help="Requests under way at a time. With several, such as 1,4,8, the workload is run with each.",
@@ -103,7 +104,7 @@ _DEFAULTS = BenchConfig()
 @click.option(
     "--warmup",
     "num_warmup_prompts",
-    type=click.IntRange(min=0),
+    type=integers(0),
     default=_DEFAULTS.num_warmup_prompts,
     show_default=True,
     help="Prompts that each method answers first, without a record.",

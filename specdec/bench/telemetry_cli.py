@@ -13,6 +13,7 @@ from specdec.bench.telemetry_cost import TelemetryConfig
 from specdec.bench.telemetry_report import CONTROL, OFF, ON, SERVICES
 from specdec.bench.terminal import out_option
 from specdec.bench.workload import load_prompts, select_round_robin
+from specdec.cli.numbers import integers, numbers
 from specdec.cli.streams import report, show
 from specdec.local.launcher import SystemConfig, prepare_models
 
@@ -28,14 +29,14 @@ _DEFAULTS = TelemetryConfig()
 )
 @click.option(
     "--draft-depth",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_DEFAULTS.draft_depth,
     show_default=True,
     help="Number of draft tokens in a round (K).",
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=2),
+    type=integers(2),
     default=_DEFAULTS.max_new_tokens,
     show_default=True,
     help="Number of tokens in an answer.",
@@ -43,21 +44,21 @@ _DEFAULTS = TelemetryConfig()
 @click.option(
     "--prompts",
     "num_prompts",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=12,
     show_default=True,
     help="Number of prompts after each start, round-robin over the categories.",
 )
 @click.option(
     "--restarts",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_DEFAULTS.restarts,
     show_default=True,
     help="How often all systems are started.",
 )
 @click.option(
     "--scrape-interval-s",
-    type=click.FloatRange(min=0.1),
+    type=numbers(0.1),
     default=_DEFAULTS.scrape_interval_s,
     show_default=True,
     help="Time between two scrapes, seconds.",

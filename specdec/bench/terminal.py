@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from specdec.cli.files import OutputFolder
+from specdec.contract.bounds import MAX_NUMBER, bound_passed
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _TABLE_WIDTH = 160
@@ -18,10 +19,15 @@ _TABLE_WIDTH = 160
 
 
 class CommaList(click.ParamType[Any]):
-    """Values separated by commas, each of the same type; blanks are dropped."""
+    """Values separated by commas, each of the same type; blanks are dropped.
 
-    def __init__(self, item: type[str] | type[int]) -> None:
+    Args:
+        low: the least of integers; the largest is MAX_NUMBER.
+    """
+
+    def __init__(self, item: type[str] | type[int], low: int = 0) -> None:
         self._item = item
+        self._low = low
         self.name = "LIST"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -29,9 +35,13 @@ class CommaList(click.ParamType[Any]):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(self._item(part.strip()) for part in value.split(",") if part.strip())
+            items = tuple(self._item(part.strip()) for part in value.split(",") if part.strip())
         except ValueError:
             self.fail(f"{value!r} is not a list of integers such as 1,4,8.", param, ctx)
+        for item in items:
+            if isinstance(item, int) and (passed := bound_passed(item, self._low, MAX_NUMBER)):
+                self.fail(f"{item} must be {passed}.", param, ctx)
+        return items
 
 
 def out_option(files: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import click
 from specdec.bench import geometry, transport, transport_report
 from specdec.bench.services import verifier_at
 from specdec.bench.terminal import CommaList, out_option, progress_bar, shown_in, table_console
+from specdec.cli.numbers import integers, numbers
 from specdec.contract.errors import InvalidArgumentError
 
 _DEFAULTS = transport.TransportConfig(model="default")
@@ -34,7 +35,7 @@ _DEFAULTS = transport.TransportConfig(model="default")
 @click.option("--device", default="cpu", show_default=True, help="Device of the verifier and the reader.")
 @click.option(
     "--kv-cache-mib",
-    type=float,
+    type=numbers(0, above=True),
     default=512.0,
     show_default=True,
     help="Memory for the KV pool of a verifier to start, MiB.",
@@ -47,28 +48,28 @@ _DEFAULTS = transport.TransportConfig(model="default")
 )
 @click.option(
     "--prefill-tokens",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_DEFAULTS.prefill_tokens,
     show_default=True,
     help="Number of tokens in the prompt.",
 )
 @click.option(
     "--round-tokens",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_DEFAULTS.round_tokens,
     show_default=True,
     help="Number of new tokens in a round: its whole draft and the bonus.",
 )
 @click.option(
     "--prefills",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_DEFAULTS.prefills,
     show_default=True,
     help="Number of new readers for each row; each gets the state of the whole prompt.",
 )
 @click.option(
     "--repeats",
-    type=click.IntRange(min=1),
+    type=integers(1),
     default=_DEFAULTS.repeats,
     show_default=True,
     help="Number of rounds for each row.",

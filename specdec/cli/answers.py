@@ -8,6 +8,7 @@ from dataclasses import replace
 import click
 
 from specdec.cli.chat import Conversation, ctrl_c_cancels, read_line
+from specdec.cli.numbers import integers
 from specdec.cli.options import NO_COLOR, RAW, connection_options, generation_options
 from specdec.cli.render import (
     AnswerPrinter,
@@ -34,7 +35,7 @@ WARM_UP_TOKENS = 4
 @click.option(
     "--logprobs",
     metavar="N",
-    type=click.IntRange(0, MAX_TOP_LOGPROBS),
+    type=integers(0, MAX_TOP_LOGPROBS),
     help="With --json: log probabilities, and the N best alternatives.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
+from specdec.cli.numbers import integers, numbers
 from specdec.client import DEFAULT_TIMEOUT_S, GATEWAY_VARIABLE, GenerateOptions
 from specdec.contract.sampling import SamplingParams
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
-
-
-class BoundedFloat(click.FloatRange):
-    """A number more than 0 and up to `most`. Not a number, which no comparison refuses, is not one."""
-
-    def __init__(self, most: float) -> None:
-        super().__init__(min=0, max=most, min_open=True)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number, or fail with the range it has to be in."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
-        return number
 
 
 _CONNECTION = (
@@ -41,7 +27,7 @@ _CONNECTION = (
         "--timeout",
         "timeout_s",
         metavar="SECONDS",
-        type=click.FloatRange(min=0, min_open=True),
+        type=numbers(0, above=True),
         default=DEFAULT_TIMEOUT_S,
         show_default=True,
         help="Give up on an answer after this many seconds.",
@@ -60,14 +46,14 @@ _LENGTH = (
         "-k",
         "--draft-depth",
         metavar="K",
-        type=click.IntRange(min=0),
+        type=integers(0),
         help="Tokens to draft in a row in each round; 0 is plain decoding.  [default: the gateway chooses "
         "round by round what pays]",
     ),
     click.option(
         "--draft-nodes",
         metavar="N",
-        type=click.IntRange(min=0),
+        type=integers(0),
         default=0,
         help="Most tokens of a round's draft tree, all drafters together.  [default: with -k one chain per "
         "drafter, without it the gateway chooses]",
@@ -75,7 +61,7 @@ _LENGTH = (
     click.option(
         "--min-draft-confidence",
         metavar="P",
-        type=click.FloatRange(0, 1),
+        type=numbers(0, 1),
         default=0.0,
         help="End a draft before the first token that its drafter gives less than this probability.  "
         "[default: 0, off]",
@@ -84,7 +70,7 @@ _LENGTH = (
         "-n",
         "--max-new-tokens",
         metavar="N",
-        type=click.IntRange(min=1),
+        type=integers(1),
         help="Most tokens of the answer.  [default: the gateway's]",
     ),
     click.option(
@@ -98,7 +84,7 @@ _LENGTH = (
         "--stop-token-id",
         "stop_token_ids",
         metavar="ID",
-        type=click.IntRange(min=0),
+        type=integers(0),
         multiple=True,
         help="End the answer with this token; may be given several times.",
     ),
@@ -141,7 +127,7 @@ _SAMPLING = (
     click.option(
         "--seed",
         metavar="N",
-        type=click.IntRange(0, 2**64 - 1),
+        type=integers(0, 2**64 - 1),
         help="Seed of random picks: the same request and seed give the same answer with every method.  "
         "[default: the gateway draws one for each request]",
     ),

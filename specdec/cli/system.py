@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from specdec.cli.options import BoundedFloat, connection_options
+from specdec.cli.numbers import integers, numbers
+from specdec.cli.options import connection_options
 from specdec.cli.render import console, info_tables
 from specdec.cli.streams import report, show, show_json
 from specdec.client import Client
@@ -55,20 +56,20 @@ DETACH_MARGIN_S = 30.0
 )
 @click.option(
     "--threads",
-    type=click.IntRange(0, MAX_THREADS),
+    type=integers(0, MAX_THREADS),
     default=0,
     help="CPU threads of verifier and drafter each; one is faster where other programs keep the cores busy.  "
     "[default: one per core that they may use]",
 )
 @click.option(
     "--kv-cache-mib",
-    type=BoundedFloat(most=2**24),
+    type=numbers(0, 2**24, above=True),
     help="Memory of the target's KV, MiB.  [default: the verifier's]",
 )
 @click.option(
     "--port",
     "gateway_port",
-    type=click.IntRange(0, 65535),
+    type=integers(0, 65535),
     default=0,
     help="Port of the gateway on 127.0.0.1.  [default: a free one]",
 )
@@ -76,7 +77,7 @@ DETACH_MARGIN_S = 30.0
 @click.option(
     "--timeout",
     "ready_timeout_s",
-    type=BoundedFloat(most=86_400),
+    type=numbers(0, 86_400, above=True),
     default=120.0,
     show_default=True,
     help="Seconds the services have to become ready.",

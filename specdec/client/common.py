@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from specdec.client.transport import Metadata
+from specdec.contract.bounds import MAX_NUMBER
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.contract.protocol import REQUEST_ID_METADATA
 from specdec.contract.request_id import checked_request_id
@@ -98,9 +98,10 @@ def call_metadata(request_id: str = "") -> Metadata:
 
 
 def _checked_timeout(timeout_s: float | None) -> float | None:
-    if timeout_s is not None and not (isinstance(timeout_s, Real) and 0 < timeout_s < math.inf):
+    if timeout_s is not None and not (isinstance(timeout_s, Real) and 0 < timeout_s <= MAX_NUMBER):
         raise InvalidArgumentError(
-            f"timeout_s is {timeout_s!r}; it must be a number of seconds > 0, or None for no deadline.",
+            f"timeout_s is {timeout_s!r}; it must be a number of seconds > 0 and at most {MAX_NUMBER}, "
+            "or None for no deadline.",
             field="timeout_s",
         )
     return timeout_s

@@ -22,14 +22,15 @@ from specdec.client.generation import (
     Token,
     Usage,
 )
+from specdec.contract.bounds import MAX_UINT32
 from specdec.contract.errors import InternalError, InvalidArgumentError
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.request_limits import MAX_NEW_TOKENS
-from specdec.contract.sampling import validate_num_top_logprobs
+from specdec.contract.sampling import validate_num_top_logprobs, with_range
+from specdec.transport.channel import MAX_MESSAGE_BYTES
 from specdec.v1 import gateway_pb2
 
 NS_PER_MS = 1_000_000
-_MAX_UINT32 = 2**32 - 1
 
 _ELSEWHERE = {"sampling", "raw", "request_id"}
 """Options that are not fields of the request: a message of their own, the kind of prompt, and metadata."""
@@ -52,8 +53,8 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
     if options.max_new_tokens is not None:
         _require_integer("max_new_tokens", options.max_new_tokens, 1, MAX_NEW_TOKENS)
     if options.draft_depth is not None:
-        _require_integer("draft_depth", options.draft_depth, 0, _MAX_UINT32)
-    _require_integer("draft_nodes", options.draft_nodes, 0, _MAX_UINT32)
+        _require_integer("draft_depth", options.draft_depth, 0, MAX_UINT32)
+    _require_integer("draft_nodes", options.draft_nodes, 0, MAX_UINT32)
     request = gateway_pb2.GenerateRequest(sampling=options.sampling.to_proto())
     for option, name in request_fields():
         value = getattr(options, option)
@@ -61,7 +62,19 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
             request.MergeFrom(gateway_pb2.GenerateRequest(**{name: value}))
     with _refusing("prompt", prompt):
         _set_prompt(request, prompt, options.raw)
+    _require_size(request)
     return request
+
+
+def _require_size(request: gateway_pb2.GenerateRequest) -> None:
+    """Refuse what is too large to be received, with words that the transport lacks."""
+    if (num_bytes := request.ByteSize()) > MAX_MESSAGE_BYTES:
+        raise InvalidArgumentError(
+            f"The request with its prompt has {num_bytes} bytes, a gateway receives at most "
+            f"{MAX_MESSAGE_BYTES} at a time; shorten the prompt.",
+            field="prompt",
+            reason="PROMPT_TOO_LONG",
+        )
 
 
 def request_fields() -> list[tuple[str, str]]:
@@ -135,7 +148,7 @@ def _refusing(name: str, value: object) -> Iterator[None]:
         ) from error
     except (ValueError, TypeError) as error:
         shown = repr(value)[:80]
-        raise InvalidArgumentError(f"{name} cannot be {shown}: {error}", field=name) from error
+        raise InvalidArgumentError(f"{name} cannot be {shown}: {with_range(error)}", field=name) from error
 
 
 class ResponseFold:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from specdec.contract.bounds import MAX_NUMBER, bound_passed
 from specdec.contract.errors import InvalidArgumentError
 
 ROLES = ("system", "user", "assistant")
@@ -13,7 +14,7 @@ MAX_STOP_STRING_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 1024
 MAX_MESSAGES = 4096
 """Most turns of a conversation."""
-MAX_NEW_TOKENS = 2**31 - 1
+MAX_NEW_TOKENS = MAX_NUMBER
 MAX_CACHE_KEY_LENGTH = 256
 """Most characters of a cache salt and of a caller's key."""
 
@@ -24,10 +25,9 @@ def validate_max_new_tokens(max_new_tokens: int) -> None:
     Raises:
         InvalidArgumentError: the number is out of range.
     """
-    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+    if passed := bound_passed(max_new_tokens, 1, MAX_NEW_TOKENS):
         raise InvalidArgumentError(
-            f"max_new_tokens is {max_new_tokens}; it must be at least 1 and at most {MAX_NEW_TOKENS}.",
-            field="max_new_tokens",
+            f"max_new_tokens is {max_new_tokens}; it must be {passed}.", field="max_new_tokens"
         )
 
 

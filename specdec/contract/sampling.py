@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 
+from specdec.contract.bounds import MAX_UINT32
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.request_limits import validate_length
 from specdec.v1 import common_pb2
 
 MAX_TOP_LOGPROBS = 20
+MAX_FACTOR = 1e6
+"""Largest temperature and repetition penalty."""
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGIT_BIASES = 4096
 MAX_ALLOWED_TOKEN_IDS = 16_384
@@ -25,7 +28,7 @@ class SamplingParams:
     """How the target turns logits into the one token that it picks; see specdec.v1.SamplingParams."""
 
     temperature: float = 0.0
-    """Softmax temperature, >= 0; 0 is greedy."""
+    """Softmax temperature, in [0, 1000000]; 0 is greedy."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -33,7 +36,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens that are less probable than min_p times the most probable token, in [0, 1]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt and output, > 0; 1 is off."""
+    """Divides positive and multiplies negative logits of tokens in prompt and output, in (0, 1000000]; 1 is
+    off."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens that are in the output, in [-2, 2]; 0 is off."""
     frequency_penalty: float = 0.0
@@ -76,18 +80,19 @@ class SamplingParams:
         Raises:
             InvalidArgumentError: a parameter is out of range; the error names it and its range.
         """
-        _require("temperature", self.temperature, 0.0, math.inf, "a number >= 0; 0 is greedy")
-        _require_integer("top_k", self.top_k, "0 (off) or more")
-        if self.top_k < 0 or (vocab_size and self.top_k > vocab_size):
-            limit = f"to {vocab_size}" if vocab_size else "or more"
-            _refuse("top_k", self.top_k, f"0 (off) {limit}")
+        _require("temperature", self.temperature, 0.0, MAX_FACTOR, f"in [0, {MAX_FACTOR:.0f}]; 0 is greedy")
+        top_k_range = f"an integer from 0 (off) to {vocab_size or MAX_UINT32}"
+        _require_integer("top_k", self.top_k, top_k_range)
+        if not 0 <= self.top_k <= (vocab_size or MAX_UINT32):
+            _refuse("top_k", self.top_k, top_k_range)
         _require_number("top_p", self.top_p, "in (0, 1]; 1 keeps every token")
         if not 0.0 < self.top_p <= 1.0:
             _refuse("top_p", self.top_p, "in (0, 1]; 1 keeps every token")
         _require("min_p", self.min_p, 0.0, 1.0, "in [0, 1]; 0 keeps every token")
-        _require_number("repetition_penalty", self.repetition_penalty, "a number > 0; 1 is off")
-        if not 0.0 < self.repetition_penalty < math.inf:
-            _refuse("repetition_penalty", self.repetition_penalty, "a number > 0; 1 is off")
+        penalty_range = f"in (0, {MAX_FACTOR:.0f}]; 1 is off"
+        _require_number("repetition_penalty", self.repetition_penalty, penalty_range)
+        if not 0.0 < self.repetition_penalty <= MAX_FACTOR:
+            _refuse("repetition_penalty", self.repetition_penalty, penalty_range)
         _require("presence_penalty", self.presence_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
         _require("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "in [-2, 2]; 0 is off")
         _require_integer("seed", self.noise_seed, "an integer in [0, 2**64)")
@@ -134,7 +139,8 @@ class SamplingParams:
                 message.MergeFrom(common_pb2.SamplingParams(**{parameter.name: value}))
             except (ValueError, TypeError) as error:
                 raise InvalidArgumentError(
-                    f"{parameter.name} cannot be {repr(value)[:80]}: {error}", field=parameter.name
+                    f"{parameter.name} cannot be {repr(value)[:80]}: {with_range(error)}",
+                    field=parameter.name,
                 ) from error
         return message
 
@@ -197,6 +203,12 @@ def validate_num_top_logprobs(num_top_logprobs: int | None) -> None:
         _require_integer("num_top_logprobs", num_top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]")
     if num_top_logprobs is not None and not 0 <= num_top_logprobs <= MAX_TOP_LOGPROBS:
         _refuse("num_top_logprobs", num_top_logprobs, f"in [0, {MAX_TOP_LOGPROBS}]")
+
+
+def with_range(error: Exception) -> str:
+    """Return protobuf's words about a value that a field cannot hold, with what a number may be."""
+    is_number = isinstance(error, ValueError) and "out of range" in str(error)
+    return f"{error}; token ids are integers from 0 to {MAX_UINT32}" if is_number else str(error)
 
 
 def _require_number(name: str, value: object, expected: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from specdec.contract.bounds import MAX_NUMBER, bound_passed
 from specdec.contract.errors import InvalidArgumentError
 from specdec.transport.tls import OutgoingTls, PemFiles
 
@@ -226,23 +226,25 @@ def parse_address(address: str, name: str) -> tuple[str, int]:
 
 
 def require_positive(config: object, *names: str) -> None:
-    """Refuse fields that are not more than 0.
+    """Refuse fields that are not more than 0, or larger than any number is.
 
     Raises:
         InvalidArgumentError: naming the option.
     """
     for name in names:
-        _require(0 < getattr(config, name) < math.inf, config, name, "a number more than 0")
+        passed = bound_passed(getattr(config, name), 0, MAX_NUMBER, above=True)
+        _require(not passed, config, name, passed)
 
 
 def require_not_negative(config: object, *names: str) -> None:
-    """Refuse fields that are less than 0.
+    """Refuse fields that are less than 0, or larger than any number is.
 
     Raises:
         InvalidArgumentError: naming the option.
     """
     for name in names:
-        _require(0 <= getattr(config, name) < math.inf, config, name, "a number, 0 or more")
+        passed = bound_passed(getattr(config, name), 0, MAX_NUMBER)
+        _require(not passed, config, name, passed)
 
 
 def require_between(config: object, least: float, most: float, *names: str) -> None:

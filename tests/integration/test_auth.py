@@ -252,7 +252,7 @@ async def test_an_authenticator_of_ones_own(tiny_llama: Path) -> None:
         ("[[", "cannot be read as TOML"),
         ('[[tokens]]\nname = "a"', "sha256"),
         ('[[tokens]]\nname = "a"\nsha256 = "abc"', "64 hexadecimal digits"),
-        (entry("x", more="max_new_tokens = 0"), "1 or more"),
+        (entry("x", more="max_new_tokens = 0"), "from 1 to"),
         (entry("x", more="max_tokens = 5"), "max_tokens is not a field of a token"),
         (entry("x", more="expires = 2030-01-01T00:00:00"), "with its offset"),
         (entry("x", name=""), "name must be some text"),

@@ -42,9 +42,9 @@ def ids(*token_ids: int) -> dict[str, Any]:
 
 
 SAMPLING_REFUSALS = [
-    (sampling(temperature=-0.1), "temperature", ">= 0"),
-    (sampling(temperature=NAN), "temperature", ">= 0"),
-    (sampling(temperature=INF), "temperature", ">= 0"),
+    (sampling(temperature=-0.1), "temperature", "[0, 1000000]"),
+    (sampling(temperature=NAN), "temperature", "[0, 1000000]"),
+    (sampling(temperature=INF), "temperature", "[0, 1000000]"),
     (sampling(top_p=0.0), "top_p", "(0, 1]"),
     (sampling(top_p=1.1), "top_p", "(0, 1]"),
     (sampling(top_p=NAN), "top_p", "(0, 1]"),
@@ -52,9 +52,9 @@ SAMPLING_REFUSALS = [
     (sampling(min_p=1.5), "min_p", "[0, 1]"),
     (sampling(min_p=NAN), "min_p", "[0, 1]"),
     (sampling(top_k=VOCAB_SIZE + 1), "top_k", str(VOCAB_SIZE)),
-    (sampling(repetition_penalty=0.0), "repetition_penalty", "> 0"),
-    (sampling(repetition_penalty=-1.0), "repetition_penalty", "> 0"),
-    (sampling(repetition_penalty=INF), "repetition_penalty", "> 0"),
+    (sampling(repetition_penalty=0.0), "repetition_penalty", "(0, 1000000]"),
+    (sampling(repetition_penalty=-1.0), "repetition_penalty", "(0, 1000000]"),
+    (sampling(repetition_penalty=INF), "repetition_penalty", "(0, 1000000]"),
     (sampling(presence_penalty=2.5), "presence_penalty", "[-2, 2]"),
     (sampling(presence_penalty=NAN), "presence_penalty", "[-2, 2]"),
     (sampling(frequency_penalty=-2.5), "frequency_penalty", "[-2, 2]"),
@@ -84,6 +84,11 @@ GATEWAY_REFUSALS = [
     ({"draft_depth": 65}, "draft_depth", "64"),
     ({"draft_depth": 65, "method": "ngram+model"}, "draft_depth", "64"),
     ({"draft_nodes": 65}, "draft_nodes", "64"),
+    ({"draft_depth": 2**32 - 1}, "draft_depth", "64"),
+    ({"draft_nodes": 2**32 - 1}, "draft_nodes", "64"),
+    ({"min_draft_confidence": -0.5}, "min_draft_confidence", "from 0"),
+    ({"min_draft_confidence": 1.5}, "min_draft_confidence", "to 1"),
+    ({"min_draft_confidence": NAN}, "min_draft_confidence", "from 0"),
     ({"draft_depth": 0, "draft_nodes": 8}, "draft_nodes", "plain decoding"),
     ({"method": "ngram+oracle"}, "method", "Unknown method 'oracle'"),
     ({"method": "ngram+"}, "method", "up to 8 drafters"),
@@ -109,6 +114,8 @@ VERIFIER_REFUSALS = [
     ({"prompt": [5] * CONTEXT}, "prompt", str(CONTEXT)),
     ({"prompt": [5] * (POOL_TOKENS - 7)}, "max_new_tokens", str(POOL_TOKENS)),
     ({"prompt": [5, 2**32 - 1]}, "committed_token_ids", str(VOCAB_SIZE)),
+    ({"max_new_tokens": 2**31}, "max_new_tokens", "at most 2147483647"),
+    ({"max_new_tokens": 2**32 - 1}, "max_new_tokens", "at most 2147483647"),
     ({"cache_salt": "x" * 257}, "cache_salt", "256"),
     ({"caller_key": "x" * 257}, "caller_key", "256"),
     ({"stop_token_ids": [5] * 1041}, "stop_token_ids", "1040"),
@@ -151,6 +158,26 @@ async def test_drafter_refuses_long_keys(field: str, small: System) -> None:
         with pytest.raises(SpecdecError) as raised:
             await stream.open("ngram", PROMPT, **{field: "x" * 257})
     assert_refusal(raised, InvalidArgumentError, field, "256")
+    await assert_healthy(small)
+
+
+@shared
+@pytest.mark.parametrize(
+    ("fields", "field", "bound"),
+    [
+        ({"max_length": len(PROMPT) - 1}, "max_length", f"at least {len(PROMPT)}"),
+        ({"max_length": 2**31}, "max_length", "at most 2147483647"),
+        ({"prompt_length": len(PROMPT) + 1}, "prompt_length", f"at most {len(PROMPT)}"),
+        ({"min_draft_confidence": 1.5}, "min_draft_confidence", "to 1"),
+    ],
+)
+async def test_drafter_names_the_bound_of_a_number(
+    fields: dict[str, Any], field: str, bound: str, small: System
+) -> None:
+    async with draft_stream(small.drafter_address) as stream:
+        with pytest.raises(SpecdecError) as raised:
+            await stream.open("ngram", PROMPT, **fields)
+    assert_refusal(raised, InvalidArgumentError, field, bound)
     await assert_healthy(small)
 
 
