@@ -41,6 +41,8 @@ class Plan:
     num_top_logprobs: int | None = None
     min_draft_confidence: float = 0.0
     cache_salt: str = ""
+    continues_text: bool = False
+    """Whether the prompt is raw text, so that the answer goes on where it ends."""
 
     @property
     def method(self) -> str:
@@ -96,6 +98,7 @@ async def make_plan(
         num_top_logprobs=num_top_logprobs,
         min_draft_confidence=request.min_draft_confidence,
         cache_salt=request.cache_salt,
+        continues_text=request.WhichOneof("prompt") == "text",
     )
 
 

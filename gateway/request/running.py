@@ -10,7 +10,7 @@ from dataclasses import asdict
 from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import Plan
-from gateway.request.text import TextStream, TextToken
+from gateway.request.text_stream import TextStream, TextToken
 from gateway.rounds.ahead import one_ahead
 from gateway.rounds.decode import decode
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
@@ -37,7 +37,8 @@ class RunningRequest:
         self._last_ns = 0
         self.num_output_tokens = 0
         """Tokens of the text so far."""
-        self._text = TextStream(backends.codec, plan.stop_strings)
+        continued = plan.prompt_token_ids if plan.continues_text else ()
+        self._text = TextStream(backends.codec, plan.stop_strings, continued)
         self._tally = SpeculationTally(plan.method)
         self.label = backends.label(plan.method)
         """The method as metrics name it."""

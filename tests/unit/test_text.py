@@ -15,11 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gateway.request.text import (
-    TextCodec,
-    TextStream,
-    TextToken,
-)
+from gateway.request.text import TextCodec
+from gateway.request.text_stream import TextStream, TextToken
 from specdec.contract.errors import InvalidArgumentError, NotFoundError
 from specdec.contract.request_limits import (
     MAX_STOP_STRING_LENGTH,
@@ -60,12 +57,12 @@ def codec(tiny_llama: Path) -> TextCodec:
 
 
 def stream_out(
-    codec: TextCodec, token_ids: Sequence[int], stops: Sequence[str] = ()
+    codec: TextCodec, token_ids: Sequence[int], stops: Sequence[str] = (), continued: Sequence[int] = ()
 ) -> tuple[list[TextToken], bool]:
     """Push tokens until a stop string ends the text, or flush; return what was released, and whether it
     stopped.
     """
-    stream = TextStream(codec, stops)
+    stream = TextStream(codec, stops, continued)
     released: list[TextToken] = []
     for token_id in token_ids:
         released += stream.push(token_id)
@@ -122,6 +119,14 @@ class TestTextStream:
         assert stream.push(first) == []
         assert stream.flush() == [TextToken(first, REPLACEMENT, 3)]
         assert stream.flush() == []
+
+    @given(prompt=st.text(max_size=4), token_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=12))
+    def test_a_continuation_joins_to_the_decode_of_the_whole(
+        self, codec: TextCodec, prompt: str, token_ids: list[int]
+    ) -> None:
+        continued = codec.encode_text(prompt)
+        released, _ = stream_out(codec, token_ids, continued=continued)
+        assert prompt + join(released) == codec.decode([*continued, *token_ids])
 
     def test_endless_garbage_is_not_held_for_ever(self, codec: TextCodec) -> None:
         stream = TextStream(codec)
@@ -209,6 +214,30 @@ class TestTokensOfWords:
     def test_tokens_join_to_the_decode_of_the_whole(self, words: TextCodec, token_ids: list[int]) -> None:
         released, _ = stream_out(words, token_ids)
         assert join(released) == words.decode(token_ids)
+
+    @given(
+        prompt=st.text(st.sampled_from("ab €"), min_size=1, max_size=6),
+        token_ids=st.lists(st.sampled_from([0, 1, 2 + 65, 258, 259, 260, 261]), max_size=12),
+    )
+    def test_a_continuation_keeps_its_first_space(
+        self, words: TextCodec, prompt: str, token_ids: list[int]
+    ) -> None:
+        continued = words.encode_text(prompt)
+        released, _ = stream_out(words, token_ids, continued=continued)
+        assert prompt + join(released) == words.decode([*continued, *token_ids])
+
+    def test_what_begins_a_text_has_no_space_before_it(self, words: TextCodec) -> None:
+        word = words.encode_text("b")[-1]
+        assert join(stream_out(words, [word])[0]) == "b"
+        assert join(stream_out(words, [word], continued=[0, 0])[0]) == "b"
+        assert join(stream_out(words, [word], continued=[word, 0])[0]) == " b"
+
+    def test_a_text_that_begins_with_the_beginning_token_gets_no_other(self, words: TextCodec) -> None:
+        plain = words.encode_text("ab")
+        assert plain.count(0) == 1
+        assert words.encode_text("<s>ab").count(0) == 1
+        assert words.encode_text("<s><s>ab").count(0) == 2
+        assert words.encode_text("ab<s>").count(0) == 2
 
     @given(data=st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))
     def test_bytes_that_form_no_character_stall_nothing(self, words: TextCodec, data: bytes) -> None:
