@@ -17,6 +17,7 @@ from gateway.request.plan import Plan
 from gateway.rounds.drafting import DraftLink, NoDrafts
 from gateway.rounds.link_states import DrafterSession
 from gateway.rounds.merging import MergedDrafts, NamedSource
+from gateway.rounds.records import TrackRecord
 from gateway.rounds.vocabulary import DraftSource
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.target_state import TargetStateSpec
@@ -46,6 +47,8 @@ class Peers:
         """Address of the verifier that runs it now."""
         self._timeout_s = timeout_s
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self.records = {proposer.drafter: self._record(proposer) for proposer in plan.drafting.proposers}
+        """How often each of the request's drafters was right, by name."""
         self._state_spec = self._find_state_spec()
         """What the drafters read of the target."""
 
@@ -112,16 +115,23 @@ class Peers:
             return await stack.enter_async_context(MergedDrafts(sources, drafting.draft_nodes))
         return sources[0].source if sources else NoDrafts()
 
-    def _link(self, proposer: Proposer) -> DraftLink:
-        assert self.verifier.info is not None
+    def _record(self, proposer: Proposer) -> TrackRecord:
         # A client may have made the name up while no drafter service was there to deny it.
         is_known = proposer.drafter in self._backends.known_drafters
+        return self._backends.controller.record(proposer.drafter) if is_known else TrackRecord("unknown")
+
+    def _link(self, proposer: Proposer) -> DraftLink:
+        assert self.verifier.info is not None
+        record = self.records[proposer.drafter]
         return DraftLink(
             partial(self._connect_drafter, proposer.drafter),
             self._plan.prompt_token_ids,
             vocab_size=self.verifier.info.model.vocab_size,
             timeout_s=self._backends.config.draft_timeout_s,
-            drafter=proposer.drafter if is_known else "unknown",
+            drafter=record.drafter,
+            record=record,
+            # Who sets a size gets it in every round.
+            may_pause=bool(self._plan.drafting.budgets),
         )
 
     async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:

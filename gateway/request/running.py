@@ -39,7 +39,7 @@ class RunningRequest:
         """Tokens of the text so far."""
         continued = plan.prompt_token_ids if plan.continues_text else ()
         self._text = TextStream(backends.codec, plan.stop_strings, continued)
-        self._tally = SpeculationTally(plan.method)
+        self._tally = SpeculationTally(plan.method, peers.records)
         self.label = backends.label(plan.method)
         """The method as metrics name it."""
         self._emitted: list[gateway_pb2.Token] = []

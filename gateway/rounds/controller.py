@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from gateway.rounds.costs import MethodStats, VerifierLoad
 from gateway.rounds.estimates import Survival
+from gateway.rounds.records import TrackRecord
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round, SizeControl
 
 _PROBE_EVERY = 24
@@ -62,11 +63,16 @@ class Method:
 
 
 class Controller:
-    """What a gateway knows of its verifiers and methods; makes the control of each session."""
+    """What a gateway knows of its verifiers, methods and drafters; makes the control of each session."""
 
     def __init__(self) -> None:
         self._loads: WeakKeyDictionary[object, VerifierLoad] = WeakKeyDictionary()
         self._methods: dict[str, Method] = {}
+        self._records: dict[str, TrackRecord] = {}
+
+    def record(self, drafter: str) -> TrackRecord:
+        """Return how often a drafter was right, over all sessions; it is one that the gateway knows."""
+        return self._records.setdefault(drafter, TrackRecord(drafter))
 
     def session(
         self, verifier: object, method: str, start: DraftSize, *, longest: int, budgets: Sequence[int]

@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from gateway.rounds.link_states import DrafterSession, Fallback, FirstDraft, LinkState, Lost, Opening, Ready
+from gateway.rounds.records import NEVER_RIGHT, TrackRecord
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
-from specdec.contract.draft_tree import DraftTree
+from specdec.contract.draft_tree import ANCHOR, DraftTree
 from specdec.contract.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -67,6 +68,9 @@ class DraftLink:
 
     Args:
         drafter: name of the drafter in the log.
+        record: how often the drafter was right, in all sessions; each of its drafts is judged by what the
+            target picked, and it is not asked while the record says that this is no use.
+        may_pause: whether the record decides; False: it is asked in any case.
 
     The link is always in one state of `link_states`, and `_enter` is the only place where that changes.
     """
@@ -81,6 +85,8 @@ class DraftLink:
         drafter: str = "",
         open_timeout_s: float = _OPEN_TIMEOUT_S,
         retry_s: float = _FIRST_RETRY_S,
+        record: TrackRecord | None = None,
+        may_pause: bool = True,
     ) -> None:
         self._connect = connect
         self._drafter = drafter
@@ -90,6 +96,11 @@ class DraftLink:
         self._open_timeout_s = open_timeout_s
         self._first_retry_s = retry_s
         self._retry_s = retry_s
+        self._record = record or TrackRecord(drafter)
+        self._may_pause = may_pause
+        self._unjudged: tuple[int, frozenset[int]] | None = None
+        """Committed length of the last draft's round, and the tokens it offered to follow; None: all drafts
+        were judged."""
         self._state: LinkState = Lost(retry_at=0.0)
         self._loss: Fallback | None = None
         """What went wrong last; None again once there is a draft."""
@@ -97,7 +108,8 @@ class DraftLink:
         """The verifier's session whose state the drafter may read."""
 
     async def __aenter__(self) -> DraftLink:
-        await self._open(self._prompt, round_waits=True)
+        if not self._is_paused:
+            await self._open(self._prompt, round_waits=True)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -122,6 +134,7 @@ class DraftLink:
         else:
             if draft:
                 self._retry_s, self._loss = self._first_retry_s, None
+                self._remember(draft, len(request.committed_token_ids))
                 return draft
         return self._no_draft(time.monotonic_ns() - started_ns)
 
@@ -138,6 +151,10 @@ class DraftLink:
 
     async def _propose(self, request: DraftRequest) -> Draft | None:
         """Return a draft; None while no drafter can be asked."""
+        self._judge(request.committed_token_ids)
+        if self._is_paused:
+            await self._pause()
+            return None
         await self._follow_verifier(request)
         if isinstance(self._state, Lost) and time.monotonic() >= self._state.retry_at:
             await self._open(request.committed_token_ids)
@@ -152,6 +169,31 @@ class DraftLink:
             case _:
                 return None
         return self._checked(draft, request.size)
+
+    @property
+    def _is_paused(self) -> bool:
+        return self._may_pause and self._record.is_paused
+
+    async def _pause(self) -> None:
+        """Let the session go; after the pause another one is opened."""
+        self._loss = Fallback(self._record.verdict, NEVER_RIGHT)
+        if not isinstance(self._state, Lost):
+            await self._enter(Lost(retry_at=0.0))
+
+    def _remember(self, draft: Draft, length: int) -> None:
+        tree = draft.tree
+        offered = (
+            token for token, parent in zip(tree.token_ids, tree.parents, strict=True) if parent == ANCHOR
+        )
+        # A drafter without a guess is not wrong.
+        self._unjudged = (length, frozenset(offered)) if tree.token_ids else None
+
+    def _judge(self, committed_token_ids: Sequence[int]) -> None:
+        """Compare the last draft with what the target picked in its place."""
+        if self._unjudged and len(committed_token_ids) > self._unjudged[0]:
+            length, offered = self._unjudged
+            self._unjudged = None
+            self._record.judge(is_right=committed_token_ids[length] in offered)
 
     async def _follow_verifier(self, request: DraftRequest) -> None:
         """Leave the session that read a lost verifier's state for one that reads the next verifier's."""

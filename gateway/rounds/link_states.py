@@ -3,7 +3,8 @@
     Lost        -> Opening      the pause is over, or the target's state can be read anew
     Opening     -> FirstDraft   the session is open
     FirstDraft  -> Ready        the first draft is there, for its round or after it
-    any         -> Lost         something went wrong, the verifier was lost, or the request ends
+    any         -> Lost         something went wrong, the drafter is never right, the verifier was lost, or
+                                the request ends
 
 A state holds what exists only in that state. `DraftLink` moves from each to the next.
 """

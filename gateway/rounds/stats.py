@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gateway.rounds.records import TrackRecord
 from gateway.rounds.vocabulary import Proposal, Round
 
 
@@ -65,10 +67,16 @@ class _Fallbacks:
 
 
 class SpeculationTally:
-    """Sums up the rounds of one request."""
+    """Sums up the rounds of one request.
 
-    def __init__(self, method: str) -> None:
+    Args:
+        records: of the method's drafters by name; the statistics say of which drafter the drafts are never
+            right, whether rounds went without them or not.
+    """
+
+    def __init__(self, method: str, records: Mapping[str, TrackRecord] | None = None) -> None:
         self.method = method
+        self._records = records or {}
         self.num_rounds = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
@@ -119,9 +127,21 @@ class SpeculationTally:
             transport_ns=self._transport_ns,
             gateway_ns=max(0, loop_ns - self._elapsed_ns) if self.num_rounds else 0,
             num_fallback_rounds=self._fallbacks.count,
-            fallback_reason=self._fallbacks.commonest,
-            proposers=[tally.stats(drafter) for drafter, tally in self._proposers.items()],
+            fallback_reason=_joined(self._fallbacks.commonest, self._verdict()),
+            proposers=[
+                tally.stats(drafter, self._records[drafter].verdict if drafter in self._records else "")
+                for drafter, tally in self._proposers.items()
+            ],
         )
+
+    def _verdict(self) -> str:
+        """Return what the records say, unless it is said of each proposer."""
+        verdicts = {drafter: record.verdict for drafter, record in self._records.items() if record.verdict}
+        if self._proposers or not verdicts:
+            return ""
+        if len(self._records) == 1:
+            return next(iter(verdicts.values()))
+        return "; ".join(f"{drafter}: {verdict}" for drafter, verdict in verdicts.items())
 
 
 @dataclass(slots=True)
@@ -143,16 +163,21 @@ class _ProposerTally:
         if proposal.fallback_reason:
             self.fallbacks.add(proposal.fallback_code, proposal.fallback_reason)
 
-    def stats(self, drafter: str) -> ProposerStats:
-        """Return the sums, as of now."""
+    def stats(self, drafter: str, verdict: str) -> ProposerStats:
+        """Return the sums, as of now, and what the drafter's record says."""
         return ProposerStats(
             drafter=drafter,
             num_draft_tokens=self.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens,
             num_sole_accepted_tokens=self.num_sole_accepted_tokens,
             num_fallback_rounds=self.fallbacks.count,
-            fallback_reason=self.fallbacks.commonest,
+            fallback_reason=_joined(self.fallbacks.commonest, verdict),
         )
+
+
+def _joined(*reasons: str) -> str:
+    """Return the reasons there are, each once."""
+    return "; ".join(dict.fromkeys(reason for reason in reasons if reason))
 
 
 def _survivors(lengths: Counter[int], longest: int) -> list[int]:

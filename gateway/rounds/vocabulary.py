@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from gateway.rounds.records import NEVER_RIGHT
 from specdec.contract.draft_tree import DraftTree
 
 TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
@@ -42,8 +43,8 @@ class Draft:
     fallback_reason: str = ""
     """Why there is no draft although one was wanted; empty: nothing went wrong."""
     fallback_code: str = "unavailable"
-    """Kind of reason, one of a few: "opening", "busy", or a status code's name in lower case; it has a
-    meaning only with a reason."""
+    """Kind of reason, one of a few: "opening", "busy", NEVER_RIGHT, or a status code's name in lower case; it
+    has a meaning only with a reason."""
     parent_indices: tuple[int, ...] = ()
     """The parents of a draft tree's tokens, see DraftTree; empty: a chain."""
     proposals: tuple[Proposal, ...] = ()
@@ -53,8 +54,11 @@ class Draft:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everyone who was asked answered in time."""
-        return not (self.fallback_reason or any(proposal.fallback_reason for proposal in self.proposals))
+        """Whether someone was asked, and everyone who was answered in time."""
+        if not self.proposals:
+            return not self.fallback_reason
+        asked = [proposal for proposal in self.proposals if proposal.fallback_code != NEVER_RIGHT]
+        return bool(asked) and not any(proposal.fallback_reason for proposal in asked)
 
     @property
     def tree(self) -> DraftTree:

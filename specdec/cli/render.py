@@ -64,7 +64,7 @@ class AnswerPrinter:
 
 def closing_line(generation: Generation) -> str:
     """Return speed and acceptance of an answer in a line, with the seed that gives it again if picks were
-    random; a second line follows if the drafter failed meanwhile.
+    random; a second line follows if the drafter failed meanwhile, or is never right.
     """
     speculation, timing = generation.speculation, generation.timing
     parts = [
@@ -84,12 +84,14 @@ def closing_line(generation: Generation) -> str:
 
 
 def fallback_note(generation: Generation) -> str:
-    """Return how often an answer went without a draft it should have had, and why; empty: never."""
+    """Return how often an answer went without a draft it should have had, and why, or what is wrong with the
+    drafter all the same; empty: nothing is.
+    """
     speculation = generation.speculation
     if speculation.proposers:
         return _missing_proposers(speculation)
     if not speculation.num_fallback_rounds:
-        return ""
+        return speculation.fallback_reason
     reason = speculation.fallback_reason or "the drafter was lost"
     return (
         f"{speculation.num_fallback_rounds} of {speculation.num_rounds} rounds went without a draft, the "
@@ -100,12 +102,19 @@ def fallback_note(generation: Generation) -> str:
 def _missing_proposers(speculation: Speculation) -> str:
     """Return the note for several drafters. Those of a service are lost together: each reason comes once."""
     missing: dict[str, list[str]] = {}
+    asked: dict[str, list[str]] = {}
     for proposer in speculation.proposers:
         if proposer.num_fallback_rounds:
             counts = missing.setdefault(proposer.fallback_reason, [])
             counts.append(f"{proposer.num_fallback_rounds} without {proposer.drafter}")
-    told = "; ".join(f"{', '.join(counts)}: {reason}" for reason, counts in missing.items())
-    return f"of {speculation.num_rounds} rounds {told}" if told else ""
+        elif proposer.fallback_reason:
+            asked.setdefault(proposer.fallback_reason, []).append(proposer.drafter)
+    notes = [f"of {speculation.num_rounds} rounds {_by_reason(missing)}"] if missing else []
+    return "; ".join([*notes, _by_reason(asked)] if asked else notes)
+
+
+def _by_reason(parts: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(those)}: {reason}" for reason, those in parts.items())
 
 
 def _is_tree(speculation: Speculation) -> bool:

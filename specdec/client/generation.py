@@ -171,9 +171,9 @@ class ProposerStats:
     num_sole_accepted_tokens: int
     """Accepted draft tokens that it alone proposed."""
     num_fallback_rounds: int = 0
-    """Rounds it was left out of because it was lost, late or refused."""
+    """Rounds it was left out of because it was lost, late, refused or never right."""
     fallback_reason: str = ""
-    """The commonest reason; empty: it did not happen."""
+    """The commonest reason, and that it is never right, if so; empty: neither."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +203,9 @@ class Speculation:
     gateway_ms: float = 0.0
     """The gateway's own time."""
     num_fallback_rounds: int = 0
-    """Rounds that went without a draft because the drafter was lost, late or refused."""
+    """Rounds that went without a draft because the drafter was lost, late, refused or never right."""
     fallback_reason: str = ""
-    """The commonest reason; empty: it did not happen."""
+    """The commonest reason, and that the drafter is never right, if so; empty: neither."""
     proposers: tuple[ProposerStats, ...] = ()
     """What each of several drafters contributed; empty: there was one, or none."""
 

@@ -83,7 +83,7 @@ async def test_drafters_that_read_other_layers_serve_one_request(mode: str, tmp_
         )
         result = await system.client.generate(PROMPT, merged)
     assert list(result.token_ids) == plain
-    assert result.speculation.fallback_reason == ""
+    assert result.speculation.num_fallback_rounds == 0
     assert [part.drafter for part in result.speculation.proposers] == ["dflash", "dflash2", "eagle3"]
     for part in result.speculation.proposers:
         assert part.num_fallback_rounds == 0

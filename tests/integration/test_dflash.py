@@ -181,7 +181,7 @@ def save_pair(folder: Path, family: str = "llama", **config: Any) -> tuple[Path,
 async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
     defaults = {"method": "dflash", "draft_depth": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     result = await system.client.generate(prompt, GenerateOptions(**(defaults | options)))
-    assert result.speculation.fallback_reason == ""
+    assert result.speculation.num_fallback_rounds == 0
     assert result.speculation.method == (defaults | options)["method"]
     return list(result.token_ids)
 

@@ -16,6 +16,7 @@ from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
 from drafter_service.families import FAMILIES, DrafterSpec
 from specdec.client import GenerateOptions
+from specdec.client.generation import Speculation
 from specdec.contract.sampling import SamplingParams
 from tests.slow import quick_only
 from tests.systems import System, running_system
@@ -48,13 +49,20 @@ def reference(model: Path, prompt: Sequence[int], max_new_tokens: int) -> list[i
     return ids
 
 
+def assert_no_fallback(speculation: Speculation) -> None:
+    """Check that all drafters did their work; the wrong one may be said to be hardly ever right."""
+    told = {part.drafter: part.fallback_reason for part in speculation.proposers}
+    for drafter, reason in {speculation.method: speculation.fallback_reason, **told}.items():
+        assert reason == "" or ("wrong" in drafter and "hardly ever right" in reason)
+
+
 async def generate(system: System, prompt: Sequence[int], **options: object) -> list[int]:
     """Return the output, and check that the method asked for had its part in it."""
     options = {"draft_depth": 4, **options}
     result = await system.client.generate(prompt, GenerateOptions(**options))  # type: ignore[arg-type]
     speculation = result.speculation
     assert speculation.method == options["method"]
-    assert speculation.fallback_reason == ""
+    assert_no_fallback(speculation)
     if speculation.num_rounds > 1 and options["method"] in ("wrong", "same", "noisy"):
         assert speculation.num_draft_tokens >= speculation.num_rounds - 1
     if speculation.num_rounds > 8 and options["method"] == "ngram":
@@ -102,7 +110,7 @@ async def test_sizes_chosen_round_by_round_give_the_same_text(tiny_llama: Path, 
             )
             for method, answer in zip(methods, answers, strict=True):
                 assert answer.token_ids == plain.token_ids, method
-                assert answer.speculation.fallback_reason == "", method
+                assert_no_fallback(answer.speculation)
             assert any(answer.speculation.num_draft_tokens for answer in answers)
 
 

@@ -10,7 +10,7 @@ import pytest
 from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.sampling import SamplingParams
 from tests.integration.gated_drafter import Gate, eventually_offers
-from tests.integration.test_lossless import PROMPTS, SAMPLINGS, TEST_FAMILIES
+from tests.integration.test_lossless import PROMPTS, SAMPLINGS, TEST_FAMILIES, assert_no_fallback
 from tests.slow import quick_only
 from tests.systems import running_drafter, running_gateway, running_system, running_verifier
 
@@ -39,7 +39,7 @@ async def test_merged_drafts_give_the_same_text(
                     speculation = answer.speculation
                     assert speculation.method == method
                     assert [proposer.drafter for proposer in speculation.proposers] == method.split("+")
-                    assert not any(proposer.fallback_reason for proposer in speculation.proposers)
+                    assert_no_fallback(speculation)
 
 
 async def test_the_merged_tree_accepts_what_the_best_drafter_does(

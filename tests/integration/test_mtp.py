@@ -124,7 +124,7 @@ class ByHand:
 async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
     defaults = {"method": "mtp", "draft_depth": K, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
     result = await system.client.generate(prompt, GenerateOptions(**(defaults | options)))
-    assert result.speculation.fallback_reason == ""
+    assert result.speculation.num_fallback_rounds == 0
     assert result.speculation.method == (defaults | options)["method"]
     return list(result.token_ids)
 

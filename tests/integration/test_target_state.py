@@ -226,7 +226,7 @@ async def test_a_generation_with_a_drafter_that_reads_state(
             prompt, GenerateOptions(method="probe", draft_depth=4, max_new_tokens=60)
         )
     assert result.token_ids == plain.token_ids
-    assert result.speculation.fallback_reason == ""
+    assert result.speculation.num_fallback_rounds == 0
     assert 0 < result.speculation.num_accepted_tokens < result.speculation.num_draft_tokens
     (session,) = probe.sessions
     assert session.storages == {storage}

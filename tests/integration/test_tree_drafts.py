@@ -175,8 +175,8 @@ async def test_trees_are_right_round_after_round(
                     prompt, GenerateOptions(**common, method=name, draft_nodes=NUM_NODES)
                 )
                 assert answer.token_ids == plain.token_ids, (name, sampling)
-                assert answer.speculation.fallback_reason == ""
-                assert not any(proposer.fallback_reason for proposer in answer.speculation.proposers)
+                assert answer.speculation.num_fallback_rounds == 0
+                assert not any(part.num_fallback_rounds for part in answer.speculation.proposers)
                 assert len(recorder.records) > 3
                 for committed, num_wanted, tree in recorder.records:
                     best = along_the_best(tree)
@@ -213,7 +213,7 @@ async def test_the_tree_of_a_markov_head_has_its_chain(tmp_path: Path) -> None:
                 test_mtp.PROMPT, GenerateOptions(**options, draft_nodes=NUM_NODES)
             )
             assert answer.token_ids == plain.token_ids
-            assert answer.speculation.fallback_reason == ""
+            assert answer.speculation.num_fallback_rounds == 0
             if sampling.is_greedy:
                 both = [record for record in recorder.records if record[:2] in recorder.chains]
                 assert len(both) > 3
@@ -238,7 +238,7 @@ async def test_drafters_that_read_different_state_draft_together(mode: str, tmp_
                 GenerateOptions(**options, method="mtp+dflash+ngram", draft_nodes=num_nodes),
             )
             assert answer.token_ids == plain.token_ids
-            assert [proposer.fallback_reason for proposer in answer.speculation.proposers] == [""] * 3
+            assert not any(part.num_fallback_rounds for part in answer.speculation.proposers)
             assert all(proposer.num_draft_tokens for proposer in answer.speculation.proposers)
 
 

@@ -207,6 +207,22 @@ def test_drafters_lost_together_are_noted_once() -> None:
     assert fallback_note(answer) == "of 9 rounds 3 without mtp, 4 without ngram: gone; 1 without b: late"
 
 
+def test_a_drafter_that_is_never_right_is_noted_though_it_was_asked() -> None:
+    proposers = (
+        ProposerStats("mtp", 5, 0, 0, fallback_reason="wrong"),
+        ProposerStats("a", 5, 1, 1),
+        ProposerStats("b", 5, 1, 1, num_fallback_rounds=2, fallback_reason="late"),
+    )
+    alone = Speculation("mtp", 9, 15, 0, fallback_reason="wrong")
+    merged = Speculation("mtp+a", 9, 15, 3, proposers=proposers[:2])
+    late = Speculation("mtp+a+b", 9, 15, 3, proposers=proposers)
+    notes = [
+        fallback_note(Generation("", (), "length", Usage(1, 1), Timing(0.0, 0.0, 0.0), told, "", "tiny"))
+        for told in (alone, merged, late)
+    ]
+    assert notes == ["wrong", "mtp: wrong", "of 9 rounds 2 without b: late; mtp: wrong"]
+
+
 def test_a_lost_drafter_is_noted(gateway: ScriptedGateway) -> None:
     def without_drafter(*_: object) -> Responses:
         yield started()

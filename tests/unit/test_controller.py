@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.rounds.controller import Controller, FixedSize, SizeControl
+from gateway.rounds.records import NEVER_RIGHT
 from gateway.rounds.vocabulary import Draft, DraftSize, Proposal, Round, Verified
 
 MS = 1_000_000
@@ -345,6 +346,31 @@ def test_a_lost_drafter_says_nothing_of_drafts(lost: Draft) -> None:
         size = control.choose(1000)
         control.observe(size, Round(lost, world.round(DraftSize(0)).verified))
     assert usual(run(control, world, 20)).draft_depth > 8
+
+
+def test_sizes_follow_the_drafters_that_are_asked() -> None:
+    """While one of two is left alone, drafts are what the other one makes of them."""
+    control = session(Controller(), Replica())
+    run(control, World(flat, lambda k: 90.0, 0.5), 200)
+    world = World(flat, lambda k: 1.0, 0.5)
+    sizes = []
+    for _ in range(400):
+        size = control.choose(1000)
+        done = world.round(size)
+        proposals = (Proposal("a", fallback_reason="wrong", fallback_code=NEVER_RIGHT), Proposal("b"))
+        control.observe(size, replace(done, draft=replace(done.draft, proposals=proposals)))
+        sizes.append(size)
+    assert usual(sizes[:20]) == DraftSize(0), "with both, drafts took too long"
+    assert usual(sizes[200:]).draft_depth > 0
+
+
+def test_a_round_in_which_nobody_was_asked_says_nothing_of_drafts() -> None:
+    left_alone = Proposal("a", fallback_reason="wrong", fallback_code=NEVER_RIGHT)
+    assert Draft((5,), proposals=(left_alone, Proposal("b"))).is_complete
+    assert Draft(fallback_reason="a: wrong", proposals=(left_alone, Proposal("b"))).is_complete
+    assert not Draft(fallback_reason="a: wrong", proposals=(left_alone, left_alone)).is_complete
+    assert not Draft((5,), proposals=(left_alone, Proposal("b", fallback_reason="late"))).is_complete
+    assert not Draft(fallback_reason="wrong", fallback_code=NEVER_RIGHT).is_complete
 
 
 def test_a_draft_is_no_longer_than_there_is_room_for() -> None:

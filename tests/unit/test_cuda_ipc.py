@@ -176,7 +176,7 @@ async def test_a_generation_whose_drafter_reads_the_gpu(
     finally:
         await asyncio.to_thread(group.stop, 5)
     assert stream.result.token_ids == plain.token_ids
-    assert stream.result.speculation.fallback_reason == ""
+    assert stream.result.speculation.num_fallback_rounds == 0
     assert stream.result.speculation.num_draft_tokens > 0
     (service,) = info.drafters
     assert isinstance(service.info, DrafterServiceInfo)

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.replicas.sessions import RemoteState
 from gateway.rounds.drafting import DraftLink, NoDrafts
+from gateway.rounds.records import NEVER_RIGHT, TrackRecord
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
 from specdec.contract.errors import (
     FailedPreconditionError,
@@ -133,7 +134,13 @@ class FakeDrafters:
         return self.sessions[-1]
 
     def link(
-        self, *, timeout_s: float = 30.0, open_timeout_s: float = NEVER_S, retry_s: float = NEVER_S
+        self,
+        *,
+        timeout_s: float = 30.0,
+        open_timeout_s: float = NEVER_S,
+        retry_s: float = NEVER_S,
+        record: TrackRecord | None = None,
+        may_pause: bool = True,
     ) -> DraftLink:
         return DraftLink(
             self.connect,
@@ -143,6 +150,8 @@ class FakeDrafters:
             open_timeout_s=open_timeout_s,
             retry_s=retry_s,
             drafter="ngram",
+            record=record,
+            may_pause=may_pause,
         )
 
     def assert_all_closed_once(self) -> None:
@@ -613,6 +622,71 @@ class TestAWrongDrafter:
         drafters = FakeDrafters([drafting(VOCAB_SIZE - 1, 0)])
         async with drafters.link() as link:
             assert (await link.propose(ask(PROMPT, 2))).token_ids == (VOCAB_SIZE - 1, 0)
+
+
+class TestADrafterThatIsNeverRight:
+    """It drafts 7 and 8; what the target picks, its record learns from the rounds that follow."""
+
+    @staticmethod
+    async def rounds(link: DraftLink, picks: Sequence[int], committed: list[int]) -> list[Draft]:
+        """Run rounds whose first pick of the target is given; return their drafts."""
+        drafts = []
+        for pick in picks:
+            drafts.append(await link.propose(ask(committed, 2)))
+            committed.append(pick)
+        return drafts
+
+    async def test_is_left_alone_by_every_session_and_asked_again_after_the_pause(self) -> None:
+        now = [0.0]
+        record = TrackRecord("ngram", pause_s=30, now_s=lambda: now[0])
+        drafters, committed = FakeDrafters(), list(PROMPT)
+        async with drafters.link(record=record) as link, drafters.link(record=record) as other:
+            await self.rounds(other, [9], list(PROMPT))
+            drafts = await self.rounds(link, [9] * 60, committed)
+            num_asked = sum(bool(draft.token_ids) for draft in drafts)
+            assert 20 <= num_asked <= 50
+            assert {draft.fallback_code for draft in drafts[num_asked:]} == {NEVER_RIGHT}
+            assert {draft.fallback_reason for draft in drafts[num_asked:]} == {record.verdict}
+            assert [draft.fallback_code for draft in await self.rounds(other, [9], list(PROMPT))] == [
+                NEVER_RIGHT
+            ]
+            drafters.assert_all_closed_once()
+            async with drafters.link(record=record) as third:
+                assert (await third.propose(ask(PROMPT, 2))).fallback_code == NEVER_RIGHT
+            assert drafters.num_attempts == 2, "a session that begins in the pause is not opened"
+            now[0] += 30
+            assert (await link.propose(ask(committed, 2))).token_ids == ()
+            await settled()
+            assert (await link.propose(ask(committed, 2))).token_ids == (7, 8)
+            assert drafters.sessions[-1].opened_with == committed, "it reads what it missed"
+            committed.append(7)
+            assert (await link.propose(ask(committed, 2))).token_ids == (7, 8)
+            assert record.verdict == ""
+        assert drafters.num_attempts == 3
+        drafters.assert_all_closed_once()
+
+    async def test_is_asked_all_the_same_where_a_request_fixed_the_size(self) -> None:
+        record, drafters = TrackRecord("ngram"), FakeDrafters()
+        async with drafters.link(record=record, may_pause=False) as link:
+            drafts = await self.rounds(link, [9] * 60, list(PROMPT))
+        assert all(draft.token_ids for draft in drafts)
+        assert record.is_paused, "others need not try"
+
+    async def test_one_branch_of_a_tree_that_is_right_is_enough(self) -> None:
+        tree = drafting(7, 8, 9, parents=(-1, 0, -1))
+        record, drafters = TrackRecord("ngram"), FakeDrafters([tree] * 60)
+        async with drafters.link(record=record) as link:
+            committed = list(PROMPT)
+            for _ in range(60):
+                assert (await link.propose(ask(committed, 2, draft_nodes=3))).token_ids == (7, 8, 9)
+                committed.append(9)
+        assert record.verdict == ""
+
+    async def test_having_no_guess_is_not_being_wrong(self) -> None:
+        record, drafters = TrackRecord("ngram"), FakeDrafters([drafting()] * 100)
+        async with drafters.link(record=record) as link:
+            await self.rounds(link, [9] * 100, list(PROMPT))
+        assert record.verdict == ""
 
 
 class TestLeaving:

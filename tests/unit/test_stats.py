@@ -8,6 +8,7 @@ from typing import Any
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from gateway.metrics import OTHER, GatewayMetrics
+from gateway.rounds.records import TrackRecord
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.vocabulary import Draft, Proposal, Round, Verified
 from specdec.service.exporters import make_telemetry
@@ -142,6 +143,39 @@ def test_of_each_drafter_the_commonest_reason_is_told() -> None:
         for proposer in stats.proposers
     ]
     assert told == [("a", 0, ""), ("b", 7, "it is busy")]
+
+
+def never_right(drafter: str) -> TrackRecord:
+    record = TrackRecord(drafter)
+    while not record.verdict:
+        record.judge(is_right=False)
+    return record
+
+
+def test_that_a_drafter_is_never_right_is_told_whether_it_was_asked_or_not() -> None:
+    wrong = {"ngram": never_right("ngram")}
+    verdict = wrong["ngram"].verdict
+    asked, plain, paused, lost = (SpeculationTally("ngram", wrong) for _ in range(4))
+    asked.add(make_round(4, 0))
+    plain.add(make_round(0, 0))
+    paused.add(make_round(0, 0, fallback_reason=verdict))
+    lost.add(make_round(0, 0, fallback_reason="lost"))
+    told = [(tally.stats().num_fallback_rounds, tally.stats().fallback_reason) for tally in (asked, plain)]
+    assert told == [(0, verdict), (0, verdict)]
+    assert (paused.stats().num_fallback_rounds, paused.stats().fallback_reason) == (1, verdict)
+    assert lost.stats().fallback_reason == f"lost; {verdict}"
+
+
+def test_of_several_drafters_the_one_that_is_never_right_is_named() -> None:
+    records = {"a": never_right("a"), "b": TrackRecord("b")}
+    tally = SpeculationTally("a+b", records)
+    tally.add(make_round(0, 0))
+    assert tally.stats().fallback_reason == f"a: {records['a'].verdict}"
+    proposals = (Proposal("a", frozenset({0})), Proposal("b", frozenset({1})))
+    tally.add(Round(Draft((4, 5), proposals=proposals), Verified(0, 9)))
+    stats = tally.stats()
+    assert stats.fallback_reason == ""
+    assert [part.fallback_reason for part in stats.proposers] == [records["a"].verdict, ""]
 
 
 def test_a_clock_that_runs_apart_gives_no_negative_time() -> None:
