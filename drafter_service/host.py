@@ -78,6 +78,7 @@ class DrafterHost:
         """Open a session, which is freed at the end of the block.
 
         Raises:
+            FailedPreconditionError: the text is longer than what the drafter was made for.
             InvalidArgumentError: a value of the request is out of range.
             ResourceExhaustedError: no session slot or memory is free.
         """
@@ -98,9 +99,14 @@ class DrafterHost:
                 )
         token_ids = list(request.committed_token_ids)
         validate_token_ids("committed_token_ids", token_ids, drafter.traits.vocab_size)
-        # A drafter may know fewer tokens than the target.
+        # A drafter may know fewer tokens than the target, and shorter texts.
+        _require_context(drafter, num_committed)
         request.sampling.validate()
-        request = replace(request, sampling=request.sampling.within(drafter.traits.vocab_size))
+        request = replace(
+            request,
+            sampling=request.sampling.within(drafter.traits.vocab_size),
+            max_length=min(request.max_length, drafter.traits.max_length or request.max_length),
+        )
         validate_probability("min_draft_confidence", request.min_draft_confidence)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(
@@ -134,10 +140,11 @@ class DrafterHost:
         """Append what the target committed since the last round.
 
         Raises:
-            FailedPreconditionError: a round was missed.
+            FailedPreconditionError: a round was missed, or the text outgrew what the drafter was made for.
             InvalidArgumentError: the drafter lacks the tokens, or has no room for them.
         """
         validate_token_ids("committed_token_ids", list(committed_token_ids), drafter.traits.vocab_size)
+        _require_context(drafter, len(session.token_ids) + len(committed_token_ids))
         session.commit(committed_token_ids, committed_length)
 
     async def read_state(self, drafter: Drafter, session: DraftSession, ref: TargetStateRef | None) -> None:
@@ -205,6 +212,21 @@ class DrafterHost:
         if session.state:
             session.state.check()
         return drafted
+
+
+def _require_context(drafter: Drafter, num_committed: int) -> None:
+    """Refuse a text after which the drafter has no position left to draft for.
+
+    Raises:
+        FailedPreconditionError: it is one.
+    """
+    limit = drafter.traits.max_length
+    if limit and num_committed >= limit:
+        raise FailedPreconditionError(
+            f"{drafter.traits.name} was made for texts of {limit} tokens, and this one has {num_committed}; "
+            "it goes on without this drafter.",
+            reason="DRAFTER_CONTEXT_FULL",
+        )
 
 
 def _step(items: Sequence[DraftItem]) -> list[DraftTree | SpecdecError]:

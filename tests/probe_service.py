@@ -17,7 +17,8 @@ import click
 
 from drafter_service.config import STREAM_FEATURES, DrafterConfig
 from drafter_service.families import DrafterFactory, DrafterSpec
-from specdec.local.processes import ServiceGroup, ServiceSpec
+from specdec.local import probe
+from specdec.local.processes import Service, ServiceGroup, ServiceSpec
 from specdec.runtime.loading import DTYPES
 from specdec.service.config import config_options
 from specdec.service.tuning import tune_process
@@ -36,6 +37,11 @@ def verifier_command(address: str, model: Path, *arguments: str) -> tuple[str, .
     """Return the command line of a verifier of `model`."""
     options = ("--model", str(model), "--dtype", "float32", "--kv-cache-mib", "4")
     return (sys.executable, "-m", "verifier_service", "--listen", address, *options, *arguments)
+
+
+def is_serving(service: Service) -> bool:
+    """Return whether a process says that it is healthy."""
+    return probe.is_serving(service.spec.address, service.spec.health_service)
 
 
 def service_group(log_dir: Path, commands: Mapping[str, tuple[str, Sequence[str]]]) -> ServiceGroup:

@@ -42,6 +42,20 @@ def kind_of(config: Mapping[str, Any]) -> tuple[str, str]:
     return called, "causal-lm" if name.endswith("ForCausalLM") else ""
 
 
+def context_length(config: Mapping[str, Any]) -> int:
+    """Return the longest text that a drafter was made for, tokens; 0: its config does not say.
+
+    Raises:
+        TypeError, ValueError: it is no number.
+    """
+    own = config.get("transformer_layer_config") or config.get("text_config") or config
+    stated = int(own.get("max_position_embeddings") or 0)
+    rotary = own.get("rope_parameters") or own.get("rope_scaling") or {}
+    # Some configs state the length before the rotary embedding was scaled.
+    scaled = int(float(rotary.get("factor") or 0) * int(rotary.get("original_max_position_embeddings") or 0))
+    return max(stated, scaled) if stated > 0 else 0
+
+
 def why_other(config: Mapping[str, Any], family: str) -> str:
     """Say in a sentence that a checkpoint is not of a family, what it is, and what runs it."""
     called, other = kind_of(config)

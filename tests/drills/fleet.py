@@ -16,7 +16,7 @@ from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import SpecdecError
 from specdec.contract.sampling import SamplingParams
 from specdec.local.processes import Service, ServiceSpec, free_ports
-from tests.probe_service import ENV, verifier_command
+from tests.probe_service import ENV, is_serving, verifier_command
 from tests.raw_streams import until
 
 NUM_SESSIONS = 8
@@ -66,7 +66,7 @@ class Fleet:
         for service in self.services.values():
             os.kill(service.pid, signal.SIGCONT)
         for service in self.services.values():
-            await until(service.is_serving, timeout_s=60)
+            await until(partial(is_serving, service), timeout_s=60)
         for address in self.gateways:
             async with AsyncClient(address, timeout_s=30) as client:
                 await until_all_ready(client)

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from specdec.client import AsyncClient
 from specdec.local.processes import free_ports
 from tests.drills.fleet import NUM_TOKENS, Session, new_sessions, one_service
+from tests.probe_service import is_serving
 from tests.raw_streams import until
 from tests.systems import running_gateway
 
@@ -95,7 +97,7 @@ async def test_a_replica_comes_and_another_goes(
         for service in services.values():
             service.start()
         for service in services.values():
-            await until(service.is_serving, timeout_s=60)
+            await until(partial(is_serving, service), timeout_s=60)
         async with (
             running_gateway(
                 tiny_llama,

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ from specdec.contract.errors import SpecdecError
 from specdec.contract.sampling import SamplingParams
 from specdec.local.processes import Service, free_ports
 from tests.drills.fleet import METHODS, one_service, until_all_ready
+from tests.probe_service import is_serving
 from tests.raw_streams import until
 
 NUM_REQUESTS, NUM_WARM_UP = 2000, 400
@@ -115,7 +117,7 @@ async def test_nothing_is_left_of_two_thousand_requests(
         for service in services.values():
             service.start()
         for service in services.values():
-            await until(service.is_serving, timeout_s=60)
+            await until(partial(is_serving, service), timeout_s=60)
         async with AsyncClient(at["gateway"], timeout_s=30) as client:
             await until_all_ready(client)
             await soak(at["gateway"], NUM_WARM_UP, seed=1)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from specdec.contract.errors import UnavailableError
 from specdec.local.processes import Service, ServiceSpec, free_ports
 from specdec.service.watchdog import EXIT_CODE
 from tests.probe_service import ENV
+from tests.probe_service import is_serving as has_started
 from tests.raw_streams import until, verify_stream
 from tests.systems import running_drafter, running_gateway, running_verifier
 
@@ -157,7 +159,7 @@ async def test_a_process_whose_engine_hangs_for_long_ends(tiny_llama: Path, tmp_
     service = Service(spec, tmp_path, ENV, lambda spawn: spawn())
     service.start()
     try:
-        await until(service.is_serving, timeout_s=60)
+        await until(partial(has_started, service), timeout_s=60)
         assert state_files(tmp_path)
         async with verify_stream(address) as stream:
             with pytest.raises(UnavailableError, match="hangs"):

@@ -591,7 +591,7 @@ def test_a_run_without_answers_fails(gateway: tuple[str, ScriptedGateway], tmp_p
         (["--methods", "mystery"], 2, "no method 'mystery'; it has none, ngram"),
         (["--temperature", "-1"], 2, "temperature is -1.0"),
         (["--concurrency", "two"], 2, "not a list of integers"),
-        (["--concurrency", "0"], 2, "integers >= 1"),
+        (["--concurrency", "0"], 2, "at least 1"),
         (["--limit", "0"], 2, "--limit"),
         (["--prompts", "nowhere.jsonl"], 2, "nowhere.jsonl"),
         (["--peers", "transformers", "--model", "other"], 1, "would load other"),

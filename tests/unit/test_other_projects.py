@@ -28,7 +28,7 @@ from drafter_service.drafters.dspark.checkpoint import DSPARK
 from drafter_service.drafters.eagle3.checkpoint import EagleCheckpoint
 from drafter_service.drafters.eagle3.drafter import EagleDrafter
 from drafter_service.drafters.eagle3.rounds import Branch, EagleRound
-from drafter_service.drafters.kinds import kind_of, why_other
+from drafter_service.drafters.kinds import context_length, kind_of, why_other
 from drafter_service.drafters.weights import read_weights
 from drafter_service.families import load_drafters
 from specdec.contract.draft_tree import DraftTree
@@ -529,3 +529,24 @@ def test_only_the_confidence_keeps_a_tree_of_dspark_short() -> None:
     assert isinstance(chain, list)
     assert isinstance(tree, DraftTree)
     assert len(tree) > len(chain) > 1, "a single token, where the probabilities count as well"
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, 0),
+        ({"max_position_embeddings": None}, 0),
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        ({"transformer_layer_config": {"max_position_embeddings": 4096}, "max_position_embeddings": 9}, 4096),
+        ({"max_position_embeddings": 1000, "rope_scaling": YARN}, 4000),
+        ({"max_position_embeddings": 8000, "rope_parameters": YARN}, 8000),
+        ({"max_position_embeddings": 512, "rope_parameters": {"full_attention": YARN}}, 512),
+        ({"rope_scaling": YARN}, 0),
+    ],
+)
+def test_a_config_says_how_long_a_text_may_be(config: dict[str, Any], expected: int) -> None:
+    assert context_length(config) == expected

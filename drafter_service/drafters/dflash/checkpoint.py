@@ -20,6 +20,7 @@ from drafter_service.drafters.dflash.config import DFlashSettings, read_config
 from drafter_service.drafters.dflash.links import Links
 from drafter_service.drafters.dflash.markov import PREFIX, MarkovHead
 from drafter_service.drafters.head import read_draft_vocab
+from drafter_service.drafters.kinds import context_length
 from drafter_service.drafters.weights import read_weights, reading_config, take_head, take_weights
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import model_id, resolve_model, revision
@@ -88,6 +89,8 @@ class DFlashCheckpoint:
     draft_vocab: Tensor | None
     """Token ids [draft_vocab_size] the head covers, ascending; None: all."""
     parts: Parts
+    max_length: int = 0
+    """Longest text that it was made for, tokens; 0: its config does not say."""
 
     @classmethod
     def load(
@@ -112,6 +115,7 @@ class DFlashCheckpoint:
         with reading_config(folder):
             config = json.loads((folder / "config.json").read_text())
             decoder_config, settings = kind.read_config(config)
+            max_length = context_length(config)
             decoder = MuseGlimmerAssistantModel(decoder_config).to(target, getattr(torch, dtype)).eval()
         read = read_weights(folder, target)
         weights = {TRANSFORMERS_NAMES.get(name, name): weight for name, weight in read.items()}
@@ -135,6 +139,7 @@ class DFlashCheckpoint:
             None if lm_head is None else lm_head.to(decoder.dtype),
             draft_vocab,
             parts,
+            max_length,
         )
 
 

@@ -87,6 +87,7 @@ class DFlashDrafter(Drafter):
             revision=checkpoint.revision,
             vocabulary_fingerprint=settings.vocabulary_fingerprint,
             vocab_size=settings.vocab_size,
+            max_length=checkpoint.max_length,
             dtype=dtype_name(self._dtype),
             device=str(self._device),
             target_state_spec=TargetStateSpec(
@@ -144,7 +145,7 @@ class DFlashDrafter(Drafter):
         if not self.traits.vocab_size:
             # The drafter names no vocabulary, so nothing was checked when these tokens came.
             vocab_size = self._head.vocab_size(weights)
-            session.sampling.validate(vocab_size)
+            session.sampling = session.sampling.within(vocab_size)
             validate_token_ids("committed_token_ids", session.token_ids, vocab_size)
 
     def _misfit(self, weights: TargetWeights) -> str:

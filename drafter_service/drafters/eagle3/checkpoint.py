@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from drafter_service.drafters.eagle3.config import EagleSettings, read_config
 from drafter_service.drafters.eagle3.layers import empty_decoder
+from drafter_service.drafters.kinds import context_length
 from drafter_service.drafters.weights import read_weights, reading_config, take_head, take_weights
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import model_id, resolve_model, revision
@@ -50,6 +51,8 @@ class EagleCheckpoint:
     """The checkpoint's own head [draft_vocab_size, hidden_size]; None: the target's is used."""
     draft_vocab: Tensor | None
     """Token ids [draft_vocab_size] the head covers, ascending; None: all."""
+    max_length: int = 0
+    """Longest text that it was made for, tokens; 0: its config does not say."""
 
     @classmethod
     def load(
@@ -72,6 +75,7 @@ class EagleCheckpoint:
         with reading_config(folder):
             config = json.loads((folder / "config.json").read_text())
             decoder_config, settings = read_config(config, num_target_layers)
+            max_length = context_length(config)
             decoder = empty_decoder(decoder_config).to(at, getattr(torch, dtype)).eval()
         decoder.requires_grad_(False)
         kind, size = getattr(torch, dtype), decoder_config.hidden_size
@@ -93,7 +97,15 @@ class EagleCheckpoint:
                 field="drafter",
             ) from error
         return cls(
-            model_id(model), revision(folder), settings, decoder, features, embedding, lm_head, draft_vocab
+            model_id(model),
+            revision(folder),
+            settings,
+            decoder,
+            features,
+            embedding,
+            lm_head,
+            draft_vocab,
+            max_length,
         )
 
 

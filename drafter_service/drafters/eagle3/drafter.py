@@ -81,6 +81,7 @@ class EagleDrafter(Drafter):
             model_id=checkpoint.model_id,
             revision=checkpoint.revision,
             vocab_size=settings.vocab_size,
+            max_length=checkpoint.max_length,
             dtype=dtype_name(self._dtype),
             device=str(self._device),
             target_state_spec=TargetStateSpec(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from drafter_service.drafters.head import Logits, read_draft_vocab
-from drafter_service.drafters.kinds import kind_of, why_other
+from drafter_service.drafters.kinds import context_length, kind_of, why_other
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import resolve_model
 from specdec.runtime.loading import LoadedModel, load_causal_lm
@@ -29,6 +29,8 @@ class Assistant:
     """Token ids [draft_vocab_size] the head covers, ascending; None: all."""
     uses_target_head: bool
     """Whether the checkpoint has no head: the target's is used."""
+    max_length: int = 0
+    """Longest text that it was made for, tokens; 0: its config does not say."""
 
     @classmethod
     def load(cls, model: str, *, dtype: str, device: str, threads: int = 0) -> Assistant:
@@ -47,6 +49,7 @@ class Assistant:
             if kind_of(written)[1] != "mtp":
                 raise InvalidArgumentError(f"{folder}: {why_other(written, 'mtp')}", field="drafter")
             config = AutoConfig.from_pretrained(folder)
+            max_length = context_length(written)
         except InvalidArgumentError:
             raise
         except Exception as error:  # a broken config surfaces as many types
@@ -63,7 +66,8 @@ class Assistant:
             fingerprint = getattr(config, "specdec_vocabulary_fingerprint", "")
             loaded = replace(loaded, vocabulary_fingerprint=fingerprint)
         vocab_size = config.get_text_config().vocab_size
-        return cls(loaded, read_draft_vocab(folder, vocab_size, loaded.model.device), uses_target_head)
+        draft_vocab = read_draft_vocab(folder, vocab_size, loaded.model.device)
+        return cls(loaded, draft_vocab, uses_target_head, max_length)
 
     def own_head(self) -> Logits | None:
         """Return the checkpoint's own head, over its draft vocabulary; None: the target's is used."""

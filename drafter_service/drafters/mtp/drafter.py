@@ -75,6 +75,7 @@ class MtpDrafter(Drafter):
             revision=assistant.loaded.revision,
             vocabulary_fingerprint=assistant.loaded.vocabulary_fingerprint,
             vocab_size=config.vocab_size,
+            max_length=assistant.max_length,
             dtype=dtype_name(self._dtype),
             device=str(self._device),
             target_state_spec=TargetStateSpec(last_hidden_state=True, kv_last_of_each_attention_type=True),
