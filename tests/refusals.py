@@ -65,7 +65,8 @@ async def assert_healthy(system: System) -> None:
     assert verifier.pool.free_tokens == verifier.pool.capacity_tokens
     replicas = [*backends.verifiers.replicas, *backends.drafters.replicas]
     await until(lambda: all(replica.num_sessions == 0 for replica in replicas))
-    options = GenerateOptions(max_new_tokens=6, ignore_eos=True, method="ngram")
+    # A drafter of the size that is asked for drafts however wrong it was before.
+    options = GenerateOptions(max_new_tokens=6, ignore_eos=True, method="ngram", draft_depth=4)
     result = await system.client.generate(PROMPT, options)
     assert len(result.token_ids) == 6
     assert result.speculation.num_fallback_rounds == 0
