@@ -254,7 +254,8 @@ def require_between(config: object, least: float, most: float, *names: str) -> N
         InvalidArgumentError: naming the option.
     """
     for name in names:
-        _require(least <= getattr(config, name) <= most, config, name, f"a number from {least} to {most}")
+        passed = bound_passed(getattr(config, name), least, most)
+        _require(not passed, config, name, passed)
 
 
 def require_choice(config: object, name: str, choices: Sequence[str]) -> None:

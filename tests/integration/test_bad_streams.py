@@ -186,8 +186,8 @@ DRAFT_OPENS = [
     ({"committed": []}, InvalidArgumentError, "committed_token_ids", "at least one"),
     ({"committed": [VOCAB_SIZE]}, InvalidArgumentError, "committed_token_ids", str(VOCAB_SIZE)),
     ({"max_length": len(PROMPT) - 1}, InvalidArgumentError, "max_length", str(len(PROMPT))),
-    ({"prompt_length": len(PROMPT) + 1}, InvalidArgumentError, "max_length", str(len(PROMPT))),
-    (sampling(temperature=float("nan")), InvalidArgumentError, "temperature", ">= 0"),
+    ({"prompt_length": len(PROMPT) + 1}, InvalidArgumentError, "prompt_length", str(len(PROMPT))),
+    (sampling(temperature=float("nan")), InvalidArgumentError, "temperature", "from 0"),
 ]
 
 
