@@ -187,7 +187,7 @@ DRAFT_OPENS = [
     ({"committed": [VOCAB_SIZE]}, InvalidArgumentError, "committed_token_ids", str(VOCAB_SIZE)),
     ({"max_length": len(PROMPT) - 1}, InvalidArgumentError, "max_length", str(len(PROMPT))),
     ({"prompt_length": len(PROMPT) + 1}, InvalidArgumentError, "prompt_length", str(len(PROMPT))),
-    (sampling(temperature=float("nan")), InvalidArgumentError, "temperature", "from 0"),
+    (sampling(temperature=float("nan")), InvalidArgumentError, "temperature", "in [0, 1000000]"),
 ]
 
 
