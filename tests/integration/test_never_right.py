@@ -57,8 +57,10 @@ async def test_a_merged_method_goes_on_without_it(
     drafter: str, system: System, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = await generate(system, "none")
-    while not num_warnings(caplog):
-        assert (await generate(system, f"{drafter}+same")).token_ids == plain.token_ids
+    for _ in range(2):  # sizes that are chosen may be 0 on a busy machine, and then nobody finds out
+        found = await generate(system, f"{drafter}+same", draft_depth=1)
+        assert found.token_ids == plain.token_ids
+    assert num_warnings(caplog) == 1
     merged = await generate(system, f"{drafter}+same")
     assert merged.token_ids == plain.token_ids
     wrong, same = merged.speculation.proposers
