@@ -169,8 +169,6 @@ def test_a_drafter_without_a_vocabulary_has_the_targets(sampling: SamplingParams
     [
         ((*PROMPT, VOCAB_SIZE), SAMPLED, "committed_token_ids"),
         ((VOCAB_SIZE, *PROMPT), SamplingParams(repetition_penalty=1.1), "committed_token_ids"),
-        (PROMPT, SamplingParams(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
-        (PROMPT, SamplingParams(allowed_token_ids=(VOCAB_SIZE,)), "allowed_token_ids"),
     ],
 )
 def test_tokens_the_target_lacks_are_their_sessions_error(
@@ -184,6 +182,19 @@ def test_tokens_the_target_lacks_are_their_sessions_error(
     assert isinstance(error, InvalidArgumentError)
     assert error.field == message
     assert draft == expected
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(logit_bias={VOCAB_SIZE: 1.0}), SamplingParams(allowed_token_ids=(VOCAB_SIZE,))],
+)
+def test_parameters_about_tokens_that_a_drafter_lacks_change_no_draft(
+    sampling: SamplingParams, tmp_path: Path
+) -> None:
+    drafter = muse(tmp_path)
+    weights = target_weights(drafter)
+    (expected,) = propose(drafter, session(drafter, weights, PROMPT, SamplingParams()))
+    assert propose(drafter, session(drafter, weights, PROMPT, sampling)) == [expected]
 
 
 @pytest.mark.parametrize("drafter", [mtp, dflash], indirect=True)
