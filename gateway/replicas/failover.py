@@ -184,13 +184,24 @@ class LastingVerifierSession:
         while True:
             await self._stack.aclose()
             try:
-                return await self._open_on(self._pick(without=broken), traceparent)
+                return await self._open_on(self._next(broken), traceparent)
             except (UnavailableError, ResourceExhaustedError, InternalError) as error:
                 if isinstance(error, InternalError):
                     broken.append(self._lease.replica)
                 if time.monotonic() + _RETRY_S >= give_up_at:
                     raise _lost_for_good(lost, error) from error
                 await asyncio.sleep(_RETRY_S)
+
+    def _next(self, broken: Collection[VerifierReplica]) -> VerifierReplica:
+        """Return another replica than the last, which may stand still and not be known to yet; the last one
+        where there is no other.
+
+        Raises:
+            UnavailableError: none is ready.
+        """
+        with suppress(UnavailableError):
+            return self._pick(without=[*broken, self._lease.replica])
+        return self._pick(without=broken)
 
 
 def _lost_for_good(lost: UnavailableError, error: SpecdecError) -> UnavailableError:

@@ -122,6 +122,22 @@ async def make_world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[
         await world.second.close()
 
 
+async def test_a_lost_replica_that_still_looks_ready_is_not_taken_where_there_is_another(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world()
+
+    def pick(*, without: Collection[VerifierReplica] = ()) -> VerifierReplica:
+        return next(replica for replica in (world.first, world.second) if replica not in without)
+
+    monkeypatch.setattr(world, "pick", pick)
+    async with world.session() as session:
+        await session.open("")
+        await session.verify(len(PROMPT) + 1, (1,), "")
+    assert [session.uri for session in world.sessions] == [world.first.uri, world.second.uri]
+    world.assert_all_is_given_back()
+
+
 async def test_who_takes_a_session_over_is_leased_and_told_what_was_committed(
     make_world: Callable[..., World],
 ) -> None:
