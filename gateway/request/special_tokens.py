@@ -138,7 +138,5 @@ def _unknown_ids(model: Any) -> frozenset[int]:
     """Return the ids that a model gives to what it does not know."""
     try:
         return frozenset(token.id for token in model.tokenize(_UNKNOWN))
-    except (
-        Exception
-    ):  # a vocabulary of words without a token for unknown ones; tokenizers raises plain Exception
+    except Exception:  # a plain one, from a vocabulary of words without a token for unknown ones
         return frozenset()

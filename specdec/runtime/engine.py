@@ -166,8 +166,7 @@ class Engine(Generic[ItemT, ResultT]):
         with self._wakeup:
             if self._under_way:
                 self._hangs = True
-                for submission in (*self._under_way, *self._scheduler.drain()):
-                    submission.post(_hang_error())
+                self._fail((*self._under_way, *self._scheduler.drain()), _hang_error())
         return self._thread.stack()
 
     def close(self) -> None:

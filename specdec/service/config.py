@@ -242,9 +242,7 @@ def require_not_negative(config: object, *names: str) -> None:
     Raises:
         InvalidArgumentError: naming the option.
     """
-    for name in names:
-        passed = bound_passed(getattr(config, name), 0, MAX_NUMBER)
-        _require(not passed, config, name, passed)
+    require_between(config, 0, MAX_NUMBER, *names)
 
 
 def require_between(config: object, least: float, most: float, *names: str) -> None:

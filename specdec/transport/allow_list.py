@@ -137,10 +137,6 @@ async def _resolve(name: str) -> frozenset[str]:
     try:
         async with asyncio.timeout(_RESOLVE_TIMEOUT_S):
             found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (
-        OSError,
-        TimeoutError,
-        UnicodeError,
-    ):  # UnicodeError: a part of the name is too long to be asked for
+    except (OSError, TimeoutError, UnicodeError):  # the last: a part of the name is too long to be asked for
         return frozenset()
     return frozenset(str(entry[4][0]) for entry in found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -21,6 +20,7 @@ from specdec.client import AsyncClient, GenerateOptions
 from specdec.contract.errors import UnavailableError
 from specdec.local.processes import Service, ServiceSpec, free_ports
 from specdec.service.watchdog import EXIT_CODE
+from tests.integration.gated_drafter import eventually
 from tests.probe_service import ENV
 from tests.probe_service import is_serving as has_started
 from tests.raw_streams import until, verify_stream
@@ -69,10 +69,10 @@ def state_files(shared_dir: Path) -> list[Path]:
 
 
 async def until_serving(address: str, serving: bool) -> None:
-    give_up_at = time.monotonic() + 20
-    while await is_serving(address) != serving:
-        assert time.monotonic() < give_up_at
-        await asyncio.sleep(0.05)
+    async def says_so() -> bool:
+        return await is_serving(address) == serving
+
+    await eventually(says_so)
 
 
 async def test_a_verifier_that_hangs_loses_its_sessions_to_another(tiny_llama: Path) -> None:
