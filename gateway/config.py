@@ -27,9 +27,9 @@ class GatewayConfig(ServiceConfig):
     """Model whose tokenizer and chat template are used, which must be the target's: a folder, a hub id, or
     "default" for the embedded model."""
     default_method: str = AUTO
-    """Method of requests that name none: a drafter, several drafters joined by +, or "none" for plain
-    decoding. "auto" takes the first drafter that reads the target's state, or else the first that has a
-    model, and adds ngram-lm, or else ngram; drafters of another vocabulary are left out."""
+    """Method of requests that name none: a drafter, several drafters joined by +, "none" for plain decoding,
+    or "auto", which chooses round by round what pays best among all drafters with the target's
+    vocabulary."""
     default_max_new_tokens: int = 256
     """Most tokens of an answer whose request sets no limit."""
     max_output_tokens: int = 8192

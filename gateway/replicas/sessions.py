@@ -255,6 +255,7 @@ class RemoteDrafterSession:
             tuple(result.draft_token_ids[:limit]),
             min(result.timings.total_ns, elapsed_ns),
             elapsed_ns,
+            result.timings.compute_ns // max(1, result.timings.batch_size),
             parent_indices=tuple(result.parent_indices[:limit]),
         )
 

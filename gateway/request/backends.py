@@ -35,22 +35,39 @@ class Backends:
     @property
     def methods(self) -> list[str]:
         """What a request's `method` may be."""
-        return [PLAIN, *sorted(self.known_drafters)]
+        drafters = sorted(self.known_drafters)
+        return [PLAIN, *([AUTO] if drafters else []), *drafters]
 
     @property
     def default_method(self) -> str:
         """Method of requests that do not name a method."""
         method = self.config.default_method
-        if method != AUTO:
-            return method if self.offers(method) or not self.drafters.is_known else PLAIN
+        return method if self.offers(method) or not self.drafters.is_known else PLAIN
+
+    @property
+    def best_guess(self) -> str:
+        """The method that should guess best, as far as families tell: what AUTO is where sizes are fixed."""
         # What knows most of the target guesses best; what only looks up errs elsewhere and costs nothing.
+        computing, looking_up = self._fitting_drafters()
+        return method_of([*computing[:1], *looking_up[:1]])
+
+    @property
+    def candidates(self) -> list[str]:
+        """The methods that AUTO chooses from, those first that are to be tried first."""
+        computing, looking_up = self._fitting_drafters()
+        merged = [method_of([drafter, looking_up[0]]) for drafter in computing if looking_up]
+        return [*looking_up, *computing, *merged]
+
+    def _fitting_drafters(self) -> tuple[list[str], list[str]]:
+        """Return the drafters that have the target's vocabulary: those that compute, and those that look up,
+        the better guessers first.
+        """
         drafters = [drafter for drafter in self.known_drafters.values() if self._speaks_its_tokens(drafter)]
         computing = [drafter for drafter in drafters if drafter.family not in LOOKUP_FAMILIES]
         looking_up = [
             drafter for family in LOOKUP_FAMILIES for drafter in drafters if drafter.family == family
         ]
-        chosen = [*sorted(computing, key=_ignorance)[:1], *looking_up[:1]]
-        return method_of([drafter.name for drafter in chosen])
+        return [each.name for each in sorted(computing, key=_ignorance)], [each.name for each in looking_up]
 
     def _speaks_its_tokens(self, drafter: drafter_pb2.DrafterInfo) -> bool:
         """Return whether a drafter has the target's vocabulary or does not have a vocabulary of its own."""
@@ -59,7 +76,7 @@ class Backends:
 
     def offers(self, method: str) -> bool:
         """Return whether a request may name that method, which may be of several drafters."""
-        return set(drafters_of(method)) <= set(self.methods[1:])
+        return method == AUTO or set(drafters_of(method)) <= self.known_drafters.keys()
 
     def label(self, method: str) -> str:
         """Return a method as a label of metrics. The order of a merged method's drafters does not matter. A

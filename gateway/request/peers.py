@@ -19,6 +19,7 @@ from gateway.rounds.link_states import DrafterSession
 from gateway.rounds.merging import MergedDrafts, NamedSource
 from gateway.rounds.records import TrackRecord
 from gateway.rounds.vocabulary import DraftSource
+from specdec.contract.methods import drafters_of
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.target_state import TargetStateSpec
 from specdec.service.auth import caller_key
@@ -99,19 +100,24 @@ class Peers:
             cache_salt=plan.cache_salt,
         )
 
-    async def enter_draft_source(self, stack: AsyncExitStack) -> DraftSource:
-        """Return the source of the request's drafts, which lives until the stack is closed."""
+    async def enter_draft_source(self, stack: AsyncExitStack, first_method: str) -> DraftSource:
+        """Return the source of the request's drafts, which lives until the stack is closed.
+
+        Args:
+            first_method: the method whose drafters are opened at once; empty: all are.
+        """
         drafting = self._plan.drafting
+        at_once = drafters_of(first_method) if first_method else self.records
         sources = [
             NamedSource(
                 proposer.drafter,
-                await stack.enter_async_context(self._link(proposer)),
+                await stack.enter_async_context(self._link(proposer, proposer.drafter in at_once)),
                 proposer.draft_depth,
             )
             for proposer in drafting.proposers
             if proposer.draft_depth
         ]
-        if len(sources) > 1:
+        if len(sources) > 1 or first_method:
             return await stack.enter_async_context(MergedDrafts(sources, drafting.draft_nodes))
         return sources[0].source if sources else NoDrafts()
 
@@ -120,7 +126,7 @@ class Peers:
         is_known = proposer.drafter in self._backends.known_drafters
         return self._backends.controller.record(proposer.drafter) if is_known else TrackRecord("unknown")
 
-    def _link(self, proposer: Proposer) -> DraftLink:
+    def _link(self, proposer: Proposer, opens_at_once: bool) -> DraftLink:
         assert self.verifier.info is not None
         record = self.records[proposer.drafter]
         return DraftLink(
@@ -131,7 +137,8 @@ class Peers:
             drafter=record.drafter,
             record=record,
             # Who sets a size gets it in every round.
-            may_pause=bool(self._plan.drafting.budgets),
+            may_pause=bool(self._plan.drafting.candidates),
+            opens_at_once=opens_at_once,
         )
 
     async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:

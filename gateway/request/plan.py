@@ -75,7 +75,7 @@ async def make_plan(
     validate_length("chat.messages", len(request.chat.messages), MAX_MESSAGES)
     validate_probability("min_draft_confidence", request.min_draft_confidence)
     sampling = _settle_sampling(request, verifier.model.vocab_size)
-    drafting = plan_drafts(request, backends, verifier.max_draft_nodes)
+    drafting = plan_drafts(request, backends, verifier)
     context = verifier.model.max_length
     token_ids = await tokenise(request, backends, context)
     if not token_ids:

@@ -13,6 +13,7 @@ from gateway.request.plan import Plan
 from gateway.request.text_stream import TextStream, TextToken
 from gateway.rounds.ahead import one_ahead
 from gateway.rounds.decode import decode
+from gateway.rounds.merging import MergedDrafts
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Round
@@ -52,14 +53,18 @@ class RunningRequest:
         """
         async with AsyncExitStack() as stack:
             # Left in reverse order, the verifier's slot is freed first: a drafter may be slow to go.
-            drafter = await self._peers.enter_draft_source(stack)
+            control = self._plan.drafting.control(self._backends.controller, self._peers.verifier)
+            stack.callback(control.close)
+            drafter = await self._peers.enter_draft_source(stack, control.first_method)
+            if isinstance(drafter, MergedDrafts):
+                control.follow(drafter.is_open)
             session = await stack.enter_async_context(self._peers.verifier_session(self._count_failover))
             rounds = decode(
                 session,
                 drafter,
                 prompt_token_ids=self._plan.prompt_token_ids,
                 max_new_tokens=self._plan.max_new_tokens,
-                control=self._plan.drafting.control(self._backends.controller, self._peers.verifier),
+                control=control,
                 trace=self._trace,
             )
             await stack.enter_async_context(aclosing(rounds))

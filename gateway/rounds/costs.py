@@ -1,7 +1,9 @@
-"""What rounds cost and bring, as measured: passes by verifier, drafts by method and node budget."""
+"""What rounds cost and bring, as measured: passes by verifier, drafts by method, node budget and load."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from gateway.rounds.estimates import Curve, Mean, Median, Survival
@@ -9,29 +11,58 @@ from gateway.rounds.vocabulary import DraftSize, Round
 
 _DRAFTS_TO_KNOW = 3
 """How many drafts it takes to know a node budget's cost."""
-_CAUTION = 0.3
-"""What drafts must bring beyond plain decoding, as a share, where very many sessions share a pass. A session
-that is alone needs to bring nothing beyond."""
 _FIRST_GUESS = 0.6
 """Acceptance at any depth before anything is known."""
 _GUESS_ROUNDS = 4.0
 """How many rounds of a method the first guess weighs."""
 _METHOD_MEMORY = 0.995
 """What a round's weight becomes with the next one."""
+_ALONE = 1.5
+"""Below how many sessions that share passes, as far as waits tell, one is alone."""
+_GROWTH_BY_LOAD = 1.4
+"""By what a draft's time is taken to grow when twice as many sessions draft, until it was measured."""
+
+
+class Pace:
+    """How fast answers come: tokens and time of a round."""
+
+    def __init__(self) -> None:
+        self.tokens = Mean(1.0)
+        self.round_ns = Mean(1.0)
+
+    def add(self, completed: Round) -> None:
+        """Take a round in."""
+        self.tokens.add(completed.verified.num_accepted_tokens + 1)
+        self.round_ns.add(completed.draft.elapsed_ns + completed.verified.elapsed_ns)
+
+    @property
+    def count(self) -> int:
+        """How many rounds it is taken from."""
+        return self.tokens.count
+
+    @property
+    def rate(self) -> float:
+        """Tokens per nanosecond."""
+        return self.tokens.value / max(1.0, self.round_ns.value)
 
 
 class VerifierLoad:
-    """What passes of one verifier cost now."""
+    """What passes of one verifier cost now, and how many sessions share them."""
 
     def __init__(self) -> None:
         self.pass_ns = Curve()
         """Compute time by tokens of a pass."""
         self.batch_size = Mean(1.0)
-        self.queue_share = Median()
-        """Time an item waits for its pass, over that of the pass. An item that comes while a pass runs waits
-        for its end, the longer the more everyone drafts."""
-        self.transport_ns = Median()
-        """The rest of the time until an answer is here."""
+        self.waits = Median()
+        """Time from an item's arrival to the end of its pass, over that of the pass."""
+        self.others = Mean()
+        """Tokens of a pass that are other sessions' than the one observed."""
+        self.pace = Pace()
+        """Of all sessions, each on its own."""
+        self.num_rounds = 0
+        """Rounds of all sessions."""
+        self.sessions: set[Hashable] = set()
+        """Those under way here, as far as this gateway knows."""
 
     def observe(self, completed: Round) -> None:
         """Take a round's timings in."""
@@ -40,19 +71,52 @@ class VerifierLoad:
             return
         self.pass_ns.add(verified.batch_tokens, verified.compute_ns)
         self.batch_size.add(verified.batch_size)
-        self.queue_share.add(max(0, verified.server_ns - verified.compute_ns) / verified.compute_ns)
-        self.transport_ns.add(max(0, verified.elapsed_ns - verified.server_ns))
+        self.waits.add(verified.server_ns / verified.compute_ns)
+        self.others.add(max(0, verified.batch_tokens - len(completed.draft.token_ids) - 1))
+        self.pace.add(completed)
 
     @property
-    def caution(self) -> float:
-        """Factor by which drafts must beat plain decoding: not all sessions that share passes draft as well,
-        and those that do not draft pay for those that do."""
-        return 1 + _CAUTION * (1 - 1 / max(1.0, self.batch_size.value))
+    def num_sharers(self) -> float:
+        """Sessions that wait for each other's passes: those known here, or as many as the waits tell of."""
+        told = self.batch_size.value * max(1.0, self.waits.value)
+        return max(1.0 if told < _ALONE else told, len(self.sessions))
 
-    def round_ns(self, num_nodes: float) -> float:
-        """Time of a verify with that many draft tokens, every session of the pass having as many."""
-        pass_ns = self.pass_ns(self.batch_size.value * (num_nodes + 1))
-        return pass_ns * (1 + self.queue_share.value) + self.transport_ns.value
+    @property
+    def level(self) -> int:
+        """The load as one of few, each twice the one before."""
+        return round(math.log2(self.num_sharers))
+
+    def added_ns(self, num_nodes: float) -> float:
+        """Return by how much that many draft tokens make a pass longer, with what others have in it."""
+        least = self.others.value + 1
+        return self.pass_ns(least + num_nodes) - self.pass_ns(least)
+
+    def further_ns(self, num_nodes: float) -> float:
+        """Return by how much a further token makes a pass longer, on average over the later half of them."""
+        half = num_nodes / 2
+        return (self.added_ns(num_nodes) - self.added_ns(half)) / half
+
+
+@dataclass(slots=True)
+class DraftCosts:
+    """Time that drafts of one method and node budget take at one level of load, nanoseconds."""
+
+    draft_ns: Curve = field(default_factory=lambda: Curve(through_origin=True))
+    """Time until a draft is here, by K."""
+    token_ns: Curve = field(default_factory=Curve)
+    """Time until a draft is here, by the tokens that it has."""
+    compute_ns: Curve = field(default_factory=lambda: Curve(through_origin=True))
+    """A draft's share of its drafters' computing, by K."""
+    count: int = 0
+    """How many drafts were timed."""
+
+    def observe(self, size: DraftSize, completed: Round) -> None:
+        """Take in a round that asked for such a draft."""
+        draft = completed.draft
+        self.count += 1
+        self.draft_ns.add(size.draft_depth, draft.elapsed_ns)
+        self.token_ns.add(len(draft.token_ids), draft.elapsed_ns)
+        self.compute_ns.add(size.draft_depth, draft.compute_ns)
 
 
 @dataclass(slots=True)
@@ -61,13 +125,9 @@ class MethodStats:
 
     num_nodes: Curve
     """Tokens drafted, by K."""
-    draft_ns: Curve = field(default_factory=lambda: Curve(through_origin=True))
-    """Time until a draft is here, by K."""
-    token_ns: Curve = field(default_factory=Curve)
-    """Time until a draft is here, by the tokens that it has."""
+    costs: dict[int, DraftCosts] = field(default_factory=dict)
+    """By level of load."""
     survival: Survival = field(default_factory=lambda: Survival(_METHOD_MEMORY))
-    num_timed: int = 0
-    """How many drafts were timed."""
 
     @classmethod
     def of(cls, budget: int) -> MethodStats:
@@ -78,23 +138,31 @@ class MethodStats:
 
     @property
     def is_known(self) -> bool:
-        """Whether the cost of the drafts is more than a first impression."""
-        return self.num_timed >= _DRAFTS_TO_KNOW
+        """Whether the cost of the drafts is more than a first impression, at any load."""
+        return any(costs.count >= _DRAFTS_TO_KNOW for costs in self.costs.values())
 
-    def observe(self, size: DraftSize, completed: Round) -> None:
+    def observe(self, size: DraftSize, completed: Round, level: int) -> None:
         """Take in a round that asked for such a draft."""
         if not completed.draft.is_first:
-            self.num_timed += 1
-            self.draft_ns.add(size.draft_depth, completed.draft.elapsed_ns)
-            self.token_ns.add(len(completed.draft.token_ids), completed.draft.elapsed_ns)
+            self.costs.setdefault(level, DraftCosts()).observe(size, completed)
         self.num_nodes.add(size.draft_depth, len(completed.draft.token_ids))
         self.survival.add(size.draft_depth, completed.verified.num_accepted_tokens)
 
-    def further_ns(self, num_tokens: float) -> float:
-        """Return what a further token of such a draft costs the drafter, nanoseconds."""
-        first = min(1.0, num_tokens)
-        return (self.token_ns(num_tokens) - self.token_ns(first)) / max(1.0, num_tokens - first)
+    def at(self, level: int) -> tuple[DraftCosts, float]:
+        """Return the costs known at the nearest level of load, and a factor for the way from there.
+
+        The method is known.
+        """
+        known = (each for each, costs in self.costs.items() if costs.count >= _DRAFTS_TO_KNOW)
+        nearest = min(known, key=lambda each: abs(each - level))
+        return self.costs[nearest], _GROWTH_BY_LOAD ** (level - nearest)
 
     def rates(self, depth: int) -> list[float]:
         """Return the acceptance at the first depths."""
         return self.survival.rates(depth, [_FIRST_GUESS] * depth, _GUESS_ROUNDS)
+
+
+def further_ns(costs: DraftCosts, num_tokens: float) -> float:
+    """Return what a further token of such a draft costs the drafter, nanoseconds."""
+    first = min(1.0, num_tokens)
+    return (costs.token_ns(num_tokens) - costs.token_ns(first)) / max(1.0, num_tokens - first)

@@ -38,7 +38,7 @@ async def decode(
             # A round commits one token more than it accepts, so the last remaining token needs no draft.
             size = control.choose(max_length - len(committed) - 1)
             draft = Draft()
-            if size.draft_depth > 0:
+            if size.draft_depth > 0 or size.joining:
                 request = DraftRequest(committed, size, span.traceparent, current.verified.target_state)
                 draft = await drafter.propose(request)
             verified = await verifier.verify(

@@ -36,6 +36,8 @@ _OPEN_TIMEOUT_S = 60.0
 _FIRST_RETRY_S = 1.0
 _LAST_RETRY_S = 30.0
 _MAX_REASON_LENGTH = 500
+_READING = DraftSize(1)
+"""What a drafter is asked for so that it reads what was before."""
 _PERMANENT = (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -71,6 +73,7 @@ class DraftLink:
         record: how often the drafter was right, in all sessions; each of its drafts is judged by what the
             target picked, and it is not asked while the record says that this is no use.
         may_pause: whether the record decides; False: it is asked in any case.
+        opens_at_once: whether it opens at the start; otherwise it opens when it is first joined.
 
     The link is always in one state of `link_states`, and `_enter` is the only place where that changes.
     """
@@ -87,6 +90,7 @@ class DraftLink:
         retry_s: float = _FIRST_RETRY_S,
         record: TrackRecord | None = None,
         may_pause: bool = True,
+        opens_at_once: bool = True,
     ) -> None:
         self._connect = connect
         self._drafter = drafter
@@ -98,6 +102,7 @@ class DraftLink:
         self._retry_s = retry_s
         self._record = record or TrackRecord(drafter)
         self._may_pause = may_pause
+        self._opens_at_once = opens_at_once
         self._unjudged: tuple[int, frozenset[int]] | None = None
         """Committed length of the last draft's round, and the tokens it offered to follow; None: all drafts
         were judged."""
@@ -108,12 +113,34 @@ class DraftLink:
         """The verifier's session whose state the drafter may read."""
 
     async def __aenter__(self) -> DraftLink:
-        if not self._is_paused:
+        if self._opens_at_once and not self._is_paused:
             await self._open(self._prompt, round_waits=True)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._enter(Lost(retry_at=math.inf))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a draft would not have to wait until the drafter has opened and read what was before."""
+        match self._state:
+            case Opening(round_waits=round_waits):
+                return round_waits and not self._is_paused
+            case FirstDraft(draft=draft):
+                return draft.done() and not self._is_paused
+            case state:
+                return isinstance(state, Ready) and not self._is_paused
+
+    async def join(self, request: DraftRequest) -> None:
+        """Open the drafter and let it read what was before, beside the rounds, which go on without it."""
+        if isinstance(self._state, Lost):
+            if not self._is_paused and time.monotonic() >= self._state.retry_at:
+                await self._open(request.committed_token_ids)
+        elif isinstance(self._state, Opening) and self._state.session.done():
+            try:
+                await self._begin_first(self._state, replace(request, size=_READING))
+            except SpecdecError as error:
+                await self._lose(error)
 
     async def propose(self, request: DraftRequest) -> Draft:
         """Return a draft, or an empty one that says why."""
@@ -218,14 +245,19 @@ class DraftLink:
     async def _draft_first(self, opening: Opening, request: DraftRequest) -> Draft:
         """Return a session's first draft. It outlives the round that waits for it, as the opening does."""
         await self._enter(replace(opening, round_waits=False))
+        first = await self._begin_first(opening, request)
+        draft = await asyncio.shield(first.draft)
+        await self._enter(Ready(first.session, first.num_sent))
+        return replace(draft, is_first=True)
+
+    async def _begin_first(self, opening: Opening, request: DraftRequest) -> FirstDraft:
         session = await asyncio.shield(opening.session)
         committed = request.committed_token_ids
         proposing = session.propose(committed[opening.num_sent :], request)
         drafting = asyncio.ensure_future(self._in_time(proposing, "first draft"))
-        await self._enter(FirstDraft(session, len(committed), drafting))
-        draft = await asyncio.shield(drafting)
-        await self._enter(Ready(session, len(committed)))
-        return replace(draft, is_first=True)
+        first = FirstDraft(session, len(committed), drafting)
+        await self._enter(first)
+        return first
 
     async def _draft(self, session: DrafterSession, num_sent: int, request: DraftRequest) -> Draft:
         """Return another draft of a session that was sent `num_sent` committed tokens so far."""

@@ -1,4 +1,4 @@
-"""Several drafters for one request: what they propose becomes one tree."""
+"""Several drafters for one request: some or all draft for a round, and what they propose becomes one tree."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from gateway.rounds.estimates import Mean
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource, Proposal
 from specdec.contract.draft_tree import merge
+from specdec.contract.methods import drafters_of
 
 _PATIENCE = 3.0
 """How many times its usual time a draft may take, whether others have theirs ready or not."""
@@ -18,12 +20,23 @@ _ROUNDS_TO_KNOW = 3
 """Drafts after which it is known what is usual; until then only the link's own timeout ends the wait."""
 
 
+class JoiningSource(DraftSource, Protocol):
+    """A source of drafts that may begin later than the generation."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a draft would not have to wait until the drafter has opened and read what was before."""
+
+    async def join(self, request: DraftRequest) -> None:
+        """Open the drafter and let it read what was before, beside the rounds, which go on without it."""
+
+
 @dataclass(eq=False, slots=True)
 class NamedSource:
     """One drafter among several."""
 
     drafter: str
-    source: DraftSource
+    source: JoiningSource
     draft_depth: int
     """Most tokens it drafts in a row."""
     pending: asyncio.Task[Draft] | None = None
@@ -44,41 +57,67 @@ class MergedDrafts:
 
     Drafters err in different places: what one misses another may have. Each may be late, lost or wrong on its
     own; the round's draft is what the others propose. A late drafter is not asked again until it is done, and
-    what it drafted for an earlier round is thrown away.
+    what it drafted for an earlier round is thrown away. A round that names a method asks its drafters only.
 
     Args:
         draft_nodes: most tokens of the merged tree, where a round names no budget.
     """
 
     def __init__(self, sources: Sequence[NamedSource], draft_nodes: int) -> None:
-        self._sources = sources
+        self._sources = {source.drafter: source for source in sources}
         self._draft_nodes = draft_nodes
 
     async def __aenter__(self) -> MergedDrafts:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        pending = [proposer.pending for proposer in self._sources if proposer.pending]
+        pending = [proposer.pending for proposer in self._sources.values() if proposer.pending]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+
+    def is_open(self, method: str) -> bool:
+        """Return whether all drafters of a method can draft without a wait for their beginning. The drafters
+        of a request that names them (an empty method) are asked in any case.
+        """
+        return not method or all(proposer.source.is_open for proposer in self._asked(method))
 
     async def propose(self, request: DraftRequest) -> Draft:
         """Return a tree of all proposals, or an empty draft that says why there are none.
 
         With a budget of nodes each drafter may propose a tree as large as the merged one; without a budget,
-        each proposes a chain.
+        each proposes a chain. Drafters of the method that is joining begin beside it.
         """
+        if request.size.joining:
+            for proposer in self._asked(request.size.joining):
+                await proposer.source.join(request)
+        if not request.size.draft_depth:
+            return Draft()
         started_ns = time.monotonic_ns()
         # A late drafter reads the tokens while the rounds go on.
         request = replace(request, committed_token_ids=tuple(request.committed_token_ids))
-        drafts = await asyncio.gather(*(_ask(proposer, request) for proposer in self._sources))
-        elapsed_ns = time.monotonic_ns() - started_ns
+        asked = self._asked(request.size.method)
+        drafts = await asyncio.gather(*(_ask(proposer, request) for proposer in asked))
+        return self._merged(asked, drafts, request, time.monotonic_ns() - started_ns)
+
+    def _asked(self, method: str) -> Sequence[NamedSource]:
+        """Return the drafters of a method, in its order; all, where it is empty."""
+        if not method:
+            return list(self._sources.values())
+        return [self._sources[name] for name in drafters_of(method)]
+
+    def _merged(
+        self,
+        asked: Sequence[NamedSource],
+        drafts: Sequence[Draft],
+        request: DraftRequest,
+        elapsed_ns: int,
+    ) -> Draft:
         budget = request.size.draft_nodes or self._draft_nodes
         tree, nodes = merge([draft.tree for draft in drafts], budget)
         proposals = tuple(
             Proposal(proposer.drafter, frozenset(mine), draft.fallback_reason, draft.fallback_code)
-            for proposer, draft, mine in zip(self._sources, drafts, nodes, strict=True)
+            for proposer, draft, mine in zip(asked, drafts, nodes, strict=True)
         )
         missing = [proposal for proposal in proposals if proposal.fallback_reason]
         reason = "; ".join(f"{proposal.drafter}: {proposal.fallback_reason}" for proposal in missing)
@@ -87,6 +126,7 @@ class MergedDrafts:
             # Drafters work side by side: the slowest is what the round waits for.
             server_ns=min(elapsed_ns, max(draft.server_ns for draft in drafts)),
             elapsed_ns=elapsed_ns,
+            compute_ns=sum(draft.compute_ns for draft in drafts),
             fallback_reason="" if tree.token_ids else reason,
             fallback_code=missing[0].fallback_code if missing else "",
             parent_indices=tree.parent_indices,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from gateway.rounds.records import TrackRecord
 from gateway.rounds.vocabulary import Proposal, Round
+from specdec.contract.methods import AUTO, method_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,14 @@ class ProposerStats:
     num_sole_accepted_tokens: int
     num_fallback_rounds: int
     fallback_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRounds:
+    """How often a method drafted; field by field specdec.v1.MethodRounds."""
+
+    method: str
+    num_rounds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class SpeculationStats:
     num_fallback_rounds: int
     fallback_reason: str
     proposers: list[ProposerStats]
+    methods: list[MethodRounds]
 
 
 class _Fallbacks:
@@ -84,6 +94,7 @@ class SpeculationTally:
         self._accepted: Counter[int] = Counter()
         self._drafted: Counter[int] = Counter()
         self._proposers: dict[str, _ProposerTally] = {}
+        self._methods: Counter[str] = Counter()
         self._draft_ns = 0
         self._verify_ns = 0
         self._transport_ns = 0
@@ -101,6 +112,7 @@ class SpeculationTally:
         self.num_accepted_tokens += verified.num_accepted_tokens
         self._accepted[verified.num_accepted_tokens] += 1
         self._drafted[draft.tree.depth] += 1
+        self._methods[method_of([proposal.drafter for proposal in draft.proposals])] += 1
         for proposal in draft.proposals:
             self._proposers.setdefault(proposal.drafter, _ProposerTally()).add(proposal, completed)
         if draft.fallback_reason:
@@ -132,6 +144,9 @@ class SpeculationTally:
                 tally.stats(drafter, self._records[drafter].verdict if drafter in self._records else "")
                 for drafter, tally in self._proposers.items()
             ],
+            methods=[MethodRounds(*each) for each in self._methods.most_common()]
+            if self.method == AUTO
+            else [],
         )
 
     def _verdict(self) -> str:

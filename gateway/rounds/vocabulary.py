@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -25,6 +25,10 @@ class DraftSize:
     min_path_confidence: float = field(default=0.0, compare=False)
     """Probability below which a token is not worth what it costs; 0: none is left out. It follows the costs
     from round to round, and is not part of what sizes are told apart by."""
+    method: str = ""
+    """The method that drafts, where the request leaves it open; empty: all drafters of the request do."""
+    joining: str = field(default="", compare=False)
+    """A method whose drafters are opened beside the round, as a later round may want them; empty: none."""
 
 
 PLAIN_SIZE = DraftSize(0)
@@ -40,6 +44,8 @@ class Draft:
     """Time the drafter itself took, nanoseconds."""
     elapsed_ns: int = 0
     """Time until the draft was here, nanoseconds."""
+    compute_ns: int = 0
+    """The draft's share of the drafter's computing, nanoseconds: a step is shared by all its drafts."""
     fallback_reason: str = ""
     """Why there is no draft although one was wanted; empty: nothing went wrong."""
     fallback_code: str = "unavailable"
@@ -203,10 +209,20 @@ class DraftSource(Protocol):
 
 
 class SizeControl(Protocol):
-    """Decides how much a generation drafts."""
+    """Decides what a generation drafts."""
+
+    @property
+    def first_method(self) -> str:
+        """The method whose drafters are opened at the start; empty: all drafters of the request are."""
+
+    def follow(self, is_open: Callable[[str], bool]) -> None:
+        """Learn from now on by `is_open` whether all drafters of a method are open."""
 
     def choose(self, limit: int) -> DraftSize:
         """Return the size of the next round's draft, K no more than `limit`."""
 
     def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn from a round whose draft had that size."""
+
+    def close(self) -> None:
+        """End with the generation."""

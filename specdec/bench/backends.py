@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from specdec.bench.records import Answer
+from specdec.bench.trace import accepted_by_round
 from specdec.bench.workload import Prompt
 from specdec.client import AsyncClient, GenerateOptions
 
@@ -30,4 +31,5 @@ class GatewayBackend:
             tpot_ms=generation.timing.tpot_ms if num_tokens > 1 else None,
             finish_reason=generation.finish_reason,
             speculation=generation.speculation,
+            accepted=accepted_by_round(generation.tokens),
         )

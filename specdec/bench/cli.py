@@ -13,6 +13,7 @@ from specdec.bench.report import read_rows
 from specdec.bench.run_cli import run_command
 from specdec.bench.telemetry_cli import telemetry_command
 from specdec.bench.terminal import EXISTING_FILE, table_console
+from specdec.bench.trace_cli import trace_command
 from specdec.bench.transport_cli import transport_command
 from specdec.cli.groups import ErrorGroup
 from specdec.cli.numbers import integers
@@ -24,7 +25,7 @@ def bench() -> None:
     """Measure methods against plain decoding."""
 
 
-for _command in (run_command, pass_command, transport_command, telemetry_command):
+for _command in (run_command, trace_command, pass_command, transport_command, telemetry_command):
     bench.add_command(_command)
 
 

@@ -30,6 +30,8 @@ class Answer:
     """Why the answer ended: "stop_token" or "length"."""
     speculation: Speculation | None
     """What the rounds did; None: the engine has none."""
+    accepted: tuple[int, ...] = ()
+    """Draft tokens that each round accepted; empty: the engine has no rounds."""
 
 
 class Backend(Protocol):

@@ -37,8 +37,8 @@ _CONNECTION = (
 _METHOD = click.option(
     "--method",
     default="",
-    help="Drafter that `specdec info` lists, several joined by + (dflash+ngram), or `none` for plain "
-    "decoding.  [default: the gateway's]",
+    help="Drafter that `specdec info` lists, several joined by + (dflash+ngram), `auto` for what pays best "
+    "round by round, or `none` for plain decoding.  [default: the gateway's]",
 )
 
 _LENGTH = (

@@ -69,7 +69,7 @@ def closing_line(generation: Generation) -> str:
     speculation, timing = generation.speculation, generation.timing
     parts = [
         f"{generation.usage.output_tokens} tokens, {format_rate(generation)} tokens/s",
-        f"method {speculation.method}",
+        f"method {_method(speculation)}",
         f"acceptance length {speculation.mean_acceptance_length:.2f}",
         f"{speculation.num_rounds} rounds",
         f"TTFT {timing.ttft_ms:.0f} ms",
@@ -81,6 +81,12 @@ def closing_line(generation: Generation) -> str:
         line += f"\n{tree_line(speculation)}"
     note = fallback_note(generation)
     return f"{line}\nnote: {note}" if note else line
+
+
+def _method(speculation: Speculation) -> str:
+    """Return the method, and where it was chosen by the round, how many rounds had which."""
+    rounds = ", ".join(f"{each.method} {each.num_rounds}" for each in speculation.methods)
+    return f"{speculation.method} ({rounds})" if rounds else speculation.method
 
 
 def fallback_note(generation: Generation) -> str:

@@ -30,7 +30,8 @@ class GenerateOptions:
     """Everything a request may say besides its prompt."""
 
     method: str = ""
-    """Drafter to use, several joined by "+", "none" for plain decoding; empty: the gateway's default."""
+    """Drafter to use, several joined by "+", "none" for plain decoding, "auto" for what pays best round by
+    round; empty: the gateway's default."""
     draft_depth: int | None = None
     """Tokens to draft per round in a row (K); None: the gateway chooses round by round, by what pays."""
     draft_nodes: int = 0
@@ -177,6 +178,16 @@ class ProposerStats:
 
 
 @dataclass(frozen=True, slots=True)
+class MethodRounds:
+    """How often a method drafted for an answer whose rounds chose their method."""
+
+    method: str
+    """The method; "none": the rounds had no draft."""
+    num_rounds: int
+    """Number of rounds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Speculation:
     """What the rounds of a generation did; the times are sums over rounds, milliseconds."""
 
@@ -208,6 +219,8 @@ class Speculation:
     """The commonest reason, and that the drafter is never right, if so; empty: neither."""
     proposers: tuple[ProposerStats, ...] = ()
     """What each of several drafters contributed; empty: there was one, or none."""
+    methods: tuple[MethodRounds, ...] = ()
+    """How often each method drafted, the most frequent first; empty: the method is not "auto"."""
 
     @property
     def draft_tokens_per_token(self) -> float:
@@ -280,7 +293,7 @@ class Generation:
 
 _DERIVED = ("mean_acceptance_length", "acceptance_by_depth", "draft_tokens_per_token")
 """Properties of `Speculation` that its JSON shows beside its fields."""
-_SHOWN_IF_SET = ("num_fallback_rounds", "fallback_reason", "proposers")
+_SHOWN_IF_SET = ("num_fallback_rounds", "fallback_reason", "proposers", "methods")
 """Fields of `Speculation` that its JSON leaves out where they say nothing."""
 
 

@@ -14,6 +14,7 @@ from specdec.client.generation import (
     GenerateOptions,
     Generation,
     Message,
+    MethodRounds,
     Prompt,
     ProposerStats,
     Speculation,
@@ -214,7 +215,8 @@ def _token(message: gateway_pb2.Token) -> Token:
 
 def _speculation(stats: gateway_pb2.SpeculationStats) -> Speculation:
     proposers = tuple(from_message(ProposerStats, proposer) for proposer in stats.proposers)
-    return from_message(Speculation, stats, proposers=proposers)
+    methods = tuple(from_message(MethodRounds, method) for method in stats.methods)
+    return from_message(Speculation, stats, proposers=proposers, methods=methods)
 
 
 def from_message(kind: type[DataT], message: ProtoMessage, **given: Any) -> DataT:

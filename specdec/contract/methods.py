@@ -14,7 +14,7 @@ MAX_DRAFTERS = 8
 LOOKUP_FAMILIES = ("ngram-lm", "ngram")
 """Drafter families that look continuations up and run no model, the better guesser first."""
 AUTO = "auto"
-"""The default method that stands for the best method available."""
+"""The method that stands for whichever pays best, chosen round by round."""
 _SEPARATOR = "+"
 """Joins the names of drafters whose proposals are merged. A drafter's name cannot contain it."""
 
@@ -29,8 +29,8 @@ def is_drafter_name(name: str) -> bool:
 
 
 def drafters_of(method: str) -> tuple[str, ...]:
-    """Return the drafters that a method names; plain decoding names none."""
-    return () if method == PLAIN else tuple(method.split(_SEPARATOR))
+    """Return the drafters that a method names; PLAIN and AUTO name none."""
+    return () if method in _RESERVED else tuple(method.split(_SEPARATOR))
 
 
 def validate_method(method: str) -> tuple[str, ...]:
@@ -44,8 +44,8 @@ def validate_method(method: str) -> tuple[str, ...]:
     names = drafters_of(method) if len(method) <= most else ("",)
     if len(names) > MAX_DRAFTERS or not all(is_drafter_name(name) for name in names):
         raise InvalidArgumentError(
-            f"{method[:80]!r} is not a method: it is {PLAIN!r}, a drafter, or up to {MAX_DRAFTERS} drafters "
-            f"joined by {_SEPARATOR!r}.",
+            f"{method[:80]!r} is not a method: it is {PLAIN!r}, {AUTO!r}, a drafter, or up to {MAX_DRAFTERS} "
+            f"drafters joined by {_SEPARATOR!r}.",
             field="method",
             reason="UNKNOWN_METHOD",
         )

@@ -138,7 +138,7 @@ class GenerateTiming(_message.Message):
     def __init__(self, ttft_ns: _Optional[int] = ..., tpot_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
 
 class SpeculationStats(_message.Message):
-    __slots__ = ("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "acceptance_histogram", "num_draft_tokens_per_position", "num_accepted_tokens_per_position", "draft_ns", "verify_ns", "transport_ns", "gateway_ns", "num_fallback_rounds", "fallback_reason", "proposers")
+    __slots__ = ("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "acceptance_histogram", "num_draft_tokens_per_position", "num_accepted_tokens_per_position", "draft_ns", "verify_ns", "transport_ns", "gateway_ns", "num_fallback_rounds", "fallback_reason", "proposers", "methods")
     METHOD_FIELD_NUMBER: _ClassVar[int]
     NUM_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +153,7 @@ class SpeculationStats(_message.Message):
     NUM_FALLBACK_ROUNDS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
     PROPOSERS_FIELD_NUMBER: _ClassVar[int]
+    METHODS_FIELD_NUMBER: _ClassVar[int]
     method: str
     num_rounds: int
     num_draft_tokens: int
@@ -167,7 +168,16 @@ class SpeculationStats(_message.Message):
     num_fallback_rounds: int
     fallback_reason: str
     proposers: _containers.RepeatedCompositeFieldContainer[ProposerStats]
-    def __init__(self, method: _Optional[str] = ..., num_rounds: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., acceptance_histogram: _Optional[_Iterable[int]] = ..., num_draft_tokens_per_position: _Optional[_Iterable[int]] = ..., num_accepted_tokens_per_position: _Optional[_Iterable[int]] = ..., draft_ns: _Optional[int] = ..., verify_ns: _Optional[int] = ..., transport_ns: _Optional[int] = ..., gateway_ns: _Optional[int] = ..., num_fallback_rounds: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., proposers: _Optional[_Iterable[_Union[ProposerStats, _Mapping]]] = ...) -> None: ...
+    methods: _containers.RepeatedCompositeFieldContainer[MethodRounds]
+    def __init__(self, method: _Optional[str] = ..., num_rounds: _Optional[int] = ..., num_draft_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., acceptance_histogram: _Optional[_Iterable[int]] = ..., num_draft_tokens_per_position: _Optional[_Iterable[int]] = ..., num_accepted_tokens_per_position: _Optional[_Iterable[int]] = ..., draft_ns: _Optional[int] = ..., verify_ns: _Optional[int] = ..., transport_ns: _Optional[int] = ..., gateway_ns: _Optional[int] = ..., num_fallback_rounds: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., proposers: _Optional[_Iterable[_Union[ProposerStats, _Mapping]]] = ..., methods: _Optional[_Iterable[_Union[MethodRounds, _Mapping]]] = ...) -> None: ...
+
+class MethodRounds(_message.Message):
+    __slots__ = ("method", "num_rounds")
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    num_rounds: int
+    def __init__(self, method: _Optional[str] = ..., num_rounds: _Optional[int] = ...) -> None: ...
 
 class ProposerStats(_message.Message):
     __slots__ = ("drafter", "num_draft_tokens", "num_accepted_tokens", "num_sole_accepted_tokens", "num_fallback_rounds", "fallback_reason")

@@ -164,7 +164,7 @@ async def test_a_service_that_makes_no_sense_is_not_used(lie: str, honest: Hones
     make, reason = REFUSED[lie]
     async with scene_of(make(), honest) as scene:
         info = await scene.client.info()
-        assert list(info.methods) == ["none", "model"]
+        assert list(info.methods) == ["none", "auto", "model"]
         assert reason in info.drafters[0].reason
         assert len(info.drafters[0].reason) < 1000
         with pytest.raises(InvalidArgumentError, match="Unknown method 'liar'"):
@@ -183,7 +183,7 @@ MUTE: dict[str, Callable[[], Liar]] = {
 @pytest.mark.parametrize("lie", MUTE)
 async def test_a_service_that_never_says_that_it_is_ready_is_not_waited_for(lie: str, honest: Honest) -> None:
     async with scene_of(MUTE[lie](), honest, waits=False) as scene:
-        assert list((await scene.client.info()).methods) == ["none", "model"]
+        assert list((await scene.client.info()).methods) == ["none", "auto", "model"]
         await scene.assert_clean()
 
 

@@ -118,7 +118,7 @@ async def test_a_client_that_reads_nothing_keeps_others_and_the_drain_from_nothi
         options = GenerateOptions(max_new_tokens=20, ignore_eos=True)
         assert len((await system.client.generate(PROMPT, options)).token_ids) == 20
         async with AsyncClient(system.address) as client:
-            assert (await client.info()).methods == ("none", "ngram")
+            assert (await client.info()).methods == ("none", "auto", "ngram")
         begun = time.monotonic()
         await system.gateway.host.stop(grace_s=0.5)
         assert time.monotonic() - begun < 20

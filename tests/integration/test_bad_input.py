@@ -94,7 +94,7 @@ GATEWAY_REFUSALS = [
     ({"method": "ngram+"}, "method", "up to 8 drafters"),
     ({"method": "ngram+none"}, "method", "up to 8 drafters"),
     ({"method": "ngram+ngram"}, "method", "twice"),
-    ({"method": "oracle"}, "method", "none, model, ngram"),
+    ({"method": "oracle"}, "method", "none, auto, model, ngram"),
     ({"method": "\N{JAPANESE OGRE}" * 5000}, "method", "up to 8 drafters"),
     ({"method": "+".join(f"d{number}" for number in range(9))}, "method", "up to 8 drafters"),
     ({"stop_token_ids": [5] * 1025}, "stop_token_ids", "1024"),

@@ -180,7 +180,7 @@ class TestSpreading:
             assert [replica.ready for replica in (*info.verifiers, *info.drafters)] == [True] * 4
             assert [replica.reason for replica in (*info.verifiers, *info.drafters)] == [""] * 4
             assert len({replica.uri for replica in (*info.verifiers, *info.drafters)}) == 4
-            assert info.methods == ("none", "gated", "ngram")
+            assert info.methods == ("none", "auto", "gated", "ngram")
             assert info.model
             for replica in info.verifiers:
                 assert isinstance(replica.info, VerifierInfo)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from gateway.rounds.controller import Controller, FixedSize, SizeControl
+from gateway.rounds.controller import Controller, FixedSize
+from gateway.rounds.option import Candidate
 from gateway.rounds.records import NEVER_RIGHT
-from gateway.rounds.vocabulary import Draft, DraftSize, Proposal, Round, Verified
+from gateway.rounds.vocabulary import Draft, DraftSize, Proposal, Round, SizeControl, Verified
 
 MS = 1_000_000
 
@@ -86,7 +87,8 @@ def run(control: SizeControl, world: World, num_rounds: int) -> list[DraftSize]:
 
 def session(controller: Controller, replica: Replica, budgets: Sequence[int] = (0,)) -> SizeControl:
     """Return the control of a generation that may draft up to 16 in a row and starts with 4."""
-    return controller.session(replica, "mtp", DraftSize(4), longest=16, budgets=budgets)
+    candidate = Candidate("mtp", DraftSize(4), longest=16, budgets=tuple(budgets))
+    return controller.session(replica, [candidate])
 
 
 def usual(sizes: Sequence[DraftSize]) -> DraftSize:
@@ -182,14 +184,6 @@ def test_drafts_end_though_no_pass_was_ever_without() -> None:
     assert learned(Busy(steep, lambda k: 2.0, 0.4)) == DraftSize(0)
 
 
-def test_a_small_gain_is_taken_alone_and_left_where_others_pay() -> None:
-    def world(batch_size: int) -> World:
-        return World(flat, lambda k: 4.0, 0.2, batch_size=batch_size)
-
-    assert learned(world(1)).draft_depth > 0
-    assert learned(world(8)) == DraftSize(0)
-
-
 def test_who_shares_passes_tries_other_sizes_less_often() -> None:
     def num_tries(batch_size: int) -> int:
         world = World(flat, lambda k: 4.0, 0.0, batch_size=batch_size)
@@ -253,6 +247,7 @@ def short_answers(
                 is_first = False
             control.observe(size, done)
             sizes.append(size)
+        control.close()
     return sizes[-120:]
 
 

@@ -141,6 +141,7 @@ class FakeDrafters:
         retry_s: float = NEVER_S,
         record: TrackRecord | None = None,
         may_pause: bool = True,
+        opens_at_once: bool = True,
     ) -> DraftLink:
         return DraftLink(
             self.connect,
@@ -152,6 +153,7 @@ class FakeDrafters:
             drafter="ngram",
             record=record,
             may_pause=may_pause,
+            opens_at_once=opens_at_once,
         )
 
     def assert_all_closed_once(self) -> None:
@@ -184,6 +186,63 @@ async def settled() -> None:
     """Let every task that can run do so."""
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+class TestADrafterThatJoinsLater:
+    async def test_opens_and_reads_beside_the_rounds(self) -> None:
+        drafters = FakeDrafters()
+        async with drafters.link(opens_at_once=False) as link:
+            await settled()
+            assert not drafters.num_attempts
+            assert not link.is_open
+            await link.join(ask([*PROMPT, 4], 0))
+            await until(lambda: len(drafters.sessions) == 1)
+            assert not link.is_open, "it has not read yet"
+            await link.join(ask([*PROMPT, 4, 5], 0))
+            await until(lambda: link.is_open)
+            assert await link.propose(ask([*PROMPT, 4, 5, 6], 2)) == Draft((7, 8)), "its first is long past"
+            (session,) = drafters.sessions
+            assert session.opened_with == [*PROMPT, 4]
+            assert [(new, depth) for new, _, depth, _ in session.rounds] == [([5], 1), ([6], 2)]
+        drafters.assert_all_closed_once()
+
+    async def test_one_that_never_opens_holds_nothing_up(self) -> None:
+        drafters = FakeDrafters()
+        drafters.may_open.clear()
+        async with soon(), drafters.link(opens_at_once=False) as link:
+            for length in range(4, 8):
+                await link.join(ask(range(length), 0))
+                await settled()
+                assert not link.is_open
+        assert drafters.num_attempts == drafters.num_cancelled == 1
+
+    async def test_one_that_fails_is_left_alone_for_a_while(self) -> None:
+        drafters = FakeDrafters(UnavailableError("gone"), [failing(InternalError("broken"))])
+        async with drafters.link(opens_at_once=False, retry_s=0.02) as link:
+            for _ in range(3):
+                await link.join(ask([*PROMPT, 4], 0))
+                await settled()
+            assert drafters.num_attempts == 1, "the pause is not over"
+            await asyncio.sleep(0.03)
+            async with soon():
+                while not link.is_open:
+                    await link.join(ask([*PROMPT, 4], 0))
+                    await asyncio.sleep(0.005)
+            assert drafters.num_attempts == 2
+            failed = await link.propose(ask([*PROMPT, 4], 2))
+            assert failed.fallback_reason == "broken", "how it failed is found when it is asked"
+            assert not link.is_open
+        drafters.assert_all_closed_once()
+
+    async def test_one_that_is_never_right_does_not_join(self) -> None:
+        drafters, record = FakeDrafters(), TrackRecord()
+        for _ in range(40):
+            record.judge(is_right=False)
+        async with drafters.link(opens_at_once=False, record=record) as link:
+            await link.join(ask([*PROMPT, 4], 0))
+            await settled()
+            assert not link.is_open
+        assert not drafters.num_attempts
 
 
 class TestAWorkingDrafter:

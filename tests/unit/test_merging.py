@@ -28,6 +28,10 @@ class Source:
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
         self.asked: list[tuple[int, int]] = []
+        self.is_open = True
+
+    async def join(self, request: DraftRequest) -> None:
+        self.is_open = True
 
     async def propose(self, request: DraftRequest) -> Draft:
         assert (list(request.committed_token_ids), request.traceparent) == (PROMPT, "trace")
@@ -52,6 +56,21 @@ async def test_proposals_become_one_tree() -> None:
     assert (draft.token_ids, draft.parent_indices) == ((7, 8, 9, 5), (-1, 0, 0, -1))
     assert draft.proposals == (Proposal("a", frozenset({0, 1})), Proposal("b", frozenset({0, 2, 3})))
     assert draft.fallback_reason == ""
+
+
+async def test_a_round_asks_the_drafters_of_its_method_and_lets_those_join_that_a_later_one_wants() -> None:
+    sources = left, right = Source(Draft((7, 8))), Source(Draft((7, 9)))
+    right.is_open = False
+    drafts = merged(*sources)
+    size = DraftSize(2, method="a", joining="b+a")
+    assert [drafts.is_open(method) for method in ("a", "b", "b+a", "")] == [True, False, False, True]
+    draft = await drafts.propose(DraftRequest(PROMPT, size, "trace"))
+    assert (draft.token_ids, draft.proposals) == ((7, 8), (Proposal("a", frozenset({0, 1})),))
+    assert drafts.is_open("b+a")
+    assert (left.asked, right.asked) == ([(2, 0)], [])
+    both = await drafts.propose(DraftRequest(PROMPT, DraftSize(2, method="b+a"), "trace"))
+    assert [proposal.drafter for proposal in both.proposals] == ["b", "a"]
+    assert await drafts.propose(DraftRequest(PROMPT, DraftSize(0, joining="b"), "trace")) == Draft()
 
 
 async def test_equal_proposals_are_a_chain() -> None:

@@ -87,7 +87,7 @@ def backends(
 def test_what_guesses_best_with_what_copies(
     drafters: tuple[drafter_pb2.DrafterInfo, ...], expected: str
 ) -> None:
-    assert backends(*drafters).default_method == expected
+    assert backends(*drafters).best_guess == expected
 
 
 def test_a_method_that_is_set_is_the_default_where_it_is_offered() -> None:
@@ -121,18 +121,18 @@ def lengths(plan: DraftPlan) -> list[int]:
 async def test_chosen_sizes_keep_to_the_limits_of_drafter_verifier_and_request() -> None:
     free = await drafting("trees")
     assert (lengths(free), free.size, free.draft_nodes) == ([16], DraftSize(6), 40)
-    assert free.budgets == (0, 7, 15, 31)
+    assert free.candidates[0].budgets == (0, 7, 15, 31)
     few = await drafting("trees", draft_nodes=3)
     assert (lengths(few), few.size, few.draft_nodes) == ([3], DraftSize(3, 3), 3)
-    assert few.budgets == (0, 3)
-    assert (await drafting("trees", draft_nodes=15)).budgets == (0, 7, 15)
+    assert few.candidates[0].budgets == (0, 3)
+    assert (await drafting("trees", draft_nodes=15)).candidates[0].budgets == (0, 7, 15)
     chains = await drafting("chains")
     assert (lengths(chains), chains.size, chains.draft_nodes) == ([12], DraftSize(8), 0)
-    assert chains.budgets == (0,)
+    assert chains.candidates[0].budgets == (0,)
     merged = await drafting("trees+short", draft_nodes=10)
     assert (lengths(merged), merged.size, merged.draft_nodes) == ([10, 5], DraftSize(6, 10), 10)
     mixed = await drafting("chains+short")
-    assert (mixed.draft_nodes, mixed.budgets) == (40, (0,))
+    assert (mixed.draft_nodes, mixed.candidates[0].budgets) == (40, (0,))
     assert await drafting("none") == DraftPlan()
 
 
@@ -148,7 +148,7 @@ async def test_sizes_of_the_request_keep_to_the_limits() -> None:
     assert (lengths(too_many), too_many.draft_nodes) == ([16, 25], 40), "the verifier takes no more"
     assert lengths(await drafting("trees", draft_depth=0)) == []
     for plan in (chain, tree, merged):
-        assert plan.budgets == ()
+        assert plan.candidates == ()
     with pytest.raises(InvalidArgumentError, match="at most 16"):
         await drafting("trees+short", draft_depth=17)
     with pytest.raises(InvalidArgumentError, match="at most 40"):

@@ -1,0 +1,175 @@
+"""What each round drafts, chosen by measured cost and acceptance: by which method, and how much.
+
+A draft is worth the tokens that it adds to the round. It costs time, and time has a price in tokens: what
+would be decoded meanwhile. Time that only the session itself waits, for its draft, has the price of its own
+pace; time that all wait, as a longer pass of the verifier they share, has the price of all paces together.
+The choice is the method and size with the largest gain, or no draft where every one would cost more than it
+brings. For a session that is alone this is the choice with the most tokens per second.
+
+Nothing here can change an answer, only how fast it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from gateway.rounds.costs import Pace, VerifierLoad
+from gateway.rounds.option import Candidate, Method, Option, Prices
+from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round
+from specdec.contract.methods import PLAIN
+
+_PROBE_EVERY = 24
+"""A choice other than the best is tried once in so many rounds of a verifier, times the sessions that share a
+pass: what nobody tries nobody knows."""
+_EXPLORE_EVERY = 4
+"""How many rounds instead, while there is a method or a node budget that was hardly tried yet."""
+_PACE_ROUNDS = 8
+"""How many of a session's rounds the pace of all sessions weighs."""
+_WORTH_JOINING = 0.03
+"""Tokens a round by which drafters that are not open yet must be better than those that are."""
+_LEAST_TO_JOIN = 16
+"""How many tokens the answer must at least have left for drafters to be opened for them."""
+_ROUNDS_TO_JOIN = 64
+"""After how many rounds a session gives up on drafters that have not opened."""
+_BUSY_STRIDE = 4
+"""How many rounds a choice stands where passes are shared: choosing takes the gateway time."""
+
+
+class AdaptiveChoice:
+    """Chooses what each round of a session drafts. It is to be closed when the session ends.
+
+    Args:
+        candidates: the methods to choose from, at least one; the first is the first to be tried.
+        known: what is known of each.
+    """
+
+    def __init__(self, load: VerifierLoad, candidates: Sequence[Candidate], known: Sequence[Method]) -> None:
+        self._load = load
+        self._options = [
+            Option.of(candidate, method, load) for candidate, method in zip(candidates, known, strict=True)
+        ]
+        self._by_method = {option.method: option for option in self._options}
+        self._pace = Pace()
+        self._num_rounds = 0
+        self._limit = 0
+        self._next: DraftSize | None = None
+        """The size of the next round, chosen ahead; None: nothing was observed since the last one."""
+        self._untried: Option | None = None
+        """An option whose drafters are to be opened, to be tried."""
+        self._is_open: Callable[[str], bool] = lambda method: True
+        """Whether all drafters of a method are open; those of a single candidate are opened at the start."""
+        load.sessions.add(self)
+        prices = self._prices()
+        for option in self._options:
+            option.weigh(prices)
+        self._best: Option | None = max(self._options, key=lambda option: option.gain)
+        """The best of those whose drafters are open; None: no drafter is."""
+        is_wanted = self._best.gain > 0 or not self._is_anything_known
+        self.first_method = self._best.method if is_wanted or len(candidates) == 1 else PLAIN
+        """The method whose drafters are to be opened at the start; empty: all."""
+
+    @property
+    def _is_anything_known(self) -> bool:
+        return any(option.is_known for option in self._options)
+
+    def close(self) -> None:
+        """Count the session no more."""
+        self._load.sessions.discard(self)
+
+    def follow(self, is_open: Callable[[str], bool]) -> None:
+        """Choose from now on among methods of which `is_open` says that they can draft without a wait."""
+        self._is_open = is_open
+
+    def choose(self, limit: int) -> DraftSize:
+        """Return the best draft for the next round, or now and then another, with K at most `limit`."""
+        self._limit = limit
+        if limit <= 0:
+            return PLAIN_SIZE
+        size, self._next = self._next or self._wanted(), None
+        return replace(size, draft_depth=min(size.draft_depth, limit))
+
+    def observe(self, size: DraftSize, completed: Round) -> None:
+        """Learn what the round cost and brought; where a drafter is lost or late, learn nothing of drafts."""
+        self._load.observe(completed)
+        self._pace.add(completed)
+        if size.draft_depth and completed.draft.is_complete:
+            self._by_method[size.method].observe(size, completed)
+        self._next = self._wanted()
+
+    def _prices(self) -> Prices:
+        pace, all_paces = self._pace, self._load.pace
+        weight = pace.count / (pace.count + _PACE_ROUNDS)
+        own = weight * pace.rate + (1 - weight) * all_paces.rate
+        return Prices(own, (self._load.num_sharers - 1) * all_paces.rate, self._load.level)
+
+    def _wanted(self) -> DraftSize:
+        self._num_rounds += 1
+        self._load.num_rounds += 1
+        prices = self._prices()
+        # All who share a pass wait for the session that tries something.
+        sharers = max(1, round(self._load.num_sharers))
+        if sharers < 2 or self._num_rounds % _BUSY_STRIDE == 1:
+            self._weigh(prices)
+        size = self._experiment(prices, sharers) or (self._best.best if self._best else PLAIN_SIZE)
+        confidence = 0.0
+        if size.draft_depth:
+            confidence = self._by_method[size.method].least_confidence(size, prices)
+        return replace(size, min_path_confidence=confidence, joining=self._joining())
+
+    def _weigh(self, prices: Prices) -> None:
+        """Look anew at the best option and at another in turn, and settle which is the best of those open."""
+        in_turn = self._options[self._num_rounds % len(self._options)]
+        for option in {id(each): each for each in (self._best, in_turn) if each}.values():
+            option.weigh(prices)
+        usable = [option for option in self._options if self._is_open(option.method)]
+        self._best = max(usable, key=lambda option: option.gain, default=None)
+
+    def _experiment(self, prices: Prices, sharers: int) -> DraftSize | None:
+        """Return a draft from which something is learned, now and then; None: the best is to be taken."""
+        if self._best and not self._is_anything_known:
+            return self._best.candidate.start
+        num_rounds = self._load.num_rounds
+        if num_rounds % (_EXPLORE_EVERY * sharers) == 0 and (size := self._unknown(prices)):
+            return size
+        return self._probe() if num_rounds % (_PROBE_EVERY * sharers) == 0 else None
+
+    def _unknown(self, prices: Prices) -> DraftSize | None:
+        """Return a draft of a method that was hardly tried, or of a budget of the best method."""
+        untried = (option for option in self._options if not option.is_known and self._may_join(option))
+        if option := next(untried, None):
+            if self._is_open(option.method):
+                return option.candidate.start
+            self._untried = option
+        return self._best.unknown(prices) if self._best else None
+
+    def _probe(self) -> DraftSize | None:
+        """Return a probe of the best option, or in its turn a draft of another that is open."""
+        if self._best is None:
+            return None
+        others = [each for each in self._options if each is not self._best and self._is_open(each.method)]
+        self._best.known.num_probes += 1
+        turn, is_turn_of_others = divmod(self._best.known.num_probes, 2)
+        if others and is_turn_of_others:
+            other = others[turn % len(others)]
+            return other.best if other.best.draft_depth else other.candidate.start
+        return self._best.probe(turn if others else self._best.known.num_probes)
+
+    def _joining(self) -> str:
+        """Return the method whose drafters are to be opened, as it is better or to be tried; empty: none."""
+        if len(self._options) == 1:
+            return ""
+        wanted: Option | None = max(self._options, key=lambda option: option.gain)
+        assert wanted is not None
+        gain = self._best.gain if self._best else 0.0
+        if self._is_open(wanted.method) or wanted.gain < gain + _WORTH_JOINING:
+            wanted = self._untried
+        self._untried = None if wanted and self._is_open(wanted.method) else self._untried
+        if wanted is None or self._is_open(wanted.method) or not self._may_join(wanted):
+            return ""
+        wanted.num_rounds_joining += 1
+        return wanted.method
+
+    def _may_join(self, option: Option) -> bool:
+        is_worth_it = option.num_rounds_joining < _ROUNDS_TO_JOIN and self._limit >= _LEAST_TO_JOIN
+        return is_worth_it or self._is_open(option.method)

@@ -1,0 +1,195 @@
+"""A method that may draft, as one session sees it: what each of its sizes gains."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from operator import mul
+
+from gateway.rounds.costs import MethodStats, VerifierLoad, further_ns
+from gateway.rounds.estimates import Survival
+from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round
+
+_WORTH_GROWING = 0.8
+"""A larger tree is tried once the next smaller one is worth this share of the best draft."""
+_METHOD_ROUNDS = 12.0
+"""How many of a session's rounds the knowledge of a method weighs."""
+_SESSION_MEMORY = 0.97
+"""What a round's weight becomes with the next one."""
+_MOST_CONFIDENCE = 0.5
+"""Highest probability that a path must have: what a drafter says of itself is an estimate."""
+_CAUTION = 1.1
+"""What a draft must bring where sessions share passes, over what it costs as far as that is known."""
+_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A method that may draft, and the sizes to choose from."""
+
+    method: str
+    """Its name, under which what is known of it is kept."""
+    start: DraftSize
+    """The size until something is known of the method; its `method` is that of all sizes chosen."""
+    longest: int
+    """Largest K."""
+    budgets: tuple[int, ...] = (0,)
+    """Node budgets, ascending; 0: chains."""
+    shares_processor: bool = False
+    """Whether its drafters compute where the verifier does, so that all wait for what they compute."""
+
+
+@dataclass(slots=True)
+class Method:
+    """What is known of a method over all sessions: each is short, and need not try what another tried."""
+
+    stats: dict[int, MethodStats] = field(default_factory=dict)
+    """What its drafts cost and bring, by node budget."""
+    num_probes: int = 0
+    """Rounds that tried something else than its best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a nanosecond costs, in tokens."""
+
+    own: float
+    """One that the session waits alone."""
+    others: float
+    """One that all others wait."""
+    level: int
+    """Level of load."""
+
+
+@dataclass(slots=True)
+class Option:
+    """A candidate as one session sees it."""
+
+    candidate: Candidate
+    known: Method
+    stats: dict[int, MethodStats]
+    load: VerifierLoad
+    lengths: list[int]
+    mine: dict[int, Survival]
+    best: DraftSize = PLAIN_SIZE
+    """The size that gained most when it was last looked at."""
+    gain: float = 0.0
+    """Tokens a round that it gains over plain decoding."""
+    num_rounds_joining: int = 0
+    """Rounds that waited for its drafters to open."""
+
+    @classmethod
+    def of(cls, candidate: Candidate, method: Method, load: VerifierLoad) -> Option:
+        """Return a candidate of which nothing is known in this session."""
+        return cls(
+            candidate,
+            method,
+            {budget: method.stats[budget] for budget in candidate.budgets},
+            load,
+            [k for k in _LENGTHS if k < candidate.longest] + [candidate.longest],
+            {budget: Survival(_SESSION_MEMORY) for budget in candidate.budgets},
+        )
+
+    @property
+    def method(self) -> str:
+        """Its name in this session's sizes."""
+        return self.candidate.start.method
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any of its sizes was tried."""
+        return any(stats.is_known for stats in self.stats.values())
+
+    def size(self, depth: int, budget: int) -> DraftSize:
+        """Return one of its sizes; no tree is deeper than it has nodes."""
+        return replace(
+            self.candidate.start, draft_depth=min(depth, budget) if budget else depth, draft_nodes=budget
+        )
+
+    def observe(self, size: DraftSize, completed: Round) -> None:
+        """Learn what a round's draft cost and brought."""
+        self.stats[size.draft_nodes].observe(size, completed, self.load.level)
+        self.mine[size.draft_nodes].add(size.draft_depth, completed.verified.num_accepted_tokens)
+
+    def weigh(self, prices: Prices) -> None:
+        """Find the size with the largest gain."""
+        self.best, self.gain = PLAIN_SIZE, 0.0
+        for budget, stats in self.stats.items():
+            if stats.is_known:
+                size, gain = self.best_of(budget, prices)
+                if gain > self.gain:
+                    self.best, self.gain = size, gain
+
+    def best_of(self, budget: int, prices: Prices) -> tuple[DraftSize, float]:
+        """Return the best size with that budget, which is known, and the tokens a round that it gains."""
+        lengths = [length for length in self.lengths if not budget or length <= budget]
+        expected = self.expected_lengths(budget, lengths[-1])
+        gains = [expected[k] - 1 - self.cost(self.size(k, budget), prices) for k in lengths]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        return self.size(lengths[best], budget), gains[best]
+
+    def expected_lengths(self, budget: int, longest: int) -> list[float]:
+        """Return the acceptance length by K, from 0."""
+        rates = self.mine[budget].rates(longest, self.stats[budget].rates(longest), _METHOD_ROUNDS)
+        return list(accumulate(accumulate(rates, mul), initial=1.0))
+
+    def cost(self, size: DraftSize, prices: Prices) -> float:
+        """Return what a draft costs, in tokens that are not decoded meanwhile."""
+        stats = self.stats[size.draft_nodes]
+        costs, growth = stats.at(prices.level)
+        added_ns = self.load.added_ns(stats.num_nodes(size.draft_depth))
+        own = prices.own * (added_ns + growth * costs.draft_ns(size.draft_depth))
+        if not prices.others:
+            return own
+        if self.candidate.shares_processor:
+            added_ns += costs.compute_ns(size.draft_depth)
+        return _CAUTION * (own + prices.others * added_ns)
+
+    def least_confidence(self, size: DraftSize, prices: Prices) -> float:
+        """Return the probability below which a token costs more than it brings.
+
+        It adds what a further token takes to verify, and in a chain what it takes to draft. A token of a tree
+        is one of many that are drafted in a step.
+        """
+        stats = self.stats[size.draft_nodes]
+        if not stats.is_known:
+            return 0.0
+        num_nodes = max(1.0, stats.num_nodes(size.draft_depth))
+        cost = (prices.own + prices.others) * self.load.further_ns(num_nodes)
+        if not size.draft_nodes:
+            cost += prices.own * further_ns(stats.at(prices.level)[0], num_nodes)
+        return min(_MOST_CONFIDENCE, max(0.0, cost))
+
+    def unknown(self, prices: Prices) -> DraftSize | None:
+        """Return a size with a budget that was hardly tried; None: all were tried, or trees grew enough."""
+        budgets = self.candidate.budgets
+        for smaller, budget in zip([None, *budgets], budgets, strict=False):
+            if self.stats[budget].is_known:
+                continue
+            if smaller and self.best_of(smaller, prices)[1] < _WORTH_GROWING * self.gain:
+                return None
+            return self.usual_size(budget)
+        return None
+
+    def usual_size(self, budget: int) -> DraftSize:
+        """Return a size with that budget, as deep as drafts are elsewhere."""
+        return self.size(max(self.best.draft_depth, self.candidate.start.draft_depth), budget)
+
+    def probe(self, turn: int) -> DraftSize:
+        """Return another size than the best, by turns: the next longer draft, the next shorter, none, the
+        next larger budget, the next smaller.
+        """
+        depth, budget, budgets = self.best.draft_depth, self.best.draft_nodes, self.candidate.budgets
+        index = bisect_left(self.lengths, depth) if depth else -1
+        longer = self.lengths[min(index + 1, len(self.lengths) - 1)]
+        shorter = self.lengths[max(index - 1, 0)]
+        place = budgets.index(budget)
+        others = [*budgets[place + 1 : place + 2], *budgets[max(0, place - 1) : place]]
+        sizes = [
+            self.size(longer, budget),
+            self.size(shorter, budget),
+            PLAIN_SIZE,
+            *(self.usual_size(other) for other in others),
+        ]
+        return sizes[turn % len(sizes)]

@@ -1,0 +1,133 @@
+"""Traces of what drafts cost and bring, on which a choice among methods and sizes can be replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, RequestRecord
+from specdec.client import Speculation, Token
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.methods import PLAIN
+
+TRACE_FILE = "trace.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCosts:
+    """The mean round of a method and size at one number of requests under way; times in milliseconds."""
+
+    draft_ms: float
+    """The drafter's time."""
+    verify_ms: float
+    """The verifier's time, the wait for a pass included."""
+    transport_ms: float
+    """Time on the wire and in gRPC, to both services."""
+    num_draft_tokens: float
+
+
+@dataclass(slots=True)
+class ArmTrace:
+    """One method with one size."""
+
+    method: str
+    draft_depth: int
+    """K; 0: plain decoding."""
+    draft_nodes: int
+    """Most tokens of a tree; 0: chains."""
+    costs: dict[int, RoundCosts] = field(default_factory=dict)
+    """By the number of requests under way."""
+    accepted: list[list[int]] = field(default_factory=list)
+    """Of each prompt, how many draft tokens each round accepted; all arms have the same texts."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What a run measured of every method and size."""
+
+    provenance: dict[str, Any]
+    arms: list[ArmTrace]
+
+    def write(self, path: Path) -> None:
+        """Write the trace as JSON."""
+        path.write_text(json.dumps(asdict(self), separators=(",", ":")) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """Read what `write` wrote."""
+        document = json.loads(path.read_text(encoding="utf-8"))
+        arms = [
+            ArmTrace(
+                **{
+                    **arm,
+                    "costs": {int(number): RoundCosts(**costs) for number, costs in arm["costs"].items()},
+                }
+            )
+            for arm in document["arms"]
+        ]
+        return cls(document["provenance"], arms)
+
+
+def accepted_by_round(tokens: Iterable[Token]) -> tuple[int, ...]:
+    """Return how many draft tokens each round after the prefill accepted, from who made each token."""
+    counts, accepted = [], 0
+    for token in tokens:
+        if token.is_draft:
+            accepted += 1
+        else:
+            counts.append(accepted)
+            accepted = 0
+    return tuple(counts[1:])
+
+
+def make_trace(provenance: dict[str, Any], records: Sequence[RequestRecord]) -> Trace:
+    """Make a trace of a run whose methods are named METHOD/NODES@K.
+
+    Raises:
+        InvalidArgumentError: a request failed, or its rounds are not known.
+    """
+    arms: dict[str, ArmTrace] = {}
+    least = min(record.concurrency for record in records)
+    for name in dict.fromkeys(record.method for record in records):
+        arm = arms[name] = _arm(name)
+        for concurrency in sorted({record.concurrency for record in records}):
+            of_arm = [each for each in records if (each.method, each.concurrency) == (name, concurrency)]
+            arm.costs[concurrency] = _mean([_speculation(record) for record in of_arm])
+            if concurrency == least:
+                arm.accepted = [_accepted(record) for record in of_arm]
+    return Trace(provenance, list(arms.values()))
+
+
+def _arm(name: str) -> ArmTrace:
+    if name == PLAIN:
+        return ArmTrace(PLAIN, 0, 0)
+    rest, _, depth = name.partition(METHOD_SEPARATOR)
+    method, _, nodes = rest.partition(NODES_SEPARATOR)
+    return ArmTrace(method, int(depth), int(nodes))
+
+
+def _speculation(record: RequestRecord) -> Speculation:
+    if record.answer is None or record.answer.speculation is None:
+        raise InvalidArgumentError(
+            f"A request of {record.method} failed, so there is no trace: {record.error}"
+        )
+    return record.answer.speculation
+
+
+def _accepted(record: RequestRecord) -> list[int]:
+    _speculation(record)
+    assert record.answer is not None
+    return list(record.answer.accepted)
+
+
+def _mean(answers: Sequence[Speculation]) -> RoundCosts:
+    num_rounds = max(1, sum(answer.num_rounds for answer in answers))
+    return RoundCosts(
+        sum(answer.draft_ms for answer in answers) / num_rounds,
+        sum(answer.verify_ms for answer in answers) / num_rounds,
+        sum(answer.transport_ms for answer in answers) / num_rounds,
+        sum(answer.num_draft_tokens for answer in answers) / num_rounds,
+    )

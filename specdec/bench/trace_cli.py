@@ -1,0 +1,103 @@
+"""`specdec bench trace`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from specdec.bench.experiment import BenchConfig, run_experiment
+from specdec.bench.report import RESULTS_FILE
+from specdec.bench.services import gateway_at
+from specdec.bench.terminal import CommaList, lines_above, out_option, progress_bar, shown_in
+from specdec.bench.trace import TRACE_FILE, make_trace
+from specdec.cli.numbers import integers
+from specdec.cli.streams import report
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.methods import drafters_of
+
+_DEFAULTS = BenchConfig()
+
+
+@click.command("trace")
+@click.option(
+    "--methods",
+    type=CommaList(str),
+    required=True,
+    help="Methods to record, separated by commas, such as ngram-lm,dflash+ngram-lm.",
+)
+@click.option(
+    "--draft-depth",
+    type=CommaList(int, 1),
+    default="2,6",
+    show_default=True,
+    help="Draft tokens in a row per round (K), at least two values: costs between them are a straight line.",
+)
+@click.option(
+    "--draft-nodes",
+    type=CommaList(int),
+    default="0,7,15,31",
+    show_default=True,
+    help="Most tokens of a draft tree; 0 is a chain.",
+)
+@click.option(
+    "--concurrency",
+    "concurrencies",
+    type=CommaList(int, 1),
+    default="1,4,8",
+    show_default=True,
+    help="Requests under way at a time; costs are recorded for each.",
+)
+@click.option("--limit", type=integers(1), default=6, show_default=True, help="Number of prompts.")
+@click.option(
+    "--max-new-tokens", type=integers(2), default=48, show_default=True, help="Most tokens of an answer."
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=_DEFAULTS.temperature,
+    show_default=True,
+    help="Softmax temperature; 0 is greedy.",
+)
+@click.option("--gateway", help="Address of a running gateway.  [default: start the services for the run]")
+@out_option("trace.json and the files of `bench run`")
+def trace_command(
+    methods: tuple[str, ...],
+    draft_depth: tuple[int, ...],
+    draft_nodes: tuple[int, ...],
+    concurrencies: tuple[int, ...],
+    limit: int,
+    max_new_tokens: int,
+    temperature: float,
+    gateway: str | None,
+    directory: Path,
+) -> None:
+    """Record what drafts cost and how far they are accepted, for every method and size.
+
+    Whoever changes how the gateway chooses what to draft can replay the choice on the trace.
+    """
+    if len(set(draft_depth)) < 2 or len(set(draft_nodes)) < 2:
+        raise InvalidArgumentError("Give at least two values of draft-depth and of draft-nodes.")
+    config = BenchConfig(
+        methods=methods,
+        draft_depth=draft_depth,
+        draft_nodes=draft_nodes,
+        concurrencies=concurrencies,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    config.validate()
+    prompts = config.load_prompts()
+    drafters = tuple(dict.fromkeys(name for method in methods for name in drafters_of(method)))
+    with (
+        gateway_at(gateway, config.model, "bfloat16", "cpu", drafters) as address,
+        progress_bar() as progress,
+    ):
+        task = progress.add_task("Warming up", total=None)
+        on_progress = shown_in(progress, task, "Requests")
+        outcome = run_experiment(config, prompts, address, directory, on_progress, lines_above(progress))
+    provenance = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))["provenance"]
+    make_trace(provenance, outcome.records).write(directory / TRACE_FILE)
+    report(f"The trace is {directory / TRACE_FILE}.")
