@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from specdec.bench.records import Answer
 from specdec.bench.trace import accepted_by_round
 from specdec.bench.workload import Prompt
-from specdec.client import AsyncClient, GenerateOptions
+from specdec.client import AsyncClient, GenerateOptions, Message
 
 
 class GatewayBackend:
@@ -22,7 +24,9 @@ class GatewayBackend:
 
     async def generate(self, prompt: Prompt) -> Answer:
         """Answer a prompt, see `Backend`. The gateway measures TTFT and TPOT."""
-        generation = await self._client.generate(prompt.token_ids or prompt.text, self._options)
+        conversation = [*prompt.history, Message("user", prompt.text)]
+        options = replace(self._options, cache_salt=prompt.cache_salt)
+        generation = await self._client.generate(prompt.token_ids or conversation, options)
         num_tokens = len(generation.token_ids)
         return Answer(
             token_ids=generation.token_ids,
@@ -32,4 +36,5 @@ class GatewayBackend:
             finish_reason=generation.finish_reason,
             speculation=generation.speculation,
             accepted=accepted_by_round(generation.tokens),
+            text=generation.text,
         )

@@ -14,10 +14,16 @@ from typing import Any
 from specdec.bench.backends import GatewayBackend
 from specdec.bench.peers.engines import OPENVINO, PeerSetup, PeerTarget, names_of, require_known
 from specdec.bench.provenance import collect
-from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, Contender, RequestRecord
+from specdec.bench.records import (
+    MEMORY_MARK,
+    METHOD_SEPARATOR,
+    NODES_SEPARATOR,
+    Contender,
+    RequestRecord,
+)
 from specdec.bench.report import REQUESTS_FILE, write_results
 from specdec.bench.run import run, schedule, warm_up
-from specdec.bench.stats import Row, compute_rows
+from specdec.bench.stats import Row, TurnRow, compute_rows, compute_turn_rows
 from specdec.bench.workload import (
     DEFAULT_PROMPTS,
     Prompt,
@@ -39,9 +45,15 @@ class BenchConfig:
     methods: tuple[str, ...] = ("ngram",)
     """Methods to compare; `none` is always run, named or not."""
     prompts_paths: tuple[Path, ...] = (DEFAULT_PROMPTS,)
-    """Files of the workload in Spec-Bench's JSONL form; the first turn of each prompt is used."""
+    """Files of the workload in Spec-Bench's JSONL form."""
     limit: int | None = None
     """Number of prompts to use, round-robin over the categories; None: all."""
+    num_turns: int = 1
+    """Most user turns of a prompt that are asked, each after the model's own answer to the one before."""
+    num_asks: int = 1
+    """How often every prompt is asked."""
+    memory: bool = False
+    """Run every method once more with what its drafters remember, as METHOD:memory in the results."""
     max_new_tokens: int = 128
     """Most tokens of an answer."""
     temperature: float = 0.0
@@ -84,26 +96,35 @@ class BenchConfig:
         )
 
     def contenders(self, client: AsyncClient) -> list[Contender]:
-        """Return every method with every node budget and every K."""
+        """Return every method without and with memory, with every node budget and every K."""
         made = [Contender(PLAIN, GatewayBackend(client, self.options(PLAIN)))]
         budgets = dict.fromkeys(self.draft_nodes) or (0,)
         lengths = dict.fromkeys(self.draft_depth) or (None,)
-        for method, num_nodes, num_tokens in product(self.gateway_methods[1:], budgets, lengths):
-            name = method
+        memory = (False, True) if self.memory else (False,)
+        settings = product(self.gateway_methods[1:], memory, budgets, lengths)
+        for method, has_memory, num_nodes, num_tokens in settings:
+            name = method + (MEMORY_MARK if has_memory else "")
             if len(budgets) > 1:
                 name += f"{NODES_SEPARATOR}{num_nodes}"
             if len(lengths) > 1:
                 name += f"{METHOD_SEPARATOR}{num_tokens}"
-            made.append(Contender(name, GatewayBackend(client, self.options(method, num_tokens, num_nodes))))
+            backend = GatewayBackend(client, self.options(method, num_tokens, num_nodes))
+            made.append(Contender(name, backend, has_memory=has_memory))
         return made
 
     def load_prompts(self) -> list[Prompt]:
         """Load the prompts of the run, in its order.
 
         Raises:
-            InvalidArgumentError: the workload is malformed.
+            InvalidArgumentError: the workload is malformed, or has not a prompt of as many turns.
         """
-        return select_round_robin(load_prompts(*self.prompts_paths), self.limit)
+        prompts = select_round_robin(load_prompts(*self.prompts_paths), self.limit)
+        if all(len(prompt.later_turns) < self.num_turns - 1 for prompt in prompts):
+            raise InvalidArgumentError(
+                f"None of the prompts has {self.num_turns} turns; ask for fewer, or name another file.",
+                field="turns",
+            )
+        return [replace(prompt, later_turns=prompt.later_turns[: self.num_turns - 1]) for prompt in prompts]
 
     def validate(self) -> None:
         """Refuse what cannot be run.
@@ -118,7 +139,11 @@ class BenchConfig:
             raise InvalidArgumentError("draft-nodes must be integers >= 0, such as 32 or 0,16,32.")
         if not self.concurrencies or min(self.concurrencies) < 1:
             raise InvalidArgumentError("concurrency must be a list of integers >= 1, such as 1,4,8.")
+        if self.num_turns < 1 or self.num_asks < 1:
+            raise InvalidArgumentError("turns and asks must be integers >= 1.")
         require_known(self.peers)
+        if self.peers and self.num_turns > 1:
+            raise InvalidArgumentError("Peers answer single turns; leave out --peers or --turns.")
         if self.peers and 1 not in self.concurrencies:
             raise InvalidArgumentError("Peers answer one request at a time; add 1 to the concurrencies.")
         if OPENVINO in self.peers and self.temperature:
@@ -132,6 +157,7 @@ class Outcome:
     """A finished run."""
 
     rows: list[Row]
+    turn_rows: list[TurnRow]
     records: list[RequestRecord]
 
 
@@ -167,9 +193,9 @@ def run_experiment(
 
         measured, records = asyncio.run(_measure(config, prompts, gateway, keep, on_progress, report))
     provenance |= measured
-    rows = compute_rows(records)
-    write_results(directory, provenance, rows, records)
-    return Outcome(rows, records)
+    outcome = Outcome(compute_rows(records), compute_turn_rows(records), records)
+    write_results(directory, provenance, outcome.rows, outcome.turn_rows, records)
+    return outcome
 
 
 async def _measure(
@@ -196,7 +222,7 @@ async def _measure(
             contenders += [Contender(each.name, each, is_concurrent=False) for each in backends]
             provenance["peers"] = {backend.name: backend.description for backend in backends}
         await warm_up(contenders, prompts[: config.num_warmup_prompts])
-        blocks = list(schedule(contenders, prompts, config.concurrencies))
+        blocks = list(schedule(contenders, prompts, config.concurrencies, config.num_asks))
         return provenance, await run(blocks, keep, on_progress)
 
 
@@ -230,6 +256,9 @@ def _describe(config: BenchConfig, num_prompts: int) -> dict[str, Any]:
         "prompts": ", ".join(map(name_of, config.prompts_paths)),
         "prompts_sha256": sha256_of(config.prompts_paths),
         "num_prompts": num_prompts,
+        "num_turns": config.num_turns,
+        "num_asks": config.num_asks,
+        "memory": config.memory,
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
         "seed": config.seed,

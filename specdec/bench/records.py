@@ -12,6 +12,8 @@ METHOD_SEPARATOR = "@"
 """Between a method and its K, where a run has several."""
 NODES_SEPARATOR = "/"
 """Between a method and its node budget, where a run has several."""
+MEMORY_MARK = ":memory"
+"""After a method whose requests are drafted from the answers to earlier ones as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Answer:
     """What the rounds did; None: the engine has none."""
     accepted: tuple[int, ...] = ()
     """Draft tokens that each round accepted; empty: the engine has no rounds."""
+    text: str = ""
+    """The answer's text; empty where the engine returns token ids alone."""
 
 
 class Backend(Protocol):
@@ -55,6 +59,8 @@ class Contender:
     """The engine that answers."""
     is_concurrent: bool = True
     """Whether the engine takes several requests at a time."""
+    has_memory: bool = False
+    """Whether its requests share what drafters remember of them; otherwise each stands alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +86,15 @@ class RequestRecord:
     """Why the request failed."""
     source: str = ""
     """Name of the prompt's file."""
+    ask: int = 1
+    """Which time the prompt was asked, counted from 1."""
+    turn: int = 1
+    """Which turn of the user was answered, counted from 1."""
 
     @property
-    def prompt_key(self) -> tuple[str, QuestionId]:
-        """What tells the prompt from all others of a run."""
-        return self.source, self.question_id
+    def prompt_key(self) -> tuple[str, QuestionId, int, int]:
+        """What tells the request from all others of its method and concurrency."""
+        return self.source, self.question_id, self.ask, self.turn
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a flat object: an answer's fields stand beside the request's."""

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from specdec.bench.records import RequestRecord
-from specdec.bench.stats import OVERALL, Row
+from specdec.bench.stats import OVERALL, Row, TurnRow
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import PLAIN
 
@@ -21,6 +21,7 @@ RESULTS_FILE = "results.json"
 REQUESTS_FILE = "requests.jsonl"
 TABLE_FILE = "table.md"
 
+_ROW_FIELDS = [field.name for field in fields(Row)]
 _KEYS = {"method": "method", "concurrency": "conc."}
 _SPEED = {
     "ttft_ms_p50": "TTFT ms",
@@ -40,18 +41,25 @@ _PARTS = {
 
 
 def write_results(
-    directory: Path, provenance: dict[str, Any], rows: Sequence[Row], records: Sequence[RequestRecord]
+    directory: Path,
+    provenance: dict[str, Any],
+    rows: Sequence[Row],
+    turn_rows: Sequence[TurnRow],
+    records: Sequence[RequestRecord],
 ) -> None:
-    """Write results.json (provenance, rows, errors) and table.md."""
+    """Write results.json (provenance, rows, turn_rows, errors) and table.md."""
     results = {
         "provenance": provenance,
         "rows": [asdict(row) for row in rows],
+        "turn_rows": [{"ask": each.ask, "turn": each.turn, **asdict(each.row)} for each in turn_rows],
         "errors": [
             {
                 "method": record.method,
                 "concurrency": record.concurrency,
                 "source": record.source,
                 "question_id": record.question_id,
+                "ask": record.ask,
+                "turn": record.turn,
                 "error": record.error,
             }
             for record in records
@@ -59,7 +67,8 @@ def write_results(
         ],
     }
     (directory / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (directory / TABLE_FILE).write_text(markdown(rows), encoding="utf-8")
+    tables = markdown(rows) + ("\n" + turn_markdown(turn_rows) if turn_rows else "")
+    (directory / TABLE_FILE).write_text(tables, encoding="utf-8")
 
 
 def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -79,9 +88,22 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return all rows as a Markdown table whose heads are the fields' names."""
-    names = [field.name for field in fields(Row)]
-    lines = [names, ["---"] * len(names)]
-    lines += [[_markdown_cell(cell(getattr(row, name))) for name in names] for row in rows]
+    return _markdown_table(_ROW_FIELDS, [_figures(row) for row in rows])
+
+
+def turn_markdown(turn_rows: Sequence[TurnRow]) -> str:
+    """Return the rows of turns as a Markdown table like the one of `markdown`."""
+    lines = [[each.ask, each.turn, *_figures(each.row)] for each in turn_rows]
+    return _markdown_table(["ask", "turn", *_ROW_FIELDS], lines)
+
+
+def _figures(row: Row) -> list[object]:
+    return [getattr(row, name) for name in _ROW_FIELDS]
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads)]
+    lines += [[_markdown_cell(cell(value)) for value in row] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -115,17 +137,27 @@ def _overall_table(title: str, columns: dict[str, str], rows: Sequence[Row]) -> 
 
 def category_table(rows: Sequence[Row]) -> Table:
     """Return a table of each method's speedup and acceptance length by category, without `none`."""
-    table = Table(title="By category (speedup, tau)", box=SIMPLE_HEAD)
-    methods = list(dict.fromkeys(row.method for row in rows if row.method != PLAIN))
-    for index, head in enumerate(["category", "conc.", *methods]):
+    keyed = [((row.category, str(row.concurrency)), row) for row in rows]
+    return _gain_table("By category (speedup, tau)", ["category", "conc."], keyed)
+
+
+def turn_table(turn_rows: Sequence[TurnRow]) -> Table:
+    """Return a table of each method's speedup and acceptance length by time asked and turn."""
+    keyed = [((str(each.ask), str(each.turn), str(each.row.concurrency)), each.row) for each in turn_rows]
+    return _gain_table("By time asked and turn (speedup, tau)", ["asked", "turn", "conc."], keyed)
+
+
+def _gain_table(title: str, heads: Sequence[str], keyed: Sequence[tuple[tuple[str, ...], Row]]) -> Table:
+    """Return a table with a line for each key and a column for each method but `none`."""
+    table = Table(title=title, box=SIMPLE_HEAD)
+    methods = list(dict.fromkeys(row.method for _, row in keyed if row.method != PLAIN))
+    for index, head in enumerate([*heads, *methods]):
         table.add_column(head, justify="left" if index == 0 else "right")
-    by_group: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in rows:
-        by_group.setdefault((row.category, row.concurrency), {})[row.method] = row
-    for (category, concurrency), by_method in by_group.items():
-        table.add_row(
-            escape(category), str(concurrency), *(_gain(by_method.get(method)) for method in methods)
-        )
+    by_key: dict[tuple[str, ...], dict[str, Row]] = {}
+    for key, row in keyed:
+        by_key.setdefault(key, {})[row.method] = row
+    for key, by_method in by_key.items():
+        table.add_row(*map(escape, key), *(_gain(by_method.get(method)) for method in methods))
     return table
 
 

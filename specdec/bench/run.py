@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from specdec.bench.records import Contender, RequestRecord
 from specdec.bench.workload import Prompt
@@ -18,28 +20,49 @@ methods to take turns often."""
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Prompts that one method answers before the next has its turn."""
+    """Prompts that one method answers, with all their turns, before the next method has its go."""
 
     contender: Contender
     concurrency: int
     prompts: tuple[Prompt, ...]
+    ask: int = 1
+    """Which time the prompts are asked, counted from 1."""
+    cache_salt: str = ""
+    """The salt of all requests of the block; empty: each has a salt of its own."""
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests the block has, where none fails: one for each turn."""
+        return sum(1 + len(prompt.later_turns) for prompt in self.prompts)
 
 
 def schedule(
-    contenders: Sequence[Contender], prompts: Sequence[Prompt], concurrencies: Sequence[int]
+    contenders: Sequence[Contender],
+    prompts: Sequence[Prompt],
+    concurrencies: Sequence[int],
+    num_asks: int = 1,
 ) -> Iterator[Block]:
     """Yield blocks in the order they run: all contenders have a prompt before any has the next one.
 
     At concurrency 1 a block is one prompt. The order of the contenders rotates from prompt to prompt, so that
     no contender always runs right after the same other. Contenders that are not concurrent run only at 1.
+    All prompts are asked once before any is asked again. A contender with memory remembers what it answered
+    at the same concurrency, and nothing of other contenders or other schedules.
     """
     for concurrency in concurrencies:
         size = 1 if concurrency == 1 else _PROMPTS_PER_WORKER * concurrency
         present = [c for c in contenders if concurrency == 1 or c.is_concurrent]
-        for turn, start in enumerate(range(0, len(prompts), size)):
+        salts = {contender.method: _new_salt() if contender.has_memory else "" for contender in present}
+        places = product(range(1, num_asks + 1), range(0, len(prompts), size))
+        for shift, (ask, start) in enumerate(places):
             for place in range(len(present)):
-                contender = present[(turn + place) % len(present)]
-                yield Block(contender, concurrency, tuple(prompts[start : start + size]))
+                contender = present[(shift + place) % len(present)]
+                some = tuple(prompts[start : start + size])
+                yield Block(contender, concurrency, some, ask, salts[contender.method])
+
+
+def _new_salt() -> str:
+    return uuid.uuid4().hex
 
 
 async def warm_up(contenders: Sequence[Contender], prompts: Sequence[Prompt]) -> None:
@@ -60,13 +83,15 @@ async def run(
         report: called with the records of each block as it ends.
         on_progress: called after each block with the number of requests done and of all requests.
     """
-    total = sum(len(block.prompts) for block in blocks)
+    total = sum(block.num_requests for block in blocks)
     records: list[RequestRecord] = []
+    num_done = 0
     for block in blocks:
         finished = await _run_block(block)
         report(finished)
         records += finished
-        on_progress(len(records), total)
+        num_done += block.num_requests
+        on_progress(num_done, total)
     return records
 
 
@@ -74,22 +99,34 @@ async def _run_block(block: Block) -> list[RequestRecord]:
     slots = asyncio.Semaphore(block.concurrency)
     started = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_run_request(block, prompt, slots)) for prompt in block.prompts]
+        tasks = [group.create_task(_run_conversation(block, prompt, slots)) for prompt in block.prompts]
     block_ms = (time.perf_counter() - started) * 1e3
-    records = [task.result() for task in tasks]
+    records = [record for task in tasks for record in task.result()]
     wall_ms = sum(record.wall_ms for record in records)
     return [replace(record, busy_ms=block_ms * record.wall_ms / wall_ms) for record in records]
 
 
-async def _run_request(block: Block, prompt: Prompt, slots: asyncio.Semaphore) -> RequestRecord:
+async def _run_conversation(block: Block, prompt: Prompt, slots: asyncio.Semaphore) -> list[RequestRecord]:
+    """Ask all turns of a prompt one after the other; a turn that fails is the last one."""
+    records: list[RequestRecord] = []
+    turn: Prompt | None = prompt
     async with slots:
-        started = time.perf_counter()
-        answer, error = None, ""
-        try:
-            answer = await block.contender.backend.generate(prompt)
-        except SpecdecError as failure:
-            error = f"{type(failure).__name__}: {failure.message}"
-        wall_ms = (time.perf_counter() - started) * 1e3
+        while turn is not None:
+            record = await _run_request(block, turn)
+            records.append(record)
+            turn = turn.next(record.answer.text) if record.answer else None
+    return records
+
+
+async def _run_request(block: Block, prompt: Prompt) -> RequestRecord:
+    salted = replace(prompt, cache_salt=block.cache_salt or _new_salt())
+    started = time.perf_counter()
+    answer, error = None, ""
+    try:
+        answer = await block.contender.backend.generate(salted)
+    except SpecdecError as failure:
+        error = f"{type(failure).__name__}: {failure.message}"
+    wall_ms = (time.perf_counter() - started) * 1e3
     return RequestRecord(
         method=block.contender.method,
         concurrency=block.concurrency,
@@ -100,4 +137,6 @@ async def _run_request(block: Block, prompt: Prompt, slots: asyncio.Semaphore) -
         busy_ms=wall_ms,
         answer=answer,
         error=error,
+        ask=block.ask,
+        turn=prompt.turn,
     )

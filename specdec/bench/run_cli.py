@@ -12,7 +12,7 @@ from specdec.bench import plots
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
 from specdec.bench.peers.engines import names_of, require_usable
 from specdec.bench.records import RequestRecord
-from specdec.bench.report import category_table, parts_table, peer_ratios, speed_table
+from specdec.bench.report import category_table, parts_table, peer_ratios, speed_table, turn_table
 from specdec.bench.services import gateway_at
 from specdec.bench.terminal import (
     EXISTING_FILE,
@@ -29,6 +29,8 @@ from specdec.contract.errors import UnavailableError
 from specdec.contract.methods import drafters_of
 
 _DEFAULTS = BenchConfig()
+_MEMORY_TOKENS = 200_000
+"""Tokens of earlier answers that a drafter service remembers, where it is started for a run with memory."""
 
 
 @click.command("run")
@@ -46,8 +48,33 @@ _DEFAULTS = BenchConfig()
     multiple=True,
     default=_DEFAULTS.prompts_paths,
     show_default="48 prompts in six categories",
-    help="File of prompts: a JSON object with question_id, category and turns per line, of which the first "
-    "turn is used. May be given several times; two files may have the same question_id.",
+    help="File of prompts: a JSON object with question_id, category and turns per line. May be given several "
+    "times; two files may have the same question_id.",
+)
+@click.option(
+    "--turns",
+    "num_turns",
+    type=integers(1),
+    default=_DEFAULTS.num_turns,
+    show_default=True,
+    help="Most turns of a prompt that are asked. Each turn comes after the conversation so far, with the "
+    "model's own answers. A prompt that has fewer turns ends with its last one.",
+)
+@click.option(
+    "--asks",
+    "num_asks",
+    type=integers(1),
+    default=_DEFAULTS.num_asks,
+    show_default=True,
+    help="How often every prompt is asked, with all its turns. All prompts are asked once before any of them "
+    "is asked again.",
+)
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="Run every method once more as METHOD:memory, which also drafts from its answers to earlier "
+    "requests. Only the drafters ngram and ngram-lm remember answers. With --gateway, the drafter service "
+    "there must have been started with --ngram-memory.",
 )
 @click.option(
     "--limit",
@@ -137,7 +164,9 @@ def run_command(
     prompts = config.load_prompts()
     named = dict.fromkeys(name for method in config.methods for name in drafters_of(method))
     drafters = drafters or tuple(named) or ("ngram",)
-    with gateway_at(gateway, config.model, dtype, device, drafters) as address, progress_bar() as progress:
+    memory = ("--ngram-memory", str(_MEMORY_TOKENS)) if config.memory else ()
+    services = gateway_at(gateway, config.model, dtype, device, drafters, memory)
+    with services as address, progress_bar() as progress:
         task = progress.add_task("Warming up", total=None)
         on_progress = shown_in(progress, task, "Requests")
         outcome = run_experiment(config, prompts, address, directory, on_progress, lines_above(progress))
@@ -149,6 +178,8 @@ def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:
     console = table_console()
     for table in (speed_table, parts_table, category_table):
         console.print(table(outcome.rows))
+    if outcome.turn_rows:
+        console.print(turn_table(outcome.turn_rows))
     for line in peer_ratios(outcome.rows, names_of(config.peers)):
         console.print(line, highlight=False)
     if plots.has_matplotlib():

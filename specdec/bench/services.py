@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -20,15 +20,27 @@ def verifier_at(
     """
     if address:
         return nullcontext(address)
-    return _local_services(model, dtype, device, ("ngram",), service="verifier", verifier_args=arguments)
+    extra_args = {"verifier": arguments}
+    return _local_services(model, dtype, device, ("ngram",), extra_args, service="verifier")
 
 
 def gateway_at(
-    address: str | None, model: str, dtype: str, device: str, drafters: Sequence[str]
+    address: str | None,
+    model: str,
+    dtype: str,
+    device: str,
+    drafters: Sequence[str],
+    drafter_args: Sequence[str] = (),
 ) -> AbstractContextManager[str]:
     """Yield the address of a gateway, which is started with its services for the block if `address` is
-    None."""
-    return nullcontext(address) if address else _local_services(model, dtype, device, drafters)
+    None.
+
+    Args:
+        drafter_args: further arguments of the drafter service that is started.
+    """
+    if address:
+        return nullcontext(address)
+    return _local_services(model, dtype, device, drafters, {"drafter": drafter_args})
 
 
 @contextmanager
@@ -37,14 +49,13 @@ def _local_services(
     dtype: str,
     device: str,
     drafters: Sequence[str],
+    extra_args: Mapping[str, Sequence[str]],
     service: str = "gateway",
-    verifier_args: Sequence[str] = (),
 ) -> Iterator[str]:
     # Imported here: a run against services elsewhere needs nothing of it.
     from specdec.local.launcher import LocalSystem
 
     started = time.monotonic()
-    extra_args = {"verifier": verifier_args}
     with LocalSystem(
         model, dtype=dtype, device=device, drafters=drafters, extra_args=extra_args, report=report
     ) as system:

@@ -33,7 +33,7 @@ class Row:
     category: str
     """Category of the prompts, or "all"."""
     num_prompts: int
-    """Number of prompts the method was asked, failed requests included."""
+    """Number of prompts the method was asked, failed requests included; each turn counts each time."""
     ttft_ms_p50: float | None
     """Time to first token, milliseconds."""
     tpot_ms_p50: float | None
@@ -64,6 +64,33 @@ class Row:
     proposer_shares: dict[str, float] = field(default_factory=dict)
     """Share of the accepted draft tokens that a drafter proposed, 0 to 1, by its name. Shares overlap where
     several drafters proposed the same token."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRow:
+    """Figures over all prompts for one turn of the user, the first, second or a later time it was asked."""
+
+    ask: int
+    """Which time, counted from 1."""
+    turn: int
+    """Which turn, counted from 1."""
+    row: Row
+    """The figures."""
+
+
+def compute_turn_rows(records: Sequence[RequestRecord]) -> list[TurnRow]:
+    """Return rows by ask, turn, concurrency and method; none where everything was one turn asked once."""
+    groups: dict[tuple[int, int], list[RequestRecord]] = {}
+    for record in records:
+        groups.setdefault((record.ask, record.turn), []).append(record)
+    if len(groups) < 2:
+        return []
+    return [
+        TurnRow(ask, turn, row)
+        for (ask, turn), group in sorted(groups.items())
+        for row in compute_rows(group)
+        if row.category == OVERALL
+    ]
 
 
 def compute_rows(records: Sequence[RequestRecord]) -> list[Row]:

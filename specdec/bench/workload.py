@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specdec.cli.files import read_text
+from specdec.client import Message
 from specdec.contract.errors import InvalidArgumentError
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.jsonl")
@@ -20,18 +21,41 @@ QuestionId = int | str
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a workload."""
+    """One prompt of a workload: a turn of the user, after the turns before it."""
 
     question_id: QuestionId
     """Id of the prompt, unique within its file."""
     category: str
     """Group of prompts whose figures are reported together."""
     text: str
-    """The user's turn; the model's chat template is applied to it."""
+    """The user's turn; the model's chat template is applied to the conversation."""
     source: str = ""
     """Name of the prompt's file. Several files may have the same ids."""
     token_ids: tuple[int, ...] = ()
     """The prompt in the model's chat template, where engines other than the gateway answer it as well."""
+    later_turns: tuple[str, ...] = ()
+    """The user's turns after this one."""
+    history: tuple[Message, ...] = ()
+    """The conversation before this turn: turns of the user, each with the model's own answer."""
+    cache_salt: str = ""
+    """What services remember of the request is used for requests with the same salt only."""
+
+    @property
+    def turn(self) -> int:
+        """Which turn of the user this is, counted from 1."""
+        return len(self.history) // 2 + 1
+
+    def next(self, answer: str) -> Prompt | None:
+        """Return the user's next turn, once this one has an answer; None: it was the last one."""
+        if not self.later_turns:
+            return None
+        exchange = Message("user", self.text), Message("assistant", answer)
+        return replace(
+            self,
+            text=self.later_turns[0],
+            later_turns=self.later_turns[1:],
+            history=self.history + exchange,
+        )
 
     @property
     def key(self) -> tuple[str, QuestionId]:
@@ -40,7 +64,7 @@ class Prompt:
 
 
 def load_prompts(*paths: Path) -> list[Prompt]:
-    """Load the first turn of every line of all files, in their order; empty lines are skipped.
+    """Load every line of all files as its first turn with the later ones, in order; skip empty lines.
 
     Args:
         paths: files of the workload; none: the default workload.
@@ -102,24 +126,28 @@ def _parse(line: str, path: Path, number: int) -> Prompt:
     try:
         fields = json.loads(line)
         question_id, category, turns = fields["question_id"], fields["category"], fields["turns"]
-        text = turns[0]
+        text, later_turns = turns[0], turns[1:]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise InvalidArgumentError(
             f'{place} is not of the form {{"question_id": 1, "category": "c", "turns": ["..."]}}: {error!r}'
         ) from error
-    if not (_is_id(question_id) and _is_text(category) and isinstance(turns, list) and _is_text(text)):
+    if not (_is_id(question_id) and _is_text(category) and _are_texts(turns)):
         raise InvalidArgumentError(
             f"{place}: question_id must be an integer or a non-empty string, category a non-empty string, "
             "turns a list of non-empty strings."
         )
     if category == "all":
         raise InvalidArgumentError(f'{place}: the category "all" is taken by the overall row; use another.')
-    return Prompt(question_id, category, text, name_of(path))
+    return Prompt(question_id, category, text, name_of(path), later_turns=tuple(later_turns))
 
 
 def _is_id(value: object) -> bool:
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     return is_integer or (isinstance(value, str) and value != "")
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_text, values))
 
 
 def _is_text(value: object) -> bool:

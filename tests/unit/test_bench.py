@@ -506,7 +506,7 @@ def test_a_run_writes_its_files(gateway: tuple[str, ScriptedGateway], tmp_path: 
     result = bench_run(address, tmp_path / "new" / "out", *arguments)
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
-    assert set(results) == {"provenance", "rows", "errors"}
+    assert set(results) == {"provenance", "rows", "turn_rows", "errors"}
     assert results["errors"] == []
     about = results["provenance"]
     assert (about["model"], about["dtype"], about["num_prompts"]) == ("tiny", "float32", 6)
