@@ -24,8 +24,8 @@ class VerifierConfig(ModelServiceConfig):
     """Most draft tokens that a round may bring, all branches of a tree together."""
     max_hidden_layers: int = 16
     """Most layers whose hidden states are kept for drafters. Each layer takes memory besides the KV pool: one
-    hidden size per token of the pool. A drafter that needs more layers gets no state, and its requests run
-    without drafts."""
+    hidden size per token of the pool. A drafter for which too few of them are left gets no state, and
+    its requests run without it."""
 
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.

@@ -18,6 +18,7 @@ from specdec.contract.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from specdec.contract.methods import MAX_DRAFTERS
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import adopt_request_id
 from specdec.contract.request_limits import (
@@ -96,9 +97,11 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             timed = await verifier.prefill(session)
             result = self._result(session, timed, arrived_ns, request.traceparent, 0, is_first=True)
             handshake = make_handshake(verifier.loaded.model_id, verifier.loaded.vocabulary_fingerprint)
-            opened = verifier_pb2.VerifyOpened(
-                handshake=handshake, first=result, target_state_refusal=session.state_refusal
-            )
+            opened = verifier_pb2.VerifyOpened(handshake=handshake, first=result)
+            if session.state is None:
+                opened.target_state_refusal = next(iter(session.state_refusals), "")
+            if request.open.drafter_state_specs:
+                opened.drafter_state_refusals.extend(session.state_refusals)
             await send(context, verifier_pb2.VerifyResponse(opened=opened), self.write_timeout_s)
             async for request in messages:
                 result = await self._round(verifier, session, request)
@@ -186,7 +189,8 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         export = verifier.export
         state = export.find(request.session_id)
         projection = export.projection(request.projection_sha256) if request.projection_sha256 else None
-        async with aclosing(export.stream(state, request.start_position, projection)) as chunks:
+        names = frozenset(request.tensor_names)
+        async with aclosing(export.stream(state, request.start_position, projection, names)) as chunks:
             async for chunk in chunks:
                 self.metrics.state_bytes.add(sum(map(len, chunk.rows.values())))
                 await send(context, _chunk(chunk), self.write_timeout_s)
@@ -281,7 +285,10 @@ def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
     # Stop strings that are special tokens join those of the request.
     most = MAX_STOP_TOKEN_IDS + MAX_STOP_STRINGS
     validate_length("stop_token_ids", len(message.stop_token_ids), most)
-    spec = message.target_state_spec if message.HasField("target_state_spec") else None
+    validate_length("drafter_state_specs", len(message.drafter_state_specs), MAX_DRAFTERS)
+    specs = list(message.drafter_state_specs)
+    if not specs and message.HasField("target_state_spec"):
+        specs = [message.target_state_spec]
     return OpenRequest(
         committed_token_ids=tuple(message.committed_token_ids),
         max_new_tokens=message.max_new_tokens,
@@ -291,7 +298,7 @@ def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
         prompt_length=message.prompt_length,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
         draft_nodes=message.draft_nodes,
-        target_state_spec=TargetStateSpec.from_proto(spec) if spec else None,
+        target_state_specs=tuple(map(TargetStateSpec.from_proto, specs)),
     )
 
 

@@ -30,7 +30,8 @@ class OpenRequest:
     prompt_length: int = 0
     """How many of committed_token_ids belong to the prompt; 0: all of them."""
     num_top_logprobs: int | None = None
-    target_state_spec: TargetStateSpec | None = None
+    target_state_specs: tuple[TargetStateSpec, ...] = ()
+    """What each of the session's drafters needs of the target's state."""
     draft_nodes: int = 0
     """Most nodes that the draft tree of a round will have."""
 
@@ -80,7 +81,7 @@ class Session:
         allocation: KV slots for `max_length` tokens and, if there is room, for the nodes of a draft tree.
         max_length: most tokens that the session may hold, prompt included.
         state: the target state that the session exports; None: it exports no state.
-        state_refusal: why the session exports no state although the request asked for it; empty otherwise.
+        state_refusals: for each of the request's specs, why the session does not export it; empty: it does.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class Session:
         allocation: KvAllocation,
         max_length: int,
         state: ExportedState | None = None,
-        state_refusal: str = "",
+        state_refusals: tuple[str, ...] = (),
     ) -> None:
         self.state = state
-        self.state_refusal = state_refusal
+        self.state_refusals = state_refusals
         self.sampling = request.sampling
         self.num_top_logprobs = request.num_top_logprobs
         self.stop_token_ids = stop_token_ids

@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from itertools import combinations
 
-from specdec.contract.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from specdec.contract.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    SpecdecError,
+)
 from specdec.contract.target_state import (
     GENERATIONS,
     ProjectionInfo,
@@ -84,14 +90,39 @@ class StateExport:
             InvalidArgumentError: the target does not have what the spec names.
             ResourceExhaustedError: there is no memory for more hidden states.
         """
-        hidden_names = self._offer.hidden_names(spec)
-        names = [*hidden_names, *self._offer.kv_names(spec)]
-        if not names:
-            raise InvalidArgumentError("The spec names nothing.", field="target_state_spec")
-        self._offer.check_projection(spec)
+        hidden_names, kv_names = self._offer.names(spec)
         async with self._allocating:
             await self._make_room(hidden_names)
-            return self._register(spec, allocation, hidden_names, names)
+            return self._register(spec, allocation, hidden_names, [*hidden_names, *kv_names])
+
+    async def open_for(
+        self, specs: Sequence[TargetStateSpec], allocation: KvAllocation
+    ) -> tuple[ExportedState | None, tuple[str, ...]]:
+        """Export what as many drafters as possible need, from now on, until `close`.
+
+        Drafters need the state, the generation does not: nothing is raised.
+
+        Args:
+            specs: what each drafter needs; of two that do not fit together, the first one gets it.
+
+        Returns:
+            The state, None if there is none; and for each spec why it is not served, empty if it is.
+        """
+        refusals = [self._offer.why_not(spec) for spec in specs]
+        possible = [index for index, refusal in enumerate(refusals) if not refusal]
+        unmet: dict[frozenset[int], str] = {}
+        state, served = None, frozenset[int]()
+        for chosen in _choices(possible):
+            try:
+                state = await self.open(reduce(TargetStateSpec.union, [specs[i] for i in chosen]), allocation)
+            except SpecdecError as error:
+                unmet[frozenset(chosen)] = error.message
+            else:
+                served = frozenset(chosen)
+                break
+        for index in served.symmetric_difference(possible):
+            refusals[index] = unmet[served | {index}]
+        return state, tuple(refusals)
 
     def _register(
         self, spec: TargetStateSpec, allocation: KvAllocation, hidden_names: list[str], names: list[str]
@@ -161,10 +192,14 @@ class StateExport:
             raise InvalidArgumentError("No session here has that projection in its spec.", field="projection")
 
     def stream(
-        self, state: ExportedState, start: int, projection: Projection | None
+        self,
+        state: ExportedState,
+        start: int,
+        projection: Projection | None,
+        tensor_names: Collection[str] = (),
     ) -> AsyncGenerator[StateChunk]:
         """Stream a session's state from a position on, until it ends; see StateStreams."""
-        return self._streams.follow(state, start, projection)
+        return self._streams.follow(state, start, projection, tensor_names)
 
     async def _make_room(self, hidden_names: list[str]) -> None:
         pool, offer = self._pool, self._offer
@@ -188,3 +223,9 @@ class StateExport:
         ref = self._pool.ref(name)
         kind = self._offer.attention_type(name)
         return replace(ref, attention_type=kind) if kind else ref
+
+
+def _choices(indices: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield every choice of some of these, at least one: larger ones first, then those of earlier ones."""
+    for size in range(len(indices), 0, -1):
+        yield from combinations(indices, size)

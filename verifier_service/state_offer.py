@@ -40,12 +40,28 @@ class StateOffer:
         """Return the attention type of the layer of a tensor of KV; it is empty for other tensors."""
         return self._attention_types[int(name.split(".")[1])] if name.startswith("kv.") else ""
 
-    def hidden_names(self, spec: TargetStateSpec) -> list[str]:
-        """Return the names of the hidden states that a spec asks for.
+    def names(self, spec: TargetStateSpec) -> tuple[list[str], list[str]]:
+        """Return the names of the hidden states that a spec asks for, and those of keys and values.
 
         Raises:
-            InvalidArgumentError: the target does not have them, or they are too many.
+            InvalidArgumentError: the target does not have them, they are too many, or there are none; or it
+                cannot make the spec's projection.
         """
+        hidden_names, kv_names = self._hidden_names(spec), self._kv_names(spec)
+        if not hidden_names and not kv_names:
+            raise InvalidArgumentError("The spec names nothing.", field="target_state_spec")
+        self._check_projection(spec)
+        return hidden_names, kv_names
+
+    def why_not(self, spec: TargetStateSpec) -> str:
+        """Return why a session can never export what a spec asks for; empty: it can, if there is room."""
+        try:
+            self.names(spec)
+        except InvalidArgumentError as error:
+            return error.message
+        return ""
+
+    def _hidden_names(self, spec: TargetStateSpec) -> list[str]:
         if len(spec.hidden_layer_ids) > self.max_hidden_layers:
             raise InvalidArgumentError(
                 f"The spec lists hidden states of {len(spec.hidden_layer_ids)} layers; this verifier keeps "
@@ -59,12 +75,7 @@ class StateOffer:
             self._capture.check(name)
         return names
 
-    def kv_names(self, spec: TargetStateSpec) -> list[str]:
-        """Return the names of the keys and values that a spec asks for.
-
-        Raises:
-            InvalidArgumentError: the target does not have them.
-        """
+    def _kv_names(self, spec: TargetStateSpec) -> list[str]:
         if len(spec.kv_layer_ids) > len(self._attention_types):
             raise InvalidArgumentError(
                 f"The spec lists KV of {len(spec.kv_layer_ids)} layers; the target has that of "
@@ -83,12 +94,7 @@ class StateOffer:
             layer_ids |= set({kind: layer for layer, kind in sorted(self._attention_types.items())}.values())
         return [name for layer in sorted(layer_ids) for name in (key_name(layer), value_name(layer))]
 
-    def check_projection(self, spec: TargetStateSpec) -> None:
-        """Refuse a projection that does not fit the target.
-
-        Raises:
-            InvalidArgumentError: it takes or gives other sizes, or is too large to keep.
-        """
+    def _check_projection(self, spec: TargetStateSpec) -> None:
         info, hidden_size = spec.projection, self.hidden_size
         if info is None:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
@@ -113,15 +113,23 @@ class StateStreams:
         self._run_on_engine = run_on_engine
 
     async def follow(
-        self, state: ExportedState, start: int, projection: Projection | None
+        self,
+        state: ExportedState,
+        start: int,
+        projection: Projection | None,
+        tensor_names: Collection[str] = (),
     ) -> AsyncGenerator[StateChunk]:
         """Yield positions from `start` on as they become final, until the session ends.
 
+        Args:
+            tensor_names: which of the session's tensors; empty: all of them.
+
         Raises:
-            InvalidArgumentError: a projection of other hidden states than the session's.
+            InvalidArgumentError: a projection of other hidden states than the session's, or a tensor that
+                the session does not have.
             ResourceExhaustedError: too many streams of this session.
         """
-        names = _streamed_names(state, projection)
+        names = _streamed_names(state, projection, tensor_names)
         num_positions = self._num_positions(names, projection)
         with self._counting(state):
             while await state.wait_beyond(start):
@@ -171,9 +179,17 @@ class StateStreams:
         return tensor_bytes(projected)
 
 
-def _streamed_names(state: ExportedState, projection: Projection | None) -> list[str]:
+def _streamed_names(
+    state: ExportedState, projection: Projection | None, tensor_names: Collection[str]
+) -> list[str]:
     """Return the names of the tensors whose rows are sent as they are."""
     names = [ref.name for ref in state.tensors if ref.name != GENERATIONS]
+    if unknown := set(tensor_names).difference(names):
+        raise InvalidArgumentError(
+            f"The session does not export {min(unknown)[:80]!r}; it exports {', '.join(names)}.",
+            field="tensor_names",
+        )
+    names = [name for name in names if not tensor_names or name in tensor_names]
     if projection is None:
         return names
     if projection.info != state.spec.projection:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree
-from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, SpecdecError
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.sampling import validate_token_ids
-from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.engine import Engine, EngineResult
 from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.loading import LoadedModel, load_causal_lm
@@ -175,7 +174,9 @@ class Verifier:
         session: Session | None = None
         state: ExportedState | None = None
         try:
-            state, refusal = await self._open_state(request.target_state_spec, allocation)
+            state, refusals = await self.export.open_for(request.target_state_specs, allocation)
+            for refusal in filter(None, refusals):
+                logger.warning("a drafter gets no state", extra={"reason": refusal})
             eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
             session = Session(
                 request,
@@ -183,7 +184,7 @@ class Verifier:
                 allocation=allocation,
                 max_length=max_length,
                 state=state,
-                state_refusal=refusal,
+                state_refusals=refusals,
             )
             self._sessions.add(session)
             yield session
@@ -202,18 +203,6 @@ class Verifier:
             missing = num_tokens - self.pool.free_tokens
             error.retry_after_s = retry_after_s((session.progress for session in self._sessions), missing)
             raise
-
-    async def _open_state(
-        self, spec: TargetStateSpec | None, allocation: KvAllocation
-    ) -> tuple[ExportedState | None, str]:
-        """Return what a session exports, or why nothing: the drafter needs the state, not the generation."""
-        if spec is None:
-            return None, ""
-        try:
-            return await self.export.open(spec, allocation), ""
-        except SpecdecError as error:
-            logger.warning("a session exports no state", extra={"reason": error.message})
-            return None, error.message
 
     async def prefill(self, session: Session) -> Timed:
         """Run the prompt through the target chunk by chunk and commit the first token."""

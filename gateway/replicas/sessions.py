@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -31,6 +32,8 @@ from specdec.v1 import (
     verifier_pb2_grpc,
 )
 
+logger = logging.getLogger(__name__)
+
 _CLOSE_TIMEOUT_S = 1.0
 _DEADLINE_SLACK_S = 0.01
 _BROKEN_WRITE = "Internal error from Core"
@@ -45,8 +48,8 @@ class RemoteState:
     """The reference with all tensors, as of the opening; None: the session does not export its state."""
     cached_length: int
     """Positions that may be read."""
-    refusal: str = ""
-    """Why the session does not export its state although it was asked to."""
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    """Why the session does not export what a drafter reads, by the drafter's name."""
 
     @property
     def session_id(self) -> str:
@@ -134,14 +137,24 @@ class _SessionCall:
 
 
 class RemoteVerifierSession:
-    """A session on one verifier replica. Use as `async with`."""
+    """A session on one verifier replica. Use as `async with`.
+
+    Args:
+        drafters: whose specs the request's `drafter_state_specs` are.
+    """
 
     def __init__(
-        self, channel: grpc.aio.Channel, uri: str, request: verifier_pb2.VerifyOpen, timeout_s: float | None
+        self,
+        channel: grpc.aio.Channel,
+        uri: str,
+        request: verifier_pb2.VerifyOpen,
+        timeout_s: float | None,
+        drafters: Sequence[str] = (),
     ) -> None:
         call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
         self._stream = _SessionCall(call, f"Verifier {uri}")
         self._request = request
+        self._drafters = drafters
         self._state: RemoteState | None = None
 
     async def __aenter__(self) -> RemoteVerifierSession:
@@ -159,11 +172,19 @@ class RemoteVerifierSession:
             model_id=self._request.handshake.model_id,
             vocabulary_fingerprint=self._request.handshake.vocabulary_fingerprint,
         )
-        first, refusal = response.opened.first, response.opened.target_state_refusal
-        if first.HasField("target_state") or refusal:
+        first, refusals = response.opened.first, self._refusals(response.opened)
+        if first.HasField("target_state") or refusals:
             opened = first.target_state if first.HasField("target_state") else None
-            self._state = RemoteState(opened, first.cached_length, refusal)
+            self._state = RemoteState(opened, first.cached_length, refusals)
         return _verified(first, elapsed_ns, self._state)
+
+    def _refusals(self, opened: verifier_pb2.VerifyOpened) -> dict[str, str]:
+        """Return why drafters get no state of the session, by name; an older verifier serves all or none."""
+        reasons = opened.drafter_state_refusals or [opened.target_state_refusal] * len(self._drafters)
+        refusals = {name: reason for name, reason in zip(self._drafters, reasons, strict=False) if reason}
+        for name, reason in refusals.items():
+            logger.warning("a drafter gets no target state", extra={"drafter": name, "reason": reason})
+        return refusals
 
     async def verify(
         self,
@@ -268,9 +289,9 @@ class RemoteDrafterSession:
         if state is None:
             return None
         assert isinstance(state, RemoteState)
-        if state.refusal:
+        if refusal := state.refusals.get(self._drafter.name):
             raise FailedPreconditionError(
-                f"the verifier exports no target state: {state.refusal}", reason="NO_TARGET_STATE"
+                f"the verifier exports no target state for it: {refusal}", reason="NO_TARGET_STATE"
             )
         message = state.message(with_tensors=not self._knows_state)
         self._knows_state = True

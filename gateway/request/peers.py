@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
+from functools import partial, reduce
 
 from gateway.replicas.failover import LastingVerifierSession, VerifierLease, VerifierReplica
 from gateway.replicas.replica import Replica
@@ -50,8 +50,11 @@ class Peers:
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self.records = {proposer.drafter: self._record(proposer) for proposer in plan.drafting.proposers}
         """How often each of the request's drafters was right, by name."""
-        self._state_spec = self._find_state_spec()
-        """What the drafters read of the target."""
+        self._state_specs = self._find_state_specs()
+        """What each drafter that reads the target's state needs of it, by name, in the method's order."""
+        specs = list(self._state_specs.values())
+        self._state_spec = reduce(TargetStateSpec.union, specs) if specs else None
+        """What all of them need together; None: there are none, or they are not known yet."""
 
     def verifier_session(self, on_lost: Callable[[str], None]) -> LastingVerifierSession:
         """Return a session that goes on elsewhere whenever its verifier is lost, and tells `on_lost` why."""
@@ -76,7 +79,8 @@ class Peers:
         timeout_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
         message = self._verify_open(verifier, committed_token_ids)
         self._verifier_uri = verifier.uri
-        return RemoteVerifierSession(verifier.channel, verifier.uri, message, timeout_s)
+        readers = tuple(self._state_specs)
+        return RemoteVerifierSession(verifier.channel, verifier.uri, message, timeout_s, readers)
 
     def _verify_open(
         self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
@@ -94,6 +98,7 @@ class Peers:
             max_new_tokens=plan.max_new_tokens + prompt_length - len(committed_token_ids),
             num_top_logprobs=plan.num_top_logprobs,
             target_state_spec=self._state_spec.to_proto() if self._state_spec else None,
+            drafter_state_specs=[spec.to_proto() for spec in self._state_specs.values()],
             draft_nodes=plan.drafting.num_reserved_nodes,
             request_id=REQUEST_ID.get(),
             caller_key=caller_key(),
@@ -171,16 +176,14 @@ class Peers:
             cache_salt=plan.cache_salt,
         )
 
-    def _find_state_spec(self) -> TargetStateSpec | None:
-        """Return what the drafters read of the target; None: nothing, or the drafters are not known yet."""
-        session: TargetStateSpec | None = None
+    def _find_state_specs(self) -> dict[str, TargetStateSpec]:
+        specs: dict[str, TargetStateSpec] = {}
         for proposer in self._plan.drafting.proposers:
             infos = self._backends.drafters.known_infos
             found = (find_drafter(info, proposer.drafter) for info in infos)
-            spec = _state_spec(next((drafter for drafter in found if drafter), None))
-            if spec:
-                session = session.union(spec) if session else spec
-        return session
+            if spec := _state_spec(next((drafter for drafter in found if drafter), None)):
+                specs[proposer.drafter] = spec
+        return specs
 
     def _fits(self, name: str, info: drafter_pb2.DrafterServiceGetInfoResponse) -> bool:
         """Return whether a drafter service has the drafter and reads what this session's verifier exports."""

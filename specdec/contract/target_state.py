@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -99,6 +99,15 @@ class TargetStateSpec:
     def hidden_names(self) -> tuple[str, ...]:
         """Names of its layers' hidden states, each once: what a projection takes the place of."""
         return tuple(hidden_name(layer_id) for layer_id in dict.fromkeys(self.hidden_layer_ids))
+
+    def read_of(self, tensors: Sequence[TensorRef]) -> tuple[str, ...]:
+        """Return the names of the tensors that a drafter of the spec reads, where a session exports these."""
+        kv_layers = [f"kv.{layer_id}" for layer_id in self.kv_layer_ids]
+        if self.kv_last_of_each_attention_type:
+            last = {ref.attention_type: ref.name.rpartition(".")[0] for ref in tensors if ref.attention_type}
+            kv_layers += last.values()
+        kv_names = [f"{layer}.{part}" for layer in dict.fromkeys(kv_layers) for part in ("key", "value")]
+        return (*self.hidden_names, *[LAST_HIDDEN] * self.last_hidden_state, *kv_names)
 
     def union(self, other: TargetStateSpec) -> TargetStateSpec:
         """Return what serves drafters of both specs.

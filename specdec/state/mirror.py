@@ -26,7 +26,6 @@ from specdec.contract.errors import (
 )
 from specdec.contract.request_id import request_metadata
 from specdec.contract.target_state import (
-    GENERATIONS,
     PROJECTED,
     TargetStateRef,
     TargetStateSpec,
@@ -108,7 +107,8 @@ class MirroredState(StateSource):
         self._timeout_s = timeout_s
         self._projection = projection
         self._sent_projection = projection if is_projected else None
-        refs = _mirrored(ref.tensors, spec, self._sent_projection)
+        self._read_names = spec.read_of(ref.tensors)
+        refs = _mirrored(ref.tensors, spec, self._read_names, self._sent_projection)
         self.row_bytes = sum(math.prod(tensor.shape[1:]) * dtype_of(tensor.dtype).itemsize for tensor in refs)
         # The verifier has reserved the session's blocks; a gateway's max_length may be anything.
         num_blocks = min(-(-max_length // BLOCK_TOKENS), len(ref.block_ids))
@@ -117,6 +117,7 @@ class MirroredState(StateSource):
         try:
             self._allocation = KvAllocation.of(range(num_blocks), device)
             self._tensors = {tensor.name: _empty(tensor, num_blocks, device) for tensor in refs}
+            self._known_names = {tensor.name for tensor in (*ref.tensors, *refs)}
         except (RuntimeError, MemoryError) as error:
             budget.give_back(self._num_bytes)
             raise ResourceExhaustedError(
@@ -179,7 +180,9 @@ class MirroredState(StateSource):
     async def _chunks(self) -> AsyncGenerator[pb.StreamTargetStateResponse]:
         projection = self._sent_projection
         request = pb.StreamTargetStateRequest(
-            session_id=self._ref.session_id, projection_sha256=projection.info.sha256 if projection else ""
+            session_id=self._ref.session_id,
+            projection_sha256=projection.info.sha256 if projection else "",
+            tensor_names=self._read_names,
         )
         try:
             async for chunk in self._stub.StreamTargetState(request, metadata=request_metadata()):
@@ -202,10 +205,12 @@ class MirroredState(StateSource):
         """
         start, stop = chunk.start_position, chunk.start_position + chunk.num_positions
         rows = {tensor.name: tensor.data for tensor in chunk.tensors}
-        if start != self.length or stop > self._allocation.capacity or rows.keys() != self._tensors.keys():
+        # An older verifier also sends what only other drafters of the session read.
+        is_whole = self._tensors.keys() <= rows.keys() <= self._known_names
+        if start != self.length or stop > self._allocation.capacity or not is_whole:
             raise UnavailableError("The verifier sent state that was not asked for.", reason="BAD_STATE")
-        for name, data in rows.items():
-            target = self._tensors[name][start:stop]
+        for name, tensor in self._tensors.items():
+            target, data = tensor[start:stop], rows[name]
             if len(data) != target.nbytes:
                 raise UnavailableError(f"The verifier sent {name} of another size.", reason="BAD_STATE")
             _write(target, data)
@@ -229,10 +234,10 @@ def _stream_error(error: SpecdecError) -> SpecdecError:
 
 
 def _mirrored(
-    refs: Sequence[TensorRef], spec: TargetStateSpec, projection: Projection | None
+    refs: Sequence[TensorRef], spec: TargetStateSpec, names: Sequence[str], projection: Projection | None
 ) -> list[TensorRef]:
-    """Return the tensors that a stream carries."""
-    kept = [ref for ref in refs if ref.name != GENERATIONS]
+    """Return the tensors that a stream carries to a drafter that reads these."""
+    kept = [ref for ref in refs if ref.name in names]
     if projection is None:
         return kept
     kept = [ref for ref in kept if ref.name not in spec.hidden_names]

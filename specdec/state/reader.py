@@ -15,13 +15,10 @@ import torch
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.contract.target_state import (
     GENERATIONS,
-    LAST_HIDDEN,
     StateStorage,
     TargetStateRef,
     TargetStateSpec,
-    key_name,
     storage_kind,
-    value_name,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.memory import SharedDirectory
@@ -287,12 +284,7 @@ def _check_complete(ref: TargetStateRef, spec: TargetStateSpec) -> None:
     Raises:
         FailedPreconditionError: naming what is missing.
     """
-    names = {tensor.name for tensor in ref.tensors}
-    wanted = set(spec.hidden_names)
-    wanted |= {name(layer_id) for layer_id in spec.kv_layer_ids for name in (key_name, value_name)}
-    if spec.last_hidden_state:
-        wanted.add(LAST_HIDDEN)
-    missing = sorted(wanted - names)
+    missing = sorted(set(spec.read_of(ref.tensors)) - {tensor.name for tensor in ref.tensors})
     if spec.kv_last_of_each_attention_type and not any(tensor.attention_type for tensor in ref.tensors):
         missing.append("kv")
     if missing:

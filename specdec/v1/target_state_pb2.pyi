@@ -125,14 +125,16 @@ class TargetStateRef(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., verifier_uri: _Optional[str] = ..., cached_length: _Optional[int] = ..., generation: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_tokens: _Optional[int] = ..., projection_sha256: _Optional[str] = ...) -> None: ...
 
 class StreamTargetStateRequest(_message.Message):
-    __slots__ = ("session_id", "start_position", "projection_sha256")
+    __slots__ = ("session_id", "start_position", "projection_sha256", "tensor_names")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     START_POSITION_FIELD_NUMBER: _ClassVar[int]
     PROJECTION_SHA256_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_NAMES_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     start_position: int
     projection_sha256: str
-    def __init__(self, session_id: _Optional[str] = ..., start_position: _Optional[int] = ..., projection_sha256: _Optional[str] = ...) -> None: ...
+    tensor_names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session_id: _Optional[str] = ..., start_position: _Optional[int] = ..., projection_sha256: _Optional[str] = ..., tensor_names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StreamTargetStateResponse(_message.Message):
     __slots__ = ("start_position", "num_positions", "tensors")

@@ -31,7 +31,7 @@ class VerifyRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[VerifyOpen, _Mapping]] = ..., round: _Optional[_Union[VerifyRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class VerifyOpen(_message.Message):
-    __slots__ = ("handshake", "committed_token_ids", "prompt_length", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "draft_nodes", "request_id", "caller_key", "cache_salt")
+    __slots__ = ("handshake", "committed_token_ids", "prompt_length", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "drafter_state_specs", "draft_nodes", "request_id", "caller_key", "cache_salt")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class VerifyOpen(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_SPEC_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_STATE_SPECS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CALLER_KEY_FIELD_NUMBER: _ClassVar[int]
@@ -54,11 +55,12 @@ class VerifyOpen(_message.Message):
     max_new_tokens: int
     num_top_logprobs: int
     target_state_spec: _target_state_pb2.TargetStateSpec
+    drafter_state_specs: _containers.RepeatedCompositeFieldContainer[_target_state_pb2.TargetStateSpec]
     draft_nodes: int
     request_id: str
     caller_key: str
     cache_salt: str
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., draft_nodes: _Optional[int] = ..., request_id: _Optional[str] = ..., caller_key: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., drafter_state_specs: _Optional[_Iterable[_Union[_target_state_pb2.TargetStateSpec, _Mapping]]] = ..., draft_nodes: _Optional[int] = ..., request_id: _Optional[str] = ..., caller_key: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class VerifyRound(_message.Message):
     __slots__ = ("base_committed_length", "draft_token_ids", "parent_indices")
@@ -79,14 +81,16 @@ class VerifyResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[VerifyOpened, _Mapping]] = ..., result: _Optional[_Union[VerifyResult, _Mapping]] = ...) -> None: ...
 
 class VerifyOpened(_message.Message):
-    __slots__ = ("handshake", "first", "target_state_refusal")
+    __slots__ = ("handshake", "first", "target_state_refusal", "drafter_state_refusals")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_STATE_REFUSALS_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     first: VerifyResult
     target_state_refusal: str
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ..., target_state_refusal: _Optional[str] = ...) -> None: ...
+    drafter_state_refusals: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ..., target_state_refusal: _Optional[str] = ..., drafter_state_refusals: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
     __slots__ = ("num_accepted_tokens", "bonus_token_id", "committed_length", "cached_length", "finish_reason", "logprobs", "target_state", "timings", "accepted_node_indices")

@@ -163,6 +163,27 @@ async def test_a_stream_of_what_is_not_there(methods: Methods) -> None:
 
 
 @shared
+async def test_a_stream_has_the_tensors_that_were_asked_for(methods: Methods) -> None:
+    num_rows = len(PROMPT)
+    async with state_session(methods.address, PROMPT, SPEC) as (_, ref):
+        wanted = ["kv.1.value", "hidden.2", "hidden.2"]
+        chunk = await methods.first(ref.session_id, tensor_names=wanted)
+        assert sizes(chunk) == {name: num_rows * ROW_BYTES[name] for name in ("hidden.2", "kv.1.value")}
+        whole = await methods.first(ref.session_id)
+        rows = {tensor.name: tensor.data for tensor in whole.tensors}
+        assert all(rows[tensor.name] == tensor.data for tensor in chunk.tensors)
+        await methods.put(*messages(PROJECTION.info, PROJECTION.to_bytes()))
+        projected = {"projection_sha256": PROJECTION.info.sha256}
+        chunk = await methods.first(ref.session_id, tensor_names=["hidden.0", "last_hidden"], **projected)
+        assert list(sizes(chunk)) == ["projected", "last_hidden"]
+        for name in ("hidden.1", "generations", "projected", ""):
+            with pytest.raises(InvalidArgumentError, match=f"does not export '{name}'") as raised:
+                await methods.first(ref.session_id, tensor_names=["hidden.2", name])
+            assert raised.value.field == "tensor_names"
+    await methods.assert_nothing_is_streamed()
+
+
+@shared
 async def test_a_session_is_streamed_so_many_times_and_not_more(methods: Methods) -> None:
     async with state_session(methods.address, PROMPT, SPEC) as (_, ref):
         streams = [methods.stream(ref.session_id) for _ in range(MAX_STREAMS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,16 @@ async def test_state_that_was_not_asked_for_is_not_stored(wrong: str) -> None:
         await asyncio.wait_for(state.view(128), 10)
     assert raised.value.reason == "BAD_STATE"
     assert state.length == 10
+    await state.close()
+
+
+async def test_state_that_only_another_drafter_of_the_session_reads_is_not_mirrored() -> None:
+    budget, ref = MirrorBudget(2**20), ref_of(1000, 8)
+    both = replace(ref, tensors=(*ref.tensors, TensorRef("hidden.0", "float32", (1000, 8))))
+    older_verifier = Streaming(chunk(0, 10, last_hidden=320, **{"hidden.0": 320}))
+    state = mirror(budget, both, 128, older_verifier)
+    assert budget.num_used == 128 * 32
+    assert (await asyncio.wait_for(state.view(10), 10)).last_hidden().shape == (10, 8)
     await state.close()
 
 

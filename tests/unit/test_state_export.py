@@ -96,3 +96,36 @@ async def test_a_projection_too_large_to_keep_is_refused_with_the_session(tiny_l
     with pytest.raises(InvalidArgumentError, match="8192 MiB; at most 1024 MiB"):
         await export.open(TargetStateSpec((0, 2), projection=wide), packed.pool.allocate(8))
     assert export.num_sessions == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "served", "refused"),
+    [
+        ([(0,), (1,), (0, 1)], (0, 1, 2), {}),
+        ([(0,), (1,), (2,)], (0, 1), {2: "keeps at most 2"}),
+        ([(0, 1), (2,), (3,)], (1, 2), {0: "keeps at most 2"}),
+        ([(9,), (0,), (9, 1), (1,)], (1, 3), {0: "hidden.9", 2: "hidden.9"}),
+        ([(9,)], (), {0: "hidden.9"}),
+        ([], (), {}),
+    ],
+)
+async def test_as_many_drafters_are_served_as_can_be(
+    layers: list[tuple[int, ...]], served: tuple[int, ...], refused: dict[int, str], tiny_llama: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    packed = PackedModel(model, kv_budget_bytes=1 << 20)
+    export = StateExport(
+        packed.pool,
+        packed.capture,
+        dict.fromkeys(packed.pool.keys, "full_attention"),
+        uri="",
+        max_hidden_layers=2,
+        run_on_engine=BusyEngine(),
+    )
+    specs = [TargetStateSpec(layer_ids) for layer_ids in layers]
+    state, refusals = await export.open_for(specs, packed.pool.allocate(8))
+    assert {index for index, refusal in enumerate(refusals) if not refusal} == set(served)
+    assert all(fragment in refusals[index] for index, fragment in refused.items())
+    assert export.num_sessions == bool(served)
+    if state:
+        assert set(state.spec.hidden_layer_ids) == {layer for index in served for layer in layers[index]}
