@@ -1,4 +1,4 @@
-"""The model card of a trained drafter, and its loss curve."""
+"""The model card of a trained drafter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from drafter_service.drafters.ngram_lm.table import NgramTable
 from drafter_service.training.acceptance import HeldOutAcceptance
 from drafter_service.training.config import CountOptions, LoopConfig
+from drafter_service.training.curve import draw_curves
 from drafter_service.training.data import TokenData
 from drafter_service.training.loop import History
 from specdec.bench import plots, provenance
@@ -50,7 +51,7 @@ included.
 {%- for share in acceptance.per_position %} {{ "%.2f" | format(share) }} |{% endfor %}
 {%- if figure %}
 
-![Loss and held-out acceptance by step]({{ figure }})
+![Held-out acceptance length and loss by answer tokens trained on]({{ figure }})
 {%- endif %}
 
 """
@@ -77,9 +78,12 @@ class Card:
 def write_card(
     card: Card, config: LoopConfig, data: TokenData, history: History, acceptance: HeldOutAcceptance
 ) -> None:
-    """Write README.md and, where matplotlib is installed, loss.png into the output folder."""
+    """Write README.md and, where matplotlib is installed, training.png into the output folder."""
     rows = _training_rows(card, config, data, history)
-    figure = _draw(history, config.out / "loss.png") if plots.has_matplotlib() else ""
+    figure = ""
+    if plots.has_matplotlib():
+        figure = "training.png"
+        draw_curves({card.method: config.out}, config.out / figure)
     _model_card(card, "Training", rows, acceptance, figure).save(config.out / _FILE)
 
 
@@ -148,17 +152,3 @@ def _start(card: Card) -> str:
     if card.started_from:
         return f"the drafter `{card.started_from}`, trained before on other steps than these"
     return "layers of the target"
-
-
-def _draw(history: History, path: Path) -> str:
-    """Draw the loss curve; return the file's name."""
-    figure, axes = plots.new_figure(width_in=6.0)
-    axes.plot(*zip(*history.losses, strict=True), label="loss (moving average)")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    if history.acceptance:
-        right = axes.twinx()
-        right.plot(*zip(*history.acceptance, strict=True), "o-", color="tab:orange", label="acceptance")
-        right.set_ylabel("held-out acceptance length")
-    figure.savefig(path)
-    return path.name

@@ -232,6 +232,35 @@ def ngram_lm(**options: Any) -> None:
     _announce("ngram-lm", given.out, count_table(given, rules, Console(stderr=True)))
 
 
+@train.command("curve")
+@click.argument(
+    "folders",
+    metavar="FOLDER...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="File for the plot, such as curve.png.",
+)
+def curve(folders: tuple[Path, ...], out: Path) -> None:
+    """Draw how well runs of mtp or dflash learned: acceptance on held-out answers, and loss, by tokens.
+
+    Each FOLDER is the --out folder of a run, where the run's log is; the run may still be under way. All runs
+    are drawn into one plot.
+    """
+    from drafter_service.training.curve import draw_curves
+    from specdec.bench.plots import require_matplotlib
+
+    require_matplotlib()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_curves({str(folder): folder for folder in folders}, out)
+    show(f"The plot is in {out}.")
+
+
 def _train(method: str, description: str, make: MakeTrainee, options: dict[str, Any]) -> None:
     from drafter_service.training.runs import train_drafter
 

@@ -18,13 +18,14 @@ from drafter_service.training.checkpoint import read_checkpoint, write_checkpoin
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import Batch, TokenData, TokenSequence, batches, split
 from drafter_service.training.features import SequenceFeatures
+from drafter_service.training.log import LOG_FILE, TrainingLog
 from drafter_service.training.trainee import Trainee
 from specdec.contract.errors import InvalidArgumentError
 
 CHECKPOINT = "checkpoint.pt"
 Features = Callable[[Sequence[TokenSequence]], list[SequenceFeatures]]
 """Returns the features of sequences: a FeatureSource."""
-_LOG_EVERY_S = 60.0
+_PRINT_EVERY_S = 60.0
 """Time between two lines where there is no terminal to draw the bar on."""
 _FINAL_RATE = 0.02
 """Share of the learning rate that is left at the end of its cosine."""
@@ -63,7 +64,7 @@ class Training:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._held_out_features: list[list[SequenceFeatures]] = []
         self._kept_features: dict[int, list[SequenceFeatures]] = {}
-        self._logged = -math.inf
+        self._printed = -math.inf
 
     @property
     def draft_depth(self) -> int:
@@ -85,15 +86,18 @@ class Training:
             The held-out acceptance at the end.
         """
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._console) as bar:
+        log = TrainingLog(self.config.out / LOG_FILE, self.history.step)
+        with log, Progress(*columns, console=self._console) as bar:
             task = bar.add_task("taking the first step", total=1.0)
             bar.update(task, completed=self.progress)
             if self.progress < 1.0:
-                self._run(lambda text: bar.update(task, completed=self.progress, description=text))
+                self._run(log, lambda text: bar.update(task, completed=self.progress, description=text))
             bar.update(task, description="reading held-out answers")
-            return self.evaluate()
+            acceptance = self.evaluate()
+            log.add_acceptance(self.history.step, self.history.num_tokens, acceptance)
+            return acceptance
 
-    def _run(self, report: Callable[[str], None]) -> None:
+    def _run(self, log: TrainingLog, report: Callable[[str], None]) -> None:
         history, config = self.history, self.config
         evaluated = history.seconds
         stream = batches(
@@ -108,11 +112,12 @@ class Training:
         try:
             for batch in stream:
                 self._step(batch)
+                log.add_step(history.step, history.num_tokens, history.seconds, history.losses[-1][1])
                 report(self._describe())
-                self._log()
+                self._print_now_and_then()
                 if history.seconds - evaluated >= 60 * config.evaluate_minutes:
                     evaluated = history.seconds
-                    self._look()
+                    self._look(log)
                 if self.progress >= 1.0:
                     break
         finally:
@@ -181,14 +186,15 @@ class Training:
         length = f", acceptance {history.acceptance[-1][1]:.2f}" if history.acceptance else ""
         return f"step {history.step}, loss {history.losses[-1][1]:.3f}, {rate:.0f} tokens/s{length}"
 
-    def _log(self) -> None:
+    def _print_now_and_then(self) -> None:
         """Print a line after the first step and then every minute, where there is no terminal for the bar."""
-        if not self._console.is_terminal and time.monotonic() - self._logged >= _LOG_EVERY_S:
-            self._logged = time.monotonic()
+        if not self._console.is_terminal and time.monotonic() - self._printed >= _PRINT_EVERY_S:
+            self._printed = time.monotonic()
             self._console.print(f"{self.progress:.0%}: {self._describe()}")
 
-    def _look(self) -> None:
+    def _look(self, log: TrainingLog) -> None:
         acceptance = self.evaluate()
+        log.add_acceptance(self.history.step, self.history.num_tokens, acceptance)
         self.history.acceptance.append((self.history.step, acceptance.length))
         self._console.print(f"{self._describe()} (held out, K = {self.draft_depth})")
         self.save_checkpoint()

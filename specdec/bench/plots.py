@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from specdec.bench.records import METHOD_SEPARATOR
 from specdec.bench.stats import OVERALL, Row
+from specdec.contract.errors import FailedPreconditionError
 
 
 def has_matplotlib() -> bool:
@@ -17,10 +19,21 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def require_matplotlib() -> None:
+    """Refuse to go on where plots cannot be drawn.
+
+    Raises:
+        FailedPreconditionError: matplotlib is not installed.
+    """
+    if not has_matplotlib():
+        raise FailedPreconditionError("Plots need matplotlib: pip install 'specdec[bench]'.")
+
+
 def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Draw speedup.png, acceptance.png and profile.png at the lowest concurrency; return the files.
 
-    A run with several K gets draft_time.png as well. A plot for which no method has figures is not drawn,
+    A run over several categories gets acceptance_by_category.png as well, and one with several K
+    draft_time.png. A plot for which no method has figures is not drawn,
     such as acceptance in a run of `none` alone.
 
     Raises:
@@ -29,12 +42,15 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     lowest = min(row.concurrency for row in rows)
     at_lowest = [row for row in rows if row.concurrency == lowest]
     gains = [row for row in at_lowest if row.speedup is not None]
-    drafts = [row for row in at_lowest if row.category == OVERALL and row.acceptance_per_position]
+    drafted = [row for row in at_lowest if row.acceptance_per_position]
+    drafts = [row for row in drafted if row.category == OVERALL]
     paths = []
     if gains:
         paths.append(_draw_speedup(gains, directory / "speedup.png"))
     if drafts:
         paths.append(_draw_acceptance(drafts, directory / "acceptance.png"))
+    if len({row.category for row in drafted} - {OVERALL}) > 1:
+        paths.append(_draw_acceptance_by_category(drafted, directory / "acceptance_by_category.png"))
     rounds = [row for row in at_lowest if row.category == OVERALL and row.verify_ms_p50 is not None]
     if rounds:
         paths.append(_draw_profile(rounds, directory / "profile.png"))
@@ -72,18 +88,45 @@ def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:
 
 def _draw_acceptance(rows: Sequence[Row], path: Path) -> Path:
     figure, axes = new_figure(width_in=6.0)
-    longest = max(len(row.acceptance_per_position) for row in rows)
-    axes.set_xticks(range(1, longest + 1))
-    for row in rows:
-        positions = range(1, len(row.acceptance_per_position) + 1)
-        axes.plot(positions, row.acceptance_per_position, marker="o", label=row.method)
-    axes.set_xlabel("position in the draft")
-    axes.set_ylabel("accepted / drafted")
-    axes.set_ylim(0.0, 1.0)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    _plot_positions(axes, rows, methods)
     axes.set_title(f"Concurrency {rows[0].concurrency}")
     axes.legend()
     figure.savefig(path)
     return path
+
+
+def _draw_acceptance_by_category(rows: Sequence[Row], path: Path) -> Path:
+    """Draw acceptance by position with a panel for each category; a method has one colour in all of them."""
+    categories = list(dict.fromkeys(row.category for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    figure, panels = new_panels(len(categories), num_columns=4)
+    for axes, category in zip(panels, categories, strict=True):
+        _plot_positions(axes, [row for row in rows if row.category == category], methods)
+        axes.set_title("all prompts" if category == OVERALL else category, parse_math=False)
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper")
+    figure.suptitle(f"Concurrency {rows[0].concurrency}")
+    figure.savefig(path)
+    return path
+
+
+def _plot_positions(axes: Any, rows: Sequence[Row], methods: Sequence[str]) -> None:
+    """Plot a line for each row: the share of draft tokens that was accepted, by their position."""
+    longest = max(len(row.acceptance_per_position) for row in rows)
+    axes.set_xticks(range(1, longest + 1))
+    for row in rows:
+        index = methods.index(row.method)
+        axes.plot(
+            range(1, len(row.acceptance_per_position) + 1),
+            row.acceptance_per_position,
+            marker="o" if index < 10 else "s",
+            color=f"C{index % 10}",
+            label=row.method,
+        )
+    axes.set_xlabel("position in the draft")
+    axes.set_ylabel("accepted / drafted")
+    axes.set_ylim(0.0, 1.0)
 
 
 def _draw_profile(rows: Sequence[Row], path: Path) -> Path:
@@ -128,8 +171,20 @@ def _draw_draft_times(rows: Sequence[Row], path: Path) -> Path:
 
 def new_figure(width_in: float) -> tuple[Any, Any]:
     """Return an empty figure, 4 inches high, and its axes."""
-    # Without pyplot there is no global state, and no display is needed.
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(width_in, 4.0), dpi=120, layout="constrained"
-    )
+    figure = _figure(width_in, 4.0)
     return figure, figure.subplots()
+
+
+def new_panels(count: int, *, num_columns: int) -> tuple[Any, list[Any]]:
+    """Return an empty figure and the axes of its panels, which fill it row by row."""
+    num_columns = min(num_columns, count)
+    num_rows = math.ceil(count / num_columns)
+    figure = _figure(4.0 * num_columns + 1.0, 3.5 * num_rows)
+    return figure, [figure.add_subplot(num_rows, num_columns, index + 1) for index in range(count)]
+
+
+def _figure(width_in: float, height_in: float) -> Any:
+    # Without pyplot there is no global state, and no display is needed.
+    return importlib.import_module("matplotlib.figure").Figure(
+        figsize=(width_in, height_in), dpi=120, layout="constrained"
+    )

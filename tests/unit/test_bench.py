@@ -638,6 +638,20 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
+@pytest.mark.skipif(not plots.has_matplotlib(), reason="matplotlib is not installed")
+def test_acceptance_is_drawn_by_category_where_there_are_several(tmp_path: Path) -> None:
+    drafted = answer((1, 2, 3), speculation=stats(2, 1, (2, 1), (1, 0)))
+    records = [record(method, number, drafted) for method in ("x", "y+z") for number in (0, 2)]
+    odd = [replace(entry, category="$a_{b$") for entry in records]
+    drawn = plots.draw(compute_rows([*records, *odd]), tmp_path)
+    assert [path.name for path in drawn] == [
+        "acceptance.png",
+        "acceptance_by_category.png",
+        "profile.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_chat_model(tmp_path_factory.mktemp("models") / "tiny-llama")

@@ -25,6 +25,7 @@ from drafter_service.training.batch import PackedBatch, even_rows
 from drafter_service.training.config import LoopConfig
 from drafter_service.training.data import TokenData, TokenSequence
 from drafter_service.training.features import FeatureSource, SequenceFeatures
+from drafter_service.training.log import LOG_FILE, read_log
 from drafter_service.training.loop import CHECKPOINT, Training
 from drafter_service.training.mtp import KEEP_REJECTED, MtpTrainee, _going_on, make_trainee
 from drafter_service.training.runs import run_interruptibly
@@ -164,6 +165,32 @@ def test_a_resumed_run_is_the_uninterrupted_one(calm: Path, data: TokenData, tmp
     assert second.history.losses == whole.history.losses
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(second)[name]), name
+
+
+def test_a_run_logs_loss_and_held_out_acceptance_by_tokens(trained: Trained) -> None:
+    run, history = trained.run, trained.run.history
+    *steps, last = read_log(run.config.out / LOG_FILE)
+    assert [(line["step"], line["loss"]) for line in steps] == history.losses
+    tokens = [line["num_tokens"] for line in steps]
+    assert tokens == sorted(set(tokens))
+    assert (last["step"], last["num_tokens"]) == (80, history.num_tokens) == (80, tokens[-1])
+    assert last["acceptance_length"] == trained.after.length
+    assert tuple(last["acceptance_per_position"]) == trained.after.per_position
+
+
+def test_a_resumed_run_goes_on_in_its_log(calm: Path, data: TokenData, tmp_path: Path) -> None:
+    first = training(calm, data, tmp_path, steps=4)
+    first.run()
+    path = tmp_path / LOG_FILE
+    with path.open("a") as file:
+        file.write('{"step": 5, "num_tokens": 99999, "loss": 7.0}\n{"step": 6')  # of a run that was killed
+    second = training(calm, data, tmp_path, steps=8)
+    second.resume()
+    second.run()
+    lines = read_log(path)
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert losses == second.history.losses
+    assert [line["step"] for line in lines if "acceptance_length" in line] == [4, 8]
 
 
 def test_a_run_is_resumed_within_a_later_pass(
