@@ -27,6 +27,11 @@ class VerifierConfig(ModelServiceConfig):
     hidden size per token of the pool. A drafter for which too few of them are left gets no state, and
     its requests run without it."""
 
+    no_prefix_reuse: bool = False
+    """Compute every prompt from its first token. Without this option, KV and hidden states of texts are kept
+    while there is room, and a prompt that begins like an earlier text of the same caller and cache_salt takes
+    up where they differ."""
+
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.
         super(VerifierConfig, self).__post_init__()

@@ -21,6 +21,12 @@ class VerifierMetrics:
         self.rounds = Counter(
             meter, "specdec.verifier.rounds", unit="{round}", description="Verify passes answered"
         )
+        self.reused_tokens = Counter(
+            meter,
+            "specdec.verifier.reused_tokens",
+            unit="{token}",
+            description="Prompt tokens that needed no pass, because an earlier text began with them",
+        )
         self.state_bytes = Counter(
             meter,
             "specdec.verifier.streamed_state",
@@ -47,6 +53,13 @@ class VerifierMetrics:
             lambda: pool.capacity_tokens - pool.free_tokens,
             unit="{token}",
             description="Tokens of KV that sessions hold",
+        )
+        observe_value(
+            self._meter,
+            "specdec.verifier.kv_kept_tokens",
+            lambda: pool.kept_tokens,
+            unit="{token}",
+            description="Tokens of KV that no session holds, kept for prompts that begin alike",
         )
         observe_value(
             self._meter,

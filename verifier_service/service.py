@@ -97,7 +97,10 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             timed = await verifier.prefill(session)
             result = self._result(session, timed, arrived_ns, request.traceparent, 0, is_first=True)
             handshake = make_handshake(verifier.loaded.model_id, verifier.loaded.vocabulary_fingerprint)
-            opened = verifier_pb2.VerifyOpened(handshake=handshake, first=result)
+            opened = verifier_pb2.VerifyOpened(
+                handshake=handshake, first=result, num_reused_tokens=session.num_reused_tokens
+            )
+            self.metrics.reused_tokens.add(session.num_reused_tokens)
             if session.state is None:
                 opened.target_state_refusal = next(iter(session.state_refusals), "")
             if request.open.drafter_state_specs:
@@ -299,6 +302,7 @@ def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
         draft_nodes=message.draft_nodes,
         target_state_specs=tuple(map(TargetStateSpec.from_proto, specs)),
+        owner=(message.caller_key, message.cache_salt),
     )
 
 

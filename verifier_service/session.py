@@ -10,8 +10,9 @@ from specdec.contract.errors import FailedPreconditionError, InvalidArgumentErro
 from specdec.contract.request_limits import validate_max_new_tokens
 from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
-from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.picks import PickContext
+from specdec.runtime.prefix_cache import PrefixKeys
 from specdec.service.retry import Progress
 from verifier_service.acceptance import DraftAcceptance, FinishReason
 from verifier_service.state_stream import ExportedState
@@ -34,6 +35,8 @@ class OpenRequest:
     """What each of the session's drafters needs of the target's state."""
     draft_nodes: int = 0
     """Most nodes that the draft tree of a round will have."""
+    owner: tuple[str, ...] = ()
+    """Whose text it is; the state of one owner's text is never used for another's."""
 
     def validate(self, vocab_size: int, model_max_length: int) -> int:
         """Check all values, and return the most tokens that the session can reach.
@@ -105,6 +108,7 @@ class Session:
         self.token_ids = list(request.committed_token_ids)
         self._num_given = len(self.token_ids)
         self._opened_at = time.monotonic()
+        self.prefix_keys = PrefixKeys(BLOCK_TOKENS, *request.owner)
         self.cached_length = 0
         self.finish_reason: FinishReason | None = None
 
@@ -127,6 +131,16 @@ class Session:
             num_left=0 if self.finish_reason else self.num_remaining_tokens,
             room=self.allocation.capacity,
         )
+
+    @property
+    def num_reused_tokens(self) -> int:
+        """The number of tokens whose state was there before the session."""
+        return self.allocation.shared_length
+
+    @property
+    def hidden_names(self) -> frozenset[str]:
+        """The hidden states that passes keep for the session."""
+        return self.state.hidden_names if self.state else frozenset()
 
     @property
     def num_free_slots(self) -> int:

@@ -83,6 +83,11 @@ class StateExport:
         """Streams of all sessions."""
         return self._streams.num_streams
 
+    def hidden_names(self, specs: Sequence[TargetStateSpec]) -> frozenset[str]:
+        """Return the names of all hidden states that a session with these specs may keep."""
+        possible = (spec for spec in specs if not self._offer.why_not(spec))
+        return frozenset(name for spec in possible for name in self._offer.names(spec)[0])
+
     async def open(self, spec: TargetStateSpec, allocation: KvAllocation) -> ExportedState:
         """Export a session's state from now on, until `close`.
 
@@ -134,6 +139,7 @@ class StateExport:
             tensors=tuple(self._tensor_ref(name) for name in (GENERATIONS, *names)),
             block_ids=allocation.blocks,
             block_tokens=BLOCK_TOKENS,
+            num_shared_blocks=allocation.num_shared,
             projection_sha256=spec.projection.sha256 if spec.projection else "",
         )
         state = ExportedState(ref, spec, allocation, frozenset(hidden_names))
@@ -215,6 +221,7 @@ class StateExport:
             )
         # Reserving pages takes milliseconds; the engine thread alone may run torch operations.
         for name in idle[: max(0, num_excess)]:
+            pool.prefixes.forget_hidden(name)
             await self._run_on_engine(partial(pool.remove_hidden, name))
         for name in new:
             await self._run_on_engine(partial(pool.add_hidden, name, offer.hidden_size))

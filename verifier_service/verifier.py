@@ -12,11 +12,12 @@ from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.sampling import validate_token_ids
 from specdec.runtime.engine import Engine, EngineResult
-from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 from specdec.runtime.memory import StateMemory
 from specdec.runtime.model_thread import ModelThread
 from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.prefix_cache import PrefixKeys
 from specdec.runtime.rounding import try_rounding
 from specdec.service.retry import retry_after_s
 from specdec.state.weights import TargetWeightsRef, share_weights
@@ -37,6 +38,7 @@ from verifier_service.target_model import (
 logger = logging.getLogger(__name__)
 
 ValueT = TypeVar("ValueT")
+_STATES_GONE = "The hidden states of the text's beginning gave way to others while the session opened."
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +171,17 @@ class Verifier:
             )
         # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
         with_nodes = max_length + min(request.draft_nodes, self.config.max_draft_nodes)
-        allocation = self._allocate(max(max_length, min(with_nodes, self.pool.capacity_tokens)))
+        num_tokens = max(max_length, min(with_nodes, self.pool.capacity_tokens))
+        allocation = self._allocate(num_tokens, self._find_shared(request))
         self.num_sessions += 1
         session: Session | None = None
         state: ExportedState | None = None
         try:
+            num_forgotten = self.pool.prefixes.num_forgotten
             state, refusals = await self.export.open_for(request.target_state_specs, allocation)
+            if state and allocation.num_shared and self.pool.prefixes.num_forgotten != num_forgotten:
+                self.export.close(state)
+                state, refusals = None, (_STATES_GONE,) * len(refusals)
             for refusal in filter(None, refusals):
                 logger.warning("a drafter gets no state", extra={"reason": refusal})
             eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
@@ -194,11 +201,28 @@ class Verifier:
             self.engine.forget(allocation)
             if state:
                 self.export.close(state)
+            if session:
+                self._keep(session)
             self.pool.free(allocation)
 
-    def _allocate(self, num_tokens: int) -> KvAllocation:
+    def _find_shared(self, request: OpenRequest) -> list[int]:
+        """Return blocks that hold the beginning of a request's text; its last token needs a pass in any
+        case."""
+        if self.config.no_prefix_reuse:
+            return []
+        hidden_names = self.export.hidden_names(request.target_state_specs)
+        keys = PrefixKeys(BLOCK_TOKENS, *request.owner).of(request.committed_token_ids[:-1])
+        return self.pool.prefixes.find(keys, hidden_names)
+
+    def _keep(self, session: Session) -> None:
+        """Keep the full blocks of a session for others that begin alike."""
+        if not self.config.no_prefix_reuse:
+            keys = session.prefix_keys.of(session.token_ids[: session.cached_length])
+            self.pool.keep(keys, session.allocation, session.hidden_names)
+
+    def _allocate(self, num_tokens: int, shared: Sequence[int]) -> KvAllocation:
         try:
-            return self.pool.allocate(num_tokens)
+            return self.pool.allocate(num_tokens, shared)
         except ResourceExhaustedError as error:
             missing = num_tokens - self.pool.free_tokens
             error.retry_after_s = retry_after_s((session.progress for session in self._sessions), missing)
@@ -208,10 +232,12 @@ class Verifier:
         """Run the prompt through the target chunk by chunk and commit the first token."""
         prompt_length, size = session.committed_length, self.config.prefill_chunk_tokens
         results: list[EngineResult[Verdict | None]] = []
-        for start in range(0, prompt_length, size):
+        for start in range(session.num_reused_tokens, prompt_length, size):
             chunk = PrefillChunk(session, start, min(start + size, prompt_length))
             results.append(await self.engine.submit(chunk, session.allocation))
-        return self._commit(session, NO_DRAFT, results)
+        timed = self._commit(session, NO_DRAFT, results)
+        self._keep(session)
+        return timed
 
     async def verify(
         self,

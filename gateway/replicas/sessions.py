@@ -176,7 +176,8 @@ class RemoteVerifierSession:
         if first.HasField("target_state") or refusals:
             opened = first.target_state if first.HasField("target_state") else None
             self._state = RemoteState(opened, first.cached_length, refusals)
-        return _verified(first, elapsed_ns, self._state)
+        verified = _verified(first, elapsed_ns, self._state)
+        return replace(verified, num_reused_tokens=response.opened.num_reused_tokens)
 
     def _refusals(self, opened: verifier_pb2.VerifyOpened) -> dict[str, str]:
         """Return why drafters get no state of the session, by name; an older verifier serves all or none."""

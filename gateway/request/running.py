@@ -33,6 +33,7 @@ class RunningRequest:
         self._peers = peers
         self._trace = trace
         self._num_failovers = 0
+        self._num_reused_tokens = 0
         self._arrived_ns = arrived_ns
         self._first_ns = 0
         self._last_ns = 0
@@ -111,6 +112,8 @@ class RunningRequest:
             released += self._text.push(token_id)
             if self._text.stopped:
                 break
+        if completed.is_prefill:
+            self._num_reused_tokens = completed.verified.num_reused_tokens
         # What comes after a stop string was never emitted, and counts nowhere.
         emitted = completed.ended_after(self._text.num_tokens - self.num_output_tokens)
         self._tally.add(emitted)
@@ -131,7 +134,9 @@ class RunningRequest:
         return gateway_pb2.GenerateFinished(
             finish_reason=number,
             usage=gateway_pb2.Usage(
-                input_tokens=len(self._plan.prompt_token_ids), output_tokens=self.num_output_tokens
+                input_tokens=len(self._plan.prompt_token_ids),
+                output_tokens=self.num_output_tokens,
+                reused_input_tokens=self._num_reused_tokens,
             ),
             timing=self.timing(),
             speculation=gateway_pb2.SpeculationStats(**asdict(self.speculation())),

@@ -108,6 +108,8 @@ class Verified:
     """Where the drafter finds the target's state as of this answer."""
     accepted_node_indices: tuple[int, ...] = ()
     """The accepted path in the draft; empty: its first num_accepted_tokens tokens."""
+    num_reused_tokens: int = 0
+    """Tokens of the prompt that needed no pass, in the answer to an open."""
 
     @property
     def path(self) -> Sequence[int]:

@@ -145,6 +145,8 @@ class Usage:
     """Tokens of the prompt."""
     output_tokens: int
     """Tokens emitted, end token included."""
+    reused_input_tokens: int = 0
+    """Tokens of the prompt that needed no pass of the target, because an earlier request began with them."""
 
 
 @dataclass(frozen=True, slots=True)

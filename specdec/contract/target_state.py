@@ -253,13 +253,21 @@ class TargetStateRef:
     tensors: tuple[TensorRef, ...] = field(default=(), repr=False)
     block_ids: tuple[int, ...] = field(default=(), repr=False)
     block_tokens: int = 0
+    num_shared_blocks: int = field(default=0, repr=False)
+    """How many of the blocks, the first, have no generation of the session's: others may use them too."""
     projection_sha256: str = field(default="", repr=False)
     """Checksum of the projection that the verifier makes for this session; empty: it makes none."""
 
     def at(self, cached_length: int) -> TargetStateRef:
         """Return the handle as later rounds carry it: lengths only."""
         return replace(
-            self, cached_length=cached_length, tensors=(), block_ids=(), block_tokens=0, projection_sha256=""
+            self,
+            cached_length=cached_length,
+            tensors=(),
+            block_ids=(),
+            block_tokens=0,
+            num_shared_blocks=0,
+            projection_sha256="",
         )
 
     def to_proto(self) -> pb.TargetStateRef:
@@ -272,6 +280,7 @@ class TargetStateRef:
             tensors=[tensor.to_proto() for tensor in self.tensors],
             block_ids=self.block_ids,
             block_tokens=self.block_tokens,
+            num_shared_blocks=self.num_shared_blocks,
             projection_sha256=self.projection_sha256,
         )
 
@@ -286,5 +295,6 @@ class TargetStateRef:
             tensors=tuple(TensorRef.from_proto(tensor) for tensor in message.tensors),
             block_ids=tuple(message.block_ids),
             block_tokens=message.block_tokens,
+            num_shared_blocks=message.num_shared_blocks,
             projection_sha256=message.projection_sha256,
         )

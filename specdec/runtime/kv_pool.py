@@ -1,5 +1,7 @@
 """Memory of all sessions: one tensor per layer, handed out in blocks from a free list.
 
+Blocks whose text is known outlive their session while there is room; sessions that begin alike share them.
+
 KV is allocated at start; hidden states of a layer once the first drafter asks for them. Both live in the
 pool's StateMemory from the start, so that exporting them copies nothing.
 """
@@ -20,6 +22,7 @@ from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import GENERATIONS, TensorRef, key_name, value_name
 from specdec.runtime.kernels import rows as kernels
 from specdec.runtime.memory import PrivateMemory, Region, StateMemory, dtype_name
+from specdec.runtime.prefix_cache import PrefixCache
 
 BLOCK_TOKENS = 64
 """Tokens per block: the pool's unit of allocation, and of the keys that attention reads."""
@@ -52,15 +55,29 @@ class KvAllocation:
     """The same in the host's memory."""
     generation: int = 0
     """Tells this owner of the blocks from earlier and later ones."""
+    num_shared: int = 0
+    """How many of the blocks, the first, were full before: others may use them, and nobody writes to them."""
 
     @classmethod
-    def of(cls, blocks: Sequence[int], device: torch.device, *, generation: int = 0) -> KvAllocation:
+    def of(
+        cls, blocks: Sequence[int], device: torch.device, *, generation: int = 0, num_shared: int = 0
+    ) -> KvAllocation:
         """The allocation that consists of `blocks`, at least one."""
         is_run = all(after == before + 1 for before, after in pairwise(blocks))
         if is_run:
-            return cls(tuple(blocks), None, generation=generation)
+            return cls(tuple(blocks), None, generation=generation, num_shared=num_shared)
         slot_ids = _slot_ids(blocks)
-        return cls(tuple(blocks), torch.from_numpy(slot_ids).to(device), slot_ids, generation)
+        return cls(tuple(blocks), torch.from_numpy(slot_ids).to(device), slot_ids, generation, num_shared)
+
+    @property
+    def own_blocks(self) -> tuple[int, ...]:
+        """The blocks that only this session writes to."""
+        return self.blocks[self.num_shared :]
+
+    @property
+    def shared_length(self) -> int:
+        """Positions whose state was there before."""
+        return self.num_shared * BLOCK_TOKENS
 
     @property
     def capacity(self) -> int:
@@ -135,6 +152,9 @@ class KvPool:
         self._dtype = dtype
         self.device = device
         self._free = bytearray(b"\1" * num_blocks)
+        self._num_users = [0] * num_blocks
+        self.prefixes = PrefixCache()
+        """Full blocks by their text; those that nobody uses give way when there are no others."""
         self._refs: dict[str, TensorRef] = {}
         # Zeros, not empty: attention reads whole blocks under a mask, which a NaN would survive.
         region = self.memory.allocate(num_blocks * block_bytes)
@@ -210,10 +230,18 @@ class KvPool:
     @property
     def free_tokens(self) -> int:
         """Tokens no session has reserved."""
-        return self._free.count(1) * BLOCK_TOKENS
+        return (self._free.count(1) + self.prefixes.num_idle) * BLOCK_TOKENS
 
-    def allocate(self, num_tokens: int) -> KvAllocation:
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens that no session has reserved, and whose state is kept for sessions that begin alike."""
+        return self.prefixes.num_idle * BLOCK_TOKENS
+
+    def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> KvAllocation:
         """Reserve room for `num_tokens` positions, as one contiguous run if there is one.
+
+        Args:
+            shared: blocks that hold the first positions already, as `prefixes` finds them.
 
         Raises:
             InvalidArgumentError: more than the whole pool.
@@ -227,9 +255,11 @@ class KvPool:
                 field="max_new_tokens",
                 reason="EXCEEDS_KV_POOL",
             )
-        num_blocks = -(-num_tokens // BLOCK_TOKENS)
-        blocks = self._find(num_blocks)
-        if blocks is None:
+        num_own = -(-num_tokens // BLOCK_TOKENS) - len(shared)
+        self._hold(shared)
+        own = self._take(num_own)
+        if own is None:
+            self._leave(shared)
             raise ResourceExhaustedError(
                 f"The request needs KV for {num_tokens} tokens, {self.free_tokens} of "
                 f"{self.capacity_tokens} are free now; try again when a session has ended.",
@@ -237,15 +267,38 @@ class KvPool:
                 retry_after_s=1.0,
             )
         self._num_generations += 1
-        for block in blocks:
+        for block in own:
             self._free[block] = 0
-        self._generations[list(blocks)] = self._num_generations
-        return KvAllocation.of(blocks, self.device, generation=self._num_generations)
+        self._hold(own)
+        self._generations[list(own)] = self._num_generations
+        return KvAllocation.of(
+            (*shared, *own), self.device, generation=self._num_generations, num_shared=len(shared)
+        )
+
+    def keep(self, keys: Sequence[bytes], allocation: KvAllocation, hidden_names: frozenset[str]) -> None:
+        """Note what the first blocks of an allocation hold, one key each: what they hold stays as it is."""
+        for key, block in zip(keys, allocation.blocks, strict=False):
+            freed = self.prefixes.put(key, block, hidden_names)
+            if freed is not None:
+                self._free[freed] = 1
+
+    def _hold(self, blocks: Iterable[int]) -> None:
+        self.prefixes.use(blocks)
+        for block in blocks:
+            self._num_users[block] += 1
+
+    def _leave(self, blocks: Sequence[int]) -> None:
+        # The last block of a text becomes the oldest: without those before it, it is of no use.
+        for block in reversed(blocks):
+            assert self._num_users[block], f"block {block} freed twice"
+            self._num_users[block] -= 1
+            if not self._num_users[block] and not self.prefixes.leave(block):
+                self._free[block] = 1
 
     def clear(self, allocation: KvAllocation) -> None:
-        """Zero an allocation's slots, on the engine thread: an infinity left by another session would come
-        through the mask as NaN."""
-        slots = allocation.slots(0, allocation.capacity)
+        """Zero an allocation's own slots, on the engine thread: an infinity left by another session would
+        come through the mask as NaN."""
+        slots = allocation.slots(allocation.shared_length, allocation.capacity)
         for tensor in (*self.keys.values(), *self.values.values()):
             tensor[slots] = 0
 
@@ -264,17 +317,19 @@ class KvPool:
 
     def free(self, allocation: KvAllocation) -> None:
         """Give the blocks back."""
-        for block in allocation.blocks:
-            assert not self._free[block], f"block {block} freed twice"
-            self._free[block] = 1
-        self._generations[list(allocation.blocks)] = 0
+        self._leave(allocation.blocks)
+        self._generations[list(allocation.own_blocks)] = 0
 
-    def _find(self, num_blocks: int) -> tuple[int, ...] | None:
+    def _take(self, num_blocks: int) -> tuple[int, ...] | None:
+        """Return free blocks, contiguous if there are such, at the expense of those that are only kept."""
+        if num_blocks > self._free.count(1) + self.prefixes.num_idle:
+            return None
+        while self._free.count(1) < num_blocks:
+            self._free[self.prefixes.evict()] = 1
         first = self._free.find(b"\1" * num_blocks)
         if first >= 0:
             return tuple(range(first, first + num_blocks))
-        scattered = [block for block, is_free in enumerate(self._free) if is_free][:num_blocks]
-        return tuple(scattered) if len(scattered) == num_blocks else None
+        return tuple([block for block, is_free in enumerate(self._free) if is_free][:num_blocks])
 
 
 def join_slots(slots: Sequence[slice | Indices]) -> slice | Indices:

@@ -118,7 +118,7 @@ class PackedModel:
             Per segment the logits [num_logits, vocab_size] of its last tokens, in the model's dtype.
         """
         for segment in segments:
-            if segment.start == 0:
+            if segment.start == segment.allocation.shared_length:
                 self.pool.clear(segment.allocation)
         current = self._pass(segments)
         self.capture.start(current, captured)

@@ -157,12 +157,16 @@ class MappedState(StateSource):
             )
         device = next(iter(tensors.values())).device
         self._allocation = KvAllocation.of(ref.block_ids, device, generation=ref.generation)
+        # What is shared with other sessions stays as long as what is the session's own.
+        own = ref.block_ids[ref.num_shared_blocks :]
+        if not own:
+            raise FailedPreconditionError(
+                "The handle names no block of the session's own.", reason="STATE_NOT_MAPPED"
+            )
         # A round's first steps run on cold caches: what can be prepared is, and a look compares plain bytes.
         is_run = self._allocation.slot_ids is None
-        self._blocks = (
-            slice(ref.block_ids[0], ref.block_ids[-1] + 1) if is_run else numpy.asarray(ref.block_ids)
-        )
-        expected = numpy.full(len(ref.block_ids), ref.generation, numpy.uint64)  # as the wire has it
+        self._blocks = slice(own[0], own[-1] + 1) if is_run else numpy.asarray(own)
+        expected = numpy.full(len(own), ref.generation, numpy.uint64)  # as the wire has it
         self._own_generations = expected.tobytes()
         self._is_on_gpu = any(isinstance(tensor.storage, CudaIpc) for tensor in ref.tensors)
         self._mappings = mappings

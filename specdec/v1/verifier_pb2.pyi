@@ -81,16 +81,18 @@ class VerifyResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[VerifyOpened, _Mapping]] = ..., result: _Optional[_Union[VerifyResult, _Mapping]] = ...) -> None: ...
 
 class VerifyOpened(_message.Message):
-    __slots__ = ("handshake", "first", "target_state_refusal", "drafter_state_refusals")
+    __slots__ = ("handshake", "first", "target_state_refusal", "drafter_state_refusals", "num_reused_tokens")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     TARGET_STATE_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_STATE_REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     first: VerifyResult
     target_state_refusal: str
     drafter_state_refusals: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ..., target_state_refusal: _Optional[str] = ..., drafter_state_refusals: _Optional[_Iterable[str]] = ...) -> None: ...
+    num_reused_tokens: int
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ..., target_state_refusal: _Optional[str] = ..., drafter_state_refusals: _Optional[_Iterable[str]] = ..., num_reused_tokens: _Optional[int] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
     __slots__ = ("num_accepted_tokens", "bonus_token_id", "committed_length", "cached_length", "finish_reason", "logprobs", "target_state", "timings", "accepted_node_indices")
