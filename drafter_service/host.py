@@ -124,6 +124,7 @@ class DrafterHost:
             yield session
         finally:
             self.num_sessions -= 1
+            self.engine.forget(session)
             try:
                 drafter.close(session)
             finally:
@@ -208,7 +209,7 @@ class DrafterHost:
         await self.prefill(drafter, session, num_left=self.config.prefill_chunk_tokens)
         num_tokens = session.num_prefill_tokens + 1
         item = DraftItem(drafter, session, draft_depth, num_tokens, draft_nodes)
-        drafted = await self.engine.submit(item)
+        drafted = await self.engine.submit(item, session)
         if session.state:
             session.state.check()
         return drafted

@@ -11,25 +11,34 @@ Nothing here can change an answer, only how fast it comes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gateway.rounds.costs import Pace, VerifierLoad
-from gateway.rounds.option import Candidate, Method, Option, Prices
+from gateway.rounds.estimates import Ease
+from gateway.rounds.option import SESSION_MEMORY, Candidate, Method, Option, Prices
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round
-from specdec.contract.methods import PLAIN
+from specdec.contract.methods import PLAIN, drafters_of
 
-_PROBE_EVERY = 24
-"""A choice other than the best is tried once in so many rounds of a verifier, times the sessions that share a
-pass: what nobody tries nobody knows."""
 _EXPLORE_EVERY = 4
-"""How many rounds instead, while there is a method or a node budget that was hardly tried yet."""
+"""In one of so many rounds of a verifier a choice other than the best may be tried, times the root of the
+sessions that share a pass: what nobody tries nobody knows. All of these are used while there is a method or a
+node budget that was hardly tried yet."""
+_HOPE_EVERY = 3
+"""One of how many of these is used while something may be better than the best."""
+_PROBE_EVERY = 6
+"""One of how many of these is used in any case, for a size next to the best."""
+_WORTH_GROWING = 0.6
+"""Trees of a method are tried where its drafts gain this share of what the best gain."""
 _PACE_ROUNDS = 8
 """How many of a session's rounds the pace of all sessions weighs."""
 _WORTH_JOINING = 0.03
 """Tokens a round by which drafters that are not open yet must be better than those that are."""
 _LEAST_TO_JOIN = 16
 """How many tokens the answer must at least have left for drafters to be opened for them."""
+_TRIES = 3
+"""How often a method is tried whose drafters were opened for that."""
 _ROUNDS_TO_JOIN = 64
 """After how many rounds a session gives up on drafters that have not opened."""
 _BUSY_STRIDE = 4
@@ -46,10 +55,17 @@ class AdaptiveChoice:
 
     def __init__(self, load: VerifierLoad, candidates: Sequence[Candidate], known: Sequence[Method]) -> None:
         self._load = load
+        ease = Ease(SESSION_MEMORY)
         self._options = [
-            Option.of(candidate, method, load) for candidate, method in zip(candidates, known, strict=True)
+            Option.of(candidate, method, load, ease)
+            for candidate, method in zip(candidates, known, strict=True)
         ]
         self._by_method = {option.method: option for option in self._options}
+        for option in self._options:
+            drafters = drafters_of(option.candidate.method)
+            if len(drafters) > 1:
+                singles = (self._by_method.get(drafter) for drafter in drafters)
+                option.parts = [each for each in singles if each]
         self._pace = Pace()
         self._num_rounds = 0
         self._limit = 0
@@ -57,6 +73,8 @@ class AdaptiveChoice:
         """The size of the next round, chosen ahead; None: nothing was observed since the last one."""
         self._untried: Option | None = None
         """An option whose drafters are to be opened, to be tried."""
+        self._num_tries = 0
+        """How often it was tried since they are open."""
         self._is_open: Callable[[str], bool] = lambda method: True
         """Whether all drafters of a method are open; those of a single candidate are opened at the start."""
         load.sessions.add(self)
@@ -107,11 +125,10 @@ class AdaptiveChoice:
         self._num_rounds += 1
         self._load.num_rounds += 1
         prices = self._prices()
-        # All who share a pass wait for the session that tries something.
         sharers = max(1, round(self._load.num_sharers))
         if sharers < 2 or self._num_rounds % _BUSY_STRIDE == 1:
             self._weigh(prices)
-        size = self._experiment(prices, sharers) or (self._best.best if self._best else PLAIN_SIZE)
+        size = self._experiment(prices, sharers) or self._preferred(prices)
         confidence = 0.0
         if size.draft_depth:
             confidence = self._by_method[size.method].least_confidence(size, prices)
@@ -122,17 +139,50 @@ class AdaptiveChoice:
         in_turn = self._options[self._num_rounds % len(self._options)]
         for option in {id(each): each for each in (self._best, in_turn) if each}.values():
             option.weigh(prices)
+            if option.is_known:
+                self._load.settle(option.candidate.method, option.gain)
         usable = [option for option in self._options if self._is_open(option.method)]
         self._best = max(usable, key=lambda option: option.gain, default=None)
+        if prices.others:
+            common = (option for option in usable if option.candidate.method == self._load.common)
+            self._best = next(common, self._best)
+
+    def _preferred(self, prices: Prices) -> DraftSize:
+        """Return the best draft, or none where it does not pay.
+
+        Who shares passes waits for the others' drafts in any case: sessions keep together, since each pass
+        costs most of what it costs whoever is in it. So they draft by one method, or not at all.
+        """
+        option = self._best
+        if option is None:
+            return PLAIN_SIZE
+        gain = option.gain
+        if prices.others:
+            if option.candidate.method != self._load.common:
+                return PLAIN_SIZE
+            gain += option.unavoidable
+        return option.best if gain > 0 else PLAIN_SIZE
 
     def _experiment(self, prices: Prices, sharers: int) -> DraftSize | None:
         """Return a draft from which something is learned, now and then; None: the best is to be taken."""
         if self._best and not self._is_anything_known:
             return self._best.candidate.start
-        num_rounds = self._load.num_rounds
-        if num_rounds % (_EXPLORE_EVERY * sharers) == 0 and (size := self._unknown(prices)):
+        if self._untried and self._is_open(self._untried.method):
+            option, self._num_tries = self._untried, self._num_tries + 1
+            if self._num_tries >= _TRIES:
+                self._untried, self._num_tries = None, 0
+            option.weigh(prices)
+            hopeful, _ = option.promising(-math.inf)
+            return hopeful if hopeful.draft_depth else option.candidate.start
+        # All who share a pass wait for the session that tries something.
+        turn, rest = divmod(self._load.num_rounds, round(_EXPLORE_EVERY * math.sqrt(sharers)))
+        if rest:
+            return None
+        if size := self._unknown(prices):
             return size
-        return self._probe() if num_rounds % (_PROBE_EVERY * sharers) == 0 else None
+        if turn % _HOPE_EVERY == 0 and (size := self._promising()):
+            return size
+        return self._probe() if turn % _PROBE_EVERY == 0 else None
 
     def _unknown(self, prices: Prices) -> DraftSize | None:
         """Return a draft of a method that was hardly tried, or of a budget of the best method."""
@@ -140,35 +190,54 @@ class AdaptiveChoice:
         if option := next(untried, None):
             if self._is_open(option.method):
                 return option.candidate.start
-            self._untried = option
-        return self._best.unknown(prices) if self._best else None
+            self._untried = self._untried or option
+        gain = _WORTH_GROWING * self._best.gain if self._best else 0.0
+        for option in self._options:
+            is_good = option.is_known and option.gain >= gain and self._is_open(option.method)
+            if is_good and (size := option.unknown(prices)):
+                return size
+        return None
+
+    def _promising(self) -> DraftSize | None:
+        """Return a draft that may be better than the best, as it was tried less often."""
+        gain = max(0.0, self._best.gain if self._best else 0.0)
+        found = {option: option.promising(gain) for option in self._options if self._may_join(option)}
+        option = max(found, key=lambda each: found[each][1], default=None)
+        if option is None or not found[option][0].draft_depth:
+            return None
+        if self._is_open(option.method):
+            return found[option][0]
+        self._untried = self._untried or option
+        return None
 
     def _probe(self) -> DraftSize | None:
-        """Return a probe of the best option, or in its turn a draft of another that is open."""
+        """Return a size next to that of the best option."""
         if self._best is None:
             return None
-        others = [each for each in self._options if each is not self._best and self._is_open(each.method)]
         self._best.known.num_probes += 1
-        turn, is_turn_of_others = divmod(self._best.known.num_probes, 2)
-        if others and is_turn_of_others:
-            other = others[turn % len(others)]
-            return other.best if other.best.draft_depth else other.candidate.start
-        return self._best.probe(turn if others else self._best.known.num_probes)
+        return self._best.probe(self._best.known.num_probes)
 
     def _joining(self) -> str:
         """Return the method whose drafters are to be opened, as it is better or to be tried; empty: none."""
         if len(self._options) == 1:
             return ""
-        wanted: Option | None = max(self._options, key=lambda option: option.gain)
-        assert wanted is not None
-        gain = self._best.gain if self._best else 0.0
-        if self._is_open(wanted.method) or wanted.gain < gain + _WORTH_JOINING:
-            wanted = self._untried
+        wanted = self._worth_joining()
         self._untried = None if wanted and self._is_open(wanted.method) else self._untried
         if wanted is None or self._is_open(wanted.method) or not self._may_join(wanted):
             return ""
         wanted.num_rounds_joining += 1
         return wanted.method
+
+    def _worth_joining(self) -> Option | None:
+        """Return an option whose drafters should be opened."""
+        if self._load.num_sharers > 1:
+            common = (each for each in self._options if each.candidate.method == self._load.common)
+            wanted = next(common, None)
+        else:
+            wanted = max(self._options, key=lambda option: option.gain)
+            least = max(0.0, self._best.gain if self._best else 0.0) + _WORTH_JOINING
+            wanted = wanted if wanted.gain > least else None
+        return wanted if wanted and not self._is_open(wanted.method) else self._untried
 
     def _may_join(self, option: Option) -> bool:
         is_worth_it = option.num_rounds_joining < _ROUNDS_TO_JOIN and self._limit >= _LEAST_TO_JOIN

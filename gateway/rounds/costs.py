@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 
 from gateway.rounds.estimates import Curve, Mean, Median, Survival
 from gateway.rounds.vocabulary import DraftSize, Round
+from specdec.contract.methods import PLAIN
 
 _DRAFTS_TO_KNOW = 3
 """How many drafts it takes to know a node budget's cost."""
-_FIRST_GUESS = 0.6
-"""Acceptance at any depth before anything is known."""
-_GUESS_ROUNDS = 4.0
-"""How many rounds of a method the first guess weighs."""
 _METHOD_MEMORY = 0.995
 """What a round's weight becomes with the next one."""
+_WORTH_CHANGING = 0.03
+"""Tokens a round by which another method must gain more to become the common one."""
 _ALONE = 1.5
 """Below how many sessions that share passes, as far as waits tell, one is alone."""
 _GROWTH_BY_LOAD = 1.4
@@ -61,6 +60,10 @@ class VerifierLoad:
         """Of all sessions, each on its own."""
         self.num_rounds = 0
         """Rounds of all sessions."""
+        self.gains: dict[str, Mean] = {}
+        """Tokens a round that methods gain, by all sessions' texts, where all draft alike."""
+        self.common = PLAIN
+        """The method of all sessions that share passes."""
         self.sessions: set[Hashable] = set()
         """Those under way here, as far as this gateway knows."""
 
@@ -74,6 +77,16 @@ class VerifierLoad:
         self.waits.add(verified.server_ns / verified.compute_ns)
         self.others.add(max(0, verified.batch_tokens - len(completed.draft.token_ids) - 1))
         self.pace.add(completed)
+
+    def settle(self, method: str, gain: float) -> None:
+        """Take in what a session would gain by a method, and settle which method is the common one."""
+        self.gains.setdefault(method, Mean()).add(gain)
+        best = max(self.gains, key=lambda each: self.gains[each].value)
+        kept = self.gains[self.common].value if self.common in self.gains else 0.0
+        if self.gains[best].value > max(0.0, kept) + _WORTH_CHANGING:
+            self.common = best
+        elif kept < 0:
+            self.common = PLAIN
 
     @property
     def num_sharers(self) -> float:
@@ -156,10 +169,6 @@ class MethodStats:
         known = (each for each, costs in self.costs.items() if costs.count >= _DRAFTS_TO_KNOW)
         nearest = min(known, key=lambda each: abs(each - level))
         return self.costs[nearest], _GROWTH_BY_LOAD ** (level - nearest)
-
-    def rates(self, depth: int) -> list[float]:
-        """Return the acceptance at the first depths."""
-        return self.survival.rates(depth, [_FIRST_GUESS] * depth, _GUESS_ROUNDS)
 
 
 def further_ns(costs: DraftCosts, num_tokens: float) -> float:

@@ -13,6 +13,11 @@ _NEW_SHARE = 0.1
 """Weight of a new observation once there are many."""
 _WINDOW = 15
 """How many of the latest observations a usual value is taken from."""
+_EASE_TRIALS = 10.0
+"""How many tries it takes for a text to count as much as what is usual."""
+_EASE_OF_OTHERS = 0.25
+"""How much a try of another method says of this one."""
+_MOST_USUAL = 0.98
 _FORGOTTEN_AFTER = 200
 """How many observations at other sizes it takes to forget what was seen at a size."""
 
@@ -138,6 +143,11 @@ class Survival:
             self._tried[depth] = self._memory * self._tried[depth] + 1
             self._accepted[depth] = self._memory * self._accepted[depth] + (depth < num_accepted)
 
+    @property
+    def num_tried(self) -> float:
+        """Weight of the rounds taken in."""
+        return self._tried[0] if self._tried else 0.0
+
     def rates(self, depth: int, prior: Sequence[float], weight: float) -> list[float]:
         """Return the acceptance at the first `depth` depths; a prior weighs as much as `weight` rounds."""
         padding = [0.0] * max(0, depth - len(self._tried))
@@ -147,3 +157,41 @@ class Survival:
                 [*self._accepted, *padding], [*self._tried, *padding], prior, strict=False
             )
         ]
+
+
+class Ease:
+    """How much easier a text is to guess than others: by what its drafts were accepted more than usual.
+
+    Args:
+        memory: what a round's weight becomes with the next one.
+    """
+
+    def __init__(self, memory: float) -> None:
+        self._memory = memory
+        self._tried = self._accepted = self._expected = 0.0
+
+    def add(self, usual: Sequence[float], num_accepted: int) -> None:
+        """Take in a round that asked for as many tokens in a row as there are usual rates of acceptance."""
+        tried = usual[: num_accepted + 1]
+        self._tried = self._memory * self._tried + len(tried)
+        self._accepted = self._memory * self._accepted + min(num_accepted, len(usual))
+        self._expected = self._memory * self._expected + sum(tried)
+
+    def odds(self, others: Ease) -> float:
+        """Return the factor by which the odds of acceptance are other than usual.
+
+        Args:
+            others: of the same text with other drafts, which counts less.
+        """
+        tried = self._tried + _EASE_OF_OTHERS * others._tried
+        if not tried:
+            return 1.0
+        expected = (self._expected + _EASE_OF_OTHERS * others._expected) / tried
+        usual = min(_MOST_USUAL, max(1 - _MOST_USUAL, expected))
+        accepted = self._accepted + _EASE_OF_OTHERS * others._accepted + _EASE_TRIALS * usual
+        return accepted / (tried + _EASE_TRIALS - accepted) * (1 - usual) / usual
+
+
+def shifted(rates: Iterable[float], odds: float) -> list[float]:
+    """Return rates whose odds are so many times higher."""
+    return [rate * odds / (1 - rate + rate * odds) for rate in rates]

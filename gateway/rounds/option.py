@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from operator import mul
+from operator import itemgetter, mul
 
 from gateway.rounds.costs import MethodStats, VerifierLoad, further_ns
-from gateway.rounds.estimates import Survival
+from gateway.rounds.estimates import Ease, Survival, shifted
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round
 
 _WORTH_GROWING = 0.8
 """A larger tree is tried once the next smaller one is worth this share of the best draft."""
 _METHOD_ROUNDS = 12.0
 """How many of a session's rounds the knowledge of a method weighs."""
-_SESSION_MEMORY = 0.97
+SESSION_MEMORY = 0.97
 """What a round's weight becomes with the next one."""
 _MOST_CONFIDENCE = 0.5
 """Highest probability that a path must have: what a drafter says of itself is an estimate."""
-_CAUTION = 1.1
+_CAUTION = 1.0
 """What a draft must bring where sessions share passes, over what it costs as far as that is known."""
+_HOPE = 1.5
+"""Tokens a round that a size may gain beyond what was seen, over the root of how often it was tried."""
+_FIRST_GUESS = 0.6
+"""Acceptance at any depth before anything is known."""
+_GUESS_ROUNDS = 6.0
+"""How many rounds a guess weighs."""
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 
 
@@ -62,7 +69,7 @@ class Prices:
     """Level of load."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Option:
     """A candidate as one session sees it."""
 
@@ -72,15 +79,25 @@ class Option:
     load: VerifierLoad
     lengths: list[int]
     mine: dict[int, Survival]
+    ease: Ease
+    """Of the session's text, for this method."""
+    ease_of_all: Ease
+    """The same for all methods together."""
+    parts: list[Option] = field(default_factory=list)
+    """The options of its single drafters, where it merges several."""
     best: DraftSize = PLAIN_SIZE
-    """The size that gained most when it was last looked at."""
+    """The size that gained most, or lost least, when it was last looked at."""
     gain: float = 0.0
     """Tokens a round that it gains over plain decoding."""
+    by_budget: dict[int, tuple[DraftSize, float]] = field(default_factory=dict)
+    """The best size of each node budget that is known, and its gain."""
+    unavoidable: float = 0.0
+    """What the wait for a draft costs however short the draft is, tokens."""
     num_rounds_joining: int = 0
     """Rounds that waited for its drafters to open."""
 
     @classmethod
-    def of(cls, candidate: Candidate, method: Method, load: VerifierLoad) -> Option:
+    def of(cls, candidate: Candidate, method: Method, load: VerifierLoad, ease_of_all: Ease) -> Option:
         """Return a candidate of which nothing is known in this session."""
         return cls(
             candidate,
@@ -88,7 +105,9 @@ class Option:
             {budget: method.stats[budget] for budget in candidate.budgets},
             load,
             [k for k in _LENGTHS if k < candidate.longest] + [candidate.longest],
-            {budget: Survival(_SESSION_MEMORY) for budget in candidate.budgets},
+            {budget: Survival(SESSION_MEMORY) for budget in candidate.budgets},
+            Ease(SESSION_MEMORY),
+            ease_of_all,
         )
 
     @property
@@ -109,17 +128,34 @@ class Option:
 
     def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn what a round's draft cost and brought."""
-        self.stats[size.draft_nodes].observe(size, completed, self.load.level)
-        self.mine[size.draft_nodes].add(size.draft_depth, completed.verified.num_accepted_tokens)
+        stats, num_accepted = self.stats[size.draft_nodes], completed.verified.num_accepted_tokens
+        usual = self.usual_rates(size.draft_nodes, size.draft_depth)
+        self.ease.add(usual, num_accepted)
+        self.ease_of_all.add(usual, num_accepted)
+        stats.observe(size, completed, self.load.level)
+        self.mine[size.draft_nodes].add(size.draft_depth, num_accepted)
 
     def weigh(self, prices: Prices) -> None:
-        """Find the size with the largest gain."""
-        self.best, self.gain = PLAIN_SIZE, 0.0
-        for budget, stats in self.stats.items():
-            if stats.is_known:
-                size, gain = self.best_of(budget, prices)
-                if gain > self.gain:
-                    self.best, self.gain = size, gain
+        """Find the size with the largest gain, be it a loss."""
+        self.best, self.gain, self.unavoidable = PLAIN_SIZE, 0.0, 0.0
+        self.by_budget = {
+            budget: self.best_of(budget, prices) for budget, stats in self.stats.items() if stats.is_known
+        }
+        if self.by_budget:
+            self.best, self.gain = max(self.by_budget.values(), key=itemgetter(1))
+            costs, growth = self.stats[self.best.draft_nodes].at(prices.level)
+            self.unavoidable = prices.own * growth * costs.draft_ns(1)
+
+    def promising(self, than: float) -> tuple[DraftSize, float]:
+        """Return the size that may gain most, other than the best, and how much: the less it was tried, the
+        more. It is the size of a plain round if none may gain more than that.
+        """
+        found = PLAIN_SIZE, than
+        for budget, (size, gain) in self.by_budget.items():
+            hoped = gain + _HOPE / math.sqrt(1 + self.stats[budget].survival.num_tried)
+            if hoped > found[1] and (size != self.best or gain < than):
+                found = size, hoped
+        return found
 
     def best_of(self, budget: int, prices: Prices) -> tuple[DraftSize, float]:
         """Return the best size with that budget, which is known, and the tokens a round that it gains."""
@@ -131,8 +167,25 @@ class Option:
 
     def expected_lengths(self, budget: int, longest: int) -> list[float]:
         """Return the acceptance length by K, from 0."""
-        rates = self.mine[budget].rates(longest, self.stats[budget].rates(longest), _METHOD_ROUNDS)
+        usual = shifted(self.usual_rates(budget, longest), self.ease.odds(self.ease_of_all))
+        rates = self.mine[budget].rates(longest, usual, _METHOD_ROUNDS)
         return list(accumulate(accumulate(rates, mul), initial=1.0))
+
+    def usual_rates(self, budget: int, longest: int) -> list[float]:
+        """Return the acceptance at the first depths, over all sessions.
+
+        Until it is known, that of a larger tree is taken to be that of the next smaller, and that of merged
+        drafts that of the best of their drafters: they are accepted at least as far.
+        """
+        place = self.candidate.budgets.index(budget)
+        if place:
+            guess = self.usual_rates(self.candidate.budgets[place - 1], longest)
+        elif self.parts:
+            of_parts = [each.usual_rates(0, longest) for each in self.parts]
+            guess = [max(rates) for rates in zip(*of_parts, strict=True)]
+        else:
+            guess = [_FIRST_GUESS] * longest
+        return self.stats[budget].survival.rates(longest, guess, _GUESS_ROUNDS)
 
     def cost(self, size: DraftSize, prices: Prices) -> float:
         """Return what a draft costs, in tokens that are not decoded meanwhile."""

@@ -5,7 +5,9 @@ thread at a time.
 
 Sessions take turns with the model: each sends its next item when it has the result of the last. A session
 that is a millisecond late would miss the others' step, and they would miss its step: two convoys, and twice
-the steps. So a step with work at hand waits a little for sources that came back at once the last time.
+the steps. So a step with work at hand waits for sources that should be back soon: where that delays those who
+wait by less than it saves those who come, or where a convoy that waits for them in every round is quicker
+than two in turn. Two cost what a step costs whoever is in it; one costs the time that they are away.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from typing import Generic, Protocol, TypeVar
 from specdec.contract.errors import ResourceExhaustedError
 
 _LINGER_SHARE = 1 / 8
-"""The longest wait for a source on its way back, as a share of the last step's time."""
+"""How much later than the last time a source may come back and is still waited for, as a share of the last
+step's time."""
+_LONGEST_WAIT = 1 / 2
+"""The longest wait for a source to save it a single step, as a share of the last step's time."""
+_MOST_STEPS = 50.0
+"""How many steps the knowledge of their costs goes back."""
 _PATIENCE_STEPS = 3
 """How many steps in a row may leave out all background items because urgent ones fill the budget."""
 
@@ -49,6 +56,30 @@ class QueuedJob(WorkItem, Protocol):
 JobT = TypeVar("JobT", bound=QueuedJob)
 
 
+class StepCosts:
+    """What steps take, as a straight line over their tokens, which follows what is observed."""
+
+    def __init__(self) -> None:
+        self._weight = self._mean_tokens = self._mean_ns = 0.0
+        self._variance = self._covariance = 0.0
+
+    def add(self, num_tokens: int, step_ns: int) -> None:
+        """Take a step in."""
+        self._weight = min(_MOST_STEPS, self._weight + 1)
+        share = 1 / self._weight
+        tokens, ns = num_tokens - self._mean_tokens, step_ns - self._mean_ns
+        self._mean_tokens += share * tokens
+        self._mean_ns += share * ns
+        self._variance += share * ((1 - share) * tokens * tokens - self._variance)
+        self._covariance += share * ((1 - share) * tokens * ns - self._covariance)
+
+    @property
+    def fixed(self) -> float:
+        """Time of a step without tokens, nanoseconds; that of any step while none was of another size."""
+        slope = max(0.0, self._covariance / self._variance) if self._variance else 0.0
+        return max(0.0, self._mean_ns - slope * self._mean_tokens)
+
+
 class Scheduler(Generic[JobT]):
     """Jobs that wait, and the rules by which steps are made of them.
 
@@ -72,7 +103,10 @@ class Scheduler(Generic[JobT]):
         self._waiting: deque[JobT] = deque()
         self._away_ns: dict[Hashable, int] = {}  # how long each source took to come back with its last item
         self._delivered_ns: dict[Hashable, int] = {}  # of sources that are away: when they got a result
-        self._expected: set[Hashable] = set()  # the sources among them that should be back at once
+        self._last_step_ns = 0
+        self._step_costs = StepCosts()
+        self._is_settled = False  # whether it is settled whom the next step waits for
+        self._expected: set[Hashable] = set()  # those it waits for and that are not back yet
         self._linger_until_ns = 0
         self._num_steps_without_background = 0
 
@@ -109,6 +143,7 @@ class Scheduler(Generic[JobT]):
     def take(self, now_ns: int) -> list[JobT]:
         """Remove the jobs of the next step from the queue and return them; none: no step is due yet."""
         live = [job for job in self._waiting if not job.is_cancelled]
+        self._settle(live, now_ns)
         batch = self._while_lingering(live) if self._linger_ns(now_ns) else self._choose(live)
         taken = set(map(id, batch))
         self._waiting = deque(job for job in live if id(job) not in taken)
@@ -119,26 +154,44 @@ class Scheduler(Generic[JobT]):
         return self._linger_ns(now_ns) / 1e9 if self._waiting else None
 
     def finish(self, batch: Sequence[JobT], started_ns: int, ended_ns: int) -> None:
-        """Note that a step has ended, and whose next items are worth a wait.
-
-        Those are sources that took no longer to come back the last time than a step may wait for them.
-        """
-        linger_ns = int((ended_ns - started_ns) * _LINGER_SHARE)
-        sources = [job.source for job in batch if job.source is not None]
-        if sources:
-            self._linger_until_ns = ended_ns + linger_ns
+        """Note that a step has ended, and who is on the way back from now on."""
+        if any(job.source is not None for job in batch):
+            self._last_step_ns = ended_ns - started_ns
+            self._step_costs.add(num_tokens_of(batch), self._last_step_ns)
         for job in batch:
             # A source that was forgotten during the step has no entry, and comes back no more.
             if job.source in self._away_ns and not job.is_cancelled:
                 self._delivered_ns[job.source] = ended_ns
-                if self._away_ns[job.source] <= linger_ns:
-                    self._expected.add(job.source)
 
     def drain(self) -> list[JobT]:
         """Remove all that waits and return it."""
         drained = list(self._waiting)
         self._waiting.clear()
         return drained
+
+    def _settle(self, live: Sequence[JobT], now_ns: int) -> None:
+        """Settle whom the next step waits for, once there is somebody to wait."""
+        num_present = sum(job.source is not None for job in live)
+        if self._is_settled or not num_present:
+            return
+        step_ns = self._last_step_ns
+        slack_ns = int(_LINGER_SHARE * step_ns)
+        due_ns = {source: since + self._away_ns[source] for source, since in self._delivered_ns.items()}
+        coming = sorted(
+            (source for source, due in due_ns.items() if due + slack_ns > now_ns),
+            key=due_ns.__getitem__,
+        )
+        waits_ns = [max(0, due_ns[source] - now_ns) for source in coming]
+        soon_ns = [wait for wait in waits_ns if wait <= _LONGEST_WAIT * step_ns]
+        fixed_ns = self._step_costs.fixed
+        num_in_convoy = max(
+            (place for place, each in enumerate(coming, start=1) if self._away_ns[each] < fixed_ns), default=0
+        )
+        num_awaited = max(num_in_convoy, _best_wait(soon_ns, num_present, step_ns))
+        awaited = coming[:num_awaited]
+        self._expected = set(awaited)
+        self._linger_until_ns = max(map(due_ns.__getitem__, awaited), default=0) + slack_ns
+        self._is_settled = True
 
     def _linger_ns(self, now_ns: int) -> int:
         """Return how long the next step still waits for the sources that are expected."""
@@ -152,6 +205,7 @@ class Scheduler(Generic[JobT]):
     def _choose(self, live: Sequence[JobT]) -> list[JobT]:
         """Compose the next step: urgent jobs, then background ones, each kind first come, first served."""
         self._expected.clear()
+        self._is_settled = False
         urgent = [job for job in live if job.is_urgent]
         background = [job for job in live if not job.is_urgent]
         batch: list[JobT] = []
@@ -166,6 +220,23 @@ class Scheduler(Generic[JobT]):
         starves = background and all(job.is_urgent for job in batch)
         self._num_steps_without_background = self._num_steps_without_background + 1 if starves else 0
         return batch
+
+
+def _best_wait(waits_ns: Sequence[int], num_present: int, step_ns: int) -> int:
+    """Return how many of those who come the step should wait for, so that all together are delayed least.
+
+    Args:
+        waits_ns: how long it is until each comes, ascending.
+        num_present: how many wait already.
+        step_ns: what the step will take; who misses it waits for its end.
+    """
+
+    def delay_ns(num_awaited: int) -> int:
+        wait = waits_ns[num_awaited - 1] if num_awaited else 0
+        waiting = num_present * wait + sum(wait - each for each in waits_ns[:num_awaited])
+        return waiting + sum(max(0, wait + step_ns - each) for each in waits_ns[num_awaited:])
+
+    return min(range(len(waits_ns) + 1), key=delay_ns)
 
 
 def num_tokens_of(items: Sequence[WorkItem]) -> int:

@@ -181,7 +181,7 @@ def test_drafts_end_though_no_pass_was_ever_without() -> None:
             )
             return replace(done, verified=verified)
 
-    assert learned(Busy(steep, lambda k: 2.0, 0.4)) == DraftSize(0)
+    assert learned(Busy(steep, lambda k: 2.0, 0.3)) == DraftSize(0)
 
 
 def test_who_shares_passes_tries_other_sizes_less_often() -> None:
@@ -192,7 +192,7 @@ def test_who_shares_passes_tries_other_sizes_less_often() -> None:
         return sum(size != DraftSize(0) for size in sizes)
 
     alone, busy = num_tries(1), num_tries(8)
-    assert 0 < busy <= alone / 6
+    assert 0 < busy <= alone / 2
 
 
 def test_a_queue_is_no_reason_to_draft() -> None:
@@ -349,14 +349,14 @@ def test_sizes_follow_the_drafters_that_are_asked() -> None:
     run(control, World(flat, lambda k: 90.0, 0.5), 200)
     world = World(flat, lambda k: 1.0, 0.5)
     sizes = []
-    for _ in range(400):
+    for _ in range(1000):
         size = control.choose(1000)
         done = world.round(size)
         proposals = (Proposal("a", fallback_reason="wrong", fallback_code=NEVER_RIGHT), Proposal("b"))
         control.observe(size, replace(done, draft=replace(done.draft, proposals=proposals)))
         sizes.append(size)
     assert usual(sizes[:20]) == DraftSize(0), "with both, drafts took too long"
-    assert usual(sizes[200:]).draft_depth > 0
+    assert usual(sizes[700:]).draft_depth > 0
 
 
 def test_a_round_in_which_nobody_was_asked_says_nothing_of_drafts() -> None:

@@ -253,6 +253,8 @@ async def sessions() -> AsyncIterator[Sessions]:
 def lingers_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the engine wait for expected sources until they come, however busy the machine is."""
     monkeypatch.setattr(scheduler, "_LINGER_SHARE", 1e6)
+    monkeypatch.setattr(scheduler, "_LONGEST_WAIT", 1e6)
+    monkeypatch.setattr(scheduler, "_best_wait", lambda waits_ns, num_present, step_ns: len(waits_ns))
 
 
 @pytest.mark.usefixtures("lingers_for_ever")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec.contract.errors import ResourceExhaustedError
-from specdec.runtime.scheduler import Scheduler
+from specdec.runtime.scheduler import Scheduler, StepCosts
 
 STEP_NS = 80
 LINGER_NS = 10
@@ -152,9 +152,65 @@ def run_late(scheduler: Scheduler[Job], at: int, **away_ns: int) -> int:
 def test_nobody_waits_for_a_source_that_was_slow_the_last_time(
     scheduler: Scheduler[Job], first: str, taken: str
 ) -> None:
-    ended = run_late(scheduler, run(scheduler, "fast", "slow"), fast=LINGER_NS, slow=LINGER_NS + 1)
+    slow = STEP_NS + 1
+    ended = run_late(scheduler, run(scheduler, "fast", "slow"), fast=LINGER_NS, slow=slow)
     scheduler.add(Job(first, source=first), ended)
     assert names(scheduler.take(ended)) == taken
+
+
+@pytest.mark.parametrize(
+    ("late", "taken"),
+    [
+        ({"late": 20}, ""),
+        ({"late": 45}, "a b"),
+        ({"late": 45, "later": 46, "last": 47}, ""),
+        ({"late": 10, "last": 79}, ""),
+    ],
+    ids=["worth it", "one is not", "three are", "the next is"],
+)
+def test_a_step_waits_as_long_as_that_delays_all_together_least(
+    late: dict[str, int], taken: str, scheduler: Scheduler[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two wait for a step of 80. Who misses it waits for its end."""
+    monkeypatch.setattr("specdec.runtime.scheduler._LONGEST_WAIT", 1)
+    monkeypatch.setattr(StepCosts, "fixed", 0)
+    ended = run_late(scheduler, run(scheduler, "a", "b", *late), a=0, b=0, **late)
+    for name in "ab":
+        scheduler.add(Job(name, source=name), ended)
+    assert names(scheduler.take(ended)) == taken
+
+
+def test_a_step_goes_on_without_who_is_not_worth_the_wait(
+    scheduler: Scheduler[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepCosts, "fixed", 0)
+    ended = run_late(scheduler, run(scheduler, "a", "soon", "last"), a=0, soon=10, last=79)
+    scheduler.add(Job("a", source="a"), ended)
+    assert scheduler.take(ended) == []
+    scheduler.add(Job("soon", source="soon"), ended + 10)
+    assert names(scheduler.take(ended + 10)) == "a soon"
+
+
+def test_two_convoys_become_one_where_what_a_step_costs_anyway_is_more_than_they_are_away(
+    scheduler: Scheduler[Job],
+) -> None:
+    """Steps of 80 cost that whoever is in them; the late are away for 60."""
+    ended = run_late(scheduler, run(scheduler, "a", "b", "late"), a=0, b=0, late=60)
+    for name in "ab":
+        scheduler.add(Job(name, source=name), ended)
+    assert scheduler.take(ended) == []
+    scheduler.add(Job("late", source="late"), ended + 60)
+    assert names(scheduler.take(ended + 60)) == "a b late"
+
+
+def test_what_a_step_costs_anyway_is_told_from_what_its_tokens_cost() -> None:
+    costs = StepCosts()
+    costs.add(8, 100)
+    assert costs.fixed == 100, "nothing is known of other sizes"
+    for _ in range(20):
+        for num_tokens in (4, 8, 12, 40):
+            costs.add(num_tokens, 60 + 5 * num_tokens)
+    assert costs.fixed == pytest.approx(60, abs=1)
 
 
 def test_a_source_that_is_quick_again_is_waited_for_again(scheduler: Scheduler[Job]) -> None:
@@ -228,6 +284,7 @@ def test_who_is_woken(scheduler: Scheduler[Job]) -> None:
     """
     ended = run(scheduler, "a", "b", "c")
     assert scheduler.add(Job("a", source="a"), ended)
+    assert scheduler.take(ended) == []
     assert not scheduler.add(Job("b", source="b"), ended)
     assert scheduler.add(Job("side"), ended)
     assert scheduler.add(Job("c", source="c"), ended)
