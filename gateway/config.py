@@ -35,10 +35,17 @@ class GatewayConfig(ServiceConfig):
     max_output_tokens: int = 8192
     """Most tokens of an answer that a request may ask for."""
     max_request_s: float = 900.0
-    """Longest time of a request, seconds, from its arrival until its client has read all of the answer; then
-    it is ended. An answer whose client reads slowly waits in the gateway's memory, and holds no verifier."""
+    """Longest time of a request, seconds, from when it begins to run until its client has read all of the
+    answer; then it is ended. An answer whose client reads slowly waits in the gateway's memory, and holds no
+    verifier."""
     max_requests: int = 256
     """Most requests that run at a time."""
+    max_waiting: int = 256
+    """Most requests that wait, while --max-requests run or the verifiers have no room. Callers take turns. A
+    request that finds the queue full is refused, and told when to come back. 0: none waits."""
+    max_wait_s: float = 900.0
+    """Longest time that a request waits for room, seconds; then it is ended. A request whose own deadline
+    passes earlier is ended then."""
     max_prompt_bytes: int = 2**20
     """Longest text of a prompt, all messages of a chat together, bytes of UTF-8. While a text is tokenised it
     takes about 300 times as much memory."""
@@ -77,10 +84,11 @@ class GatewayConfig(ServiceConfig):
             "max_output_tokens",
             "max_request_s",
             "max_requests",
+            "max_wait_s",
             "max_prompt_bytes",
             "draft_timeout_s",
         )
-        require_not_negative(self, "drain_grace_s", "drafter_wait_s", "failover_wait_s")
+        require_not_negative(self, "drain_grace_s", "drafter_wait_s", "failover_wait_s", "max_waiting")
         if self.default_max_new_tokens > self.max_output_tokens:
             raise InvalidArgumentError(
                 f"--default-max-new-tokens is {self.default_max_new_tokens}, more than --max-output-tokens, "

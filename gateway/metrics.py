@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -21,6 +22,7 @@ _FIRST_TOKEN_TIMES_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1),
     *(0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
 )
+_WAITS_S = (0.001, *_REQUEST_DURATIONS_S, 163.84, 327.68, 655.36)
 _TOKEN_TIMES_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 
 
@@ -61,6 +63,7 @@ class GatewayMetrics:
         self._duration = self._times("gen_ai.server.request.duration", _REQUEST_DURATIONS_S)
         self._ttft = self._times("gen_ai.server.time_to_first_token", _FIRST_TOKEN_TIMES_S)
         self._tpot = self._times("gen_ai.server.time_per_output_token", _TOKEN_TIMES_S)
+        self._waits = self._times("specdec.gateway.waiting_duration", _WAITS_S)
 
     def _count_drafting(self, meter: Meter) -> None:
         self._drafts = Counter(meter, "specdec.drafts", "method", unit="{draft}")
@@ -97,6 +100,7 @@ class GatewayMetrics:
         *,
         num_requests: Callable[[], int],
         max_requests: int,
+        num_waiting: Callable[[], int],
         num_ready_replicas: Callable[[], Mapping[str, int]],
     ) -> None:
         """Report the load whenever metrics are collected.
@@ -109,14 +113,21 @@ class GatewayMetrics:
             "specdec.gateway.running_requests",
             num_requests,
             unit="{request}",
-            description="Requests under way",
+            description="Requests that run",
         )
         observe_value(
             self._meter,
             "specdec.gateway.max_requests",
             lambda: max_requests,
             unit="{request}",
-            description="Most requests at a time",
+            description="Most requests that run at a time",
+        )
+        observe_value(
+            self._meter,
+            "specdec.gateway.waiting_requests",
+            num_waiting,
+            unit="{request}",
+            description="Requests that wait for room",
         )
         observe_values(
             self._meter,
@@ -161,13 +172,21 @@ class GatewayMetrics:
         """Count a verifier that was lost in mid-generation."""
         self._failovers.add(1, method)
 
+    def add_wait(self, waited_s: float) -> None:
+        """Record how long a request waited for room, whether it got it or not."""
+        self._waits.record(waited_s)
+
     @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
-        """Count a request that is refused in the block, before it has a method: its label is empty."""
+    def counting_refusals(self, method: str = "") -> Iterator[None]:
+        """Count a request that ends in the block, before it runs; it has an empty label until its method is
+        settled."""
         try:
             yield
+        except asyncio.CancelledError:
+            self._requests.add(1, method, "cancelled")
+            raise
         except Exception as error:
-            self._requests.add(1, "", outcome_of(error))
+            self._requests.add(1, method, outcome_of(error))
             raise
 
     def add_request(

@@ -40,7 +40,7 @@ class GatewayServer:
         authenticator = make_authenticator(config)
         if authenticator and not config.tls_certificate and not is_local(config.listen):
             logger.warning("tokens travel in plain text; give --tls-certificate and --tls-private-key")
-        self.servicer = GatewayServicer(telemetry)
+        self.servicer = GatewayServicer(config, telemetry)
         register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(
             SERVICE_NAME,
@@ -66,6 +66,7 @@ class GatewayServer:
         backends.metrics.observe(
             num_requests=lambda: self.servicer.num_requests,
             max_requests=self._config.max_requests,
+            num_waiting=lambda: self.servicer.num_waiting,
             num_ready_replicas=lambda: {
                 "verifier": backends.verifiers.num_ready,
                 "drafter": backends.drafters.num_ready,

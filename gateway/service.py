@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -13,47 +14,75 @@ from opentelemetry.context import attach
 from opentelemetry.trace import set_span_in_context
 
 from gateway.callers import CallerLimits
+from gateway.config import GatewayConfig
 from gateway.metrics import outcome_of
-from gateway.replicas.failover import VerifierLease
+from gateway.replicas.failover import VerifierLease, is_full
 from gateway.replicas.replica import Replica
 from gateway.request.backends import Backends
-from gateway.request.peers import Peers
-from gateway.request.plan import make_plan
+from gateway.request.deadlines import at_most, timeout_s, turn
+from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
+from gateway.request.plan import Plan, make_plan
 from gateway.request.running import RunningRequest
 from gateway.rounds.ahead import buffered
 from gateway.rounds.tracing import RequestTrace
-from specdec.contract.errors import (
-    DeadlineExceededError,
-    InvalidArgumentError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from gateway.waiting import Place, WaitingQueue
+from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID
 from specdec.service.auth import CALLER
 from specdec.service.retry import retry_after_s
-from specdec.service.sessions import remaining_timeout_s, send
+from specdec.service.sessions import send
 from specdec.service.telemetry import Telemetry
-from specdec.v1 import gateway_pb2, gateway_pb2_grpc
+from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
 
 SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 GenerateContext = grpc.aio.ServicerContext[gateway_pb2.GenerateRequest, gateway_pb2.GenerateResponse]
 
 
+@dataclass
+class _Call:
+    """One call of Generate and what is known of it so far."""
+
+    request: gateway_pb2.GenerateRequest
+    context: GenerateContext
+    backends: Backends
+    trace: RequestTrace
+    arrived_ns: int
+    max_new_tokens: int
+    place: Place
+    plan: Plan | None = None
+    model: common_pb2.ModelInfo | None = None
+    """The model that answers; it and the plan are settled by the first turn."""
+
+    @property
+    def label(self) -> str:
+        """The method as metrics name it; empty: it is not settled yet."""
+        return self.backends.label(self.plan.method) if self.plan else ""
+
+
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     """Answers clients."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, config: GatewayConfig, telemetry: Telemetry) -> None:
         self.backends: Backends | None = None
         self._tracer = telemetry.tracer
-        self.num_requests = 0
-        """Requests under way."""
         self._running: dict[RunningRequest, str] = {}
-        """What has been admitted and planned, with the name of its caller."""
+        """What runs and is planned, with the name of its caller."""
         self._callers = CallerLimits(self._retry_after_s)
+        self._queue = WaitingQueue(config.max_requests, config.max_waiting, refusal=self._queue_is_full)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run; may be read by any thread."""
+        return self._queue.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for room; may be read by any thread."""
+        return self._queue.num_waiting
 
     def _loaded(self) -> Backends:
         if self.backends is None:
@@ -74,36 +103,35 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         )
         # The call's task has this context to itself; log lines of the request carry its trace id.
         attach(set_span_in_context(trace.span))
-        self.num_requests += 1
-        admission = ExitStack()
         wanted = request.max_new_tokens if request.HasField("max_new_tokens") else None
         try:
-            with backends.metrics.counting_refusals():
-                _require_length(wanted, backends.config.max_output_tokens)
-                self._require_room(backends)
-                max_new_tokens = admission.enter_context(
-                    self._callers.admitted(wanted, backends.config.default_max_new_tokens)
-                )
-                # It counts from the pick on: requests that come together must not all take the same replica.
-                lease = backends.verifiers.pick().lease()
-            admission.callback(lease.end)
-            async with _at_most(backends.config.max_request_s):
-                await self._generate(request, context, backends, lease, trace, arrived_ns, max_new_tokens)
+            with ExitStack() as admission:
+                with backends.metrics.counting_refusals():
+                    _require_length(wanted, backends.config.max_output_tokens)
+                    # Before the limits count it: a request that is refused does not use them up.
+                    self._queue.require_room(_caller_name())
+                    max_new_tokens = admission.enter_context(
+                        self._callers.admitted(wanted, backends.config.default_max_new_tokens)
+                    )
+                    place = admission.enter_context(self._queue.place(_caller_name()))
+                call = _Call(request, context, backends, trace, arrived_ns, max_new_tokens, place)
+                try:
+                    await self._run_in_turn(call)
+                finally:
+                    trace.waited(place.waited_s)
+                    backends.metrics.add_wait(place.waited_s)
         except BaseException as error:
             trace.fail(error)
             raise
         finally:
-            admission.close()
-            self.num_requests -= 1
             trace.span.end()
 
-    def _require_room(self, backends: Backends) -> None:
-        if self.num_requests > backends.config.max_requests:
-            raise ResourceExhaustedError(
-                f"The gateway runs {backends.config.max_requests} requests already; try again later.",
-                reason="TOO_MANY_REQUESTS",
-                retry_after_s=self._retry_after_s(),
-            )
+    def _queue_is_full(self) -> ResourceExhaustedError:
+        return ResourceExhaustedError(
+            f"The gateway runs {self.num_requests} requests, and {self.num_waiting} wait; try again later.",
+            reason="TOO_MANY_REQUESTS",
+            retry_after_s=self._retry_after_s(),
+        )
 
     def _retry_after_s(self, caller: str | None = None) -> float:
         """Return when a request of a caller should end, or the first of all requests."""
@@ -111,49 +139,68 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             request.progress() for request, owner in self._running.items() if caller in (None, owner)
         )
 
-    async def _generate(
-        self,
-        request: gateway_pb2.GenerateRequest,
-        context: GenerateContext,
-        backends: Backends,
-        lease: VerifierLease,
-        trace: RequestTrace,
-        arrived_ns: int,
-        max_new_tokens: int,
-    ) -> None:
-        verifier = lease.replica
-        assert verifier.info is not None
-        with backends.metrics.counting_refusals():
-            plan = await make_plan(request, backends, verifier.info, max_new_tokens=max_new_tokens)
-        model_id = verifier.info.model.model_id
-        trace.describe(model_id, backends.label(plan.method), len(plan.prompt_token_ids))
-        started = gateway_pb2.GenerateStarted(
-            input_tokens=len(plan.prompt_token_ids),
-            method=plan.method,
-            draft_depth=plan.drafting.size.draft_depth,
-            draft_nodes=plan.drafting.draft_nodes,
-            trace_id=trace.trace_id,
-            model_id=model_id,
-            request_id=REQUEST_ID.get(),
-            seed=None if plan.sampling.is_greedy else plan.sampling.seed,
-        )
-        await send(context, gateway_pb2.GenerateResponse(started=started))
-        peers = Peers(plan, backends, lease, _timeout_s(context, backends.config.max_request_s))
-        running = RunningRequest(plan, backends, peers, trace, arrived_ns=arrived_ns)
+    async def _run_in_turn(self, call: _Call) -> None:
+        """Run a request when its turn has come, and again if the verifiers turn out to have no room."""
+        backends = call.backends
+        while True:
+            with backends.metrics.counting_refusals(call.label):
+                await turn(call.place, call.context, backends.config.max_wait_s)
+                # It counts from the pick on: requests that come together must not all take the same replica.
+                lease = backends.verifiers.pick(partial(_runs, call.model), unsuited=OTHER_WEIGHTS).lease()
+            try:
+                async with at_most(backends.config.max_request_s):
+                    return await self._generate(call, lease)
+            except ResourceExhaustedError as error:
+                if call.place.has_run or not is_full(error):
+                    raise
+                refusal = error
+            finally:
+                lease.end()
+            call.place.send_back(refusal)
+
+    async def _generate(self, call: _Call, lease: VerifierLease) -> None:
+        backends, trace = call.backends, call.trace
+        plan = call.plan or await self._start(call, lease)
+        assert call.model is not None
+        peers = Peers(plan, backends, lease, timeout_s(call.context, backends.config.max_request_s))
+        running = RunningRequest(plan, backends, peers, trace, call.place, arrived_ns=call.arrived_ns)
         outcome = "cancelled"
         self._running[running] = _caller_name()
         try:
             async with aclosing(buffered(running.responses())) as responses:
                 async for response in responses:
-                    await send(context, response)
+                    await send(call.context, response)
             outcome = FINISH_REASONS[response.finished.finish_reason]
         except Exception as error:
-            outcome = outcome_of(error)
+            outcome = "" if is_full(error) and not call.place.has_run else outcome_of(error)
             raise
         finally:
             del self._running[running]
-            trace.finish(running.num_output_tokens, running.speculation())
-            backends.metrics.add_request(model_id, running.label, outcome, running.timing())
+            if outcome:
+                trace.finish(running.num_output_tokens, running.speculation())
+                backends.metrics.add_request(call.model.model_id, running.label, outcome, running.timing())
+
+    async def _start(self, call: _Call, lease: VerifierLease) -> Plan:
+        """Settle what the request asks for and what answers it, and tell the client."""
+        info = lease.replica.info
+        assert info is not None
+        with call.backends.metrics.counting_refusals():
+            plan = await make_plan(call.request, call.backends, info, max_new_tokens=call.max_new_tokens)
+        call.plan, call.model = plan, info.model
+        num_input_tokens = len(plan.prompt_token_ids)
+        call.trace.describe(info.model.model_id, call.label, num_input_tokens)
+        started = gateway_pb2.GenerateStarted(
+            input_tokens=num_input_tokens,
+            method=plan.method,
+            draft_depth=plan.drafting.size.draft_depth,
+            draft_nodes=plan.drafting.draft_nodes,
+            trace_id=call.trace.trace_id,
+            model_id=info.model.model_id,
+            request_id=REQUEST_ID.get(),
+            seed=None if plan.sampling.is_greedy else plan.sampling.seed,
+        )
+        await send(call.context, gateway_pb2.GenerateResponse(started=started))
+        return plan
 
     async def GetInfo(  # noqa: N802
         self,
@@ -179,6 +226,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         )
 
 
+def _runs(model: common_pb2.ModelInfo | None, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
+    """Return whether a verifier runs a model; None: any will do."""
+    return model is None or is_same_model(model, info)
+
+
 def _caller_name() -> str:
     caller = CALLER.get()
     return caller.name if caller else ""
@@ -195,30 +247,6 @@ def _require_length(max_new_tokens: int | None, most: int) -> None:
             f"max_new_tokens is {max_new_tokens}; an answer of this gateway has at most {most} tokens.",
             field="max_new_tokens",
         )
-
-
-@asynccontextmanager
-async def _at_most(seconds: float) -> AsyncIterator[None]:
-    """Limit the time of a request, whatever its client does.
-
-    Raises:
-        DeadlineExceededError: the time is over.
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise DeadlineExceededError(
-            f"The request took longer than {seconds:g} s, which is the most this gateway gives one; ask for "
-            "fewer tokens, and read them as they come.",
-            reason="REQUEST_TOO_LONG",
-        ) from None
-
-
-def _timeout_s(context: GenerateContext, most: float) -> float:
-    """Return the seconds that the services have: until the caller's deadline, or the gateway's own."""
-    remaining = remaining_timeout_s(context)
-    return most if remaining is None else min(remaining, most)
 
 
 def _replica_info(replica: Replica[Any], **info: Any) -> gateway_pb2.ReplicaInfo:

@@ -25,6 +25,20 @@ VerifierReplica = Replica[verifier_pb2.VerifierServiceGetInfoResponse]
 VerifierLease = Lease[verifier_pb2.VerifierServiceGetInfoResponse]
 
 _RETRY_S = 0.2
+_FULL_REASONS = frozenset({"NO_SESSION_SLOT", "KV_POOL_FULL"})
+"""Why a verifier refuses a session that it has room for at another time."""
+_TOO_SMALL = "EXCEEDS_KV_POOL"
+"""Why a verifier refuses a session that it never has room for."""
+
+
+def is_full(error: Exception) -> bool:
+    """Return whether a verifier refuses a session because of those that it has."""
+    return isinstance(error, ResourceExhaustedError) and error.reason in _FULL_REASONS
+
+
+def _concerns_one(error: SpecdecError) -> bool:
+    """Return whether a replica refuses a session that another may take."""
+    return isinstance(error, InternalError | ResourceExhaustedError) or error.reason == _TOO_SMALL
 
 
 class OpenableSession(VerifierSession, Protocol):
@@ -77,6 +91,8 @@ class LastingVerifierSession:
         self._on_lost = on_lost
         self._lease = first
         self._session: OpenableSession | None = None
+        self._was_open = False
+        """Whether a replica took the generation, which has begun."""
         self._stack = AsyncExitStack()
         """Ends the lease and closes the session."""
         self._stack.callback(first.end)
@@ -97,7 +113,9 @@ class LastingVerifierSession:
             verified = await self._open(traceparent)
         except UnavailableError as error:
             verified = await self._reopen(error, traceparent)
-        except (InternalError, ResourceExhaustedError) as error:
+        except SpecdecError as error:
+            if not _concerns_one(error):
+                raise
             verified = await self._elsewhere(error, traceparent)
         return self._noted((), verified)
 
@@ -128,6 +146,7 @@ class LastingVerifierSession:
     def _noted(self, draft_token_ids: Sequence[int], verified: Verified) -> Verified:
         self._committed += Round(Draft(tuple(draft_token_ids)), verified).token_ids
         self._lease.replica.succeeded()
+        self._was_open = True
         return verified
 
     async def _open(self, traceparent: str) -> Verified:
@@ -152,29 +171,41 @@ class LastingVerifierSession:
             raise
 
     async def _elsewhere(self, error: SpecdecError, traceparent: str) -> Verified:
-        """Open on another replica where one is broken or full; each is tried once.
+        """Open on another replica where one is broken, full or too small; each is tried once.
 
         Raises:
-            SpecdecError: the first error, where no other replica takes the session.
+            SpecdecError: no other replica takes the session. Before it was ever open this is the error of a
+                replica that is full, if there is such a replica: it takes the session later. Otherwise it is
+                the first error.
         """
         tried: list[VerifierReplica] = []
+        errors = [error]
         while True:
             tried.append(self._lease.replica)
             await self._stack.aclose()
             try:
                 replica = self._pick(without=tried)
             except UnavailableError:
-                raise error from None
+                raise self._decisive(errors) from None
             if len(tried) == 1 and isinstance(error, InternalError):
                 logger.warning("verifier failed", extra={"reason": error.message})
                 self._on_lost(error.message)
-            with suppress(UnavailableError, InternalError, ResourceExhaustedError):
+            try:
                 return await self._open_on(replica, traceparent)
+            except SpecdecError as other:
+                if not (isinstance(other, UnavailableError) or _concerns_one(other)):
+                    raise
+                errors.append(other)
+
+    def _decisive(self, errors: Sequence[SpecdecError]) -> SpecdecError:
+        full = [] if self._was_open else [error for error in errors if is_full(error)]
+        return [*full, *errors][0]
 
     async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
         """Open on another replica, or on the same when it is back; one that is broken is tried once.
 
         Raises:
+            ResourceExhaustedError: a replica is full, and the session was never open: it may as well wait.
             UnavailableError: the error it was lost with, and why no replica took the session in time.
         """
         logger.warning("verifier lost", extra={"reason": lost.message})
@@ -186,6 +217,8 @@ class LastingVerifierSession:
             try:
                 return await self._open_on(self._next(broken), traceparent)
             except (UnavailableError, ResourceExhaustedError, InternalError) as error:
+                if is_full(error) and not self._was_open:
+                    raise
                 if isinstance(error, InternalError):
                     broken.append(self._lease.replica)
                 if time.monotonic() + _RETRY_S >= give_up_at:

@@ -65,7 +65,7 @@ class Peers:
             self._connect_verifier,
             partial(
                 self._backends.verifiers.pick,
-                partial(_is_same_model, model),
+                partial(is_same_model, model),
                 unsuited=OTHER_WEIGHTS,
             ),
             prompt_token_ids=self._plan.prompt_token_ids,
@@ -211,7 +211,7 @@ class LeasedDrafterSession:
         await self._session.close()
 
 
-def _is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
+def is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
     """Return whether a verifier would go on as one of that model does: known revisions are compared."""
     revisions = {model.revision, info.model.revision} - {""}
     return info.model.model_id == model.model_id and len(revisions) <= 1

@@ -17,6 +17,7 @@ from gateway.rounds.merging import MergedDrafts
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Round
+from gateway.waiting import Place
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.service.retry import Progress
 from specdec.v1 import common_pb2, gateway_pb2
@@ -26,12 +27,20 @@ class RunningRequest:
     """Runs one plan on its peers and turns the rounds into responses."""
 
     def __init__(
-        self, plan: Plan, backends: Backends, peers: Peers, trace: RequestTrace, *, arrived_ns: int
+        self,
+        plan: Plan,
+        backends: Backends,
+        peers: Peers,
+        trace: RequestTrace,
+        place: Place,
+        *,
+        arrived_ns: int,
     ) -> None:
         self._plan = plan
         self._backends = backends
         self._peers = peers
         self._trace = trace
+        self._place = place
         self._num_failovers = 0
         self._num_reused_tokens = 0
         self._arrived_ns = arrived_ns
@@ -59,6 +68,7 @@ class RunningRequest:
             drafter = await self._peers.enter_draft_source(stack, control.first_method)
             if isinstance(drafter, MergedDrafts):
                 control.follow(drafter.is_open)
+            stack.callback(self._place.gave_room)
             session = await stack.enter_async_context(self._peers.verifier_session(self._count_failover))
             rounds = decode(
                 session,
@@ -89,12 +99,13 @@ class RunningRequest:
             ttft_ns=self._first_ns - self._arrived_ns if self._first_ns else 0,
             tpot_ns=(self._last_ns - self._first_ns) // num_later if num_later > 0 else 0,
             total_ns=(self._last_ns or time.monotonic_ns()) - self._arrived_ns,
+            waiting_ns=int(self._place.waited_s * 1e9),
         )
 
     def progress(self) -> Progress:
         """Return how far the request has come, for those who wait for its end."""
         return Progress(
-            begun_at=self._arrived_ns / 1e9,
+            begun_at=self._arrived_ns / 1e9 + self._place.waited_s,
             num_done=self.num_output_tokens,
             num_left=max(0, self._plan.max_new_tokens - self.num_output_tokens),
         )
@@ -113,6 +124,7 @@ class RunningRequest:
             if self._text.stopped:
                 break
         if completed.is_prefill:
+            self._place.took_room()
             self._num_reused_tokens = completed.verified.num_reused_tokens
         # What comes after a stop string was never emitted, and counts nowhere.
         emitted = completed.ended_after(self._text.num_tokens - self.num_output_tokens)

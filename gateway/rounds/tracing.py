@@ -101,6 +101,10 @@ class RequestTrace:
             }
         )
 
+    def waited(self, waited_s: float) -> None:
+        """Record how long the request waited for room, in all."""
+        self.span.set_attribute("specdec.waiting_ns", int(waited_s * 1e9))
+
     def finish(self, num_output_tokens: int, speculation: SpeculationStats) -> None:
         """Record what came out, be it only up to an error or a cancellation."""
         self.span.set_attributes(

@@ -27,6 +27,7 @@ DRAFT_STYLE = Style(color="green")
 
 _MAX_SHOWN_DEPTH = 8
 _REVISION_DIGITS = 8
+_NOTABLE_WAIT_MS = 10.0
 
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -74,6 +75,8 @@ def closing_line(generation: Generation) -> str:
         f"{speculation.num_rounds} rounds",
         f"TTFT {timing.ttft_ms:.0f} ms",
     ]
+    if timing.waiting_ms >= _NOTABLE_WAIT_MS:
+        parts.append(f"waited {timing.waiting_ms:.0f} ms for room")
     if generation.seed is not None:
         parts.append(f"seed {generation.seed}")
     line = " | ".join(parts)

@@ -159,6 +159,8 @@ class Timing:
     """Mean per output token after the first; 0: fewer than two tokens."""
     total_ms: float
     """To the last token."""
+    waiting_ms: float = 0.0
+    """Until there was room to run; a part of the time to the first token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,14 +130,16 @@ class Usage(_message.Message):
     def __init__(self, input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., reused_input_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateTiming(_message.Message):
-    __slots__ = ("ttft_ns", "tpot_ns", "total_ns")
+    __slots__ = ("ttft_ns", "tpot_ns", "total_ns", "waiting_ns")
     TTFT_NS_FIELD_NUMBER: _ClassVar[int]
     TPOT_NS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_NS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_NS_FIELD_NUMBER: _ClassVar[int]
     ttft_ns: int
     tpot_ns: int
     total_ns: int
-    def __init__(self, ttft_ns: _Optional[int] = ..., tpot_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
+    waiting_ns: int
+    def __init__(self, ttft_ns: _Optional[int] = ..., tpot_ns: _Optional[int] = ..., total_ns: _Optional[int] = ..., waiting_ns: _Optional[int] = ...) -> None: ...
 
 class SpeculationStats(_message.Message):
     __slots__ = ("method", "num_rounds", "num_draft_tokens", "num_accepted_tokens", "acceptance_histogram", "num_draft_tokens_per_position", "num_accepted_tokens_per_position", "draft_ns", "verify_ns", "transport_ns", "gateway_ns", "num_fallback_rounds", "fallback_reason", "proposers", "methods")

@@ -53,10 +53,12 @@ class GatewayServiceServicer:
 
     def Generate(self, request, context):
         """Generate streams the answer to one prompt: started, chunks, finished. A round sends at most one chunk.
-        Cancelling the call frees everything that the request holds.
+        A request that finds no room waits for its turn. Cancelling the call frees everything that the request
+        holds, its place in the queue as well.
 
-        INVALID_ARGUMENT: google.rpc.BadRequest names the fields. RESOURCE_EXHAUSTED: try again after
-        google.rpc.RetryInfo. UNAVAILABLE: no verifier is healthy, or the verifier was lost.
+        INVALID_ARGUMENT: google.rpc.BadRequest names the fields. RESOURCE_EXHAUSTED: the queue is full, or the
+        caller has too many requests; try again after google.rpc.RetryInfo. DEADLINE_EXCEEDED: the deadline passed
+        while the request waited or ran. UNAVAILABLE: no verifier is healthy, or the verifier was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

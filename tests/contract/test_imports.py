@@ -31,7 +31,7 @@ GATEWAY_LEVELS = (
     {"config"},
     {"rounds"},
     {"metrics"},
-    {"replicas", "callers"},
+    {"replicas", "callers", "waiting"},
     {"request"},
     {"service"},
     {"server"},

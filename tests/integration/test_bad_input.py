@@ -29,6 +29,7 @@ from tests.refusals import (
     sampling,
     shared,
     shown,
+    small_system,
 )
 from tests.systems import System, running_system
 from tests.tiny_models import VOCAB_SIZE
@@ -222,17 +223,18 @@ def test_sdk_refuses_what_the_wire_cannot_carry(prompt: Any, options: dict[str, 
 # Room
 
 
-@shared
 @pytest.mark.parametrize(
     ("num_streams", "num_tokens", "reason"),
     [(3, POOL_TOKENS // 3, "KV_POOL_FULL"), (MAX_SESSIONS, 16, "NO_SESSION_SLOT")],
 )
 async def test_a_full_verifier_says_when_to_retry(
-    num_streams: int, num_tokens: int, reason: str, small: System
+    num_streams: int, num_tokens: int, reason: str, tiny_llama: Path
 ) -> None:
     async with AsyncExitStack() as stack:
+        small = await stack.enter_async_context(small_system(tiny_llama, gateway_options={"max_waiting": 0}))
+        sessions = await stack.enter_async_context(AsyncExitStack())
         for _ in range(num_streams):
-            stream = await stack.enter_async_context(verify_stream(small.verifier_address))
+            stream = await sessions.enter_async_context(verify_stream(small.verifier_address))
             await stream.open(PROMPT, max_new_tokens=num_tokens - len(PROMPT))
         # Each session has one token, and so many are left: at this speed, the next ends no sooner than that.
         opened_at, num_left = time.monotonic(), num_tokens - len(PROMPT) - 1
@@ -242,12 +244,13 @@ async def test_a_full_verifier_says_when_to_retry(
         assert raised.value.retry_after_s is not None
         assert 2 < raised.value.retry_after_s <= 60
         assert raised.value.reason == reason
-    await assert_healthy(small)
+        await sessions.aclose()
+        await assert_healthy(small)
 
 
 async def test_a_full_gateway_says_when_to_retry(tiny_llama: Path) -> None:
     async with (
-        running_system(tiny_llama, gateway_options={"max_requests": 1}) as system,
+        running_system(tiny_llama, gateway_options={"max_requests": 1, "max_waiting": 0}) as system,
         system.client.stream(PROMPT, GenerateOptions(max_new_tokens=400, ignore_eos=True)) as stream,
     ):
         await anext(stream)

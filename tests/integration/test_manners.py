@@ -475,7 +475,10 @@ class TestCancellation:
 
 class TestOverload:
     async def test_one_request_too_many_is_told_to_come_back(self, tiny_llama: Path) -> None:
-        async with gated_system(tiny_llama, gateway_options={"max_requests": 1}) as (system, gate):
+        async with gated_system(tiny_llama, gateway_options={"max_requests": 1, "max_waiting": 0}) as (
+            system,
+            gate,
+        ):
             running = asyncio.create_task(system.client.generate(PROMPT, GATED))
             await gate.reached()
             with pytest.raises(ResourceExhaustedError) as caught:
@@ -494,7 +497,9 @@ class TestOverload:
     async def test_a_full_verifier_is_told_to_the_client(
         self, tiny_llama: Path, verifier_options: dict[str, Any], reason: str
     ) -> None:
-        async with gated_system(tiny_llama, verifier_options=verifier_options) as (system, gate):
+        async with gated_system(
+            tiny_llama, verifier_options=verifier_options, gateway_options={"max_waiting": 0}
+        ) as (system, gate):
             half = GenerateOptions(method="gated", max_new_tokens=37, ignore_eos=True)
             running = asyncio.create_task(system.client.generate(PROMPT, half))
             await gate.reached()

@@ -127,8 +127,8 @@ def test_to_json_has_the_documented_keys(client: Client) -> None:
         "seed",
         "num_failovers",
     }
-    assert result["usage"] == {"input_tokens": 5, "output_tokens": 5}
-    assert result["timing"] == {"ttft_ms": 2.0, "tpot_ms": 0.5, "total_ms": 4.0}
+    assert result["usage"] == {"input_tokens": 5, "output_tokens": 5, "reused_input_tokens": 0}
+    assert result["timing"] == {"ttft_ms": 2.0, "tpot_ms": 0.5, "total_ms": 4.0, "waiting_ms": 0.0}
     assert result["speculation"] == {
         "method": "ngram",
         "num_rounds": 2,

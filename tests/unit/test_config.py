@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ MORE_THAN_ZERO = [
     (DrafterConfig, "max_draft_depth"),
     (DrafterConfig, "mirror_mib"),
     (GatewayConfig, "max_requests"),
+    (GatewayConfig, "max_wait_s"),
     (GatewayConfig, "default_max_new_tokens"),
 ]
 
@@ -42,8 +44,13 @@ def test_what_must_be_more_than_zero(config: Any, name: str) -> None:
         assert raised.value.field == name
 
 
-@pytest.mark.parametrize("config", [VerifierConfig, DrafterConfig])
-@pytest.mark.parametrize("name", ["drain_grace_s", "threads"])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        *product((VerifierConfig, DrafterConfig), ("drain_grace_s", "threads")),
+        (GatewayConfig, "max_waiting"),
+    ],
+)
 def test_what_may_be_zero(config: Any, name: str) -> None:
     assert getattr(config(**{name: 0}), name) == 0
     with pytest.raises(InvalidArgumentError) as raised:

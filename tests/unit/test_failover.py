@@ -17,7 +17,7 @@ from gateway.replicas import replica as replica_module
 from gateway.replicas.failover import LastingVerifierSession, VerifierReplica
 from gateway.replicas.replica import Replica
 from gateway.replicas.replica_set import ReplicaSet
-from gateway.request.peers import OTHER_WEIGHTS, _is_same_model
+from gateway.request.peers import OTHER_WEIGHTS, is_same_model
 from gateway.rounds.vocabulary import Verified
 from specdec.contract.errors import (
     FailedPreconditionError,
@@ -295,7 +295,7 @@ async def test_a_ready_verifier_of_other_weights_is_named_as_such(revision: str)
     ready = verifiers.replicas[0]
     ready.reason, ready.info = "", VerifierServiceGetInfoResponse(model=ModelInfo(revision=revision))
     try:
-        suits = partial(_is_same_model, ModelInfo(revision="same"))
+        suits = partial(is_same_model, ModelInfo(revision="same"))
         if revision == "same":
             assert verifiers.pick(suits, unsuited=OTHER_WEIGHTS) is ready
         else:

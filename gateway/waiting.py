@@ -1,0 +1,314 @@
+"""Requests that wait for room: callers take turns, and what room verifiers have is found out by trying.
+
+There are two kinds of room. How many requests may run at a time is known here. What the verifiers have is
+not: other gateways use them as well, and a request may need much or little. So a request whose turn has come
+tries, and is sent back where all verifiers are too full for it. From then on they are taken for full, and
+only these may try: one request for each session of ours that has ended since, and one after a pause now and
+then, because other gateways' sessions end as well. Where such a trial finds room, two more may try.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
+from typing import Protocol
+
+from specdec.contract.errors import SpecdecError
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+"""Pauses before a trial, seconds: the first, and the longest, to which they double."""
+_NUM_FOLLOWERS = 2
+"""How many may try once a trial found room."""
+
+
+class _State(Enum):
+    WAITING = auto()
+    TRYING = auto()
+    """Its turn has come; it does not know yet whether a verifier takes it."""
+    HOLDING = auto()
+    """It holds room of a verifier."""
+    FINISHING = auto()
+    """It runs, but holds a verifier's room no longer: its client still reads."""
+    GONE = auto()
+
+
+class Place:
+    """A request's place: it waits for its turn, runs, and is sent back where there is no room after all."""
+
+    def __init__(self, queue: WaitingQueue, caller: str, number: int) -> None:
+        self.caller = caller
+        self.number = number
+        """Number of the request in the order in which they came."""
+        self._queue = queue
+        self._state = _State.WAITING
+        self._called = asyncio.Event()
+        self._refusal: SpecdecError | None = None
+        self._begun_at = time.monotonic()
+        self._started_at: float | None = None
+        self._is_trial = False
+        """Whether it tries because a pause is over, not because a session has ended."""
+        self._num_seen = 0
+        """How many sessions had ended when it began to try."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from its arrival until its last turn, or until now if it waits."""
+        return (time.monotonic() if self._started_at is None else self._started_at) - self._begun_at
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a verifier took the request."""
+        return self._state in (_State.HOLDING, _State.FINISHING)
+
+    async def turn(self) -> None:
+        """Return when the request may run.
+
+        Raises:
+            SpecdecError: the queue is full, and it has to give way.
+        """
+        await self._called.wait()
+        if self._refusal:
+            raise self._refusal
+
+    def took_room(self) -> None:
+        """Note that a verifier took the request."""
+        if self._state is _State.TRYING:
+            self._state = _State.HOLDING
+            self._queue.found_room(is_trial=self._is_trial)
+
+    def gave_room(self) -> None:
+        """Note that its session on a verifier has ended, if there was one."""
+        if self._state is _State.HOLDING:
+            self._state = _State.FINISHING
+            self._queue.session_ended()
+
+    def send_back(self, refusal: SpecdecError) -> None:
+        """Let a request wait again, before all others: the verifiers have no room for it.
+
+        Args:
+            refusal: what they said; the request ends with it if the queue is full.
+        """
+        assert self._state is _State.TRYING
+        self._state, self._refusal, self._started_at = _State.WAITING, refusal, None
+        self._called.clear()
+        self._queue.found_none(self, self._num_seen, is_trial=self._is_trial)
+
+    # What follows is the queue's own.
+
+    def start(self, num_seen: int, *, is_trial: bool) -> None:
+        """Call the request: its turn has come."""
+        self._state, self._refusal = _State.TRYING, None
+        self._num_seen, self._is_trial = num_seen, is_trial
+        self._started_at = time.monotonic()
+        self._called.set()
+
+    def give_way(self, refusal: SpecdecError) -> None:
+        """End the wait with an error, its verifier's own if it has been sent back."""
+        self._state, self._refusal = _State.GONE, self._refusal or refusal
+        self._started_at = time.monotonic()
+        self._called.set()
+
+    def leave(self) -> _State:
+        """End it, and return how far it had come."""
+        state, self._state = self._state, _State.GONE
+        return state
+
+
+class Timer(Protocol):
+    """A call that is to come, as asyncio.TimerHandle is."""
+
+    def cancel(self) -> None: ...
+
+
+def _call_later(delay_s: float, callback: Callable[[], None]) -> Timer:
+    return asyncio.get_running_loop().call_later(delay_s, callback)
+
+
+class WaitingQueue:
+    """Lets requests run while there is room, callers in turn, first come first served within a caller.
+
+    A request that has been sent back comes before all others, however much it needs, so that small ones do
+    not keep a large one waiting for ever. Of a queue that is too long, the longest line loses its last
+    request, so that a caller with many does not push out a caller with one.
+
+    Args:
+        max_running: most requests that run at a time.
+        max_waiting: most requests that wait; 0: none does.
+        refusal: makes the error for a request that finds the queue full.
+        call_later: starts a timer, as an event loop does.
+    """
+
+    def __init__(
+        self,
+        max_running: int,
+        max_waiting: int,
+        *,
+        refusal: Callable[[], SpecdecError],
+        call_later: Callable[[float, Callable[[], None]], Timer] = _call_later,
+    ) -> None:
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self._make_refusal = refusal
+        self._call_later = call_later
+        self._lines: OrderedDict[str, list[Place]] = OrderedDict()
+        """Who waits, by caller; the first caller's turn is next."""
+        self.num_waiting = 0
+        """Requests that wait."""
+        self.num_running = 0
+        """Requests that run, or try to."""
+        self._num_come = 0
+        self._is_full = False
+        """Whether the verifiers are taken for full."""
+        self._num_ended = 0
+        """Sessions that have ended."""
+        self._num_answered = 0
+        """How many of these have been answered by a try, or ended before one that was refused."""
+        self._num_trials = 0
+        """How many may try without a session's end."""
+        self._pause_s = FIRST_PAUSE_S
+        self._timer: Timer | None = None
+
+    @contextmanager
+    def place(self, caller: str) -> Iterator[Place]:
+        """Give a request a place until the block is left.
+
+        Raises:
+            SpecdecError: the queue is full.
+        """
+        self.require_room(caller)
+        place = Place(self, caller, self._num_come)
+        self._num_come += 1
+        self._line_up(place)
+        try:
+            self._call()
+            self._shorten()
+            yield place
+        finally:
+            self._leave(place)
+
+    def require_room(self, caller: str) -> None:
+        """Check that a caller's request may run at once or wait, if need be in the place of another's.
+
+        Raises:
+            SpecdecError: the queue is full.
+        """
+        may_run = not self._lines and not self._is_full and self.num_running < self._max_running
+        own = len(self._lines.get(caller, ()))
+        if may_run or self.num_waiting < self._max_waiting or self._longest() > own + 1:
+            return
+        raise self._make_refusal()
+
+    def found_room(self, *, is_trial: bool) -> None:
+        """Take note that a verifier took a request."""
+        if is_trial or not self._is_full:
+            self._pause_s = FIRST_PAUSE_S
+        if is_trial and self._is_full:
+            self._num_trials += _NUM_FOLLOWERS
+            self._call()
+
+    def found_none(self, place: Place, num_seen: int, *, is_trial: bool) -> None:
+        """Put a request that all verifiers refused before all others.
+
+        Args:
+            num_seen: how many sessions had ended when it began to try: their room did not do.
+        """
+        self.num_running -= 1
+        if not self._is_full and not is_trial:
+            self._pause_s = FIRST_PAUSE_S
+        self._is_full, self._num_trials = True, 0
+        self._num_answered = max(self._num_answered, num_seen)
+        self._line_up(place)
+        self._lines.move_to_end(place.caller, last=False)
+        self._call()
+        self._shorten()
+
+    def session_ended(self) -> None:
+        """Let a request try: one of ours has left its verifier."""
+        self._num_ended += 1
+        self._call()
+
+    def _leave(self, place: Place) -> None:
+        state = place.leave()
+        if state is _State.WAITING:
+            self._lines[place.caller].remove(place)
+            self._forget_if_empty(place.caller)
+            self.num_waiting -= 1
+        elif state is not _State.GONE:
+            self.num_running -= 1
+            # Who tried may have held room, of which nobody told it yet.
+            self._num_ended += state is not _State.FINISHING
+        self._call()
+
+    def _line_up(self, place: Place) -> None:
+        insort(self._lines.setdefault(place.caller, []), place, key=lambda waiting: waiting.number)
+        self.num_waiting += 1
+
+    def _forget_if_empty(self, caller: str) -> None:
+        if not self._lines[caller]:
+            del self._lines[caller]
+
+    def _call(self) -> None:
+        """Call all who may run now."""
+        while self._lines and self.num_running < self._max_running:
+            may_try, is_trial = self._take_try()
+            if not may_try:
+                break
+            caller, line = next(iter(self._lines.items()))
+            place = line.pop(0)
+            self._lines.move_to_end(caller)
+            self._forget_if_empty(caller)
+            self.num_waiting -= 1
+            self.num_running += 1
+            place.start(self._num_ended, is_trial=is_trial)
+        self._settle()
+
+    def _take_try(self) -> tuple[bool, bool]:
+        """Return whether one more may try, and whether without a session's end; it is taken to do so."""
+        if not self._is_full:
+            return True, False
+        if self._num_answered < self._num_ended:
+            self._num_answered += 1
+            return True, False
+        if self._num_trials:
+            self._num_trials -= 1
+            return True, True
+        return False, False
+
+    def _longest(self) -> int:
+        return max(map(len, self._lines.values()), default=0)
+
+    def _shorten(self) -> None:
+        """Refuse who is one too many: the last to come of the longest lines."""
+        while self.num_waiting > self._max_waiting:
+            longest = self._longest()
+            place = max((line[-1] for line in self._lines.values() if len(line) == longest), key=_number)
+            self._lines[place.caller].pop()
+            self._forget_if_empty(place.caller)
+            self.num_waiting -= 1
+            place.give_way(self._make_refusal())
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let a pause run where somebody waits for verifiers; whoever comes when nobody waits finds out anew
+        whether they are full."""
+        if not self._lines:
+            self._is_full, self._num_trials = False, 0
+        if self._is_full and self._timer is None:
+            self._timer = self._call_later(self._pause_s, self._end_pause)
+        elif not self._is_full and self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end_pause(self) -> None:
+        self._timer = None
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._num_trials = max(self._num_trials, 1)
+        self._call()
+
+
+def _number(place: Place) -> int:
+    return place.number
