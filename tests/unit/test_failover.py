@@ -22,6 +22,7 @@ from gateway.rounds.vocabulary import Verified
 from specdec.contract.errors import (
     FailedPreconditionError,
     InternalError,
+    InvalidArgumentError,
     ResourceExhaustedError,
     SpecdecError,
     UnavailableError,
@@ -217,6 +218,31 @@ async def test_who_is_broken_or_full_sends_a_session_elsewhere(
             await session.open("")
     assert alone.num_picked == 1
     alone.assert_all_is_given_back()
+
+
+async def test_a_full_replica_has_the_last_word_on_a_session_that_never_opened(
+    make_world: Callable[..., World],
+) -> None:
+    """It takes the session later, which the others never do."""
+    full = ResourceExhaustedError("no slot", reason="NO_SESSION_SLOT")
+    too_small = InvalidArgumentError("it never fits", reason="EXCEEDS_KV_POOL")
+    for first, second in (
+        (full, too_small),
+        (too_small, full),
+        (InternalError("a defect"), full),
+        (LOST, full),
+    ):
+        world = make_world(first, second)
+        async with world.session() as session:
+            with pytest.raises(ResourceExhaustedError) as raised:
+                await session.open("")
+        assert raised.value is full
+        world.assert_all_is_given_back()
+    nowhere = make_world(too_small, too_small)
+    async with nowhere.session() as session:
+        with pytest.raises(InvalidArgumentError):
+            await session.open("")
+    nowhere.assert_all_is_given_back()
 
 
 async def test_a_replica_rests_for_longer_with_every_error_in_a_row(
