@@ -107,7 +107,7 @@ def sessions_thresholds(manifests: Manifests) -> dict[str, float]:
         scaler["spec"]["scaleTargetRef"]["name"]: metric["pods"]["target"]["averageValue"]
         for scaler in manifests.of("HorizontalPodAutoscaler")
         for metric in scaler["spec"]["metrics"]
-        if metric["pods"]["metric"]["name"].endswith("_sessions")
+        if metric["type"] == "Pods" and metric["pods"]["metric"]["name"].endswith("_sessions")
     } | {
         scaler["spec"]["scaleTargetRef"]["name"]: trigger["metadata"]["threshold"]
         for scaler in manifests.of("ScaledObject")
@@ -115,6 +115,17 @@ def sessions_thresholds(manifests: Manifests) -> dict[str, float]:
         if "_sessions{" in trigger["metadata"]["query"]
     }
     return {name: float(target) for name, target in targets.items()}
+
+
+def own_load(deployment: str) -> set[str]:
+    """Return the metrics of a Deployment's own pods by which it is scaled."""
+    prefix = deployment.replace("-", "_")
+    return {f"{prefix}_queue_depth", f"{prefix}_sessions"}
+
+
+def queues(deployment: str) -> set[str]:
+    """Return the metrics of other pods by which a Deployment is scaled: what waits for verifiers."""
+    return {"specdec_gateway_waiting_requests"} if deployment == "specdec-verifier" else set()
 
 
 class TestSelectors:
@@ -422,10 +433,14 @@ class TestScaling:
         for scaler in scalers:
             target = scaler["spec"]["scaleTargetRef"]["name"]
             assert "replicas" not in cluster.get("Deployment", target)["spec"], "it would be reset each time"
-            wanted = {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]}
-            prefix = target.replace("-", "_")
-            assert wanted == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
-            assert wanted <= METRICS
+            wanted = {
+                metric[metric["type"].lower()]["metric"]["name"]: metric["type"]
+                for metric in scaler["spec"]["metrics"]
+            }
+            assert wanted == dict.fromkeys(own_load(target), "Pods") | dict.fromkeys(
+                queues(target), "External"
+            )
+            assert wanted.keys() <= METRICS
         assert scalers or cluster.of("ScaledObject")
 
     def test_they_add_a_replica_before_all_slots_are_taken(self, cluster: Manifests) -> None:
@@ -457,8 +472,8 @@ class TestScaling:
         for scaler in scaled:
             queries = [trigger["metadata"]["query"] for trigger in scaler["spec"]["triggers"]]
             used = {name for query in queries for name in re.findall(r"specdec_\w+", query)}
-            prefix = scaler["spec"]["scaleTargetRef"]["name"].replace("-", "_")
-            assert used == {f"{prefix}_queue_depth", f"{prefix}_sessions"}
+            target = scaler["spec"]["scaleTargetRef"]["name"]
+            assert used == own_load(target) | queues(target)
             assert used <= METRICS
 
     @pytest.mark.parametrize("name", CLUSTER_OVERLAYS)
@@ -492,6 +507,10 @@ class TestScaling:
             for service in ("verifier", "drafter")
             for what in ("queue_depth", "sessions")
         }
+
+    def test_the_adapter_knows_the_gateways_queue(self) -> None:
+        rules = yaml.safe_load((DEPLOY / "prometheus" / "adapter-rules.yaml").read_text())["externalRules"]
+        assert {rule["seriesQuery"].partition("{")[0] for rule in rules} == queues("specdec-verifier")
 
     @pytest.mark.parametrize("variant_name", ["split", "split+all"])
     def test_drafters_and_verifiers_of_split_are_on_different_nodes(

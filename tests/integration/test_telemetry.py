@@ -167,6 +167,7 @@ class TestSpanTree:
         ):
             speculation = result.speculation
             assert request.attributes == {
+                "specdec.waiting_ns": pytest.approx(result.timing.waiting_ms * 1e6),
                 "gen_ai.operation.name": "chat",
                 "gen_ai.provider.name": "specdec",
                 "gen_ai.request.model": tiny_llama.name,
