@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from gateway.config import GatewayConfig
 from gateway.metrics import outcome_of
 from gateway.replicas.failover import VerifierLease, is_full
 from gateway.replicas.replica import Replica
+from gateway.replicas.services import VerifierSet
 from gateway.request.backends import Backends
 from gateway.request.deadlines import at_most, timeout_s, turn
 from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
@@ -145,6 +146,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         while True:
             with backends.metrics.counting_refusals(call.label):
                 await turn(call.place, call.context, backends.config.max_wait_s)
+                if call.place.has_waited:
+                    await _ready(backends.verifiers, backends.config.failover_wait_s)
                 # It counts from the pick on: requests that come together must not all take the same replica.
                 lease = backends.verifiers.pick(partial(_runs, call.model), unsuited=OTHER_WEIGHTS).lease()
             try:
@@ -224,6 +227,14 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             verifiers=[_replica_info(r, verifier=r.info) for r in backends.verifiers.replicas],
             drafters=[_replica_info(r, drafter=r.info) for r in backends.drafters.replicas],
         )
+
+
+async def _ready(verifiers: VerifierSet, wait_s: float) -> None:
+    """Wait for a verifier, as a request does whose verifier is lost: otherwise all who wait would fail when
+    the verifiers restart."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            await verifiers.wait_until_ready()
 
 
 def _runs(model: common_pb2.ModelInfo | None, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:

@@ -50,6 +50,8 @@ class Place:
         self._refusal: SpecdecError | None = None
         self._begun_at = time.monotonic()
         self._started_at: float | None = None
+        self.has_waited = False
+        """Whether its turn did not come at once, or it was sent back."""
         self._is_trial = False
         """Whether it tries because a pause is over, not because a session has ended."""
         self._num_seen = 0
@@ -71,6 +73,7 @@ class Place:
         Raises:
             SpecdecError: the queue is full, and it has to give way.
         """
+        self.has_waited |= not self._called.is_set()
         await self._called.wait()
         if self._refusal:
             raise self._refusal
@@ -95,6 +98,7 @@ class Place:
         """
         assert self._state is _State.TRYING
         self._state, self._refusal, self._started_at = _State.WAITING, refusal, None
+        self.has_waited = True
         self._called.clear()
         self._queue.found_none(self, self._num_seen, is_trial=self._is_trial)
 

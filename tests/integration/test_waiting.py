@@ -117,7 +117,8 @@ async def test_a_deadline_that_passes_in_the_queue_ends_the_wait(place: str, tin
         await gate.reached()
         with pytest.raises(DeadlineExceededError):
             await system.client.generate(PROMPT, PLAIN, timeout_s=0.4)
-        await eventually(waiting(system, 0))
+        servicer = system.gateway.servicer
+        await eventually(lambda: (servicer.num_requests, servicer.num_waiting) == (1, 0))
         gate.open()
         assert (await running).usage.output_tokens == 29
         await eventually(lambda: nothing_is_held(system))
@@ -191,8 +192,9 @@ async def test_a_caller_with_one_request_waits_for_one_of_a_caller_with_many(
         await asyncio.gather(*tasks)
         # The one that ran, and one or two whose turn had come before.
         assert order.index("one") <= 3, order
-        assert gateway.servicer.num_requests == gateway.servicer.num_waiting == 0
-        assert verifier.servicer.verifier.num_sessions == 0
+        held = verifier.servicer.verifier
+        await eventually(lambda: held.num_sessions == gateway.servicer.num_requests == 0)
+        assert gateway.servicer.num_waiting == 0
 
 
 def _entry(name: str) -> str:
@@ -270,3 +272,28 @@ async def test_what_never_fits_is_refused_and_what_fits_one_verifier_waits_for_i
             await system.client.generate(PROMPT, large)
         assert raised.value.reason == "EXCEEDS_KV_POOL"
         await eventually(lambda: nothing_is_held(system))
+
+
+async def test_who_waits_outlives_a_restart_of_the_verifier(tiny_llama: Path) -> None:
+    async with AsyncExitStack() as first:
+        verifier_at, _ = await first.enter_async_context(running_verifier(tiny_llama, max_sessions=1))
+        async with (
+            running_gateway(tiny_llama, verifier=verifier_at, failover_wait_s=20.0) as (address, gateway),
+            AsyncClient(address, timeout_s=60) as client,
+        ):
+            assert gateway.servicer.backends
+            verifiers = gateway.servicer.backends.verifiers
+            other = await first.enter_async_context(verify_stream(verifier_at))
+            await other.open(PROMPT)
+            asked = [asyncio.create_task(client.generate(PROMPT, PLAIN)) for _ in range(3)]
+            await eventually(lambda: gateway.servicer.num_waiting == 3)
+            await first.aclose()
+            await eventually(lambda: not verifiers.num_ready)
+            await eventually(lambda: gateway.servicer.num_requests > 0)
+            async with running_verifier(tiny_llama, max_sessions=1, listen=verifier_at) as (_, server):
+                answers = await asyncio.gather(*asked)
+                assert {answer.usage.output_tokens for answer in answers} == {29}
+                verifier = server.servicer.verifier
+                assert verifier
+                await eventually(lambda: verifier.num_sessions == gateway.servicer.num_requests == 0)
+                assert gateway.servicer.num_waiting == 0
