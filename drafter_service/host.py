@@ -19,6 +19,7 @@ from specdec.contract.errors import (
     ResourceExhaustedError,
     SpecdecError,
 )
+from specdec.contract.load import Load, scarcest
 from specdec.contract.sampling import validate_probability, validate_token_ids
 from specdec.contract.target_state import TargetStateRef
 from specdec.runtime.engine import Engine, EngineResult
@@ -56,6 +57,13 @@ class DrafterHost:
     def num_waiting(self) -> int:
         """Number of items that wait for an engine step."""
         return self.engine.num_waiting
+
+    @property
+    def current_load(self) -> Load:
+        """How busy the service is, with all its drafters."""
+        pools = (drafter.kv_pool for drafter in self.drafters.values() if drafter.kv_pool)
+        capacity, free = scarcest((pool.capacity_tokens, pool.free_tokens) for pool in pools)
+        return Load(self.num_sessions, self.config.max_sessions, self.num_waiting, capacity, free)
 
     def close(self) -> None:
         """Stop the engine thread."""

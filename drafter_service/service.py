@@ -73,6 +73,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             opened = drafter_pb2.DraftOpened(
                 handshake=make_handshake(drafter.traits.model_id, drafter.traits.vocabulary_fingerprint),
                 timings=common_pb2.PhaseTimings(total_ns=time.monotonic_ns() - arrived_ns),
+                load=host.current_load.to_proto(),
             )
             await send(context, drafter_pb2.DraftResponse(opened=opened))
             async for request in messages:
@@ -115,6 +116,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             draft_token_ids=drafted.value.token_ids,
             parent_indices=drafted.value.parent_indices,
             timings=_timings(drafted, total_ns),
+            load=host.current_load.to_proto(),
         )
 
     def _describe_state(self, session: DraftSession, state_ns: int) -> dict[str, str | int]:
@@ -154,6 +156,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
                 )
                 for link, count in (host.reader.links if host.reader else ())
             ],
+            load=host.current_load.to_proto(),
         )
 
 

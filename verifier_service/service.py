@@ -173,6 +173,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 batch_size=timed.batch_size,
                 batch_tokens=timed.batch_tokens,
             ),
+            load=self._loaded().current_load.to_proto(),
         )
 
     async def StreamTargetState(  # noqa: N802
@@ -267,6 +268,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             state_storage=STORAGE_TO_PROTO[verifier.export.storage],
             num_state_sessions=verifier.export.num_sessions,
             num_state_streams=verifier.export.num_streams,
+            load=verifier.current_load.to_proto(),
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.load import Load
 from specdec.contract.sampling import validate_token_ids
 from specdec.runtime.engine import Engine, EngineResult
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
@@ -129,6 +130,17 @@ class Verifier:
     def num_waiting(self) -> int:
         """Items that wait for an engine step."""
         return self.engine.num_waiting
+
+    @property
+    def current_load(self) -> Load:
+        """How busy the verifier is."""
+        return Load(
+            num_sessions=self.num_sessions,
+            max_sessions=self.config.max_sessions,
+            num_waiting=self.num_waiting,
+            kv_capacity_tokens=self.pool.capacity_tokens,
+            kv_free_tokens=self.pool.free_tokens,
+        )
 
     def close(self) -> None:
         """Stop the engine thread."""

@@ -54,7 +54,7 @@ Connect = Callable[[VerifierReplica, Sequence[int]], OpenableSession]
 
 
 class Pick(Protocol):
-    """Finds the least busy replica that can go on with the generation."""
+    """Finds a replica that can go on with the generation and is not too busy."""
 
     def __call__(self, *, without: Collection[VerifierReplica] = ()) -> VerifierReplica:
         """Return a replica other than those; UnavailableError: none is ready."""
@@ -153,7 +153,9 @@ class LastingVerifierSession:
         connected = self._connect(self._lease.replica, self._committed)
         self._session = await self._stack.enter_async_context(connected)
         with self._blaming():
-            return await self._session.open(traceparent)
+            verified = await self._session.open(traceparent)
+        self._lease.opened()
+        return verified
 
     async def _open_on(self, replica: VerifierReplica, traceparent: str) -> Verified:
         """Open on another replica; the session before it is closed."""

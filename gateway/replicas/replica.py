@@ -8,18 +8,30 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from gateway.replicas.load import ReplicaLoad
 from specdec.contract.errors import SpecdecError, UnavailableError
+from specdec.contract.load import Load
 from specdec.transport.channel import ServiceChannel
 from specdec.transport.tls import OutgoingTls
+from specdec.v1 import common_pb2
 
 logger = logging.getLogger(__name__)
 
-InfoT = TypeVar("InfoT")
+
+class Info(Protocol):
+    """What every service says of itself."""
+
+    @property
+    def load(self) -> common_pb2.Load:
+        """How busy it is."""
+
+
+InfoT = TypeVar("InfoT", bound=Info)
 
 _RETRY_S = 0.2
 _REFUSED_RETRY_S = 2.0
@@ -30,6 +42,8 @@ _ERRORS_TO_REST = 3
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 """How long that is at first, and at most; each further error doubles it."""
 _CHECK_TIMEOUT_S = 5.0
+LOAD_INTERVAL_S = 1.0
+"""How long what a replica said of its load is good for, seconds; one that says nothing is asked."""
 _TLS_CHECK_S = 1.0
 """How often a health watch over TLS looks whether certificates changed, seconds."""
 
@@ -46,7 +60,7 @@ class Replica(Generic[InfoT]):
         self.service = service
         self.uses_tls = tls is not None
         self._channel = ServiceChannel(uri, service=service, tls=tls, server_name=server_name)
-        self.num_sessions = 0
+        self.load = ReplicaLoad()
         self.reason = _NOT_YET
         """Why it does not get sessions; empty: it does."""
         self.info: InfoT | None = None
@@ -63,6 +77,11 @@ class Replica(Generic[InfoT]):
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close()
+
+    @property
+    def num_sessions(self) -> int:
+        """How many sessions this gateway has there."""
+        return self.load.num_sessions
 
     @property
     def is_ready(self) -> bool:
@@ -100,18 +119,25 @@ class Lease(Generic[InfoT]):
 
     def __init__(self, replica: Replica[InfoT]) -> None:
         self.replica = replica
-        self._is_over = False
-        replica.num_sessions += 1
+        self._is_over = self._is_opened = False
+        replica.load.begin()
+
+    def opened(self) -> None:
+        """Take note that the session's first answer is there, with which the replica counts it."""
+        if not self._is_opened and not self._is_over:
+            self._is_opened = True
+            self.replica.load.opened()
 
     def end(self) -> None:
         """Count the session no longer; a lease that is over stays so."""
         if not self._is_over:
             self._is_over = True
-            self.replica.num_sessions -= 1
+            self.replica.load.end(was_opened=self._is_opened)
 
 
 class ReplicaWatch(Generic[InfoT]):
-    """Follows a replica's health through grpc.health.v1, and asks what it is whenever it comes up.
+    """Follows a replica's health through grpc.health.v1. It asks the replica what it is whenever it comes up,
+    and how busy it is while no session's answer tells.
 
     Args:
         get_info: asks the service at a channel what it is; None: the answer cannot be read.
@@ -133,21 +159,32 @@ class ReplicaWatch(Generic[InfoT]):
         self._on_change = on_change
         self._asked_at = -math.inf
         """When it was last asked what it is, by time.monotonic."""
-        self._watching = asyncio.ensure_future(self._watch())
+        self._tasks = [asyncio.ensure_future(self._watch()), asyncio.ensure_future(self._follow_load())]
 
     async def close(self) -> None:
         """Stop watching and close the replica's channel."""
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.replica.close()
 
     async def refresh(self) -> None:
         """Ask anew what the replica is; without a right answer it keeps what it said."""
         with suppress(grpc.aio.AioRpcError, SpecdecError):
-            self.replica.info = await self._ask()
+            await self._ask()
 
-    async def _ask(self) -> InfoT:
-        """Ask the replica what it says of itself.
+    async def _follow_load(self) -> None:
+        """Ask the replica how busy it is whenever it has not said so for a while."""
+        while True:
+            await asyncio.sleep(LOAD_INTERVAL_S)
+            if self.replica.is_ready and self.replica.load.age_s >= LOAD_INTERVAL_S:
+                try:
+                    await self.refresh()
+                except Exception:  # a replica that answers nonsense must not end it
+                    logger.exception("asking a replica for its load failed", extra={"uri": self.replica.uri})
+
+    async def _ask(self) -> None:
+        """Ask the replica what it says of itself, and take note of it.
 
         Raises:
             SpecdecError: the answer makes no sense, or is of a replica that cannot be used.
@@ -158,7 +195,8 @@ class ReplicaWatch(Generic[InfoT]):
             # What grpc.aio makes of bytes that are not a message of the type.
             raise UnavailableError("Its answer to GetInfo cannot be read.", reason="MALFORMED_REPLY")
         self._check(info)
-        return info
+        self.replica.info = info
+        self.replica.load.told(Load.from_proto(info.load))
 
     async def _watch(self) -> None:
         """Follow the replica's health for as long as the gateway runs."""
@@ -213,7 +251,7 @@ class ReplicaWatch(Generic[InfoT]):
         # A replica that goes up and down all the time has to wait before it is up, never before it is down.
         await asyncio.sleep(max(0.0, self._asked_at + _RETRY_S - time.monotonic()))
         self._asked_at = time.monotonic()
-        self.replica.info = await self._ask()
+        await self._ask()
         await self._mark("")
 
     async def _mark(self, reason: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
 from typing import Any, Generic
 
 import grpc
@@ -27,14 +29,16 @@ class ReplicaSet(Generic[InfoT]):
     """All replicas of one service, each watched.
 
     A `dns:` URI stands for every address its name has, each a replica of its own; the name is resolved again
-    and again, so that replicas may come and go. A session stays with its replica; a new one goes to the ready
-    replica with the fewest.
+    and again, so that replicas may come and go. A session stays with its replica; a new one goes to the less
+    busy of two ready replicas that are drawn by lot. Gateways that all took the least busy of all would all
+    take the same one, until they hear that it is busy.
 
     Args:
         service: the service's full name.
         uris: addresses and names.
         get_info: see ReplicaWatch.
         check: see ReplicaWatch.
+        rng: draws the lots; None: a generator with a seed of its own.
     """
 
     def __init__(
@@ -47,8 +51,10 @@ class ReplicaSet(Generic[InfoT]):
         resolve: Resolve = resolve_name,
         resolve_interval_s: float = RESOLVE_INTERVAL_S,
         tls: OutgoingTls | None = None,
+        rng: random.Random | None = None,
     ) -> None:
         self.service = service
+        self._rng = rng or random.Random()
         self._tls = tls
         self._get_info = get_info
         self._check = check
@@ -132,12 +138,13 @@ class ReplicaSet(Generic[InfoT]):
         unsuited: str = "does not suit",
         without: Collection[Replica[InfoT]] = (),
     ) -> Replica[InfoT]:
-        """Return the least busy ready replica that suits; one that rests only where there is no other.
+        """Return a ready replica that suits, the less busy of two; one that rests or is full only where there
+        is no other.
 
         Args:
             suits: whether what a replica says of itself will do.
             near: URI of another service; a replica at its address, that is in its pod, may map what others
-                would have to stream, and goes before those that have not `NEAR_SESSIONS` fewer.
+                would have to stream, and goes before those that are not less busy by `NEAR_SESSIONS`.
             unsuited: what the error says of a ready replica that does not suit.
             without: replicas that will not do.
 
@@ -160,18 +167,24 @@ class ReplicaSet(Generic[InfoT]):
                 reason="NO_REPLICA",
                 retry_after_s=1.0,
             )
+        return self._choose(fitting, near)
 
-        def is_near(replica: Replica[InfoT]) -> bool:
-            return _machine(replica.uri) == _machine(near)
+    def _choose(self, fitting: Sequence[Replica[InfoT]], near: str) -> Replica[InfoT]:
+        """Return one of the replicas: the less busy of two near ones, or of two others where that one is much
+        less busy.
+        """
+        standings = {replica: (replica.rests, replica.load.is_full) for replica in fitting}
+        best = min(standings.values())
+        able = [replica for replica, standing in standings.items() if standing == best]
+        beside = [replica for replica in able if _machine(replica.uri) == _machine(near)]
+        elsewhere = [replica for replica in able if replica not in beside]
+        ranked = [(replica.load.busyness, replica) for replica in self._draw(beside)]
+        ranked += [(replica.load.busyness + NEAR_SESSIONS, replica) for replica in self._draw(elsewhere)]
+        return min(ranked, key=itemgetter(0))[1]
 
-        return min(
-            fitting,
-            key=lambda replica: (
-                replica.rests,
-                replica.num_sessions + (0 if is_near(replica) else NEAR_SESSIONS),
-                not is_near(replica),
-            ),
-        )
+    def _draw(self, replicas: Sequence[Replica[InfoT]]) -> list[Replica[InfoT]]:
+        """Return two of the replicas in any order, or as many as there are."""
+        return self._rng.sample(replicas, min(2, len(replicas)))
 
     def describe(self, unsuited: str = "does not suit") -> str:
         """Describe why replicas are not used, each with its reason."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ from specdec.contract.errors import (
     from_rpc_error,
 )
 from specdec.contract.finish_reasons import FINISH_REASONS
+from specdec.contract.load import Load
 from specdec.transport.handshake import check_handshake
 from specdec.v1 import (
     common_pb2,
@@ -136,11 +137,16 @@ class _SessionCall:
         self._call.cancel()
 
 
+OnLoad = Callable[[Load], None]
+"""Told how busy a replica says it is."""
+
+
 class RemoteVerifierSession:
     """A session on one verifier replica. Use as `async with`.
 
     Args:
         drafters: whose specs the request's `drafter_state_specs` are.
+        on_load: told with every answer.
     """
 
     def __init__(
@@ -150,11 +156,14 @@ class RemoteVerifierSession:
         request: verifier_pb2.VerifyOpen,
         timeout_s: float | None,
         drafters: Sequence[str] = (),
+        *,
+        on_load: OnLoad,
     ) -> None:
         call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
         self._stream = _SessionCall(call, f"Verifier {uri}")
         self._request = request
         self._drafters = drafters
+        self._on_load = on_load
         self._state: RemoteState | None = None
 
     async def __aenter__(self) -> RemoteVerifierSession:
@@ -176,6 +185,7 @@ class RemoteVerifierSession:
         if first.HasField("target_state") or refusals:
             opened = first.target_state if first.HasField("target_state") else None
             self._state = RemoteState(opened, first.cached_length, refusals)
+        _tell(self._on_load, first)
         verified = _verified(first, elapsed_ns, self._state)
         return replace(verified, num_reused_tokens=response.opened.num_reused_tokens)
 
@@ -204,7 +214,16 @@ class RemoteVerifierSession:
         response, elapsed_ns = await self._stream.exchange(request)
         if self._state:
             self._state = replace(self._state, cached_length=response.result.cached_length)
+        _tell(self._on_load, response.result)
         return _verified(response.result, elapsed_ns, self._state)
+
+
+def _tell(
+    on_load: OnLoad, answer: verifier_pb2.VerifyResult | drafter_pb2.DraftOpened | drafter_pb2.DraftResult
+) -> None:
+    """Pass on how busy a replica is, where it says so."""
+    if answer.HasField("load"):
+        on_load(Load.from_proto(answer.load))
 
 
 def _verified(
@@ -236,12 +255,19 @@ class RemoteDrafterSession:
 
     Args:
         drafter: what the replica says of the drafter.
+        on_load: told with every answer.
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, uri: str, timeout_s: float | None, drafter: drafter_pb2.DrafterInfo
+        self,
+        channel: grpc.aio.Channel,
+        uri: str,
+        timeout_s: float | None,
+        drafter: drafter_pb2.DrafterInfo,
+        on_load: OnLoad,
     ) -> None:
         call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
+        self._on_load = on_load
         self._stream = _SessionCall(call, f"Drafter {uri}")
         self._drafter = drafter
         self.reads_target_state = drafter.HasField("target_state_spec")
@@ -255,6 +281,7 @@ class RemoteDrafterSession:
             model_id="",
             vocabulary_fingerprint=message.handshake.vocabulary_fingerprint,
         )
+        _tell(self._on_load, response.opened)
 
     async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""
@@ -271,6 +298,7 @@ class RemoteDrafterSession:
         round_message = drafter_pb2.DraftRequest(round=message, traceparent=request.traceparent)
         response, elapsed_ns = await self._stream.exchange(round_message)
         result = response.result
+        _tell(self._on_load, result)
         # One token too many is refused like a million, which would only take memory and time.
         limit = max(draft_depth, draft_nodes) + 1
         return Draft(

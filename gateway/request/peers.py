@@ -80,7 +80,9 @@ class Peers:
         message = self._verify_open(verifier, committed_token_ids)
         self._verifier_uri = verifier.uri
         readers = tuple(self._state_specs)
-        return RemoteVerifierSession(verifier.channel, verifier.uri, message, timeout_s, readers)
+        return RemoteVerifierSession(
+            verifier.channel, verifier.uri, message, timeout_s, readers, on_load=verifier.load.told
+        )
 
     def _verify_open(
         self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
@@ -152,13 +154,16 @@ class Peers:
         assert replica.info is not None
         drafter = find_drafter(replica.info, name)
         assert drafter is not None
-        session = RemoteDrafterSession(replica.channel, replica.uri, self._timeout_s, drafter)
+        session = RemoteDrafterSession(
+            replica.channel, replica.uri, self._timeout_s, drafter, replica.load.told
+        )
         leased = LeasedDrafterSession(session, replica)
         try:
             await session.open(self._draft_open(name, committed_token_ids))
         except BaseException:
             await leased.close()
             raise
+        leased.opened()
         return leased
 
     def _draft_open(self, name: str, committed_token_ids: Sequence[int]) -> drafter_pb2.DraftOpen:
@@ -201,14 +206,17 @@ class LeasedDrafterSession:
         self, session: RemoteDrafterSession, replica: Replica[drafter_pb2.DrafterServiceGetInfoResponse]
     ) -> None:
         self._lease = replica.lease()
+        self.opened = self._lease.opened
         self.propose = session.propose
         self.reads_target_state = session.reads_target_state
         self._session = session
 
     async def close(self) -> None:
         """End the session."""
-        self._lease.end()
-        await self._session.close()
+        try:
+            await self._session.close()
+        finally:
+            self._lease.end()
 
 
 def is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:

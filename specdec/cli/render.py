@@ -228,7 +228,8 @@ def _replica_table(info: GatewayInfo) -> Table:
 def _sessions(replica: ReplicaInfo) -> str:
     if replica.info is None:
         return "-"
-    return f"{replica.info.num_sessions} of {replica.info.max_sessions}"
+    waiting = f", {replica.info.load.num_waiting} items wait" if replica.info.load.num_waiting else ""
+    return f"{replica.info.num_sessions} of {replica.info.max_sessions}{waiting}"
 
 
 def _runs(replica: ReplicaInfo) -> str:

@@ -45,6 +45,7 @@ from specdec.client.over_grpc import (
 )
 from specdec.client.streams import AsyncGenerationStream, GenerationStream
 from specdec.client.transport import AsyncCall, AsyncTransport, Call, Metadata, Transport
+from specdec.contract.load import Load
 from specdec.contract.sampling import SamplingParams
 from specdec.transport.channel import TlsConfig
 
@@ -66,6 +67,7 @@ __all__ = [
     "Generation",
     "GenerationStream",
     "GrpcTransport",
+    "Load",
     "Message",
     "Metadata",
     "MethodRounds",

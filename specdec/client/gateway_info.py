@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from specdec.client.wire import from_message
+from specdec.contract.load import Load
 from specdec.contract.target_state import STORAGE_TO_PROTO
 from specdec.v1 import drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
 
@@ -79,6 +80,8 @@ class VerifierInfo:
     """Newest protocol version it speaks."""
     min_protocol_version: int = 0
     """Oldest protocol version it speaks; 0: `protocol_version` alone."""
+    load: Load = field(default_factory=Load)
+    """How busy it is, as the gateway compares replicas; all zeros: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,8 @@ class DrafterServiceInfo:
     """Newest protocol version it speaks."""
     min_protocol_version: int = 0
     """Oldest protocol version it speaks; 0: `protocol_version` alone."""
+    load: Load = field(default_factory=Load)
+    """How busy it is, as the gateway compares replicas; all zeros: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +188,8 @@ def _replica(message: gateway_pb2.ReplicaInfo) -> ReplicaInfo:
 
 def _verifier(message: verifier_pb2.VerifierServiceGetInfoResponse) -> VerifierInfo:
     storage = _storage(message.state_storage)
-    return from_message(VerifierInfo, message, model=_model(message), state_storage=storage)
+    load = Load.from_proto(message.load)
+    return from_message(VerifierInfo, message, model=_model(message), state_storage=storage, load=load)
 
 
 def _drafter_service(message: drafter_pb2.DrafterServiceGetInfoResponse) -> DrafterServiceInfo:
@@ -200,7 +206,8 @@ def _drafter_service(message: drafter_pb2.DrafterServiceGetInfoResponse) -> Draf
     links = tuple(
         from_message(StateLinkInfo, link, storage=_storage(link.storage)) for link in message.state_links
     )
-    return from_message(DrafterServiceInfo, message, drafters=drafters, state_links=links)
+    load = Load.from_proto(message.load)
+    return from_message(DrafterServiceInfo, message, drafters=drafters, state_links=links, load=load)
 
 
 def _storage(number: target_state_pb2.StateStorage) -> str:

@@ -79,6 +79,20 @@ class PhaseTimings(_message.Message):
     batch_tokens: int
     def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_size: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
 
+class Load(_message.Message):
+    __slots__ = ("num_sessions", "max_sessions", "num_waiting", "kv_capacity_tokens", "kv_free_tokens")
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_CAPACITY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_sessions: int
+    max_sessions: int
+    num_waiting: int
+    kv_capacity_tokens: int
+    kv_free_tokens: int
+    def __init__(self, num_sessions: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ...) -> None: ...
+
 class ModelInfo(_message.Message):
     __slots__ = ("model_id", "vocabulary_fingerprint", "vocab_size", "max_length", "dtype", "device", "revision", "model_impl")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]

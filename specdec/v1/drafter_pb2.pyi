@@ -67,22 +67,26 @@ class DraftResponse(_message.Message):
     def __init__(self, opened: _Optional[_Union[DraftOpened, _Mapping]] = ..., result: _Optional[_Union[DraftResult, _Mapping]] = ...) -> None: ...
 
 class DraftOpened(_message.Message):
-    __slots__ = ("handshake", "timings")
+    __slots__ = ("handshake", "timings", "load")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     timings: _common_pb2.PhaseTimings
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ...) -> None: ...
+    load: _common_pb2.Load
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ...) -> None: ...
 
 class DraftResult(_message.Message):
-    __slots__ = ("draft_token_ids", "parent_indices", "timings")
+    __slots__ = ("draft_token_ids", "parent_indices", "timings", "load")
     DRAFT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARENT_INDICES_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     draft_token_ids: _containers.RepeatedScalarFieldContainer[int]
     parent_indices: _containers.RepeatedScalarFieldContainer[int]
     timings: _common_pb2.PhaseTimings
-    def __init__(self, draft_token_ids: _Optional[_Iterable[int]] = ..., parent_indices: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ...) -> None: ...
+    load: _common_pb2.Load
+    def __init__(self, draft_token_ids: _Optional[_Iterable[int]] = ..., parent_indices: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ...) -> None: ...
 
 class DrafterServiceGetInfoRequest(_message.Message):
     __slots__ = ()
@@ -107,20 +111,22 @@ class DrafterInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_draft_depth: _Optional[int] = ..., default_draft_depth: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., max_draft_nodes: _Optional[int] = ...) -> None: ...
 
 class DrafterServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions", "state_links", "min_protocol_version")
+    __slots__ = ("protocol_version", "drafters", "max_sessions", "num_sessions", "state_links", "min_protocol_version", "load")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAFTERS_FIELD_NUMBER: _ClassVar[int]
     MAX_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     STATE_LINKS_FIELD_NUMBER: _ClassVar[int]
     MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     drafters: _containers.RepeatedCompositeFieldContainer[DrafterInfo]
     max_sessions: int
     num_sessions: int
     state_links: _containers.RepeatedCompositeFieldContainer[StateLink]
     min_protocol_version: int
-    def __init__(self, protocol_version: _Optional[int] = ..., drafters: _Optional[_Iterable[_Union[DrafterInfo, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., state_links: _Optional[_Iterable[_Union[StateLink, _Mapping]]] = ..., min_protocol_version: _Optional[int] = ...) -> None: ...
+    load: _common_pb2.Load
+    def __init__(self, protocol_version: _Optional[int] = ..., drafters: _Optional[_Iterable[_Union[DrafterInfo, _Mapping]]] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., state_links: _Optional[_Iterable[_Union[StateLink, _Mapping]]] = ..., min_protocol_version: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ...) -> None: ...
 
 class StateLink(_message.Message):
     __slots__ = ("verifier_uri", "storage", "num_sessions", "fallback_reason")

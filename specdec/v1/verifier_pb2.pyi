@@ -95,7 +95,7 @@ class VerifyOpened(_message.Message):
     def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., first: _Optional[_Union[VerifyResult, _Mapping]] = ..., target_state_refusal: _Optional[str] = ..., drafter_state_refusals: _Optional[_Iterable[str]] = ..., num_reused_tokens: _Optional[int] = ...) -> None: ...
 
 class VerifyResult(_message.Message):
-    __slots__ = ("num_accepted_tokens", "bonus_token_id", "committed_length", "cached_length", "finish_reason", "logprobs", "target_state", "timings", "accepted_node_indices")
+    __slots__ = ("num_accepted_tokens", "bonus_token_id", "committed_length", "cached_length", "finish_reason", "logprobs", "target_state", "timings", "accepted_node_indices", "load")
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BONUS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +105,7 @@ class VerifyResult(_message.Message):
     TARGET_STATE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_NODE_INDICES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     num_accepted_tokens: int
     bonus_token_id: int
     committed_length: int
@@ -114,14 +115,15 @@ class VerifyResult(_message.Message):
     target_state: _target_state_pb2.TargetStateRef
     timings: _common_pb2.PhaseTimings
     accepted_node_indices: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, num_accepted_tokens: _Optional[int] = ..., bonus_token_id: _Optional[int] = ..., committed_length: _Optional[int] = ..., cached_length: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ..., accepted_node_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+    load: _common_pb2.Load
+    def __init__(self, num_accepted_tokens: _Optional[int] = ..., bonus_token_id: _Optional[int] = ..., committed_length: _Optional[int] = ..., cached_length: _Optional[int] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., target_state: _Optional[_Union[_target_state_pb2.TargetStateRef, _Mapping]] = ..., timings: _Optional[_Union[_common_pb2.PhaseTimings, _Mapping]] = ..., accepted_node_indices: _Optional[_Iterable[int]] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ...) -> None: ...
 
 class VerifierServiceGetInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class VerifierServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "model", "max_draft_nodes", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids", "state_storage", "num_state_sessions", "num_state_streams", "min_protocol_version")
+    __slots__ = ("protocol_version", "model", "max_draft_nodes", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids", "state_storage", "num_state_sessions", "num_state_streams", "min_protocol_version", "load")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +136,7 @@ class VerifierServiceGetInfoResponse(_message.Message):
     NUM_STATE_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_STATE_STREAMS_FIELD_NUMBER: _ClassVar[int]
     MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model: _common_pb2.ModelInfo
     max_draft_nodes: int
@@ -146,4 +149,5 @@ class VerifierServiceGetInfoResponse(_message.Message):
     num_state_sessions: int
     num_state_streams: int
     min_protocol_version: int
-    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_draft_nodes: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., state_storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_state_sessions: _Optional[int] = ..., num_state_streams: _Optional[int] = ..., min_protocol_version: _Optional[int] = ...) -> None: ...
+    load: _common_pb2.Load
+    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_draft_nodes: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., state_storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_state_sessions: _Optional[int] = ..., num_state_streams: _Optional[int] = ..., min_protocol_version: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ...) -> None: ...

@@ -35,6 +35,7 @@ from specdec.client.generation import (
     Token,
     Usage,
 )
+from specdec.contract.load import Load
 from specdec.contract.sampling import SamplingParams
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, verifier_pb2
 
@@ -124,6 +125,7 @@ RENAMED = {"stop_strings": "stop", "target_state_spec": "reads_target_state", "l
         (DrafterServiceInfo, drafter_pb2.DrafterServiceGetInfoResponse, set()),
         (DrafterInfo, drafter_pb2.DrafterInfo, set()),
         (StateLinkInfo, drafter_pb2.StateLink, set()),
+        (Load, common_pb2.Load, set()),
     ],
 )
 def test_what_is_on_the_wire_reaches_the_user(kind: Any, message: type[Message], left_out: set[str]) -> None:

@@ -12,7 +12,7 @@ from google.protobuf import any_pb2
 from google.rpc import status_pb2
 
 from specdec.transport.handshake import make_handshake
-from specdec.v1 import drafter_pb2
+from specdec.v1 import common_pb2, drafter_pb2
 from tests.hostile.liar import DraftContext, Liar, Requests, lying_timings
 from tests.hostile.scene import BOUND_S, DRAFT_TIMEOUT_S
 from tests.tiny_models import VOCAB_SIZE
@@ -61,6 +61,12 @@ def out_of_time(liar: Liar, message: drafter_pb2.DraftRound) -> Any:
     return Response(result=result)
 
 
+def a_load_past_all_bounds(liar: Liar, message: drafter_pb2.DraftRound) -> Any:
+    most = 2**32 - 1
+    load = common_pb2.Load(max_sessions=most, num_waiting=most, kv_capacity_tokens=1, kv_free_tokens=most)
+    return Response(result=Result(draft_token_ids=[5], load=load))
+
+
 ROUNDS: dict[str, Tell] = {
     "random tokens": at_random,
     "always wrong": always_wrong,
@@ -85,6 +91,7 @@ ROUNDS: dict[str, Tell] = {
     "equal siblings": lambda liar, message: tokens(5, 5, parents=[-1, -1]),
     "a tree too deep": lambda liar, message: tokens(*range(10), parents=[-1, -1, *range(1, 9)]),
     "times of its own": out_of_time,
+    "a load past all bounds": a_load_past_all_bounds,
     "an opened": lambda liar, message: Response(opened=drafter_pb2.DraftOpened()),
     "an empty message": lambda liar, message: b"",
     "fields nobody knows": lambda liar, message: b"\xfa\x3f\x04abcd",

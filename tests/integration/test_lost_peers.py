@@ -248,7 +248,7 @@ async def test_bytes_that_are_no_message_are_a_lost_peer_and_no_defect() -> None
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        session = RemoteDrafterSession(channel, "garbled", 5, drafter_pb2.DrafterInfo())
+        session = RemoteDrafterSession(channel, "garbled", 5, drafter_pb2.DrafterInfo(), lambda _: None)
         with pytest.raises(UnavailableError, match="cannot be read"):
             await session.open(drafter_pb2.DraftOpen())
         await session.close()
