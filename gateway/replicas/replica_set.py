@@ -130,6 +130,10 @@ class ReplicaSet(Generic[InfoT]):
             mine = found
             await asyncio.sleep(self._resolve_interval_s)
 
+    def fitting(self, suits: Callable[[InfoT], bool]) -> list[Replica[InfoT]]:
+        """Return the ready replicas that suit; see `pick`."""
+        return [r for r in self.replicas if r.is_ready and r.info is not None and suits(r.info)]
+
     def pick(
         self,
         suits: Callable[[InfoT], bool] = lambda _: True,
@@ -151,14 +155,7 @@ class ReplicaSet(Generic[InfoT]):
         Raises:
             UnavailableError: no such replica is ready; the message says why for each.
         """
-        fitting = [
-            replica
-            for replica in self.replicas
-            if replica.is_ready
-            and replica not in without
-            and replica.info is not None
-            and suits(replica.info)
-        ]
+        fitting = [replica for replica in self.fitting(suits) if replica not in without]
         if not fitting:
             name = self.service.rpartition(".")[2]
             raise UnavailableError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
+from gateway.replicas.remote_state import RemoteState
 from gateway.rounds.vocabulary import Draft, DraftRequest, StateHandle, TokenLogprobs, Verified
 from specdec.contract.errors import (
     DeadlineExceededError,
@@ -39,39 +40,6 @@ _CLOSE_TIMEOUT_S = 1.0
 _DEADLINE_SLACK_S = 0.01
 _BROKEN_WRITE = "Internal error from Core"
 """What grpc.aio says of a call that ended while a message was written; the status it ended with is lost."""
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteState:
-    """Handle on a session's target state, as its verifier gave it out."""
-
-    opened: target_state_pb2.TargetStateRef | None
-    """The reference with all tensors, as of the opening; None: the session does not export its state."""
-    cached_length: int
-    """Positions that may be read."""
-    refusals: Mapping[str, str] = field(default_factory=dict)
-    """Why the session does not export what a drafter reads, by the drafter's name."""
-
-    @property
-    def session_id(self) -> str:
-        """Id of the verifier's session; empty: it does not export its state."""
-        return self.opened.session_id if self.opened else ""
-
-    def message(self, *, with_tensors: bool) -> target_state_pb2.TargetStateRef | None:
-        """Return the message that a drafter is sent."""
-        if self.opened is None:
-            return None
-        if with_tensors:
-            message = target_state_pb2.TargetStateRef()
-            message.CopyFrom(self.opened)
-            message.cached_length = self.cached_length
-            return message
-        return target_state_pb2.TargetStateRef(
-            session_id=self.opened.session_id,
-            verifier_uri=self.opened.verifier_uri,
-            generation=self.opened.generation,
-            cached_length=self.cached_length,
-        )
 
 
 class _SessionCall:

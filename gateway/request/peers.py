@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial, reduce
 
 from gateway.replicas.failover import LastingVerifierSession, VerifierLease, VerifierReplica
@@ -17,14 +17,17 @@ from gateway.request.plan import Plan
 from gateway.rounds.drafting import DraftLink, NoDrafts
 from gateway.rounds.link_states import DrafterSession
 from gateway.rounds.merging import MergedDrafts, NamedSource
-from gateway.rounds.records import TrackRecord
+from gateway.rounds.records import DrafterRecords, TrackRecord
 from gateway.rounds.vocabulary import DraftSource
+from specdec.contract.errors import UnavailableError
 from specdec.contract.methods import drafters_of
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.target_state import TargetStateSpec
 from specdec.service.auth import caller_key
 from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, drafter_pb2, verifier_pb2
+
+DrafterReplica = Replica[drafter_pb2.DrafterServiceGetInfoResponse]
 
 OTHER_WEIGHTS = "it is ready, but runs another model or revision"
 """Why a verifier cannot go on with another verifier's answer."""
@@ -48,13 +51,16 @@ class Peers:
         """Address of the verifier that runs it now."""
         self._timeout_s = timeout_s
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        self.records = {proposer.drafter: self._record(proposer) for proposer in plan.drafting.proposers}
-        """How often each of the request's drafters was right, by name."""
         self._state_specs = self._find_state_specs()
         """What each drafter that reads the target's state needs of it, by name, in the method's order."""
         specs = list(self._state_specs.values())
         self._state_spec = reduce(TargetStateSpec.union, specs) if specs else None
         """What all of them need together; None: there are none, or they are not known yet."""
+        self.records = {
+            proposer.drafter: DrafterRecords(partial(self._records_of, proposer.drafter))
+            for proposer in plan.drafting.proposers
+        }
+        """How often the replicas of each of the request's drafters were right, by name."""
 
     def verifier_session(self, on_lost: Callable[[str], None]) -> LastingVerifierSession:
         """Return a session that goes on elsewhere whenever its verifier is lost, and tells `on_lost` why."""
@@ -128,21 +134,22 @@ class Peers:
             return await stack.enter_async_context(MergedDrafts(sources, drafting.draft_nodes))
         return sources[0].source if sources else NoDrafts()
 
-    def _record(self, proposer: Proposer) -> TrackRecord:
-        # A client may have made the name up while no drafter service was there to deny it.
-        is_known = proposer.drafter in self._backends.known_drafters
-        return self._backends.controller.record(proposer.drafter) if is_known else TrackRecord("unknown")
+    def _records_of(self, name: str) -> list[TrackRecord]:
+        """Return the records of the replicas that can draft for the request now."""
+        replicas = self._backends.drafters.fitting(partial(self._fits, name))
+        return [self._backends.controller.record(name, replica) for replica in replicas]
 
     def _link(self, proposer: Proposer, opens_at_once: bool) -> DraftLink:
         assert self.verifier.info is not None
-        record = self.records[proposer.drafter]
+        # A client may have made the name up while no drafter service was there to deny it.
+        is_known = proposer.drafter in self._backends.known_drafters
         return DraftLink(
             partial(self._connect_drafter, proposer.drafter),
             self._plan.prompt_token_ids,
             vocab_size=self.verifier.info.model.vocab_size,
             timeout_s=self._backends.config.draft_timeout_s,
-            drafter=record.drafter,
-            record=record,
+            drafter=proposer.drafter if is_known else "unknown",
+            records=self.records[proposer.drafter],
             # Who sets a size gets it in every round.
             may_pause=bool(self._plan.drafting.candidates),
             opens_at_once=opens_at_once,
@@ -150,14 +157,15 @@ class Peers:
 
     async def _connect_drafter(self, name: str, committed_token_ids: Sequence[int]) -> DrafterSession:
         """Open a session on a replica that offers the drafter, by preference beside the verifier."""
-        replica = self._backends.drafters.pick(partial(self._fits, name), near=self._verifier_uri)
+        replica = self._pick_drafter(name)
         assert replica.info is not None
         drafter = find_drafter(replica.info, name)
         assert drafter is not None
         session = RemoteDrafterSession(
             replica.channel, replica.uri, self._timeout_s, drafter, replica.load.told
         )
-        leased = LeasedDrafterSession(session, replica)
+        record = self._backends.controller.record(name, replica)
+        leased = LeasedDrafterSession(session, replica, record)
         try:
             await session.open(self._draft_open(name, committed_token_ids))
         except BaseException:
@@ -165,6 +173,19 @@ class Peers:
             raise
         leased.opened()
         return leased
+
+    def _pick_drafter(self, name: str) -> DrafterReplica:
+        """Return a replica that offers the drafter; one that is never right only where there is no other.
+
+        Raises:
+            UnavailableError: none is ready.
+        """
+        suits = partial(self._fits, name)
+        drafters, controller = self._backends.drafters, self._backends.controller
+        paused = [one for one in drafters.fitting(suits) if controller.record(name, one).is_paused]
+        with suppress(UnavailableError):
+            return drafters.pick(suits, near=self._verifier_uri, without=paused)
+        return drafters.pick(suits, near=self._verifier_uri)
 
     def _draft_open(self, name: str, committed_token_ids: Sequence[int]) -> drafter_pb2.DraftOpen:
         plan = self._plan
@@ -202,9 +223,8 @@ class Peers:
 class LeasedDrafterSession:
     """A drafter session that counts against its replica until it is closed."""
 
-    def __init__(
-        self, session: RemoteDrafterSession, replica: Replica[drafter_pb2.DrafterServiceGetInfoResponse]
-    ) -> None:
+    def __init__(self, session: RemoteDrafterSession, replica: DrafterReplica, record: TrackRecord) -> None:
+        self.record = record
         self._lease = replica.lease()
         self.opened = self._lease.opened
         self.propose = session.propose

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from gateway.rounds.choice import AdaptiveChoice
@@ -35,17 +36,26 @@ class FixedSize:
         """There is nothing to end."""
 
 
+class Addressed(Protocol):
+    """A replica; any object that lives as long as the replica does."""
+
+    @property
+    def uri(self) -> str:
+        """Its address."""
+
+
 class Controller:
     """Makes the control of each session."""
 
     def __init__(self) -> None:
         self._loads: WeakKeyDictionary[object, VerifierLoad] = WeakKeyDictionary()
         self._methods: dict[str, Method] = {}
-        self._records: dict[str, TrackRecord] = {}
+        self._records: WeakKeyDictionary[object, dict[str, TrackRecord]] = WeakKeyDictionary()
 
-    def record(self, drafter: str) -> TrackRecord:
-        """Return how often a drafter was right, over all sessions; it is one that the gateway knows."""
-        return self._records.setdefault(drafter, TrackRecord(drafter))
+    def record(self, drafter: str, replica: Addressed) -> TrackRecord:
+        """Return how often a drafter was right on a replica that has it, over all sessions."""
+        records = self._records.setdefault(replica, {})
+        return records.setdefault(drafter, TrackRecord(drafter, replica.uri))
 
     def session(self, verifier: object, candidates: Sequence[Candidate]) -> SizeControl:
         """Return the control of one generation, which is to be closed at its end.

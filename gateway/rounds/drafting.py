@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from gateway.rounds.link_states import DrafterSession, Fallback, FirstDraft, LinkState, Lost, Opening, Ready
-from gateway.rounds.records import NEVER_RIGHT, TrackRecord
+from gateway.rounds.records import NEVER_RIGHT, DrafterRecords, TrackRecord
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
 from specdec.contract.draft_tree import ANCHOR, DraftTree
 from specdec.contract.errors import (
@@ -70,9 +70,10 @@ class DraftLink:
 
     Args:
         drafter: name of the drafter in the log.
-        record: how often the drafter was right, in all sessions; each of its drafts is judged by what the
-            target picked, and it is not asked while the record says that this is no use.
-        may_pause: whether the record decides; False: it is asked in any case.
+        records: how often the drafter's replicas were right, in all sessions. Each draft is judged by what
+            the target picked; a replica is left while its record says that asking it is no use, and the
+            drafter is not asked while that is said of all its replicas.
+        may_pause: whether the records decide; False: the drafter is asked in any case.
         opens_at_once: whether it opens at the start; otherwise it opens when it is first joined.
 
     The link is always in one state of `link_states`, and `_enter` is the only place where that changes.
@@ -88,7 +89,7 @@ class DraftLink:
         drafter: str = "",
         open_timeout_s: float = _OPEN_TIMEOUT_S,
         retry_s: float = _FIRST_RETRY_S,
-        record: TrackRecord | None = None,
+        records: DrafterRecords | None = None,
         may_pause: bool = True,
         opens_at_once: bool = True,
     ) -> None:
@@ -100,12 +101,12 @@ class DraftLink:
         self._open_timeout_s = open_timeout_s
         self._first_retry_s = retry_s
         self._retry_s = retry_s
-        self._record = record or TrackRecord(drafter)
+        self._records = records or DrafterRecords()
         self._may_pause = may_pause
         self._opens_at_once = opens_at_once
-        self._unjudged: tuple[int, frozenset[int]] | None = None
-        """Committed length of the last draft's round, and the tokens it offered to follow; None: all drafts
-        were judged."""
+        self._unjudged: tuple[int, frozenset[int], TrackRecord] | None = None
+        """Committed length of the last draft's round, the tokens it offered to follow, and the record of who
+        drafted it; None: all drafts were judged."""
         self._state: LinkState = Lost(retry_at=0.0)
         self._loss: Fallback | None = None
         """What went wrong last; None again once there is a draft."""
@@ -181,7 +182,8 @@ class DraftLink:
         self._judge(request.committed_token_ids)
         if self._is_paused:
             await self._pause()
-            return None
+            if self._is_paused:
+                return None
         await self._follow_verifier(request)
         if isinstance(self._state, Lost) and time.monotonic() >= self._state.retry_at:
             await self._open(request.committed_token_ids)
@@ -199,11 +201,22 @@ class DraftLink:
 
     @property
     def _is_paused(self) -> bool:
-        return self._may_pause and self._record.is_paused
+        """Whether the session's replica is not worth asking, or no replica, where there is no session yet."""
+        if not self._may_pause:
+            return False
+        match self._state:
+            case FirstDraft(session=session) | Ready(session=session):
+                return session.record.is_paused
+        return self._records.is_paused
 
     async def _pause(self) -> None:
-        """Let the session go; after the pause another one is opened."""
-        self._loss = Fallback(self._record.verdict, NEVER_RIGHT)
+        """Let the session go; another one is opened on another replica, or after the pause."""
+        match self._state:
+            case FirstDraft(session=session) | Ready(session=session):
+                verdict = session.record.verdict
+            case _:
+                verdict = self._records.verdict
+        self._loss = Fallback(verdict, NEVER_RIGHT)
         if not isinstance(self._state, Lost):
             await self._enter(Lost(retry_at=0.0))
 
@@ -212,15 +225,17 @@ class DraftLink:
         offered = (
             token for token, parent in zip(tree.token_ids, tree.parents, strict=True) if parent == ANCHOR
         )
+        assert isinstance(self._state, Ready)
+        self._records.used = record = self._state.session.record
         # A drafter without a guess is not wrong.
-        self._unjudged = (length, frozenset(offered)) if tree.token_ids else None
+        self._unjudged = (length, frozenset(offered), record) if tree.token_ids else None
 
     def _judge(self, committed_token_ids: Sequence[int]) -> None:
         """Compare the last draft with what the target picked in its place."""
         if self._unjudged and len(committed_token_ids) > self._unjudged[0]:
-            length, offered = self._unjudged
+            length, offered, record = self._unjudged
             self._unjudged = None
-            self._record.judge(is_right=committed_token_ids[length] in offered)
+            record.judge(is_right=committed_token_ids[length] in offered)
 
     async def _follow_verifier(self, request: DraftRequest) -> None:
         """Leave the session that read a lost verifier's state for one that reads the next verifier's."""

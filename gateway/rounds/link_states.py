@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from gateway.rounds.records import TrackRecord
 from gateway.rounds.vocabulary import Draft, DraftRequest
 
 _NOT_YET = "opening"
@@ -27,6 +28,10 @@ class DrafterSession(Protocol):
     @property
     def reads_target_state(self) -> bool:
         """Whether it reads the state of the verifier's session it began with."""
+
+    @property
+    def record(self) -> TrackRecord:
+        """How often the replica that it runs on was right, in all sessions."""
 
     async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
         """Guess what follows, after `new_token_ids` were committed since the last call."""

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gateway.rounds.records import TrackRecord
+from gateway.rounds.records import DrafterRecords
 from gateway.rounds.vocabulary import Proposal, Round
 from specdec.contract.methods import AUTO, method_of
 
@@ -84,7 +84,7 @@ class SpeculationTally:
             right, whether rounds went without them or not.
     """
 
-    def __init__(self, method: str, records: Mapping[str, TrackRecord] | None = None) -> None:
+    def __init__(self, method: str, records: Mapping[str, DrafterRecords] | None = None) -> None:
         self.method = method
         self._records = records or {}
         self.num_rounds = 0
@@ -151,7 +151,7 @@ class SpeculationTally:
 
     def _verdict(self) -> str:
         """Return what the records say, unless it is said of each proposer."""
-        verdicts = {drafter: record.verdict for drafter, record in self._records.items() if record.verdict}
+        verdicts = {drafter: verdict for drafter, of in self._records.items() if (verdict := of.verdict)}
         if self._proposers or not verdicts:
             return ""
         if len(self._records) == 1:

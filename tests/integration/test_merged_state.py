@@ -203,7 +203,9 @@ async def test_an_older_verifier_serves_all_drafters_or_none(refusal: str) -> No
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     async with aio_channel(address) as channel:
-        session = RemoteVerifierSession(channel, address, verifier_pb2.VerifyOpen(), 20.0, ["a", "b"])
+        session = RemoteVerifierSession(
+            channel, address, verifier_pb2.VerifyOpen(), 20.0, ["a", "b"], on_load=lambda _: None
+        )
         async with session:
             state: Any = (await session.open("")).target_state
     await server.stop(None)

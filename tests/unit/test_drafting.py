@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.replicas.sessions import RemoteState
+from gateway.replicas.remote_state import RemoteState
 from gateway.rounds.drafting import DraftLink, NoDrafts
-from gateway.rounds.records import NEVER_RIGHT, TrackRecord
+from gateway.rounds.records import NEVER_RIGHT, DrafterRecords, TrackRecord
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
 from specdec.contract.errors import (
     FailedPreconditionError,
@@ -82,7 +82,13 @@ class FakeSession:
 
     reads_target_state = False
 
-    def __init__(self, opened_with: Sequence[int], script: Sequence[Callable[[], Awaitable[Draft]]]) -> None:
+    def __init__(
+        self,
+        opened_with: Sequence[int],
+        script: Sequence[Callable[[], Awaitable[Draft]]],
+        record: TrackRecord,
+    ) -> None:
+        self.record = record
         self.opened_with = list(opened_with)
         self.script = list(script)
         self.rounds: list[tuple[list[int], int, int, str]] = []
@@ -104,12 +110,16 @@ class ReadingSession(FakeSession):
 
 
 class FakeDrafters:
-    """Hands out sessions: per attempt a script, or an error to refuse it with."""
+    """Hands out sessions: per attempt a script, or an error to refuse it with.
+
+    `records` are of its replicas: a session is one on the first that is not left alone.
+    """
 
     session_class = FakeSession
 
     def __init__(self, *attempts: Sequence[Callable[[], Awaitable[Draft]]] | Exception) -> None:
         self.attempts = list(attempts)
+        self.records = [TrackRecord("ngram")]
         self.attempted_at: list[float] = []
         self.num_cancelled = 0
         self.sessions: list[FakeSession] = []
@@ -130,7 +140,8 @@ class FakeDrafters:
             raise
         if isinstance(attempt, Exception):
             raise attempt
-        self.sessions.append(self.session_class(committed_token_ids, attempt))
+        record = next((one for one in self.records if not one.is_paused), self.records[0])
+        self.sessions.append(self.session_class(committed_token_ids, attempt, record))
         return self.sessions[-1]
 
     def link(
@@ -139,7 +150,6 @@ class FakeDrafters:
         timeout_s: float = 30.0,
         open_timeout_s: float = NEVER_S,
         retry_s: float = NEVER_S,
-        record: TrackRecord | None = None,
         may_pause: bool = True,
         opens_at_once: bool = True,
     ) -> DraftLink:
@@ -151,7 +161,7 @@ class FakeDrafters:
             open_timeout_s=open_timeout_s,
             retry_s=retry_s,
             drafter="ngram",
-            record=record,
+            records=DrafterRecords(lambda: self.records),
             may_pause=may_pause,
             opens_at_once=opens_at_once,
         )
@@ -699,7 +709,8 @@ class TestADrafterThatIsNeverRight:
         now = [0.0]
         record = TrackRecord("ngram", pause_s=30, now_s=lambda: now[0])
         drafters, committed = FakeDrafters(), list(PROMPT)
-        async with drafters.link(record=record) as link, drafters.link(record=record) as other:
+        drafters.records = [record]
+        async with drafters.link() as link, drafters.link() as other:
             await self.rounds(other, [9], list(PROMPT))
             drafts = await self.rounds(link, [9] * 60, committed)
             num_asked = sum(bool(draft.token_ids) for draft in drafts)
@@ -710,7 +721,7 @@ class TestADrafterThatIsNeverRight:
                 NEVER_RIGHT
             ]
             drafters.assert_all_closed_once()
-            async with drafters.link(record=record) as third:
+            async with drafters.link() as third:
                 assert (await third.propose(ask(PROMPT, 2))).fallback_code == NEVER_RIGHT
             assert drafters.num_attempts == 2, "a session that begins in the pause is not opened"
             now[0] += 30
@@ -725,27 +736,58 @@ class TestADrafterThatIsNeverRight:
         drafters.assert_all_closed_once()
 
     async def test_is_asked_all_the_same_where_a_request_fixed_the_size(self) -> None:
-        record, drafters = TrackRecord("ngram"), FakeDrafters()
-        async with drafters.link(record=record, may_pause=False) as link:
+        drafters = FakeDrafters()
+        async with drafters.link(may_pause=False) as link:
             drafts = await self.rounds(link, [9] * 60, list(PROMPT))
         assert all(draft.token_ids for draft in drafts)
-        assert record.is_paused, "others need not try"
+        assert drafters.records[0].is_paused, "others need not try"
+
+    async def test_one_replica_is_left_and_another_goes_on(self) -> None:
+        drafters, committed = FakeDrafters(), list(PROMPT)
+        wrong, right = drafters.records = [TrackRecord("ngram", "a"), TrackRecord("ngram", "b")]
+        async with drafters.link() as link:
+            drafts: list[Draft] = []
+            while not wrong.is_paused:
+                drafts += await self.rounds(link, [9], committed)
+            (left,) = await self.rounds(link, [9], committed)
+            assert (left.fallback_code, left.fallback_reason) == (NEVER_RIGHT, wrong.verdict)
+            await settled()
+            drafts = await self.rounds(link, [7] * 40, committed)
+            assert all(draft.token_ids == (7, 8) for draft in drafts)
+            assert drafters.sessions[-1].record is right
+            assert right.verdict == ""
+        assert drafters.num_attempts == 2
+        async with drafters.link() as another:
+            assert (await another.propose(ask(PROMPT, 2))).token_ids == (7, 8)
+        drafters.assert_all_closed_once()
+
+    async def test_it_is_not_asked_while_all_its_replicas_are_wrong(self) -> None:
+        drafters, committed = FakeDrafters(), list(PROMPT)
+        drafters.records = [TrackRecord("ngram", "a"), TrackRecord("ngram", "b")]
+        async with drafters.link() as link:
+            while not all(record.is_paused for record in drafters.records):
+                await self.rounds(link, [9], committed)
+                await settled()
+            drafts = await self.rounds(link, [9] * 20, committed)
+            assert {draft.fallback_code for draft in drafts} == {NEVER_RIGHT}
+        assert drafters.num_attempts == 2
+        drafters.assert_all_closed_once()
 
     async def test_one_branch_of_a_tree_that_is_right_is_enough(self) -> None:
         tree = drafting(7, 8, 9, parents=(-1, 0, -1))
-        record, drafters = TrackRecord("ngram"), FakeDrafters([tree] * 60)
-        async with drafters.link(record=record) as link:
+        drafters = FakeDrafters([tree] * 60)
+        async with drafters.link() as link:
             committed = list(PROMPT)
             for _ in range(60):
                 assert (await link.propose(ask(committed, 2, draft_nodes=3))).token_ids == (7, 8, 9)
                 committed.append(9)
-        assert record.verdict == ""
+        assert drafters.records[0].verdict == ""
 
     async def test_having_no_guess_is_not_being_wrong(self) -> None:
-        record, drafters = TrackRecord("ngram"), FakeDrafters([drafting()] * 100)
-        async with drafters.link(record=record) as link:
+        drafters = FakeDrafters([drafting()] * 100)
+        async with drafters.link() as link:
             await self.rounds(link, [9] * 100, list(PROMPT))
-        assert record.verdict == ""
+        assert drafters.records[0].verdict == ""
 
 
 class TestLeaving:

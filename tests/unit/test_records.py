@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from gateway.rounds.records import TrackRecord
+from gateway.rounds.records import DrafterRecords, TrackRecord
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
 
 
 def record_of(clock: Clock, *, pause_s: float = 30.0) -> TrackRecord:
-    return TrackRecord("mtp", pause_s=pause_s, now_s=clock)
+    return TrackRecord("mtp", "host:1", pause_s=pause_s, now_s=clock)
 
 
 def judge(record: TrackRecord, drafts: Iterable[bool]) -> None:
@@ -48,7 +48,7 @@ def test_it_takes_a_few_dozen_drafts_and_is_logged_once(caplog: pytest.LogCaptur
         clock.now_s += 10_000
         num_drafts_until_paused(record)
     (logged,) = (entry for entry in caplog.records if entry.levelno == logging.WARNING)
-    assert vars(logged)["drafter"] == "mtp"
+    assert (vars(logged)["drafter"], vars(logged)["uri"]) == ("mtp", "host:1")
 
 
 def test_pauses_double_and_each_ends_with_a_short_trial() -> None:
@@ -99,3 +99,33 @@ def test_a_text_that_nobody_guesses_does_not_condemn_a_good_drafter() -> None:
     judge(record, [False] * 300)
     assert not record.verdict
     assert num_drafts_until_paused(record) < 1000, "one that broke is found out all the same"
+
+
+class TestSeveralReplicas:
+    def test_the_drafter_is_left_alone_once_all_of_them_are(self) -> None:
+        clock = Clock()
+        first, second = record_of(clock), record_of(clock)
+        records = DrafterRecords(lambda: [first, second])
+        assert (records.is_paused, records.verdict) == (False, "")
+        num_drafts_until_paused(first)
+        assert (records.is_paused, records.verdict) == (False, "")
+        num_drafts_until_paused(second)
+        assert (records.is_paused, records.verdict) == (True, first.verdict)
+        clock.now_s += 30
+        assert (records.is_paused, records.verdict) == (False, first.verdict)
+        judge(second, [True])
+        assert records.verdict == ""
+
+    def test_who_was_drafted_for_by_a_wrong_one_is_told(self) -> None:
+        clock = Clock()
+        first, second = record_of(clock), record_of(clock)
+        num_drafts_until_paused(first)
+        records = DrafterRecords(lambda: [first, second])
+        records.used = first
+        assert records.verdict == first.verdict
+        records.used = second
+        assert records.verdict == ""
+
+    def test_of_a_drafter_without_a_replica_nothing_is_said(self) -> None:
+        records = DrafterRecords()
+        assert (records.is_paused, records.verdict) == (False, "")

@@ -8,7 +8,7 @@ from typing import Any
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from gateway.metrics import OTHER, GatewayMetrics
-from gateway.rounds.records import TrackRecord
+from gateway.rounds.records import DrafterRecords, TrackRecord
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.vocabulary import Draft, Proposal, Round, Verified
 from specdec.service.exporters import make_telemetry
@@ -145,11 +145,11 @@ def test_of_each_drafter_the_commonest_reason_is_told() -> None:
     assert told == [("a", 0, ""), ("b", 7, "it is busy")]
 
 
-def never_right(drafter: str) -> TrackRecord:
+def never_right(drafter: str) -> DrafterRecords:
     record = TrackRecord(drafter)
     while not record.verdict:
         record.judge(is_right=False)
-    return record
+    return DrafterRecords(lambda: [record])
 
 
 def test_that_a_drafter_is_never_right_is_told_whether_it_was_asked_or_not() -> None:
@@ -167,7 +167,7 @@ def test_that_a_drafter_is_never_right_is_told_whether_it_was_asked_or_not() -> 
 
 
 def test_of_several_drafters_the_one_that_is_never_right_is_named() -> None:
-    records = {"a": never_right("a"), "b": TrackRecord("b")}
+    records = {"a": never_right("a"), "b": DrafterRecords()}
     tally = SpeculationTally("a+b", records)
     tally.add(make_round(0, 0))
     assert tally.stats().fallback_reason == f"a: {records['a'].verdict}"
