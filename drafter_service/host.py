@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from specdec.contract.errors import (
     SpecdecError,
 )
 from specdec.contract.load import Load, scarcest
+from specdec.contract.retry import retry_after_s
 from specdec.contract.sampling import validate_probability, validate_token_ids
 from specdec.contract.target_state import TargetStateRef
 from specdec.runtime.engine import Engine, EngineResult
@@ -48,10 +50,20 @@ class DrafterHost:
         self.drafters = drafters
         self.reader = reader
         self.config = config
-        self.num_sessions = 0
+        self._sessions: dict[DraftSession, Drafter] = {}
+        for drafter in drafters.values():
+            if drafter.kv_pool:
+                drafter.kv_pool.retry_after_s = partial(self._kv_free_in_s, drafter)
+        if reader:
+            reader.mirrors.retry_after_s = self._mirrors_free_in_s
         self.engine: Engine[DraftItem, DraftTree] = Engine(
             _step, max_batch_tokens=config.max_batch_tokens, thread=thread, on_step=on_step
         )
+
+    @property
+    def num_sessions(self) -> int:
+        """Number of open sessions."""
+        return len(self._sessions)
 
     @property
     def num_waiting(self) -> int:
@@ -120,10 +132,10 @@ class DrafterHost:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken.",
                 reason="NO_SESSION_SLOT",
-                retry_after_s=1.0,
+                retry_after_s=retry_after_s(session.progress() for session in self._sessions),
             )
         session = drafter.open(request)
-        self.num_sessions += 1
+        self._sessions[session] = drafter
         try:
             if self.reader and drafter.traits.target_state_spec:
                 session.state = self.reader.open(
@@ -131,13 +143,25 @@ class DrafterHost:
                 )
             yield session
         finally:
-            self.num_sessions -= 1
+            del self._sessions[session]
             self.engine.forget(session)
             try:
                 drafter.close(session)
             finally:
                 if session.state:
                     await session.state.close()
+
+    def _kv_free_in_s(self, drafter: Drafter, num_missing_tokens: int) -> float:
+        """Return when so many more tokens of a drafter's own KV should be free."""
+        owners = (session for session, other in self._sessions.items() if other is drafter)
+        running = (session.progress(session.num_reserved_tokens) for session in owners)
+        return retry_after_s(running, num_missing_tokens)
+
+    def _mirrors_free_in_s(self, num_missing_bytes: int) -> float:
+        """Return when so many more bytes for streamed state should be free."""
+        states = ((session, session.state) for session in self._sessions)
+        running = (session.progress(state.num_reserved_bytes) for session, state in states if state)
+        return retry_after_s(running, num_missing_bytes)
 
     def commit(
         self,

@@ -32,8 +32,8 @@ from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID
+from specdec.contract.retry import retry_after_s
 from specdec.service.auth import CALLER
-from specdec.service.retry import retry_after_s
 from specdec.service.sessions import send
 from specdec.service.telemetry import Telemetry
 from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.contract.request_limits import validate_max_new_tokens
+from specdec.contract.retry import Progress
 from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.picks import PickContext
 from specdec.runtime.prefix_cache import PrefixKeys
-from specdec.service.retry import Progress
 from verifier_service.acceptance import DraftAcceptance, FinishReason
 from verifier_service.state_stream import ExportedState
 

@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.load import Load
+from specdec.contract.retry import retry_after_s
 from specdec.contract.sampling import validate_token_ids
 from specdec.runtime.engine import Engine, EngineResult
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 from specdec.runtime.memory import StateMemory
 from specdec.runtime.model_thread import ModelThread
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.prefix_cache import PrefixKeys
 from specdec.runtime.rounding import try_rounding
-from specdec.service.retry import retry_after_s
 from specdec.state.weights import TargetWeightsRef, share_weights
 from verifier_service.config import VerifierConfig
 from verifier_service.session import OpenRequest, Session
@@ -82,6 +82,7 @@ class Verifier:
         self.max_length = packed.max_length
         self.model_impl = packed.model_impl
         self.pool = packed.pool
+        self.pool.retry_after_s = self._retry_after_s
         expect_drafters(packed, loaded)
         self.num_sessions = 0
         self._sessions: set[Session] = set()
@@ -184,7 +185,7 @@ class Verifier:
         # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
         with_nodes = max_length + min(request.draft_nodes, self.config.max_draft_nodes)
         num_tokens = max(max_length, min(with_nodes, self.pool.capacity_tokens))
-        allocation = self._allocate(num_tokens, self._find_shared(request))
+        allocation = self.pool.allocate(num_tokens, self._find_shared(request))
         self.num_sessions += 1
         session: Session | None = None
         state: ExportedState | None = None
@@ -232,13 +233,9 @@ class Verifier:
             keys = session.prefix_keys.of(session.token_ids[: session.cached_length])
             self.pool.keep(keys, session.allocation, session.hidden_names)
 
-    def _allocate(self, num_tokens: int, shared: Sequence[int]) -> KvAllocation:
-        try:
-            return self.pool.allocate(num_tokens, shared)
-        except ResourceExhaustedError as error:
-            missing = num_tokens - self.pool.free_tokens
-            error.retry_after_s = retry_after_s((session.progress for session in self._sessions), missing)
-            raise
+    def _retry_after_s(self, num_missing_tokens: int) -> float:
+        """Return when so many more tokens of KV should be free."""
+        return retry_after_s((session.progress for session in self._sessions), num_missing_tokens)
 
     async def prefill(self, session: Session) -> Timed:
         """Run the prompt through the target chunk by chunk and commit the first token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from specdec.contract.errors import (
     SpecdecError,
     log_defect,
 )
+from specdec.contract.retry import Progress
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import TargetStateSpec
 
@@ -119,10 +121,22 @@ class DraftSession:
         """The target's state in this round, of the positions below committed_length - 1."""
         self.target_weights: TargetWeights | None = None
         """The target's embedding and LM head, set from the first round on where the drafter needs them."""
+        self._opened_at = time.monotonic()
+        self._num_given = len(self.token_ids)
 
     def confidence(self) -> Confidence:
         """Return what decides where a chain of this round ends."""
         return Confidence(self.min_draft_confidence, self.min_path_confidence)
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Tokens of the drafter's own KV that are reserved for the session."""
+        return 0
+
+    def progress(self, room: int = 1) -> Progress:
+        """Return how far the generation has come, of which so much is free once it has ended."""
+        num_done, num_left = len(self.token_ids) - self._num_given, self.max_length - len(self.token_ids)
+        return Progress(self._opened_at, num_done, num_left, room)
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -158,6 +172,11 @@ class CachedSession(DraftSession):
         super().__init__(request)
         self.allocation = allocation
         self.num_cached = 0
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Tokens of the drafter's own KV that are reserved for the session."""
+        return self.allocation.capacity
 
     @property
     def num_prefill_tokens(self) -> int:

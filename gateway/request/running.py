@@ -19,7 +19,7 @@ from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Round
 from gateway.waiting import Place
 from specdec.contract.finish_reasons import FINISH_REASONS
-from specdec.service.retry import Progress
+from specdec.contract.retry import Progress
 from specdec.v1 import common_pb2, gateway_pb2
 
 

@@ -21,6 +21,7 @@ from specdec.contract.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
+    ResourceExhaustedError,
     SpecdecError,
     UnavailableError,
     UnimplementedError,
@@ -288,7 +289,10 @@ class DraftLink:
         # A drafter knows the prompt, and may repeat it in its message.
         logger.debug("why there is no drafter", extra={"reason": self._loss.reason})
         is_permanent = isinstance(error, _PERMANENT)
-        retry_at = math.inf if is_permanent else time.monotonic() + self._retry_s
+        # Where there is no room, the drafter knows best when there will be.
+        told_s = error.retry_after_s or 0.0 if isinstance(error, ResourceExhaustedError) else 0.0
+        wait_s = max(self._retry_s, min(told_s, _LAST_RETRY_S))
+        retry_at = math.inf if is_permanent else time.monotonic() + wait_s
         self._retry_s = min(2 * self._retry_s, _LAST_RETRY_S)
         await self._enter(Lost(retry_at))
 

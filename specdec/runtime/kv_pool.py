@@ -9,7 +9,7 @@ pool's StateMemory from the start, so that exporting them copies nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.retry import SOONEST_S
 from specdec.contract.target_state import GENERATIONS, TensorRef, key_name, value_name
 from specdec.runtime.kernels import rows as kernels
 from specdec.runtime.memory import PrivateMemory, Region, StateMemory, dtype_name
@@ -140,6 +141,8 @@ class KvPool:
         memory: StateMemory | None = None,
     ) -> None:
         self.memory = memory or PrivateMemory(device)
+        self.retry_after_s: Callable[[int], float] = lambda num_missing_tokens: SOONEST_S
+        """Says after how many seconds so many more tokens should be free; set by whoever has the sessions."""
         block_bytes = sum(shape.num_elements for shape in shapes.values()) * dtype.itemsize * BLOCK_TOKENS
         num_blocks = budget_bytes // block_bytes
         if num_blocks < 1:
@@ -264,7 +267,7 @@ class KvPool:
                 f"The request needs KV for {num_tokens} tokens, {self.free_tokens} of "
                 f"{self.capacity_tokens} are free now; try again when a session has ended.",
                 reason="KV_POOL_FULL",
-                retry_after_s=1.0,
+                retry_after_s=self.retry_after_s(num_tokens - self.free_tokens),
             )
         self._num_generations += 1
         for block in own:

@@ -17,6 +17,7 @@ from collections.abc import Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from specdec.contract.errors import ResourceExhaustedError
+from specdec.contract.retry import advice_s
 
 _LINGER_SHARE = 1 / 8
 """How much later than the last time a source may come back and is still waited for, as a share of the last
@@ -103,11 +104,12 @@ class Scheduler(Generic[JobT]):
         self._waiting: deque[JobT] = deque()
         self._away_ns: dict[Hashable, int] = {}  # how long each source took to come back with its last item
         self._delivered_ns: dict[Hashable, int] = {}  # of sources that are away: when they got a result
-        self._last_step_ns = 0
+        self._last_round_ns = 0  # what the last step took that had items of sources
         self._step_costs = StepCosts()
         self._is_settled = False  # whether it is settled whom the next step waits for
         self._expected: set[Hashable] = set()  # those it waits for and that are not back yet
         self._linger_until_ns = 0
+        self._last_step_ns = self._ended_ns = 0
         self._num_steps_without_background = 0
 
     @property
@@ -125,7 +127,7 @@ class Scheduler(Generic[JobT]):
             raise ResourceExhaustedError(
                 f"{self._max_queued} work items wait already; try again later.",
                 reason="QUEUE_FULL",
-                retry_after_s=1.0,
+                retry_after_s=self._room_in_s(now_ns),
             )
         if job.source is not None:
             self._away_ns[job.source] = now_ns - self._delivered_ns.pop(job.source, now_ns)
@@ -133,6 +135,12 @@ class Scheduler(Generic[JobT]):
         self._waiting.append(job)
         # While others are expected, `take` has no use for a further job that can wait for them.
         return len(self._waiting) == 1 or not self._expected or job.source is None
+
+    def _room_in_s(self, now_ns: int) -> float:
+        """Return when the step under way should end, after which jobs leave the queue: it began when the last
+        one ended, and should take as long.
+        """
+        return advice_s((self._last_step_ns - (now_ns - self._ended_ns)) / 1e9)
 
     def forget(self, source: Hashable) -> None:
         """Expect nothing more of a source."""
@@ -155,9 +163,10 @@ class Scheduler(Generic[JobT]):
 
     def finish(self, batch: Sequence[JobT], started_ns: int, ended_ns: int) -> None:
         """Note that a step has ended, and who is on the way back from now on."""
+        self._last_step_ns, self._ended_ns = ended_ns - started_ns, ended_ns
         if any(job.source is not None for job in batch):
-            self._last_step_ns = ended_ns - started_ns
-            self._step_costs.add(num_tokens_of(batch), self._last_step_ns)
+            self._last_round_ns = self._last_step_ns
+            self._step_costs.add(num_tokens_of(batch), self._last_round_ns)
         for job in batch:
             # A source that was forgotten during the step has no entry, and comes back no more.
             if job.source in self._away_ns and not job.is_cancelled:
@@ -174,7 +183,7 @@ class Scheduler(Generic[JobT]):
         num_present = sum(job.source is not None for job in live)
         if self._is_settled or not num_present:
             return
-        step_ns = self._last_step_ns
+        step_ns = self._last_round_ns
         slack_ns = int(_LINGER_SHARE * step_ns)
         due_ns = {source: since + self._away_ns[source] for source, since in self._delivered_ns.items()}
         coming = sorted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -25,6 +25,7 @@ from specdec.contract.errors import (
     log_defect,
 )
 from specdec.contract.request_id import request_metadata
+from specdec.contract.retry import SOONEST_S
 from specdec.contract.target_state import (
     PROJECTED,
     TargetStateRef,
@@ -51,6 +52,8 @@ class MirrorBudget:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.num_used = 0
+        self.retry_after_s: Callable[[int], float] = lambda num_missing_bytes: SOONEST_S
+        """Says after how many seconds so many more bytes should be free; set by whoever has the sessions."""
 
     def take(self, num_bytes: int) -> None:
         """Reserve.
@@ -58,13 +61,14 @@ class MirrorBudget:
         Raises:
             ResourceExhaustedError: there is not so much left.
         """
-        if self.num_used + num_bytes > self.num_bytes:
+        num_missing = self.num_used + num_bytes - self.num_bytes
+        if num_missing > 0:
             raise ResourceExhaustedError(
                 f"A mirror of this session's state takes {num_bytes / 2**20:.1f} MiB, "
                 f"{self.num_used / 2**20:.1f} of {self.num_bytes / 2**20:.1f} are in use; raise "
                 "--mirror-mib, or share a host with the verifier.",
                 reason="MIRROR_FULL",
-                retry_after_s=1.0,
+                retry_after_s=self.retry_after_s(num_missing),
             )
         self.num_used += num_bytes
 
@@ -112,14 +116,14 @@ class MirroredState(StateSource):
         self.row_bytes = sum(math.prod(tensor.shape[1:]) * dtype_of(tensor.dtype).itemsize for tensor in refs)
         # The verifier has reserved the session's blocks; a gateway's max_length may be anything.
         num_blocks = min(-(-max_length // BLOCK_TOKENS), len(ref.block_ids))
-        self._num_bytes = self.row_bytes * num_blocks * BLOCK_TOKENS
-        budget.take(self._num_bytes)
+        self.num_reserved_bytes = self.row_bytes * num_blocks * BLOCK_TOKENS
+        budget.take(self.num_reserved_bytes)
         try:
             self._allocation = KvAllocation.of(range(num_blocks), device)
             self._tensors = {tensor.name: _empty(tensor, num_blocks, device) for tensor in refs}
             self._known_names = {tensor.name for tensor in (*ref.tensors, *refs)}
         except (RuntimeError, MemoryError) as error:
-            budget.give_back(self._num_bytes)
+            budget.give_back(self.num_reserved_bytes)
             raise ResourceExhaustedError(
                 f"There is no memory for a mirror of this session's state: {error}", reason="MIRROR_FULL"
             ) from error
@@ -158,7 +162,7 @@ class MirroredState(StateSource):
         with suppress(asyncio.CancelledError):
             await self._task
         self._tensors = {}
-        self._budget.give_back(self._num_bytes)
+        self._budget.give_back(self.num_reserved_bytes)
 
     async def _follow(self) -> None:
         try:

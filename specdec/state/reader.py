@@ -254,6 +254,11 @@ class StateSession:
         self._length = ref.cached_length
         return view
 
+    @property
+    def num_reserved_bytes(self) -> int:
+        """Memory that is reserved for the mirror of the state; 0: there is no mirror."""
+        return self._source.num_reserved_bytes if self._source else 0
+
     def take_num_new_bytes(self) -> int:
         """Return the bytes of state that became readable since the last call."""
         num_bytes, self._num_new_bytes = self._num_new_bytes, 0

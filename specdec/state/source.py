@@ -31,6 +31,8 @@ class StateSource(ABC):
 
     row_bytes: int
     """Bytes of one position."""
+    num_reserved_bytes = 0
+    """Memory that is reserved for it here."""
 
     @abstractmethod
     async def view(self, cached_length: int) -> TargetStateView:

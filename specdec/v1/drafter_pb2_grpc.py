@@ -56,7 +56,8 @@ class DrafterServiceServicer:
         request gets one response, in order. The session lives as long as the stream.
 
         NOT_FOUND: no drafter has that name. FAILED_PRECONDITION: a round before the open, a second open, a
-        vocabulary or protocol mismatch, a stale committed_length. RESOURCE_EXHAUSTED: no session slot is free.
+        vocabulary or protocol mismatch, a stale committed_length. RESOURCE_EXHAUSTED: no session slot or memory
+        is free; google.rpc.RetryInfo says when to retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -31,7 +31,7 @@ from tests.refusals import (
     shown,
     small_system,
 )
-from tests.systems import System, running_system
+from tests.systems import System, running_drafter, running_system
 from tests.tiny_models import VOCAB_SIZE
 
 Chat, ChatMessage, TokenIds = gateway_pb2.Chat, gateway_pb2.ChatMessage, gateway_pb2.TokenIds
@@ -262,6 +262,41 @@ async def test_a_full_gateway_says_when_to_retry(tiny_llama: Path) -> None:
             pass
         assert stream.result.usage.output_tokens == 400
         await assert_healthy(system)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "max_sessions", "reason"), [("ngram", 2, "NO_SESSION_SLOT"), ("model", 8, "KV_POOL_FULL")]
+)
+async def test_a_full_drafter_says_when_to_retry(
+    drafter: str, max_sessions: int, reason: str, tiny_llama: Path
+) -> None:
+    options = {"max_sessions": max_sessions, "kv_cache_mib": 0.25}
+    async with (
+        running_drafter("ngram", f"model=causal-lm:{tiny_llama}", **options) as (address, server),
+        AsyncExitStack() as stack,
+    ):
+        assert server.servicer.host
+        pool = server.servicer.host.drafters["model"].kv_pool
+        assert pool
+        max_length = pool.capacity_tokens // 2
+        streams = [await stack.enter_async_context(draft_stream(address)) for _ in range(3)]
+        for stream in streams[:-1]:
+            await stream.open(drafter, PROMPT, max_length=max_length)
+        with pytest.raises(ResourceExhaustedError) as raised:
+            await streams[-1].open(drafter, PROMPT, max_length=max_length)
+        assert (raised.value.reason, raised.value.retry_after_s) == (reason, 1), "nobody knows yet"
+        opened_at = time.monotonic()
+        for stream in streams[:-1]:
+            await stream.round([5], len(PROMPT) + 1)
+        # Each has one token, and so many are left: at this speed, the next ends no sooner than that.
+        num_left = max_length - len(PROMPT) - 1
+        await until(lambda: (time.monotonic() - opened_at) * num_left > 2)
+        stream = await stack.enter_async_context(draft_stream(address))
+        with pytest.raises(ResourceExhaustedError) as raised:
+            await stream.open(drafter, PROMPT, max_length=max_length)
+        assert raised.value.reason == reason
+        assert raised.value.retry_after_s is not None
+        assert 2 < raised.value.retry_after_s <= 60
 
 
 async def test_a_full_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path) -> None:

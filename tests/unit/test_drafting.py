@@ -12,6 +12,7 @@ import pytest
 
 from gateway.replicas.remote_state import RemoteState
 from gateway.rounds.drafting import DraftLink, NoDrafts
+from gateway.rounds.link_states import Lost
 from gateway.rounds.records import NEVER_RIGHT, DrafterRecords, TrackRecord
 from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSize
 from specdec.contract.errors import (
@@ -691,6 +692,34 @@ class TestAWrongDrafter:
         drafters = FakeDrafters([drafting(VOCAB_SIZE - 1, 0)])
         async with drafters.link() as link:
             assert (await link.propose(ask(PROMPT, 2))).token_ids == (VOCAB_SIZE - 1, 0)
+
+
+class TestADrafterWithoutRoom:
+    """It says when there should be room, and is asked then, however soon others would be tried again."""
+
+    @staticmethod
+    def full(retry_after_s: float | None) -> ResourceExhaustedError:
+        return ResourceExhaustedError("every slot is taken", retry_after_s=retry_after_s)
+
+    @staticmethod
+    async def wait_s(error: SpecdecError) -> float:
+        """Return after how long a drafter is tried again that refused a session so."""
+        drafters = FakeDrafters(error)
+        async with drafters.link(retry_s=1.0) as link:
+            await link.propose(ask(PROMPT, 2))
+            state = link._state
+            assert isinstance(state, Lost)
+            return state.retry_at - time.monotonic()
+
+    @pytest.mark.parametrize(("told_s", "expected_s"), [(None, 1.0), (0.2, 1.0), (12.0, 12.0), (1e9, 30.0)])
+    async def test_is_tried_again_when_it_said_but_within_bounds(
+        self, told_s: float | None, expected_s: float
+    ) -> None:
+        assert await self.wait_s(self.full(told_s)) == pytest.approx(expected_s, abs=0.5)
+
+    async def test_what_other_errors_say_is_not_waited_for(self) -> None:
+        error = UnavailableError("it is loading", retry_after_s=12.0)
+        assert await self.wait_s(error) == pytest.approx(1.0, abs=0.5)
 
 
 class TestADrafterThatIsNeverRight:

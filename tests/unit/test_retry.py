@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from specdec.service.retry import Progress, retry_after_s
+from specdec.contract.retry import Progress, retry_after_s
 
 # Seconds since the begin, tokens made, tokens left, room.
 FAST, SLOW, NEW = (10.0, 100, 50, 1), (10.0, 10, 20, 1), (10.0, 0, 20, 1)

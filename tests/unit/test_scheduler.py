@@ -121,6 +121,22 @@ def test_a_full_queue_refuses() -> None:
     scheduler.add(Job("c"), 0)
 
 
+@pytest.mark.parametrize(("last_step_s", "since_s", "expected_s"), [(10, 4, 6), (10, 30, 1), (900, 1, 60)])
+def test_a_full_queue_says_when_the_step_under_way_should_end(
+    last_step_s: int, since_s: int, expected_s: float
+) -> None:
+    scheduler = Scheduler[Job](max_queued=1)
+    second = 10**9
+    queue(scheduler, Job("done"))
+    scheduler.finish(scheduler.take(0), 0, last_step_s * second)
+    queue(scheduler, Job("under way"))
+    assert names(scheduler.take(last_step_s * second)) == "under way"
+    queue(scheduler, Job("waits"))
+    with pytest.raises(ResourceExhaustedError) as refused:
+        scheduler.add(Job("refused"), (last_step_s + since_s) * second)
+    assert (refused.value.reason, refused.value.retry_after_s) == ("QUEUE_FULL", expected_s)
+
+
 def test_a_step_waits_for_a_source_that_is_late_by_a_little(scheduler: Scheduler[Job]) -> None:
     ended = run(scheduler, "early", "late")
     scheduler.add(Job("early", source="early"), ended + 1)

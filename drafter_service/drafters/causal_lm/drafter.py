@@ -36,6 +36,11 @@ class CausalLmSession(DraftSession):
         self.cached_token_ids: list[int] = []
 
     @property
+    def num_reserved_tokens(self) -> int:
+        """Tokens of the drafter's own KV that are reserved for the session."""
+        return self.allocation.capacity
+
+    @property
     def num_prefill_tokens(self) -> int:
         """Number of committed tokens without KV; the last is left out, since every draft starts from it."""
         return max(0, min(len(self.token_ids) - 1, self.context_length) - len(self.cached_token_ids))

@@ -46,5 +46,10 @@ def retry_after_s(running: Iterable[Progress], wanted: int = 1) -> float:
     for seconds, room in ends:
         wanted -= room
         if wanted <= 0:
-            return max(SOONEST_S, float(math.ceil(min(seconds, LATEST_S))))
+            return advice_s(seconds)
     return LATEST_S
+
+
+def advice_s(seconds: float) -> float:
+    """Return a time as advice: whole seconds, within the bounds."""
+    return max(SOONEST_S, float(math.ceil(min(seconds, LATEST_S))))
