@@ -46,6 +46,12 @@ class GatewayConfig(ServiceConfig):
     max_wait_s: float = 900.0
     """Longest time that a request waits for room, seconds; then it is ended. A request whose own deadline
     passes earlier is ended then."""
+    max_connection_age_s: float = 300.0
+    """How long a client may use one connection, seconds, give or take a tenth; then it is told to make
+    another one, and running requests go on over the old one. A client looks its name for the gateways up when
+    it connects, so after that time a new gateway has its share of the requests, those of clients that have
+    been connected all along included. Some client libraries, such as grpclib, end running calls instead: give
+    theirs more time than an answer takes."""
     max_prompt_bytes: int = 2**20
     """Longest text of a prompt, all messages of a chat together, bytes of UTF-8. While a text is tokenised it
     takes about 300 times as much memory."""
@@ -85,6 +91,7 @@ class GatewayConfig(ServiceConfig):
             "max_request_s",
             "max_requests",
             "max_wait_s",
+            "max_connection_age_s",
             "max_prompt_bytes",
             "draft_timeout_s",
         )

@@ -18,7 +18,7 @@ from gateway.service import SERVICE_NAME, GatewayServicer
 from specdec.service.host import ServiceHost
 from specdec.service.process import run_service
 from specdec.service.telemetry import Telemetry
-from specdec.transport.channel import is_local
+from specdec.transport.channel import ConnectionAge, is_local
 from specdec.v1 import gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class GatewayServer:
             tls=config.server_tls,
             authenticator=authenticator,
             health_listen=config.health_listen,
+            # What runs when a connection ends has as long as any request.
+            connection_age=ConnectionAge(config.max_connection_age_s, config.max_request_s),
         )
 
     async def load(self) -> None:

@@ -16,7 +16,7 @@ from specdec.service.auth import Authenticator
 from specdec.service.first_message import FirstMessageInterceptor
 from specdec.service.health import DRAIN_S, LIVENESS, HealthService
 from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, OpenCalls, RequestIdInterceptor
-from specdec.transport.channel import check_socket_path, server_options, socket_path
+from specdec.transport.channel import ConnectionAge, check_socket_path, server_options, socket_path
 from specdec.transport.tls import PemFiles, server_credentials
 
 
@@ -30,6 +30,7 @@ class ServiceHost:
         tls: certificate and key of the server, and the authorities of callers' certificates; None: plaintext.
         authenticator: decides who may call; None: everyone that can connect may call.
         health_listen: host:port of a plaintext port that serves health only; empty: there is no such port.
+        connection_age: see server_options.
 
     Raises:
         InvalidArgumentError: the TLS files are not valid.
@@ -44,6 +45,7 @@ class ServiceHost:
         tls: PemFiles | None = None,
         authenticator: Authenticator | None = None,
         health_listen: str = "",
+        connection_age: ConnectionAge | None = None,
     ) -> None:
         self.address = listen
         """The address of the server, with the real port after the start."""
@@ -58,7 +60,7 @@ class ServiceHost:
             interceptors.append(AuthInterceptor(authenticator))
         self._calls = OpenCalls()
         interceptors.append(HouseInterceptor(self._calls))
-        self._server = grpc.aio.server(interceptors=interceptors, options=server_options())
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(connection_age))
         self._health = HealthService()
         register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from specdec.contract.bounds import MAX_NUMBER
 from specdec.contract.errors import InvalidArgumentError
 from specdec.transport.tls import OutgoingTls, Pem, PemFiles, channel_credentials
 
@@ -56,8 +57,20 @@ SERVER_KEEPALIVE = Keepalive(30.0, 10.0)
 """Of a server: what a peer that is gone still holds is free within a minute."""
 
 MAX_CONNECTION_AGE_S = 1800
-"""Age at which a server closes a connection to new calls, seconds. The client then looks the name up again
-and finds new replicas; running calls continue on the old connection."""
+"""Age at which a server closes a connection to new calls, seconds, give or take a tenth. The client then
+looks the name up again and finds new replicas; running calls continue on the old connection."""
+_RESOLVE_INTERVAL_S = 1
+"""How soon a client may look a name up again, seconds. By default gRPC waits for 30 s, whatever happens."""
+_RETRIES = {
+    "maxAttempts": 5,
+    "initialBackoff": "0.3s",
+    "backoffMultiplier": 2.5,
+    "maxBackoff": "5s",
+    # A server that ends cancels the calls that reach it before its clients hear that it ends.
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
+}
+"""How a call is tried again that no server behind a name takes, within eight seconds: all that are known may
+have gone, and the name may be about to tell of others. Once an answer begins, nothing is tried again."""
 
 _RETIRE_AFTER_S = 10.0
 """Seconds for which a channel with outdated credentials still accepts calls from its holders."""
@@ -108,7 +121,8 @@ def client_options(
     """Return the channel arguments of a client.
 
     Args:
-        uri: where the channel goes. An http_proxy of the environment is ignored for addresses of this host.
+        uri: where the channel goes. An http_proxy of the environment is ignored for addresses of this host. A
+            `dns:` URI stands for all servers that have the name, now and later; see _RETRIES.
         service: full name of the gRPC service, "specdec.v1.VerifierService" for example, whose health decides
             which backends of a `dns:` name are used. Empty: health is not checked.
         server_name: replaces the name that the server's certificate must carry. Empty: the name is kept.
@@ -117,12 +131,15 @@ def client_options(
     service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if service:
         service_config["healthCheckConfig"] = {"serviceName": service}
+    if uri.startswith("dns:"):
+        service_config["methodConfig"] = [{"name": [{}], "retryPolicy": _RETRIES}]
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
         *keepalive.options(),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.dns_min_time_between_resolutions_ms", _RESOLVE_INTERVAL_S * 1000),
         *_fixed_window(CLIENT_WINDOW_BYTES),
         # A new channel tries at once, even while an older one of this process waits to try again.
         ("grpc.use_local_subchannel_pool", 1),
@@ -177,8 +194,24 @@ def check_socket_path(path: str) -> None:
         )
 
 
-def server_options() -> list[tuple[str, Any]]:
-    """Return the arguments of a server. Servers never share a port: that would split the traffic."""
+@dataclass(frozen=True, slots=True)
+class ConnectionAge:
+    """How old a connection to a server becomes."""
+
+    max_age_s: float
+    """Seconds after which it takes no new calls; see MAX_CONNECTION_AGE_S."""
+    grace_s: float
+    """Seconds for which running calls may continue after that."""
+
+
+def server_options(connection_age: ConnectionAge | None = None) -> list[tuple[str, Any]]:
+    """Return the arguments of a server. Servers never share a port: that would split the traffic.
+
+    Args:
+        connection_age: None: MAX_CONNECTION_AGE_S, and running calls continue for as long as they like.
+    """
+    max_age_s = connection_age.max_age_s if connection_age else MAX_CONNECTION_AGE_S
+    grace_s = connection_age.grace_s if connection_age else MAX_NUMBER / 1000
     return [
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -190,8 +223,14 @@ def server_options() -> list[tuple[str, Any]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_concurrent_streams", 1024),
         *_fixed_window(SERVER_WINDOW_BYTES),
-        ("grpc.max_connection_age_ms", int(MAX_CONNECTION_AGE_S * 1000)),
+        ("grpc.max_connection_age_ms", _milliseconds(max_age_s)),
+        ("grpc.max_connection_age_grace_ms", _milliseconds(grace_s)),
     ]
+
+
+def _milliseconds(seconds: float) -> int:
+    """Return a time as gRPC takes it: past its largest number there is no limit."""
+    return max(1, round(min(seconds * 1000, MAX_NUMBER)))
 
 
 def parse_uris(text: str) -> tuple[str, ...]:

@@ -141,14 +141,20 @@ class TestSelectors:
             assert pods == [deployment["spec"]["template"]]
 
     def test_services_reach_the_container_that_listens(self, cluster: Manifests) -> None:
-        assert len(cluster.of("Service")) == 3
+        assert len(cluster.of("Service")) == 4
         for service in cluster.of("Service"):
-            name = service["metadata"]["name"].removeprefix("specdec-")
+            # Gateways have two: one address for all, and all addresses by one name.
+            name = service["metadata"]["name"].removeprefix("specdec-").removesuffix("s")
             pod = pod_of(cluster, name)
             assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
             (container,) = (spec for spec in pod["spec"]["containers"] if spec["name"] == name)
             (port,) = service["spec"]["ports"]
             assert {"name": name, "containerPort": port["targetPort"]} in container["ports"]
+
+    def test_clients_find_the_name_that_the_manual_tells(self, cluster: Manifests) -> None:
+        readme = (DEPLOY / "README.md").read_text()
+        (name,) = re.findall(r"dns:///([\w-]+)\.specdec:50050", readme)
+        assert cluster.get("Service", name)["spec"]["clusterIP"] == "None"
 
     def test_nothing_names_what_is_not_there(self, cluster: Manifests) -> None:
         for pod in cluster.pod_specs():
@@ -280,6 +286,8 @@ class TestTls:
             if container.service == "drafter":
                 # It calls verifiers by address.
                 assert container.option("TLS_SERVER_NAME") in names["specdec-verifier"]
+        for called in complete.names("Service"):
+            assert called in names[called.removesuffix("s")]
         issuers = complete.names("Issuer")
         assert all(
             certificate["spec"]["issuerRef"]["name"] in issuers for certificate in complete.of("Certificate")

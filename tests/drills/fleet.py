@@ -138,10 +138,14 @@ class Session:
     num_failovers: int = 0
 
     async def run(self, address: str) -> None:
+        """Stream the answer, by a client of its own."""
+        async with AsyncClient(address, timeout_s=120) as client:
+            await self.run_on(client)
+
+    async def run_on(self, client: AsyncClient) -> None:
         """Stream the answer."""
         try:
-            async with AsyncClient(address, timeout_s=120) as client:
-                await self._read(client)
+            await self._read(client)
         except SpecdecError as error:
             self.error = error
 
@@ -155,13 +159,13 @@ class Session:
             self.num_failovers = stream.result.num_failovers
 
 
-def new_sessions() -> list[Session]:
+def new_sessions(num_tokens: int = NUM_TOKENS) -> list[Session]:
     """Return the sessions of a drill: greedy ones and ones with seeds, of all methods."""
     return [
         Session(
             [5 + index, 6, 7, 5 + index, 6, 7],
             GenerateOptions(
-                max_new_tokens=NUM_TOKENS,
+                max_new_tokens=num_tokens,
                 ignore_eos=True,
                 method=METHODS[index // 2],
                 draft_depth=0 if index < 2 else 3,

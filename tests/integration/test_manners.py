@@ -569,7 +569,10 @@ class TestTransport:
     ) -> None:
         """A server sends its clients away from an old connection; calls under way stay on it."""
         monkeypatch.setattr("specdec.transport.channel.MAX_CONNECTION_AGE_S", 0.3)
-        async with gated_system(tiny_llama) as (system, gate), aio_channel(system.address) as channel:
+        async with (
+            gated_system(tiny_llama, gateway_options={"max_connection_age_s": 0.3}) as (system, gate),
+            aio_channel(system.address) as channel,
+        ):
             expected = await system.client.generate(PROMPT, replace(GATED, method="none"))
             long = asyncio.create_task(system.client.generate(PROMPT, GATED))
             await gate.reached()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.transport import channel
 from specdec.transport.channel import (
     SERVICE_KEEPALIVE,
+    ConnectionAge,
     ServiceChannel,
     client_options,
     parse_uris,
@@ -51,6 +53,7 @@ def test_addresses_may_be_sockets_whose_paths_the_kernel_takes() -> None:
         client_options("dns:///host:1"),
         client_options("dns:///host:1", keepalive=SERVICE_KEEPALIVE),
         server_options(),
+        server_options(ConnectionAge(300.0, 900.0)),
     ],
 )
 def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
@@ -61,13 +64,29 @@ def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
         "grpc.http2.ping_timeout_ms": (2, 30),
         "grpc.initial_reconnect_backoff_ms": (0.05, 1),
         "grpc.max_reconnect_backoff_ms": (1, 5),
-        "grpc.max_connection_age_ms": (600, 7200),
+        "grpc.max_connection_age_ms": (60, 7200),
+        "grpc.max_connection_age_grace_ms": (60, 3_000_000),
+        "grpc.dns_min_time_between_resolutions_ms": (1, 10),
     }
     times = {name: value / 1000 for name, value in options if name.endswith("_ms")}
     assert times
     for name, value_s in times.items():
         lowest_s, highest_s = right_s[name]
         assert lowest_s <= value_s <= highest_s, name
+
+
+@pytest.mark.parametrize(
+    ("uri", "tries_again"), [("dns:///host:1", True), ("host:1", False), ("unix:/x", False)]
+)
+def test_only_a_name_may_have_other_servers_to_try(uri: str, tries_again: bool) -> None:
+    config = json.loads(dict(client_options(uri))["grpc.service_config"])
+    assert ("methodConfig" in config) == tries_again
+
+
+def test_an_age_without_end_is_one_for_grpc() -> None:
+    options = dict(server_options(ConnectionAge(1e9, 1e-9)))
+    assert options["grpc.max_connection_age_ms"] == 2**31 - 1
+    assert options["grpc.max_connection_age_grace_ms"] == 1
 
 
 def generate(connection: grpc.aio.Channel) -> Any:
