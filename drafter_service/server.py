@@ -16,6 +16,7 @@ from specdec.service.process import run_service
 from specdec.service.sessions import SessionRules
 from specdec.service.telemetry import Telemetry
 from specdec.service.watchdog import Watchdog
+from specdec.transport.server import SPARE_STREAMS, ConnectionLimits
 from specdec.v1 import drafter_pb2_grpc
 
 
@@ -43,6 +44,8 @@ class DrafterServer:
             config.listen,
             tls=config.server_tls,
             health_listen=config.health_listen,
+            # A gateway has all its sessions on one connection.
+            limits=ConnectionLimits(max_streams=config.max_sessions + SPARE_STREAMS),
         )
         self._thread = ModelThread(SERVICE_NAME)  # last: a wrong configuration leaves no thread behind
 

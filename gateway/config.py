@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specdec.contract.bounds import MAX_NUMBER
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import AUTO
+from specdec.contract.request_limits import MAX_LISTS_BYTES
 from specdec.models.embedded import DEFAULT_MODEL
-from specdec.service.config import ServiceConfig, require_not_negative, require_positive
+from specdec.service.config import (
+    ServiceConfig,
+    require_between,
+    require_not_negative,
+    require_positive,
+)
 from specdec.transport.channel import parse_uris
 
 
@@ -54,7 +61,11 @@ class GatewayConfig(ServiceConfig):
     theirs more time than an answer takes."""
     max_prompt_bytes: int = 2**20
     """Longest text of a prompt, all messages of a chat together, bytes of UTF-8. While a text is tokenised it
-    takes about 300 times as much memory."""
+    takes about 300 times as much memory. A whole request, token ids included, may have twice as many bytes
+    and 256 KiB besides; longer requests are not received."""
+    connection_idle_s: float = 200.0
+    """How long a client's connection without a call stays open, seconds, at least 1; a later call connects
+    anew. The Python client ends its own after 120 s. 0: as long as --max-connection-age-s."""
     allow_special_tokens: bool = False
     """Let the text of a special token, such as <|im_end|>, in the messages of a chat become that token; a
     message can then end its turn and speak for others. Without this option it stays text. A raw prompt may
@@ -95,7 +106,12 @@ class GatewayConfig(ServiceConfig):
             "max_prompt_bytes",
             "draft_timeout_s",
         )
-        require_not_negative(self, "drain_grace_s", "drafter_wait_s", "failover_wait_s", "max_waiting")
+        require_not_negative(
+            self, "drain_grace_s", "drafter_wait_s", "failover_wait_s", "max_waiting", "connection_idle_s"
+        )
+        if 0 < self.connection_idle_s < 1:
+            # A connection could end before its first call has come.
+            require_between(self, 1, MAX_NUMBER, "connection_idle_s")
         if self.default_max_new_tokens > self.max_output_tokens:
             raise InvalidArgumentError(
                 f"--default-max-new-tokens is {self.default_max_new_tokens}, more than --max-output-tokens, "
@@ -109,6 +125,12 @@ class GatewayConfig(ServiceConfig):
         parse_uris(self.verifier)
         if self.drafter:
             parse_uris(self.drafter)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Largest message that the gateway receives."""
+        # Twice the longest prompt: one that is somewhat too long is refused in the gateway's own words.
+        return 2 * self.max_prompt_bytes + MAX_LISTS_BYTES
 
     @property
     def verifier_uris(self) -> tuple[str, ...]:

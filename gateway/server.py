@@ -18,7 +18,8 @@ from gateway.service import SERVICE_NAME, GatewayServicer
 from specdec.service.host import ServiceHost
 from specdec.service.process import run_service
 from specdec.service.telemetry import Telemetry
-from specdec.transport.channel import ConnectionAge, is_local
+from specdec.transport.channel import is_local
+from specdec.transport.server import ConnectionLimits
 from specdec.v1 import gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,13 @@ class GatewayServer:
             tls=config.server_tls,
             authenticator=authenticator,
             health_listen=config.health_listen,
-            # What runs when a connection ends has as long as any request.
-            connection_age=ConnectionAge(config.max_connection_age_s, config.max_request_s),
+            limits=ConnectionLimits(
+                max_message_bytes=config.max_message_bytes,
+                idle_s=config.connection_idle_s,
+                max_age_s=config.max_connection_age_s,
+                # What runs when a connection ends has as long as any request.
+                age_grace_s=config.max_request_s,
+            ),
         )
 
     async def load(self) -> None:

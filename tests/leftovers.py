@@ -58,6 +58,17 @@ async def nothing_left_behind(*folders: Path) -> AsyncIterator[None]:
         await asyncio.sleep(_LOOK_S)
 
 
+def connections_to(address: str) -> set[int]:
+    """Return the local ports of this process's connections to a server."""
+    port = int(address.rpartition(":")[2])
+    connections = psutil.Process().net_connections("tcp")
+    return {
+        connection.laddr.port
+        for connection in connections
+        if connection.raddr and connection.raddr.port == port
+    }
+
+
 def _looks(before: Counter[str], folders: Sequence[Path]) -> Iterator[None]:
     """Pause before each further look, until nothing is left or the time is over."""
     deadline = time.monotonic() + WAIT_S

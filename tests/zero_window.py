@@ -59,6 +59,17 @@ class DeafPeer:
             await asyncio.sleep(0.001)
         return num_sent
 
+    @property
+    def max_streams(self) -> int:
+        """How many calls the server lets the connection have at a time."""
+        return self._http.remote_settings.max_concurrent_streams
+
+    def ignore_max_streams(self) -> None:
+        """Begin calls from now on as if the server had set no limit."""
+        most = h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS
+        self._http.remote_settings[most] = 2**31 - 1
+        self._http.remote_settings.acknowledge()
+
     def ping(self) -> None:
         """Ask for a sign of life."""
         self._http.ping(b"is there?"[:8])

@@ -13,10 +13,12 @@ from specdec.service.process import run_service
 from specdec.service.sessions import SessionRules
 from specdec.service.telemetry import Telemetry
 from specdec.service.watchdog import Watchdog
+from specdec.transport.server import SPARE_STREAMS, ConnectionLimits
 from specdec.v1 import verifier_pb2_grpc
 from verifier_service.config import VerifierConfig
 from verifier_service.service import SERVICE_NAME, VerifierServicer
 from verifier_service.state_memory import make_memory
+from verifier_service.state_stream import MAX_STREAMS_PER_SESSION
 from verifier_service.verifier import Verifier
 
 
@@ -38,6 +40,10 @@ class VerifierServer:
             config.listen,
             tls=config.server_tls,
             health_listen=config.health_listen,
+            # A gateway has all its sessions on one connection, and a drafter all the state that it reads.
+            limits=ConnectionLimits(
+                max_streams=config.max_sessions * MAX_STREAMS_PER_SESSION + SPARE_STREAMS
+            ),
         )
         self._thread = ModelThread(SERVICE_NAME)  # last: a wrong configuration leaves no thread behind
 

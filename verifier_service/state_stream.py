@@ -18,7 +18,8 @@ ValueT = TypeVar("ValueT")
 _CHUNK_BYTES = 512 * 1024
 _MAX_PROJECTED_POSITIONS = 64
 """Positions projected at a time; a prompt's worth would hold up every round."""
-_MAX_STREAMS_PER_SESSION = 4
+MAX_STREAMS_PER_SESSION = 4
+"""How often the state of a session may be streamed at a time."""
 
 
 class RunOnEngine(Protocol):
@@ -154,9 +155,9 @@ class StateStreams:
 
     @contextmanager
     def _counting(self, state: ExportedState) -> Iterator[None]:
-        if state.num_streams >= _MAX_STREAMS_PER_SESSION:
+        if state.num_streams >= MAX_STREAMS_PER_SESSION:
             raise ResourceExhaustedError(
-                f"The session's state is streamed {_MAX_STREAMS_PER_SESSION} times already.",
+                f"The session's state is streamed {MAX_STREAMS_PER_SESSION} times already.",
                 reason="TOO_MANY_STREAMS",
                 retry_after_s=1.0,
             )

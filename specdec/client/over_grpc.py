@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -17,12 +19,20 @@ from specdec.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     RequestCancelledError,
+    ResourceExhaustedError,
     SpecdecError,
     UnavailableError,
     from_rpc_error,
 )
 from specdec.local.state_file import read_live_state
-from specdec.transport.channel import TlsConfig, aio_channel, is_local, parse_uris, sync_channel
+from specdec.transport.channel import (
+    CLIENT_IDLE_S,
+    TlsConfig,
+    aio_channel,
+    is_local,
+    parse_uris,
+    sync_channel,
+)
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 
 GATEWAY_VARIABLE = "SPECDEC_GATEWAY"
@@ -33,6 +43,8 @@ TOKEN_VARIABLE = "SPECDEC_TOKEN"
 
 _CANCELLED_HERE = ("Locally cancelled by application!", "Channel closed!")
 """What gRPC's own stacks say of a call that this process cancelled, or whose channel it closed."""
+_NOT_RECEIVED = "SERVER: Received message larger than max"
+"""What gRPC says for a server that was sent a larger message than it receives, with both sizes."""
 
 _ToError = Callable[[grpc.RpcError], SpecdecError]
 
@@ -62,6 +74,36 @@ def find_gateway(target: str = "") -> str:
     return state.gateway
 
 
+class _Use:
+    """Whether a channel has let its connection go, because nobody called for a while.
+
+    gRPC lets it go once in the life of a channel, and after that keeps it. So the next call needs another
+    channel. Safe to share between threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_calls = 0
+        self._left_at = time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the pause has been long enough."""
+        with self._lock:
+            return not self._num_calls and time.monotonic() - self._left_at >= CLIENT_IDLE_S
+
+    def add(self, call: Any) -> None:
+        """Count a call until it is done."""
+        with self._lock:
+            self._num_calls += 1
+        call.add_done_callback(self._done)
+
+    def _done(self, _: object) -> None:
+        with self._lock:
+            self._num_calls -= 1
+            self._left_at = time.monotonic()
+
+
 class _GatewayConnection:
     """What the two transports share: where the gateway is, with what credentials, and what failures mean."""
 
@@ -78,6 +120,7 @@ class _GatewayConnection:
         self._credentials: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._channel: Any = None
         self._stub: Any = None
+        self._use = _Use()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.target!r})"
@@ -106,6 +149,13 @@ class _GatewayConnection:
                 f"(`specdec up` starts one here). {typed.message}",
                 reason="GATEWAY_UNREACHABLE",
             )
+        if isinstance(typed, ResourceExhaustedError) and _NOT_RECEIVED in typed.message:
+            return InvalidArgumentError(
+                f"The request with its prompt is longer than the gateway at {self.target} takes; shorten the "
+                f"prompt. {typed.message}",
+                field="prompt",
+                reason="PROMPT_TOO_LONG",
+            )
         return typed
 
 
@@ -114,23 +164,37 @@ class GrpcTransport(_GatewayConnection):
 
     def __init__(self, target: str = "", *, tls: TlsConfig | None = None, token: str = "") -> None:
         super().__init__(target, tls=tls, token=token)
-        self._channel = sync_channel(self.target, tls=self._tls)
+        self._starting = threading.Lock()
+        self._connect()
+
+    def _connect(self) -> None:
+        self._channel, self._use = sync_channel(self.target, tls=self._tls), _Use()
         self._stub = _stub_of(self._channel)
+
+    def _start(self, method: str, request: object, metadata: Metadata, timeout_s: float | None) -> Any:
+        with self._starting:
+            if self._use.is_over:
+                self._channel.close()
+                self._connect()
+            start = getattr(self._stub, method)
+            call = getattr(start, "future", start)(
+                request, timeout=timeout_s, metadata=(*metadata, *self._credentials)
+            )
+            self._use.add(call)
+        return call
 
     def generate(
         self, request: gateway_pb2.GenerateRequest, metadata: Metadata, timeout_s: float | None
     ) -> Call:
         """Start a generation; see `Transport`."""
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=(*metadata, *self._credentials))
+        call = self._start("Generate", request, metadata, timeout_s)
         return _GrpcCall(call, partial(self._error, timeout_s=timeout_s))
 
     def info(self, metadata: Metadata, timeout_s: float | None) -> gateway_pb2.GatewayServiceGetInfoResponse:
         """Ask what the gateway is; see `Transport`."""
-        request, metadata = gateway_pb2.GatewayServiceGetInfoRequest(), (*metadata, *self._credentials)
+        call = self._start("GetInfo", gateway_pb2.GatewayServiceGetInfoRequest(), metadata, timeout_s)
         try:
-            response: gateway_pb2.GatewayServiceGetInfoResponse = self._stub.GetInfo(
-                request, timeout=timeout_s, metadata=metadata
-            )
+            response: gateway_pb2.GatewayServiceGetInfoResponse = call.result()
         except grpc.RpcError as error:
             raise self._error(error, timeout_s) from error
         return response
@@ -148,8 +212,8 @@ class AsyncGrpcTransport(_GatewayConnection):
     _loop: asyncio.AbstractEventLoop | None = None
     """The loop that the channel belongs to."""
 
-    def _connected(self) -> Any:
-        """Return the stub of the running loop's channel: loops come and go with every `asyncio.run`.
+    def _start(self, method: str, request: object, metadata: Metadata, timeout_s: float | None) -> Any:
+        """Start a call on the running loop's channel: loops come and go with every `asyncio.run`.
 
         Raises:
             FailedPreconditionError: another loop uses the client now.
@@ -163,28 +227,30 @@ class AsyncGrpcTransport(_GatewayConnection):
                     reason="OTHER_EVENT_LOOP",
                 )
             self._channel = None  # nobody can close it any more: its loop has ended
-        if self._channel is None:
-            self._channel, self._loop = aio_channel(self.target, tls=self._tls), loop
+        if self._channel is None or self._use.is_over:
+            # One that was let go closes itself, as nothing refers to it any more.
+            self._channel, self._use, self._loop = aio_channel(self.target, tls=self._tls), _Use(), loop
             self._stub = _stub_of(self._channel)
-        return self._stub
+        call = getattr(self._stub, method)(
+            request, timeout=timeout_s, metadata=(*metadata, *self._credentials)
+        )
+        self._use.add(call)
+        return call
 
     def generate_async(
         self, request: gateway_pb2.GenerateRequest, metadata: Metadata, timeout_s: float | None
     ) -> AsyncCall:
         """Start a generation; see `AsyncTransport`."""
-        metadata = (*metadata, *self._credentials)
-        call = self._connected().Generate(request, timeout=timeout_s, metadata=metadata)
+        call = self._start("Generate", request, metadata, timeout_s)
         return _AsyncGrpcCall(call, partial(self._error, timeout_s=timeout_s))
 
     async def info_async(
         self, metadata: Metadata, timeout_s: float | None
     ) -> gateway_pb2.GatewayServiceGetInfoResponse:
         """Ask what the gateway is; see `AsyncTransport`."""
-        request, metadata = gateway_pb2.GatewayServiceGetInfoRequest(), (*metadata, *self._credentials)
+        call = self._start("GetInfo", gateway_pb2.GatewayServiceGetInfoRequest(), metadata, timeout_s)
         try:
-            response: gateway_pb2.GatewayServiceGetInfoResponse = await self._connected().GetInfo(
-                request, timeout=timeout_s, metadata=metadata
-            )
+            response: gateway_pb2.GatewayServiceGetInfoResponse = await call
         except grpc.RpcError as error:
             raise self._error(error, timeout_s) from error
         return response

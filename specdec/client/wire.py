@@ -28,7 +28,6 @@ from specdec.contract.errors import InternalError, InvalidArgumentError
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.request_limits import MAX_NEW_TOKENS
 from specdec.contract.sampling import validate_num_top_logprobs, with_range
-from specdec.transport.channel import MAX_MESSAGE_BYTES
 from specdec.v1 import gateway_pb2
 
 NS_PER_MS = 1_000_000
@@ -63,19 +62,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
             request.MergeFrom(gateway_pb2.GenerateRequest(**{name: value}))
     with _refusing("prompt", prompt):
         _set_prompt(request, prompt, options.raw)
-    _require_size(request)
     return request
-
-
-def _require_size(request: gateway_pb2.GenerateRequest) -> None:
-    """Refuse what is too large to be received, with words that the transport lacks."""
-    if (num_bytes := request.ByteSize()) > MAX_MESSAGE_BYTES:
-        raise InvalidArgumentError(
-            f"The request with its prompt has {num_bytes} bytes, a gateway receives at most "
-            f"{MAX_MESSAGE_BYTES} at a time; shorten the prompt.",
-            field="prompt",
-            reason="PROMPT_TOO_LONG",
-        )
 
 
 def request_fields() -> list[tuple[str, str]]:

@@ -17,6 +17,8 @@ MAX_MESSAGES = 4096
 MAX_NEW_TOKENS = MAX_NUMBER
 MAX_CACHE_KEY_LENGTH = 256
 """Most characters of a cache salt and of a caller's key."""
+MAX_LISTS_BYTES = 2**18
+"""What a request has besides its prompt takes fewer bytes, with every list and text at its longest."""
 
 
 def validate_max_new_tokens(max_new_tokens: int) -> None:

@@ -16,7 +16,13 @@ from specdec.service.auth import Authenticator
 from specdec.service.first_message import FirstMessageInterceptor
 from specdec.service.health import DRAIN_S, LIVENESS, HealthService
 from specdec.service.interceptors import AuthInterceptor, HouseInterceptor, OpenCalls, RequestIdInterceptor
-from specdec.transport.channel import ConnectionAge, check_socket_path, server_options, socket_path
+from specdec.transport.channel import check_socket_path, socket_path
+from specdec.transport.server import (
+    DEFAULT_LIMITS,
+    HEALTH_MESSAGE_BYTES,
+    ConnectionLimits,
+    server_options,
+)
 from specdec.transport.tls import PemFiles, server_credentials
 
 
@@ -30,7 +36,7 @@ class ServiceHost:
         tls: certificate and key of the server, and the authorities of callers' certificates; None: plaintext.
         authenticator: decides who may call; None: everyone that can connect may call.
         health_listen: host:port of a plaintext port that serves health only; empty: there is no such port.
-        connection_age: see server_options.
+        limits: what each connection may have.
 
     Raises:
         InvalidArgumentError: the TLS files are not valid.
@@ -45,7 +51,7 @@ class ServiceHost:
         tls: PemFiles | None = None,
         authenticator: Authenticator | None = None,
         health_listen: str = "",
-        connection_age: ConnectionAge | None = None,
+        limits: ConnectionLimits = DEFAULT_LIMITS,
     ) -> None:
         self.address = listen
         """The address of the server, with the real port after the start."""
@@ -60,7 +66,7 @@ class ServiceHost:
             interceptors.append(AuthInterceptor(authenticator))
         self._calls = OpenCalls()
         interceptors.append(HouseInterceptor(self._calls))
-        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(connection_age))
+        self._server = grpc.aio.server(interceptors=interceptors, options=server_options(limits))
         self._health = HealthService()
         register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -68,7 +74,10 @@ class ServiceHost:
             (service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
             self._server,
         )
-        self._health_server = grpc.aio.server(interceptors=[self.first_messages], options=server_options())
+        options = server_options(
+            ConnectionLimits(max_message_bytes=HEALTH_MESSAGE_BYTES, idle_s=limits.idle_s)
+        )
+        self._health_server = grpc.aio.server(interceptors=[self.first_messages], options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
 
     async def start(self) -> str:

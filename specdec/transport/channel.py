@@ -12,17 +12,14 @@ from typing import Any
 
 import grpc
 
-from specdec.contract.bounds import MAX_NUMBER
 from specdec.contract.errors import InvalidArgumentError
 from specdec.transport.tls import OutgoingTls, Pem, PemFiles, channel_credentials
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Largest message that either side accepts; larger tensors travel in chunks."""
+"""Largest message that clients and model services receive; larger tensors travel in chunks."""
 
 CLIENT_WINDOW_BYTES = 1024 * 1024
 """What a service may send on a stream before its client reads. A wider one is not faster on loopback."""
-SERVER_WINDOW_BYTES = 128 * 1024
-"""What a client may send on a stream before the service reads. A peer may fill it on every stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +50,6 @@ SERVICE_KEEPALIVE = Keepalive(2.0, 2.5)
 CLIENT_KEEPALIVE = Keepalive(10.0, 4.0)
 """Of a client, whose answers end with an error within fifteen seconds. It may be far away, and there may be
 proxies between, which rarely take more pings."""
-SERVER_KEEPALIVE = Keepalive(30.0, 10.0)
-"""Of a server: what a peer that is gone still holds is free within a minute."""
-
-MAX_CONNECTION_AGE_S = 1800
-"""Age at which a server closes a connection to new calls, seconds, give or take a tenth. The client then
-looks the name up again and finds new replicas; running calls continue on the old connection."""
 _RESOLVE_INTERVAL_S = 1
 """How soon a client may look a name up again, seconds. By default gRPC waits for 30 s, whatever happens."""
 _RETRIES = {
@@ -72,6 +63,9 @@ _RETRIES = {
 """How a call is tried again that no server behind a name takes, within eight seconds: all that are known may
 have gone, and the name may be about to tell of others. Once an answer begins, nothing is tried again."""
 
+CLIENT_IDLE_S = 120.0
+"""Seconds after its last call at which a client lets its connection go; the next call makes another one. That
+is sooner than a gateway ends it: the end by a server can meet a call, and gRPC writes a line about it."""
 _RETIRE_AFTER_S = 10.0
 """Seconds for which a channel with outdated credentials still accepts calls from its holders."""
 _RETIRED_GRACE_S = 24 * 3600.0
@@ -140,7 +134,7 @@ def client_options(
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.dns_min_time_between_resolutions_ms", _RESOLVE_INTERVAL_S * 1000),
-        *_fixed_window(CLIENT_WINDOW_BYTES),
+        *fixed_window(CLIENT_WINDOW_BYTES),
         # A new channel tries at once, even while an older one of this process waits to try again.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.service_config", json.dumps(service_config)),
@@ -152,7 +146,7 @@ def client_options(
     return options
 
 
-def _fixed_window(num_bytes: int) -> list[tuple[str, Any]]:
+def fixed_window(num_bytes: int) -> list[tuple[str, Any]]:
     """Return the options that set a stream's window.
 
     By default gRPC measures the connection and raises the window: on a fast one, to hundreds of megabytes.
@@ -194,45 +188,6 @@ def check_socket_path(path: str) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionAge:
-    """How old a connection to a server becomes."""
-
-    max_age_s: float
-    """Seconds after which it takes no new calls; see MAX_CONNECTION_AGE_S."""
-    grace_s: float
-    """Seconds for which running calls may continue after that."""
-
-
-def server_options(connection_age: ConnectionAge | None = None) -> list[tuple[str, Any]]:
-    """Return the arguments of a server. Servers never share a port: that would split the traffic.
-
-    Args:
-        connection_age: None: MAX_CONNECTION_AGE_S, and running calls continue for as long as they like.
-    """
-    max_age_s = connection_age.max_age_s if connection_age else MAX_CONNECTION_AGE_S
-    grace_s = connection_age.grace_s if connection_age else MAX_NUMBER / 1000
-    return [
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", -1),
-        *SERVER_KEEPALIVE.options(),
-        # By default gRPC closes the connection of a client that pings more often than every five minutes.
-        # Other gRPC libraries let their users ping every few seconds, and a call may be silent for longer.
-        ("grpc.http2.max_ping_strikes", 0),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.max_concurrent_streams", 1024),
-        *_fixed_window(SERVER_WINDOW_BYTES),
-        ("grpc.max_connection_age_ms", _milliseconds(max_age_s)),
-        ("grpc.max_connection_age_grace_ms", _milliseconds(grace_s)),
-    ]
-
-
-def _milliseconds(seconds: float) -> int:
-    """Return a time as gRPC takes it: past its largest number there is no limit."""
-    return max(1, round(min(seconds * 1000, MAX_NUMBER)))
-
-
 def parse_uris(text: str) -> tuple[str, ...]:
     """Split a comma-separated list of gRPC URIs or host:port pairs.
 
@@ -257,10 +212,14 @@ def parse_uris(text: str) -> tuple[str, ...]:
     return uris
 
 
+def _idle_option() -> tuple[str, int]:
+    return ("grpc.client_idle_timeout_ms", int(CLIENT_IDLE_S * 1000))
+
+
 def aio_channel(uri: str, *, service: str = "", tls: TlsConfig | None = None) -> grpc.aio.Channel:
     """Open an asyncio channel. Call this on the event loop that will use the channel."""
     server_name = tls.server_name if tls else ""
-    options = client_options(uri, service, server_name)
+    options = [*client_options(uri, service, server_name), _idle_option()]
     return _aio_channel(uri, tls.credentials() if tls else None, options)
 
 
@@ -326,7 +285,7 @@ async def _retire(channel: grpc.aio.Channel) -> None:
 
 def sync_channel(uri: str, *, tls: TlsConfig | None = None) -> grpc.Channel:
     """Open a blocking channel."""
-    options = client_options(uri, server_name=tls.server_name if tls else "")
+    options = [*client_options(uri, server_name=tls.server_name if tls else ""), _idle_option()]
     if tls:
         return grpc.secure_channel(uri, tls.credentials(), options=options)
     return grpc.insecure_channel(uri, options=options)

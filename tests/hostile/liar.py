@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from specdec.contract.protocol import PROTOCOL_VERSION
-from specdec.transport.channel import server_options
 from specdec.transport.handshake import make_handshake
+from specdec.transport.server import server_options
 from specdec.v1 import common_pb2, drafter_pb2
 
 SERVICE = "specdec.v1.DrafterService"

@@ -161,7 +161,7 @@ async def test_a_message_far_above_the_limit_is_refused_unread(tiny_llama: Path)
 async def test_long_prompts_take_no_more_memory_than_one(tiny_llama: Path) -> None:
     """Tokenising takes hundreds of times a text's memory: several long texts at once would exhaust it."""
     longest = ["word " * (LARGEST_PROMPT_BYTES // 5)] * 4
-    too_long = ["a" * (MAX_MESSAGE_BYTES - 2**10)] * 6
+    too_long = ["a" * (GatewayConfig().max_message_bytes - 2**10)] * 6
     async with flooded_system(tiny_llama, Liar()) as (system, client):
 
         async def refusal(prompt: str) -> str:

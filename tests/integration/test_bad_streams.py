@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from gateway.config import GatewayConfig
 from specdec.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -323,7 +324,7 @@ async def test_malformed_bytes_are_an_invalid_argument_on_a_stream(
 @shared
 async def test_a_50_mb_message_is_refused_with_the_limit(small: System) -> None:
     text = "x" * 50_000_000
-    with pytest.raises(ResourceExhaustedError, match=str(MAX_MESSAGE_BYTES)):
+    with pytest.raises(ResourceExhaustedError, match=str(GatewayConfig().max_message_bytes)):
         await ask(small.address, generate_request(text=text))
     await assert_healthy(small)
     async with verify_stream(small.verifier_address) as stream:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -36,7 +35,8 @@ from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.service.exporters import make_telemetry
 from specdec.service.health import LIVENESS
 from specdec.service.host import ServiceHost
-from specdec.transport.channel import MAX_MESSAGE_BYTES, aio_channel, client_options, server_options
+from specdec.transport.channel import MAX_MESSAGE_BYTES, aio_channel, client_options
+from specdec.transport.server import server_options
 from specdec.transport.tls import PemFiles
 from specdec.v1 import (
     drafter_pb2,
@@ -48,6 +48,7 @@ from specdec.v1 import (
 )
 from tests.certificates import Authority, Folder
 from tests.integration.gated_drafter import WAIT_S, eventually, eventually_offers, gated_system
+from tests.leftovers import connections_to
 from tests.raw_streams import draft_stream, verify_stream
 from tests.state_probe import StateProbe, all_of
 from tests.systems import ANY_PORT, System, running_drafter, running_gateway, running_system, running_verifier
@@ -120,17 +121,6 @@ async def call_streaming(channel: grpc.aio.Channel, service: str) -> None:
     method = getattr(stub_type(channel), name)
     call = method(message_type()) if service == GATEWAY else method(iter([message_type()]))
     await call.read()
-
-
-def connections_to(address: str) -> set[int]:
-    """Return the local ports of this process's connections to a server."""
-    port = int(address.rpartition(":")[2])
-    connections = psutil.Process().net_connections("tcp")
-    return {
-        connection.laddr.port
-        for connection in connections
-        if connection.raddr and connection.raddr.port == port
-    }
 
 
 async def is_idle(system: System) -> bool:
@@ -568,7 +558,7 @@ class TestTransport:
         self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A server sends its clients away from an old connection; calls under way stay on it."""
-        monkeypatch.setattr("specdec.transport.channel.MAX_CONNECTION_AGE_S", 0.3)
+        monkeypatch.setattr("specdec.transport.server.MAX_CONNECTION_AGE_S", 0.3)
         async with (
             gated_system(tiny_llama, gateway_options={"max_connection_age_s": 0.3}) as (system, gate),
             aio_channel(system.address) as channel,
@@ -592,9 +582,10 @@ class TestTransport:
     ) -> None:
         async with running_system(tiny_llama) as system, aio_channel(system.address) as channel:
             generate = gateway_pb2_grpc.GatewayServiceStub(channel).Generate
+            most = GatewayConfig().max_message_bytes
             for size, code in (
-                (MAX_MESSAGE_BYTES - 2**20, grpc.StatusCode.INVALID_ARGUMENT),
-                (MAX_MESSAGE_BYTES + 2**20, grpc.StatusCode.RESOURCE_EXHAUSTED),
+                (most - 2**10, grpc.StatusCode.INVALID_ARGUMENT),
+                (most + 2**10, grpc.StatusCode.RESOURCE_EXHAUSTED),
             ):
                 # Refused for its role, if it is read at all: nobody has to tokenise it.
                 message = gateway_pb2.ChatMessage(role="robot", content="x" * size)

@@ -12,7 +12,7 @@ import grpc
 
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, to_status
 from specdec.contract.protocol import PROTOCOL_VERSION
-from specdec.transport.channel import server_options
+from specdec.transport.server import server_options
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
 
 Responses = Iterator[gateway_pb2.GenerateResponse]

@@ -24,7 +24,6 @@ from specdec.contract.bounds import MAX_NUMBER, MAX_UINT32
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.sampling import SamplingParams
 from specdec.service.config import MAX_THREADS
-from specdec.transport.channel import MAX_MESSAGE_BYTES
 from specdec.v1 import gateway_pb2
 from verifier_service.cli import main as verifier_main
 from verifier_service.config import VerifierConfig
@@ -101,16 +100,6 @@ def test_no_number_of_a_request_is_left_out_above() -> None:
     assert number_fields(request.fields_by_name["sampling"].message_type) == set(SAMPLING_BOUNDS)
     assert number_fields(request) == set(OPTION_BOUNDS) | OF_THE_GATEWAY
     assert number_fields(request) <= {field for _, field in request_fields()}
-
-
-def test_a_prompt_too_large_to_be_received_is_refused_by_the_client() -> None:
-    for prompt, raw in (("a" * MAX_MESSAGE_BYTES, False), ("é" * (MAX_MESSAGE_BYTES // 2), True)):
-        with pytest.raises(
-            InvalidArgumentError, match=rf"at most {MAX_MESSAGE_BYTES} .*shorten the prompt"
-        ) as raised:
-            build_request(prompt, GenerateOptions(raw=raw))
-        assert (raised.value.field, raised.value.reason) == ("prompt", "PROMPT_TOO_LONG")
-    build_request("a" * (MAX_MESSAGE_BYTES - 64), GenerateOptions())
 
 
 OWN_BOUNDS = {"threads": MAX_THREADS}

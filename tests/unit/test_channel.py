@@ -11,16 +11,16 @@ from typing import Any
 import grpc
 import pytest
 
+from gateway.config import GatewayConfig
 from specdec.contract.errors import InvalidArgumentError
 from specdec.transport import channel
 from specdec.transport.channel import (
     SERVICE_KEEPALIVE,
-    ConnectionAge,
     ServiceChannel,
     client_options,
     parse_uris,
-    server_options,
 )
+from specdec.transport.server import ConnectionLimits, server_options
 from specdec.transport.tls import OutgoingTls, PemFiles, server_credentials
 from specdec.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.certificates import Authority, Folder, replace
@@ -53,7 +53,9 @@ def test_addresses_may_be_sockets_whose_paths_the_kernel_takes() -> None:
         client_options("dns:///host:1"),
         client_options("dns:///host:1", keepalive=SERVICE_KEEPALIVE),
         server_options(),
-        server_options(ConnectionAge(300.0, 900.0)),
+        server_options(
+            ConnectionLimits(idle_s=GatewayConfig().connection_idle_s, max_age_s=300.0, age_grace_s=900.0)
+        ),
     ],
 )
 def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
@@ -67,6 +69,8 @@ def test_times_are_in_milliseconds(options: list[tuple[str, Any]]) -> None:
         "grpc.max_connection_age_ms": (60, 7200),
         "grpc.max_connection_age_grace_ms": (60, 3_000_000),
         "grpc.dns_min_time_between_resolutions_ms": (1, 10),
+        "grpc.max_connection_idle_ms": (60, 1800),
+        "grpc.server_handshake_timeout_ms": (5, 60),
     }
     times = {name: value / 1000 for name, value in options if name.endswith("_ms")}
     assert times
@@ -84,7 +88,7 @@ def test_only_a_name_may_have_other_servers_to_try(uri: str, tries_again: bool) 
 
 
 def test_an_age_without_end_is_one_for_grpc() -> None:
-    options = dict(server_options(ConnectionAge(1e9, 1e-9)))
+    options = dict(server_options(ConnectionLimits(max_age_s=1e9, age_grace_s=1e-9)))
     assert options["grpc.max_connection_age_ms"] == 2**31 - 1
     assert options["grpc.max_connection_age_grace_ms"] == 1
 
