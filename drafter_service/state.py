@@ -13,7 +13,7 @@ from drafter_service.config import DrafterConfig
 from specdec.contract.errors import InvalidArgumentError
 from specdec.models.files import resolve_model
 from specdec.runtime.loading import usable_device
-from specdec.runtime.memory import SharedDirectory
+from specdec.runtime.state_files import SharedDirectory, StateFiles
 from specdec.state.reader import Link, ReaderConfig, StateReader
 from specdec.state.weights import read_weights
 from specdec.transport.tls import OutgoingTls
@@ -37,7 +37,7 @@ def load_reader(
         NotFoundError: there is no such checkpoint.
     """
     device = usable_device(config.device)
-    directory = None if config.target_state == "stream" else _shared_directory(config)
+    directory = None if config.target_state == "stream" else _shared_files(config)
     checkpoint = None
     if config.target:
         folder, dtype = resolve_model(config.target), getattr(torch, config.dtype)
@@ -55,7 +55,10 @@ def load_reader(
     return StateReader(reader_config, checkpoint, on_link, tls=tls)
 
 
-def _shared_directory(config: DrafterConfig) -> SharedDirectory | None:
+def _shared_files(config: DrafterConfig) -> StateFiles | None:
+    if config.shared_gid is not None:
+        # Files of another user: a directory of this one's own is not needed, and may be impossible to make.
+        return StateFiles(Path(config.shared_dir), config.shared_gid)
     try:
         directory = SharedDirectory(Path(config.shared_dir))
         directory.sweep()

@@ -26,7 +26,7 @@ from specdec.contract.target_state import (
     value_name,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
-from specdec.runtime.memory import SharedDirectory
+from specdec.runtime.state_files import SharedDirectory
 from specdec.state.reader import ReaderConfig, StateReader
 from specdec.state.view import Projection, TargetStateView
 from specdec.v1 import verifier_pb2

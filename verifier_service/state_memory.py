@@ -7,8 +7,9 @@ from pathlib import Path
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.loading import LoadedModel, usable_device
-from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory, StateMemory
+from specdec.runtime.memory import PrivateMemory, SharedHostMemory, StateMemory
 from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.state_files import SharedDirectory
 from specdec.state.weights import shared_weights_bytes
 from verifier_service.config import VerifierConfig
 
@@ -26,7 +27,7 @@ def make_memory(config: VerifierConfig) -> StateMemory:
         return PrivateMemory(device)
     strict = config.target_state == "handle"
     try:
-        directory = SharedDirectory(Path(config.shared_dir))
+        directory = SharedDirectory(Path(config.shared_dir), config.shared_gid)
     except InvalidArgumentError as error:
         if strict:
             raise

@@ -210,7 +210,7 @@ class _Bench:
     async def _reader(self, transport: str) -> AsyncIterator[StateReader]:
         import torch
 
-        from specdec.runtime.memory import SharedDirectory
+        from specdec.runtime.state_files import SharedDirectory
         from specdec.state.reader import ReaderConfig, StateReader
 
         directory = SharedDirectory(Path(self._config.shared_dir)) if transport == HANDLE else None

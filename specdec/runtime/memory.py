@@ -1,21 +1,12 @@
-"""Memory a verifier keeps its KV and hidden states in, so that another process on the host can map it.
-
-Files in a memory-backed directory: mode 0600 in a directory of mode 0700, with names nobody can guess. The
-owner holds a lock on each file for as long as it lives, which the kernel drops however it ends: a file
-without its lock belongs to nobody and is swept. A lock, unlike a pid, means the same in every container.
-"""
+"""Memory a verifier keeps its KV and hidden states in, so that another process on the host can map it."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import secrets
 import shutil
-import stat
 import threading
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,15 +15,14 @@ from torch import Tensor
 
 from specdec.contract.errors import (
     FailedPreconditionError,
-    InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
 )
 from specdec.contract.target_state import SharedMemory, StateStorage, Storage, boot_id
+from specdec.runtime.state_files import SharedDirectory, same_file
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = ".state"
 _ADVICE = "Give the directory more memory (Docker: --shm-size), or lower --kv-cache-mib."
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -104,7 +94,7 @@ class PrivateMemory(StateMemory):
 
 
 class SharedHostMemory(StateMemory):
-    """Files of a shared directory, mapped by this process and by drafters of the same user.
+    """Files of a shared directory, mapped by this process and by drafters that may read them.
 
     Args:
         directory: where.
@@ -148,8 +138,9 @@ class SharedHostMemory(StateMemory):
 
     def _mapped(self, path: str, num_bytes: int) -> Tensor:
         try:
-            return torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8)
-        except RuntimeError as error:
+            with same_file(path, self._files[path]) as file:
+                return torch.from_file(file, shared=True, size=num_bytes, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
             with self._lock:
                 self._remove(path)
             raise ResourceExhaustedError(
@@ -182,82 +173,6 @@ class SharedHostMemory(StateMemory):
         if path in self._files:
             Path(path).unlink(missing_ok=True)
             os.close(self._files.pop(path))
-
-
-class SharedDirectory:
-    """The directory of this user's state files below `root`; made if it is not there.
-
-    Raises:
-        InvalidArgumentError: it cannot be made, or others may enter it.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.path = root.absolute() / f"specdec-{os.getuid()}"
-        try:
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            status = self.path.lstat()
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"The shared directory {self.path} cannot be made: {error.strerror}. Name a memory-backed "
-                "directory that is there with --shared-dir.",
-                field="shared_dir",
-            ) from error
-        is_private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-        if not is_private or status.st_uid != os.getuid():
-            raise InvalidArgumentError(
-                f"The shared directory {self.path} must be this user's own, mode 0700; remove it, or name "
-                "another --shared-dir.",
-                field="shared_dir",
-            )
-
-    def create(self, num_bytes: int) -> tuple[int, Path]:
-        """Create a new locked file; return its descriptor, which holds the lock, and its path.
-
-        Raises:
-            OSError: no room, or no such directory.
-        """
-        # Nameless until it is locked: a sweep never meets a file whose owner has not come that far.
-        descriptor = os.open(self.path, os.O_TMPFILE | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.posix_fallocate(descriptor, 0, num_bytes)
-            path = self.path / f"{secrets.token_hex(16)}{_SUFFIX}"
-            # The directory is ignored beside an absolute path; naming one makes Python follow the link.
-            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor, path
-
-    def may_hold(self, path: str) -> bool:
-        """Return whether a state file may be there, spelled as by its owner: each file is mapped once."""
-        return path == str(self.path / Path(path).name) and path.endswith(_SUFFIX)
-
-    def sweep(self) -> int:
-        """Remove files whose owner is gone; how many."""
-        num_removed = 0
-        for path in self.path.glob(f"*{_SUFFIX}"):
-            with suppress(OSError):
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-                try:
-                    if is_abandoned(descriptor):
-                        path.unlink()
-                        num_removed += 1
-                finally:
-                    os.close(descriptor)
-        if num_removed:
-            logger.info("removed state files of processes that are gone", extra={"num_files": num_removed})
-        return num_removed
-
-
-def is_abandoned(descriptor: int) -> bool:
-    """Return whether nobody holds the lock of a file: its owner is gone."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    return True
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import grp
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -125,6 +126,10 @@ class ModelServiceConfig(ServiceConfig):
     shared_dir: str = "/dev/shm"
     """Memory-backed directory in which verifiers and drafters of one host share target state; both must be
     given the same. They use a folder specdec-UID in it, and a verifier puts its KV pool there."""
+    shared_group: str = ""
+    """Group, by name or number, whose members may read target state in shared memory. Verifier and drafter
+    of two users must be given the same group, and belong to it. Empty: only services of one user share
+    memory."""
     drain_grace_s: float = 30.0
     """How long running sessions may go on after SIGTERM, seconds."""
     log_level: str = "info"
@@ -144,11 +149,32 @@ class ModelServiceConfig(ServiceConfig):
         require_not_negative(self, "drain_grace_s", "step_timeout_s")
         require_between(self, 0, MAX_THREADS, "threads")
         require_choice(self, "target_state", TARGET_STATE_MODES)
+        _ = self.shared_gid
         if self.tls_session_callers and not self.tls_client_authorities:
             raise InvalidArgumentError(
                 "--tls-session-callers needs callers with certificates; give --tls-client-authorities.",
                 field="tls_session_callers",
             )
+
+    @property
+    def shared_gid(self) -> int | None:
+        """Number of the group that shares target state; None: there is none.
+
+        Raises:
+            InvalidArgumentError: this host has no such group.
+        """
+        name = self.shared_group
+        if not name:
+            return None
+        if name.isascii() and name.isdigit() and not bound_passed(int(name), 0, MAX_NUMBER):
+            return int(name)
+        try:
+            return grp.getgrnam(name).gr_gid
+        except KeyError:
+            raise InvalidArgumentError(
+                f"--shared-group is {name!r}; it must be the name or the number of a group of this host.",
+                field="shared_group",
+            ) from None
 
     @property
     def session_callers(self) -> frozenset[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import stat
 import warnings
 
 import torch
@@ -13,26 +12,20 @@ from torch import Tensor
 
 from specdec.contract.errors import FailedPreconditionError
 from specdec.contract.target_state import TensorRef
-from specdec.runtime.memory import SharedDirectory, dtype_of, is_abandoned
+from specdec.runtime.memory import dtype_of
+from specdec.runtime.state_files import StateFiles, is_abandoned
 
 
 class MappedFile:
     """A state file of another process, mapped for reading only: no reader can change what the target sees.
 
     Raises:
-        FailedPreconditionError: it is not in the shared directory, not this user's, or its owner is gone.
+        FailedPreconditionError: this process may not read it, or its owner is gone.
     """
 
-    def __init__(self, directory: SharedDirectory, path: str) -> None:
-        if not directory.may_hold(path):
-            raise FailedPreconditionError(
-                f"The state is not in this service's shared directory {directory.path}; start both services "
-                "with the same --shared-dir.",
-                reason="STATE_NOT_MAPPED",
-            )
+    def __init__(self, files: StateFiles, path: str) -> None:
         try:
-            # Not blocking: a FIFO would wait for its writer.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._descriptor = files.open(path)
             try:
                 self._map(self._descriptor)
             except BaseException:
@@ -44,12 +37,9 @@ class MappedFile:
             ) from error
 
     def _map(self, descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or not status.st_size:
-            raise FailedPreconditionError("The state file is not this user's.", reason="STATE_NOT_MAPPED")
         if is_abandoned(descriptor):
             raise FailedPreconditionError("The state's verifier is gone.", reason="STALE_STATE")
-        mapping = mmap.mmap(descriptor, status.st_size, mmap.MAP_SHARED, mmap.PROT_READ)
+        mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size, mmap.MAP_SHARED, mmap.PROT_READ)
         with warnings.catch_warnings():
             # torch has no read-only tensors and says so; nothing here writes.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")

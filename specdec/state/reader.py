@@ -21,7 +21,7 @@ from specdec.contract.target_state import (
     storage_kind,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS
-from specdec.runtime.memory import SharedDirectory
+from specdec.runtime.state_files import StateFiles
 from specdec.state.mirror import MirrorBudget, MirroredState
 from specdec.state.source import MappedState, Mappings, StateSource
 from specdec.state.verifier_peers import VerifierPeers
@@ -59,7 +59,7 @@ class ReaderConfig:
 
     mode: str
     device: torch.device
-    directory: SharedDirectory | None
+    directory: StateFiles | None
     mirror_bytes: int
     stream_projected: bool = True
     verifier_allow: str = LOCAL

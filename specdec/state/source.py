@@ -21,7 +21,7 @@ from specdec.contract.target_state import (
     boot_id,
 )
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
-from specdec.runtime.memory import SharedDirectory
+from specdec.runtime.state_files import StateFiles
 from specdec.state.mapped_file import MappedFile, carve
 from specdec.state.view import Projection, TargetStateView
 
@@ -59,7 +59,7 @@ class Mappings:
         directory: where files may be; None: nowhere.
     """
 
-    def __init__(self, device: torch.device, directory: SharedDirectory | None) -> None:
+    def __init__(self, device: torch.device, directory: StateFiles | None) -> None:
         self._device = device
         self._directory = directory
         self._boot_id = boot_id()

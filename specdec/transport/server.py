@@ -14,8 +14,8 @@ SERVER_KEEPALIVE = Keepalive(30.0, 10.0)
 SERVER_WINDOW_BYTES = 128 * 1024
 """What a client may send on a stream before the service reads. A peer may fill it on every stream."""
 MAX_CONNECTION_AGE_S = 1800
-"""Age at which a server closes a connection to new calls, seconds, give or take a tenth. The client then looks
-the name up again and finds new replicas; running calls continue on the old connection."""
+"""Age at which a server closes a connection to new calls, seconds, give or take a tenth. The client then
+looks the name up again and finds new replicas; running calls continue on the old connection."""
 HANDSHAKE_TIMEOUT_S = 20.0
 """How long a new connection may take until it can have calls, its TLS included, seconds."""
 HEALTH_MESSAGE_BYTES = 4096

@@ -65,6 +65,12 @@ class Container:
         return self.options.get(f"SPECDEC_{self.service.upper()}_{name}", "")
 
     @property
+    def user(self) -> tuple[int, int]:
+        """User and group of the container's processes."""
+        context = self.pod["securityContext"] | self.spec["securityContext"]
+        return context["runAsUser"], context["runAsGroup"]
+
+    @property
     def has_gpu(self) -> bool:
         """Whether the container gets a GPU, by a claim or as a resource."""
         resources = self.spec["resources"]

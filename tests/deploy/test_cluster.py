@@ -50,6 +50,20 @@ LEAST_SESSION_TOKENS = 1024
 UNITS = {"Mi": 1, "Gi": 1024}
 
 
+def image_users() -> dict[str, tuple[int, int]]:
+    """Return user and group of each service's image."""
+    users: dict[str, tuple[int, int]] = {}
+    for stage in (DEPLOY / "Dockerfile").read_text().split("\nFROM ")[1:]:
+        base, _, name = stage.partition("\n")[0].partition(" AS ")
+        found = re.search(r"^USER (\d+):(\d+)$", stage, re.MULTILINE)
+        if found or base in users:
+            users[name] = (int(found[1]), int(found[2])) if found else users[base]
+    return users
+
+
+IMAGE_USERS = image_users()
+
+
 def mib(quantity: str) -> int:
     """Convert a quantity of memory to MiB."""
     return int(quantity[:-2]) * UNITS[quantity[-2:]]
@@ -228,23 +242,29 @@ class TestSecurity:
         assert host_paths(overlay("podman")) == ["/dev/shm"]
 
     def test_pods_are_restricted(self, manifests: Manifests) -> None:
-        user = re.search(r"^USER (\d+):(\d+)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
-        assert user
         for pod in manifests.pod_specs():
             assert pod["automountServiceAccountToken"] is False
             assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
             context = pod["securityContext"]
             assert context["runAsNonRoot"] is True
-            assert (context["runAsUser"], context["runAsGroup"]) == (int(user[1]), int(user[2]))
             assert context["seccompProfile"] == {"type": "RuntimeDefault"}
             for container in pod["containers"]:
-                assert container["securityContext"] == {
+                assert container["securityContext"] | {"runAsUser": 0} == {
+                    "runAsUser": 0,
                     "allowPrivilegeEscalation": False,
                     "readOnlyRootFilesystem": True,
                     "capabilities": {"drop": ["ALL"]},
                 }
                 assert container["resources"].keys() >= {"requests", "limits"}
                 assert any(mount["mountPath"] == "/tmp" for mount in container["volumeMounts"])
+
+    def test_processes_have_the_users_of_the_images(self, manifests: Manifests) -> None:
+        for container in manifests.containers():
+            # On a GPU that is shared, both services are one user.
+            shares_gpu = container.has_gpu and len(container.pod["containers"]) > 1
+            service = "verifier" if shares_gpu else container.service
+            assert container.user == IMAGE_USERS[service]
+            assert container.pod["securityContext"]["fsGroup"] == container.user[1]
 
     def test_no_variables_of_service_links(self, manifests: Manifests) -> None:
         assert all(pod["enableServiceLinks"] is False for pod in manifests.pod_specs())
@@ -381,12 +401,19 @@ class TestHandles:
         assert verifier.option("TARGET_STATE") == ("auto" if one_pod else "stream")
         if not one_pod:
             return
-        assert verifier.pod["shareProcessNamespace"] is True
+        group = str(verifier.user[1])
+        assert verifier.option("SHARED_GROUP") == drafter.option("SHARED_GROUP") == group
+        assert verifier.user[1] == drafter.user[1]
+        # CUDA IPC works within a PID namespace and for one user; nothing else needs either.
+        assert verifier.pod.get("shareProcessNamespace", False) is verifier.has_gpu
+        assert (verifier.user == drafter.user) is verifier.has_gpu
         directory = verifier.option("SHARED_DIR")
         assert drafter.option("SHARED_DIR") == directory
         for container in (verifier, drafter):
             mounts = {mount["mountPath"]: mount["name"] for mount in container.spec["volumeMounts"]}
             assert mounts[directory] == "shared"
+            (mount,) = (m for m in container.spec["volumeMounts"] if m["name"] == "shared")
+            assert mount.get("readOnly", False) is (container is drafter)
             # That of MPS would take the place of a volume there.
             assert "/dev/shm" not in mounts
 

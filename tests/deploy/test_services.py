@@ -215,10 +215,20 @@ class TestCompose:
 
     def test_handles_fit_into_shared_memory(self, services: dict[str, Any]) -> None:
         verifier, drafter = services["verifier"], services["drafter"]
-        assert drafter["ipc"] == drafter["pid"] == drafter["network_mode"] == "service:verifier"
+        assert drafter["ipc"] == drafter["network_mode"] == "service:verifier"
         assert verifier["environment"]["SPECDEC_VERIFIER_KV_CACHE_MIB"] < 1024 * math.floor(
             int(verifier["shm_size"].removesuffix("gb"))
         )
+
+    def test_the_drafter_reads_state_and_nothing_else_of_the_verifier(self, services: dict[str, Any]) -> None:
+        verifier, drafter = services["verifier"], services["drafter"]
+        assert "pid" not in drafter
+        (verifier_user, group), (drafter_user, other) = (
+            service["user"].split(":") for service in (verifier, drafter)
+        )
+        assert verifier_user != drafter_user
+        assert verifier["environment"]["SPECDEC_VERIFIER_SHARED_GROUP"] == group == other
+        assert drafter["environment"]["SPECDEC_DRAFTER_SHARED_GROUP"] == group
 
     async def test_health_checks_tell_who_serves(self, services: dict[str, Any]) -> None:
         for name, service in services.items():

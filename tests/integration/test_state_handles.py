@@ -23,7 +23,7 @@ from specdec.contract.errors import (
 )
 from specdec.contract.target_state import GENERATIONS, SharedMemory, StateStorage, TargetStateRef, TensorRef
 from specdec.runtime.kv_pool import BLOCK_TOKENS
-from specdec.runtime.memory import SharedDirectory
+from specdec.runtime.state_files import SharedDirectory
 from tests.raw_streams import DraftStream, VerifyStream, draft_stream, until
 from tests.state_probe import (
     ProbeSession,
@@ -310,7 +310,7 @@ FORGERIES: dict[str, tuple[Forge, str]] = {
     "outside by way of the parent": (by_way_of_the_parent, "not in this service's shared directory"),
     "symlink": (linked, "state file cannot be"),
     "too short": (short, "would lie outside the memory"),
-    "fifo": (fifo, "not this user's"),
+    "fifo": (fifo, "neither this user's"),
     "folder": (lambda ref, folder: moved(ref, path=str(folder / ".")), "not in this service's"),
     "missing": (lambda ref, folder: moved(ref, path=str(folder / "gone.state")), "state file cannot be"),
     "another host": (lambda ref, _: moved(ref, boot_id="another"), "another host"),

@@ -21,7 +21,7 @@ from specdec.client import AsyncClient, GenerateOptions, Generation
 from specdec.client.gateway_info import DrafterServiceInfo, GatewayInfo, VerifierInfo
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import StateStorage, TargetStateSpec
-from specdec.runtime.memory import SharedDirectory
+from specdec.runtime.state_files import SharedDirectory
 from specdec.transport.channel import aio_channel
 from specdec.v1 import drafter_pb2, drafter_pb2_grpc, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from tests.refusals import shared

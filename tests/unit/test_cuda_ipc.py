@@ -20,7 +20,8 @@ from specdec.client.gateway_info import DrafterServiceInfo
 from specdec.contract.errors import FailedPreconditionError
 from specdec.contract.target_state import CudaIpc, SharedMemory, StateStorage
 from specdec.local.processes import free_ports
-from specdec.runtime.memory import SharedDirectory, SharedHostMemory
+from specdec.runtime.memory import SharedHostMemory
+from specdec.runtime.state_files import SharedDirectory
 from tests.probe_service import ENV, probe_command, service_group
 from tests.systems import running_gateway, running_verifier
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import GENERATIONS, SharedMemory
 from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, KvShape
-from specdec.runtime.memory import SharedDirectory, SharedHostMemory, StateMemory
+from specdec.runtime.memory import SharedHostMemory, StateMemory
+from specdec.runtime.state_files import SharedDirectory
 from tests.leftovers import nothing_left
 
 SHAPES = {0: KvShape(2, 4, 4), 3: KvShape(1, 8, 2)}

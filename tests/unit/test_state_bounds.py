@@ -13,7 +13,8 @@ import torch
 
 from specdec.contract.errors import FailedPreconditionError, ResourceExhaustedError, UnavailableError
 from specdec.contract.target_state import SharedMemory, TargetStateRef, TargetStateSpec, TensorRef
-from specdec.runtime.memory import SharedDirectory, SharedHostMemory
+from specdec.runtime.memory import SharedHostMemory
+from specdec.runtime.state_files import SharedDirectory
 from specdec.state.mapped_file import MappedFile
 from specdec.state.mirror import MirrorBudget, MirroredState
 from specdec.state.reader import ReaderConfig, StateReader

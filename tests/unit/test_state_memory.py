@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import os
 import stat
 import subprocess
@@ -15,10 +16,12 @@ import torch
 
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import SharedMemory, StateStorage, TensorRef, boot_id
-from specdec.runtime.memory import PrivateMemory, SharedDirectory, SharedHostMemory
+from specdec.runtime.memory import PrivateMemory, SharedHostMemory
+from specdec.runtime.state_files import SharedDirectory, StateFiles, same_file
 from specdec.state.mapped_file import MappedFile, carve
 from tests.leftovers import nothing_left
 from tests.probe_service import ENV
+from verifier_service.config import VerifierConfig
 
 REF = TensorRef("hidden.0", "float32", (4, 8))
 NUM_BYTES = 4 * 8 * 4
@@ -87,7 +90,8 @@ def test_a_sweep_takes_what_nobody_holds_and_nothing_else(directory: SharedDirec
 OWNER = """
 import sys, time
 from pathlib import Path
-from specdec.runtime.memory import SharedDirectory, SharedHostMemory
+from specdec.runtime.memory import SharedHostMemory
+from specdec.runtime.state_files import SharedDirectory
 memory = SharedHostMemory(SharedDirectory(Path(sys.argv[1])), strict=True)
 print(memory.allocate(128).storage.path, flush=True)
 sys.stdin.read()
@@ -121,7 +125,7 @@ def test_a_killed_owners_file_is_known_to_be_abandoned(directory: SharedDirector
 def test_another_users_file_is_not_mapped(directory: SharedDirectory) -> None:
     descriptor, path = directory.create(NUM_BYTES)
     os.chown(path, 12345, 12345)
-    with pytest.raises(FailedPreconditionError, match="not this user's"):
+    with pytest.raises(FailedPreconditionError, match="neither this user's"):
         MappedFile(directory, str(path))
     os.close(descriptor)
 
@@ -228,3 +232,108 @@ def test_private_memory_is_nowhere_to_be_found() -> None:
         assert region.storage is None
         assert not region.tensor.any()
     assert memory.kind is StateStorage.STREAM
+
+
+class TestGroup:
+    """A group that may read; the owner's own stands for one here, in which the tests' user is."""
+
+    group = os.getgid()
+
+    def test_its_members_may_read_and_nobody_else_may_write(self, tmp_path: Path) -> None:
+        old_mask = os.umask(0o077)
+        try:
+            directory = SharedDirectory(tmp_path, self.group)
+            descriptor, path = directory.create(NUM_BYTES)
+        finally:
+            os.umask(old_mask)
+        assert stat.S_IMODE(directory.path.stat().st_mode) == 0o750
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        assert {directory.path.stat().st_gid, path.stat().st_gid} == {self.group}
+        os.close(descriptor)
+
+    def test_a_directory_that_was_private_is_opened_and_one_others_enter_is_refused(
+        self, tmp_path: Path
+    ) -> None:
+        directory = SharedDirectory(tmp_path).path
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+        SharedDirectory(tmp_path, self.group)
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o750
+        with pytest.raises(InvalidArgumentError, match="mode 0700"):
+            SharedDirectory(tmp_path)
+        directory.rmdir()
+        directory.symlink_to(tmp_path)
+        with pytest.raises(InvalidArgumentError, match="mode 0750"):
+            SharedDirectory(tmp_path, self.group)
+
+    def test_a_reader_needs_no_directory_of_its_own(self, tmp_path: Path) -> None:
+        files = StateFiles(tmp_path, self.group)
+        assert files.sweep() == 0
+        assert list(tmp_path.iterdir()) == []
+        memory = SharedHostMemory(SharedDirectory(tmp_path, self.group), strict=True)
+        storage = memory.allocate(NUM_BYTES).storage
+        assert isinstance(storage, SharedMemory)
+        mapped = MappedFile(files, storage.path)
+        assert mapped.tensor(REF, 0).shape == (4, 8)
+        mapped.close()
+        memory.close()
+
+    @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+    @pytest.mark.parametrize(
+        ("folder_mode", "file_mode", "group", "owner"),
+        [
+            (0o750, 0o660, 12345, 12345),
+            (0o770, 0o640, 12345, 12345),
+            (0o757, 0o640, 12345, 12345),
+            (0o750, 0o640, 12346, 12345),
+            (0o750, 0o640, 12345, 12346),
+        ],
+    )
+    def test_files_that_others_could_write_or_that_are_of_another_group_are_not_mapped(
+        self, folder_mode: int, file_mode: int, group: int, owner: int, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "specdec-12345"
+        folder.mkdir()
+        path = folder / f"{'0' * 32}.state"
+        path.write_bytes(bytes(NUM_BYTES))
+        files = StateFiles(tmp_path, 12345)
+        for part, uid, mode in ((path, owner, file_mode), (folder, 12345, folder_mode)):
+            os.chown(part, uid, group)
+            part.chmod(mode)
+        with nothing_left(), pytest.raises(FailedPreconditionError, match="neither this user's"):
+            MappedFile(files, str(path))
+        for part, mode in ((path, 0o640), (folder, 0o750)):
+            os.chown(part, 12345, 12345)
+            part.chmod(mode)
+        with pytest.raises(FailedPreconditionError, match="verifier is gone"):
+            MappedFile(files, str(path))
+        with pytest.raises(FailedPreconditionError, match="--shared-group"):
+            MappedFile(StateFiles(tmp_path), str(path))
+
+    def test_a_directory_that_was_replaced_gets_no_state(self, tmp_path: Path) -> None:
+        directory = SharedDirectory(tmp_path, self.group)
+        directory.path.rename(tmp_path / "away")
+        (tmp_path / "trap").mkdir(mode=0o777)
+        directory.path.symlink_to(tmp_path / "trap")
+        with nothing_left(), pytest.raises(OSError, match=r"(?i)not a directory|symbolic"):
+            directory.create(NUM_BYTES)
+        assert list((tmp_path / "trap").iterdir()) == []
+
+    def test_a_file_that_was_replaced_is_not_mapped(self, tmp_path: Path) -> None:
+        descriptor, path = SharedDirectory(tmp_path, self.group).create(NUM_BYTES)
+        with same_file(str(path), descriptor) as again:
+            assert Path(again).samefile(path)
+        path.unlink()
+        path.write_bytes(bytes(NUM_BYTES))
+        with pytest.raises(PermissionError), same_file(str(path), descriptor):
+            pass
+        os.close(descriptor)
+
+    def test_an_option_names_a_group_of_the_host(self) -> None:
+        name = grp.getgrgid(0).gr_name
+        assert VerifierConfig().shared_gid is None
+        assert VerifierConfig(shared_group=name).shared_gid == 0
+        assert VerifierConfig(shared_group="10001").shared_gid == 10001
+        for wrong in ("no-such-group", "-1", "2147483648", "1.0"):
+            with pytest.raises(InvalidArgumentError, match="--shared-group") as raised:
+                VerifierConfig(shared_group=wrong)
+            assert raised.value.field == "shared_group"

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from specdec.contract.target_state import SharedMemory, StateStorage, TensorRef
-from specdec.runtime.memory import PrivateMemory, Region, SharedDirectory, SharedHostMemory
+from specdec.runtime.memory import PrivateMemory, Region, SharedHostMemory
+from specdec.runtime.state_files import SharedDirectory
 from specdec.state.mapped_file import MappedFile
 from specdec.state.weights import TargetWeights, TargetWeightsRef, read_weights, share_weights
 from tests.tiny_models import VOCAB_SIZE, tiny_config
