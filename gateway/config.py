@@ -17,6 +17,9 @@ from specdec.service.config import (
 )
 from specdec.transport.channel import parse_uris
 
+MAX_STREAM_PADDING = 2**16
+"""Most bytes that a message of an answer is padded to a multiple of."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig(ServiceConfig):
@@ -83,6 +86,10 @@ class GatewayConfig(ServiceConfig):
     authenticator: str = ""
     """MODULE:NAME of a callable that returns a specdec.service.auth.Authenticator, which then decides who may
     call. It replaces --auth-tokens."""
+    stream_padding: int = 0
+    """Pad each message of an answer to a multiple of so many bytes, at most 65,536, so that who sees sizes on
+    the wire does not learn how many tokens each round accepted; 1024 is enough for the tokens of a round
+    without log probabilities. 0: messages are as long as what is in them."""
     trust_traceparent: bool = False
     """Let a request belong to the trace that its caller names (metadata traceparent), which then also says
     whether spans of it are recorded. Without this option it has a trace of its own, with a link to the
@@ -109,6 +116,7 @@ class GatewayConfig(ServiceConfig):
         require_not_negative(
             self, "drain_grace_s", "drafter_wait_s", "failover_wait_s", "max_waiting", "connection_idle_s"
         )
+        require_between(self, 0, MAX_STREAM_PADDING, "stream_padding")
         if 0 < self.connection_idle_s < 1:
             # A connection could end before its first call has come.
             require_between(self, 1, MAX_NUMBER, "connection_idle_s")

@@ -21,6 +21,7 @@ from gateway.replicas.replica import Replica
 from gateway.replicas.services import VerifierSet
 from gateway.request.backends import Backends
 from gateway.request.deadlines import at_most, timeout_s, turn
+from gateway.request.padding import pad
 from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
 from gateway.request.plan import Plan, make_plan
 from gateway.request.running import RunningRequest
@@ -172,7 +173,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         try:
             async with aclosing(buffered(running.responses())) as responses:
                 async for response in responses:
-                    await send(call.context, response)
+                    await _send(call.context, response, backends.config.stream_padding)
             outcome = FINISH_REASONS[response.finished.finish_reason]
         except Exception as error:
             outcome = "" if is_full(error) and not call.place.has_run else outcome_of(error)
@@ -202,7 +203,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             request_id=REQUEST_ID.get(),
             seed=None if plan.sampling.is_greedy else plan.sampling.seed,
         )
-        await send(call.context, gateway_pb2.GenerateResponse(started=started))
+        padding = call.backends.config.stream_padding
+        await _send(call.context, gateway_pb2.GenerateResponse(started=started), padding)
         return plan
 
     async def GetInfo(  # noqa: N802
@@ -229,17 +231,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         )
 
 
-async def _ready(verifiers: VerifierSet, wait_s: float) -> None:
-    """Wait for a verifier, as a request does whose verifier is lost: otherwise all who wait would fail when
-    the verifiers restart."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(wait_s):
-            await verifiers.wait_until_ready()
-
-
-def _runs(model: common_pb2.ModelInfo | None, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
-    """Return whether a verifier runs a model; None: any will do."""
-    return model is None or is_same_model(model, info)
+                    await _send(call.context, response, backends.config.stream_padding)
 
 
 def _caller_name() -> str:

@@ -86,7 +86,7 @@ class RunningRequest:
             async for current in rounds:
                 chunk = self._take(current)
                 finish_reason = "stop_string" if self._text.stopped else current.verified.finish_reason
-                if chunk.tokens:
+                if chunk.tokens or self._backends.config.stream_padding:
                     yield gateway_pb2.GenerateResponse(chunk=chunk)
                 if finish_reason:
                     break

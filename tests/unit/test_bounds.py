@@ -14,7 +14,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from drafter_service.cli import main as drafter_main
 from drafter_service.config import DrafterConfig
 from gateway.cli import main as gateway_main
-from gateway.config import GatewayConfig
+from gateway.config import MAX_STREAM_PADDING, GatewayConfig
 from specdec.bench.terminal import CommaList
 from specdec.cli.main import main
 from specdec.cli.numbers import integers, numbers
@@ -102,7 +102,7 @@ def test_no_number_of_a_request_is_left_out_above() -> None:
     assert number_fields(request) <= {field for _, field in request_fields()}
 
 
-OWN_BOUNDS = {"threads": MAX_THREADS}
+OWN_BOUNDS = {"threads": MAX_THREADS, "stream_padding": MAX_STREAM_PADDING}
 """Most of options that have a bound of their own."""
 CONFIGS = (GatewayConfig, VerifierConfig, DrafterConfig)
 CONFIG_NUMBERS = [
