@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,11 +18,9 @@ from gateway.config import GatewayConfig
 from gateway.metrics import outcome_of
 from gateway.replicas.failover import VerifierLease, is_full
 from gateway.replicas.replica import Replica
-from gateway.replicas.services import VerifierSet
 from gateway.request.backends import Backends
 from gateway.request.deadlines import at_most, timeout_s, turn
-from gateway.request.padding import pad
-from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
+from gateway.request.peers import OTHER_WEIGHTS, Peers
 from gateway.request.plan import Plan, make_plan
 from gateway.request.running import RunningRequest
 from gateway.rounds.ahead import buffered
@@ -35,9 +33,8 @@ from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.retry import retry_after_s
 from specdec.service.auth import CALLER
-from specdec.service.sessions import send
 from specdec.service.telemetry import Telemetry
-from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
+from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 
 SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -231,7 +228,23 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         )
 
 
-                    await _send(call.context, response, backends.config.stream_padding)
+async def _ready(verifiers: VerifierSet, wait_s: float) -> None:
+    """Wait for a verifier, as a request does whose verifier is lost: otherwise all who wait would fail when
+    the verifiers restart."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            await verifiers.wait_until_ready()
+
+
+def _runs(model: common_pb2.ModelInfo | None, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
+    """Return whether a verifier runs a model; None: any will do."""
+    return model is None or is_same_model(model, info)
+
+
+async def _send(context: GenerateContext, response: gateway_pb2.GenerateResponse, padding: int) -> None:
+    """Send a message of an answer, its size a multiple of `padding` bytes."""
+    pad(response, padding)
+    await send(context, response)
 
 
 def _caller_name() -> str:

@@ -80,8 +80,8 @@ class GenerateResponse(_message.Message):
     started: GenerateStarted
     chunk: GenerateChunk
     finished: GenerateFinished
-    padding: bytes
-    def __init__(self, started: _Optional[_Union[GenerateStarted, _Mapping]] = ..., chunk: _Optional[_Union[GenerateChunk, _Mapping]] = ..., finished: _Optional[_Union[GenerateFinished, _Mapping]] = ..., padding: _Optional[bytes] = ...) -> None: ...
+    padding: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, started: _Optional[_Union[GenerateStarted, _Mapping]] = ..., chunk: _Optional[_Union[GenerateChunk, _Mapping]] = ..., finished: _Optional[_Union[GenerateFinished, _Mapping]] = ..., padding: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class GenerateStarted(_message.Message):
     __slots__ = ("input_tokens", "method", "draft_depth", "trace_id", "model_id", "draft_nodes", "request_id", "seed")

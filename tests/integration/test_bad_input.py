@@ -78,7 +78,7 @@ GATEWAY_REFUSALS = [
     ({"chat": Chat(messages=[ChatMessage(role="robot", content="Hi")])}, "chat.messages.role", "assistant"),
     (ids(*[5] * CONTEXT), "prompt", str(CONTEXT)),
     ({"text": "\xe9" * 100_000}, "prompt", str(CONTEXT)),
-    ({"text": "\xe9" * 2_500_000}, "prompt", "5000000 bytes"),
+    ({"text": "\xe9" * 1_000_000}, "prompt", "2000000 bytes"),
     ({"chat": Chat(messages=[ChatMessage(role="user", content="a" * 2**19)] * 3)}, "prompt", "1048576"),
     (ids(*[5] * (POOL_TOKENS - 7)), "max_new_tokens", str(POOL_TOKENS)),
     (ids(5, VOCAB_SIZE), "token_ids", str(VOCAB_SIZE)),
