@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +18,11 @@ from gateway.config import GatewayConfig
 from gateway.metrics import outcome_of
 from gateway.replicas.failover import VerifierLease, is_full
 from gateway.replicas.replica import Replica
+from gateway.replicas.services import VerifierSet
 from gateway.request.backends import Backends
 from gateway.request.deadlines import at_most, timeout_s, turn
-from gateway.request.peers import OTHER_WEIGHTS, Peers
+from gateway.request.padding import pad
+from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
 from gateway.request.plan import Plan, make_plan
 from gateway.request.running import RunningRequest
 from gateway.rounds.ahead import buffered
@@ -33,8 +35,9 @@ from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.retry import retry_after_s
 from specdec.service.auth import CALLER
+from specdec.service.sessions import send
 from specdec.service.telemetry import Telemetry
-from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
+from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc, verifier_pb2
 
 SERVICE_NAME = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 

@@ -246,10 +246,10 @@ class TestADrafterThatJoinsLater:
         drafters.assert_all_closed_once()
 
     async def test_one_that_is_never_right_does_not_join(self) -> None:
-        drafters, record = FakeDrafters(), TrackRecord()
+        drafters = FakeDrafters()
         for _ in range(40):
-            record.judge(is_right=False)
-        async with drafters.link(opens_at_once=False, record=record) as link:
+            drafters.records[0].judge(is_right=False)
+        async with drafters.link(opens_at_once=False) as link:
             await link.join(ask([*PROMPT, 4], 0))
             await settled()
             assert not link.is_open
