@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,7 @@ class Reader:
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
         self.num_open = 0
+        self.mirrors = SimpleNamespace()
 
     def open(self, spec: TargetStateSpec, max_length: int, projection: object) -> Any:
         if self.error:
