@@ -20,8 +20,6 @@ SESSION_MEMORY = 0.97
 """What a round's weight becomes with the next one."""
 _MOST_CONFIDENCE = 0.5
 """Highest probability that a path must have: what a drafter says of itself is an estimate."""
-_CAUTION = 1.0
-"""What a draft must bring where sessions share passes, over what it costs as far as that is known."""
 _HOPE = 1.5
 """Tokens a round that a size may gain beyond what was seen, over the root of how often it was tried."""
 _FIRST_GUESS = 0.6
@@ -197,7 +195,7 @@ class Option:
             return own
         if self.candidate.shares_processor:
             added_ns += costs.compute_ns(size.draft_depth)
-        return _CAUTION * (own + prices.others * added_ns)
+        return own + prices.others * added_ns
 
     def least_confidence(self, size: DraftSize, prices: Prices) -> float:
         """Return the probability below which a token costs more than it brings.
