@@ -90,6 +90,7 @@ async def test_nothing_leaks_over_500_sessions_with_random_cancels(tiny_llama: P
 def take_every_other_block(pool: KvPool) -> list[KvAllocation]:
     """Leave a pool holes of one block only, so that every longer allocation is scattered."""
     blocks = [pool.allocate(1) for _ in range(pool.free_tokens // BLOCK_TOKENS)]
+    blocks.sort(key=lambda allocation: allocation.blocks)
     for allocation in blocks[::2]:
         pool.free(allocation)
     return blocks[1::2]
