@@ -54,8 +54,8 @@ class GatewayServer:
                 max_message_bytes=config.max_message_bytes,
                 idle_s=config.connection_idle_s,
                 max_age_s=config.max_connection_age_s,
-                # What runs when a connection ends has as long as any request.
-                age_grace_s=config.max_request_s,
+                # What came before a connection ends has as long as any request.
+                age_grace_s=config.max_wait_s + config.failover_wait_s + config.max_request_s,
             ),
         )
 

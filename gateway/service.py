@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +58,9 @@ class _Call:
     place: Place
     plan: Plan | None = None
     model: common_pb2.ModelInfo | None = None
-    """The model that answers; it and the plan are settled by the first turn."""
+    """The model that answers; it and the plan are settled at once if a verifier is ready."""
+    is_started: bool = False
+    """Whether the client was told what answers."""
 
     @property
     def label(self) -> str:
@@ -144,6 +147,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def _run_in_turn(self, call: _Call) -> None:
         """Run a request when its turn has come, and again if the verifiers turn out to have no room."""
         backends = call.backends
+        ready = (replica.info for replica in backends.verifiers.replicas if replica.is_ready)
+        if info := next(filter(None, ready), None):
+            # What is wrong with a request is said at once, and not after a wait.
+            await self._plan(call, info)
         while True:
             with backends.metrics.counting_refusals(call.label):
                 await turn(call.place, call.context, backends.config.max_wait_s)
@@ -164,14 +171,18 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     async def _generate(self, call: _Call, lease: VerifierLease) -> None:
         backends, trace = call.backends, call.trace
-        plan = call.plan or await self._start(call, lease)
+        if call.plan is None:
+            assert lease.replica.info is not None
+            await self._plan(call, lease.replica.info)
+        assert call.plan is not None
         assert call.model is not None
-        peers = Peers(plan, backends, lease, timeout_s(call.context, backends.config.max_request_s))
-        running = RunningRequest(plan, backends, peers, trace, call.place, arrived_ns=call.arrived_ns)
+        peers = Peers(call.plan, backends, lease, timeout_s(call.context, backends.config.max_request_s))
+        running = RunningRequest(call.plan, backends, peers, trace, call.place, arrived_ns=call.arrived_ns)
         outcome = "cancelled"
         self._running[running] = _caller_name()
         try:
-            async with aclosing(buffered(running.responses())) as responses:
+            # A client that does not read keeps nobody from the room that its request does not take yet.
+            async with aclosing(buffered(_responses(call, running))) as responses:
                 async for response in responses:
                     await _send(call.context, response, backends.config.stream_padding)
             outcome = FINISH_REASONS[response.finished.finish_reason]
@@ -184,28 +195,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 trace.finish(running.num_output_tokens, running.speculation())
                 backends.metrics.add_request(call.model.model_id, running.label, outcome, running.timing())
 
-    async def _start(self, call: _Call, lease: VerifierLease) -> Plan:
-        """Settle what the request asks for and what answers it, and tell the client."""
-        info = lease.replica.info
-        assert info is not None
+    async def _plan(self, call: _Call, info: verifier_pb2.VerifierServiceGetInfoResponse) -> None:
+        """Settle what the request asks for and what answers it."""
         with call.backends.metrics.counting_refusals():
-            plan = await make_plan(call.request, call.backends, info, max_new_tokens=call.max_new_tokens)
-        call.plan, call.model = plan, info.model
-        num_input_tokens = len(plan.prompt_token_ids)
-        call.trace.describe(info.model.model_id, call.label, num_input_tokens)
-        started = gateway_pb2.GenerateStarted(
-            input_tokens=num_input_tokens,
-            method=plan.method,
-            draft_depth=plan.drafting.size.draft_depth,
-            draft_nodes=plan.drafting.draft_nodes,
-            trace_id=call.trace.trace_id,
-            model_id=info.model.model_id,
-            request_id=REQUEST_ID.get(),
-            seed=None if plan.sampling.is_greedy else plan.sampling.seed,
-        )
-        padding = call.backends.config.stream_padding
-        await _send(call.context, gateway_pb2.GenerateResponse(started=started), padding)
-        return plan
+            call.plan = await make_plan(call.request, call.backends, info, max_new_tokens=call.max_new_tokens)
+        call.model = info.model
+        call.trace.describe(info.model.model_id, call.label, len(call.plan.prompt_token_ids))
 
     async def GetInfo(  # noqa: N802
         self,
@@ -242,6 +237,30 @@ async def _ready(verifiers: VerifierSet, wait_s: float) -> None:
 def _runs(model: common_pb2.ModelInfo | None, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
     """Return whether a verifier runs a model; None: any will do."""
     return model is None or is_same_model(model, info)
+
+
+async def _responses(call: _Call, running: RunningRequest) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
+    """Yield what answers a request, then the answer."""
+    plan, model = call.plan, call.model
+    assert plan is not None
+    assert model is not None
+    if not call.is_started:
+        call.is_started = True
+        yield gateway_pb2.GenerateResponse(
+            started=gateway_pb2.GenerateStarted(
+                input_tokens=len(plan.prompt_token_ids),
+                method=plan.method,
+                draft_depth=plan.drafting.size.draft_depth,
+                draft_nodes=plan.drafting.draft_nodes,
+                trace_id=call.trace.trace_id,
+                model_id=model.model_id,
+                request_id=REQUEST_ID.get(),
+                seed=None if plan.sampling.is_greedy else plan.sampling.seed,
+            )
+        )
+    async with aclosing(running.responses()) as responses:
+        async for response in responses:
+            yield response
 
 
 async def _send(context: GenerateContext, response: gateway_pb2.GenerateResponse, padding: int) -> None:

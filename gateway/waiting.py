@@ -56,6 +56,8 @@ class Place:
         """Whether it tries because a pause is over, not because a session has ended."""
         self._num_seen = 0
         """How many sessions had ended when it began to try."""
+        self._has_lost = False
+        """Whether its verifier was lost, and no other has taken it yet."""
 
     @property
     def waited_s(self) -> float:
@@ -78,14 +80,29 @@ class Place:
         if self._refusal:
             raise self._refusal
 
+    def lost_room(self) -> None:
+        """Note that its verifier was lost: it goes on elsewhere, before anybody begins."""
+        if not self._has_lost and self._state is not _State.GONE:
+            self._has_lost = True
+            self._queue.num_lost += 1
+
+    def _goes_on(self) -> None:
+        if self._has_lost:
+            self._has_lost = False
+            self._queue.num_lost -= 1
+
     def took_room(self) -> None:
-        """Note that a verifier took the request."""
+        """Note that a verifier has the request: it began, or a round of it ended."""
+        if self._has_lost:
+            self._goes_on()
+            self._queue.room_changed()
         if self._state is _State.TRYING:
             self._state = _State.HOLDING
             self._queue.found_room(is_trial=self._is_trial)
 
     def gave_room(self) -> None:
         """Note that its session on a verifier has ended, if there was one."""
+        self._goes_on()
         if self._state is _State.HOLDING:
             self._state = _State.FINISHING
             self._queue.session_ended()
@@ -119,6 +136,7 @@ class Place:
 
     def leave(self) -> _State:
         """End it, and return how far it had come."""
+        self._goes_on()
         state, self._state = self._state, _State.GONE
         return state
 
@@ -164,6 +182,8 @@ class WaitingQueue:
         """Requests that wait."""
         self.num_running = 0
         """Requests that run, or try to."""
+        self.num_lost = 0
+        """Requests that run and have lost their verifier: room that comes is theirs."""
         self._num_come = 0
         self._is_full = False
         """Whether the verifiers are taken for full."""
@@ -230,6 +250,10 @@ class WaitingQueue:
         self._call()
         self._shorten()
 
+    def room_changed(self) -> None:
+        """Look who may run now."""
+        self._call()
+
     def session_ended(self) -> None:
         """Let a request try: one of ours has left its verifier."""
         self._num_ended += 1
@@ -257,7 +281,7 @@ class WaitingQueue:
 
     def _call(self) -> None:
         """Call all who may run now."""
-        while self._lines and self.num_running < self._max_running:
+        while self._lines and self.num_running < self._max_running and not self.num_lost:
             may_try, is_trial = self._take_try()
             if not may_try:
                 break

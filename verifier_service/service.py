@@ -208,7 +208,13 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     ) -> target_state_pb2.PutProjectionResponse:
         """Receive the weights of a projection."""
         export = self._loaded().export
-        first = await anext(aiter(requests), None)
+        try:
+            async with asyncio.timeout(self.upload_timeout_s):
+                first = await anext(aiter(requests), None)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"No projection came within {self.upload_timeout_s:g} s; send it at once."
+            ) from None
         if first is None or not first.HasField("projection"):
             raise InvalidArgumentError("No projection was sent; send it first.", field="projection")
         info = ProjectionInfo.from_proto(first.projection)

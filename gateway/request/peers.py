@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial, reduce
 
 from gateway.replicas.failover import LastingVerifierSession, VerifierLease, VerifierReplica
@@ -18,8 +18,8 @@ from gateway.rounds.drafting import DraftLink, NoDrafts
 from gateway.rounds.link_states import DrafterSession
 from gateway.rounds.merging import MergedDrafts, NamedSource
 from gateway.rounds.records import DrafterRecords, TrackRecord
-from gateway.rounds.vocabulary import DraftSource
-from specdec.contract.errors import UnavailableError
+from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource
+from specdec.contract.errors import InternalError, UnavailableError
 from specdec.contract.methods import drafters_of
 from specdec.contract.request_id import REQUEST_ID
 from specdec.contract.target_state import TargetStateSpec
@@ -79,10 +79,15 @@ class Peers:
             on_lost=on_lost,
         )
 
+    @property
+    def _left_s(self) -> float | None:
+        """What is left of the request's deadline, seconds."""
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+
     def _connect_verifier(
         self, verifier: VerifierReplica, committed_token_ids: Sequence[int]
     ) -> RemoteVerifierSession:
-        timeout_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        timeout_s = self._left_s
         message = self._verify_open(verifier, committed_token_ids)
         self._verifier_uri = verifier.uri
         readers = tuple(self._state_specs)
@@ -161,13 +166,12 @@ class Peers:
         assert replica.info is not None
         drafter = find_drafter(replica.info, name)
         assert drafter is not None
-        session = RemoteDrafterSession(
-            replica.channel, replica.uri, self._timeout_s, drafter, replica.load.told
-        )
+        session = RemoteDrafterSession(replica.channel, replica.uri, self._left_s, drafter, replica.load.told)
         record = self._backends.controller.record(name, replica)
         leased = LeasedDrafterSession(session, replica, record)
         try:
-            await session.open(self._draft_open(name, committed_token_ids))
+            with leased.blaming():
+                await session.open(self._draft_open(name, committed_token_ids))
         except BaseException:
             await leased.close()
             raise
@@ -227,9 +231,24 @@ class LeasedDrafterSession:
         self.record = record
         self._lease = replica.lease()
         self.opened = self._lease.opened
-        self.propose = session.propose
         self.reads_target_state = session.reads_target_state
         self._session = session
+
+    async def propose(self, new_token_ids: Sequence[int], request: DraftRequest) -> Draft:
+        """Guess what follows, after `new_token_ids` were committed since the last call."""
+        with self.blaming():
+            draft = await self._session.propose(new_token_ids, request)
+        self._lease.replica.succeeded()
+        return draft
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Take note of a defect of the replica within the block: after a few it rests, and others draft."""
+        try:
+            yield
+        except InternalError:
+            self._lease.replica.failed()
+            raise
 
     async def close(self) -> None:
         """End the session."""

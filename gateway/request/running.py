@@ -123,8 +123,8 @@ class RunningRequest:
             released += self._text.push(token_id)
             if self._text.stopped:
                 break
+        self._place.took_room()
         if completed.is_prefill:
-            self._place.took_room()
             self._num_reused_tokens = completed.verified.num_reused_tokens
         # What comes after a stop string was never emitted, and counts nowhere.
         emitted = completed.ended_after(self._text.num_tokens - self.num_output_tokens)
@@ -156,6 +156,7 @@ class RunningRequest:
         )
 
     def _count_failover(self, reason: str) -> None:
+        self._place.lost_room()
         self._num_failovers += 1
         self._backends.metrics.add_failover(self.label)
 

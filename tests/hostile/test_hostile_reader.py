@@ -204,10 +204,13 @@ async def test_an_upload_that_stops_holds_nobody_up(target: Target) -> None:
         await stopped.write(pb.PutProjectionRequest(projection=PROJECTION.info.to_proto(), data=b"1234"))
         async with asyncio.timeout(20):
             await upload(target)
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await stopped
-        assert isinstance(from_rpc_error(raised.value), DeadlineExceededError)
-        mute.cancel()
+        for call in (stopped, mute):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            assert isinstance(from_rpc_error(raised.value), DeadlineExceededError)
+            assert "s; send it" in from_rpc_error(raised.value).message, (
+                "it is the verifier's, not the call's"
+            )
     await target.assert_clean()
 
 

@@ -366,3 +366,31 @@ async def _everybody_gets_a_turn(world: World, max_running: int) -> None:
             assert world.room < 2 or world.queue.num_running == max_running
             await world.end_one()
     await world.end_all()
+
+
+async def settle() -> None:
+    """Let every task that can run do so."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("how", ["goes on", "ends"])
+async def test_room_goes_first_to_who_runs_and_has_lost_its_verifier(how: str) -> None:
+    world = World(room=2)
+    lost, other, waits = (world.come(name) for name in ("lost", "other", "waits"))
+    await settle()
+    assert (lost.runs, other.runs, waits.runs) == (True, True, False)
+    assert lost.place
+    lost.place.lost_room()
+    other.may_end.set()
+    await settle()
+    assert not waits.runs, "the room is for the one that was lost"
+    if how == "goes on":
+        lost.place.took_room()
+    else:
+        lost.may_end.set()
+    await settle()
+    assert waits.runs
+    for request in world.requests:
+        request.may_end.set()
+    await asyncio.gather(*(request.task for request in world.requests if request.task))
