@@ -107,6 +107,7 @@ class TestStreams:
             serving(ConnectionLimits(max_streams=8)) as (host, servicer),
             AsyncClient(host.address) as client,
         ):
+            await client.info()  # a client learns of the limit when it has connected
             answers = [asyncio.ensure_future(client.generate(PROMPT)) for _ in range(20)]
             servicer.let.set()
             assert [answer.seed for answer in await asyncio.gather(*answers)] == [7] * 20

@@ -117,13 +117,13 @@ async def generate(system: System, prompt: Sequence[int] = PROMPT, **options: An
 
 
 def seen(answer: Generation) -> dict[str, Any]:
-    """Return what a client sees of an answer, besides its times and statistics."""
+    """Return what a client sees of an answer, besides its times, statistics and what was reused for it."""
     return {
         "token_ids": answer.token_ids,
         "text": answer.text,
         "texts": [token.text for token in answer.tokens],
         "finish_reason": answer.finish_reason,
-        "usage": answer.usage,
+        "usage": replace(answer.usage, reused_input_tokens=0),
     }
 
 
