@@ -74,9 +74,7 @@ def telemetry_command(num_prompts: int, directory: Path, **settings: Any) -> Non
     """
     config = TelemetryConfig(**settings)
     prepare_models(SystemConfig(model=config.model, drafters=config.drafters), report)
-    prompts = [
-        replace(prompt, later_turns=()) for prompt in select_round_robin(load_prompts(), num_prompts)
-    ]
+    prompts = [replace(prompt, later_turns=()) for prompt in select_round_robin(load_prompts(), num_prompts)]
     samples, costs = telemetry_cost.measure(
         config, prompts, lambda done, total: report(f"Start {done} of {total} done")
     )
