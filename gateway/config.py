@@ -75,6 +75,10 @@ class GatewayConfig(ServiceConfig):
     have special tokens in any case."""
     draft_timeout_s: float = 2.0
     """How long a round waits for its draft, seconds; a draft that comes later counts as lost."""
+    round_timeout_s: float = 60.0
+    """How long a verifier may take for a round, seconds; then it counts as lost, and the answer goes on at
+    another one. A process that stands still is noticed within seconds; this is for one that answers pings and
+    nothing else."""
     drafter_wait_s: float = 5.0
     """How long a gateway waits for a drafter when it starts, seconds; then it serves without one."""
     failover_wait_s: float = 10.0
@@ -112,6 +116,7 @@ class GatewayConfig(ServiceConfig):
             "max_connection_age_s",
             "max_prompt_bytes",
             "draft_timeout_s",
+            "round_timeout_s",
         )
         require_not_negative(
             self, "drain_grace_s", "drafter_wait_s", "failover_wait_s", "max_waiting", "connection_idle_s"

@@ -115,6 +115,7 @@ class RemoteVerifierSession:
     Args:
         drafters: whose specs the request's `drafter_state_specs` are.
         on_load: told with every answer.
+        round_timeout_s: how long a round may take until the verifier counts as lost; None: any time.
     """
 
     def __init__(
@@ -126,12 +127,14 @@ class RemoteVerifierSession:
         drafters: Sequence[str] = (),
         *,
         on_load: OnLoad,
+        round_timeout_s: float | None = None,
     ) -> None:
         call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
         self._stream = _SessionCall(call, f"Verifier {uri}")
         self._request = request
         self._drafters = drafters
         self._on_load = on_load
+        self._uri, self._round_timeout_s = uri, round_timeout_s
         self._state: RemoteState | None = None
 
     async def __aenter__(self) -> RemoteVerifierSession:
@@ -179,7 +182,16 @@ class RemoteVerifierSession:
             parent_indices=parent_indices,
         )
         request = verifier_pb2.VerifyRequest(round=message, traceparent=traceparent)
-        response, elapsed_ns = await self._stream.exchange(request)
+        try:
+            async with asyncio.timeout(self._round_timeout_s):
+                response, elapsed_ns = await self._stream.exchange(request)
+        except TimeoutError:
+            raise UnavailableError(
+                f"Verifier {self._uri} was lost (no answer within {self._round_timeout_s:g} s); send the "
+                "request again.",
+                reason="PEER_LOST",
+                retry_after_s=1.0,
+            ) from None
         if self._state:
             self._state = replace(self._state, cached_length=response.result.cached_length)
         _tell(self._on_load, response.result)

@@ -92,7 +92,13 @@ class Peers:
         self._verifier_uri = verifier.uri
         readers = tuple(self._state_specs)
         return RemoteVerifierSession(
-            verifier.channel, verifier.uri, message, timeout_s, readers, on_load=verifier.load.told
+            verifier.channel,
+            verifier.uri,
+            message,
+            timeout_s,
+            readers,
+            on_load=verifier.load.told,
+            round_timeout_s=self._backends.config.round_timeout_s,
         )
 
     def _verify_open(

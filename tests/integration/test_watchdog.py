@@ -106,6 +106,35 @@ async def test_a_verifier_that_hangs_loses_its_sessions_to_another(tiny_llama: P
         assert verifier.num_sessions == 0
 
 
+async def test_a_verifier_whose_rounds_never_end_counts_as_lost(tiny_llama: Path) -> None:
+    """Its watchdog says nothing: the process answers pings, and may be unable to see that it hangs."""
+    options = GenerateOptions(max_new_tokens=200, ignore_eos=True, method="none")
+    async with (
+        running_verifier(tiny_llama, step_timeout_s=50.0) as (hung_at, hung),
+        running_verifier(tiny_llama) as (other_at, _),
+        running_gateway(
+            tiny_llama, verifier=f"{hung_at},{other_at}", failover_wait_s=20.0, round_timeout_s=1.5
+        ) as (at, _),
+        AsyncClient(at, timeout_s=60) as client,
+    ):
+        expected = await client.generate(PROMPT, options)
+        verifier = hung.servicer.verifier
+        assert verifier is not None
+        gate = Gate(verifier.engine)
+        try:
+            async with client.stream(PROMPT, options) as one, client.stream(PROMPT, options) as two:
+                await asyncio.gather(anext(one), anext(two))
+                gate.close()
+                for stream in (one, two):
+                    async for _ in stream:
+                        pass
+            assert one.result.token_ids == two.result.token_ids == expected.token_ids
+            assert one.result.num_failovers + two.result.num_failovers == 1
+        finally:
+            gate.open()
+        await until(lambda: verifier.num_sessions == 0)
+
+
 async def test_a_drafter_that_hangs_is_not_used(tiny_llama: Path, noisy_llama: Path) -> None:
     options = GenerateOptions(max_new_tokens=60, ignore_eos=True, method="noisy", draft_depth=3)
     async with (
