@@ -84,18 +84,16 @@ class Place:
         """Note that its verifier was lost: it goes on elsewhere, before anybody begins."""
         if not self._has_lost and self._state is not _State.GONE:
             self._has_lost = True
-            self._queue.num_lost += 1
+            self._queue.one_lost()
 
     def _goes_on(self) -> None:
         if self._has_lost:
             self._has_lost = False
-            self._queue.num_lost -= 1
+            self._queue.one_goes_on()
 
     def took_room(self) -> None:
         """Note that a verifier has the request: it began, or a round of it ended."""
-        if self._has_lost:
-            self._goes_on()
-            self._queue.room_changed()
+        self._goes_on()
         if self._state is _State.TRYING:
             self._state = _State.HOLDING
             self._queue.found_room(is_trial=self._is_trial)
@@ -182,7 +180,7 @@ class WaitingQueue:
         """Requests that wait."""
         self.num_running = 0
         """Requests that run, or try to."""
-        self.num_lost = 0
+        self._num_lost = 0
         """Requests that run and have lost their verifier: room that comes is theirs."""
         self._num_come = 0
         self._is_full = False
@@ -250,8 +248,13 @@ class WaitingQueue:
         self._call()
         self._shorten()
 
-    def room_changed(self) -> None:
-        """Look who may run now."""
+    def one_lost(self) -> None:
+        """Call nobody while a request that runs looks for another verifier."""
+        self._num_lost += 1
+
+    def one_goes_on(self) -> None:
+        """Call whoever may run now: that request has found one, or has ended."""
+        self._num_lost -= 1
         self._call()
 
     def session_ended(self) -> None:
@@ -281,7 +284,7 @@ class WaitingQueue:
 
     def _call(self) -> None:
         """Call all who may run now."""
-        while self._lines and self.num_running < self._max_running and not self.num_lost:
+        while self._lines and self.num_running < self._max_running and not self._num_lost:
             may_try, is_trial = self._take_try()
             if not may_try:
                 break

@@ -11,7 +11,7 @@ from specdec.contract.request_limits import validate_max_new_tokens
 from specdec.contract.retry import Progress
 from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_pool import KvAllocation
 from specdec.runtime.picks import PickContext
 from specdec.runtime.prefix_cache import PrefixKeys
 from verifier_service.acceptance import DraftAcceptance, FinishReason
@@ -82,6 +82,7 @@ class Session:
         request: the parameters, already validated.
         stop_token_ids: every token that ends the generation, including the model's own end tokens.
         allocation: KV slots for `max_length` tokens and, if there is room, for the nodes of a draft tree.
+        prefix_keys: keys of the blocks of its text.
         max_length: most tokens that the session may hold, prompt included.
         state: the target state that the session exports; None: it exports no state.
         state_refusals: for each of the request's specs, why the session does not export it; empty: it does.
@@ -93,6 +94,7 @@ class Session:
         *,
         stop_token_ids: frozenset[int],
         allocation: KvAllocation,
+        prefix_keys: PrefixKeys,
         max_length: int,
         state: ExportedState | None = None,
         state_refusals: tuple[str, ...] = (),
@@ -108,7 +110,7 @@ class Session:
         self.token_ids = list(request.committed_token_ids)
         self._num_given = len(self.token_ids)
         self._opened_at = time.monotonic()
-        self.prefix_keys = PrefixKeys(BLOCK_TOKENS, *request.owner)
+        self.prefix_keys = prefix_keys
         self.cached_length = 0
         self.finish_reason: FinishReason | None = None
 

@@ -185,7 +185,8 @@ class Verifier:
         # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
         with_nodes = max_length + min(request.draft_nodes, self.config.max_draft_nodes)
         num_tokens = max(max_length, min(with_nodes, self.pool.capacity_tokens))
-        allocation = self.pool.allocate(num_tokens, self._find_shared(request))
+        prefix_keys = PrefixKeys(BLOCK_TOKENS, *request.owner)
+        allocation = self.pool.allocate(num_tokens, self._find_shared(request, prefix_keys))
         self.num_sessions += 1
         session: Session | None = None
         state: ExportedState | None = None
@@ -202,6 +203,7 @@ class Verifier:
                 request,
                 stop_token_ids=request.stop_token_ids | eos,
                 allocation=allocation,
+                prefix_keys=prefix_keys,
                 max_length=max_length,
                 state=state,
                 state_refusals=refusals,
@@ -218,13 +220,13 @@ class Verifier:
                 self._keep(session)
             self.pool.free(allocation)
 
-    def _find_shared(self, request: OpenRequest) -> list[int]:
+    def _find_shared(self, request: OpenRequest, prefix_keys: PrefixKeys) -> list[int]:
         """Return blocks that hold the beginning of a request's text; its last token needs a pass in any
         case."""
         if self.config.no_prefix_reuse:
             return []
         hidden_names = self.export.hidden_names(request.target_state_specs)
-        keys = PrefixKeys(BLOCK_TOKENS, *request.owner).of(request.committed_token_ids[:-1])
+        keys = prefix_keys.of(request.committed_token_ids[:-1])
         return self.pool.prefixes.find(keys, hidden_names)
 
     def _keep(self, session: Session) -> None:

@@ -49,7 +49,6 @@ class Peers:
         """The replica the request starts on."""
         self._verifier_uri = first.replica.uri
         """Address of the verifier that runs it now."""
-        self._timeout_s = timeout_s
         self._deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         self._state_specs = self._find_state_specs()
         """What each drafter that reads the target's state needs of it, by name, in the method's order."""

@@ -29,7 +29,7 @@ _HOPE_EVERY = 3
 """One of how many of these is used while something may be better than the best."""
 _PROBE_EVERY = 6
 """One of how many of these is used in any case, for a size next to the best."""
-_WORTH_GROWING = 0.6
+_WORTH_TREES = 0.6
 """Trees of a method are tried where its drafts gain this share of what the best gain."""
 _PACE_ROUNDS = 8
 """How many of a session's rounds the pace of all sessions weighs."""
@@ -91,6 +91,12 @@ class AdaptiveChoice:
     def _is_anything_known(self) -> bool:
         return any(option.is_known for option in self._options)
 
+    @property
+    def _common(self) -> Option | None:
+        """The option of the method that sessions sharing passes draft by; None: it is none of these."""
+        named = (option for option in self._options if option.candidate.method == self._load.common)
+        return next(named, None)
+
     def close(self) -> None:
         """Count the session no more."""
         self._load.sessions.discard(self)
@@ -137,15 +143,14 @@ class AdaptiveChoice:
     def _weigh(self, prices: Prices) -> None:
         """Look anew at the best option and at another in turn, and settle which is the best of those open."""
         in_turn = self._options[self._num_rounds % len(self._options)]
-        for option in {id(each): each for each in (self._best, in_turn) if each}.values():
+        for option in dict.fromkeys((self._best or in_turn, in_turn)):
             option.weigh(prices)
             if option.is_known:
                 self._load.settle(option.candidate.method, option.gain)
         usable = [option for option in self._options if self._is_open(option.method)]
         self._best = max(usable, key=lambda option: option.gain, default=None)
-        if prices.others:
-            common = (option for option in usable if option.candidate.method == self._load.common)
-            self._best = next(common, self._best)
+        if prices.others and self._common in usable:
+            self._best = self._common
 
     def _preferred(self, prices: Prices) -> DraftSize:
         """Return the best draft, or none where it does not pay.
@@ -158,7 +163,7 @@ class AdaptiveChoice:
             return PLAIN_SIZE
         gain = option.gain
         if prices.others:
-            if option.candidate.method != self._load.common:
+            if option is not self._common:
                 return PLAIN_SIZE
             gain += option.unavoidable
         return option.best if gain > 0 else PLAIN_SIZE
@@ -191,7 +196,7 @@ class AdaptiveChoice:
             if self._is_open(option.method):
                 return option.candidate.start
             self._untried = self._untried or option
-        gain = _WORTH_GROWING * self._best.gain if self._best else 0.0
+        gain = _WORTH_TREES * self._best.gain if self._best else 0.0
         for option in self._options:
             is_good = option.is_known and option.gain >= gain and self._is_open(option.method)
             if is_good and (size := option.unknown(prices)):
@@ -222,8 +227,10 @@ class AdaptiveChoice:
         if len(self._options) == 1:
             return ""
         wanted = self._worth_joining()
-        self._untried = None if wanted and self._is_open(wanted.method) else self._untried
-        if wanted is None or self._is_open(wanted.method) or not self._may_join(wanted):
+        if wanted is None or self._is_open(wanted.method):
+            return ""
+        if not self._may_join(wanted):
+            self._untried = None
             return ""
         wanted.num_rounds_joining += 1
         return wanted.method
@@ -231,8 +238,7 @@ class AdaptiveChoice:
     def _worth_joining(self) -> Option | None:
         """Return an option whose drafters should be opened."""
         if self._load.num_sharers > 1:
-            common = (each for each in self._options if each.candidate.method == self._load.common)
-            wanted = next(common, None)
+            wanted = self._common
         else:
             wanted = max(self._options, key=lambda option: option.gain)
             least = max(0.0, self._best.gain if self._best else 0.0) + _WORTH_JOINING

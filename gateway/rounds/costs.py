@@ -131,6 +131,11 @@ class DraftCosts:
         self.token_ns.add(len(draft.token_ids), draft.elapsed_ns)
         self.compute_ns.add(size.draft_depth, draft.compute_ns)
 
+    def further_ns(self, num_tokens: float) -> float:
+        """Return what a further token of such a draft costs the drafter."""
+        first = min(1.0, num_tokens)
+        return (self.token_ns(num_tokens) - self.token_ns(first)) / max(1.0, num_tokens - first)
+
 
 @dataclass(slots=True)
 class MethodStats:
@@ -169,9 +174,3 @@ class MethodStats:
         known = (each for each, costs in self.costs.items() if costs.count >= _DRAFTS_TO_KNOW)
         nearest = min(known, key=lambda each: abs(each - level))
         return self.costs[nearest], _GROWTH_BY_LOAD ** (level - nearest)
-
-
-def further_ns(costs: DraftCosts, num_tokens: float) -> float:
-    """Return what a further token of such a draft costs the drafter, nanoseconds."""
-    first = min(1.0, num_tokens)
-    return (costs.token_ns(num_tokens) - costs.token_ns(first)) / max(1.0, num_tokens - first)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import itemgetter, mul
 
-from gateway.rounds.costs import MethodStats, VerifierLoad, further_ns
+from gateway.rounds.costs import MethodStats, VerifierLoad
 from gateway.rounds.estimates import Ease, Survival, shifted
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, Round
 
@@ -209,7 +209,7 @@ class Option:
         num_nodes = max(1.0, stats.num_nodes(size.draft_depth))
         cost = (prices.own + prices.others) * self.load.further_ns(num_nodes)
         if not size.draft_nodes:
-            cost += prices.own * further_ns(stats.at(prices.level)[0], num_nodes)
+            cost += prices.own * stats.at(prices.level)[0].further_ns(num_nodes)
         return min(_MOST_CONFIDENCE, max(0.0, cost))
 
     def unknown(self, prices: Prices) -> DraftSize | None:

@@ -159,6 +159,7 @@ class Outcome:
     rows: list[Row]
     turn_rows: list[TurnRow]
     records: list[RequestRecord]
+    provenance: dict[str, Any]
 
 
 def run_experiment(
@@ -193,7 +194,7 @@ def run_experiment(
 
         measured, records = asyncio.run(_measure(config, prompts, gateway, keep, on_progress, report))
     provenance |= measured
-    outcome = Outcome(compute_rows(records), compute_turn_rows(records), records)
+    outcome = Outcome(compute_rows(records), compute_turn_rows(records), records, provenance)
     write_results(directory, provenance, outcome.rows, outcome.turn_rows, records)
     return outcome
 

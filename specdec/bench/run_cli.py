@@ -161,6 +161,25 @@ def run_command(
     config = BenchConfig(**settings)
     config.validate()
     require_usable(config.peers)
+    outcome = run_shown(config, directory, gateway, dtype=dtype, device=device, drafters=drafters)
+    _show(outcome, config, directory)
+    _judge(outcome.records)
+
+
+def run_shown(
+    config: BenchConfig,
+    directory: Path,
+    gateway: str | None,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    drafters: tuple[str, ...] = (),
+) -> Outcome:
+    """Run an experiment under a progress bar, against a gateway or services started for it (None).
+
+    Args:
+        drafters: drafters to start; empty: one for each drafter of the methods.
+    """
     prompts = config.load_prompts()
     named = dict.fromkeys(name for method in config.methods for name in drafters_of(method))
     drafters = drafters or tuple(named) or ("ngram",)
@@ -169,9 +188,7 @@ def run_command(
     with services as address, progress_bar() as progress:
         task = progress.add_task("Warming up", total=None)
         on_progress = shown_in(progress, task, "Requests")
-        outcome = run_experiment(config, prompts, address, directory, on_progress, lines_above(progress))
-    _show(outcome, config, directory)
-    _judge(outcome.records)
+        return run_experiment(config, prompts, address, directory, on_progress, lines_above(progress))
 
 
 def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:

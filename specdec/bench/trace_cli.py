@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
-from specdec.bench.experiment import BenchConfig, run_experiment
-from specdec.bench.report import RESULTS_FILE
-from specdec.bench.services import gateway_at
-from specdec.bench.terminal import CommaList, lines_above, out_option, progress_bar, shown_in
+from specdec.bench.experiment import BenchConfig
+from specdec.bench.run_cli import run_shown
+from specdec.bench.terminal import CommaList, out_option
 from specdec.bench.trace import TRACE_FILE, make_trace
 from specdec.cli.numbers import integers
 from specdec.cli.streams import report
 from specdec.contract.errors import InvalidArgumentError
-from specdec.contract.methods import drafters_of
 
 _DEFAULTS = BenchConfig()
 
@@ -89,15 +86,6 @@ def trace_command(
         temperature=temperature,
     )
     config.validate()
-    prompts = config.load_prompts()
-    drafters = tuple(dict.fromkeys(name for method in methods for name in drafters_of(method)))
-    with (
-        gateway_at(gateway, config.model, "bfloat16", "cpu", drafters) as address,
-        progress_bar() as progress,
-    ):
-        task = progress.add_task("Warming up", total=None)
-        on_progress = shown_in(progress, task, "Requests")
-        outcome = run_experiment(config, prompts, address, directory, on_progress, lines_above(progress))
-    provenance = json.loads((directory / RESULTS_FILE).read_text(encoding="utf-8"))["provenance"]
-    make_trace(provenance, outcome.records).write(directory / TRACE_FILE)
+    outcome = run_shown(config, directory, gateway)
+    make_trace(outcome.provenance, outcome.records).write(directory / TRACE_FILE)
     report(f"The trace is {directory / TRACE_FILE}.")

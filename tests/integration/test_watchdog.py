@@ -75,6 +75,21 @@ async def until_serving(address: str, serving: bool) -> None:
     await eventually(says_so)
 
 
+async def assert_one_of_two_goes_on_elsewhere(
+    client: AsyncClient, options: GenerateOptions, gate: Gate
+) -> None:
+    """Close the gate of one of two verifiers while each has an answer under way; both end as they should."""
+    expected = await client.generate(PROMPT, options)
+    async with client.stream(PROMPT, options) as one, client.stream(PROMPT, options) as two:
+        await asyncio.gather(anext(one), anext(two))
+        gate.close()
+        for stream in (one, two):
+            async for _ in stream:
+                pass
+    assert one.result.token_ids == two.result.token_ids == expected.token_ids
+    assert one.result.num_failovers + two.result.num_failovers == 1
+
+
 async def test_a_verifier_that_hangs_loses_its_sessions_to_another(tiny_llama: Path) -> None:
     options = GenerateOptions(max_new_tokens=200, ignore_eos=True, method="none")
     async with (
@@ -83,20 +98,11 @@ async def test_a_verifier_that_hangs_loses_its_sessions_to_another(tiny_llama: P
         running_gateway(tiny_llama, verifier=f"{hung_at},{other_at}", failover_wait_s=20.0) as (at, _),
         AsyncClient(at, timeout_s=60) as client,
     ):
-        expected = await client.generate(PROMPT, options)
         verifier = hung.servicer.verifier
         assert verifier is not None
         gate = Gate(verifier.engine)
         try:
-            # Sessions of two requests are on two verifiers.
-            async with client.stream(PROMPT, options) as one, client.stream(PROMPT, options) as two:
-                await asyncio.gather(anext(one), anext(two))
-                gate.close()
-                for stream in (one, two):
-                    async for _ in stream:
-                        pass
-            assert one.result.token_ids == two.result.token_ids == expected.token_ids
-            assert one.result.num_failovers + two.result.num_failovers == 1
+            await assert_one_of_two_goes_on_elsewhere(client, options, gate)
             assert not await is_serving(hung_at)
             assert (await client.generate(PROMPT, options)).num_failovers == 0
         finally:
@@ -117,19 +123,11 @@ async def test_a_verifier_whose_rounds_never_end_counts_as_lost(tiny_llama: Path
         ) as (at, _),
         AsyncClient(at, timeout_s=60) as client,
     ):
-        expected = await client.generate(PROMPT, options)
         verifier = hung.servicer.verifier
         assert verifier is not None
         gate = Gate(verifier.engine)
         try:
-            async with client.stream(PROMPT, options) as one, client.stream(PROMPT, options) as two:
-                await asyncio.gather(anext(one), anext(two))
-                gate.close()
-                for stream in (one, two):
-                    async for _ in stream:
-                        pass
-            assert one.result.token_ids == two.result.token_ids == expected.token_ids
-            assert one.result.num_failovers + two.result.num_failovers == 1
+            await assert_one_of_two_goes_on_elsewhere(client, options, gate)
         finally:
             gate.open()
         await until(lambda: verifier.num_sessions == 0)
