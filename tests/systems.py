@@ -97,6 +97,19 @@ async def running_system(
         yield System(client, gateway_at, verifier_at, drafter_at, verifier, drafter, gateway)
 
 
+async def is_idle(system: System) -> bool:
+    """Return whether no service holds a session or memory."""
+    verifier, drafter = system.verifier.servicer.verifier, system.drafter.servicer.host
+    assert verifier
+    assert drafter
+    info = await system.client.info()
+    held = [replica.num_sessions for replica in (*info.verifiers, *info.drafters)]
+    return (
+        verifier.num_sessions == drafter.num_sessions == sum(held) == 0
+        and verifier.pool.free_tokens == verifier.pool.capacity_tokens
+    )
+
+
 @asynccontextmanager
 async def _running(server: Any) -> AsyncIterator[tuple[str, Any]]:
     address = await server.host.start()

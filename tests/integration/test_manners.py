@@ -51,7 +51,14 @@ from tests.integration.gated_drafter import WAIT_S, eventually, eventually_offer
 from tests.leftovers import connections_to
 from tests.raw_streams import draft_stream, verify_stream
 from tests.state_probe import StateProbe, all_of
-from tests.systems import ANY_PORT, System, running_drafter, running_gateway, running_system, running_verifier
+from tests.systems import (
+    ANY_PORT,
+    is_idle,
+    running_drafter,
+    running_gateway,
+    running_system,
+    running_verifier,
+)
 from verifier_service.config import VerifierConfig
 from verifier_service.server import VerifierServer
 from verifier_service.service import SERVICE_NAME as VERIFIER
@@ -121,19 +128,6 @@ async def call_streaming(channel: grpc.aio.Channel, service: str) -> None:
     method = getattr(stub_type(channel), name)
     call = method(message_type()) if service == GATEWAY else method(iter([message_type()]))
     await call.read()
-
-
-async def is_idle(system: System) -> bool:
-    """Return whether no service holds a session or memory."""
-    verifier, drafter = system.verifier.servicer.verifier, system.drafter.servicer.host
-    assert verifier
-    assert drafter
-    info = await system.client.info()
-    held = [replica.num_sessions for replica in (*info.verifiers, *info.drafters)]
-    return (
-        verifier.num_sessions == drafter.num_sessions == sum(held) == 0
-        and verifier.pool.free_tokens == verifier.pool.capacity_tokens
-    )
 
 
 class TestHealth:

@@ -22,7 +22,14 @@ from specdec.contract.sampling import SamplingParams
 from specdec.service.exporters import make_telemetry
 from tests.integration.gated_drafter import Gate, eventually, gated_system
 from tests.raw_streams import verify_stream
-from tests.systems import System, running_drafter, running_gateway, running_system, running_verifier
+from tests.systems import (
+    System,
+    is_idle,
+    running_drafter,
+    running_gateway,
+    running_system,
+    running_verifier,
+)
 from tests.unit.test_stats import points
 
 PROMPT = [5, 6, 7]
@@ -35,17 +42,8 @@ TWO_SESSIONS_KV: dict[str, Any] = {"kv_cache_mib": 0.03125}
 
 async def nothing_is_held(system: System) -> bool:
     """Return whether no service holds a session, a place or memory."""
-    verifier, drafter = system.verifier.servicer.verifier, system.drafter.servicer.host
     servicer = system.gateway.servicer
-    assert verifier
-    assert drafter
-    info = await system.client.info()
-    held = [replica.num_sessions for replica in (*info.verifiers, *info.drafters)]
-    return (
-        verifier.num_sessions == drafter.num_sessions == sum(held) == 0
-        and verifier.pool.free_tokens == verifier.pool.capacity_tokens
-        and (servicer.num_requests, servicer.num_waiting) == (0, 0)
-    )
+    return await is_idle(system) and (servicer.num_requests, servicer.num_waiting) == (0, 0)
 
 
 def waiting(system: System, number: int) -> Any:
