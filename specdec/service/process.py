@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NoReturn, Protocol, TypeVar
 
 import click
+import uvloop
 
 from specdec.contract.errors import SpecdecError
 from specdec.models.extra import models_extra
@@ -92,7 +93,7 @@ def serve_from_command_line(
 
     try:
         with models_extra():
-            asyncio.run(serve())
+            uvloop.run(serve())
     except SpecdecError as error:
         logger.error(error.message, extra={"reason": error.reason})
         _exit(2)
