@@ -193,6 +193,7 @@ def _timings(drafted: EngineResult[DraftTree], total_ns: int) -> common_pb2.Phas
         compute_ns=drafted.compute_ns,
         batch_size=drafted.batch_size,
         batch_tokens=drafted.batch_tokens,
+        batch_background_tokens=drafted.batch_background_tokens,
     )
 
 

@@ -172,6 +172,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 compute_ns=timed.compute_ns,
                 batch_size=timed.batch_size,
                 batch_tokens=timed.batch_tokens,
+                batch_background_tokens=timed.batch_background_tokens,
             ),
             load=self._loaded().current_load.to_proto(),
         )

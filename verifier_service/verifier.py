@@ -51,6 +51,7 @@ class Timed:
     compute_ns: int
     batch_size: int
     batch_tokens: int
+    batch_background_tokens: int
     accepted_node_indices: tuple[int, ...] = ()
     """The accepted path, in the draft as it was sent."""
 
@@ -299,4 +300,5 @@ class Verifier:
             compute_ns=sum(result.compute_ns for result in results),
             batch_size=results[-1].batch_size,
             batch_tokens=results[-1].batch_tokens,
+            batch_background_tokens=results[-1].batch_background_tokens,
         )

@@ -221,6 +221,7 @@ def _verified(
         compute_ns=timings.compute_ns,
         batch_size=timings.batch_size,
         batch_tokens=timings.batch_tokens,
+        batch_background_tokens=timings.batch_background_tokens,
         target_state=target_state,
         accepted_node_indices=tuple(result.accepted_node_indices),
     )

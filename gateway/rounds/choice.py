@@ -73,6 +73,8 @@ class AdaptiveChoice:
         """The size of the next round, chosen ahead; None: nothing was observed since the last one."""
         self._untried: Option | None = None
         """An option whose drafters are to be opened, to be tried."""
+        self._is_experiment = False
+        """Whether the round under way is one from which something is to be learned."""
         self._num_tries = 0
         """How often it was tried since they are open."""
         self._is_open: Callable[[str], bool] = lambda method: True
@@ -117,6 +119,8 @@ class AdaptiveChoice:
         """Learn what the round cost and brought; where a drafter is lost or late, learn nothing of drafts."""
         self._load.observe(completed)
         self._pace.add(completed)
+        round_ns = completed.draft.elapsed_ns + completed.verified.elapsed_ns
+        self._load.experiments.add(round_ns, self._load.num_sharers, is_experiment=self._is_experiment)
         if size.draft_depth and completed.draft.is_complete:
             self._by_method[size.method].observe(size, completed)
         self._next = self._wanted()
@@ -125,7 +129,8 @@ class AdaptiveChoice:
         pace, all_paces = self._pace, self._load.pace
         weight = pace.count / (pace.count + _PACE_ROUNDS)
         own = weight * pace.rate + (1 - weight) * all_paces.rate
-        return Prices(own, (self._load.num_sharers - 1) * all_paces.rate, self._load.level)
+        others = (self._load.num_sharers - 1) * all_paces.rate
+        return Prices(own, others, self._load.level, self._load.token_ns)
 
     def _wanted(self) -> DraftSize:
         self._num_rounds += 1
@@ -134,7 +139,9 @@ class AdaptiveChoice:
         sharers = max(1, round(self._load.num_sharers))
         if sharers < 2 or self._num_rounds % _BUSY_STRIDE == 1:
             self._weigh(prices)
-        size = self._experiment(prices, sharers) or self._preferred(prices)
+        experiment = self._experiment(prices, sharers)
+        self._is_experiment = experiment is not None
+        size = experiment or self._preferred(prices)
         confidence = 0.0
         if size.draft_depth:
             confidence = self._by_method[size.method].least_confidence(size, prices)
@@ -181,7 +188,7 @@ class AdaptiveChoice:
             return hopeful if hopeful.draft_depth else option.candidate.start
         # All who share a pass wait for the session that tries something.
         turn, rest = divmod(self._load.num_rounds, round(_EXPLORE_EVERY * math.sqrt(sharers)))
-        if rest:
+        if rest or not self._load.experiments.may_go_on:
             return None
         if size := self._unknown(prices):
             return size
@@ -195,13 +202,19 @@ class AdaptiveChoice:
         if option := next(untried, None):
             if self._is_open(option.method):
                 return option.candidate.start
-            self._untried = self._untried or option
+            self._is_to_be_tried(option)
         gain = _WORTH_TREES * self._best.gain if self._best else 0.0
         for option in self._options:
             is_good = option.is_known and option.gain >= gain and self._is_open(option.method)
             if is_good and (size := option.unknown(prices)):
                 return size
         return None
+
+    def _is_to_be_tried(self, option: Option) -> None:
+        """Have an option's drafters opened, unless another is to be tried first."""
+        if self._untried is None:
+            self._untried = option
+            self._load.experiments.add_opening(self._load.num_sharers)
 
     def _promising(self) -> DraftSize | None:
         """Return a draft that may be better than the best, as it was tried less often."""
@@ -212,7 +225,7 @@ class AdaptiveChoice:
             return None
         if self._is_open(option.method):
             return found[option][0]
-        self._untried = self._untried or option
+        self._is_to_be_tried(option)
         return None
 
     def _probe(self) -> DraftSize | None:

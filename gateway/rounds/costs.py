@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from gateway.rounds.estimates import Curve, Mean, Median, Survival
+from gateway.rounds.estimates import NEW_SHARE, Curve, Line, Mean, Median, Survival
 from gateway.rounds.vocabulary import DraftSize, Round
 from specdec.contract.methods import PLAIN
 
+_SHARE_OF_ALL = 0.02
+"""Weight of a round among those of all sessions once there are many."""
+_ROUNDS_OF_FREE_EXPERIMENTS = 100
+"""How many rounds of a verifier may try as much as there is to learn."""
+_SHARE_OF_EXPERIMENTS = 0.03
+"""Most of the time of all sessions that choices may take which are made to learn."""
+_EXPERIMENTS_MEMORY = 0.998
+"""What a round's time becomes with the next one."""
 _DRAFTS_TO_KNOW = 3
 """How many drafts it takes to know a node budget's cost."""
 _METHOD_MEMORY = 0.995
@@ -23,11 +31,15 @@ _GROWTH_BY_LOAD = 1.4
 
 
 class Pace:
-    """How fast answers come: tokens and time of a round."""
+    """How fast answers come: tokens and time of a round.
 
-    def __init__(self) -> None:
-        self.tokens = Mean(1.0)
-        self.round_ns = Mean(1.0)
+    Args:
+        new_share: weight of a new round once there are many.
+    """
+
+    def __init__(self, new_share: float = NEW_SHARE) -> None:
+        self.tokens = Mean(1.0, new_share=new_share)
+        self.round_ns = Mean(1.0, new_share=new_share)
 
     def add(self, completed: Round) -> None:
         """Take a round in."""
@@ -45,21 +57,49 @@ class Pace:
         return self.tokens.value / max(1.0, self.round_ns.value)
 
 
+class Experiments:
+    """How much time choices took that were made to learn: at most a share, once something is known."""
+
+    def __init__(self) -> None:
+        self._num_rounds = 0
+        self._round_ns = Mean(new_share=_SHARE_OF_ALL)
+        self._all_ns = self._spent_ns = 0.0
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether another may be made."""
+        is_new = self._num_rounds < _ROUNDS_OF_FREE_EXPERIMENTS
+        return is_new or self._spent_ns < _SHARE_OF_EXPERIMENTS * self._all_ns
+
+    def add(self, round_ns: int, num_waiting: float, *, is_experiment: bool) -> None:
+        """Count a round, nanoseconds. All who share its pass wait for one that takes longer than usual."""
+        self._num_rounds += 1
+        self._all_ns = _EXPERIMENTS_MEMORY * self._all_ns + round_ns
+        self._spent_ns *= _EXPERIMENTS_MEMORY
+        if is_experiment:
+            self._spent_ns = max(0.0, self._spent_ns + num_waiting * (round_ns - self._round_ns.value))
+        else:
+            self._round_ns.add(round_ns)
+
+    def add_opening(self, num_waiting: float) -> None:
+        """Count that drafters open to be tried: they read the text, which takes about as long as a round."""
+        self._spent_ns += num_waiting * self._round_ns.value
+
+
 class VerifierLoad:
     """What passes of one verifier cost now, and how many sessions share them."""
 
     def __init__(self) -> None:
-        self.pass_ns = Curve()
-        """Compute time by tokens of a pass."""
+        self.passes: dict[int, Line] = {}
+        """Compute time by tokens of a pass, by level of load."""
         self.batch_size = Mean(1.0)
         self.waits = Median()
         """Time from an item's arrival to the end of its pass, over that of the pass."""
-        self.others = Mean()
-        """Tokens of a pass that are other sessions' than the one observed."""
-        self.pace = Pace()
+        self.pace = Pace(_SHARE_OF_ALL)
         """Of all sessions, each on its own."""
         self.num_rounds = 0
         """Rounds of all sessions."""
+        self.experiments = Experiments()
         self.gains: dict[str, Mean] = {}
         """Tokens a round that methods gain, by all sessions' texts, where all draft alike."""
         self.common = PLAIN
@@ -72,11 +112,12 @@ class VerifierLoad:
         verified = completed.verified
         if completed.is_prefill or not verified.compute_ns:
             return
-        self.pass_ns.add(verified.batch_tokens, verified.compute_ns)
         self.batch_size.add(verified.batch_size)
         self.waits.add(verified.server_ns / verified.compute_ns)
-        self.others.add(max(0, verified.batch_tokens - len(completed.draft.token_ids) - 1))
         self.pace.add(completed)
+        # Prompts cost a pass other than drafts do: none of their tokens but the last has logits.
+        if not verified.batch_background_tokens:
+            self.passes.setdefault(self.level, Line()).add(verified.batch_tokens, verified.compute_ns)
 
     def settle(self, method: str, gain: float) -> None:
         """Take in what a session would gain by a method, and settle which method is the common one."""
@@ -99,15 +140,14 @@ class VerifierLoad:
         """The load as one of few, each twice the one before."""
         return round(math.log2(self.num_sharers))
 
-    def added_ns(self, num_nodes: float) -> float:
-        """Return by how much that many draft tokens make a pass longer, with what others have in it."""
-        least = self.others.value + 1
-        return self.pass_ns(least + num_nodes) - self.pass_ns(least)
-
-    def further_ns(self, num_nodes: float) -> float:
-        """Return by how much a further token makes a pass longer, on average over the later half of them."""
-        half = num_nodes / 2
-        return (self.added_ns(num_nodes) - self.added_ns(half)) / half
+    @property
+    def token_ns(self) -> float:
+        """By how much a draft token makes a pass longer, nanoseconds; 0 until passes of several sizes were
+        seen.
+        """
+        known = (level for level, line in self.passes.items() if line.slope)
+        nearest = min(known, key=lambda level: abs(level - self.level), default=None)
+        return 0.0 if nearest is None else self.passes[nearest].slope
 
 
 @dataclass(slots=True)
@@ -159,12 +199,16 @@ class MethodStats:
         """Whether the cost of the drafts is more than a first impression, at any load."""
         return any(costs.count >= _DRAFTS_TO_KNOW for costs in self.costs.values())
 
-    def observe(self, size: DraftSize, completed: Round, level: int) -> None:
-        """Take in a round that asked for such a draft."""
+    def observe(self, size: DraftSize, completed: Round, level: int, excess: Sequence[float]) -> None:
+        """Take in a round that asked for such a draft.
+
+        Args:
+            excess: by how much more than usual the text is accepted at each depth.
+        """
         if not completed.draft.is_first:
             self.costs.setdefault(level, DraftCosts()).observe(size, completed)
         self.num_nodes.add(size.draft_depth, len(completed.draft.token_ids))
-        self.survival.add(size.draft_depth, completed.verified.num_accepted_tokens)
+        self.survival.add(size.draft_depth, completed.verified.num_accepted_tokens, excess)
 
     def at(self, level: int) -> tuple[DraftCosts, float]:
         """Return the costs known at the nearest level of load, and a factor for the way from there.

@@ -9,15 +9,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
-_NEW_SHARE = 0.1
-"""Weight of a new observation once there are many."""
+NEW_SHARE = 0.1
+"""Weight of a new observation once there are many, unless told otherwise."""
 _WINDOW = 15
 """How many of the latest observations a usual value is taken from."""
 _EASE_TRIALS = 10.0
-"""How many tries it takes for a text to count as much as what is usual."""
+"""How many tries it takes for a text to count as much as what is usual, unless told otherwise."""
 _EASE_OF_OTHERS = 0.25
 """How much a try of another method says of this one."""
 _MOST_USUAL = 0.98
+_LINE_SHARE = 0.003
+"""Weight of a new observation on a line once there are many."""
+_LEAST_VARIANCE = 0.25
+"""How much sizes must differ, in squares, for a line to tell a slope."""
+_MOST_OFF = 1.5
+"""By which factor an observation may be off its line and still count as it is."""
 _FORGOTTEN_AFTER = 200
 """How many observations at other sizes it takes to forget what was seen at a size."""
 
@@ -28,11 +34,13 @@ class Mean:
 
     value: float = 0.0
     count: int = 0
+    new_share: float = NEW_SHARE
+    """Weight of a new observation once there are many."""
 
     def add(self, value: float) -> None:
         """Take one observation in."""
         self.count += 1
-        self.value += max(_NEW_SHARE, 1 / self.count) * (value - self.value)
+        self.value += max(self.new_share, 1 / self.count) * (value - self.value)
 
 
 class Median:
@@ -40,20 +48,64 @@ class Median:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=_WINDOW)
+        self._median: float | None = 0.0
+        """None: it is to be found anew."""
 
     def add(self, value: float) -> None:
         """Take one observation in."""
         self._values.append(value)
+        self._median = None
 
     @property
     def value(self) -> float:
         """The median; 0 while nothing is known."""
-        return median_low(self._values) if self._values else 0.0
+        if self._median is None:
+            self._median = median_low(self._values)
+        return self._median
 
     @property
     def count(self) -> int:
         """How many values it is taken from."""
         return len(self._values)
+
+
+class Line:
+    """A quantity that grows with size by the same amount for each unit, as far as recent observations tell.
+
+    One that is far off for a reason of its own pulls the line only a little.
+    """
+
+    def __init__(self) -> None:
+        self._size = Mean(new_share=_LINE_SHARE)
+        self._value = Mean(new_share=_LINE_SHARE)
+        self._variance = Mean(new_share=_LINE_SHARE)
+        self._covariance = Mean(new_share=_LINE_SHARE)
+
+    @property
+    def count(self) -> int:
+        """How many observations it was taken from."""
+        return self._value.count
+
+    @property
+    def slope(self) -> float:
+        """By how much the quantity grows for each unit of size; 0 while only one size is known."""
+        variance = self._variance.value
+        return max(0.0, self._covariance.value / variance) if variance > _LEAST_VARIANCE else 0.0
+
+    def add(self, size: float, value: float) -> None:
+        """Observe a value at a size."""
+        if self.count >= _WINDOW:
+            usual = self(size)
+            value = min(max(value, usual / _MOST_OFF), usual * _MOST_OFF)
+        off = size - self._size.value if self.count else 0.0
+        self._size.add(size)
+        self._value.add(value)
+        self._variance.add(off * (size - self._size.value))
+        self._covariance.add(off * (value - self._value.value))
+
+    def __call__(self, size: float) -> float:
+        """Return the value at a size; 0 while nothing is known."""
+        return max(0.0, self._value.value + self.slope * (size - self._size.value))
 
 
 @dataclass(slots=True)
@@ -83,7 +135,8 @@ class Curve:
         self._through_origin = through_origin
         self._groups: dict[int, _Group] = {}
         self._count = 0
-        self._points: list[tuple[float, float]] = []
+        self._points: list[tuple[float, float]] | None = None
+        """The curve; None: it is to be made anew, as there are new observations."""
 
     def add(self, size: float, value: float) -> None:
         """Observe a value at a size."""
@@ -94,18 +147,22 @@ class Curve:
         group.last_seen = self._count
         oldest = self._count - _FORGOTTEN_AFTER
         self._groups = {key: group for key, group in self._groups.items() if group.last_seen >= oldest}
-        self._points = _rising(
+        self._points = None
+
+    def _curve(self) -> list[tuple[float, float]]:
+        points = _rising(
             sorted(
                 (group.sizes.value, group.values.value, min(group.values.count, _WINDOW))
                 for group in self._groups.values()
             )
         )
-        if self._through_origin and self._points[0][0] > 0:
-            self._points.insert(0, (0.0, 0.0))
+        if self._through_origin and points and points[0][0] > 0:
+            points.insert(0, (0.0, 0.0))
+        return points
 
     def __call__(self, size: float) -> float:
         """Return the value at a size; 0 while nothing is known."""
-        points = self._points
+        points = self._points = self._curve() if self._points is None else self._points
         if len(points) < 2:
             return points[0][1] if points else 0.0
         index = min(max(bisect_left(points, (size,)), 1), len(points) - 1)
@@ -134,14 +191,20 @@ class Survival:
         self._tried: list[float] = []
         self._accepted: list[float] = []
 
-    def add(self, num_asked: int, num_accepted: int) -> None:
-        """Take in a round that asked for `num_asked` tokens in a row; what is not drafted is not accepted."""
+    def add(self, num_asked: int, num_accepted: int, excess: Sequence[float] = ()) -> None:
+        """Take in a round that asked for `num_asked` tokens in a row; what is not drafted is not accepted.
+
+        Args:
+            excess: by how much more than usual the text is accepted at each depth; it is taken off, lest
+                drafts that easy texts have look better than those that hard ones have.
+        """
         while len(self._tried) < num_asked:
             self._tried.append(0.0)
             self._accepted.append(0.0)
         for depth in range(min(num_asked, num_accepted + 1)):
             self._tried[depth] = self._memory * self._tried[depth] + 1
-            self._accepted[depth] = self._memory * self._accepted[depth] + (depth < num_accepted)
+            accepted = (depth < num_accepted) - (excess[depth] if excess else 0.0)
+            self._accepted[depth] = self._memory * self._accepted[depth] + accepted
 
     @property
     def num_tried(self) -> float:
@@ -152,7 +215,7 @@ class Survival:
         """Return the acceptance at the first `depth` depths; a prior weighs as much as `weight` rounds."""
         padding = [0.0] * max(0, depth - len(self._tried))
         return [
-            (accepted + weight * guess) / (tried + weight)
+            min(1.0, max(0.0, (accepted + weight * guess) / (tried + weight)))
             for accepted, tried, guess in zip(
                 [*self._accepted, *padding], [*self._tried, *padding], prior, strict=False
             )
@@ -177,19 +240,20 @@ class Ease:
         self._accepted = self._memory * self._accepted + min(num_accepted, len(usual))
         self._expected = self._memory * self._expected + sum(tried)
 
-    def odds(self, others: Ease) -> float:
+    def odds(self, others: Ease, caution: float = _EASE_TRIALS) -> float:
         """Return the factor by which the odds of acceptance are other than usual.
 
         Args:
             others: of the same text with other drafts, which counts less.
+            caution: how many tries it takes for the text to count as much as what is usual.
         """
         tried = self._tried + _EASE_OF_OTHERS * others._tried
         if not tried:
             return 1.0
         expected = (self._expected + _EASE_OF_OTHERS * others._expected) / tried
         usual = min(_MOST_USUAL, max(1 - _MOST_USUAL, expected))
-        accepted = self._accepted + _EASE_OF_OTHERS * others._accepted + _EASE_TRIALS * usual
-        return accepted / (tried + _EASE_TRIALS - accepted) * (1 - usual) / usual
+        accepted = self._accepted + _EASE_OF_OTHERS * others._accepted + caution * usual
+        return accepted / (tried + caution - accepted) * (1 - usual) / usual
 
 
 def shifted(rates: Iterable[float], odds: float) -> list[float]:

@@ -19,6 +19,8 @@ _LEAST_PATIENCE_S = 0.25
 _ROUNDS_TO_KNOW = 3
 """Drafts after which it is known what is usual; until then only the link's own timeout ends the wait."""
 
+_BUSY = Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
+
 
 class JoiningSource(DraftSource, Protocol):
     """A source of drafts that may begin later than the generation."""
@@ -50,6 +52,17 @@ class NamedSource:
         if self.usual_s.count < _ROUNDS_TO_KNOW:
             return None
         return max(_LEAST_PATIENCE_S, _PATIENCE * self.usual_s.value)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it still drafts for an earlier round."""
+        return self.pending is not None and not self.pending.done()
+
+    def part_of(self, request: DraftRequest) -> DraftRequest:
+        """Return what the drafter is asked for in a round: it may draft less in a row than others."""
+        if request.size.draft_depth <= self.draft_depth:
+            return request
+        return replace(request, size=replace(request.size, draft_depth=self.draft_depth))
 
 
 class MergedDrafts:
@@ -93,10 +106,12 @@ class MergedDrafts:
                 await proposer.source.join(request)
         if not request.size.draft_depth:
             return Draft()
+        asked = self._asked(request.size.method)
+        if len(asked) == 1:
+            return await _ask_alone(asked[0], request)
         started_ns = time.monotonic_ns()
         # A late drafter reads the tokens while the rounds go on.
         request = replace(request, committed_token_ids=tuple(request.committed_token_ids))
-        asked = self._asked(request.size.method)
         drafts = await asyncio.gather(*(_ask(proposer, request) for proposer in asked))
         return self._merged(asked, drafts, request, time.monotonic_ns() - started_ns)
 
@@ -135,14 +150,23 @@ class MergedDrafts:
         )
 
 
+async def _ask_alone(proposer: NamedSource, request: DraftRequest) -> Draft:
+    """Return the draft of the round's only drafter, for which the round waits as long as its link does."""
+    if proposer.is_busy:
+        return _BUSY
+    draft = await proposer.source.propose(proposer.part_of(request))
+    nodes = frozenset(range(len(draft.token_ids)))
+    proposal = Proposal(proposer.drafter, nodes, draft.fallback_reason, draft.fallback_code)
+    return replace(draft, proposals=(proposal,))
+
+
 async def _ask(proposer: NamedSource, request: DraftRequest) -> Draft:
     """Ask one drafter for its draft, or give an empty draft if it is late."""
-    if proposer.pending and not proposer.pending.done():
-        return Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
+    if proposer.is_busy:
+        return _BUSY
     started = time.monotonic()
-    length = min(request.size.draft_depth, proposer.draft_depth)
-    own = replace(request, size=replace(request.size, draft_depth=length))
-    proposer.pending = task = asyncio.ensure_future(proposer.source.propose(own))
+    drafting = proposer.source.propose(proposer.part_of(request))
+    proposer.pending = task = asyncio.ensure_future(drafting)
     task.add_done_callback(lambda _: proposer.usual_s.add(time.monotonic() - started))
     patience_s = proposer.patience_s
     await asyncio.wait({task}, timeout=patience_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import itemgetter, mul
@@ -26,6 +27,8 @@ _FIRST_GUESS = 0.6
 """Acceptance at any depth before anything is known."""
 _GUESS_ROUNDS = 6.0
 """How many rounds a guess weighs."""
+_LITTLE_CAUTION = 1.0
+"""How many tries it takes for a text to explain what was accepted; over many texts errors even out."""
 _LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48)
 
 
@@ -65,6 +68,8 @@ class Prices:
     """One that all others wait."""
     level: int
     """Level of load."""
+    pass_ns: float
+    """By how much a draft token makes a pass longer, nanoseconds."""
 
 
 @dataclass(eq=False, slots=True)
@@ -127,11 +132,23 @@ class Option:
     def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn what a round's draft cost and brought."""
         stats, num_accepted = self.stats[size.draft_nodes], completed.verified.num_accepted_tokens
-        usual = self.usual_rates(size.draft_nodes, size.draft_depth)
+        excess = self._excess(size)
+        # Against one budget's, so that what a larger one adds is not taken for the text's.
+        usual = self.usual_rates(self.candidate.budgets[0], size.draft_depth)
         self.ease.add(usual, num_accepted)
         self.ease_of_all.add(usual, num_accepted)
-        stats.observe(size, completed, self.load.level)
+        stats.observe(size, completed, self.load.level, excess)
         self.mine[size.draft_nodes].add(size.draft_depth, num_accepted)
+
+    def _excess(self, size: DraftSize) -> list[float]:
+        """Return by how much more than usual this text is accepted at each depth. Of the smallest budget that
+        is not known: what is usual for it is what most texts have.
+        """
+        if size.draft_nodes == self.candidate.budgets[0]:
+            return [0.0] * size.draft_depth
+        usual = self.usual_rates(size.draft_nodes, size.draft_depth)
+        here = shifted(usual, self.ease.odds(self.ease_of_all, _LITTLE_CAUTION))
+        return [mine - others for mine, others in zip(here, usual, strict=True)]
 
     def weigh(self, prices: Prices) -> None:
         """Find the size with the largest gain, be it a loss."""
@@ -159,7 +176,8 @@ class Option:
         """Return the best size with that budget, which is known, and the tokens a round that it gains."""
         lengths = [length for length in self.lengths if not budget or length <= budget]
         expected = self.expected_lengths(budget, lengths[-1])
-        gains = [expected[k] - 1 - self.cost(self.size(k, budget), prices) for k in lengths]
+        costs = self.costs(budget, lengths, prices)
+        gains = [expected[k] - 1 - cost for k, cost in zip(lengths, costs, strict=True)]
         best = max(range(len(gains)), key=gains.__getitem__)
         return self.size(lengths[best], budget), gains[best]
 
@@ -185,17 +203,17 @@ class Option:
             guess = [_FIRST_GUESS] * longest
         return self.stats[budget].survival.rates(longest, guess, _GUESS_ROUNDS)
 
-    def cost(self, size: DraftSize, prices: Prices) -> float:
-        """Return what a draft costs, in tokens that are not decoded meanwhile."""
-        stats = self.stats[size.draft_nodes]
-        costs, growth = stats.at(prices.level)
-        added_ns = self.load.added_ns(stats.num_nodes(size.draft_depth))
-        own = prices.own * (added_ns + growth * costs.draft_ns(size.draft_depth))
-        if not prices.others:
-            return own
-        if self.candidate.shares_processor:
-            added_ns += costs.compute_ns(size.draft_depth)
-        return own + prices.others * added_ns
+    def costs(self, budget: int, lengths: Sequence[int], prices: Prices) -> list[float]:
+        """Return what drafts of those lengths cost, in tokens that are not decoded meanwhile."""
+        stats = self.stats[budget]
+        known, growth = stats.at(prices.level)
+        of_token = (prices.own + prices.others) * prices.pass_ns
+        of_wait = prices.own * growth
+        of_computing = prices.others if self.candidate.shares_processor else 0.0
+        return [
+            of_token * stats.num_nodes(k) + of_wait * known.draft_ns(k) + of_computing * known.compute_ns(k)
+            for k in lengths
+        ]
 
     def least_confidence(self, size: DraftSize, prices: Prices) -> float:
         """Return the probability below which a token costs more than it brings.
@@ -207,7 +225,7 @@ class Option:
         if not stats.is_known:
             return 0.0
         num_nodes = max(1.0, stats.num_nodes(size.draft_depth))
-        cost = (prices.own + prices.others) * self.load.further_ns(num_nodes)
+        cost = (prices.own + prices.others) * prices.pass_ns
         if not size.draft_nodes:
             cost += prices.own * stats.at(prices.level)[0].further_ns(num_nodes)
         return min(_MOST_CONFIDENCE, max(0.0, cost))

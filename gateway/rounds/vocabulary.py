@@ -104,6 +104,8 @@ class Verified:
     """Items of that pass."""
     batch_tokens: int = 1
     """Tokens of all items of that pass."""
+    batch_background_tokens: int = 0
+    """How many of these are of prompts."""
     target_state: StateHandle | None = None
     """Where the drafter finds the target's state as of this answer."""
     accepted_node_indices: tuple[int, ...] = ()

@@ -38,6 +38,8 @@ class EngineResult(Generic[ResultT]):
     """Items in the step."""
     batch_tokens: int
     """Tokens of all of them."""
+    batch_background_tokens: int
+    """How many of these are of items that are not urgent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,12 +244,15 @@ class Engine(Generic[ItemT, ResultT]):
         ended_ns: int,
     ) -> None:
         compute_ns, num_tokens = ended_ns - started_ns, num_tokens_of(batch)
+        num_background = num_tokens_of([each for each in batch if not each.is_urgent])
         for submission, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, SpecdecError):
                 submission.post(outcome)
             else:
                 queue_ns = started_ns - submission.submitted_ns
-                submission.post(EngineResult(outcome, queue_ns, compute_ns, len(batch), num_tokens))
+                submission.post(
+                    EngineResult(outcome, queue_ns, compute_ns, len(batch), num_tokens, num_background)
+                )
 
     def _report(self, batch_size: int, batch_tokens: int, compute_ns: int) -> None:
         try:

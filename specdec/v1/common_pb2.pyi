@@ -66,18 +66,20 @@ class TokenLogprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ...) -> None: ...
 
 class PhaseTimings(_message.Message):
-    __slots__ = ("total_ns", "queue_ns", "compute_ns", "batch_size", "batch_tokens")
+    __slots__ = ("total_ns", "queue_ns", "compute_ns", "batch_size", "batch_tokens", "batch_background_tokens")
     TOTAL_NS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
     BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_BACKGROUND_TOKENS_FIELD_NUMBER: _ClassVar[int]
     total_ns: int
     queue_ns: int
     compute_ns: int
     batch_size: int
     batch_tokens: int
-    def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_size: _Optional[int] = ..., batch_tokens: _Optional[int] = ...) -> None: ...
+    batch_background_tokens: int
+    def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_size: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., batch_background_tokens: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_sessions", "max_sessions", "num_waiting", "kv_capacity_tokens", "kv_free_tokens")

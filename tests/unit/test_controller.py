@@ -373,3 +373,51 @@ def test_a_draft_is_no_longer_than_there_is_room_for() -> None:
     assert control.choose(2) == DraftSize(2)
     assert control.choose(0) == DraftSize(0)
     assert FixedSize(DraftSize(4, 9)).choose(1) == DraftSize(1, 9)
+
+
+def test_prompts_that_are_read_in_a_pass_say_nothing_of_what_drafts_cost() -> None:
+    """Prompts make passes larger and cost less a token, since none of theirs but the last has logits."""
+
+    class Reading(World):
+        def round(self, size: DraftSize) -> Round:
+            done = super().round(size)
+            if self._random.random() < 0.5:
+                return done
+            tokens = done.verified.batch_tokens + 200
+            return replace(
+                done, verified=replace(done.verified, batch_tokens=tokens, batch_background_tokens=200)
+            )
+
+    assert learned(Reading(steep, lambda k: 2.0, 0.3, batch_size=8)) == DraftSize(0)
+
+
+def test_trees_that_only_easy_texts_had_do_not_look_better_for_that() -> None:
+    controller, replica = Controller(), Replica()
+    chain, tree = DraftSize(4), DraftSize(4, 15)
+    easy, hard = (World(lambda tokens: 20 + 1.0 * tokens, lambda k: 1.0, rate) for rate in (0.9, 0.3))
+    for _ in range(30):
+        for world, sizes in ((easy, (chain, tree)), (hard, (chain, chain))):
+            text = session(controller, replica, (0, 15))
+            for size in sizes:
+                for _ in range(12):
+                    text.observe(size, world.round(size))
+            text.close()
+    assert session(controller, replica, (0, 15)).choose(1000).draft_nodes == 0
+
+
+def test_experiments_take_a_bounded_share_of_the_time() -> None:
+    """A method that is far dearer than another is tried at the start, and then for a small share of the
+    time."""
+    controller, replica = Controller(), Replica()
+    candidates = [Candidate(name, DraftSize(4, method=name), longest=8) for name in ("good", "dear")]
+    control = controller.session(replica, candidates)
+    good, dear = (World(lambda tokens: 20.0, lambda k, ms=ms: ms, 0.6) for ms in (1.0, 400.0))  # type: ignore[misc]
+    time_ns: Counter[str] = Counter()
+    for number in range(2000):
+        size = control.choose(1000)
+        done = (dear if size.method == "dear" else good).round(size)
+        control.observe(size, done)
+        if number >= 300:
+            time_ns[size.method] += done.draft.elapsed_ns + done.verified.elapsed_ns
+    assert time_ns["dear"] < 0.06 * time_ns.total()
+    assert time_ns["good"] > 0.9 * time_ns.total()

@@ -359,3 +359,12 @@ async def test_a_step_that_is_given_up_fails_all_that_waits_until_it_ends(record
     finally:
         recorder.gate.release(10)
         engine.close()
+
+
+async def test_results_say_how_many_tokens_were_in_the_background(recorder: Recorder) -> None:
+    engine = Engine(recorder.step)
+    prompt = Item("prompt", num_tokens=5, is_urgent=False)
+    results = await submit_while_busy(engine, recorder, Item("round", num_tokens=3), prompt)
+    told = [(result.batch_tokens, result.batch_background_tokens) for result in results]  # type: ignore[attr-defined]
+    assert told == [(8, 5), (8, 5)]
+    engine.close()

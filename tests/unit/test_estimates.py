@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.rounds.estimates import Curve
+from gateway.rounds.estimates import Curve, Line, Survival
 
 
 def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
@@ -24,3 +24,40 @@ def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
     rising = Curve(through_origin=True)
     rising.add(4, 8)
     assert [rising(k) for k in (0, 2, 8)] == [0, 4, 16]
+
+
+def test_a_line_tells_the_slope_and_is_hardly_moved_by_what_is_far_off() -> None:
+    line = Line()
+    assert line(5) == line.slope == 0
+    line.add(8, 20)
+    assert (line(100), line.slope) == (20, 0), "of one size it is not known what others take"
+    for number in range(300):
+        size = 8 + number % 40
+        line.add(size, 20 + 0.5 * (size - 8))
+    assert line.slope == pytest.approx(0.5, rel=0.01)
+    assert line(100) == pytest.approx(66, rel=0.01)
+    line.add(9, 400)
+    assert line(9) == pytest.approx(20.5, rel=0.05)
+    assert line.slope == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_line_follows_what_changes() -> None:
+    line = Line()
+    for factor in (1, 3):
+        for number in range(2000):
+            size = 1 + number % 16
+            line.add(size, factor * (10 + size))
+    assert line(16) == pytest.approx(78, rel=0.05)
+    assert line.slope == pytest.approx(3, rel=0.1)
+
+
+def test_acceptance_beyond_what_the_text_explains_is_what_counts() -> None:
+    plain, freed = Survival(1.0), Survival(1.0)
+    for number in range(100):
+        accepted = 1 if number % 10 else 0
+        plain.add(1, accepted)
+        freed.add(1, accepted, [0.4])
+    assert plain.rates(1, [0.0], 0.0) == pytest.approx([0.9])
+    assert freed.rates(1, [0.0], 0.0) == pytest.approx([0.5])
+    freed.add(1, 0, [100.0])
+    assert freed.rates(1, [0.0], 0.0) == [0.0]
