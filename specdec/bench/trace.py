@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, RequestRecord
+from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, Answer, RequestRecord
 from specdec.client import Speculation, Token
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import PLAIN
@@ -27,6 +27,16 @@ class RoundCosts:
     transport_ms: float
     """Time on the wire and in gRPC, to both services."""
     num_draft_tokens: float
+    gateway_ms: float = 0.0
+    """The gateway's own time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTrace:
+    """A prompt, and what plain decoding took to its first token at the least number of requests under way."""
+
+    input_tokens: int
+    ttft_ms: float
 
 
 @dataclass(slots=True)
@@ -50,6 +60,8 @@ class Trace:
 
     provenance: dict[str, Any]
     arms: list[ArmTrace]
+    prompts: list[PromptTrace] = field(default_factory=list)
+    """In the order of what the arms accepted; empty: the trace is older than this."""
 
     def write(self, path: Path) -> None:
         """Write the trace as JSON."""
@@ -68,7 +80,8 @@ class Trace:
             )
             for arm in document["arms"]
         ]
-        return cls(document["provenance"], arms)
+        prompts = [PromptTrace(**prompt) for prompt in document.get("prompts", ())]
+        return cls(document["provenance"], arms, prompts)
 
 
 def accepted_by_round(tokens: Iterable[Token]) -> tuple[int, ...]:
@@ -90,6 +103,7 @@ def make_trace(provenance: dict[str, Any], records: Sequence[RequestRecord]) -> 
         InvalidArgumentError: a request failed, or its rounds are not known.
     """
     arms: dict[str, ArmTrace] = {}
+    prompts: list[PromptTrace] = []
     least = min(record.concurrency for record in records)
     for name in dict.fromkeys(record.method for record in records):
         arm = arms[name] = _arm(name)
@@ -97,8 +111,10 @@ def make_trace(provenance: dict[str, Any], records: Sequence[RequestRecord]) -> 
             of_arm = [each for each in records if (each.method, each.concurrency) == (name, concurrency)]
             arm.costs[concurrency] = _mean([_speculation(record) for record in of_arm])
             if concurrency == least:
-                arm.accepted = [_accepted(record) for record in of_arm]
-    return Trace(provenance, list(arms.values()))
+                arm.accepted = [list(_answer(record).accepted) for record in of_arm]
+                if name == PLAIN:
+                    prompts = [_prompt(_answer(record)) for record in of_arm]
+    return Trace(provenance, list(arms.values()), prompts)
 
 
 def _arm(name: str) -> ArmTrace:
@@ -109,18 +125,22 @@ def _arm(name: str) -> ArmTrace:
     return ArmTrace(method, int(depth), int(nodes))
 
 
-def _speculation(record: RequestRecord) -> Speculation:
-    if record.answer is None or record.answer.speculation is None:
+def _answer(record: RequestRecord) -> Answer:
+    if record.answer is None:
         raise InvalidArgumentError(
             f"A request of {record.method} failed, so there is no trace: {record.error}"
         )
-    return record.answer.speculation
+    return record.answer
 
 
-def _accepted(record: RequestRecord) -> list[int]:
-    _speculation(record)
-    assert record.answer is not None
-    return list(record.answer.accepted)
+def _speculation(record: RequestRecord) -> Speculation:
+    speculation = _answer(record).speculation
+    assert speculation is not None, "answers of a gateway have rounds"
+    return speculation
+
+
+def _prompt(answer: Answer) -> PromptTrace:
+    return PromptTrace(answer.input_tokens, answer.ttft_ms)
 
 
 def _mean(answers: Sequence[Speculation]) -> RoundCosts:
@@ -130,4 +150,5 @@ def _mean(answers: Sequence[Speculation]) -> RoundCosts:
         sum(answer.verify_ms for answer in answers) / num_rounds,
         sum(answer.transport_ms for answer in answers) / num_rounds,
         sum(answer.num_draft_tokens for answer in answers) / num_rounds,
+        sum(answer.gateway_ms for answer in answers) / num_rounds,
     )

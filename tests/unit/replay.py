@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from gateway.rounds.vocabulary import PLAIN_SIZE, Draft, DraftSize, Round, SizeControl, Verified
+from specdec.bench.capacity_costs import Line, rising
 from specdec.bench.trace import ArmTrace, RoundCosts, Trace
 from specdec.runtime.scheduler import Scheduler
 
 _NS_PER_MS = 1e6
 _ROUNDS_TO_OPEN = 3
 """How many rounds a drafter takes to open in the simulation."""
-
-
-class Line:
-    """A quantity by size, straight between the points that are known and beyond them."""
-
-    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
-        self._points = sorted(points)
-
-    def __call__(self, size: float) -> float:
-        points = self._points
-        if len(points) == 1:
-            return points[0][1]
-        index = min(max(bisect_left(points, (size,)), 1), len(points) - 1)
-        (x0, y0), (x1, y1) = points[index - 1], points[index]
-        return max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0)) if x1 > x0 else y0
 
 
 class Arms:
@@ -109,12 +94,8 @@ class Replay:
         self.budgets = sorted({arm.draft_nodes for arm in trace.arms})
         self.depths = sorted({arm.draft_depth for arm in trace.arms} - {0})
         costs = [arm.costs[concurrency] for arm in trace.arms]
-        points = sorted(
-            ((concurrency * (1 + each.num_draft_tokens), each.verify_ms) for each in costs), reverse=True
-        )
-        # The largest curve that rises and is above no point.
-        least = accumulate(points, lambda before, point: (point[0], min(before[1], point[1])))
-        self._pass_ms = Line(list(least))
+        points = [(concurrency * (1 + each.num_draft_tokens), each.verify_ms) for each in costs]
+        self._pass_ms = rising(points)
         self._arms = {
             (method, budget): Arms(
                 [arm for arm in trace.arms if (arm.method, arm.draft_nodes) == (method, budget)],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from specdec.bench.records import Answer, RequestRecord
-from specdec.bench.trace import RoundCosts, Trace, accepted_by_round, make_trace
+from specdec.bench.trace import PromptTrace, RoundCosts, Trace, accepted_by_round, make_trace
 from specdec.client import Speculation, Token
 from specdec.contract.errors import InvalidArgumentError
 
@@ -19,9 +19,16 @@ def tokens(origins: str) -> list[Token]:
 
 def record(method: str, concurrency: int, accepted: tuple[int, ...] = (), **failed: str) -> RequestRecord:
     rounds = Speculation(
-        method, len(accepted), 6, sum(accepted), draft_ms=4.0, verify_ms=20.0, transport_ms=2.0
+        method,
+        len(accepted),
+        6,
+        sum(accepted),
+        draft_ms=4.0,
+        verify_ms=20.0,
+        transport_ms=2.0,
+        gateway_ms=0.5,
     )
-    answer = Answer((1,), 1, 1.0, 1.0, "length", rounds, accepted=accepted)
+    answer = Answer((1,), 7, 31.0, 1.0, "length", rounds, accepted=accepted)
     return RequestRecord(method, concurrency, 1, "qa", 1.0, 1.0, None if failed else answer, **failed)
 
 
@@ -45,7 +52,8 @@ def test_a_trace_has_the_costs_of_every_load_and_the_rounds_of_the_least(tmp_pat
         ("ngram", 2, 7),
     ]
     assert trace.arms[1].accepted == [[2, 0]]
-    assert trace.arms[1].costs == {at: RoundCosts(2.0, 10.0, 1.0, 3.0) for at in (1, 4)}
+    assert trace.arms[1].costs == {at: RoundCosts(2.0, 10.0, 1.0, 3.0, 0.25) for at in (1, 4)}
+    assert trace.prompts == [PromptTrace(7, 31.0)]
     trace.write(tmp_path / "trace.json")
     assert Trace.read(tmp_path / "trace.json") == trace
 

@@ -1,0 +1,151 @@
+"""What the capacity model takes from a trace and from the measured cost of passes."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from statistics import linear_regression, mean
+
+from specdec.bench.capacity import AnswerShape, MethodCosts
+from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR
+from specdec.bench.trace import ArmTrace, Trace
+from specdec.bench.verify_pass import CHAIN
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.methods import PLAIN
+
+
+class Line:
+    """A quantity by size, straight between the points that are known and beyond them."""
+
+    def __init__(self, points: Sequence[tuple[float, float]]) -> None:
+        self._points = sorted(points)
+
+    def __call__(self, size: float) -> float:
+        points = self._points
+        if len(points) == 1:
+            return points[0][1]
+        index = min(max(bisect_left(points, (size,)), 1), len(points) - 1)
+        (x0, y0), (x1, y1) = points[index - 1], points[index]
+        return max(0.0, y0 + (y1 - y0) * (size - x0) / (x1 - x0)) if x1 > x0 else y0
+
+
+def rising(points: Sequence[tuple[float, float]]) -> Line:
+    """Return the largest curve that rises and is above none of the points."""
+    least = accumulate(sorted(points, reverse=True), lambda before, each: (each[0], min(before[1], each[1])))
+    return Line(list(least))
+
+
+def pass_line(trace: Trace) -> Line:
+    """Return what passes take by their tokens, as far as a trace says: from rounds of single requests, and
+    from plain rounds of several, which nobody's draft delays.
+    """
+    least = min(trace.arms[0].costs)
+    points = [(1 + arm.costs[least].num_draft_tokens, arm.costs[least].verify_ms) for arm in trace.arms]
+    plain = _plain(trace)
+    return rising([*points, *((float(number), costs.verify_ms) for number, costs in plain.costs.items())])
+
+
+def read_pass_line(path: Path) -> Line:
+    """Return what passes over chains take by their tokens, from a pass.json.
+
+    Raises:
+        InvalidArgumentError: the file is not a pass.json.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return rising([(row["num_tokens"], row["compute_ms_p50"]) for row in rows if row["shape"] == CHAIN])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InvalidArgumentError(
+            f"{path} is not a pass.json of `specdec bench pass`: {error!r}."
+        ) from error
+
+
+def method_costs(trace: Trace, passes: Line | None = None, draft_growth: float = 1.4) -> list[MethodCosts]:
+    """Return the costs of all methods and sizes of a trace, plain decoding first.
+
+    Args:
+        passes: what passes take by their tokens; None: as the trace says. A method's own pass of one request
+            is as the trace has it, and gets longer with further tokens as this says.
+    """
+    passes = passes or pass_line(trace)
+    plain = _plain(trace)
+    prefill_ms, token_ms = _prefill(trace)
+    least = min(plain.costs)
+    way_ms = plain.costs[least].transport_ms + plain.costs[least].gateway_ms
+    made = []
+    for arm in sorted(trace.arms, key=lambda each: each is not plain):
+        costs = arm.costs[least]
+        made.append(
+            MethodCosts(
+                name=name_of(arm),
+                pass_ms=_own_pass(passes, 1 + costs.num_draft_tokens, costs.verify_ms),
+                draft_ms=costs.draft_ms,
+                draft_growth=draft_growth,
+                num_draft_tokens=costs.num_draft_tokens,
+                verify_transport_ms=way_ms,
+                draft_transport_ms=max(0.0, costs.transport_ms + costs.gateway_ms - way_ms),
+                prefill_ms=prefill_ms,
+                prefill_token_ms=token_ms,
+            )
+        )
+    return made
+
+
+def name_of(arm: ArmTrace) -> str:
+    """Return METHOD/NODES@K, without what is not there."""
+    nodes = f"{NODES_SEPARATOR}{arm.draft_nodes}" if arm.draft_nodes else ""
+    return f"{arm.method}{nodes}{METHOD_SEPARATOR}{arm.draft_depth}" if arm.draft_depth else PLAIN
+
+
+def answer_shapes(
+    trace: Trace, name: str, num_answers: int, prompt_tokens: int | None, answer_tokens: int | None
+) -> list[AnswerShape]:
+    """Return so many answers like those of a trace, from the first again after the last.
+
+    Args:
+        name: the method and its size; see `name_of`.
+        prompt_tokens: length of every prompt; None: as recorded, or 100 where the trace has not recorded it.
+        answer_tokens: length of every answer, whose rounds repeat those recorded; None: as recorded.
+    """
+    arm = next(arm for arm in trace.arms if name_of(arm) == name)
+    lengths = [prompt.input_tokens for prompt in trace.prompts] or [100] * len(arm.accepted)
+    shapes = [
+        AnswerShape(prompt_tokens or length, tuple(_rounds(accepted, answer_tokens)))
+        for length, accepted in zip(lengths, arm.accepted, strict=True)
+    ]
+    return [shapes[index % len(shapes)] for index in range(num_answers)]
+
+
+def _rounds(accepted: Sequence[int], answer_tokens: int | None) -> list[int]:
+    if answer_tokens is None or not accepted:
+        return list(accepted)
+    rounds, left = list[int](), answer_tokens - 1
+    while left > 0:
+        # The last round brings only what the answer still lacks.
+        rounds.append(min(accepted[len(rounds) % len(accepted)], left - 1))
+        left -= rounds[-1] + 1
+    return rounds
+
+
+def _plain(trace: Trace) -> ArmTrace:
+    return next(arm for arm in trace.arms if not arm.draft_depth)
+
+
+def _own_pass(passes: Line, num_tokens: float, own_ms: float) -> Callable[[float], float]:
+    return lambda size: max(0.0, own_ms + passes(size) - passes(num_tokens))
+
+
+def _prefill(trace: Trace) -> tuple[float, float]:
+    """Return the time to the first token without a prompt, and what each token adds, milliseconds."""
+    lengths = [prompt.input_tokens for prompt in trace.prompts]
+    times_ms = [prompt.ttft_ms for prompt in trace.prompts]
+    if not times_ms:
+        plain = _plain(trace)
+        return plain.costs[min(plain.costs)].verify_ms, 0.0
+    if len(set(lengths)) < 2:
+        return mean(times_ms), 0.0
+    slope, base = linear_regression(lengths, times_ms)
+    return (base, slope) if slope > 0 and base > 0 else (0.0, mean(times_ms) / mean(lengths))
