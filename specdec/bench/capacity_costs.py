@@ -16,6 +16,24 @@ from specdec.bench.verify_pass import CHAIN
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import PLAIN
 
+DEFAULT_TRACE = Path(__file__).with_name("trace.json")
+"""A trace of the embedded model, for predictions where none is named."""
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace.
+
+    Raises:
+        InvalidArgumentError: the file is not a trace.json.
+    """
+    try:
+        trace = Trace.read(path)
+        _plain(trace)
+        return trace
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        message = f"{path} is not a trace.json of `specdec bench trace`: {error!r}."
+        raise InvalidArgumentError(message) from error
+
 
 class Line:
     """A quantity by size, straight between the points that are known and beyond them."""
@@ -39,13 +57,27 @@ def rising(points: Sequence[tuple[float, float]]) -> Line:
 
 
 def pass_line(trace: Trace) -> Line:
-    """Return what passes take by their tokens, as far as a trace says: from rounds of single requests, and
-    from plain rounds of several, which nobody's draft delays.
+    """Return what passes take at most by their tokens, as far as a trace says.
+
+    Rounds of several requests count as passes of all of them. They include what the requests waited, so the
+    least time of as many tokens or more is taken.
     """
-    least = min(trace.arms[0].costs)
-    points = [(1 + arm.costs[least].num_draft_tokens, arm.costs[least].verify_ms) for arm in trace.arms]
-    plain = _plain(trace)
-    return rising([*points, *((float(number), costs.verify_ms) for number, costs in plain.costs.items())])
+    return _continued(
+        [
+            (number * (1 + costs.num_draft_tokens), costs.verify_ms)
+            for arm in trace.arms
+            for number, costs in arm.costs.items()
+        ]
+    )
+
+
+def _continued(points: Sequence[tuple[float, float]]) -> Line:
+    """Return the rising curve of points, which goes on behind the last one as steep as it was on the whole:
+    its last piece may be flat by chance.
+    """
+    line, first, last = rising(points), min(points)[0], max(points)[0]
+    slope = (line(last) - line(first)) / (last - first) if last > first else 0.0
+    return rising([*points, (2 * last, line(last) + slope * last)])
 
 
 def read_pass_line(path: Path) -> Line:
@@ -56,14 +88,17 @@ def read_pass_line(path: Path) -> Line:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return rising([(row["num_tokens"], row["compute_ms_p50"]) for row in rows if row["shape"] == CHAIN])
+        points = [(row["num_tokens"], row["compute_ms_p50"]) for row in rows if row["shape"] == CHAIN]
+        return _continued(points)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InvalidArgumentError(
             f"{path} is not a pass.json of `specdec bench pass`: {error!r}."
         ) from error
 
 
-def method_costs(trace: Trace, passes: Line | None = None, draft_growth: float = 1.4) -> list[MethodCosts]:
+def method_costs(
+    trace: Trace, passes: Callable[[float], float] | None = None, draft_growth: float = 1.4
+) -> list[MethodCosts]:
     """Return the costs of all methods and sizes of a trace, plain decoding first.
 
     Args:
@@ -134,7 +169,7 @@ def _plain(trace: Trace) -> ArmTrace:
     return next(arm for arm in trace.arms if not arm.draft_depth)
 
 
-def _own_pass(passes: Line, num_tokens: float, own_ms: float) -> Callable[[float], float]:
+def _own_pass(passes: Callable[[float], float], num_tokens: float, own_ms: float) -> Callable[[float], float]:
     return lambda size: max(0.0, own_ms + passes(size) - passes(num_tokens))
 
 

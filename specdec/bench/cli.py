@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from specdec.bench import noise_cost
+from specdec.bench.capacity_cli import capacity_command, check_command
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.pass_cli import pass_command
 from specdec.bench.report import read_rows
@@ -25,7 +26,15 @@ def bench() -> None:
     """Measure methods against plain decoding."""
 
 
-for _command in (run_command, trace_command, pass_command, transport_command, telemetry_command):
+for _command in (
+    run_command,
+    trace_command,
+    pass_command,
+    transport_command,
+    telemetry_command,
+    capacity_command,
+    check_command,
+):
     bench.add_command(_command)
 
 

@@ -13,7 +13,7 @@ from specdec.bench.records import Contender, RequestRecord
 from specdec.bench.workload import Prompt
 from specdec.contract.errors import SpecdecError
 
-_PROMPTS_PER_WORKER = 2
+PROMPTS_PER_WORKER = 2
 """Prompts per worker in a block: enough to keep workers busy while the slowest ends, and few enough for the
 methods to take turns often."""
 
@@ -50,7 +50,7 @@ def schedule(
     at the same concurrency, and nothing of other contenders or other schedules.
     """
     for concurrency in concurrencies:
-        size = 1 if concurrency == 1 else _PROMPTS_PER_WORKER * concurrency
+        size = 1 if concurrency == 1 else PROMPTS_PER_WORKER * concurrency
         present = [c for c in contenders if concurrency == 1 or c.is_concurrent]
         salts = {contender.method: _new_salt() if contender.has_memory else "" for contender in present}
         places = product(range(1, num_asks + 1), range(0, len(prompts), size))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR, Answer, RequestRecord
@@ -18,7 +19,9 @@ TRACE_FILE = "trace.json"
 
 @dataclass(frozen=True, slots=True)
 class RoundCosts:
-    """The mean round of a method and size at one number of requests under way; times in milliseconds."""
+    """The mean round of a typical answer, for a method and size at one number of requests under way; times in
+    milliseconds.
+    """
 
     draft_ms: float
     """The drafter's time."""
@@ -109,7 +112,7 @@ def make_trace(provenance: dict[str, Any], records: Sequence[RequestRecord]) -> 
         arm = arms[name] = _arm(name)
         for concurrency in sorted({record.concurrency for record in records}):
             of_arm = [each for each in records if (each.method, each.concurrency) == (name, concurrency)]
-            arm.costs[concurrency] = _mean([_speculation(record) for record in of_arm])
+            arm.costs[concurrency] = _typical([_speculation(record) for record in of_arm])
             if concurrency == least:
                 arm.accepted = [list(_answer(record).accepted) for record in of_arm]
                 if name == PLAIN:
@@ -143,12 +146,17 @@ def _prompt(answer: Answer) -> PromptTrace:
     return PromptTrace(answer.input_tokens, answer.ttft_ms)
 
 
-def _mean(answers: Sequence[Speculation]) -> RoundCosts:
+def _typical(answers: Sequence[Speculation]) -> RoundCosts:
+    """Return the median over the answers of what their mean rounds take: a stall of the machine is in few."""
+
+    def per_round(total: Callable[[Speculation], float]) -> float:
+        return median(total(answer) / max(1, answer.num_rounds) for answer in answers)
+
     num_rounds = max(1, sum(answer.num_rounds for answer in answers))
     return RoundCosts(
-        sum(answer.draft_ms for answer in answers) / num_rounds,
-        sum(answer.verify_ms for answer in answers) / num_rounds,
-        sum(answer.transport_ms for answer in answers) / num_rounds,
+        per_round(lambda answer: answer.draft_ms),
+        per_round(lambda answer: answer.verify_ms),
+        per_round(lambda answer: answer.transport_ms),
         sum(answer.num_draft_tokens for answer in answers) / num_rounds,
-        sum(answer.gateway_ms for answer in answers) / num_rounds,
+        per_round(lambda answer: answer.gateway_ms),
     )
