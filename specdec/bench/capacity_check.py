@@ -14,13 +14,14 @@ from rich.table import Table
 
 from specdec.bench import verify_pass
 from specdec.bench.capacity import TOGETHER, Cluster, MethodCosts, simulate
-from specdec.bench.capacity_costs import answer_shapes, method_costs, rising
+from specdec.bench.capacity_costs import Line, answer_shapes, method_costs, rising
 from specdec.bench.experiment import BenchConfig, run_experiment
 from specdec.bench.records import METHOD_SEPARATOR, RequestRecord
 from specdec.bench.run import PROMPTS_PER_WORKER
 from specdec.bench.stats import OVERALL, Row, compute_rows
 from specdec.bench.trace import Trace, make_trace
 from specdec.bench.verify_pass import PassFigures
+from specdec.cli.streams import report
 from specdec.contract.methods import PLAIN
 from specdec.local.launcher import SystemConfig, prepare_models, service_specs
 from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
@@ -36,33 +37,39 @@ class CheckConfig:
     methods: tuple[str, ...] = ("ngram-lm", "dflash")
     draft_depth: int = 4
     """Draft tokens of a round in a row (K)."""
-    concurrencies: tuple[int, ...] = (1, 2, 4)
-    """Numbers of requests under way; the costs are measured with one."""
-    limit: int = 8
+    concurrencies: tuple[int, ...] = (2, 4)
+    """Numbers of requests under way beside 1, at which the costs are measured."""
+    limit: int = 4
     """Number of prompts."""
-    max_new_tokens: int = 48
-    repeats: int = 3
+    max_new_tokens: int = 32
+    repeats: int = 8
     """How often costs and speeds are measured, in turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckRow:
-    """A prediction and a measurement, in the same repeat."""
+    """What is predicted and what was measured for a method on one system."""
 
-    repeat: int
     method: str
     num_drafters: int
     concurrency: int
     predicted_tokens_per_s: float
-    tokens_per_s: float
+    tokens_per_s: list[float]
+    """Of each repeat."""
     predicted_tpot_ms: float
     """Median time per output token after the first."""
-    tpot_ms: float
+    tpot_ms: list[float]
+    """Of each repeat."""
 
     @property
-    def ratio(self) -> float:
-        """Predicted over measured tokens a second."""
-        return self.predicted_tokens_per_s / self.tokens_per_s
+    def speed_ratio(self) -> float:
+        """Predicted over measured tokens a second, the latter the median of the repeats."""
+        return self.predicted_tokens_per_s / median(self.tokens_per_s)
+
+    @property
+    def tpot_ratio(self) -> float:
+        """The same of the time per token."""
+        return self.predicted_tpot_ms / median(self.tpot_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,75 +79,93 @@ class _Services:
     """By the number of their drafters."""
 
 
+System = tuple[int, int]
+"""The number of drafters and of requests under way."""
+
+
 def check(
-    config: CheckConfig, directory: Path, report: Callable[[str], None] = lambda line: None
+    config: CheckConfig, directory: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[CheckRow]:
-    """Measure costs with one request, predict speeds with several and with two drafters, and measure them.
+    """Measure costs with one request and speeds with several and with two drafters, and predict the latter.
 
     A verifier runs on the first core that this process may use, and two drafters and two gateways on the
-    last one, with one thread each. One gateway knows one drafter, the other both.
+    last one, with one thread each. One gateway knows one drafter, the other both. What others do on the
+    machine changes everything, so costs and speeds are measured in turn, and medians are compared.
+
+    Args:
+        on_progress: called with the number of repeats done and of all repeats.
 
     Raises:
         SpecdecError: a service did not start, or requests failed.
     """
-    rows = []
-    with _pinned_services(config.methods, report) as services:
-        for repeat in range(1, config.repeats + 1):
-            for row in _check_once(config, services, repeat, directory):
-                report(
-                    f"{row.repeat} {row.method:12} drafters {row.num_drafters} requests {row.concurrency}: "
-                    f"predicted {row.predicted_tokens_per_s:.1f}, measured {row.tokens_per_s:.1f} tokens/s"
-                )
-                rows.append(row)
-    return rows
-
-
-def _check_once(config: CheckConfig, services: _Services, repeat: int, directory: Path) -> Iterator[CheckRow]:
-    passes = verify_pass.measure(
-        services.verifier,
-        sizes=_sizes(config),
-        context_tokens=_CONTEXT_TOKENS,
-        repeats=_PASS_REPEATS,
-    )
-    alone = _measure(config, services.gateways[1], 1, directory / f"costs-{repeat}")
-    trace = make_trace({}, [_named(record, config) for record in alone])
+    passes: list[PassFigures] = []
+    records: dict[System, list[list[RequestRecord]]] = {}
+    with _pinned_services(config.methods) as services:
+        for repeat in range(config.repeats):
+            passes.append(_measure_passes(config, services.verifier))
+            for system in _systems(config):
+                folder = directory / f"repeat-{repeat + 1}" / "drafters-{}-requests-{}".format(*system)
+                measured = _measure(config, services, system, folder, is_first=not repeat)
+                records.setdefault(system, []).append(measured)
+            on_progress(repeat + 1, config.repeats)
+    trace = make_trace({}, [record for each in records[_ALONE] for record in each])
     costs = {each.name: each for each in method_costs(trace, _line(passes))}
-    for num_drafters, gateway in services.gateways.items():
-        for concurrency in config.concurrencies:
-            folder = directory / f"{num_drafters}-drafters-{concurrency}-requests-{repeat}"
-            records = _measure(config, gateway, concurrency, folder)
-            for row in compute_rows([_named(record, config) for record in records]):
-                if row.category == OVERALL:
-                    cluster = Cluster(num_drafters=num_drafters, placement=TOGETHER, concurrency=concurrency)
-                    yield _compare(repeat, row, costs[_short(row.method)], cluster, trace)
-
-
-def _compare(repeat: int, row: Row, costs: MethodCosts, cluster: Cluster, trace: Trace) -> CheckRow:
-    """Simulate what was measured: in blocks, at whose ends workers wait for the last answer."""
-    num_prompts = len(trace.arms[0].accepted)
-    answers = answer_shapes(trace, costs.name, num_prompts, None, None)
-    size = 1 if cluster.concurrency == 1 else PROMPTS_PER_WORKER * cluster.concurrency
-    blocks = [
-        (block, simulate(costs, cluster, block))
-        for start in range(0, num_prompts, size)
-        if (block := answers[start : start + size])
+    return [
+        _compare(system, each, trace, config.limit, [_row(repeat, each.name) for repeat in repeats])
+        for system, repeats in records.items()
+        for each in costs.values()
     ]
+
+
+_ALONE: System = (1, 1)
+
+
+def _systems(config: CheckConfig) -> list[System]:
+    return [_ALONE, *((drafters, number) for drafters in (1, 2) for number in config.concurrencies)]
+
+
+def _compare(
+    system: System, costs: MethodCosts, trace: Trace, num_prompts: int, measured: Sequence[Row]
+) -> CheckRow:
+    """Simulate what was measured: in blocks, at whose ends workers wait for the last answer."""
+    num_drafters, concurrency = system
+    cluster = Cluster(num_drafters=num_drafters, placement=TOGETHER, concurrency=concurrency)
+    answers = answer_shapes(trace, costs.name, num_prompts, None, None)
+    size = 1 if concurrency == 1 else PROMPTS_PER_WORKER * concurrency
+    blocks = [answers[start : start + size] for start in range(0, num_prompts, size)]
+    predictions = [simulate(costs, cluster, block) for block in blocks]
     num_tokens = sum(answer.num_tokens for answer in answers)
-    assert row.tokens_per_s is not None
-    assert row.tpot_ms_p50 is not None
     return CheckRow(
-        repeat,
         costs.name,
-        cluster.num_drafters,
-        cluster.concurrency,
-        1000 * num_tokens / sum(prediction.wall_ms for _, prediction in blocks),
-        row.tokens_per_s,
-        median(prediction.tpot_ms for _, prediction in blocks),
-        row.tpot_ms_p50,
+        num_drafters,
+        concurrency,
+        1000 * num_tokens / sum(prediction.wall_ms for prediction in predictions),
+        [row.tokens_per_s or 0.0 for row in measured],
+        median(prediction.tpot_ms for prediction in predictions),
+        [row.tpot_ms_p50 or 0.0 for row in measured],
     )
 
 
-def _measure(config: CheckConfig, gateway: str, concurrency: int, directory: Path) -> list[RequestRecord]:
+def _row(records: Sequence[RequestRecord], method: str) -> Row:
+    rows = compute_rows(records)
+    return next(row for row in rows if row.category == OVERALL and row.method.replace("/0", "") == method)
+
+
+def _measure_passes(config: CheckConfig, verifier: str) -> PassFigures:
+    sizes = {
+        1,
+        *config.concurrencies,
+        *(number * (config.draft_depth + 1) for number in config.concurrencies),
+    }
+    return verify_pass.measure(
+        verifier, sizes=sorted(sizes), context_tokens=_CONTEXT_TOKENS, repeats=_PASS_REPEATS
+    )
+
+
+def _measure(
+    config: CheckConfig, services: _Services, system: System, directory: Path, *, is_first: bool
+) -> list[RequestRecord]:
+    num_drafters, concurrency = system
     bench = BenchConfig(
         methods=config.methods,
         draft_depth=(config.draft_depth,),
@@ -148,8 +173,10 @@ def _measure(config: CheckConfig, gateway: str, concurrency: int, directory: Pat
         concurrencies=(concurrency,),
         limit=config.limit,
         max_new_tokens=config.max_new_tokens,
+        num_warmup_prompts=int(is_first),
     )
-    return run_experiment(bench, bench.load_prompts(), gateway, directory).records
+    outcome = run_experiment(bench, bench.load_prompts(), services.gateways[num_drafters], directory)
+    return [_named(record, config) for record in outcome.records]
 
 
 def _named(record: RequestRecord, config: CheckConfig) -> RequestRecord:
@@ -159,21 +186,17 @@ def _named(record: RequestRecord, config: CheckConfig) -> RequestRecord:
     return replace(record, method=f"{record.method}/0{METHOD_SEPARATOR}{config.draft_depth}")
 
 
-def _short(method: str) -> str:
-    return method.replace("/0", "")
-
-
-def _sizes(config: CheckConfig) -> list[int]:
-    largest = max(config.concurrencies)
-    return sorted({1, largest, *(number * (config.draft_depth + 1) for number in config.concurrencies)})
-
-
-def _line(figures: PassFigures) -> Callable[[float], float]:
-    return rising([(row.num_tokens, row.compute_ms_p50) for row in figures.rows])
+def _line(figures: Sequence[PassFigures]) -> Line:
+    """Return what passes take by their tokens: medians over the repeats."""
+    times_ms: dict[int, list[float]] = {}
+    for each in figures:
+        for row in each.rows:
+            times_ms.setdefault(row.num_tokens, []).append(row.compute_ms_p50)
+    return rising([(size, median(times)) for size, times in times_ms.items()])
 
 
 @contextmanager
-def _pinned_services(methods: Sequence[str], report: Callable[[str], None]) -> Iterator[_Services]:
+def _pinned_services(methods: Sequence[str]) -> Iterator[_Services]:
     cores = sorted(os.sched_getaffinity(0))
     config = SystemConfig(drafters=tuple(methods), threads=1)
     prepare_models(config, report)
@@ -208,29 +231,28 @@ def _pin(pid: int, core: int) -> None:
 
 
 def table(rows: Sequence[CheckRow]) -> Table:
-    """Return the medians over the repeats, with the range of the ratios."""
-    result = Table(title="Predicted and measured, medians over the repeats")
-    heads = (
-        "method",
-        "drafters",
-        "requests",
+    """Return predictions and medians over the repeats, with the range of what was measured."""
+    result = Table(title="Predicted and measured")
+    speeds = (
         "predicted tok/s",
         "measured tok/s",
-        "ratio",
         "of repeats",
-        "TPOT",
+        "ratio",
+        "predicted TPOT ms",
+        "measured",
+        "ratio",
     )
-    for head in heads:
+    for head in ("method", "drafters", "requests", *speeds):
         result.add_column(head, justify="left" if head == "method" else "right")
-    for key in dict.fromkeys((row.method, row.num_drafters, row.concurrency) for row in rows):
-        same = [row for row in rows if (row.method, row.num_drafters, row.concurrency) == key]
-        ratios = [row.ratio for row in same]
+    for row in rows:
         result.add_row(
-            *map(str, key),
-            f"{median(row.predicted_tokens_per_s for row in same):.1f}",
-            f"{median(row.tokens_per_s for row in same):.1f}",
-            f"{median(ratios):.2f}",
-            f"{min(ratios):.2f} to {max(ratios):.2f}",
-            f"{median(row.predicted_tpot_ms / row.tpot_ms for row in same):.2f}",
+            *map(str, (row.method, row.num_drafters, row.concurrency)),
+            f"{row.predicted_tokens_per_s:.1f}",
+            f"{median(row.tokens_per_s):.1f}",
+            f"{min(row.tokens_per_s):.1f} to {max(row.tokens_per_s):.1f}",
+            f"{row.speed_ratio:.2f}",
+            f"{row.predicted_tpot_ms:.1f}",
+            f"{median(row.tpot_ms):.1f}",
+            f"{row.tpot_ratio:.2f}",
         )
     return result

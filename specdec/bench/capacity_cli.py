@@ -1,20 +1,16 @@
-"""`specdec bench capacity` and `specdec bench capacity-check`."""
+"""`specdec bench capacity`."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby, product
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
-from specdec.bench import capacity_check
-from specdec.bench.capacity import APART, PLACEMENTS, Cluster, MethodCosts, Prediction, simulate
+from specdec.bench.capacity import APART, PLACEMENTS, Cluster, MethodCosts, simulate
 from specdec.bench.capacity_costs import (
     DEFAULT_TRACE,
     Line,
@@ -23,30 +19,13 @@ from specdec.bench.capacity_costs import (
     read_pass_line,
     read_trace,
 )
-from specdec.bench.provenance import collect
-from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR
-from specdec.bench.terminal import EXISTING_FILE, CommaList, out_option, table_console
+from specdec.bench.capacity_report import CapacityRow, best_sizes, document, table
+from specdec.bench.terminal import EXISTING_FILE, CommaList, table_console
 from specdec.bench.trace import Trace
 from specdec.cli.numbers import integers, numbers
-from specdec.cli.streams import report, show_json
+from specdec.cli.streams import show_json
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import PLAIN
-
-_CHECK = capacity_check.CheckConfig()
-_RESULTS_FILE = "capacity-check.json"
-_S_PER_HOUR = 3600
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    method: str
-    cluster: Cluster
-    prediction: Prediction
-
-    def price(self, price_per_hour: float) -> float:
-        """Return the price of a million tokens."""
-        price_per_s = price_per_hour * self.cluster.num_processors / _S_PER_HOUR
-        return 1e6 * price_per_s / self.prediction.tokens_per_s
 
 
 class _Points(click.ParamType[Any]):
@@ -217,9 +196,9 @@ def capacity_command(
     ]
     rows = list(_predict(trace, costs, every_size=bool(methods), **system))
     if as_json:
-        show_json(_document(rows, trace, price))
+        show_json(document(rows, trace, price))
     else:
-        table_console().print(_table(rows, trace, price))
+        table_console().print(table(rows, trace, price))
 
 
 def _named(names: Sequence[str], costs: Sequence[MethodCosts]) -> list[MethodCosts]:
@@ -260,7 +239,7 @@ def _predict(
     answer_tokens: int | None,
     answers_per_client: int,
     **network: Any,
-) -> Iterator[_Row]:
+) -> Iterator[CapacityRow]:
     for num_verifiers, num_drafters, number in product(verifiers, drafters or (0,), concurrencies):
         cluster = Cluster(
             num_verifiers=num_verifiers,
@@ -273,99 +252,5 @@ def _predict(
         rows = []
         for each in costs:
             shapes = answer_shapes(trace, each.name, num_answers, prompt_tokens, answer_tokens)
-            rows.append(_Row(each.name, cluster, simulate(each, cluster, shapes)))
-        yield from rows if every_size else _best_sizes(rows)
-
-
-def _best_sizes(rows: Sequence[_Row]) -> Iterator[_Row]:
-    for _, sizes in groupby(
-        rows, lambda row: re.split(f"[{NODES_SEPARATOR}{METHOD_SEPARATOR}]", row.method)[0]
-    ):
-        yield max(sizes, key=lambda row: row.prediction.tokens_per_s)
-
-
-def _document(rows: Sequence[_Row], trace: Trace, price: float) -> dict[str, Any]:
-    return {
-        "provenance": collect(),
-        "trace": trace.provenance,
-        "rows": [
-            {"method": row.method, **asdict(row.cluster), **asdict(row.prediction)}
-            | ({"price_per_million_tokens": row.price(price)} if price else {})
-            for row in rows
-        ],
-    }
-
-
-def _table(rows: Sequence[_Row], trace: Trace, price: float) -> Table:
-    source = f"Costs of {trace.provenance.get('model')} on {trace.provenance.get('hardware', {}).get('cpu')}"
-    result = Table(title="Prediction", caption=source)
-    heads = ["verifiers", "drafters", "requests", "method", "tok/s", "tau", "TTFT ms", "TPOT ms"]
-    heads += ["answer ms", "p90", "verifier busy", "drafter busy"]
-    for head in heads + (["price of 1M tokens"] if price else []):
-        result.add_column(head, justify="left" if head == "method" else "right")
-    for row in rows:
-        cluster, found = row.cluster, row.prediction
-        result.add_row(
-            *map(str, (cluster.num_verifiers, cluster.num_drafters, cluster.concurrency)),
-            row.method,
-            f"{found.tokens_per_s:.1f}",
-            f"{found.acceptance_length:.2f}",
-            *(f"{ms:.1f}" for ms in (found.ttft_ms, found.tpot_ms, found.total_ms, found.total_ms_p90)),
-            f"{found.verifier_busy:.0%}",
-            f"{found.drafter_busy:.0%}",
-            *([f"{row.price(price):.3f}"] if price else []),
-        )
-    return result
-
-
-@click.command("capacity-check")
-@click.option(
-    "--methods",
-    type=CommaList(str),
-    default=",".join(_CHECK.methods),
-    show_default=True,
-    help="Methods to compare beside `none`.",
-)
-@click.option(
-    "--draft-depth",
-    type=integers(1),
-    default=_CHECK.draft_depth,
-    show_default=True,
-    help="Draft tokens of a round in a row (K).",
-)
-@click.option(
-    "--concurrency",
-    "concurrencies",
-    type=CommaList(int, 1),
-    default=",".join(map(str, _CHECK.concurrencies)),
-    show_default=True,
-    help="Requests under way at a time.",
-)
-@click.option("--limit", type=integers(2), default=_CHECK.limit, show_default=True, help="Number of prompts.")
-@click.option(
-    "--max-new-tokens",
-    type=integers(2),
-    default=_CHECK.max_new_tokens,
-    show_default=True,
-    help="Most tokens of an answer.",
-)
-@click.option(
-    "--repeats",
-    type=integers(1),
-    default=_CHECK.repeats,
-    show_default=True,
-    help="How often costs and speeds are measured, in turn.",
-)
-@out_option("capacity-check.json and the files of `bench run`")
-def check_command(directory: Path, **settings: Any) -> None:
-    """Compare the capacity model with measurements on this machine.
-
-    A verifier runs on one core; two drafters and two gateways run on another one, with one thread each. The
-    model gets what rounds cost with one request and one drafter, and predicts the speed with several requests
-    and with two drafters. The embedded model is used. On a busy machine the result means nothing.
-    """
-    config = capacity_check.CheckConfig(**settings)
-    rows = capacity_check.check(config, directory, report)
-    result = {"provenance": collect() | asdict(config), "rows": [asdict(row) for row in rows]}
-    (directory / _RESULTS_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    table_console().print(capacity_check.table(rows))
+            rows.append(CapacityRow(each.name, cluster, simulate(each, cluster, shapes)))
+        yield from rows if every_size else best_sizes(rows)

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from specdec.bench import noise_cost
-from specdec.bench.capacity_cli import capacity_command, check_command
+from specdec.bench.capacity_check_cli import check_command
+from specdec.bench.capacity_cli import capacity_command
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.pass_cli import pass_command
 from specdec.bench.report import read_rows
