@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +81,8 @@ class _Services:
 
 System = tuple[int, int]
 """The number of drafters and of requests under way."""
+_ALONE: System = (1, 1)
+"""Where costs are measured."""
 
 
 def check(
@@ -108,20 +110,24 @@ def check(
                 measured = _measure(config, services, system, folder, is_first=not repeat)
                 records.setdefault(system, []).append(measured)
             on_progress(repeat + 1, config.repeats)
-    trace = make_trace({}, [record for each in records[_ALONE] for record in each])
-    costs = {each.name: each for each in method_costs(trace, _line(passes))}
-    return [
-        _compare(system, each, trace, config.limit, [_row(repeat, each.name) for repeat in repeats])
-        for system, repeats in records.items()
-        for each in costs.values()
-    ]
-
-
-_ALONE: System = (1, 1)
+    return _rows(config, passes, records)
 
 
 def _systems(config: CheckConfig) -> list[System]:
     return [_ALONE, *((drafters, number) for drafters in (1, 2) for number in config.concurrencies)]
+
+
+def _rows(
+    config: CheckConfig,
+    passes: Sequence[PassFigures],
+    records: Mapping[System, Sequence[Sequence[RequestRecord]]],
+) -> list[CheckRow]:
+    trace = make_trace({}, [record for each in records[_ALONE] for record in each])
+    return [
+        _compare(system, costs, trace, config.limit, [_row(each, costs.name) for each in repeats])
+        for system, repeats in records.items()
+        for costs in method_costs(trace, _line(passes))
+    ]
 
 
 def _compare(
