@@ -25,6 +25,7 @@ from specdec.cli.streams import report
 from specdec.contract.methods import PLAIN
 from specdec.local.launcher import SystemConfig, prepare_models, service_specs
 from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
+from specdec.models.embedded import DEFAULT_MODEL
 
 _PASS_REPEATS = 12
 _CONTEXT_TOKENS = 100
@@ -34,6 +35,10 @@ _CONTEXT_TOKENS = 100
 class CheckConfig:
     """What is compared."""
 
+    model: str = DEFAULT_MODEL
+    """The verifier's model, as its command line names it."""
+    dtype: str = "bfloat16"
+    """Data type of the model."""
     methods: tuple[str, ...] = ("ngram-lm", "dflash")
     draft_depth: int = 4
     """Draft tokens of a round in a row (K)."""
@@ -102,7 +107,7 @@ def check(
     """
     passes: list[PassFigures] = []
     records: dict[System, list[list[RequestRecord]]] = {}
-    with _pinned_services(config.methods) as services:
+    with _pinned_services(config) as services:
         for repeat in range(config.repeats):
             passes.append(_measure_passes(config, services.verifier))
             for system in _systems(config):
@@ -164,7 +169,11 @@ def _measure_passes(config: CheckConfig, verifier: str) -> PassFigures:
         *(number * (config.draft_depth + 1) for number in config.concurrencies),
     }
     return verify_pass.measure(
-        verifier, sizes=sorted(sizes), context_tokens=_CONTEXT_TOKENS, repeats=_PASS_REPEATS
+        verifier,
+        sizes=sorted(sizes),
+        context_tokens=_CONTEXT_TOKENS,
+        repeats=_PASS_REPEATS,
+        model=config.model,
     )
 
 
@@ -202,11 +211,11 @@ def _line(figures: Sequence[PassFigures]) -> Line:
 
 
 @contextmanager
-def _pinned_services(methods: Sequence[str]) -> Iterator[_Services]:
+def _pinned_services(config: CheckConfig) -> Iterator[_Services]:
     cores = sorted(os.sched_getaffinity(0))
-    config = SystemConfig(drafters=tuple(methods), threads=1)
-    prepare_models(config, report)
-    gateway, drafter, verifier = service_specs(config)
+    system = SystemConfig(model=config.model, dtype=config.dtype, drafters=config.methods, threads=1)
+    prepare_models(system, report)
+    gateway, drafter, verifier = service_specs(system)
     second_drafter, second_gateway = (
         _moved(spec, f"127.0.0.1:{port}")
         for spec, port in zip((drafter, gateway), free_ports(2), strict=True)
@@ -219,9 +228,12 @@ def _pinned_services(methods: Sequence[str]) -> Iterator[_Services]:
     specs = [gateway, second_gateway, drafter, second_drafter, verifier]
     with TemporaryDirectory(prefix="specdec-") as logs, ServiceGroup(specs, Path(logs)) as group:
         for service in group.services:
-            _pin(service.pid, cores[0] if service.spec is verifier else cores[-1])
-        _pin(os.getpid(), cores[-1])
-        yield _Services(verifier.address, {1: gateway.address, 2: second_gateway.address})
+            _pin(service.pid, {cores[0] if service.spec is verifier else cores[-1]})
+        _pin(os.getpid(), {cores[-1]})
+        try:
+            yield _Services(verifier.address, {1: gateway.address, 2: second_gateway.address})
+        finally:
+            _pin(os.getpid(), set(cores))
 
 
 def _moved(spec: ServiceSpec, address: str) -> ServiceSpec:
@@ -230,10 +242,10 @@ def _moved(spec: ServiceSpec, address: str) -> ServiceSpec:
     return replace(spec, name=f"{spec.name}-2", address=address, command=command)
 
 
-def _pin(pid: int, core: int) -> None:
-    """Let all threads of a process, and those that they start, run on one core alone."""
+def _pin(pid: int, cores: set[int]) -> None:
+    """Let all threads of a process, and those that they start, run on these cores alone."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {core})
+        os.sched_setaffinity(int(thread.name), cores)
 
 
 def table(rows: Sequence[CheckRow]) -> Table:

@@ -19,6 +19,8 @@ _RESULTS_FILE = "capacity-check.json"
 
 
 @click.command("capacity-check")
+@click.option("--model", default=_CHECK.model, show_default=True, help="Model to start.")
+@click.option("--dtype", default=_CHECK.dtype, show_default=True, help="Data type of the model.")
 @click.option(
     "--methods",
     type=CommaList(str),
@@ -62,7 +64,7 @@ def check_command(directory: Path, **settings: Any) -> None:
 
     A verifier runs on one core; two drafters and two gateways run on another one, with one thread each. The
     model gets what rounds cost with one request and one drafter, and predicts the speed with several requests
-    and with two drafters. The embedded model is used. On a busy machine the result means nothing.
+    and with two drafters. On a busy machine the result means nothing.
     """
     config = capacity_check.CheckConfig(**settings)
     with progress_bar() as progress:

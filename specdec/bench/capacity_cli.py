@@ -39,7 +39,7 @@ class _Points(click.ParamType[Any]):
             points = [tuple(map(float, point.split(":"))) for point in value.split(",")]
             return [(size, time_ms) for size, time_ms in points]
         except ValueError:
-            self.fail(f"{value!r} is not a list of points such as 1:28.2,64:32.3.", param, ctx)
+            self.fail(f"{value!r} is not a list of points such as 1:25,64:30.", param, ctx)
 
 
 @click.command("capacity")
@@ -186,7 +186,7 @@ def capacity_command(
     Examples:
       specdec bench capacity --verifiers 1,2,4 --concurrency 1,8
       specdec bench capacity --trace DIR/trace.json --verifier-rtt-ms 2 --drafter-rtt-ms 2
-      specdec bench capacity --pass-ms 1:28.2,64:32.3 --draft-ms 3 --verifiers 8 --price 2.5
+      specdec bench capacity --pass-ms 1:25,64:30 --draft-ms 3 --verifiers 8 --price 2.5
     """
     trace = read_trace(trace_path)
     passes = read_pass_line(pass_costs) if pass_costs else None
