@@ -16,6 +16,8 @@ from specdec.bench.verify_pass import CHAIN
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import PLAIN
 
+_UNKNOWN_PROMPT = 100
+"""Tokens of a prompt where the trace has not recorded it."""
 DEFAULT_TRACE = Path(__file__).with_name("trace.json")
 """A trace of the embedded model, for predictions where none is named."""
 
@@ -107,7 +109,7 @@ def method_costs(
     """
     passes = passes or pass_line(trace)
     plain = _plain(trace)
-    prefill_ms, token_ms = _prefill(trace)
+    prefill_ms, token_ms = _prefill(trace, passes)
     least = min(plain.costs)
     way_ms = plain.costs[least].transport_ms + plain.costs[least].gateway_ms
     made = []
@@ -146,7 +148,7 @@ def answer_shapes(
         answer_tokens: length of every answer, whose rounds repeat those recorded; None: as recorded.
     """
     arm = next(arm for arm in trace.arms if name_of(arm) == name)
-    lengths = [prompt.input_tokens for prompt in trace.prompts] or [100] * len(arm.accepted)
+    lengths = [prompt.input_tokens for prompt in trace.prompts] or [_UNKNOWN_PROMPT] * len(arm.accepted)
     shapes = [
         AnswerShape(prompt_tokens or length, tuple(_rounds(accepted, answer_tokens)))
         for length, accepted in zip(lengths, arm.accepted, strict=True)
@@ -173,13 +175,15 @@ def _own_pass(passes: Callable[[float], float], num_tokens: float, own_ms: float
     return lambda size: max(0.0, own_ms + passes(size) - passes(num_tokens))
 
 
-def _prefill(trace: Trace) -> tuple[float, float]:
-    """Return the time to the first token without a prompt, and what each token adds, milliseconds."""
+def _prefill(trace: Trace, passes: Callable[[float], float]) -> tuple[float, float]:
+    """Return the time to the first token without a prompt, and what each token adds, milliseconds.
+
+    Where the trace has no prompts, a prompt costs what a pass over as many tokens does.
+    """
     lengths = [prompt.input_tokens for prompt in trace.prompts]
     times_ms = [prompt.ttft_ms for prompt in trace.prompts]
     if not times_ms:
-        plain = _plain(trace)
-        return plain.costs[min(plain.costs)].verify_ms, 0.0
+        return passes(1), (passes(_UNKNOWN_PROMPT) - passes(1)) / _UNKNOWN_PROMPT
     if len(set(lengths)) < 2:
         return mean(times_ms), 0.0
     slope, base = linear_regression(lengths, times_ms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,10 +84,16 @@ def test_answers_are_those_recorded_or_as_long_as_asked_for() -> None:
     assert longer.num_tokens == plain.num_tokens == 12
 
 
-def test_the_default_trace_knows_its_machine_its_prompts_and_every_size() -> None:
+def test_a_trace_without_prompts_takes_a_prompt_for_a_pass() -> None:
+    plain, _ = method_costs(replace(TRACE, prompts=[]))
+    assert plain.prefill_ms == 20
+    assert plain.prefill_ms + 100 * plain.prefill_token_ms == pytest.approx(plain.pass_ms(100))
+    assert answer_shapes(replace(TRACE, prompts=[]), "none", 1, None, None)[0].prompt_tokens == 100
+
+
+def test_the_default_trace_knows_its_machine_and_every_size() -> None:
     trace = read_trace(DEFAULT_TRACE)
     assert trace.provenance["hardware"]["cpu"]
-    assert len(trace.prompts) == len(trace.arms[0].accepted)
     names = [each.name for each in method_costs(trace)]
     assert names[0] == "none"
     assert len(set(names)) == len(names) > 5

@@ -10,10 +10,11 @@ import pytest
 from gateway.rounds.controller import Controller, FixedSize
 from gateway.rounds.option import Candidate
 from gateway.rounds.vocabulary import PLAIN_SIZE, DraftSize, SizeControl
+from specdec.bench.capacity_costs import DEFAULT_TRACE
 from specdec.bench.trace import Trace
 from tests.unit.replay import Replay
 
-TRACES = sorted(Path(__file__).with_name("traces").glob("*.json"))
+TRACES = [DEFAULT_TRACE, *sorted(Path(__file__).with_name("traces").glob("*.json"))]
 CASES = [
     pytest.param(path, concurrency, id=f"{path.stem}-{concurrency}")
     for path in TRACES
