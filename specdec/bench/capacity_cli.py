@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.table import Table
 
 from specdec.bench.capacity import APART, PLACEMENTS, Cluster, MethodCosts, simulate
 from specdec.bench.capacity_costs import (
@@ -19,7 +20,14 @@ from specdec.bench.capacity_costs import (
     read_pass_line,
     read_trace,
 )
-from specdec.bench.capacity_report import CapacityRow, best_sizes, document, table
+from specdec.bench.capacity_report import (
+    CapacityRow,
+    best_sizes,
+    document,
+    recorded_rows,
+    recorded_table,
+    table,
+)
 from specdec.bench.terminal import EXISTING_FILE, CommaList, table_console
 from specdec.bench.trace import Trace
 from specdec.cli.numbers import integers, numbers
@@ -164,6 +172,12 @@ class _Points(click.ParamType[Any]):
     default=0.0,
     help="Price of a processor (a GPU) per hour; adds the price of a million tokens.",
 )
+@click.option(
+    "--recorded",
+    is_flag=True,
+    help="Predict what the trace itself recorded with several requests under way, from its rounds of single "
+    "requests, and show both. Give --pass-costs as well: else the passes are those of the loaded rounds.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def capacity_command(
     trace_path: Path,
@@ -174,6 +188,7 @@ def capacity_command(
     transport_ms: float | None,
     draft_growth: float,
     price: float,
+    recorded: bool,
     as_json: bool,
     **system: Any,
 ) -> None:
@@ -194,11 +209,19 @@ def capacity_command(
         _replaced(each, pass_ms, draft_ms, transport_ms)
         for each in _named(methods, method_costs(trace, passes, draft_growth))
     ]
-    rows = list(_predict(trace, costs, every_size=bool(methods), **system))
-    if as_json:
-        show_json(document(rows, trace, price))
+    if recorded:
+        found = list(recorded_rows(trace, costs, Cluster(placement=system["placement"])))
+        _show(as_json, document(found, trace, price), recorded_table(found, trace))
     else:
-        table_console().print(table(rows, trace, price))
+        rows = list(_predict(trace, costs, every_size=bool(methods), **system))
+        _show(as_json, document(rows, trace, price), table(rows, trace, price))
+
+
+def _show(as_json: bool, found: dict[str, Any], shown: Table) -> None:
+    if as_json:
+        show_json(found)
+    else:
+        table_console().print(shown)
 
 
 def _named(names: Sequence[str], costs: Sequence[MethodCosts]) -> list[MethodCosts]:

@@ -156,6 +156,12 @@ def answer_shapes(
     return [shapes[index % len(shapes)] for index in range(num_answers)]
 
 
+def recorded_round_ms(trace: Trace, name: str, load: int) -> float:
+    """Return what a round took in a trace, with so many requests under way, milliseconds."""
+    costs = next(arm.costs[load] for arm in trace.arms if name_of(arm) == name)
+    return costs.draft_ms + costs.verify_ms + costs.transport_ms + costs.gateway_ms
+
+
 def _rounds(accepted: Sequence[int], answer_tokens: int | None) -> list[int]:
     if answer_tokens is None or not accepted:
         return list(accepted)

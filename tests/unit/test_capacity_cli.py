@@ -126,3 +126,21 @@ def test_the_check_shows_medians_and_the_range_of_its_repeats() -> None:
     assert "1.04" in shown
     assert "90.0 to 130.0" in shown
     assert "0.90" in shown
+
+
+def test_loaded_rounds_of_the_trace_stand_beside_what_is_predicted_of_them(tmp_path: Path) -> None:
+    plain = {1: RoundCosts(0, 20, 1, 0), 8: RoundCosts(0, 24, 2, 0)}
+    arms = [
+        ArmTrace("none", 0, 0, plain, [[0] * 10] * 2),
+        ArmTrace("ngram", 2, 0, {1: RoundCosts(2, 20, 2, 2), 8: RoundCosts(3, 30, 3, 2)}, [[1] * 5] * 2),
+    ]
+    Trace({"model": "tiny"}, arms, [PromptTrace(10, 30.0)] * 2).write(tmp_path / "trace.json")
+    found = rows("--trace", tmp_path / "trace.json", "--recorded", "--pass-ms", "1:20,65:20")
+    # There are two prompts, so two requests at most: each waits a millisecond for the other's transport.
+    assert [(row["method"], row["concurrency"], row["recorded_ms"]) for row in found] == [
+        ("none", 2, 26.0),
+        ("ngram@2", 2, 36.0),
+    ]
+    assert found[0]["predicted_ms"] == pytest.approx(22.0, rel=0.1)
+    result = run("--trace", tmp_path / "trace.json", "--recorded", "--pass-ms", "1:20,65:20")
+    assert "within 15%" in result.stdout
