@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -245,7 +245,8 @@ def _moved(spec: ServiceSpec, address: str) -> ServiceSpec:
 def _pin(pid: int, cores: set[int]) -> None:
     """Let all threads of a process, and those that they start, run on these cores alone."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
+        with suppress(ProcessLookupError):  # the thread has ended meanwhile
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def table(rows: Sequence[CheckRow]) -> Table:

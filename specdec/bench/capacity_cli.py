@@ -204,11 +204,9 @@ def capacity_command(
       specdec bench capacity --pass-ms 1:25,64:30 --draft-ms 3 --verifiers 8 --price 2.5
     """
     trace = read_trace(trace_path)
-    passes = read_pass_line(pass_costs) if pass_costs else None
-    costs = [
-        _replaced(each, pass_ms, draft_ms, transport_ms)
-        for each in _named(methods, method_costs(trace, passes, draft_growth))
-    ]
+    passes = Line(pass_ms) if pass_ms else read_pass_line(pass_costs) if pass_costs else None
+    known = method_costs(trace, passes, draft_growth, keeps_own_pass=not pass_ms)
+    costs = [_replaced(each, draft_ms, transport_ms) for each in _named(methods, known)]
     if recorded:
         found = list(recorded_rows(trace, costs, Cluster(placement=system["placement"])))
         _show(as_json, document(found, trace, price), recorded_table(found, trace))
@@ -234,14 +232,7 @@ def _named(names: Sequence[str], costs: Sequence[MethodCosts]) -> list[MethodCos
     return [each for each in costs if not names or each.name in (PLAIN, *names)]
 
 
-def _replaced(
-    costs: MethodCosts,
-    pass_points: list[tuple[float, float]] | None,
-    draft_ms: float | None,
-    transport_ms: float | None,
-) -> MethodCosts:
-    if pass_points:
-        costs = replace(costs, pass_ms=Line(pass_points))
+def _replaced(costs: MethodCosts, draft_ms: float | None, transport_ms: float | None) -> MethodCosts:
     if draft_ms is not None and costs.num_draft_tokens:
         costs = replace(costs, draft_ms=draft_ms)
     if transport_ms is not None:

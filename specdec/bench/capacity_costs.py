@@ -66,7 +66,7 @@ def pass_line(trace: Trace) -> Line:
     """
     return _continued(
         [
-            (number * (1 + costs.num_draft_tokens), costs.verify_ms)
+            (num_under_way(trace, number) * (1 + costs.num_draft_tokens), costs.verify_ms)
             for arm in trace.arms
             for number, costs in arm.costs.items()
         ]
@@ -99,13 +99,18 @@ def read_pass_line(path: Path) -> Line:
 
 
 def method_costs(
-    trace: Trace, passes: Callable[[float], float] | None = None, draft_growth: float = 1.4
+    trace: Trace,
+    passes: Callable[[float], float] | None = None,
+    draft_growth: float = 1.4,
+    *,
+    keeps_own_pass: bool = True,
 ) -> list[MethodCosts]:
     """Return the costs of all methods and sizes of a trace, plain decoding first.
 
     Args:
-        passes: what passes take by their tokens; None: as the trace says. A method's own pass of one request
-            is as the trace has it, and gets longer with further tokens as this says.
+        passes: what passes take by their tokens; None: as the trace says.
+        keeps_own_pass: whether a method's pass for one request takes what the trace says, and `passes` says
+            what further tokens add; otherwise all passes take what `passes` says.
     """
     passes = passes or pass_line(trace)
     plain = _plain(trace)
@@ -118,7 +123,9 @@ def method_costs(
         made.append(
             MethodCosts(
                 name=name_of(arm),
-                pass_ms=_own_pass(passes, 1 + costs.num_draft_tokens, costs.verify_ms),
+                pass_ms=_own_pass(passes, 1 + costs.num_draft_tokens, costs.verify_ms)
+                if keeps_own_pass
+                else passes,
                 draft_ms=costs.draft_ms,
                 draft_growth=draft_growth,
                 num_draft_tokens=costs.num_draft_tokens,
@@ -154,6 +161,11 @@ def answer_shapes(
         for length, accepted in zip(lengths, arm.accepted, strict=True)
     ]
     return [shapes[index % len(shapes)] for index in range(num_answers)]
+
+
+def num_under_way(trace: Trace, load: int) -> int:
+    """Return how many requests were under way where so many might have been: at most as many as prompts."""
+    return min(load, len(_plain(trace).accepted))
 
 
 def recorded_round_ms(trace: Trace, name: str, load: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from specdec.bench.capacity import Cluster, MethodCosts, Prediction, simulate
-from specdec.bench.capacity_costs import answer_shapes, recorded_round_ms
+from specdec.bench.capacity_costs import answer_shapes, num_under_way, recorded_round_ms
 from specdec.bench.provenance import collect
 from specdec.bench.records import METHOD_SEPARATOR, NODES_SEPARATOR
 from specdec.bench.trace import Trace
@@ -63,8 +63,7 @@ class RecordedRow:
 def recorded_rows(trace: Trace, costs: Sequence[MethodCosts], cluster: Cluster) -> Iterator[RecordedRow]:
     """Yield a row for each method and load of a trace but the least, which the costs are of."""
     for each, load in product(costs, sorted(trace.arms[0].costs)[1:]):
-        # A trace cannot have more requests under way than prompts.
-        number = min(load, len(trace.arms[0].accepted))
+        number = num_under_way(trace, load)
         shapes = answer_shapes(trace, each.name, len(trace.arms[0].accepted), None, None)
         found = simulate(each, replace(cluster, concurrency=number), shapes)
         round_ms = found.tpot_ms * found.acceptance_length

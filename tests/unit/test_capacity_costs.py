@@ -20,7 +20,9 @@ from specdec.bench.capacity_costs import (
 from specdec.bench.trace import ArmTrace, PromptTrace, RoundCosts, Trace
 from specdec.contract.errors import InvalidArgumentError
 
-PLAIN = ArmTrace("none", 0, 0, {1: RoundCosts(0, 20, 1, 0, 0.5), 4: RoundCosts(0, 26, 2, 0, 0.5)}, [[0, 0]])
+PLAIN = ArmTrace(
+    "none", 0, 0, {1: RoundCosts(0, 20, 1, 0, 0.5), 4: RoundCosts(0, 26, 2, 0, 0.5)}, [[0, 0], [0]]
+)
 DRAFTED = ArmTrace(
     "ngram", 3, 0, {1: RoundCosts(2, 22, 1.5, 3, 0.75), 4: RoundCosts(3, 40, 4, 3, 1)}, [[3, 1], [0]]
 )
@@ -40,10 +42,15 @@ def test_the_costs_are_those_of_a_request_that_runs_alone() -> None:
     assert drafted.prefill_token_ms == pytest.approx(0.1)
 
 
+def test_given_passes_may_be_those_of_all_methods() -> None:
+    plain, drafted = method_costs(TRACE, lambda rows: 30 + rows, keeps_own_pass=False)
+    assert (plain.pass_ms(1), drafted.pass_ms(4)) == (31, 34)
+
+
 def test_a_pass_of_several_takes_what_loaded_rounds_say_and_goes_on_rising() -> None:
     _, drafted = method_costs(TRACE)
-    # Four requests with four tokens each took 40 ms, all their waits included.
-    assert drafted.pass_ms(16) == pytest.approx(40.0)
+    # Two requests, for there are two prompts, with four tokens each took 40 ms, all their waits included.
+    assert drafted.pass_ms(8) == pytest.approx(40.0)
     assert drafted.pass_ms(32) > drafted.pass_ms(24) > 40.0
 
 
