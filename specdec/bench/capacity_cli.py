@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -45,7 +46,10 @@ class _Points(click.ParamType[Any]):
         """Return the points."""
         try:
             points = [tuple(map(float, point.split(":"))) for point in value.split(",")]
-            return [(size, time_ms) for size, time_ms in points]
+            curve = [(size, time_ms) for size, time_ms in points]
+            if not all(0 < number < math.inf for point in curve for number in point):
+                raise ValueError
+            return curve
         except ValueError:
             self.fail(f"{value!r} is not a list of points such as 1:25,64:30.", param, ctx)
 
@@ -203,6 +207,8 @@ def capacity_command(
       specdec bench capacity --trace DIR/trace.json --verifier-rtt-ms 2 --drafter-rtt-ms 2
       specdec bench capacity --pass-ms 1:25,64:30 --draft-ms 3 --verifiers 8 --price 2.5
     """
+    if not system["verifiers"] or not system["concurrencies"]:
+        raise InvalidArgumentError("--verifiers and --concurrency must be lists of integers such as 1,4,8.")
     trace = read_trace(trace_path)
     passes = Line(pass_ms) if pass_ms else read_pass_line(pass_costs) if pass_costs else None
     known = method_costs(trace, passes, draft_growth, keeps_own_pass=not pass_ms)

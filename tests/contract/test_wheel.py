@@ -87,7 +87,7 @@ def test_it_has_every_file_and_nothing_else(installed: Installed) -> None:
     assert {name: sizes[name] for name in packaged if not name.endswith(".so")} == {
         name: size for name, size in files.items() if not name.endswith(".so")
     }
-    for name in ("specdec/py.typed", "specdec/bench/prompts.jsonl"):
+    for name in ("specdec/py.typed", "specdec/bench/prompts.jsonl", "specdec/bench/trace.json"):
         assert name in packaged
     assert sum(name.endswith("/model.safetensors") for name in packaged) == 2
     (licence,) = (name for name in sizes if name.endswith(".dist-info/licenses/LICENSE"))

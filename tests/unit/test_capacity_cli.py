@@ -108,7 +108,11 @@ def test_lengths_may_be_given(trace: Path) -> None:
     [
         (("--methods", "mtp@4"), "it has none, ngram@2, ngram@6"),
         (("--pass-ms", "1-28"), "not a list of points"),
+        (("--pass-ms", "1:nan"), "not a list of points"),
+        (("--pass-ms", "1:-5"), "not a list of points"),
         (("--verifiers", "0"), "must be"),
+        (("--verifiers", ","), "must be lists of integers"),
+        (("--concurrency", ""), "must be lists of integers"),
         (("--ahead", "2"), "ahead"),
     ],
 )
