@@ -10,6 +10,7 @@ from specdec.bench import noise_cost
 from specdec.bench.capacity_check_cli import check_command
 from specdec.bench.capacity_cli import capacity_command
 from specdec.bench.compare import comparison_table, differences
+from specdec.bench.load_cli import load_command
 from specdec.bench.pass_cli import pass_command
 from specdec.bench.report import read_rows
 from specdec.bench.run_cli import run_command
@@ -29,6 +30,7 @@ def bench() -> None:
 
 for _command in (
     run_command,
+    load_command,
     trace_command,
     pass_command,
     transport_command,

@@ -88,20 +88,21 @@ def read_rows(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return all rows as a Markdown table whose heads are the fields' names."""
-    return _markdown_table(_ROW_FIELDS, [_figures(row) for row in rows])
+    return markdown_table(_ROW_FIELDS, [_figures(row) for row in rows])
 
 
 def turn_markdown(turn_rows: Sequence[TurnRow]) -> str:
     """Return the rows of turns as a Markdown table like the one of `markdown`."""
     lines = [[each.ask, each.turn, *_figures(each.row)] for each in turn_rows]
-    return _markdown_table(["ask", "turn", *_ROW_FIELDS], lines)
+    return markdown_table(["ask", "turn", *_ROW_FIELDS], lines)
 
 
 def _figures(row: Row) -> list[object]:
     return [getattr(row, name) for name in _ROW_FIELDS]
 
 
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads)]
     lines += [[_markdown_cell(cell(value)) for value in row] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

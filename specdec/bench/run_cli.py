@@ -184,7 +184,7 @@ def run_shown(
     named = dict.fromkeys(name for method in config.methods for name in drafters_of(method))
     drafters = drafters or tuple(named) or ("ngram",)
     memory = ("--ngram-memory", str(_MEMORY_TOKENS)) if config.memory else ()
-    services = gateway_at(gateway, config.model, dtype, device, drafters, memory)
+    services = gateway_at(gateway, config.model, dtype, device, drafters, drafter_args=memory)
     with services as address, progress_bar() as progress:
         task = progress.add_task("Warming up", total=None)
         on_progress = shown_in(progress, task, "Requests")

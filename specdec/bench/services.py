@@ -30,17 +30,21 @@ def gateway_at(
     dtype: str,
     device: str,
     drafters: Sequence[str],
+    *,
     drafter_args: Sequence[str] = (),
+    gateway_args: Sequence[str] = (),
 ) -> AbstractContextManager[str]:
     """Yield the address of a gateway, which is started with its services for the block if `address` is
     None.
 
     Args:
         drafter_args: further arguments of the drafter service that is started.
+        gateway_args: further arguments of the gateway that is started.
     """
     if address:
         return nullcontext(address)
-    return _local_services(model, dtype, device, drafters, {"drafter": drafter_args})
+    extra_args = {"drafter": drafter_args, "gateway": gateway_args}
+    return _local_services(model, dtype, device, drafters, extra_args)
 
 
 @contextmanager

@@ -22,10 +22,10 @@ class CommaList(click.ParamType[Any]):
     """Values separated by commas, each of the same type; blanks are dropped.
 
     Args:
-        low: the least of integers; the largest is MAX_NUMBER.
+        low: the least of numbers; the largest is MAX_NUMBER.
     """
 
-    def __init__(self, item: type[str] | type[int], low: int = 0) -> None:
+    def __init__(self, item: type[str] | type[int] | type[float], low: int = 0) -> None:
         self._item = item
         self._low = low
         self.name = "LIST"
@@ -37,9 +37,10 @@ class CommaList(click.ParamType[Any]):
         try:
             items = tuple(self._item(part.strip()) for part in value.split(",") if part.strip())
         except ValueError:
-            self.fail(f"{value!r} is not a list of integers such as 1,4,8.", param, ctx)
+            kind = "integers such as 1,4,8" if self._item is int else "numbers such as 0.5,1,2"
+            self.fail(f"{value!r} is not a list of {kind}.", param, ctx)
         for item in items:
-            if isinstance(item, int) and (passed := bound_passed(item, self._low, MAX_NUMBER)):
+            if not isinstance(item, str) and (passed := bound_passed(item, self._low, MAX_NUMBER)):
                 self.fail(f"{item} must be {passed}.", param, ctx)
         return items
 

@@ -17,6 +17,13 @@ def _not_blank(_context: click.Context, _parameter: click.Parameter, value: str)
     return value
 
 
+def make_token(name: str) -> tuple[str, str]:
+    """Return a new bearer token and its entry for a file of tokens, which says its caller's name."""
+    secret = secrets.token_urlsafe(32)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    return secret, f'[[tokens]]\nname = {json.dumps(name)}\nsha256 = "{digest}"'
+
+
 @click.command()
 @click.argument("name", callback=_not_blank)
 def token(name: str) -> None:
@@ -29,9 +36,8 @@ def token(name: str) -> None:
     Example:
       specdec token alice >> tokens.toml
     """
-    secret = secrets.token_urlsafe(32)
-    show(f"[[tokens]]\nname = {json.dumps(name)}")
-    show(f'sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"')
+    secret, entry = make_token(name)
+    show(entry)
     show("# max_concurrent_requests = 4\n# max_new_tokens = 1024\n# requests_per_minute = 60")
     show("# expires = 2030-01-31T00:00:00Z\n")
     report(f"The token of {name}, for SPECDEC_TOKEN: {secret}")
