@@ -173,23 +173,25 @@ class LastingVerifierSession:
             raise
 
     async def _elsewhere(self, error: SpecdecError, traceparent: str) -> Verified:
-        """Open on another replica where one is broken, full or too small; each is tried once.
+        """Open on another replica where one is broken, full or too small; each is tried once. For a session
+        that has begun, those that are full are asked again and again, for as long as for a lost one.
 
         Raises:
             SpecdecError: no other replica takes the session. Before it was ever open this is the error of a
                 replica that is full, if there is such a replica: it takes the session later. Otherwise it is
                 the first error.
         """
+        give_up_at = time.monotonic() + self._wait_s
         tried: list[VerifierReplica] = []
+        full: list[VerifierReplica] = []
         errors = [error]
         while True:
-            tried.append(self._lease.replica)
+            (full if is_full(errors[-1]) else tried).append(self._lease.replica)
             await self._stack.aclose()
-            try:
-                replica = self._pick(without=tried)
-            except UnavailableError:
-                raise self._decisive(errors) from None
-            if len(tried) == 1 and isinstance(error, InternalError):
+            replica = await self._another(tried, full, give_up_at)
+            if replica is None:
+                raise self._decisive(errors)
+            if len(errors) == 1 and isinstance(error, InternalError):
                 logger.warning("verifier failed", extra={"reason": error.message})
                 self._on_lost(error.message)
             try:
@@ -198,6 +200,25 @@ class LastingVerifierSession:
                 if not (isinstance(other, UnavailableError) or _concerns_one(other)):
                     raise
                 errors.append(other)
+
+    async def _another(
+        self, tried: Collection[VerifierReplica], full: list[VerifierReplica], give_up_at: float
+    ) -> VerifierReplica | None:
+        """Return a replica that was not asked yet, or is worth asking again; None: there is none, or not in
+        time.
+
+        Args:
+            full: those that were full; once some time has passed, none is taken for full.
+        """
+        with suppress(UnavailableError):
+            return self._pick(without=[*tried, *full])
+        if not (self._was_open and full and time.monotonic() + _RETRY_S < give_up_at):
+            return None
+        await asyncio.sleep(_RETRY_S)
+        full.clear()
+        with suppress(UnavailableError):
+            return self._pick(without=tried)
+        return None
 
     def _decisive(self, errors: Sequence[SpecdecError]) -> SpecdecError:
         full = [] if self._was_open else [error for error in errors if is_full(error)]

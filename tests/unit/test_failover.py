@@ -245,6 +245,46 @@ async def test_a_full_replica_has_the_last_word_on_a_session_that_never_opened(
     nowhere.assert_all_is_given_back()
 
 
+async def test_a_running_answer_waits_for_room_where_its_verifier_breaks_and_the_others_are_full(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = ResourceExhaustedError("no slot", reason="NO_SESSION_SLOT")
+    world = make_world(None, full, full, None)
+    await _break_first(world, monkeypatch)
+    async with world.session() as session:
+        await session.open("")
+        assert (await session.verify(3, [], "")).bonus_token_id == 13
+    assert [session.uri for session in world.sessions] == ["127.0.0.1:1", *["127.0.0.1:2"] * 3]
+    assert world.lost == ["a defect"], "one loss, however often somebody was asked"
+    world.assert_all_is_given_back()
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.2])
+async def test_a_running_answer_that_finds_no_room_in_time_ends_with_the_defect(
+    wait_s: float, make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = ResourceExhaustedError("no slot", reason="NO_SESSION_SLOT")
+    world = make_world(None, *[full] * 1000)
+    await _break_first(world, monkeypatch)
+    async with world.session(wait_s=wait_s) as session:
+        await session.open("")
+        with pytest.raises(InternalError, match="a defect"):
+            await session.verify(3, [], "")
+    assert world.num_picked == 1 if wait_s == 0 else 2 <= world.num_picked <= 20
+    world.assert_all_is_given_back()
+
+
+async def _break_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first round of the first session meet a defect, and not a loss."""
+
+    async def verify(session: Session, *_: object) -> Verified:
+        if session is world.sessions[0]:
+            raise InternalError("a defect")
+        return Verified(0, 99)
+
+    monkeypatch.setattr(Session, "verify", verify)
+
+
 async def test_a_replica_rests_for_longer_with_every_error_in_a_row(
     make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
