@@ -53,6 +53,9 @@ class GatewayConfig(ServiceConfig):
     max_waiting: int = 256
     """Most requests that wait, while --max-requests run or the verifiers have no room. Callers take turns. A
     request that finds the queue full is refused, and told when to come back. 0: none waits."""
+    max_waiting_bytes: int = 64 * 2**20
+    """Most bytes of all requests that wait, prompts included. A request that would take them further is
+    refused as one that finds the queue full is."""
     max_wait_s: float = 900.0
     """Longest time that a request waits for room, seconds; then it is ended. A request whose own deadline
     passes earlier is ended then."""
@@ -119,7 +122,13 @@ class GatewayConfig(ServiceConfig):
             "round_timeout_s",
         )
         require_not_negative(
-            self, "drain_grace_s", "drafter_wait_s", "failover_wait_s", "max_waiting", "connection_idle_s"
+            self,
+            "drain_grace_s",
+            "drafter_wait_s",
+            "failover_wait_s",
+            "max_waiting",
+            "max_waiting_bytes",
+            "connection_idle_s",
         )
         require_between(self, 0, MAX_STREAM_PADDING, "stream_padding")
         if 0 < self.connection_idle_s < 1:

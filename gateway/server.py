@@ -50,6 +50,7 @@ class GatewayServer:
             tls=config.server_tls,
             authenticator=authenticator,
             health_listen=config.health_listen,
+            on_drain=self.servicer.drain,
             limits=ConnectionLimits(
                 max_message_bytes=config.max_message_bytes,
                 idle_s=config.connection_idle_s,

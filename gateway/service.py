@@ -34,7 +34,7 @@ from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import REQUEST_ID
-from specdec.contract.retry import retry_after_s
+from specdec.contract.retry import SOONEST_S, retry_after_s
 from specdec.service.auth import CALLER
 from specdec.service.sessions import send
 from specdec.service.telemetry import Telemetry
@@ -77,7 +77,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         self._running: dict[RunningRequest, str] = {}
         """What runs and is planned, with the name of its caller."""
         self._callers = CallerLimits(self._retry_after_s)
-        self._queue = WaitingQueue(config.max_requests, config.max_waiting, refusal=self._queue_is_full)
+        self._queue = WaitingQueue(
+            config.max_requests,
+            config.max_waiting,
+            max_waiting_bytes=config.max_waiting_bytes,
+            refusal=self._queue_is_full,
+        )
 
     @property
     def num_requests(self) -> int:
@@ -88,6 +93,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     def num_waiting(self) -> int:
         """Requests that wait for room; may be read by any thread."""
         return self._queue.num_waiting
+
+    def drain(self) -> None:
+        """Send away all requests that wait, and begin none that would have to: clients find another gateway
+        sooner than this one gets to them."""
+        self._queue.drain(_draining)
 
     def _loaded(self) -> Backends:
         if self.backends is None:
@@ -114,11 +124,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 with backends.metrics.counting_refusals():
                     _require_length(wanted, backends.config.max_output_tokens)
                     # Before the limits count it: a request that is refused does not use them up.
-                    self._queue.require_room(_caller_name())
+                    self._queue.require_room(_caller_name(), request.ByteSize())
                     max_new_tokens = admission.enter_context(
                         self._callers.admitted(wanted, backends.config.default_max_new_tokens)
                     )
-                    place = admission.enter_context(self._queue.place(_caller_name()))
+                    place = admission.enter_context(self._queue.place(_caller_name(), request.ByteSize()))
                 call = _Call(request, context, backends, trace, arrived_ns, max_new_tokens, place)
                 try:
                     await self._run_in_turn(call)
@@ -224,6 +234,15 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             verifiers=[_replica_info(r, verifier=r.info) for r in backends.verifiers.replicas],
             drafters=[_replica_info(r, drafter=r.info) for r in backends.drafters.replicas],
         )
+
+
+def _draining() -> UnavailableError:
+    return UnavailableError(
+        "The gateway is about to stop and begins no more requests; try again, at another gateway if there is "
+        "one.",
+        reason="DRAINING",
+        retry_after_s=SOONEST_S,
+    )
 
 
 async def _ready(verifiers: VerifierSet, wait_s: float) -> None:

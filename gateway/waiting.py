@@ -13,7 +13,7 @@ import asyncio
 import time
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Protocol
@@ -40,10 +40,12 @@ class _State(Enum):
 class Place:
     """A request's place: it waits for its turn, runs, and is sent back where there is no room after all."""
 
-    def __init__(self, queue: WaitingQueue, caller: str, number: int) -> None:
+    def __init__(self, queue: WaitingQueue, caller: str, number: int, num_bytes: int) -> None:
         self.caller = caller
         self.number = number
         """Number of the request in the order in which they came."""
+        self.num_bytes = num_bytes
+        """Size of the request."""
         self._queue = queue
         self._state = _State.WAITING
         self._called = asyncio.Event()
@@ -126,9 +128,11 @@ class Place:
         self._started_at = time.monotonic()
         self._called.set()
 
-    def give_way(self, refusal: SpecdecError) -> None:
-        """End the wait with an error, its verifier's own if it has been sent back."""
-        self._state, self._refusal = _State.GONE, self._refusal or refusal
+    def give_way(self, refusal: SpecdecError, *, is_final: bool) -> None:
+        """End the wait with an error; its verifier's own goes before one that is not final, if it has been
+        sent back."""
+        self._state = _State.GONE
+        self._refusal = refusal if is_final else self._refusal or refusal
         self._started_at = time.monotonic()
         self._called.set()
 
@@ -153,12 +157,13 @@ class WaitingQueue:
     """Lets requests run while there is room, callers in turn, first come first served within a caller.
 
     A request that has been sent back comes before all others, however much it needs, so that small ones do
-    not keep a large one waiting for ever. Of a queue that is too long, the longest line loses its last
-    request, so that a caller with many does not push out a caller with one.
+    not keep a large one waiting for ever. Of a queue that is too long or too large, the longest or largest
+    line loses its last request, so that a caller with many does not push out a caller with one.
 
     Args:
         max_running: most requests that run at a time.
         max_waiting: most requests that wait; 0: none does.
+        max_waiting_bytes: most bytes of all requests that wait.
         refusal: makes the error for a request that finds the queue full.
         call_later: starts a timer, as an event loop does.
     """
@@ -168,11 +173,14 @@ class WaitingQueue:
         max_running: int,
         max_waiting: int,
         *,
+        max_waiting_bytes: int,
         refusal: Callable[[], SpecdecError],
         call_later: Callable[[float, Callable[[], None]], Timer] = _call_later,
     ) -> None:
         self._max_running, self._max_waiting = max_running, max_waiting
+        self._max_waiting_bytes = max_waiting_bytes
         self._make_refusal = refusal
+        self._is_draining = False
         self._call_later = call_later
         self._lines: OrderedDict[str, list[Place]] = OrderedDict()
         """Who waits, by caller; the first caller's turn is next."""
@@ -195,14 +203,14 @@ class WaitingQueue:
         self._timer: Timer | None = None
 
     @contextmanager
-    def place(self, caller: str) -> Iterator[Place]:
-        """Give a request a place until the block is left.
+    def place(self, caller: str, num_bytes: int = 0) -> Iterator[Place]:
+        """Give a request of so many bytes a place until the block is left.
 
         Raises:
             SpecdecError: the queue is full.
         """
-        self.require_room(caller)
-        place = Place(self, caller, self._num_come)
+        self.require_room(caller, num_bytes)
+        place = Place(self, caller, self._num_come, num_bytes)
         self._num_come += 1
         self._line_up(place)
         try:
@@ -212,17 +220,30 @@ class WaitingQueue:
         finally:
             self._leave(place)
 
-    def require_room(self, caller: str) -> None:
+    def require_room(self, caller: str, num_bytes: int = 0) -> None:
         """Check that a caller's request may run at once or wait, if need be in the place of another's.
 
         Raises:
             SpecdecError: the queue is full.
         """
         may_run = not self._lines and not self._is_full and self.num_running < self._max_running
-        own = len(self._lines.get(caller, ()))
-        if may_run or self.num_waiting < self._max_waiting or self._longest() > own + 1:
-            return
-        raise self._make_refusal()
+        own = self._lines.get(caller, [])
+        is_short = self.num_waiting < self._max_waiting or self._most(len) > len(own) + 1
+        num_bytes_then = sum(map(_num_bytes, self._lines.values())) + num_bytes
+        is_small = (
+            num_bytes_then <= self._max_waiting_bytes or self._most(_num_bytes) > _num_bytes(own) + num_bytes
+        )
+        if not (may_run or (is_short and is_small)):
+            raise self._make_refusal()
+
+    def drain(self, refusal: Callable[[], SpecdecError]) -> None:
+        """Let nobody wait from now on; what runs goes on.
+
+        Args:
+            refusal: makes the error for those who wait now, and for whoever would have to later.
+        """
+        self._max_waiting, self._make_refusal, self._is_draining = 0, refusal, True
+        self._shorten()
 
     def found_room(self, *, is_trial: bool) -> None:
         """Take note that a verifier took a request."""
@@ -309,18 +330,25 @@ class WaitingQueue:
             return True, True
         return False, False
 
-    def _longest(self) -> int:
-        return max(map(len, self._lines.values()), default=0)
+    def _most(self, measure: Callable[[Sequence[Place]], int]) -> int:
+        return max(map(measure, self._lines.values()), default=0)
+
+    def _excess(self) -> Callable[[Sequence[Place]], int] | None:
+        """Return the measure of lines by which too much waits; None: nothing is too much."""
+        if self.num_waiting > self._max_waiting:
+            return len
+        is_large = sum(map(_num_bytes, self._lines.values())) > self._max_waiting_bytes
+        return _num_bytes if is_large else None
 
     def _shorten(self) -> None:
-        """Refuse who is one too many: the last to come of the longest lines."""
-        while self.num_waiting > self._max_waiting:
-            longest = self._longest()
-            place = max((line[-1] for line in self._lines.values() if len(line) == longest), key=_number)
+        """Refuse who is one too many: the last to come of the lines that have most."""
+        while measure := self._excess():
+            most = self._most(measure)
+            place = max((line[-1] for line in self._lines.values() if measure(line) == most), key=_number)
             self._lines[place.caller].pop()
             self._forget_if_empty(place.caller)
             self.num_waiting -= 1
-            place.give_way(self._make_refusal())
+            place.give_way(self._make_refusal(), is_final=self._is_draining)
         self._settle()
 
     def _settle(self) -> None:
@@ -343,3 +371,7 @@ class WaitingQueue:
 
 def _number(place: Place) -> int:
     return place.number
+
+
+def _num_bytes(line: Sequence[Place]) -> int:
+    return sum(place.num_bytes for place in line)

@@ -37,6 +37,7 @@ class ServiceHost:
         authenticator: decides who may call; None: everyone that can connect may call.
         health_listen: host:port of a plaintext port that serves health only; empty: there is no such port.
         limits: what each connection may have.
+        on_drain: called when the server begins to stop, before running calls are waited for.
 
     Raises:
         InvalidArgumentError: the TLS files are not valid.
@@ -52,6 +53,7 @@ class ServiceHost:
         authenticator: Authenticator | None = None,
         health_listen: str = "",
         limits: ConnectionLimits = DEFAULT_LIMITS,
+        on_drain: Callable[[], None] = lambda: None,
     ) -> None:
         self.address = listen
         """The address of the server, with the real port after the start."""
@@ -59,6 +61,7 @@ class ServiceHost:
         """The address that serves health only, with the real port after the start. Empty: there is none."""
         self._service = service
         self._listen = listen
+        self._on_drain = on_drain
         self._credentials = server_credentials(tls) if tls else None
         self.first_messages = FirstMessageInterceptor()
         interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor(), self.first_messages]
@@ -121,6 +124,7 @@ class ServiceHost:
         Only calls of the service itself are waited for: a peer may leave a watch or a status unread for ever.
         """
         self._health.drain()
+        self._on_drain()
         if grace_s:
             await self._stop_within(grace_s)
         await self._server.stop(0)

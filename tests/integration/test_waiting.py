@@ -17,7 +17,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from specdec.client import AsyncClient, GenerateOptions, Generation
-from specdec.contract.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from specdec.contract.sampling import SamplingParams
 from specdec.service.exporters import make_telemetry
 from tests.integration.gated_drafter import Gate, eventually, gated_system
@@ -295,6 +300,44 @@ async def test_who_waits_outlives_a_restart_of_the_verifier(tiny_llama: Path) ->
                 assert verifier
                 await eventually(lambda: verifier.num_sessions == gateway.servicer.num_requests == 0)
                 assert gateway.servicer.num_waiting == 0
+
+
+async def test_large_requests_that_wait_are_limited_by_their_bytes(tiny_llama: Path) -> None:
+    limits = {"max_requests": 1, "max_waiting_bytes": 700}
+    async with gated_system(tiny_llama, gateway_options=limits) as (system, gate):
+        running = asyncio.create_task(system.client.generate(PROMPT, GATED))
+        await gate.reached()
+        large = [5] * 400
+        waits = asyncio.create_task(system.client.generate(large, PLAIN))
+        await eventually(waiting(system, 1))
+        with pytest.raises(ResourceExhaustedError) as raised:
+            await system.client.generate(large, PLAIN)
+        assert raised.value.reason == "TOO_MANY_REQUESTS"
+        assert raised.value.retry_after_s
+        small = asyncio.create_task(system.client.generate(PROMPT, PLAIN))
+        await eventually(waiting(system, 2))
+        gate.open()
+        answers = await asyncio.gather(running, waits, small)
+        assert [answer.usage.output_tokens for answer in answers] == [29] * 3
+        await eventually(lambda: nothing_is_held(system))
+
+
+async def test_a_gateway_that_drains_sends_away_who_waits_and_ends_what_runs(tiny_llama: Path) -> None:
+    async with gated_system(tiny_llama, verifier_options={"max_sessions": 1}) as (system, gate):
+        running = asyncio.create_task(system.client.generate(PROMPT, GATED))
+        await gate.reached()
+        queued = [asyncio.create_task(system.client.generate(PROMPT, PLAIN)) for _ in range(3)]
+        await eventually(waiting(system, 3))
+        draining = asyncio.create_task(system.gateway.host.stop(grace_s=30))
+        for request in queued:
+            with pytest.raises(UnavailableError) as raised:
+                await request
+            assert raised.value.reason == "DRAINING"
+            assert raised.value.retry_after_s
+        assert not running.done()
+        gate.open()
+        assert (await running).usage.output_tokens == 29
+        await draining
 
 
 async def test_what_is_wrong_with_a_request_is_said_before_it_waits(tiny_llama: Path) -> None:

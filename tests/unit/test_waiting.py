@@ -36,6 +36,7 @@ class Request:
 
     caller: str
     size: int
+    num_bytes: int = 0
     place: Place | None = None
     may_end: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
@@ -45,7 +46,9 @@ class Request:
 class World:
     """A queue, a verifier with room for some requests, and pauses that end when they are told to."""
 
-    def __init__(self, *, room: int, max_running: int = 100, max_waiting: int = 100) -> None:
+    def __init__(
+        self, *, room: int, max_running: int = 100, max_waiting: int = 100, max_waiting_bytes: int = 100
+    ) -> None:
         self.room = room
         """What is free at the verifier. Other gateways may take it."""
         self.delay = 1
@@ -58,6 +61,7 @@ class World:
         self.queue = WaitingQueue(
             max_running,
             max_waiting,
+            max_waiting_bytes=max_waiting_bytes,
             refusal=lambda: ResourceExhaustedError("the queue is full", reason="TOO_MANY_REQUESTS"),
             call_later=self._call_later,
         )
@@ -66,14 +70,14 @@ class World:
         self.pauses.append(Pause(self.pauses, seconds, ring))
         return self.pauses[-1]
 
-    def come(self, caller: str = "", size: int = 1) -> Request:
-        request = Request(caller, size)
+    def come(self, caller: str = "", size: int = 1, num_bytes: int = 0) -> Request:
+        request = Request(caller, size, num_bytes)
         request.task = asyncio.ensure_future(self._run(request))
         self.requests.append(request)
         return request
 
     async def _run(self, request: Request) -> None:
-        with self.queue.place(request.caller) as request.place:
+        with self.queue.place(request.caller, request.num_bytes) as request.place:
             await self._find_room(request, request.place)
             try:
                 request.place.took_room()
@@ -127,6 +131,58 @@ async def refusal_of(request: Request) -> ResourceExhaustedError:
     with pytest.raises(ResourceExhaustedError) as raised:
         await request.task
     return raised.value
+
+
+async def test_bytes_that_wait_are_limited() -> None:
+    world = World(room=1, max_waiting_bytes=10)
+    running = world.come(num_bytes=1000)
+    waiting = [world.come(num_bytes=5) for _ in range(2)]
+    await world.settle()
+    assert running.runs, "only what waits counts"
+    assert (await refusal_of(world.come(num_bytes=1))).reason == "TOO_MANY_REQUESTS"
+    with pytest.raises(ResourceExhaustedError):
+        world.queue.require_room("", 1)
+    await world.end_one()
+    assert waiting[0].runs
+    last = world.come(num_bytes=5)
+    await world.settle()
+    assert world.queue.num_waiting == 2
+    await world.end_all()
+    assert last.task
+    assert last.task.done()
+
+
+async def test_a_caller_with_few_bytes_takes_the_place_of_one_with_many() -> None:
+    world = World(room=9, max_running=1, max_waiting_bytes=10)
+    world.come("many")
+    first, second = (world.come("many", num_bytes=5) for _ in range(2))
+    await world.settle()
+    world.queue.require_room("few", 2)
+    few = world.come("few", num_bytes=2)
+    assert (await refusal_of(second)).reason == "TOO_MANY_REQUESTS"
+    too_large = world.come("few", num_bytes=8)
+    assert (await refusal_of(too_large)).reason == "TOO_MANY_REQUESTS"
+    await world.end_one()
+    await world.end_one()
+    assert sorted(world.started) == ["few", "many", "many"]
+    assert few.task
+    assert first.task
+    await world.end_all()
+
+
+async def test_who_waits_while_the_gateway_drains_is_sent_away_and_who_runs_goes_on() -> None:
+    world = World(room=1)
+    world.delay = 5
+    running, sent_back = world.come(), world.come()
+    await world.settle()
+    trying = world.come("other")
+    assert trying.task
+    world.queue.drain(lambda: ResourceExhaustedError("it drains", reason="DRAINING"))
+    for request in (sent_back, trying):
+        assert (await refusal_of(request)).reason == "DRAINING"
+    assert running.runs
+    assert (await refusal_of(world.come())).reason == "DRAINING"
+    await world.end_all()
 
 
 async def test_who_finds_room_does_not_wait() -> None:
