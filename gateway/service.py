@@ -21,7 +21,7 @@ from gateway.replicas.failover import VerifierLease, is_full
 from gateway.replicas.replica import Replica
 from gateway.replicas.services import VerifierSet
 from gateway.request.backends import Backends
-from gateway.request.deadlines import at_most, timeout_s, turn
+from gateway.request.deadlines import at_most, may_begin, timeout_s, turn
 from gateway.request.padding import pad
 from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
 from gateway.request.plan import Plan, make_plan
@@ -128,7 +128,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                     max_new_tokens = admission.enter_context(
                         self._callers.admitted(wanted, backends.config.default_max_new_tokens)
                     )
-                    place = admission.enter_context(self._queue.place(_caller_name(), request.ByteSize()))
+                    longest_s = partial(backends.answer_times.longest_s, max_new_tokens)
+                    place = admission.enter_context(
+                        self._queue.place(_caller_name(), request.ByteSize(), may_begin(context, longest_s))
+                    )
                 call = _Call(request, context, backends, trace, arrived_ns, max_new_tokens, place)
                 try:
                     await self._run_in_turn(call)
@@ -163,7 +166,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             await self._plan(call, info)
         while True:
             with backends.metrics.counting_refusals(call.label):
-                await turn(call.place, call.context, backends.config.max_wait_s)
+                longest_s = partial(backends.answer_times.longest_s, call.max_new_tokens)
+                await turn(call.place, call.context, backends.config.max_wait_s, longest_s)
                 if call.place.has_waited:
                     await _ready(backends.verifiers, backends.config.failover_wait_s)
                 # It counts from the pick on: requests that come together must not all take the same replica.
@@ -187,6 +191,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         assert call.plan is not None
         assert call.model is not None
         peers = Peers(call.plan, backends, lease, timeout_s(call.context, backends.config.max_request_s))
+        if call.place.num_sharing == 1:
+            backends.answer_times.begun()
         running = RunningRequest(call.plan, backends, peers, trace, call.place, arrived_ns=call.arrived_ns)
         outcome = "cancelled"
         self._running[running] = _caller_name()

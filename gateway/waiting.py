@@ -40,12 +40,16 @@ class _State(Enum):
 class Place:
     """A request's place: it waits for its turn, runs, and is sent back where there is no room after all."""
 
-    def __init__(self, queue: WaitingQueue, caller: str, number: int, num_bytes: int) -> None:
+    def __init__(
+        self, queue: WaitingQueue, caller: str, number: int, num_bytes: int, may_begin: Callable[[int], bool]
+    ) -> None:
         self.caller = caller
         self.number = number
         """Number of the request in the order in which they came."""
         self.num_bytes = num_bytes
         """Size of the request."""
+        self.may_begin = may_begin
+        """Whether it may begin as one of so many requests that have room."""
         self._queue = queue
         self._state = _State.WAITING
         self._called = asyncio.Event()
@@ -65,6 +69,11 @@ class Place:
     def waited_s(self) -> float:
         """Seconds from its arrival until its last turn, or until now if it waits."""
         return (time.monotonic() if self._started_at is None else self._started_at) - self._begun_at
+
+    @property
+    def num_sharing(self) -> int:
+        """How many requests have room of the verifiers, or try to, this one included."""
+        return self._queue.num_holding + (self._state is _State.WAITING)
 
     @property
     def has_run(self) -> bool:
@@ -188,6 +197,8 @@ class WaitingQueue:
         """Requests that wait."""
         self.num_running = 0
         """Requests that run, or try to."""
+        self._num_finishing = 0
+        """Those among them that hold a verifier's room no longer."""
         self._num_lost = 0
         """Requests that run and have lost their verifier: room that comes is theirs."""
         self._num_come = 0
@@ -202,15 +213,26 @@ class WaitingQueue:
         self._pause_s = FIRST_PAUSE_S
         self._timer: Timer | None = None
 
+    @property
+    def num_holding(self) -> int:
+        """Requests that have room of the verifiers, or try to."""
+        return self.num_running - self._num_finishing
+
     @contextmanager
-    def place(self, caller: str, num_bytes: int = 0) -> Iterator[Place]:
+    def place(
+        self, caller: str, num_bytes: int = 0, may_begin: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[Place]:
         """Give a request of so many bytes a place until the block is left.
+
+        Args:
+            may_begin: whether it may begin as one of so many requests that have room. It may in any case
+                where there are no others; where it may not, nobody begins before it.
 
         Raises:
             SpecdecError: the queue is full.
         """
         self.require_room(caller, num_bytes)
-        place = Place(self, caller, self._num_come, num_bytes)
+        place = Place(self, caller, self._num_come, num_bytes, may_begin)
         self._num_come += 1
         self._line_up(place)
         try:
@@ -281,6 +303,7 @@ class WaitingQueue:
     def session_ended(self) -> None:
         """Let a request try: one of ours has left its verifier."""
         self._num_ended += 1
+        self._num_finishing += 1
         self._call()
 
     def _leave(self, place: Place) -> None:
@@ -293,6 +316,7 @@ class WaitingQueue:
             self.num_running -= 1
             # Who tried may have held room, of which nobody told it yet.
             self._num_ended += state is not _State.FINISHING
+            self._num_finishing -= state is _State.FINISHING
         self._call()
 
     def _line_up(self, place: Place) -> None:
@@ -305,7 +329,7 @@ class WaitingQueue:
 
     def _call(self) -> None:
         """Call all who may run now."""
-        while self._lines and self.num_running < self._max_running and not self._num_lost:
+        while self._lines and self._may_begin():
             may_try, is_trial = self._take_try()
             if not may_try:
                 break
@@ -317,6 +341,13 @@ class WaitingQueue:
             self.num_running += 1
             place.start(self._num_ended, is_trial=is_trial)
         self._settle()
+
+    def _may_begin(self) -> bool:
+        """Return whether the next request may run, if the verifiers have room for it."""
+        if self._num_lost or self.num_running >= self._max_running:
+            return False
+        next_one = next(iter(self._lines.values()))[0]
+        return not self.num_holding or next_one.may_begin(self.num_holding + 1)
 
     def _take_try(self) -> tuple[bool, bool]:
         """Return whether one more may try, and whether without a session's end; it is taken to do so."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from gateway.config import GatewayConfig
 from gateway.metrics import OTHER, GatewayMetrics
 from gateway.replicas.services import DrafterSet, VerifierSet
+from gateway.request.answer_times import AnswerTimes
 from gateway.request.text import TextCodec
 from gateway.rounds.controller import Controller
 from specdec.contract.methods import AUTO, LOOKUP_FAMILIES, PLAIN, drafters_of, method_of
@@ -24,6 +25,7 @@ class Backends:
     drafters: DrafterSet
     metrics: GatewayMetrics
     controller: Controller = field(default_factory=Controller)
+    answer_times: AnswerTimes = field(default_factory=AnswerTimes)
     long_texts: asyncio.Lock = field(default_factory=asyncio.Lock)
     """A lock held while a long text is tokenised: one text at a time, for the memory it takes."""
 

@@ -3,37 +3,70 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 
+from gateway.request.answer_times import SHARE_TO_RUN
 from gateway.waiting import Place
-from specdec.contract.errors import DeadlineExceededError
+from specdec.contract.errors import DeadlineExceededError, ResourceExhaustedError
+from specdec.contract.retry import advice_s
 from specdec.service.sessions import remaining_timeout_s
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-async def turn(place: Place, context: _Context, max_wait_s: float) -> None:
+def may_begin(context: _Context, longest_s: Callable[[int], float]) -> Callable[[int], bool]:
+    """Return whether a request may begin as one of so many that run: not if most of the time until its
+    deadline would be over when it ends. So many at a time would all end too late.
+
+    Args:
+        longest_s: how long the answer should take at most as one of so many that run, seconds.
+    """
+    time_s = remaining_timeout_s(context)
+    if time_s is None:
+        return lambda number: True
+    return lambda number: longest_s(number) <= SHARE_TO_RUN * time_s
+
+
+async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Callable[[int], float]) -> None:
     """Wait until a request may run, and see that there is time left to run it.
 
+    Args:
+        longest_s: how long the answer should take at most as one of so many that run, seconds.
+
     Raises:
-        ResourceExhaustedError: it has to give way, because the queue is full.
-        DeadlineExceededError: it waited until its deadline, or for as long as a request may.
+        ResourceExhaustedError: it has to give way, because the queue is full, or its answer would not end
+            before its deadline even if its turn were next.
+        DeadlineExceededError: it waited until its answer would end too late, or for as long as a request may.
     """
     remaining_s = remaining_timeout_s(context)
     may_wait_s = max(0.0, max_wait_s - place.waited_s)
+    takes_s = longest_s(place.num_sharing)
+    spare_s = None if remaining_s is None else remaining_s - takes_s
     try:
-        async with asyncio.timeout(may_wait_s if remaining_s is None else min(may_wait_s, remaining_s)):
+        async with asyncio.timeout(may_wait_s if spare_s is None else min(may_wait_s, max(0.0, spare_s))):
             await place.turn()
     except TimeoutError:
-        if remaining_s is None or remaining_s > may_wait_s:
+        if spare_s is None or spare_s > may_wait_s:
             raise _waited_too_long(max_wait_s) from None
-        raise _deadline_passed() from None
-    if remaining_timeout_s(context) == 0:
+        raise (_deadline_passed() if spare_s > 0 else _too_little_time(takes_s)) from None
+    remaining_s = remaining_timeout_s(context)
+    # Who runs alone is not kept from it: what is expected may be of a bad moment.
+    takes_s = longest_s(place.num_sharing) if place.num_sharing > 1 else 0.0
+    if remaining_s is not None and remaining_s <= takes_s:
         raise _deadline_passed()
+
+
+def _too_little_time(takes_s: float) -> ResourceExhaustedError:
+    return ResourceExhaustedError(
+        f"Answers take about {takes_s:.1f} s now, and the deadline comes sooner; try again later, or allow "
+        "more time.",
+        reason="TOO_LITTLE_TIME",
+        retry_after_s=advice_s(takes_s),
+    )
 
 
 def _waited_too_long(max_wait_s: float) -> DeadlineExceededError:
@@ -44,7 +77,7 @@ def _waited_too_long(max_wait_s: float) -> DeadlineExceededError:
 
 
 def _deadline_passed() -> DeadlineExceededError:
-    return DeadlineExceededError("The deadline passed while the request waited for room.")
+    return DeadlineExceededError("The request waited for room until its answer would have come too late.")
 
 
 @asynccontextmanager

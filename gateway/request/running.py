@@ -130,6 +130,7 @@ class RunningRequest:
         emitted = completed.ended_after(self._text.num_tokens - self.num_output_tokens)
         self._tally.add(emitted)
         self._backends.metrics.add_round(self.label, emitted)
+        self._backends.answer_times.came(len(emitted.token_ids))
         self._emitted += [_token(emitted, index) for index in range(len(emitted.token_ids))]
         if completed.verified.finish_reason and not self._text.stopped:
             released += self._text.flush()
@@ -142,6 +143,7 @@ class RunningRequest:
         return token
 
     def _finished(self, finish_reason: str) -> gateway_pb2.GenerateFinished:
+        self._backends.answer_times.ended(self.num_output_tokens)
         number = next(number for number, name in FINISH_REASONS.items() if name == finish_reason)
         return gateway_pb2.GenerateFinished(
             finish_reason=number,
