@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,37 @@ async def run_sessions(
     await until(lambda: all(len(session.token_ids) >= NUM_TOKENS // 10 for session in sessions), timeout_s=60)
     disturb()
     await asyncio.gather(*running)
+
+
+@asynccontextmanager
+async def steady_load(address: str, num_tokens: int = NUM_TOKENS) -> AsyncIterator[list[Session]]:
+    """Keep eight clients streaming, one answer after the other; yield the sessions that have ended so far."""
+    ended: list[Session] = []
+    is_over = False
+
+    async def stream(index: int) -> None:
+        async with AsyncClient(address, timeout_s=120) as client:
+            while not is_over:
+                session = new_sessions(num_tokens)[index]
+                await session.run_on(client)
+                ended.append(session)
+
+    running = [asyncio.ensure_future(stream(index)) for index in range(NUM_SESSIONS)]
+    try:
+        yield ended
+    finally:
+        is_over = True
+        await asyncio.gather(*running)
+
+
+def assert_all_as_ever(sessions: Sequence[Session], num_tokens: int = NUM_TOKENS) -> None:
+    """Check that every answer is whole, and is what it was before."""
+    assert not [session.error for session in sessions if session.error]
+    by_prompt: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for session in sessions:
+        assert len(session.token_ids) == num_tokens
+        by_prompt.setdefault(tuple(session.prompt), set()).add(tuple(session.token_ids))
+    assert all(len(answers) == 1 for answers in by_prompt.values())
 
 
 def _has_ended(service: Service) -> bool:

@@ -6,8 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 
 from specdec.client import AsyncClient
 from specdec.local.processes import Service, free_ports
-from tests.drills.fleet import Session, new_sessions, one_service, until_all_ready
+from tests.drills.fleet import assert_all_as_ever, one_service, steady_load, until_all_ready
 from tests.drills.test_scaling import LONGEST_WAIT_S
 from tests.name_server import running_name_server
 from tests.probe_service import is_serving
@@ -27,27 +25,6 @@ MAX_CONNECTION_AGE_S = 4.0
 NUM_TOKENS = 100
 """Of an answer: only a request that begins can go to a new gateway."""
 IPS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-
-
-@asynccontextmanager
-async def load(uri: str) -> AsyncIterator[list[Session]]:
-    """Keep eight clients streaming, one answer after the other; yield the sessions that ended so far."""
-    ended: list[Session] = []
-    is_over = False
-
-    async def stream(index: int) -> None:
-        async with AsyncClient(uri, timeout_s=120) as client:
-            while not is_over:
-                session = new_sessions(NUM_TOKENS)[index]
-                await session.run_on(client)
-                ended.append(session)
-
-    running = [asyncio.ensure_future(stream(index)) for index in range(len(new_sessions()))]
-    try:
-        yield ended
-    finally:
-        is_over = True
-        await asyncio.gather(*running)
 
 
 async def time_until_busy(address: str) -> float:
@@ -89,7 +66,7 @@ async def test_gateways_come_and_go(tiny_llama: Path, noisy_llama: Path, tmp_pat
             await until(partial(is_serving, service), timeout_s=60)
         async with (
             running_name_server(IPS[0]) as names,
-            load(names.uri("gateways.test", gateway_port)) as ended,
+            steady_load(names.uri("gateways.test", gateway_port), NUM_TOKENS) as ended,
         ):
             await until(lambda: len(ended) >= 8, timeout_s=60)
             for leaving, coming in pairwise(IPS):
@@ -110,9 +87,4 @@ async def test_gateways_come_and_go(tiny_llama: Path, noisy_llama: Path, tmp_pat
     print(f"gateways: new ones had work after {told[0]} s, old ones had drained after {told[1]} s")
     assert max(came_s) < LONGEST_WAIT_S
     assert [gateways[ip].exit_code for ip in IPS[:-1]] == [0, 0]
-    assert not [session.error for session in ended if session.error]
-    by_prompt: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-    for session in ended:
-        assert len(session.token_ids) == NUM_TOKENS
-        by_prompt.setdefault(tuple(session.prompt), set()).add(tuple(session.token_ids))
-    assert all(len(answers) == 1 for answers in by_prompt.values()), "every answer is what it was before"
+    assert_all_as_ever(ended, NUM_TOKENS)

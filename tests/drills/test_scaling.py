@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 
 from specdec.client import AsyncClient
 from specdec.local.processes import free_ports
-from tests.drills.fleet import NUM_TOKENS, Session, new_sessions, one_service
+from tests.drills.fleet import assert_all_as_ever, one_service, steady_load
 from tests.probe_service import is_serving
 from tests.raw_streams import until
 from tests.systems import running_gateway
@@ -43,26 +41,6 @@ class Names:
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in found]
 
         monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-
-
-@asynccontextmanager
-async def load(address: str) -> AsyncIterator[list[Session]]:
-    """Keep eight sessions streaming, each followed by another; yield those that have ended so far."""
-    ended: list[Session] = []
-    is_over = False
-
-    async def stream(index: int) -> None:
-        while not is_over:
-            session = new_sessions()[index]
-            await session.run(address)
-            ended.append(session)
-
-    running = [asyncio.ensure_future(stream(index)) for index in range(len(new_sessions()))]
-    try:
-        yield ended
-    finally:
-        is_over = True
-        await asyncio.gather(*running)
 
 
 async def time_until_busy(client: AsyncClient, kind: str, ip: str) -> float:
@@ -106,7 +84,7 @@ async def test_a_replica_comes_and_another_goes(
                 failover_wait_s=20.0,
             ) as (address, _),
             AsyncClient(address, timeout_s=30) as client,
-            load(address) as ended,
+            steady_load(address) as ended,
         ):
             await until(lambda: len(ended) >= 8, timeout_s=60)
             names.addresses[f"{kind}s.test"] = ["127.0.0.1", "127.0.0.2"]
@@ -125,9 +103,4 @@ async def test_a_replica_comes_and_another_goes(
     assert came_s < LONGEST_WAIT_S
     assert first.exit_code == 0
     assert second.exit_code == 0
-    assert not [session.error for session in ended if session.error]
-    by_prompt: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-    for session in ended:
-        assert len(session.token_ids) == NUM_TOKENS
-        by_prompt.setdefault(tuple(session.prompt), set()).add(tuple(session.token_ids))
-    assert all(len(answers) == 1 for answers in by_prompt.values()), "every answer is what it was before"
+    assert_all_as_ever(ended)
