@@ -221,3 +221,16 @@ def _settle_length(wanted: int | None, limit: int | None, default: int) -> int:
             f"max_new_tokens is {wanted}; this token may have {limit}.", field="max_new_tokens"
         )
     return wanted
+
+
+def require_length(max_new_tokens: int | None, most: int) -> None:
+    """Refuse an answer that is longer than any may be.
+
+    Raises:
+        InvalidArgumentError: it is.
+    """
+    if max_new_tokens is not None and max_new_tokens > most:
+        raise InvalidArgumentError(
+            f"max_new_tokens is {max_new_tokens}; an answer of this gateway has at most {most} tokens.",
+            field="max_new_tokens",
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,22 +14,22 @@ import grpc
 from opentelemetry.context import attach
 from opentelemetry.trace import set_span_in_context
 
-from gateway.callers import CallerLimits
+from gateway.callers import CallerLimits, require_length
 from gateway.config import GatewayConfig
 from gateway.metrics import outcome_of
+from gateway.place import Place
 from gateway.replicas.failover import VerifierLease, is_full
 from gateway.replicas.replica import Replica
-from gateway.replicas.services import VerifierSet
 from gateway.request.backends import Backends
-from gateway.request.deadlines import at_most, may_begin, timeout_s, turn
+from gateway.request.deadlines import at_most, may_begin, timeout_s, turn, verifier_ready
 from gateway.request.padding import pad
 from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
 from gateway.request.plan import Plan, make_plan
 from gateway.request.running import RunningRequest
 from gateway.rounds.ahead import buffered
 from gateway.rounds.tracing import RequestTrace
-from gateway.waiting import Place, WaitingQueue
-from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from gateway.waiting import WaitingQueue
+from specdec.contract.errors import ResourceExhaustedError, UnavailableError
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.methods import PLAIN
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
@@ -122,7 +122,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         try:
             with ExitStack() as admission:
                 with backends.metrics.counting_refusals():
-                    _require_length(wanted, backends.config.max_output_tokens)
+                    require_length(wanted, backends.config.max_output_tokens)
                     # Before the limits count it: a request that is refused does not use them up.
                     self._queue.require_room(_caller_name(), request.ByteSize())
                     max_new_tokens = admission.enter_context(
@@ -169,7 +169,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                 longest_s = partial(backends.answer_times.longest_s, call.max_new_tokens)
                 await turn(call.place, call.context, backends.config.max_wait_s, longest_s)
                 if call.place.has_waited:
-                    await _ready(backends.verifiers, backends.config.failover_wait_s)
+                    await verifier_ready(backends.verifiers, backends.config.failover_wait_s)
                 # It counts from the pick on: requests that come together must not all take the same replica.
                 lease = backends.verifiers.pick(partial(_runs, call.model), unsuited=OTHER_WEIGHTS).lease()
             try:
@@ -251,14 +251,6 @@ def _draining() -> UnavailableError:
     )
 
 
-async def _ready(verifiers: VerifierSet, wait_s: float) -> None:
-    """Wait for a verifier, as a request does whose verifier is lost: otherwise all who wait would fail when
-    the verifiers restart."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(wait_s):
-            await verifiers.wait_until_ready()
-
-
 def _runs(model: common_pb2.ModelInfo | None, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
     """Return whether a verifier runs a model; None: any will do."""
     return model is None or is_same_model(model, info)
@@ -297,19 +289,6 @@ async def _send(context: GenerateContext, response: gateway_pb2.GenerateResponse
 def _caller_name() -> str:
     caller = CALLER.get()
     return caller.name if caller else ""
-
-
-def _require_length(max_new_tokens: int | None, most: int) -> None:
-    """Refuse an answer that is longer than any may be.
-
-    Raises:
-        InvalidArgumentError: it is.
-    """
-    if max_new_tokens is not None and max_new_tokens > most:
-        raise InvalidArgumentError(
-            f"max_new_tokens is {max_new_tokens}; an answer of this gateway has at most {most} tokens.",
-            field="max_new_tokens",
-        )
 
 
 def _replica_info(replica: Replica[Any], **info: Any) -> gateway_pb2.ReplicaInfo:

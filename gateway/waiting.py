@@ -10,146 +10,19 @@ then, because other gateways' sessions end as well. Where such a trial finds roo
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum, auto
 from typing import Protocol
 
+from gateway.place import Place, State
 from specdec.contract.errors import SpecdecError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 """Pauses before a trial, seconds: the first, and the longest, to which they double."""
 _NUM_FOLLOWERS = 2
 """How many may try once a trial found room."""
-
-
-class _State(Enum):
-    WAITING = auto()
-    TRYING = auto()
-    """Its turn has come; it does not know yet whether a verifier takes it."""
-    HOLDING = auto()
-    """It holds room of a verifier."""
-    FINISHING = auto()
-    """It runs, but holds a verifier's room no longer: its client still reads."""
-    GONE = auto()
-
-
-class Place:
-    """A request's place: it waits for its turn, runs, and is sent back where there is no room after all."""
-
-    def __init__(
-        self, queue: WaitingQueue, caller: str, number: int, num_bytes: int, may_begin: Callable[[int], bool]
-    ) -> None:
-        self.caller = caller
-        self.number = number
-        """Number of the request in the order in which they came."""
-        self.num_bytes = num_bytes
-        """Size of the request."""
-        self.may_begin = may_begin
-        """Whether it may begin as one of so many requests that have room."""
-        self._queue = queue
-        self._state = _State.WAITING
-        self._called = asyncio.Event()
-        self._refusal: SpecdecError | None = None
-        self._begun_at = time.monotonic()
-        self._started_at: float | None = None
-        self.has_waited = False
-        """Whether its turn did not come at once, or it was sent back."""
-        self._is_trial = False
-        """Whether it tries because a pause is over, not because a session has ended."""
-        self._num_seen = 0
-        """How many sessions had ended when it began to try."""
-        self._has_lost = False
-        """Whether its verifier was lost, and no other has taken it yet."""
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds from its arrival until its last turn, or until now if it waits."""
-        return (time.monotonic() if self._started_at is None else self._started_at) - self._begun_at
-
-    @property
-    def num_sharing(self) -> int:
-        """How many requests have room of the verifiers, or try to, this one included."""
-        return self._queue.num_holding + (self._state is _State.WAITING)
-
-    @property
-    def has_run(self) -> bool:
-        """Whether a verifier took the request."""
-        return self._state in (_State.HOLDING, _State.FINISHING)
-
-    async def turn(self) -> None:
-        """Return when the request may run.
-
-        Raises:
-            SpecdecError: the queue is full, and it has to give way.
-        """
-        self.has_waited |= not self._called.is_set()
-        await self._called.wait()
-        if self._refusal:
-            raise self._refusal
-
-    def lost_room(self) -> None:
-        """Note that its verifier was lost: it goes on elsewhere, before anybody begins."""
-        if not self._has_lost and self._state is not _State.GONE:
-            self._has_lost = True
-            self._queue.one_lost()
-
-    def _goes_on(self) -> None:
-        if self._has_lost:
-            self._has_lost = False
-            self._queue.one_goes_on()
-
-    def took_room(self) -> None:
-        """Note that a verifier has the request: it began, or a round of it ended."""
-        self._goes_on()
-        if self._state is _State.TRYING:
-            self._state = _State.HOLDING
-            self._queue.found_room(is_trial=self._is_trial)
-
-    def gave_room(self) -> None:
-        """Note that its session on a verifier has ended, if there was one."""
-        self._goes_on()
-        if self._state is _State.HOLDING:
-            self._state = _State.FINISHING
-            self._queue.session_ended()
-
-    def send_back(self, refusal: SpecdecError) -> None:
-        """Let a request wait again, before all others: the verifiers have no room for it.
-
-        Args:
-            refusal: what they said; the request ends with it if the queue is full.
-        """
-        assert self._state is _State.TRYING
-        self._state, self._refusal, self._started_at = _State.WAITING, refusal, None
-        self.has_waited = True
-        self._called.clear()
-        self._queue.found_none(self, self._num_seen, is_trial=self._is_trial)
-
-    # What follows is the queue's own.
-
-    def start(self, num_seen: int, *, is_trial: bool) -> None:
-        """Call the request: its turn has come."""
-        self._state, self._refusal = _State.TRYING, None
-        self._num_seen, self._is_trial = num_seen, is_trial
-        self._started_at = time.monotonic()
-        self._called.set()
-
-    def give_way(self, refusal: SpecdecError, *, is_final: bool) -> None:
-        """End the wait with an error; its verifier's own goes before one that is not final, if it has been
-        sent back."""
-        self._state = _State.GONE
-        self._refusal = refusal if is_final else self._refusal or refusal
-        self._started_at = time.monotonic()
-        self._called.set()
-
-    def leave(self) -> _State:
-        """End it, and return how far it had come."""
-        self._goes_on()
-        state, self._state = self._state, _State.GONE
-        return state
 
 
 class Timer(Protocol):
@@ -308,15 +181,15 @@ class WaitingQueue:
 
     def _leave(self, place: Place) -> None:
         state = place.leave()
-        if state is _State.WAITING:
+        if state is State.WAITING:
             self._lines[place.caller].remove(place)
             self._forget_if_empty(place.caller)
             self.num_waiting -= 1
-        elif state is not _State.GONE:
+        elif state is not State.GONE:
             self.num_running -= 1
             # Who tried may have held room, of which nobody told it yet.
-            self._num_ended += state is not _State.FINISHING
-            self._num_finishing -= state is _State.FINISHING
+            self._num_ended += state is not State.FINISHING
+            self._num_finishing -= state is State.FINISHING
         self._call()
 
     def _line_up(self, place: Place) -> None:

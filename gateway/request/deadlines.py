@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
 
+from gateway.place import Place
+from gateway.replicas.services import VerifierSet
 from gateway.request.answer_times import SHARE_TO_RUN
-from gateway.waiting import Place
 from specdec.contract.errors import DeadlineExceededError, ResourceExhaustedError
 from specdec.contract.retry import advice_s
 from specdec.service.sessions import remaining_timeout_s
@@ -58,6 +59,14 @@ async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Ca
     takes_s = longest_s(place.num_sharing) if place.num_sharing > 1 else 0.0
     if remaining_s is not None and remaining_s <= takes_s:
         raise _deadline_passed()
+
+
+async def verifier_ready(verifiers: VerifierSet, wait_s: float) -> None:
+    """Wait for a verifier, as a request does whose verifier is lost: otherwise all who wait would fail when
+    the verifiers restart."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            await verifiers.wait_until_ready()
 
 
 def _too_little_time(takes_s: float) -> ResourceExhaustedError:

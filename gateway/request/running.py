@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict
 
+from gateway.place import Place
 from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import Plan
@@ -17,7 +18,6 @@ from gateway.rounds.merging import MergedDrafts
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Round
-from gateway.waiting import Place
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.retry import Progress
 from specdec.v1 import common_pb2, gateway_pb2

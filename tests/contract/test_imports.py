@@ -30,7 +30,7 @@ LEVELS = (
 GATEWAY_LEVELS = (
     {"config"},
     {"rounds"},
-    {"metrics"},
+    {"metrics", "place"},
     {"replicas", "callers", "waiting"},
     {"request"},
     {"service"},

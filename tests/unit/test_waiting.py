@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.waiting import FIRST_PAUSE_S, LONGEST_PAUSE_S, Place, WaitingQueue
+from gateway.place import Place
+from gateway.waiting import FIRST_PAUSE_S, LONGEST_PAUSE_S, WaitingQueue
 from specdec.contract.errors import ResourceExhaustedError
 
 VERIFIER_IS_FULL = ResourceExhaustedError("no room", reason="KV_POOL_FULL")
