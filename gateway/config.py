@@ -57,8 +57,8 @@ class GatewayConfig(ServiceConfig):
     """Most bytes of all requests that wait, prompts included. A request that would take them further is
     refused as one that finds the queue full is."""
     max_wait_s: float = 900.0
-    """Longest time that a request waits for room, seconds; then it is ended. A request whose own deadline
-    passes earlier is ended then."""
+    """Longest time that a request waits for room, seconds; then it is ended. A request with a deadline of its
+    own is ended once its answer would come too late."""
     max_connection_age_s: float = 300.0
     """How long a client may use one connection, seconds, give or take a tenth; then it is told to make
     another one, and running requests go on over the old one. A client looks its name for the gateways up when

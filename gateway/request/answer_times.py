@@ -16,6 +16,8 @@ _TOKENS_TO_KNOW = 50
 """How many tokens it takes to know how fast they come: the first ones come slowly, as answers begin."""
 _LONG = 0.9
 """Share of the last answers that are not longer than an answer is expected to be."""
+_FIRST_LENGTH = 32
+"""What an answer is expected to have before one has ended, tokens: most have far fewer than they may."""
 _NUM_LENGTHS = 64
 """How many answers that is taken from."""
 SHARE_TO_RUN = 0.65
@@ -71,6 +73,6 @@ class AnswerTimes:
 
     def _length(self, max_new_tokens: int) -> int:
         if not self._lengths:
-            return max_new_tokens
+            return min(_FIRST_LENGTH, max_new_tokens)
         long = sorted(self._lengths)[math.ceil(_LONG * len(self._lengths)) - 1]
         return min(long, max_new_tokens)

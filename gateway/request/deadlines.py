@@ -45,7 +45,7 @@ async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Ca
     """
     remaining_s = remaining_timeout_s(context)
     may_wait_s = max(0.0, max_wait_s - place.waited_s)
-    takes_s = longest_s(place.num_sharing)
+    takes_s = _takes_s(place, longest_s)
     spare_s = None if remaining_s is None else remaining_s - takes_s
     try:
         async with asyncio.timeout(may_wait_s if spare_s is None else min(may_wait_s, max(0.0, spare_s))):
@@ -55,10 +55,14 @@ async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Ca
             raise _waited_too_long(max_wait_s) from None
         raise (_deadline_passed() if spare_s > 0 else _too_little_time(takes_s)) from None
     remaining_s = remaining_timeout_s(context)
-    # Who runs alone is not kept from it: what is expected may be of a bad moment.
-    takes_s = longest_s(place.num_sharing) if place.num_sharing > 1 else 0.0
-    if remaining_s is not None and remaining_s <= takes_s:
+    if remaining_s is not None and remaining_s <= _takes_s(place, longest_s):
         raise _deadline_passed()
+
+
+def _takes_s(place: Place, longest_s: Callable[[int], float]) -> float:
+    """Return how long an answer should take at most, beside those that run. Who is alone is not kept from
+    running: what is expected may be of a bad moment."""
+    return longest_s(place.num_sharing) if place.num_sharing > 1 else 0.0
 
 
 async def verifier_ready(verifiers: VerifierSet, wait_s: float) -> None:
