@@ -59,7 +59,7 @@ class Place:
         self.num_bytes = num_bytes
         """Size of the request."""
         self.may_begin = may_begin
-        """Whether it may begin as one of so many requests that have room."""
+        """Whether it may begin beside so many requests that have room."""
         self._queue = queue
         self._state = State.WAITING
         self._called = asyncio.Event()

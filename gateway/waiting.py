@@ -98,8 +98,8 @@ class WaitingQueue:
         """Give a request of so many bytes a place until the block is left.
 
         Args:
-            may_begin: whether it may begin as one of so many requests that have room. It may in any case
-                where there are no others; where it may not, nobody begins before it.
+            may_begin: whether it may begin beside so many requests that have room. It may in any case where
+                there are no others; where it may not, nobody begins before it.
 
         Raises:
             SpecdecError: the queue is full.
@@ -220,7 +220,7 @@ class WaitingQueue:
         if self._num_lost or self.num_running >= self._max_running:
             return False
         next_one = next(iter(self._lines.values()))[0]
-        return not self.num_holding or next_one.may_begin(self.num_holding + 1)
+        return not self.num_holding or next_one.may_begin(self.num_holding)
 
     def _take_try(self) -> tuple[bool, bool]:
         """Return whether one more may try, and whether without a session's end; it is taken to do so."""

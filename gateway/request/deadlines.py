@@ -20,8 +20,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def may_begin(context: _Context, longest_s: Callable[[int], float]) -> Callable[[int], bool]:
-    """Return whether a request may begin as one of so many that run: not if most of the time until its
-    deadline would be over when it ends. So many at a time would all end too late.
+    """Return whether a request may begin beside so many that run: not if at their pace most of the time until
+    its deadline would be over when it ends. With more and more at a time, all would end too late.
 
     Args:
         longest_s: how long the answer should take at most as one of so many that run, seconds.
