@@ -12,7 +12,7 @@ import grpc
 from gateway.place import Place
 from gateway.replicas.services import VerifierSet
 from gateway.request.answer_times import SHARE_TO_RUN
-from specdec.contract.errors import DeadlineExceededError, ResourceExhaustedError
+from specdec.contract.errors import DeadlineExceededError, ResourceExhaustedError, SpecdecError
 from specdec.contract.retry import advice_s
 from specdec.service.sessions import remaining_timeout_s
 
@@ -39,9 +39,9 @@ async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Ca
         longest_s: how long the answer should take at most as one of so many that run, seconds.
 
     Raises:
-        ResourceExhaustedError: it has to give way, because the queue is full, or its answer would not end
-            before its deadline even if its turn were next.
-        DeadlineExceededError: it waited until its answer would end too late, or for as long as a request may.
+        ResourceExhaustedError: it has to give way, because the queue is full, or its answer would end too
+            late.
+        DeadlineExceededError: it waited until its deadline, or for as long as a request may.
     """
     remaining_s = remaining_timeout_s(context)
     may_wait_s = max(0.0, max_wait_s - place.waited_s)
@@ -53,16 +53,29 @@ async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Ca
     except TimeoutError:
         if spare_s is None or spare_s > may_wait_s:
             raise _waited_too_long(max_wait_s) from None
-        raise (_deadline_passed() if spare_s > 0 else _too_little_time(takes_s)) from None
+        raise _too_late(takes_s) from None
     remaining_s = remaining_timeout_s(context)
-    if remaining_s is not None and remaining_s <= _takes_s(place, longest_s):
-        raise _deadline_passed()
+    takes_s = _takes_s(place, longest_s)
+    if remaining_s is not None and remaining_s <= takes_s:
+        raise _too_late(takes_s)
 
 
 def _takes_s(place: Place, longest_s: Callable[[int], float]) -> float:
     """Return how long an answer should take at most, beside those that run. Who is alone is not kept from
     running: what is expected may be of a bad moment."""
     return longest_s(place.num_sharing) if place.num_sharing > 1 else 0.0
+
+
+def _too_late(takes_s: float) -> SpecdecError:
+    """Return the error of a request whose answer would take so long that it would end too late."""
+    if not takes_s:
+        return DeadlineExceededError("The deadline passed while the request waited for room.")
+    return ResourceExhaustedError(
+        f"Answers take up to {takes_s:.1f} s now, and the request has less time left; try again later, or "
+        "allow more time.",
+        reason="TOO_LITTLE_TIME",
+        retry_after_s=advice_s(takes_s),
+    )
 
 
 async def verifier_ready(verifiers: VerifierSet, wait_s: float) -> None:
@@ -73,24 +86,11 @@ async def verifier_ready(verifiers: VerifierSet, wait_s: float) -> None:
             await verifiers.wait_until_ready()
 
 
-def _too_little_time(takes_s: float) -> ResourceExhaustedError:
-    return ResourceExhaustedError(
-        f"Answers take about {takes_s:.1f} s now, and the deadline comes sooner; try again later, or allow "
-        "more time.",
-        reason="TOO_LITTLE_TIME",
-        retry_after_s=advice_s(takes_s),
-    )
-
-
 def _waited_too_long(max_wait_s: float) -> DeadlineExceededError:
     return DeadlineExceededError(
         f"The request waited {max_wait_s:g} s for room, and may not wait for longer; try again later.",
         reason="WAITED_TOO_LONG",
     )
-
-
-def _deadline_passed() -> DeadlineExceededError:
-    return DeadlineExceededError("The request waited for room until its answer would have come too late.")
 
 
 @asynccontextmanager
