@@ -16,7 +16,7 @@ from drafter_service.drafters.dflash.forward import BlockForward
 from drafter_service.drafters.dflash.layers import BlockLayers
 from drafter_service.drafters.mtp.forward import AssistantForward, assistant_step
 from drafter_service.drafters.mtp.layers import AssistantLayers
-from drafter_service.drafters.mtp.rounds import SessionKv
+from drafter_service.drafters.mtp.rounds import PaddedKv, RoundKv, SessionKv
 from tests.tiny_assistants import FAMILIES, save_tiny_assistant
 from tests.tiny_dflash import save_tiny_dflash
 
@@ -62,6 +62,27 @@ def test_an_assistant_takes_the_same_steps(family: str, tmp_path: Path) -> None:
         expected = theirs.step(embeddings, hidden, positions, by_kind)
         for found, wanted in zip(ours.step(embeddings, hidden, positions, by_kind), expected, strict=True):
             assert torch.allclose(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("window", [None, 5, 30])
+def test_sessions_side_by_side_attend_as_each_does_alone(window: int | None) -> None:
+    """Of rounds that go on, whatever their rows and lengths are."""
+    torch.manual_seed(0)
+    lengths, num_heads, head_dim = [25, 1, 9], 4, 16
+    kv = [(torch.randn(length, 2, head_dim), torch.randn(length, 2, head_dim)) for length in lengths]
+    together = RoundKv(kv)
+    for running, counts in (([0, 1, 2], [1, 1, 1]), ([0, 2], [3, 1]), ([1], [2]), ([0, 1, 2], [2, 4, 1])):
+        queries = torch.randn(num_heads, sum(counts), head_dim)
+        alone = SessionKv([kv[at] for at in running], counts).attend(queries, 0.3, window)
+        found = together.of(running, counts)
+        assert isinstance(found, PaddedKv) == (len(running) > 1)
+        assert torch.allclose(found.attend(queries, 0.3, window), alone, **CLOSE)
+        assert together.of(running, counts) is found, "steps of the same rounds share it"
+
+
+def test_long_texts_are_not_copied() -> None:
+    kv = [(torch.zeros(20_000, 1, 4), torch.zeros(20_000, 1, 4))] * 2
+    assert isinstance(RoundKv(kv).of([0, 1], [1, 1]), SessionKv)
 
 
 def test_an_assistant_with_experts_takes_its_own_steps(tmp_path: Path) -> None:

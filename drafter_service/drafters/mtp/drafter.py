@@ -20,7 +20,7 @@ from drafter_service.drafters.growing import MAX_CHILDREN, GrowingTree, growing_
 from drafter_service.drafters.head import DraftHead
 from drafter_service.drafters.mtp.checkpoint import Assistant
 from drafter_service.drafters.mtp.forward import assistant_step
-from drafter_service.drafters.mtp.rounds import AssistantRound, SessionKv
+from drafter_service.drafters.mtp.rounds import AssistantRound, SideBySide
 from specdec.contract.draft_tree import ANCHOR
 from specdec.contract.errors import SpecdecError
 from specdec.contract.target_state import TargetStateSpec
@@ -128,62 +128,60 @@ class MtpDrafter(Drafter):
         """Draft step by step, chains and trees apart: a chain's bits are the same as without any tree."""
         weights = rounds[0].session.target_weights
         assert weights is not None
-        self._draft_chains([part for part in rounds if part.tree is None], weights)
-        self._grow_trees([(part, part.tree) for part in rounds if part.tree], weights)
+        if chains := [part for part in rounds if part.tree is None]:
+            self._draft_chains(SideBySide.of(chains, weights))
+        if growing := [part for part in rounds if part.tree]:
+            self._grow_trees(SideBySide.of(growing, weights), [part.tree for part in growing if part.tree])
         return [part.tree.tree() if part.tree else part.draft for part in rounds]
 
-    def _draft_chains(self, running: Sequence[AssistantRound], weights: TargetWeights) -> None:
+    def _draft_chains(self, group: SideBySide) -> None:
         """Draft chains, a row for each; rounds leave when they have K tokens, or a token is unlikely."""
-        hidden = torch.cat([part.hidden for part in running]) if running else torch.empty(0)
+        running = list(range(len(group.rounds)))
+        hidden = torch.cat([part.hidden for part in group.rounds])
         while running:
-            token_ids = [part.last_token for part in running]
-            logits, hidden = self._step(running, [1] * len(running), token_ids, hidden, weights)
-            going_on = self._extend(running, logits, weights)
+            token_ids = [group.rounds[at].last_token for at in running]
+            logits, hidden = self._step(group, running, [1] * len(running), token_ids, hidden)
+            going_on = self._extend([group.rounds[at] for at in running], logits, group.weights)
             running = [running[row] for row in going_on]
             if len(going_on) < len(hidden):
                 hidden = hidden[going_on]
 
-    def _grow_trees(
-        self, growing: Sequence[tuple[AssistantRound, GrowingTree]], weights: TargetWeights
-    ) -> None:
+    def _grow_trees(self, group: SideBySide, trees: Sequence[GrowingTree]) -> None:
         """Expand the likeliest leaves of every tree step by step: a branch is just a row."""
-        after: list[dict[int, Tensor]] = [{} for _ in growing]
+        after: list[dict[int, Tensor]] = [{} for _ in trees]
         """What the step that expanded a node returned [backbone_hidden_size], by node, for each round."""
-        for _ in range(max((part.num_wanted for part, _ in growing), default=0)):
-            frontiers = [tree.frontier() for _, tree in growing]
+        for _ in range(max(part.num_wanted for part in group.rounds)):
+            frontiers = [tree.frontier() for tree in trees]
             going_on = [at for at, nodes in enumerate(frontiers) if nodes]
             if not going_on:
                 return
             rows = [(at, node) for at in going_on for node in frontiers[at]]
-            contexts = [growing[at][0].context(growing[at][1].path(node)) for at, node in rows]
+            contexts = [group.rounds[at].context(trees[at].path(node)) for at, node in rows]
             hidden = [
-                growing[at][0].hidden[0] if node == ANCHOR else after[at][growing[at][1].parent(node)]
+                group.rounds[at].hidden[0] if node == ANCHOR else after[at][trees[at].parent(node)]
                 for at, node in rows
             ]
-            logits, returned = self._step(
-                [growing[at][0] for at in going_on],
-                [len(frontiers[at]) for at in going_on],
-                [context.token_ids[-1] for context in contexts],
-                torch.stack(hidden),
-                weights,
-            )
-            found = self._head.candidates(logits, [1] * len(rows), contexts, weights, MAX_CHILDREN)
+            counts = [len(frontiers[at]) for at in going_on]
+            token_ids = [context.token_ids[-1] for context in contexts]
+            logits, returned = self._step(group, going_on, counts, token_ids, torch.stack(hidden))
+            found = self._head.candidates(logits, [1] * len(rows), contexts, group.weights, MAX_CHILDREN)
             for (at, node), (candidates,), state in zip(rows, found, returned, strict=True):
-                growing[at][1].expand(node, candidates)
+                trees[at].expand(node, candidates)
                 after[at][node] = state
 
     def _step(
         self,
-        rounds: Sequence[AssistantRound],
+        group: SideBySide,
+        running: Sequence[int],
         counts: Sequence[int],
         token_ids: Sequence[int],
         hidden: Tensor,
-        weights: TargetWeights,
     ) -> tuple[Tensor, Tensor]:
         """Take one draft step.
 
         Args:
-            counts: number of rows of each round.
+            running: which rounds of the group take it, ascending.
+            counts: number of rows of each of these.
             token_ids: each row's last token.
             hidden: what each row's last step returned [num_rows, backbone_hidden_size].
 
@@ -191,14 +189,14 @@ class MtpDrafter(Drafter):
             Logits [num_rows, draft_vocab_size] and hidden states [num_rows, backbone_hidden_size].
         """
         positions = [
-            len(part.session.token_ids) - 1 + self._offset
-            for part, count in zip(rounds, counts, strict=True)
+            len(group.rounds[at].session.token_ids) - 1 + self._offset
+            for at, count in zip(running, counts, strict=True)
             for _ in range(count)
         ]
-        kv = {kind: SessionKv([part.kv[kind] for part in rounds], counts) for kind in self._kv_shapes}
-        embeddings = weights.embed(torch.tensor(token_ids, device=self._device)).to(self._dtype)
+        kv = {kind: group.kv[kind].of(running, counts) for kind in self._kv_shapes}
+        embeddings = group.weights.embed(torch.tensor(token_ids, device=self._device)).to(self._dtype)
         states, hidden = self._layers.step(embeddings, hidden, positions, kv)
-        return self._head.logits(states, weights), hidden
+        return self._head.logits(states, group.weights), hidden
 
     def _extend(self, rounds: Sequence[AssistantRound], logits: Tensor, weights: TargetWeights) -> list[int]:
         """Append a pick to each draft; return the rows that need another step.
