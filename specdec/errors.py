@@ -1,6 +1,7 @@
 """The exceptions that a call may raise; `specdec.contract.errors` draws their tree."""
 
 from specdec.contract.errors import (
+    AbortedError,
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
@@ -16,6 +17,7 @@ from specdec.contract.errors import (
 )
 
 __all__ = [
+    "AbortedError",
     "DeadlineExceededError",
     "FailedPreconditionError",
     "InternalError",

@@ -27,6 +27,12 @@ class VerifierMetrics:
             unit="{token}",
             description="Prompt tokens that needed no pass, because an earlier text began with them",
         )
+        self.preempted_sessions = Counter(
+            meter,
+            "specdec.verifier.preempted_sessions",
+            unit="{session}",
+            description="Sessions that ended before their time, because older ones needed their KV",
+        )
         self.state_bytes = Counter(
             meter,
             "specdec.verifier.streamed_state",

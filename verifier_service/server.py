@@ -55,7 +55,12 @@ class VerifierServer:
         verifier = await asyncio.wrap_future(
             self._thread.submit(
                 lambda: Verifier.load(
-                    self._config, self._thread, memory=memory, uri=uri, on_step=metrics.engine.add_step
+                    self._config,
+                    self._thread,
+                    memory=memory,
+                    uri=uri,
+                    on_step=metrics.engine.add_step,
+                    on_preempted=lambda: metrics.preempted_sessions.add(1),
                 )
             )
         )

@@ -137,6 +137,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     ) -> verifier_pb2.VerifyResult:
         total_ns = time.monotonic_ns() - arrived_ns
         acceptance, path = timed.verdict.acceptance, timed.accepted_node_indices
+        state = session.state
         record_span(
             self._tracer,
             "specdec.verify",
@@ -165,7 +166,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
                 )
                 for own, top in timed.verdict.logprobs
             ],
-            target_state=session.state.ref(with_tensors=is_first).to_proto() if session.state else None,
+            target_state=(state.first_ref() if is_first else state.next_ref()).to_proto() if state else None,
             timings=common_pb2.PhaseTimings(
                 total_ns=total_ns,
                 queue_ns=timed.queue_ns,

@@ -6,7 +6,12 @@ import time
 from dataclasses import dataclass, field
 
 from specdec.contract.draft_tree import DraftTree
-from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.errors import (
+    SESSION_PREEMPTED,
+    AbortedError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+)
 from specdec.contract.request_limits import validate_max_new_tokens
 from specdec.contract.retry import Progress
 from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
@@ -81,11 +86,10 @@ class Session:
     Args:
         request: the parameters, already validated.
         stop_token_ids: every token that ends the generation, including the model's own end tokens.
-        allocation: KV slots for `max_length` tokens and, if there is room, for the nodes of a draft tree.
+        allocation: KV slots of the committed tokens, and of some more.
         prefix_keys: keys of the blocks of its text.
         max_length: most tokens that the session may hold, prompt included.
-        state: the target state that the session exports; None: it exports no state.
-        state_refusals: for each of the request's specs, why the session does not export it; empty: it does.
+        room: most KV slots that it may take: for `max_length` tokens, and for nodes of a draft tree.
     """
 
     def __init__(
@@ -96,16 +100,22 @@ class Session:
         allocation: KvAllocation,
         prefix_keys: PrefixKeys,
         max_length: int,
-        state: ExportedState | None = None,
-        state_refusals: tuple[str, ...] = (),
+        room: int = 0,
     ) -> None:
-        self.state = state
-        self.state_refusals = state_refusals
+        self.state: ExportedState | None = None
+        """The target state that the session exports; None: it exports no state."""
+        self.state_refusals: tuple[str, ...] = ()
+        """For each of the request's specs, why the session does not export it; empty: it does."""
         self.sampling = request.sampling
         self.num_top_logprobs = request.num_top_logprobs
         self.stop_token_ids = stop_token_ids
         self.allocation = allocation
         self.max_length = max_length
+        self._room = max(max_length, room)
+        self.is_preempted = False
+        """Whether its KV went to an older session, or goes when its pass is over."""
+        self.is_in_pass = False
+        """Whether a pass reads and writes its KV, or is about to."""
         self.prompt_length = request.prompt_length or len(request.committed_token_ids)
         self.token_ids = list(request.committed_token_ids)
         self._num_given = len(self.token_ids)
@@ -149,14 +159,44 @@ class Session:
         """The number of slots behind the anchor's slot, which a draft can use."""
         return self.allocation.capacity - self.committed_length
 
+    @property
+    def most_free_slots(self) -> int:
+        """The same, once the session has taken all the slots that it may."""
+        return max(self.allocation.capacity, self._room) - self.committed_length
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether the session's tokens may outgrow the slots that it has."""
+        return not self.finish_reason and self.allocation.capacity < self.max_length
+
+    def grow(self, allocation: KvAllocation) -> None:
+        """Take an allocation that begins as the session's does, and has more room."""
+        self.allocation = allocation
+        if self.state:
+            self.state.allocation = allocation
+
     def pick_context(self, draft: DraftTree) -> PickContext:
         """Return the values on which the target's picks after the committed tokens depend."""
         return PickContext(self.sampling, self.token_ids, self.prompt_length, draft)
+
+    def check_preempted(self) -> None:
+        """Refuse to go on without KV.
+
+        Raises:
+            AbortedError: the session has been preempted.
+        """
+        if self.is_preempted:
+            raise AbortedError(
+                "The session was preempted: an older one needed its KV. Open it again with the tokens "
+                "committed so far, here or elsewhere.",
+                reason=SESSION_PREEMPTED,
+            )
 
     def check_round(self, base_committed_length: int) -> None:
         """Refuse a round that does not continue the state of the session.
 
         Raises:
+            AbortedError: the session has been preempted.
             FailedPreconditionError: the session has finished, or the base is not its committed length.
         """
         if self.finish_reason:
@@ -164,6 +204,7 @@ class Session:
                 f"The session has finished ({self.finish_reason.value}); open a new session.",
                 reason="SESSION_FINISHED",
             )
+        self.check_preempted()
         if base_committed_length != self.committed_length:
             raise FailedPreconditionError(
                 f"base_committed_length is {base_committed_length}, but the session has committed "
@@ -185,4 +226,4 @@ class Session:
     def _assert_invariants(self) -> None:
         assert 0 <= self.cached_length < self.committed_length <= self.max_length
         assert self.cached_length == self.committed_length - 1
-        assert self.max_length <= self.allocation.capacity
+        assert self.cached_length <= self.allocation.capacity

@@ -88,8 +88,13 @@ class StateExport:
         possible = (spec for spec in specs if not self._offer.why_not(spec))
         return frozenset(name for spec in possible for name in self._offer.names(spec)[0])
 
-    async def open(self, spec: TargetStateSpec, allocation: KvAllocation) -> ExportedState:
+    async def open(
+        self, spec: TargetStateSpec, allocation: KvAllocation, max_length: int = 0
+    ) -> ExportedState:
         """Export a session's state from now on, until `close`.
+
+        Args:
+            max_length: positions that the session can have; 0: as many as it has slots.
 
         Raises:
             InvalidArgumentError: the target does not have what the spec names.
@@ -98,10 +103,12 @@ class StateExport:
         hidden_names, kv_names = self._offer.names(spec)
         async with self._allocating:
             await self._make_room(hidden_names)
-            return self._register(spec, allocation, hidden_names, [*hidden_names, *kv_names])
+            return self._register(
+                spec, allocation, hidden_names, [*hidden_names, *kv_names], max_length or allocation.capacity
+            )
 
     async def open_for(
-        self, specs: Sequence[TargetStateSpec], allocation: KvAllocation
+        self, specs: Sequence[TargetStateSpec], allocation: KvAllocation, max_length: int = 0
     ) -> tuple[ExportedState | None, tuple[str, ...]]:
         """Export what as many drafters as possible need, from now on, until `close`.
 
@@ -109,6 +116,7 @@ class StateExport:
 
         Args:
             specs: what each drafter needs; of two that do not fit together, the first one gets it.
+            max_length: see `open`.
 
         Returns:
             The state, None if there is none; and for each spec why it is not served, empty if it is.
@@ -119,7 +127,8 @@ class StateExport:
         state, served = None, frozenset[int]()
         for chosen in _choices(possible):
             try:
-                state = await self.open(reduce(TargetStateSpec.union, [specs[i] for i in chosen]), allocation)
+                union = reduce(TargetStateSpec.union, [specs[index] for index in chosen])
+                state = await self.open(union, allocation, max_length)
             except SpecdecError as error:
                 unmet[frozenset(chosen)] = error.message
             else:
@@ -130,7 +139,12 @@ class StateExport:
         return state, tuple(refusals)
 
     def _register(
-        self, spec: TargetStateSpec, allocation: KvAllocation, hidden_names: list[str], names: list[str]
+        self,
+        spec: TargetStateSpec,
+        allocation: KvAllocation,
+        hidden_names: list[str],
+        names: list[str],
+        max_length: int,
     ) -> ExportedState:
         ref = TargetStateRef(
             session_id=secrets.token_hex(16),
@@ -141,6 +155,7 @@ class StateExport:
             block_tokens=BLOCK_TOKENS,
             num_shared_blocks=allocation.num_shared,
             projection_sha256=spec.projection.sha256 if spec.projection else "",
+            max_length=max_length,
         )
         state = ExportedState(ref, spec, allocation, frozenset(hidden_names))
         self._sessions[ref.session_id] = state

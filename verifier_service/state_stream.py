@@ -55,11 +55,13 @@ class ExportedState:
     ) -> None:
         self.spec = spec
         self.allocation = allocation
+        """The session's slots; another allocation takes its place when the session grows."""
         self.hidden_names = hidden_names
         self.num_streams = 0
         self.is_closed = False
         self.cached_length = 0
         self._ref = ref
+        """The handle with all the blocks that readers were told of."""
         self._changed = asyncio.Event()
 
     @property
@@ -72,11 +74,17 @@ class ExportedState:
         """The session's tensors."""
         return self._ref.tensors
 
-    def ref(self, *, with_tensors: bool) -> TargetStateRef:
-        """Return the handle as of now."""
-        if with_tensors:
-            return replace(self._ref, cached_length=self.cached_length)
-        return self._ref.at(self.cached_length)
+    def first_ref(self) -> TargetStateRef:
+        """Return the handle as the answer to an open carries it."""
+        return replace(self._ref, cached_length=self.cached_length)
+
+    def next_ref(self) -> TargetStateRef:
+        """Return the handle as the next answer carries it, with the blocks that were added since the last."""
+        blocks = self.allocation.blocks
+        if len(blocks) == len(self._ref.block_ids):
+            return self._ref.at(self.cached_length)
+        told, self._ref = self._ref, replace(self._ref, block_ids=blocks)
+        return told.at(self.cached_length, blocks)
 
     def advance(self, cached_length: int) -> None:
         """Publish positions below `cached_length`; they never change again."""

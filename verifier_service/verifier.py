@@ -23,10 +23,10 @@ from specdec.runtime.prefix_cache import PrefixKeys
 from specdec.runtime.rounding import try_rounding
 from specdec.state.weights import TargetWeightsRef, share_weights
 from verifier_service.config import VerifierConfig
+from verifier_service.room import KvRoom
 from verifier_service.session import OpenRequest, Session
 from verifier_service.state_export import StateExport
 from verifier_service.state_memory import expect_drafters
-from verifier_service.state_stream import ExportedState
 from verifier_service.target_model import (
     PrefillChunk,
     SideWork,
@@ -63,6 +63,7 @@ class Verifier:
         memory: where target state lives; None: nobody can map it. Whoever made it closes it.
         uri: where drafters reach it.
         on_step: see Engine.
+        on_preempted: see KvRoom.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Verifier:
         memory: StateMemory | None = None,
         uri: str = "",
         on_step: Callable[[int, int, int], None] = lambda batch_size, batch_tokens, duration_ns: None,
+        on_preempted: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.loaded = loaded
@@ -86,7 +88,7 @@ class Verifier:
         self.pool.retry_after_s = self._retry_after_s
         expect_drafters(packed, loaded)
         self.num_sessions = 0
-        self._sessions: set[Session] = set()
+        self.room = KvRoom(packed.pool, self._give_back, on_preempted)
         self._weights: TargetWeightsRef | None = None
         self.engine: Engine[StepItem, Any] = Engine(
             TargetModel(packed).step,
@@ -113,6 +115,7 @@ class Verifier:
         memory: StateMemory,
         uri: str,
         on_step: Callable[[int, int, int], None],
+        on_preempted: Callable[[], None],
     ) -> Verifier:
         """Load the model and allocate the pool; takes seconds. To be called on `thread`.
 
@@ -126,6 +129,7 @@ class Verifier:
             memory=memory,
             uri=uri,
             on_step=on_step,
+            on_preempted=on_preempted,
         )
 
     @property
@@ -170,10 +174,10 @@ class Verifier:
 
     @asynccontextmanager
     async def open(self, request: OpenRequest) -> AsyncIterator[Session]:
-        """Open a session with its KV reserved, not yet prefilled; it is freed on leaving the block.
+        """Open a session with KV for its first tokens, not yet prefilled; all is freed on leaving the block.
 
         Raises:
-            InvalidArgumentError: a value of the request is out of range.
+            InvalidArgumentError: a value of the request is out of range, or its KV would never fit.
             ResourceExhaustedError: no session slot or KV is free.
         """
         max_length = request.validate(self.vocab_size, self.max_length)
@@ -181,45 +185,52 @@ class Verifier:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken; try again when one has ended.",
                 reason="NO_SESSION_SLOT",
-                retry_after_s=retry_after_s(session.progress for session in self._sessions),
+                retry_after_s=retry_after_s(session.progress for session in self.room.sessions),
             )
-        # Room for a tree's nodes only makes the last rounds quicker: no reason to refuse what fits without.
-        with_nodes = max_length + min(request.draft_nodes, self.config.max_draft_nodes)
-        num_tokens = max(max_length, min(with_nodes, self.pool.capacity_tokens))
         prefix_keys = PrefixKeys(BLOCK_TOKENS, *request.owner)
-        allocation = self.pool.allocate(num_tokens, self._find_shared(request, prefix_keys))
+        num_tokens = len(request.committed_token_ids)
+        eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
+        session = Session(
+            request,
+            stop_token_ids=request.stop_token_ids | eos,
+            allocation=self.room.allocate(num_tokens, max_length, self._find_shared(request, prefix_keys)),
+            prefix_keys=prefix_keys,
+            max_length=max_length,
+            # Room for a tree's nodes only makes the last rounds quicker.
+            room=min(
+                max_length + min(request.draft_nodes, self.config.max_draft_nodes), self.pool.capacity_tokens
+            ),
+        )
+        self.room.add(session)
         self.num_sessions += 1
-        session: Session | None = None
-        state: ExportedState | None = None
         try:
-            num_forgotten = self.pool.prefixes.num_forgotten
-            state, refusals = await self.export.open_for(request.target_state_specs, allocation)
-            if state and allocation.num_shared and self.pool.prefixes.num_forgotten != num_forgotten:
-                self.export.close(state)
-                state, refusals = None, (_STATES_GONE,) * len(refusals)
-            for refusal in filter(None, refusals):
-                logger.warning("a drafter gets no state", extra={"reason": refusal})
-            eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
-            session = Session(
-                request,
-                stop_token_ids=request.stop_token_ids | eos,
-                allocation=allocation,
-                prefix_keys=prefix_keys,
-                max_length=max_length,
-                state=state,
-                state_refusals=refusals,
-            )
-            self._sessions.add(session)
+            await self._export(session, request)
             yield session
         finally:
             self.num_sessions -= 1
-            self._sessions -= {session}
-            self.engine.forget(allocation)
-            if state:
-                self.export.close(state)
-            if session:
-                self._keep(session)
-            self.pool.free(allocation)
+            self.engine.forget(session)
+            self.room.remove(session)
+
+    async def _export(self, session: Session, request: OpenRequest) -> None:
+        """Export as much of a session's state as its drafters ask for and there is."""
+        num_forgotten = self.pool.prefixes.num_forgotten
+        state, refusals = await self.export.open_for(
+            request.target_state_specs, session.allocation, session.max_length
+        )
+        is_gone = session.num_reused_tokens and self.pool.prefixes.num_forgotten != num_forgotten
+        if state and (is_gone or session.is_preempted):
+            self.export.close(state)
+            state, refusals = None, (_STATES_GONE,) * len(refusals)
+        for refusal in filter(None, refusals):
+            logger.warning("a drafter gets no state", extra={"reason": refusal})
+        session.state, session.state_refusals = state, refusals
+
+    def _give_back(self, session: Session) -> None:
+        """Free what a session holds of the pool; its full blocks are kept for others that begin alike."""
+        if session.state:
+            self.export.close(session.state)
+        self._keep(session)
+        self.pool.free(session.allocation)
 
     def _find_shared(self, request: OpenRequest, prefix_keys: PrefixKeys) -> list[int]:
         """Return blocks that hold the beginning of a request's text; its last token needs a pass in any
@@ -238,17 +249,24 @@ class Verifier:
 
     def _retry_after_s(self, num_missing_tokens: int) -> float:
         """Return when so many more tokens of KV should be free."""
-        return retry_after_s((session.progress for session in self._sessions), num_missing_tokens)
+        return retry_after_s((session.progress for session in self.room.sessions), num_missing_tokens)
 
     async def prefill(self, session: Session) -> Timed:
-        """Run the prompt through the target chunk by chunk and commit the first token."""
+        """Run the prompt through the target chunk by chunk and commit the first token.
+
+        Raises:
+            AbortedError: the session was preempted.
+        """
         prompt_length, size = session.committed_length, self.config.prefill_chunk_tokens
         results: list[EngineResult[Verdict | None]] = []
         for start in range(session.num_reused_tokens, prompt_length, size):
             chunk = PrefillChunk(session, start, min(start + size, prompt_length))
-            results.append(await self.engine.submit(chunk, session.allocation))
+            with self.room.in_pass(session):
+                results.append(await self.engine.submit(chunk, session))
+                session.cached_length = chunk.stop
         timed = self._commit(session, NO_DRAFT, results)
-        self._keep(session)
+        if not session.is_preempted:
+            self._keep(session)
         return timed
 
     async def verify(
@@ -264,6 +282,7 @@ class Verifier:
             parent_indices: see DraftTree; empty: a chain.
 
         Raises:
+            AbortedError: the session was preempted.
             FailedPreconditionError: stale base or finished session; nothing changes.
             InvalidArgumentError: too many draft tokens, one outside the vocabulary, or no tree.
         """
@@ -277,10 +296,15 @@ class Verifier:
         validate_token_ids("draft_token_ids", list(draft_token_ids), self.vocab_size)
         sent = DraftTree.of(draft_token_ids, parent_indices)
         # A round commits one token more than it accepts: the rest of the draft could never be used.
-        kept = sent.fitting(max_depth=session.num_remaining_tokens - 1, draft_nodes=session.num_free_slots)
+        max_depth = session.num_remaining_tokens - 1
+        kept = sent.fitting(max_depth=max_depth, draft_nodes=session.most_free_slots)
+        await self.room.grow(session, len(kept))
+        if len(kept) > session.num_free_slots:
+            kept = sent.fitting(max_depth=max_depth, draft_nodes=session.num_free_slots)
         draft = sent.select(kept)
-        result = await self.engine.submit(VerifyItem(session, draft), session.allocation)
-        timed = self._commit(session, draft, [result])
+        with self.room.in_pass(session):
+            result = await self.engine.submit(VerifyItem(session, draft), session)
+            timed = self._commit(session, draft, [result])
         return replace(
             timed, accepted_node_indices=tuple(kept[node] for node in timed.verdict.acceptance.path)
         )

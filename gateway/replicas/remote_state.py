@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from specdec.v1 import target_state_pb2
+from specdec.v1 import target_state_pb2, verifier_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,8 @@ class RemoteState:
     """The reference with all tensors, as of the opening; None: the session does not export its state."""
     cached_length: int
     """Positions that may be read."""
+    added_block_ids: tuple[int, ...] = ()
+    """The blocks that the session took since."""
     refusals: Mapping[str, str] = field(default_factory=dict)
     """Why the session does not export what a drafter reads, by the drafter's name."""
 
@@ -24,18 +26,39 @@ class RemoteState:
         """Id of the verifier's session; empty: it does not export its state."""
         return self.opened.session_id if self.opened else ""
 
-    def message(self, *, with_tensors: bool) -> target_state_pb2.TargetStateRef | None:
-        """Return the message that a drafter is sent."""
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the session has."""
+        return len(self.opened.block_ids) + len(self.added_block_ids) if self.opened else 0
+
+    def after(self, result: verifier_pb2.VerifyResult) -> RemoteState:
+        """Return the handle as of a round's answer."""
+        return replace(
+            self,
+            cached_length=result.cached_length,
+            added_block_ids=(*self.added_block_ids, *result.target_state.block_ids),
+        )
+
+    def message(self, *, num_known_blocks: int) -> target_state_pb2.TargetStateRef | None:
+        """Return the message that a drafter is sent.
+
+        Args:
+            num_known_blocks: how many blocks of the session the drafter was told of; 0: it knows nothing yet.
+        """
         if self.opened is None:
             return None
-        if with_tensors:
+        if not num_known_blocks:
             message = target_state_pb2.TargetStateRef()
             message.CopyFrom(self.opened)
+            message.block_ids.extend(self.added_block_ids)
             message.cached_length = self.cached_length
             return message
+        added = self.added_block_ids[num_known_blocks - len(self.opened.block_ids) :]
         return target_state_pb2.TargetStateRef(
             session_id=self.opened.session_id,
             verifier_uri=self.opened.verifier_uri,
             generation=self.opened.generation,
             cached_length=self.cached_length,
+            block_ids=added,
+            num_known_blocks=num_known_blocks if added else 0,
         )

@@ -155,7 +155,7 @@ class RemoteVerifierSession:
         first, refusals = response.opened.first, self._refusals(response.opened)
         if first.HasField("target_state") or refusals:
             opened = first.target_state if first.HasField("target_state") else None
-            self._state = RemoteState(opened, first.cached_length, refusals)
+            self._state = RemoteState(opened, first.cached_length, refusals=refusals)
         _tell(self._on_load, first)
         verified = _verified(first, elapsed_ns, self._state)
         return replace(verified, num_reused_tokens=response.opened.num_reused_tokens)
@@ -193,7 +193,7 @@ class RemoteVerifierSession:
                 retry_after_s=1.0,
             ) from None
         if self._state:
-            self._state = replace(self._state, cached_length=response.result.cached_length)
+            self._state = self._state.after(response.result)
         _tell(self._on_load, response.result)
         return _verified(response.result, elapsed_ns, self._state)
 
@@ -252,7 +252,8 @@ class RemoteDrafterSession:
         self._stream = _SessionCall(call, f"Drafter {uri}")
         self._drafter = drafter
         self.reads_target_state = drafter.HasField("target_state_spec")
-        self._knows_state = False
+        self._num_known_blocks = 0
+        """How many blocks of the target's session the drafter was told of."""
 
     async def open(self, message: drafter_pb2.DraftOpen) -> None:
         """Start the session; the drafter reads the committed tokens."""
@@ -291,7 +292,7 @@ class RemoteDrafterSession:
         )
 
     def _state_message(self, state: StateHandle | None) -> target_state_pb2.TargetStateRef | None:
-        """Return the handle, with its tensors the first time.
+        """Return the handle, with its tensors the first time, and with the blocks that are new.
 
         Raises:
             FailedPreconditionError: the verifier refused to export what the drafter needs.
@@ -303,8 +304,8 @@ class RemoteDrafterSession:
             raise FailedPreconditionError(
                 f"the verifier exports no target state for it: {refusal}", reason="NO_TARGET_STATE"
             )
-        message = state.message(with_tensors=not self._knows_state)
-        self._knows_state = True
+        message = state.message(num_known_blocks=self._num_known_blocks)
+        self._num_known_blocks = state.num_blocks
         return message
 
     async def close(self) -> None:

@@ -5,6 +5,7 @@ SpecdecError
 ├── FailedPreconditionError     the request is right, the state is wrong (stale base, round before open)
 ├── NotFoundError               the named drafter, session or model does not exist
 ├── ResourceExhaustedError      no room or quota is left; `retry_after_s` says when to try again
+├── AbortedError                what ran gave way to something else; begin again where it was
 ├── UnauthenticatedError        credentials are missing or wrong
 ├── PermissionDeniedError       the caller is known but may not do this
 ├── UnavailableError            a service is loading, draining or gone
@@ -29,6 +30,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 ERROR_DOMAIN = "specdec.v1"
+SESSION_PREEMPTED = "SESSION_PREEMPTED"
+"""Reason of an AbortedError: the KV of a verifier's session went to an older one."""
 _DETAILS_METADATA = "grpc-status-details-bin"
 _MAX_MESSAGE_BYTES = 1500
 """Longest message that is sent, bytes. HTTP/2 trailers repeat a status three times and end at 8 KiB."""
@@ -87,6 +90,12 @@ class ResourceExhaustedError(SpecdecError):
     default_reason = "RESOURCE_EXHAUSTED"
 
 
+class AbortedError(SpecdecError):
+    """The server ended what ran in favour of something else; begin again with what there is so far."""
+
+    default_reason = "ABORTED"
+
+
 class UnauthenticatedError(SpecdecError):
     """Credentials are missing or wrong."""
 
@@ -134,6 +143,7 @@ STATUS_CODES: dict[type[SpecdecError], grpc.StatusCode] = {
     FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
     ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    AbortedError: grpc.StatusCode.ABORTED,
     UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from specdec.v1 import target_state_pb2 as pb
@@ -257,17 +257,26 @@ class TargetStateRef:
     """How many of the blocks, the first, have no generation of the session's: others may use them too."""
     projection_sha256: str = field(default="", repr=False)
     """Checksum of the projection that the verifier makes for this session; empty: it makes none."""
+    num_known_blocks: int = field(default=0, repr=False)
+    """How many of the session's blocks come before `block_ids`: earlier handles named them."""
+    max_length: int = field(default=0, repr=False)
+    """Most positions that the session can have; 0: as many as the blocks hold."""
 
-    def at(self, cached_length: int) -> TargetStateRef:
-        """Return the handle as later rounds carry it: lengths only."""
-        return replace(
-            self,
-            cached_length=cached_length,
-            tensors=(),
-            block_ids=(),
-            block_tokens=0,
-            num_shared_blocks=0,
-            projection_sha256="",
+    def at(self, cached_length: int, blocks: Sequence[int] = ()) -> TargetStateRef:
+        """Return the handle as later rounds carry it: lengths, and which blocks were added.
+
+        Args:
+            blocks: all that the session has, in order; they begin with `block_ids`. Empty: none was added.
+        """
+        num_known = len(self.block_ids)
+        added = tuple(blocks[num_known:])
+        return TargetStateRef(
+            self.session_id,
+            self.verifier_uri,
+            self.generation,
+            cached_length,
+            block_ids=added,
+            num_known_blocks=num_known if added else 0,
         )
 
     def to_proto(self) -> pb.TargetStateRef:
@@ -282,6 +291,8 @@ class TargetStateRef:
             block_tokens=self.block_tokens,
             num_shared_blocks=self.num_shared_blocks,
             projection_sha256=self.projection_sha256,
+            num_known_blocks=self.num_known_blocks,
+            max_length=self.max_length,
         )
 
     @classmethod
@@ -297,4 +308,6 @@ class TargetStateRef:
             block_tokens=message.block_tokens,
             num_shared_blocks=message.num_shared_blocks,
             projection_sha256=message.projection_sha256,
+            num_known_blocks=message.num_known_blocks,
+            max_length=message.max_length,
         )

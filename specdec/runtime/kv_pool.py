@@ -9,6 +9,7 @@ pool's StateMemory from the start, so that exporting them copies nothing.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +28,9 @@ from specdec.runtime.prefix_cache import PrefixCache
 
 BLOCK_TOKENS = 64
 """Tokens per block: the pool's unit of allocation, and of the keys that attention reads."""
+
+_RUNS = re.compile(b"\1+")
+"""Blocks next to each other in a table of blocks that are free."""
 
 Indices = numpy.typing.NDArray[numpy.int64]
 """Indices in the host's memory, where plans are made."""
@@ -48,7 +52,10 @@ class KvShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KvAllocation:
-    """Slots of one session, in position order. A contiguous run is kept as an offset: reading is a view."""
+    """Slots of one session, in position order. A contiguous run is kept as an offset: reading is a view.
+
+    It never changes: a session that grows gets another allocation, which begins with the same blocks.
+    """
 
     blocks: tuple[int, ...]
     slot_ids: Tensor | None  # [capacity] int64 on the pool's device, only where the blocks are not contiguous
@@ -58,17 +65,27 @@ class KvAllocation:
     """Tells this owner of the blocks from earlier and later ones."""
     num_shared: int = 0
     """How many of the blocks, the first, were full before: others may use them, and nobody writes to them."""
+    num_before: int = 0
+    """How many of the blocks, the first, are not new with this allocation: those that are shared, or those
+    that the session had before it grew."""
 
     @classmethod
     def of(
-        cls, blocks: Sequence[int], device: torch.device, *, generation: int = 0, num_shared: int = 0
+        cls,
+        blocks: Sequence[int],
+        device: torch.device,
+        *,
+        generation: int = 0,
+        num_shared: int = 0,
+        num_before: int = 0,
     ) -> KvAllocation:
         """The allocation that consists of `blocks`, at least one."""
+        numbers = (generation, num_shared, num_before)
         is_run = all(after == before + 1 for before, after in pairwise(blocks))
         if is_run:
-            return cls(tuple(blocks), None, generation=generation, num_shared=num_shared)
+            return cls(tuple(blocks), None, None, *numbers)
         slot_ids = _slot_ids(blocks)
-        return cls(tuple(blocks), torch.from_numpy(slot_ids).to(device), slot_ids, generation, num_shared)
+        return cls(tuple(blocks), torch.from_numpy(slot_ids).to(device), slot_ids, *numbers)
 
     @property
     def own_blocks(self) -> tuple[int, ...]:
@@ -79,6 +96,11 @@ class KvAllocation:
     def shared_length(self) -> int:
         """Positions whose state was there before."""
         return self.num_shared * BLOCK_TOKENS
+
+    @property
+    def new_from(self) -> int:
+        """The first position that no earlier allocation of the session has room for."""
+        return self.num_before * BLOCK_TOKENS
 
     @property
     def capacity(self) -> int:
@@ -231,24 +253,25 @@ class KvPool:
         return len(self._free) * BLOCK_TOKENS
 
     @property
+    def _num_available(self) -> int:
+        """Blocks that are free, or only kept."""
+        return self._free.count(1) + self.prefixes.num_idle
+
+    @property
     def free_tokens(self) -> int:
-        """Tokens no session has reserved."""
-        return (self._free.count(1) + self.prefixes.num_idle) * BLOCK_TOKENS
+        """Tokens no session holds."""
+        return self._num_available * BLOCK_TOKENS
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens that no session has reserved, and whose state is kept for sessions that begin alike."""
+        """Tokens that no session holds, and whose state is kept for sessions that begin alike."""
         return self.prefixes.num_idle * BLOCK_TOKENS
 
-    def allocate(self, num_tokens: int, shared: Sequence[int] = ()) -> KvAllocation:
-        """Reserve room for `num_tokens` positions, as one contiguous run if there is one.
-
-        Args:
-            shared: blocks that hold the first positions already, as `prefixes` finds them.
+    def require_possible(self, num_tokens: int) -> None:
+        """Refuse a session that would never fit, whatever else ends.
 
         Raises:
-            InvalidArgumentError: more than the whole pool.
-            ResourceExhaustedError: more than is free now.
+            InvalidArgumentError: `num_tokens` are more than the whole pool.
         """
         if num_tokens > self.capacity_tokens:
             raise InvalidArgumentError(
@@ -258,25 +281,76 @@ class KvPool:
                 field="max_new_tokens",
                 reason="EXCEEDS_KV_POOL",
             )
-        num_own = -(-num_tokens // BLOCK_TOKENS) - len(shared)
+
+    def allocate(
+        self, num_tokens: int, shared: Sequence[int] = (), *, num_spared: int = 0, will_grow: bool = False
+    ) -> KvAllocation:
+        """Reserve room for `num_tokens` positions, as one contiguous run if there is one.
+
+        Args:
+            shared: blocks that hold the first positions already, as `prefixes` finds them.
+            num_spared: how many blocks must stay free besides.
+            will_grow: whether the session takes more later: room is left behind it and before it.
+
+        Raises:
+            InvalidArgumentError: more than the whole pool.
+            ResourceExhaustedError: more than is free now.
+        """
+        self.require_possible(num_tokens)
+        num_own = num_blocks_of(num_tokens) - len(shared)
         self._hold(shared)
-        own = self._take(num_own)
+        own = (
+            self._take(num_own, leaves_gaps=will_grow)
+            if self._num_available >= num_own + num_spared
+            else None
+        )
         if own is None:
             self._leave(shared)
+            spared = f" and {num_spared * BLOCK_TOKENS} are kept for those who run" if num_spared else ""
             raise ResourceExhaustedError(
                 f"The request needs KV for {num_tokens} tokens, {self.free_tokens} of "
-                f"{self.capacity_tokens} are free now; try again when a session has ended.",
+                f"{self.capacity_tokens} are free now{spared}; try again when a session has ended.",
                 reason="KV_POOL_FULL",
-                retry_after_s=self.retry_after_s(num_tokens - self.free_tokens),
+                retry_after_s=self.retry_after_s(num_tokens + num_spared * BLOCK_TOKENS - self.free_tokens),
             )
         self._num_generations += 1
-        for block in own:
-            self._free[block] = 0
-        self._hold(own)
-        self._generations[list(own)] = self._num_generations
+        self._own(own, self._num_generations)
         return KvAllocation.of(
-            (*shared, *own), self.device, generation=self._num_generations, num_shared=len(shared)
+            (*shared, *own),
+            self.device,
+            generation=self._num_generations,
+            num_shared=len(shared),
+            num_before=len(shared),
         )
+
+    def grow(self, allocation: KvAllocation, num_tokens: int) -> KvAllocation | None:
+        """Return an allocation that takes the place of this one and has room for `num_tokens` positions.
+
+        The run goes on where the next blocks are free. None: there are not so many blocks; nothing changed.
+        """
+        held = allocation.blocks
+        num_more = num_blocks_of(num_tokens) - len(held)
+        assert num_more > 0, "there is room already"
+        if num_more > self._num_available:
+            return None
+        after = range(held[-1] + 1, held[-1] + 1 + num_more)
+        is_free = after.stop <= len(self._free) and all(self._free[after.start : after.stop])
+        more = tuple(after) if is_free else self._take(num_more)
+        self._own(more, allocation.generation)
+        return KvAllocation.of(
+            (*held, *more),
+            self.device,
+            generation=allocation.generation,
+            num_shared=allocation.num_shared,
+            num_before=len(held),
+        )
+
+    def _own(self, blocks: Sequence[int], generation: int) -> None:
+        """Give free blocks to an owner, whom readers know by that generation."""
+        for block in blocks:
+            self._free[block] = 0
+        self._hold(blocks)
+        self._generations[list(blocks)] = generation
 
     def keep(self, keys: Sequence[bytes], allocation: KvAllocation, hidden_names: frozenset[str]) -> None:
         """Note what the first blocks of an allocation hold, one key each: what they hold stays as it is."""
@@ -299,9 +373,9 @@ class KvPool:
                 self._free[block] = 1
 
     def clear(self, allocation: KvAllocation) -> None:
-        """Zero an allocation's own slots, on the engine thread: an infinity left by another session would
+        """Zero an allocation's new slots, on the engine thread: an infinity left by another session would
         come through the mask as NaN."""
-        slots = allocation.slots(allocation.shared_length, allocation.capacity)
+        slots = allocation.slots(allocation.new_from, allocation.capacity)
         for tensor in (*self.keys.values(), *self.values.values()):
             tensor[slots] = 0
 
@@ -323,16 +397,29 @@ class KvPool:
         self._leave(allocation.blocks)
         self._generations[list(allocation.own_blocks)] = 0
 
-    def _take(self, num_blocks: int) -> tuple[int, ...] | None:
-        """Return free blocks, contiguous if there are such, at the expense of those that are only kept."""
-        if num_blocks > self._free.count(1) + self.prefixes.num_idle:
-            return None
+    def _take(self, num_blocks: int, *, leaves_gaps: bool = False) -> tuple[int, ...]:
+        """Return so many of the blocks that are available, contiguous if there are such, at the expense of
+        those that are only kept."""
         while self._free.count(1) < num_blocks:
             self._free[self.prefixes.evict()] = 1
-        first = self._free.find(b"\1" * num_blocks)
+        first = self._gap(num_blocks) if leaves_gaps else self._free.find(b"\1" * num_blocks)
         if first >= 0:
             return tuple(range(first, first + num_blocks))
         return tuple([block for block, is_free in enumerate(self._free) if is_free][:num_blocks])
+
+    def _gap(self, num_blocks: int) -> int:
+        """Return where a session that grows begins: amid the longest run of free blocks, so that it and the
+        one before it can go on; -1: there is no run that is long enough."""
+        runs = [(match.end() - match.start(), -match.start()) for match in _RUNS.finditer(self._free)]
+        length, start = max(runs, default=(0, 0))
+        if length < num_blocks:
+            return -1
+        return -start + (length - num_blocks) // 2 if start else 0
+
+
+def num_blocks_of(num_tokens: int) -> int:
+    """Return how many blocks hold so many positions."""
+    return -(-num_tokens // BLOCK_TOKENS)
 
 
 def join_slots(slots: Sequence[slice | Indices]) -> slice | Indices:

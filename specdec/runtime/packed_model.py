@@ -118,7 +118,8 @@ class PackedModel:
             Per segment the logits [num_logits, vocab_size] of its last tokens, in the model's dtype.
         """
         for segment in segments:
-            if segment.start == segment.allocation.shared_length:
+            # The first pass with an allocation reaches its new slots; what is final lies before them.
+            if segment.start <= segment.allocation.new_from < segment.stop:
                 self.pool.clear(segment.allocation)
         current = self._pass(segments)
         self.capture.start(current, captured)

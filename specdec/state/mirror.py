@@ -32,7 +32,7 @@ from specdec.contract.target_state import (
     TargetStateSpec,
     TensorRef,
 )
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, num_blocks_of
 from specdec.runtime.memory import dtype_of
 from specdec.state.source import StateSource
 from specdec.state.verifier_peers import from_verifier, silent_verifier
@@ -114,8 +114,9 @@ class MirroredState(StateSource):
         self._read_names = spec.read_of(ref.tensors)
         refs = _mirrored(ref.tensors, spec, self._read_names, self._sent_projection)
         self.row_bytes = sum(math.prod(tensor.shape[1:]) * dtype_of(tensor.dtype).itemsize for tensor in refs)
-        # The verifier has reserved the session's blocks; a gateway's max_length may be anything.
-        num_blocks = min(-(-max_length // BLOCK_TOKENS), len(ref.block_ids))
+        # The verifier has checked what the session may need; a gateway's max_length may be anything.
+        most = ref.max_length or len(ref.block_ids) * BLOCK_TOKENS
+        num_blocks = num_blocks_of(min(max_length, most))
         self.num_reserved_bytes = self.row_bytes * num_blocks * BLOCK_TOKENS
         budget.take(self.num_reserved_bytes)
         try:
@@ -150,6 +151,9 @@ class MirroredState(StateSource):
             cached_length,
             self._projection,
         )
+
+    def add_blocks(self, num_known: int, block_ids: Sequence[int]) -> None:
+        """Ignore them: the mirror has blocks of its own."""
 
     def check(self) -> None:
         """Check that the session has not ended; a mirror belongs to nobody else."""

@@ -221,7 +221,8 @@ class StateSession:
         """Return the state a handle gives access to; wait until it is here.
 
         Raises:
-            FailedPreconditionError: a handle of another session, or of one that has ended.
+            FailedPreconditionError: a handle of another session, of one that has ended, or whose blocks do
+                not follow those of earlier handles.
             UnavailableError: the stream of state broke.
             InvalidArgumentError: positions past the session's end.
         """
@@ -241,13 +242,15 @@ class StateSession:
             raise FailedPreconditionError(
                 "The handle is of another session or generation.", reason="STALE_STATE"
             )
+        assert self._source is not None
+        if ref.num_known_blocks:
+            self._source.add_blocks(ref.num_known_blocks, ref.block_ids)
         if ref.cached_length > self._max_length:
             raise InvalidArgumentError(
                 f"The handle is of {ref.cached_length} positions, the session was opened with "
                 f"{self._max_length}.",
                 field="target_state",
             )
-        assert self._source is not None
         self._source.check()
         view = await self._source.view(ref.cached_length)
         self._num_new_bytes += (ref.cached_length - self._length) * self._source.row_bytes

@@ -39,6 +39,17 @@ class StateSource(ABC):
         """Return the positions below `cached_length`, once they are here."""
 
     @abstractmethod
+    def add_blocks(self, num_known: int, block_ids: Sequence[int]) -> None:
+        """Take note of blocks that the session took since it was opened.
+
+        Args:
+            num_known: how many of the session's blocks come before them.
+
+        Raises:
+            FailedPreconditionError: they do not fit those that are known.
+        """
+
+    @abstractmethod
     def check(self) -> None:
         """Refuse state that belongs to another session by now.
 
@@ -152,15 +163,32 @@ class MappedState(StateSource):
             )
         # numpy: looking at a few numbers is several times as quick.
         self._generations = generations.numpy()
-        num_blocks = min(len(tensor) for tensor in tensors.values()) // BLOCK_TOKENS
-        if max(ref.block_ids) >= min(num_blocks, len(self._generations)):
+        self._num_pool_blocks = min(
+            *(len(tensor) // BLOCK_TOKENS for tensor in tensors.values()), len(self._generations)
+        )
+        self._device = next(iter(tensors.values())).device
+        self._generation = ref.generation
+        self._num_shared = ref.num_shared_blocks
+        self._take(ref.block_ids)
+        self._is_on_gpu = any(isinstance(tensor.storage, CudaIpc) for tensor in ref.tensors)
+        self._mappings = mappings
+        self._tensors, self._refs = tensors, ref.tensors
+        self.row_bytes = sum(tensor[0].nbytes for tensor in tensors.values())
+        self._spec, self._projection = spec, projection
+
+    def _take(self, block_ids: Sequence[int]) -> None:
+        """Take over all of the session's blocks.
+
+        Raises:
+            FailedPreconditionError: the pool does not have them, or none is the session's own.
+        """
+        if max(block_ids) >= self._num_pool_blocks:
             raise FailedPreconditionError(
                 "The handle names blocks the pool lacks.", reason="STATE_NOT_MAPPED"
             )
-        device = next(iter(tensors.values())).device
-        self._allocation = KvAllocation.of(ref.block_ids, device, generation=ref.generation)
+        self._allocation = KvAllocation.of(block_ids, self._device, generation=self._generation)
         # What is shared with other sessions stays as long as what is the session's own.
-        own = ref.block_ids[ref.num_shared_blocks :]
+        own = block_ids[self._num_shared :]
         if not own:
             raise FailedPreconditionError(
                 "The handle names no block of the session's own.", reason="STATE_NOT_MAPPED"
@@ -168,13 +196,18 @@ class MappedState(StateSource):
         # A round's first steps run on cold caches: what can be prepared is, and a look compares plain bytes.
         is_run = self._allocation.slot_ids is None
         self._blocks = slice(own[0], own[-1] + 1) if is_run else numpy.asarray(own)
-        expected = numpy.full(len(own), ref.generation, numpy.uint64)  # as the wire has it
+        expected = numpy.full(len(own), self._generation, numpy.uint64)  # as the wire has it
         self._own_generations = expected.tobytes()
-        self._is_on_gpu = any(isinstance(tensor.storage, CudaIpc) for tensor in ref.tensors)
-        self._mappings = mappings
-        self._tensors, self._refs = tensors, ref.tensors
-        self.row_bytes = sum(tensor[0].nbytes for tensor in tensors.values())
-        self._spec, self._projection = spec, projection
+
+    def add_blocks(self, num_known: int, block_ids: Sequence[int]) -> None:
+        """Read the blocks that follow from now on as well; they carry the session's generation too."""
+        known = self._allocation.blocks
+        if num_known != len(known):
+            raise FailedPreconditionError(
+                f"The handle goes on after {num_known} blocks of the session; {len(known)} are known here.",
+                reason="INCOMPLETE_HANDLE",
+            )
+        self._take((*known, *block_ids))
 
     async def view(self, cached_length: int) -> TargetStateView:
         """Return a view of the state where it lies: nothing moves."""

@@ -105,7 +105,7 @@ class TensorRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., cuda_ipc: _Optional[_Union[CudaIpc, _Mapping]] = ..., stream: _Optional[_Union[Stream, _Mapping]] = ..., attention_type: _Optional[str] = ...) -> None: ...
 
 class TargetStateRef(_message.Message):
-    __slots__ = ("session_id", "verifier_uri", "cached_length", "generation", "tensors", "block_ids", "block_tokens", "projection_sha256", "num_shared_blocks")
+    __slots__ = ("session_id", "verifier_uri", "cached_length", "generation", "tensors", "block_ids", "block_tokens", "projection_sha256", "num_shared_blocks", "num_known_blocks", "max_length")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_URI_FIELD_NUMBER: _ClassVar[int]
     CACHED_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,8 @@ class TargetStateRef(_message.Message):
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROJECTION_SHA256_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KNOWN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     verifier_uri: str
     cached_length: int
@@ -124,7 +126,9 @@ class TargetStateRef(_message.Message):
     block_tokens: int
     projection_sha256: str
     num_shared_blocks: int
-    def __init__(self, session_id: _Optional[str] = ..., verifier_uri: _Optional[str] = ..., cached_length: _Optional[int] = ..., generation: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_tokens: _Optional[int] = ..., projection_sha256: _Optional[str] = ..., num_shared_blocks: _Optional[int] = ...) -> None: ...
+    num_known_blocks: int
+    max_length: int
+    def __init__(self, session_id: _Optional[str] = ..., verifier_uri: _Optional[str] = ..., cached_length: _Optional[int] = ..., generation: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_tokens: _Optional[int] = ..., projection_sha256: _Optional[str] = ..., num_shared_blocks: _Optional[int] = ..., num_known_blocks: _Optional[int] = ..., max_length: _Optional[int] = ...) -> None: ...
 
 class StreamTargetStateRequest(_message.Message):
     __slots__ = ("session_id", "start_position", "projection_sha256", "tensor_names")

@@ -74,7 +74,9 @@ class VerifierServiceServicer:
 
         FAILED_PRECONDITION: a round before the open, a second open, a message after the session finished, a
         stale base_committed_length, a vocabulary or protocol mismatch. INVALID_ARGUMENT: a value is out of
-        range. RESOURCE_EXHAUSTED: no KV or session slot is free; google.rpc.RetryInfo says when to retry.
+        range, or the KV of prompt and max_new_tokens is more than the whole pool. RESOURCE_EXHAUSTED: no KV or
+        session slot is free; google.rpc.RetryInfo says when to retry. ABORTED with reason SESSION_PREEMPTED: an
+        older session needed this one's KV. Open it again with the tokens committed so far; the output is the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

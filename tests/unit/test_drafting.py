@@ -25,7 +25,7 @@ from specdec.contract.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from specdec.v1 import target_state_pb2
+from specdec.v1 import target_state_pb2, verifier_pb2
 
 VOCAB_SIZE = 100
 PROMPT = [1, 2, 3]
@@ -889,14 +889,24 @@ class TestLeaving:
         assert not drafters.sessions
 
 
-@pytest.mark.parametrize("with_tensors", [True, False])
-def test_a_drafter_that_comes_late_is_told_how_much_it_may_read_by_now(with_tensors: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_known", "blocks"),
+    [(0, [5, 6, 9, 2]), (2, [9, 2]), (3, [2]), (4, [])],
+    ids=["late", "2", "3", "all"],
+)
+def test_a_drafter_is_told_how_much_it_may_read_by_now_and_which_blocks_are_new(
+    num_known: int, blocks: list[int]
+) -> None:
     opened = target_state_pb2.TargetStateRef(
-        session_id="s", verifier_uri="v", generation=3, cached_length=7, block_ids=[5]
+        session_id="s", verifier_uri="v", generation=3, cached_length=7, block_ids=[5, 6]
     )
-    message = RemoteState(opened, cached_length=12).message(with_tensors=with_tensors)
+    grown = verifier_pb2.VerifyResult(cached_length=140)
+    grown.target_state.block_ids.extend([9, 2])
+    state = RemoteState(opened, 7).after(grown).after(verifier_pb2.VerifyResult(cached_length=150))
+    message = state.message(num_known_blocks=num_known)
     assert message is not None
     assert (message.session_id, message.verifier_uri, message.generation) == ("s", "v", 3)
-    assert message.cached_length == 12
-    assert list(message.block_ids) == ([5] if with_tensors else [])
-    assert opened.cached_length == 7
+    assert (message.cached_length, state.num_blocks) == (150, 4)
+    assert list(message.block_ids) == blocks
+    assert message.num_known_blocks == (num_known if blocks else 0)
+    assert (opened.cached_length, list(opened.block_ids)) == (7, [5, 6])

@@ -79,6 +79,76 @@ def test_a_run_is_a_view_and_scattered_blocks_are_not() -> None:
     assert pool.allocate(4 * BLOCK_TOKENS).slot_ids is None
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 16),
+    st.lists(st.tuples(st.sampled_from(["open", "grow", "free"]), st.integers(0, 99)), max_size=60),
+)
+def test_what_grows_keeps_its_blocks_and_takes_no_one_elses(
+    num_blocks: int, actions: list[tuple[str, int]]
+) -> None:
+    pool, live = make_pool(num_blocks), list[KvAllocation]()
+    for action, number in actions:
+        free = pool.free_tokens
+        if action == "open" and free:
+            live.append(pool.allocate(number % free + 1, will_grow=True))
+        elif action == "grow" and live:
+            index = number % len(live)
+            before = live[index]
+            num_tokens = before.capacity + 1 + number % (2 * BLOCK_TOKENS)
+            grown = pool.grow(before, num_tokens)
+            if grown is None:
+                assert num_tokens > before.capacity + free
+                assert pool.free_tokens == free
+                continue
+            assert grown.capacity - BLOCK_TOKENS < num_tokens <= grown.capacity
+            assert grown.blocks[: len(before.blocks)] == before.blocks
+            assert (grown.generation, grown.new_from) == (before.generation, before.capacity)
+            live[index] = grown
+        elif action == "free" and live:
+            pool.free(live.pop(number % len(live)))
+        held = [block for each in live for block in each.blocks]
+        assert len(held) == len(set(held))
+        assert len(held) * BLOCK_TOKENS + pool.free_tokens == pool.capacity_tokens
+    for allocation in live:
+        pool.free(allocation)
+    assert pool.free_tokens == pool.capacity_tokens
+
+
+def test_sessions_that_grow_side_by_side_stay_runs() -> None:
+    pool = make_pool(64)
+    live = [pool.allocate(BLOCK_TOKENS, will_grow=True) for _ in range(4)]
+    for num_blocks in range(2, 17):
+        for index, allocation in enumerate(live):
+            grown = pool.grow(allocation, num_blocks * BLOCK_TOKENS)
+            assert grown
+            assert grown.slot_ids is None, "it is read as a view"
+            live[index] = grown
+    assert pool.free_tokens == 0
+    assert pool.grow(live[0], 17 * BLOCK_TOKENS) is None
+    pool.free(live.pop(1))
+    scattered = pool.grow(live[1], 17 * BLOCK_TOKENS)
+    assert scattered
+    assert slot_ids(scattered, 0, 16 * BLOCK_TOKENS) == slot_ids(live[1], 0, 16 * BLOCK_TOKENS)
+
+
+def test_what_is_spared_stays_free_and_what_is_new_is_cleared() -> None:
+    pool = make_pool(4)
+    with pytest.raises(ResourceExhaustedError, match="64 are kept for those who run") as refusal:
+        pool.allocate(4 * BLOCK_TOKENS, num_spared=1)
+    assert refusal.value.reason == "KV_POOL_FULL"
+    assert pool.free_tokens == 4 * BLOCK_TOKENS
+    first = pool.allocate(2 * BLOCK_TOKENS, num_spared=2)
+    for tensor in (*pool.keys.values(), *pool.values.values()):
+        tensor.fill_(7)
+    grown = pool.grow(first, 3 * BLOCK_TOKENS)
+    assert grown
+    pool.clear(grown)
+    for tensor in (*pool.keys.values(), *pool.values.values()):
+        assert (tensor[grown.slots(0, first.capacity)] == 7).all()
+        assert not tensor[grown.slots(first.capacity, grown.capacity)].any()
+
+
 def generations(pool: KvPool) -> list[int]:
     """Return what readers see: the owner's generation of each block, 0 for none."""
     ref = pool.ref(GENERATIONS)
@@ -98,10 +168,12 @@ def test_every_owner_of_a_block_has_a_generation_of_its_own(
         if release and live:
             pool.free(live.pop(num_tokens % len(live)))
         elif num_tokens <= pool.free_tokens:
-            live.append(pool.allocate(num_tokens))
+            live.append(pool.allocate(num_tokens, will_grow=True))
             assert live[-1].generation > 0
             assert live[-1].generation not in seen
             seen.add(live[-1].generation)
+        elif live and (grown := pool.grow(live[0], live[0].capacity + 1)):
+            live[0] = grown
         owners = {block: each.generation for each in live for block in each.blocks}
         assert generations(pool) == [owners.get(block, 0) for block in range(8)]
     memory.close()
