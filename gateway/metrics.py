@@ -48,6 +48,13 @@ class GatewayMetrics:
             unit="{failover}",
             description="Verifiers lost in mid-generation",
         )
+        self._preemptions = Counter(
+            meter,
+            "specdec.preemptions",
+            "method",
+            unit="{preemption}",
+            description="Answers that had to wait again, because a verifier needed their room",
+        )
         self._rounds = Counter(meter, "specdec.rounds", "method", unit="{round}")
         self._fallback_rounds = Counter(
             meter,
@@ -171,6 +178,10 @@ class GatewayMetrics:
     def add_failover(self, method: str) -> None:
         """Count a verifier that was lost in mid-generation."""
         self._failovers.add(1, method)
+
+    def add_preemption(self, method: str) -> None:
+        """Count a session that a verifier ended because older ones needed its room."""
+        self._preemptions.add(1, method)
 
     def add_wait(self, waited_s: float) -> None:
         """Record how long a request waited for room, whether it got it or not."""

@@ -31,6 +31,10 @@ class Queue(Protocol):
     def num_holding(self) -> int:
         """Requests that have room of the verifiers, or try to."""
 
+    @property
+    def num_ended(self) -> int:
+        """Sessions that have ended."""
+
     def found_room(self, *, is_trial: bool) -> None:
         """Take note that a verifier took a request."""
 
@@ -64,7 +68,9 @@ class Place:
         self._state = State.WAITING
         self._called = asyncio.Event()
         self._refusal: SpecdecError | None = None
-        self._begun_at = time.monotonic()
+        self._earlier_s = 0.0
+        """Seconds that it waited before it ran and was preempted."""
+        self._waits_from = time.monotonic()
         self._started_at: float | None = None
         self.has_waited = False
         """Whether its turn did not come at once, or it was sent back."""
@@ -74,21 +80,20 @@ class Place:
         """How many sessions had ended when it began to try."""
         self._has_lost = False
         """Whether its verifier was lost, and no other has taken it yet."""
+        self.has_run = False
+        """Whether a verifier took the request."""
 
     @property
     def waited_s(self) -> float:
-        """Seconds from its arrival until its last turn, or until now if it waits."""
-        return (time.monotonic() if self._started_at is None else self._started_at) - self._begun_at
+        """Seconds from its arrival until its last turn, or until now if it waits; without those in which it
+        ran before it was preempted."""
+        stop = time.monotonic() if self._started_at is None else self._started_at
+        return self._earlier_s + stop - self._waits_from
 
     @property
     def num_sharing(self) -> int:
         """How many requests have room of the verifiers, or try to, this one included."""
         return self._queue.num_holding + (self._state is State.WAITING)
-
-    @property
-    def has_run(self) -> bool:
-        """Whether a verifier took the request."""
-        return self._state in (State.HOLDING, State.FINISHING)
 
     async def turn(self) -> None:
         """Return when the request may run.
@@ -115,6 +120,7 @@ class Place:
     def took_room(self) -> None:
         """Note that a verifier has the request: it began, or a round of it ended."""
         self._goes_on()
+        self.has_run = True
         if self._state is State.TRYING:
             self._state = State.HOLDING
             self._queue.found_room(is_trial=self._is_trial)
@@ -132,11 +138,28 @@ class Place:
         Args:
             refusal: what they said; the request ends with it if the queue is full.
         """
-        assert self._state is State.TRYING
+        assert self._state in (State.TRYING, State.HOLDING)
         self._state, self._refusal, self._started_at = State.WAITING, refusal, None
         self.has_waited = True
         self._called.clear()
         self._queue.found_none(self, self._num_seen, is_trial=self._is_trial)
+
+    async def turn_again(self, refusal: SpecdecError) -> None:
+        """Wait again in the middle of an answer, and return when it may go on.
+
+        Args:
+            refusal: what a verifier said that preempted it, or has no room to go on.
+        """
+        self._goes_on()
+        if self._state is State.HOLDING:
+            assert self._started_at is not None
+            self._earlier_s += self._started_at - self._waits_from
+            self._waits_from = time.monotonic()
+            # What ended until now did not do.
+            self._num_seen, self._is_trial = self._queue.num_ended, False
+        self.has_run = True
+        self.send_back(refusal)
+        await self._called.wait()
 
     # What follows is the queue's own.
 

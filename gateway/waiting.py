@@ -5,6 +5,9 @@ not: other gateways use them as well, and a request may need much or little. So 
 tries, and is sent back where all verifiers are too full for it. From then on they are taken for full, and
 only these may try: one request for each session of ours that has ended since, and one after a pause now and
 then, because other gateways' sessions end as well. Where such a trial finds room, two more may try.
+
+A request whose session a verifier preempted waits again, in the middle of its answer. It comes before all
+that have not begun, is never refused, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -66,6 +69,8 @@ class WaitingQueue:
         self._call_later = call_later
         self._lines: OrderedDict[str, list[Place]] = OrderedDict()
         """Who waits, by caller; the first caller's turn is next."""
+        self._preempted: list[Place] = []
+        """Who waits in the middle of an answer, in the order in which they came; they come first."""
         self.num_waiting = 0
         """Requests that wait."""
         self.num_running = 0
@@ -77,7 +82,7 @@ class WaitingQueue:
         self._num_come = 0
         self._is_full = False
         """Whether the verifiers are taken for full."""
-        self._num_ended = 0
+        self.num_ended = 0
         """Sessions that have ended."""
         self._num_answered = 0
         """How many of these have been answered by a try, or ended before one that was refused."""
@@ -121,9 +126,9 @@ class WaitingQueue:
         Raises:
             SpecdecError: the queue is full.
         """
-        may_run = not self._lines and not self._is_full and self.num_running < self._max_running
+        may_run = not self._is_waited_in and not self._is_full and self.num_running < self._max_running
         own = self._lines.get(caller, [])
-        is_short = self.num_waiting < self._max_waiting or self._most(len) > len(own) + 1
+        is_short = self._num_new < self._max_waiting or self._most(len) > len(own) + 1
         num_bytes_then = sum(map(_num_bytes, self._lines.values())) + num_bytes
         is_small = (
             num_bytes_then <= self._max_waiting_bytes or self._most(_num_bytes) > _num_bytes(own) + num_bytes
@@ -160,7 +165,8 @@ class WaitingQueue:
         self._is_full, self._num_trials = True, 0
         self._num_answered = max(self._num_answered, num_seen)
         self._line_up(place)
-        self._lines.move_to_end(place.caller, last=False)
+        if not place.has_run:
+            self._lines.move_to_end(place.caller, last=False)
         self._call()
         self._shorten()
 
@@ -175,58 +181,79 @@ class WaitingQueue:
 
     def session_ended(self) -> None:
         """Let a request try: one of ours has left its verifier."""
-        self._num_ended += 1
+        self.num_ended += 1
         self._num_finishing += 1
         self._call()
 
     def _leave(self, place: Place) -> None:
         state = place.leave()
         if state is State.WAITING:
-            self._lines[place.caller].remove(place)
+            self._line_of(place).remove(place)
             self._forget_if_empty(place.caller)
             self.num_waiting -= 1
         elif state is not State.GONE:
             self.num_running -= 1
             # Who tried may have held room, of which nobody told it yet.
-            self._num_ended += state is not State.FINISHING
+            self.num_ended += state is not State.FINISHING
             self._num_finishing -= state is State.FINISHING
         self._call()
 
+    @property
+    def _is_waited_in(self) -> bool:
+        return bool(self._lines or self._preempted)
+
+    @property
+    def _num_new(self) -> int:
+        """Requests that wait and have not begun: only these may be too many."""
+        return self.num_waiting - len(self._preempted)
+
+    def _line_of(self, place: Place) -> list[Place]:
+        return self._preempted if place.has_run else self._lines.setdefault(place.caller, [])
+
     def _line_up(self, place: Place) -> None:
-        insort(self._lines.setdefault(place.caller, []), place, key=lambda waiting: waiting.number)
+        insort(self._line_of(place), place, key=_number)
         self.num_waiting += 1
 
     def _forget_if_empty(self, caller: str) -> None:
-        if not self._lines[caller]:
+        if caller in self._lines and not self._lines[caller]:
             del self._lines[caller]
+
+    def _take_next(self) -> Place:
+        """Take who comes next out of the queue."""
+        self.num_waiting -= 1
+        if self._preempted:
+            return self._preempted.pop(0)
+        caller, line = next(iter(self._lines.items()))
+        place = line.pop(0)
+        self._lines.move_to_end(caller)
+        self._forget_if_empty(caller)
+        return place
 
     def _call(self) -> None:
         """Call all who may run now."""
-        while self._lines and self._may_begin():
+        while self._is_waited_in and self._may_begin():
             may_try, is_trial = self._take_try()
             if not may_try:
                 break
-            caller, line = next(iter(self._lines.items()))
-            place = line.pop(0)
-            self._lines.move_to_end(caller)
-            self._forget_if_empty(caller)
-            self.num_waiting -= 1
+            place = self._take_next()
             self.num_running += 1
-            place.start(self._num_ended, is_trial=is_trial)
+            place.start(self.num_ended, is_trial=is_trial)
         self._settle()
 
     def _may_begin(self) -> bool:
         """Return whether the next request may run, if the verifiers have room for it."""
         if self._num_lost or self.num_running >= self._max_running:
             return False
+        if self._preempted or not self.num_holding:
+            return True
         next_one = next(iter(self._lines.values()))[0]
-        return not self.num_holding or next_one.may_begin(self.num_holding)
+        return next_one.may_begin(self.num_holding)
 
     def _take_try(self) -> tuple[bool, bool]:
         """Return whether one more may try, and whether without a session's end; it is taken to do so."""
         if not self._is_full:
             return True, False
-        if self._num_answered < self._num_ended:
+        if self._num_answered < self.num_ended:
             self._num_answered += 1
             return True, False
         if self._num_trials:
@@ -239,7 +266,7 @@ class WaitingQueue:
 
     def _excess(self) -> Callable[[Sequence[Place]], int] | None:
         """Return the measure of lines by which too much waits; None: nothing is too much."""
-        if self.num_waiting > self._max_waiting:
+        if self._num_new > self._max_waiting:
             return len
         is_large = sum(map(_num_bytes, self._lines.values())) > self._max_waiting_bytes
         return _num_bytes if is_large else None
@@ -258,7 +285,7 @@ class WaitingQueue:
     def _settle(self) -> None:
         """Let a pause run where somebody waits for verifiers; whoever comes when nobody waits finds out anew
         whether they are full."""
-        if not self._lines:
+        if not self._is_waited_in:
             self._is_full, self._num_trials = False, 0
         if self._is_full and self._timer is None:
             self._timer = self._call_later(self._pause_s, self._end_pause)

@@ -1,4 +1,4 @@
-"""A verifier session that outlives its verifier: it is reopened elsewhere from its committed ids."""
+"""A verifier session that outlives its verifier, or its room there: it is reopened from its committed ids."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Protocol, Self
 
 from gateway.replicas.replica import Lease, Replica
 from gateway.rounds.vocabulary import Draft, Round, Verified, VerifierSession
 from specdec.contract.errors import (
+    SESSION_PREEMPTED,
+    AbortedError,
     InternalError,
     ResourceExhaustedError,
     SpecdecError,
@@ -34,6 +37,11 @@ _TOO_SMALL = "EXCEEDS_KV_POOL"
 def is_full(error: Exception) -> bool:
     """Return whether a verifier refuses a session because of those that it has."""
     return isinstance(error, ResourceExhaustedError) and error.reason in _FULL_REASONS
+
+
+def _is_preempted(error: Exception) -> bool:
+    """Return whether a verifier ended a session because older ones needed its KV."""
+    return isinstance(error, AbortedError) and error.reason == SESSION_PREEMPTED
 
 
 def _concerns_one(error: SpecdecError) -> bool:
@@ -60,11 +68,25 @@ class Pick(Protocol):
         """Return a replica other than those; UnavailableError: none is ready."""
 
 
-class LastingVerifierSession:
-    """One generation's verifier sessions, one after the other as replicas are lost. Use as `async with`.
+class Owner(Protocol):
+    """The request whose session it is: it learns what becomes of it."""
 
-    What a replica commits is a function of prompt, parameters, seed and position: the next one goes on as the
-    lost one would have. The round in which it was lost commits the one token that opening emits.
+    def lost_verifier(self, reason: str) -> None:
+        """Take note that a session was lost."""
+
+    def was_preempted(self) -> None:
+        """Take note that a session was preempted."""
+
+    async def turn_again(self, refusal: SpecdecError) -> None:
+        """Return when the request may look for room again; `refusal` is what a verifier said."""
+
+
+class LastingVerifierSession:
+    """One generation's verifier sessions, one after the other as replicas are lost or need their room for
+    older sessions. Use as `async with`.
+
+    What a replica commits is a function of prompt, parameters, seed and position: the next session goes on as
+    the last one would have. The round in which it ended commits the one token that opening emits.
 
     Args:
         first: lease of the replica the generation starts on; it ends when the session is lost or left.
@@ -72,7 +94,7 @@ class LastingVerifierSession:
         pick: finds the next replica.
         prompt_token_ids: what the generation starts with, without any output.
         wait_s: how long a lost session waits for a replica that takes it.
-        on_lost: called with why, once for every session that was lost.
+        owner: told of every session that was lost or preempted.
     """
 
     def __init__(
@@ -83,12 +105,12 @@ class LastingVerifierSession:
         *,
         prompt_token_ids: Sequence[int],
         wait_s: float,
-        on_lost: Callable[[str], None],
+        owner: Owner,
     ) -> None:
         self._connect, self._pick = connect, pick
         self._committed = list(prompt_token_ids)
         self._wait_s = wait_s
-        self._on_lost = on_lost
+        self._owner = owner
         self._lease = first
         self._session: OpenableSession | None = None
         self._was_open = False
@@ -111,12 +133,8 @@ class LastingVerifierSession:
         """
         try:
             verified = await self._open(traceparent)
-        except UnavailableError as error:
-            verified = await self._reopen(error, traceparent)
         except SpecdecError as error:
-            if not _concerns_one(error):
-                raise
-            verified = await self._elsewhere(error, traceparent)
+            verified = await self._anew(error, traceparent)
         return self._noted((), verified)
 
     async def verify(
@@ -126,7 +144,7 @@ class LastingVerifierSession:
         traceparent: str,
         parent_indices: Sequence[int] = (),
     ) -> Verified:
-        """Check a draft in one pass; where the verifier is lost, nothing of the draft is accepted.
+        """Check a draft in one pass; where the session is opened anew, nothing of the draft is accepted.
 
         Raises:
             SpecdecError: the verifier refused, or it was lost and no other is ready.
@@ -137,11 +155,28 @@ class LastingVerifierSession:
                 verified = await self._session.verify(
                     base_committed_length, draft_token_ids, traceparent, parent_indices
                 )
-        except UnavailableError as error:
-            verified = await self._reopen(error, traceparent)
-        except (InternalError, ResourceExhaustedError) as error:
-            verified = await self._elsewhere(error, traceparent)
+        except SpecdecError as error:
+            verified = replace(await self._anew(error, traceparent), is_reopened=True)
         return self._noted(draft_token_ids, verified)
+
+    async def _anew(self, error: SpecdecError, traceparent: str) -> Verified:
+        """Open a session that goes on where one ended.
+
+        Raises:
+            SpecdecError: no other session would do better, or no replica takes it.
+        """
+        while True:
+            try:
+                if _is_preempted(error):
+                    return await self._in_turn(error, traceparent)
+                if isinstance(error, UnavailableError):
+                    return await self._reopen(error, traceparent)
+                if _concerns_one(error):
+                    return await self._elsewhere(error, traceparent)
+            except AbortedError as other:
+                error = other
+            else:
+                raise error
 
     def _noted(self, draft_token_ids: Sequence[int], verified: Verified) -> Verified:
         self._committed += Round(Draft(tuple(draft_token_ids)), verified).token_ids
@@ -193,7 +228,7 @@ class LastingVerifierSession:
                 raise self._decisive(errors)
             if len(errors) == 1 and isinstance(error, InternalError):
                 logger.warning("verifier failed", extra={"reason": error.message})
-                self._on_lost(error.message)
+                self._owner.lost_verifier(error.message)
             try:
                 return await self._open_on(replica, traceparent)
             except SpecdecError as other:
@@ -224,6 +259,37 @@ class LastingVerifierSession:
         full = [] if self._was_open else [error for error in errors if is_full(error)]
         return [*full, *errors][0]
 
+    async def _in_turn(self, error: SpecdecError, traceparent: str) -> Verified:
+        """Open on another replica at once where one has room; else wait for a turn, and open on any.
+
+        Raises:
+            AbortedError: the session was preempted again.
+            SpecdecError: see `_reopen`.
+        """
+        self._owner.was_preempted()
+        logger.info("verifier preempted the session", extra={"uri": self._lease.replica.uri})
+        full = [self._lease.replica]
+        while True:
+            await self._stack.aclose()
+            try:
+                replica = self._pick(without=full)
+            except UnavailableError:
+                await self._owner.turn_again(error)
+                replica, full = self._lease.replica, []
+                with suppress(UnavailableError):
+                    replica = self._pick()
+            try:
+                return await self._open_on(replica, traceparent)
+            except UnavailableError as lost:
+                return await self._reopen(lost, traceparent)
+            except InternalError as defect:
+                return await self._elsewhere(defect, traceparent)
+            except SpecdecError as other:
+                if not _concerns_one(other):
+                    raise
+                error = other
+                full.append(replica)
+
     async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
         """Open on another replica, or on the same when it is back; one that is broken is tried once.
 
@@ -232,7 +298,7 @@ class LastingVerifierSession:
             UnavailableError: the error it was lost with, and why no replica took the session in time.
         """
         logger.warning("verifier lost", extra={"reason": lost.message})
-        self._on_lost(lost.message)
+        self._owner.lost_verifier(lost.message)
         give_up_at = time.monotonic() + self._wait_s
         broken: list[VerifierReplica] = []
         while True:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import partial, reduce
 
-from gateway.replicas.failover import LastingVerifierSession, VerifierLease, VerifierReplica
+from gateway.replicas.failover import LastingVerifierSession, Owner, VerifierLease, VerifierReplica
 from gateway.replicas.replica import Replica
 from gateway.replicas.services import find_drafter
 from gateway.replicas.sessions import RemoteDrafterSession, RemoteVerifierSession
@@ -61,8 +61,9 @@ class Peers:
         }
         """How often the replicas of each of the request's drafters were right, by name."""
 
-    def verifier_session(self, on_lost: Callable[[str], None]) -> LastingVerifierSession:
-        """Return a session that goes on elsewhere whenever its verifier is lost, and tells `on_lost` why."""
+    def verifier_session(self, owner: Owner) -> LastingVerifierSession:
+        """Return a session that goes on elsewhere whenever its verifier is lost or preempts it, and tells its
+        owner."""
         assert self.verifier.info is not None
         model = self.verifier.info.model
         return LastingVerifierSession(
@@ -75,7 +76,7 @@ class Peers:
             ),
             prompt_token_ids=self._plan.prompt_token_ids,
             wait_s=self._backends.config.failover_wait_s,
-            on_lost=on_lost,
+            owner=owner,
         )
 
     @property

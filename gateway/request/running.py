@@ -18,6 +18,7 @@ from gateway.rounds.merging import MergedDrafts
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
 from gateway.rounds.vocabulary import Round
+from specdec.contract.errors import SpecdecError
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.retry import Progress
 from specdec.v1 import common_pb2, gateway_pb2
@@ -69,7 +70,7 @@ class RunningRequest:
             if isinstance(drafter, MergedDrafts):
                 control.follow(drafter.is_open)
             stack.callback(self._place.gave_room)
-            session = await stack.enter_async_context(self._peers.verifier_session(self._count_failover))
+            session = await stack.enter_async_context(self._peers.verifier_session(self))
             rounds = decode(
                 session,
                 drafter,
@@ -157,10 +158,20 @@ class RunningRequest:
             num_failovers=self._num_failovers,
         )
 
-    def _count_failover(self, reason: str) -> None:
+    def lost_verifier(self, reason: str) -> None:
+        """Take note that the verifier was lost."""
         self._place.lost_room()
         self._num_failovers += 1
         self._backends.metrics.add_failover(self.label)
+
+    def was_preempted(self) -> None:
+        """Take note that the verifier needs its room for older sessions."""
+        self._trace.preempted(self.num_output_tokens)
+        self._backends.metrics.add_preemption(self.label)
+
+    async def turn_again(self, refusal: SpecdecError) -> None:
+        """Wait in the middle of the answer until verifiers may have room again; the deadline goes on."""
+        await self._place.turn_again(refusal)
 
 
 def _token(completed: Round, index: int) -> gateway_pb2.Token:

@@ -46,7 +46,8 @@ async def decode(
             )
             current = Round(draft, verified)
             span.describe(current, size)
-        # The next request does not wait for what this round teaches.
-        asyncio.get_running_loop().call_soon(control.observe, size, current)
+        if not verified.is_reopened:
+            # The next request does not wait for what this round teaches.
+            asyncio.get_running_loop().call_soon(control.observe, size, current)
         committed.extend(current.token_ids)
         yield current

@@ -45,6 +45,7 @@ class RoundSpan:
                 "specdec.draft_nodes": size.draft_nodes,
                 "specdec.num_accepted_tokens": verified.num_accepted_tokens,
                 "specdec.fallback_code": draft.fallback_code if draft.fallback_reason else "",
+                "specdec.is_reopened": verified.is_reopened,
             }
         )
         waits_ns = {
@@ -83,6 +84,7 @@ class RequestTrace:
             attributes={REQUEST_ID_ATTRIBUTE: REQUEST_ID.get()},
         )
         self._context = set_span_in_context(self.span)
+        self._num_preemptions = 0
 
     @property
     def trace_id(self) -> str:
@@ -104,6 +106,12 @@ class RequestTrace:
     def waited(self, waited_s: float) -> None:
         """Record how long the request waited for room, in all."""
         self.span.set_attribute("specdec.waiting_ns", int(waited_s * 1e9))
+
+    def preempted(self, num_output_tokens: int) -> None:
+        """Record that a verifier needed the request's room, after so many tokens."""
+        self._num_preemptions += 1
+        self.span.set_attribute("specdec.num_preemptions", self._num_preemptions)
+        self.span.add_event("specdec.preempted", {"gen_ai.usage.output_tokens": num_output_tokens})
 
     def finish(self, num_output_tokens: int, speculation: SpeculationStats) -> None:
         """Record what came out, be it only up to an error or a cancellation."""

@@ -112,6 +112,8 @@ class Verified:
     """The accepted path in the draft; empty: its first num_accepted_tokens tokens."""
     num_reused_tokens: int = 0
     """Tokens of the prompt that needed no pass, in the answer to an open."""
+    is_reopened: bool = False
+    """Whether a session was opened anew in place of the round: its draft was not looked at."""
 
     @property
     def path(self) -> Sequence[int]:

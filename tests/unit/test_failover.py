@@ -84,6 +84,8 @@ class World:
         self.sessions: list[Session] = []
         self.lost: list[str] = []
         self.num_picked = 0
+        self.num_preempted = 0
+        self.refusals: list[str] = []
         self.first: VerifierReplica = Replica("127.0.0.1:1", "")
         self.second: VerifierReplica = Replica("127.0.0.1:2", "")
 
@@ -100,8 +102,17 @@ class World:
             self.pick,
             prompt_token_ids=PROMPT,
             wait_s=wait_s,
-            on_lost=self.lost.append,
+            owner=self,
         )
+
+    def lost_verifier(self, reason: str) -> None:
+        self.lost.append(reason)
+
+    def was_preempted(self) -> None:
+        self.num_preempted += 1
+
+    async def turn_again(self, refusal: SpecdecError) -> None:
+        self.refusals.append(refusal.reason)
 
     def assert_all_is_given_back(self) -> None:
         assert [session.num_closed for session in self.sessions] == [1] * len(self.sessions)
