@@ -20,6 +20,7 @@ from gateway.replicas.replica_set import ReplicaSet
 from gateway.request.peers import OTHER_WEIGHTS, is_same_model
 from gateway.rounds.vocabulary import Verified
 from specdec.contract.errors import (
+    AbortedError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
@@ -68,7 +69,7 @@ class Session:
         parent_indices: Sequence[int] = (),
     ) -> Verified:
         if self is self.world.sessions[0]:
-            raise LOST
+            raise self.world.end_of_first
         return Verified(len(draft_token_ids), 99)
 
 
@@ -85,6 +86,8 @@ class World:
         self.lost: list[str] = []
         self.num_picked = 0
         self.num_preempted = 0
+        self.end_of_first: SpecdecError = LOST
+        """What the first session's first round raises."""
         self.refusals: list[str] = []
         self.first: VerifierReplica = Replica("127.0.0.1:1", "")
         self.second: VerifierReplica = Replica("127.0.0.1:2", "")
@@ -229,6 +232,59 @@ async def test_who_is_broken_or_full_sends_a_session_elsewhere(
             await session.open("")
     assert alone.num_picked == 1
     alone.assert_all_is_given_back()
+
+
+PREEMPTED = AbortedError("older ones need it", reason="SESSION_PREEMPTED")
+FULL_POOL = ResourceExhaustedError("no KV", reason="KV_POOL_FULL")
+
+
+async def test_a_preempted_session_goes_on_elsewhere_at_once(
+    make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world()
+    world.end_of_first = PREEMPTED
+    async with world.session() as session:
+        await session.open("")
+        taken_over = await session.verify(3, [7, 8], "")
+        assert (taken_over.num_accepted_tokens, taken_over.is_reopened) == (0, True)
+        assert [session.uri for session in world.sessions] == ["127.0.0.1:1", "127.0.0.1:2"]
+        assert not (await session.verify(4, [5], "")).is_reopened
+    assert (world.num_preempted, world.refusals, world.lost) == (1, [], [])
+    assert not world.first.rests
+    world.assert_all_is_given_back()
+
+
+async def test_where_nobody_has_room_a_preempted_session_waits_for_its_turn(
+    make_world: Callable[..., World],
+) -> None:
+    # The other one is full; at its turn it is full again, and then preempts the session while it opens.
+    world = make_world(None, FULL_POOL, FULL_POOL, PREEMPTED, FULL_POOL, None)
+    world.end_of_first = PREEMPTED
+    async with world.session() as session:
+        await session.open("")
+        assert (await session.verify(3, [], "")).bonus_token_id == 13
+        assert [session.committed for session in world.sessions[1:]] == [[1, 2, 12]] * 5
+    assert world.num_preempted == 2
+    assert world.refusals == ["KV_POOL_FULL", "KV_POOL_FULL", "SESSION_PREEMPTED", "KV_POOL_FULL"]
+    assert not world.lost
+    world.assert_all_is_given_back()
+
+
+@pytest.mark.parametrize("error", [LOST, InternalError("a defect")])
+async def test_a_preempted_session_may_be_lost_as_any_other(
+    error: SpecdecError, make_world: Callable[..., World]
+) -> None:
+    world = make_world(None, error, None)
+    world.end_of_first = PREEMPTED
+    async with world.session(wait_s=1.0) as session:
+        await session.open("")
+        if error is LOST:
+            assert (await session.verify(3, [], "")).bonus_token_id == 13
+        else:
+            with pytest.raises(InternalError):
+                await session.verify(3, [], "")
+    assert (world.num_preempted, len(world.lost)) == (1, int(error is LOST))
+    world.assert_all_is_given_back()
 
 
 async def test_a_full_replica_has_the_last_word_on_a_session_that_never_opened(

@@ -42,6 +42,14 @@ class Request:
     may_end: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     runs: bool = False
+    is_preempted: bool = False
+    """Whether a verifier ended its session, and it was not told yet."""
+    num_preempted: int = 0
+
+    def preempt(self) -> None:
+        """End its session before its time."""
+        self.is_preempted = True
+        self.may_end.set()
 
 
 class World:
@@ -80,15 +88,34 @@ class World:
     async def _run(self, request: Request) -> None:
         with self.queue.place(request.caller, request.num_bytes) as request.place:
             await self._find_room(request, request.place)
-            try:
-                request.place.took_room()
-                request.runs = True
-                self.started.append(request.caller)
-                await request.may_end.wait()
-            finally:
-                request.runs = False
-                self.room += request.size
+            self.started.append(request.caller)
+            await self._hold(request, request.place)
+            while request.is_preempted:
+                request.is_preempted = False
+                request.may_end.clear()
+                request.num_preempted += 1
+                await self._find_room_again(request, request.place)
+                await self._hold(request, request.place)
             request.place.gave_room()
+
+    async def _hold(self, request: Request, place: Place) -> None:
+        try:
+            place.took_room()
+            request.runs = True
+            await request.may_end.wait()
+        finally:
+            request.runs = False
+            self.room += request.size
+
+    async def _find_room_again(self, request: Request, place: Place) -> None:
+        while True:
+            await place.turn_again(VERIFIER_IS_FULL)
+            self.tries += 1
+            if self.room >= request.size:
+                self.room -= request.size
+                return
+            for _ in range(self.delay):
+                await asyncio.sleep(0)
 
     async def _find_room(self, request: Request, place: Place) -> None:
         while True:
@@ -367,6 +394,7 @@ STEPS = st.one_of(
     st.tuples(st.just("come"), CALLERS, st.integers(1, 2)),
     st.tuples(st.just("end"), st.integers(0, 20)),
     st.tuples(st.just("cancel"), st.integers(0, 20)),
+    st.tuples(st.just("preempt"), st.integers(0, 20)),
     st.tuples(st.just("others"), st.integers(-2, 2)),
     st.tuples(st.just("pause")),
     st.tuples(st.just("delay"), st.integers(0, 6)),
@@ -390,6 +418,10 @@ def test_nobody_is_forgotten_whatever_happens(
                     request = world.requests[number % len(world.requests)]
                     if request.runs:
                         request.may_end.set()
+                case "preempt", (number,) if world.requests:
+                    request = world.requests[number % len(world.requests)]
+                    if request.runs and not request.may_end.is_set():
+                        request.preempt()
                 case "cancel", (number,) if world.requests:
                     task = world.requests[number % len(world.requests)].task
                     assert task
@@ -404,7 +436,8 @@ def test_nobody_is_forgotten_whatever_happens(
                 case "settle", (number,):
                     await world.settle(number)
             assert world.queue.num_running <= max_running
-            assert world.queue.num_waiting <= max_waiting
+            num_preempted = sum(request.num_preempted > 0 for request in world.requests)
+            assert world.queue.num_waiting <= max_waiting + num_preempted
             assert len(world.pauses) <= 1
         world.room += taken
         await _everybody_gets_a_turn(world, max_running)
@@ -451,3 +484,80 @@ async def test_room_goes_first_to_who_runs_and_has_lost_its_verifier(how: str) -
     for request in world.requests:
         request.may_end.set()
     await asyncio.gather(*(request.task for request in world.requests if request.task))
+
+
+async def test_who_was_preempted_goes_on_before_anybody_begins() -> None:
+    world = World(room=2)
+    first, second = world.come("many"), world.come("many")
+    await world.settle()
+    waits = [world.come("few", size=1) for _ in range(3)]
+    await world.settle()
+    second.preempt()
+    await world.settle(1)
+    world.room -= 1  # the older session's by now
+    await world.settle()
+    assert (second.runs, second.num_preempted, world.queue.num_waiting) == (False, 1, 4)
+    first.may_end.set()
+    await world.settle()
+    assert second.runs, "a session has ended"
+    assert not any(request.runs for request in waits)
+    world.room += 1
+    await world.end_all()
+    assert world.started == ["many", "many", "few", "few", "few"], "nobody begins twice"
+
+
+async def test_who_was_preempted_is_never_one_too_many() -> None:
+    world = World(room=1, max_waiting=0)
+    request = world.come()
+    await world.settle()
+    request.preempt()
+    await world.settle(1)
+    world.room = 0
+    await world.settle()
+    assert world.queue.num_waiting == 1
+    assert (await refusal_of(world.come())).reason == "TOO_MANY_REQUESTS"
+    await world.end_pause()
+    assert not request.runs
+    world.room = 1
+    await world.end_pause()
+    assert request.runs
+    await world.end_all()
+
+
+async def test_time_between_the_waits_does_not_count_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("gateway.waiting.time.monotonic", lambda: now)
+    world = World(room=0)
+    request = world.come()
+    await world.settle()
+    now += 2
+    world.room = 1
+    await world.end_pause()
+    assert request.place
+    now += 30
+    assert request.place.waited_s == 2
+    request.preempt()
+    await world.settle(1)
+    world.room = 0
+    await world.settle()
+    now += 3
+    assert request.place.waited_s == 5
+    world.room = 1
+    await world.end_pause()
+    now += 40
+    assert (request.runs, request.place.waited_s) == (True, 5)
+    await world.end_all()
+
+
+async def test_a_lost_and_then_preempted_request_does_not_keep_the_others_waiting() -> None:
+    world = World(room=1)
+    request, other = world.come(), world.come()
+    await world.settle()
+    assert request.place
+    request.place.lost_room()
+    request.preempt()
+    await world.settle()
+    await world.end_pause()
+    assert (request.runs, other.runs) == (True, False)
+    await world.end_all()
+    assert len(world.started) == 2
