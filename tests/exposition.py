@@ -113,8 +113,23 @@ async def expose_everything(model: Path, draft_model: Path, shared_dir: Path) ->
             await client.generate(PROMPT, replace(BRIEF, method=method))
         with pytest.raises(InvalidArgumentError):
             await client.generate(PROMPT, replace(BRIEF, method="unheard-of"))
+        await _preempt_an_answer(client, [server for _, server in verifiers])
         await _lose_a_verifier(client, [server for _, server in verifiers])
         return Exposition({name: scrape(telemetry) for name, telemetry in telemetries.items()})
+
+
+async def _preempt_an_answer(client: AsyncClient, servers: Sequence[VerifierServer]) -> None:
+    """Take all that is free of a verifier's KV while an answer grows there."""
+    options = replace(BRIEF, method="none", max_new_tokens=400)
+    async with client.stream(PROMPT, options) as stream:
+        await anext(aiter(stream))
+        verifiers = [server.servicer.verifier for server in servers]
+        (pool,) = [verifier.pool for verifier in verifiers if verifier and verifier.num_sessions]
+        held = pool.allocate(pool.free_tokens)
+        async for _ in stream:
+            pass
+        assert stream.result.num_failovers == 0
+        pool.free(held)
 
 
 async def _lose_a_verifier(client: AsyncClient, servers: Sequence[VerifierServer]) -> None:
