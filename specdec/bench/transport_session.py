@@ -89,7 +89,8 @@ class VerifySession:
         return cls(call, first.target_state, first, max_length, round_tokens - 1)
 
     def ref(self, cached_length: int = 0) -> TargetStateRef:
-        """Parse the handle in the answer to the open anew; `cached_length`, if given, replaces its own."""
+        """Parse the handle in the answer to the open anew, with the blocks that the session took since;
+        `cached_length`, if given, replaces its own."""
         ref = TargetStateRef.from_proto(self._message)
         return replace(ref, cached_length=cached_length) if cached_length else ref
 
@@ -107,6 +108,7 @@ class VerifySession:
         if result.num_accepted_tokens != len(self._draft):
             raise InternalError("The verifier refused the only tokens it was allowed to pick.")
         self._committed_length = result.committed_length
+        self._message.block_ids.extend(result.target_state.block_ids)
         return result
 
 

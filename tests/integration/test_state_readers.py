@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +19,7 @@ from specdec.contract.target_state import TargetStateRef
 from tests.probe_service import ENV
 from tests.raw_streams import output_of, until
 from tests.state_probe import all_of, partly_right, ref_of, scattered, state_session
-from tests.state_watcher import describe
+from tests.state_watcher import describe, describe_progress
 from tests.systems import running_verifier
 
 NUM_TOKENS = 100
@@ -32,8 +33,8 @@ class Watching:
         self._process = process
 
     @classmethod
-    async def start(cls, ref: TargetStateRef, length: int) -> Watching:
-        """Start the process; return once it reads `length` positions."""
+    async def start(cls, ref: TargetStateRef) -> Watching:
+        """Start the process with a session's first handle; return once it reads what that permits."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -44,7 +45,7 @@ class Watching:
         )
         watching = cls(process)
         watching._tell(describe(ref))
-        watching.extend(length)
+        watching.extend(ref)
         assert process.stdout
         assert await process.stdout.readline() == b"watching\n"
         return watching
@@ -53,9 +54,9 @@ class Watching:
         assert self._process.stdin
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
-    def extend(self, length: int) -> None:
-        """Tell the process that so many positions are final."""
-        self._tell({"length": length})
+    def extend(self, ref: TargetStateRef) -> None:
+        """Tell the process of the next handle: which blocks are new, and how many positions are final."""
+        self._tell(describe_progress(ref))
 
     async def finish(self) -> tuple[int, int]:
         """Return the number of positions compared, and of positions that had changed."""
@@ -69,13 +70,13 @@ async def watched_session(address: str, prompt: Sequence[int], family: str) -> t
     """Run a session with drafts that are refused at every place, while another process reads its state."""
     expected = await output_of(address, prompt, max_new_tokens=NUM_TOKENS, ignore_eos=True)
     async with state_session(address, prompt, all_of(family), max_new_tokens=NUM_TOKENS) as (stream, ref):
-        watching = await Watching.start(ref, ref.cached_length)
+        watching = await Watching.start(ref)
         for num_round in range(NUM_TOKENS):
             done = len(stream.token_ids) - len(prompt)
             if done == NUM_TOKENS:
                 break
             result = await stream.round(partly_right(expected[done : done + 6], num_round % 7))
-            watching.extend(ref_of(result).cached_length)
+            watching.extend(ref_of(result))
             await asyncio.sleep(0.005)
         assert stream.token_ids[len(prompt) :] == expected
         return await watching.finish()
@@ -122,7 +123,7 @@ async def test_a_watcher_would_see_a_change(tiny_llama: Path, tmp_path: Path) ->
         spec = all_of("llama")
         async with state_session(address, PROMPT, spec) as (stream, ref):
             await stream.round([1, 2, 3, 4, 5, 6])
-            watching = await Watching.start(ref, len(PROMPT) + 6)
+            watching = await Watching.start(replace(ref, cached_length=len(PROMPT) + 6))
             while len(stream.token_ids) < len(PROMPT) + 8:
                 await stream.round()
             await asyncio.sleep(0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,12 +354,18 @@ async def test_a_handle_says_where_everything_is_once(mode: str, tiny_llama: Pat
             assert tensor.shape == tuple(verifier.pool.tensor(tensor.name).shape)
             assert tensor.attention_type == ("full_attention" if tensor.name.startswith("kv.") else "")
         assert ref.block_tokens == BLOCK_TOKENS
-        assert len(ref.block_ids) == -(-(len(PROMPT) + 60) // BLOCK_TOKENS)
+        assert ref.max_length == len(PROMPT) + 60
+        assert len(PROMPT) <= len(ref.block_ids) * BLOCK_TOKENS < ref.max_length, "the rest comes later"
         assert ref.cached_length == len(PROMPT)
-        for _ in range(3):
-            later = ref_of(await verify.round())
-            assert later == ref.at(len(verify.token_ids) - 1)
+        told, is_over = ref, False
+        while not is_over:
+            result = await verify.round()
+            later, is_over = ref_of(result), bool(result.finish_reason)
+            blocks = (*told.block_ids, *later.block_ids)
+            assert later == told.at(len(verify.token_ids) - 1, blocks)
             assert not later.tensors
+            told = replace(told, block_ids=blocks)
+        assert len(set(told.block_ids)) == len(told.block_ids) == -(-ref.max_length // BLOCK_TOKENS)
 
 
 async def test_a_session_without_a_spec_exports_nothing(tiny_llama: Path, tmp_path: Path) -> None:

@@ -526,7 +526,7 @@ async def test_who_was_preempted_is_never_one_too_many() -> None:
 
 async def test_time_between_the_waits_does_not_count_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("gateway.waiting.time.monotonic", lambda: now)
+    monkeypatch.setattr("gateway.place.time.monotonic", lambda: now)
     world = World(room=0)
     request = world.come()
     await world.settle()
