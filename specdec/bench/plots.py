@@ -32,8 +32,8 @@ def require_matplotlib() -> None:
 def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Draw speedup.png, acceptance.png and profile.png at the lowest concurrency; return the files.
 
-    A run over several categories gets acceptance_by_category.png as well, and one with several K
-    draft_time.png. A plot for which no method has figures is not drawn,
+    A run over several categories gets acceptance_by_category.png as well, one with several K draft_time.png,
+    and one with several concurrencies concurrency.png. A plot for which no method has figures is not drawn,
     such as acceptance in a run of `none` alone.
 
     Raises:
@@ -56,7 +56,35 @@ def draw(rows: Sequence[Row], directory: Path) -> list[Path]:
         paths.append(_draw_profile(rounds, directory / "profile.png"))
     if any(METHOD_SEPARATOR in row.method for row in drafts):
         paths.append(_draw_draft_times(drafts, directory / "draft_time.png"))
+    overall = [row for row in rows if row.category == OVERALL and row.tokens_per_s is not None]
+    if len({row.concurrency for row in overall}) > 1:
+        paths.append(_draw_concurrency(overall, directory / "concurrency.png"))
     return paths
+
+
+def _draw_concurrency(rows: Sequence[Row], path: Path) -> Path:
+    """Draw tokens per second by concurrency, and beside it over those of `none`, with intervals."""
+    figure, (speeds, ratios) = new_panels(2, num_columns=2)
+    for index, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        own = sorted((row for row in rows if row.method == method), key=lambda row: row.concurrency)
+        style: dict[str, Any] = {"marker": "o" if index < 10 else "s", "color": f"C{index % 10}"}
+        numbers = [row.concurrency for row in own]
+        speeds.plot(numbers, [row.tokens_per_s for row in own], label=method, **style)
+        paired = [(row.concurrency, row.paired_speedup, row.paired_interval) for row in own if row.num_pairs]
+        if paired:
+            places, medians, intervals = zip(*paired, strict=True)
+            below = [median - low for median, (low, _) in zip(medians, intervals, strict=True)]
+            above = [high - median for median, (_, high) in zip(medians, intervals, strict=True)]
+            ratios.errorbar(places, medians, yerr=[below, above], capsize=3, **style)
+    for axes, label in ((speeds, "tokens/s"), (ratios, "tokens/s over none")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("requests at a time")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    ratios.axhline(1.0, color="black", linewidth=0.8)
+    figure.legend(loc="outside right upper")
+    figure.savefig(path)
+    return path
 
 
 def _draw_speedup(rows: Sequence[Row], path: Path) -> Path:

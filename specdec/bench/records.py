@@ -90,6 +90,8 @@ class RequestRecord:
     """Which time the prompt was asked, counted from 1."""
     turn: int = 1
     """Which turn of the user was answered, counted from 1."""
+    pair: int = 0
+    """Number of its block of prompts, which all methods answer one right after the other."""
 
     @property
     def prompt_key(self) -> tuple[str, QuestionId, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -142,13 +142,25 @@ def category_table(rows: Sequence[Row]) -> Table:
     return _gain_table("By category (speedup, tau)", ["category", "conc."], keyed)
 
 
+def pair_table(rows: Sequence[Row]) -> Table:
+    """Return a table of each method's tokens per second over those of `none`, block by block of prompts."""
+    keyed = [((row.category, str(row.concurrency)), row) for row in rows]
+    title = "Tokens/s over none, block by block (median, 95 % interval)"
+    return _gain_table(title, ["category", "conc."], keyed, _paired)
+
+
 def turn_table(turn_rows: Sequence[TurnRow]) -> Table:
     """Return a table of each method's speedup and acceptance length by time asked and turn."""
     keyed = [((str(each.ask), str(each.turn), str(each.row.concurrency)), each.row) for each in turn_rows]
     return _gain_table("By time asked and turn (speedup, tau)", ["asked", "turn", "conc."], keyed)
 
 
-def _gain_table(title: str, heads: Sequence[str], keyed: Sequence[tuple[tuple[str, ...], Row]]) -> Table:
+def _gain_table(
+    title: str,
+    heads: Sequence[str],
+    keyed: Sequence[tuple[tuple[str, ...], Row]],
+    text: Callable[[Row | None], str] | None = None,
+) -> Table:
     """Return a table with a line for each key and a column for each method but `none`."""
     table = Table(title=title, box=SIMPLE_HEAD)
     methods = list(dict.fromkeys(row.method for _, row in keyed if row.method != PLAIN))
@@ -158,7 +170,7 @@ def _gain_table(title: str, heads: Sequence[str], keyed: Sequence[tuple[tuple[st
     for key, row in keyed:
         by_key.setdefault(key, {})[row.method] = row
     for key, by_method in by_key.items():
-        table.add_row(*map(escape, key), *(_gain(by_method.get(method)) for method in methods))
+        table.add_row(*map(escape, key), *((text or _gain)(by_method.get(method)) for method in methods))
     return table
 
 
@@ -185,6 +197,13 @@ def cell(value: object) -> str:
         case dict():
             return " ".join(f"{name} {item:.2f}" for name, item in value.items()) or "-"
     return str(value)
+
+
+def _paired(row: Row | None) -> str:
+    if row is None or row.paired_speedup is None:
+        return "-"
+    low, high = row.paired_interval
+    return f"{row.paired_speedup:.2f}x ({low:.2f}-{high:.2f})"
 
 
 def _gain(row: Row | None) -> str:

@@ -29,6 +29,8 @@ class Block:
     """Which time the prompts are asked, counted from 1."""
     cache_salt: str = ""
     """The salt of all requests of the block; empty: each has a salt of its own."""
+    pair: int = 0
+    """Its number, which the blocks of all contenders with these prompts have."""
 
     @property
     def num_requests(self) -> int:
@@ -58,7 +60,7 @@ def schedule(
             for place in range(len(present)):
                 contender = present[(shift + place) % len(present)]
                 some = tuple(prompts[start : start + size])
-                yield Block(contender, concurrency, some, ask, salts[contender.method])
+                yield Block(contender, concurrency, some, ask, salts[contender.method], shift)
 
 
 def _new_salt() -> str:
@@ -139,4 +141,5 @@ async def _run_request(block: Block, prompt: Prompt) -> RequestRecord:
         error=error,
         ask=block.ask,
         turn=prompt.turn,
+        pair=block.pair,
     )

@@ -12,7 +12,7 @@ from specdec.bench import plots
 from specdec.bench.experiment import BenchConfig, Outcome, run_experiment
 from specdec.bench.peers.engines import names_of, require_usable
 from specdec.bench.records import RequestRecord
-from specdec.bench.report import category_table, parts_table, peer_ratios, speed_table, turn_table
+from specdec.bench.report import category_table, pair_table, parts_table, peer_ratios, speed_table, turn_table
 from specdec.bench.services import gateway_at
 from specdec.bench.terminal import (
     EXISTING_FILE,
@@ -193,7 +193,7 @@ def run_shown(
 
 def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:
     console = table_console()
-    for table in (speed_table, parts_table, category_table):
+    for table in (speed_table, parts_table, category_table, pair_table):
         console.print(table(outcome.rows))
     if outcome.turn_rows:
         console.print(turn_table(outcome.turn_rows))

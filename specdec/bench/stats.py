@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,14 @@ class Row:
     proposer_shares: dict[str, float] = field(default_factory=dict)
     """Share of the accepted draft tokens that a drafter proposed, 0 to 1, by its name. Shares overlap where
     several drafters proposed the same token."""
+    paired_speedup: float | None = None
+    """Median, over blocks of prompts, of the method's tokens per second over those of `none` with the same
+    prompts, measured one right after the other; reading prompts and waiting for the slowest included."""
+    paired_interval: list[float] = field(default_factory=list)
+    """Where that median lies with a confidence of 95 %, from and to; with fewer than nine blocks, the least
+    and the largest of them. Empty: there is none."""
+    num_pairs: int = 0
+    """Number of these blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,7 @@ def compute_rows(records: Sequence[RequestRecord]) -> list[Row]:
 def _row(own: Sequence[RequestRecord], plain: Sequence[RequestRecord], category: str) -> Row:
     answers = _answers(own)
     rounds = [answer.speculation for answer in answers if answer.speculation is not None]
+    ratios = _paired(own, plain) if own[0].method != PLAIN else []
     tpot_ms, plain_tpot_ms = _tpot_p50(answers), _tpot_p50(_answers(plain))
     return Row(
         method=own[0].method,
@@ -134,7 +144,31 @@ def _row(own: Sequence[RequestRecord], plain: Sequence[RequestRecord], category:
         num_errors=sum(record.answer is None for record in own),
         draft_tokens_per_token=_draft_tokens_per_token(rounds),
         proposer_shares=_proposer_shares(rounds),
+        paired_speedup=_median(ratios),
+        paired_interval=_interval(ratios),
+        num_pairs=len(ratios),
     )
+
+
+def _paired(own: Sequence[RequestRecord], plain: Sequence[RequestRecord]) -> list[float]:
+    """Return the tokens per second over those of `none`, ascending, of each block that both answered."""
+    ratios = []
+    for pair in _distinct(record.pair for record in own):
+        mine = _tokens_per_s([record for record in own if record.pair == pair])
+        theirs = _tokens_per_s([record for record in plain if record.pair == pair])
+        ratios += [mine / theirs] if mine and theirs else []
+    return sorted(ratios)
+
+
+def _interval(values: Sequence[float]) -> list[float]:
+    """Return the 95 % confidence interval of the median of ascending values, from their order alone: each of
+    them is above it as likely as below."""
+    if not values:
+        return []
+    count, num_left_out = len(values), 0
+    while 2 * sum(math.comb(count, few) for few in range(num_left_out + 2)) <= 0.05 * 2**count:
+        num_left_out += 1
+    return [values[num_left_out], values[-1 - num_left_out]]
 
 
 def _answers(records: Iterable[RequestRecord]) -> list[Answer]:

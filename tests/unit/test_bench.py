@@ -22,7 +22,7 @@ from specdec.bench.cli import bench
 from specdec.bench.compare import comparison_table, differences
 from specdec.bench.experiment import BenchConfig
 from specdec.bench.records import Answer, Contender, RequestRecord
-from specdec.bench.report import category_table, markdown, peer_ratios, read_rows
+from specdec.bench.report import category_table, markdown, pair_table, peer_ratios, read_rows
 from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, compute_rows
 from specdec.bench.workload import DEFAULT_PROMPTS, Prompt, load_prompts, select_round_robin
@@ -281,6 +281,26 @@ def record(method: str, question_id: int, answered: Answer | None, busy_ms: floa
     category = "a" if question_id < 2 else "b"
     error = "" if answered else "InternalError: broken"
     return RequestRecord(method, 1, question_id, category, busy_ms, busy_ms, answered, error)
+
+
+def test_methods_are_compared_block_by_block() -> None:
+    """What a machine does in between changes both sides of a pair; the interval is that of the median."""
+    ratios = [1.5, 1.1, 1.2, 1.3, 1.4, 0.9, 1.6, 1.25, 1.35]
+    records = [
+        replace(record(method, 0, answer((1, 2, 3)), busy_ms), pair=pair)
+        for pair, ratio in enumerate(ratios)
+        for method, busy_ms in (("none", 100.0 * (1 + pair)), ("x", 100.0 * (1 + pair) / ratio))
+    ]
+    by_method = {row.method: row for row in compute_rows(records) if row.category == "all"}
+    found = by_method["x"]
+    assert found.num_pairs == 9
+    assert found.paired_speedup == pytest.approx(1.3)
+    assert found.paired_interval == pytest.approx([1.1, 1.5]), "all but the least and the largest"
+    assert by_method["none"].paired_speedup is None
+    few = compute_rows(records[:4])[1]
+    assert few.paired_interval == pytest.approx([1.1, 1.5])
+    Console(file=(printed := io.StringIO()), width=200).print(pair_table([found]))
+    assert "1.30x (1.10-1.50)" in printed.getvalue()
 
 
 def plain(tpot_ms: float, token_ids: tuple[int, ...] = (1, 2, 3)) -> Answer:
