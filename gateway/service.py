@@ -191,8 +191,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         assert call.plan is not None
         assert call.model is not None
         peers = Peers(call.plan, backends, lease, timeout_s(call.context, backends.config.max_request_s))
-        if call.place.num_sharing == 1:
-            backends.answer_times.begun()
         running = RunningRequest(call.plan, backends, peers, trace, call.place, arrived_ns=call.arrived_ns)
         outcome = "cancelled"
         self._running[running] = _caller_name()

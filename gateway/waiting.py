@@ -104,7 +104,7 @@ class WaitingQueue:
 
         Args:
             may_begin: whether it may begin beside so many requests that have room. It may in any case where
-                there are no others; where it may not, nobody begins before it.
+                there are no others; where it may not, other callers' requests begin before it.
 
         Raises:
             SpecdecError: the queue is full.
@@ -218,36 +218,34 @@ class WaitingQueue:
         if caller in self._lines and not self._lines[caller]:
             del self._lines[caller]
 
-    def _take_next(self) -> Place:
+    def _next(self) -> Place | None:
+        """Return whose turn it is. Callers whose first request may not begin yet are passed over, and keep
+        their turn; None: there is nobody else."""
+        if self._preempted:
+            return self._preempted[0]
+        firsts = (line[0] for line in self._lines.values())
+        return next(
+            (place for place in firsts if not self.num_holding or place.may_begin(self.num_holding)), None
+        )
+
+    def _take(self, place: Place) -> None:
         """Take who comes next out of the queue."""
         self.num_waiting -= 1
-        if self._preempted:
-            return self._preempted.pop(0)
-        caller, line = next(iter(self._lines.items()))
-        place = line.pop(0)
-        self._lines.move_to_end(caller)
-        self._forget_if_empty(caller)
-        return place
+        self._line_of(place).remove(place)
+        if not place.has_run:
+            self._lines.move_to_end(place.caller)
+            self._forget_if_empty(place.caller)
 
     def _call(self) -> None:
         """Call all who may run now."""
-        while self._is_waited_in and self._may_begin():
+        while not self._num_lost and self.num_running < self._max_running and (place := self._next()):
             may_try, is_trial = self._take_try()
             if not may_try:
                 break
-            place = self._take_next()
+            self._take(place)
             self.num_running += 1
             place.start(self.num_ended, is_trial=is_trial)
         self._settle()
-
-    def _may_begin(self) -> bool:
-        """Return whether the next request may run, if the verifiers have room for it."""
-        if self._num_lost or self.num_running >= self._max_running:
-            return False
-        if self._preempted or not self.num_holding:
-            return True
-        next_one = next(iter(self._lines.values()))[0]
-        return next_one.may_begin(self.num_holding)
 
     def _take_try(self) -> tuple[bool, bool]:
         """Return whether one more may try, and whether without a session's end; it is taken to do so."""

@@ -29,7 +29,7 @@ def may_begin(context: _Context, longest_s: Callable[[int], float]) -> Callable[
     time_s = remaining_timeout_s(context)
     if time_s is None:
         return lambda number: True
-    return lambda number: longest_s(number) <= SHARE_TO_RUN * time_s
+    return lambda number: longest_s(number + 1) <= SHARE_TO_RUN * time_s
 
 
 async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Callable[[int], float]) -> None:

@@ -63,6 +63,7 @@ class RunningRequest:
             SpecdecError: the verifier refused or was lost.
         """
         async with AsyncExitStack() as stack:
+            stack.enter_context(self._backends.answer_times.running())
             # Left in reverse order, the verifier's slot is freed first: a drafter may be slow to go.
             control = self._plan.drafting.control(self._backends.controller, self._peers.verifier)
             stack.callback(control.close)

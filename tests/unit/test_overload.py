@@ -7,6 +7,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -113,13 +114,12 @@ async def _offer(rate_per_s: float, bound_s: float, verifier_s: tuple[float, flo
                 if is_counted:
                     outcome.longest_wait_s = max(outcome.longest_wait_s, loop.time() - begun)
                 session = Session(lengths.randint(16, MAX_NEW_TOKENS))
-                if place.num_sharing == 1:
-                    times.begun()
                 verifier.sessions.append(session)
                 place.took_room()
                 try:
-                    async with asyncio.timeout(context.time_remaining()):
-                        await session.is_done.wait()
+                    with times.running():
+                        async with asyncio.timeout(context.time_remaining()):
+                            await session.is_done.wait()
                     if fill_s <= loop.time() < until_s:
                         outcome.goodput += session.num_tokens / (until_s - fill_s)
                     outcome.num_good[caller] += is_counted
@@ -180,24 +180,55 @@ def test_without_a_look_at_deadlines_all_answers_would_come_too_late() -> None:
 def test_a_machine_that_stood_still_is_soon_trusted_again() -> None:
     now = 0.0
     times = AnswerTimes(lambda: now)
+    assert times.longest_s(100, 1) == 0
     times.ended(100)
 
     def run(seconds: float) -> float:
         nonlocal now
-        for _ in range(round(seconds * 10)):
-            now += 0.1
-            times.came(10)
+        with times.running():
+            for _ in range(round(seconds * 10)):
+                now += 0.1
+                times.came(10)
+                now += pause_s
         return times.longest_s(100, 1)
 
+    pause_s = 0.0
     usual_s = run(60)
     assert usual_s == pytest.approx(1.25, rel=0.1)
-    now += 600
+    now += 600  # nothing ran meanwhile
+    assert run(0.1) == pytest.approx(usual_s, rel=0.2)
+    pause_s = 600.0
+    run(0.2)
+    pause_s = 0.0
     assert usual_s < run(0.1) < 20
     assert run(20) < 1.5 * usual_s
-    now += 600
-    times.begun()  # nothing ran meanwhile
-    assert run(0.1) == pytest.approx(usual_s, rel=0.2)
     for _ in range(64):
         times.ended(10)
-    assert times.longest_s(100, 2) == pytest.approx(0.2 * usual_s, rel=0.2)
-    assert times.longest_s(5, 1) == pytest.approx(0.05 * usual_s, rel=0.2)
+    usual_s = times.longest_s(100, 1)
+    assert times.longest_s(5, 1) == pytest.approx(usual_s / 2)
+
+
+def test_more_at_a_time_are_expected_to_be_as_fast_until_it_was_seen() -> None:
+    """Up to twice as many as ever: where passes read weights they are, and it is soon seen where not."""
+    now = 0.0
+    times = AnswerTimes(lambda: now)
+    times.ended(100)
+
+    def run(number: int, token_s: float) -> None:
+        nonlocal now
+        with ExitStack() as stack:
+            for _ in range(number):
+                stack.enter_context(times.running())
+            for _ in range(100):
+                now += token_s
+                for _ in range(number):
+                    times.came(1)
+
+    run(1, 0.01)
+    alone_s = times.longest_s(100, 1)
+    assert alone_s == pytest.approx(1.25, rel=0.05)
+    assert times.longest_s(100, 2) == pytest.approx(alone_s)
+    assert times.longest_s(100, 8) == pytest.approx(4 * alone_s)
+    run(4, 0.02)
+    for number, factor in ((1, 1), (2, 4 / 3), (4, 2), (8, 2), (64, 16)):
+        assert times.longest_s(100, number) == pytest.approx(factor * alone_s, rel=0.05)
