@@ -73,8 +73,6 @@ class AdaptiveChoice:
         """The size of the next round, chosen ahead; None: nothing was observed since the last one."""
         self._untried: Option | None = None
         """An option whose drafters are to be opened, to be tried."""
-        self._is_experiment = False
-        """Whether the round under way is one from which something is to be learned."""
         self._num_tries = 0
         """How often it was tried since they are open."""
         self._is_open: Callable[[str], bool] = lambda method: True
@@ -120,7 +118,7 @@ class AdaptiveChoice:
         self._load.observe(completed)
         self._pace.add(completed)
         round_ns = completed.draft.elapsed_ns + completed.verified.elapsed_ns
-        self._load.experiments.add(round_ns, self._load.num_sharers, is_experiment=self._is_experiment)
+        self._load.experiments.add(round_ns, self._load.num_sharers, is_experiment=size.is_experiment)
         if size.draft_depth and completed.draft.is_complete:
             self._by_method[size.method].observe(size, completed)
         self._next = self._wanted()
@@ -140,12 +138,16 @@ class AdaptiveChoice:
         if sharers < 2 or self._num_rounds % _BUSY_STRIDE == 1:
             self._weigh(prices)
         experiment = self._experiment(prices, sharers)
-        self._is_experiment = experiment is not None
         size = experiment or self._preferred(prices)
         confidence = 0.0
         if size.draft_depth:
             confidence = self._by_method[size.method].least_confidence(size, prices)
-        return replace(size, min_path_confidence=confidence, joining=self._joining())
+        return replace(
+            size,
+            min_path_confidence=confidence,
+            joining=self._joining(),
+            is_experiment=experiment is not None,
+        )
 
     def _weigh(self, prices: Prices) -> None:
         """Look anew at the best option and at another in turn, and settle which is the best of those open."""
@@ -169,8 +171,10 @@ class AdaptiveChoice:
         if option is None:
             return PLAIN_SIZE
         gain = option.gain
-        if prices.others:
-            if option is not self._common:
+        if prices.others and self._load.common == PLAIN:
+            return PLAIN_SIZE
+        if prices.others and (common := self._common) and self._may_join(common):
+            if option is not common:
                 return PLAIN_SIZE
             gain += option.unavoidable
         return option.best if gain > 0 else PLAIN_SIZE

@@ -94,8 +94,7 @@ class Line:
 
     def add(self, size: float, value: float) -> None:
         """Observe a value at a size."""
-        if self.count >= _WINDOW:
-            usual = self(size)
+        if self.count >= _WINDOW and (usual := self(size)):
             value = min(max(value, usual / _MOST_OFF), usual * _MOST_OFF)
         off = size - self._size.value if self.count else 0.0
         self._size.add(size)

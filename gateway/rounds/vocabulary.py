@@ -29,6 +29,8 @@ class DraftSize:
     """The method that drafts, where the request leaves it open; empty: all drafters of the request do."""
     joining: str = field(default="", compare=False)
     """A method whose drafters are opened beside the round, as a later round may want them; empty: none."""
+    is_experiment: bool = field(default=False, compare=False)
+    """Whether it was chosen to learn from it."""
 
 
 PLAIN_SIZE = DraftSize(0)
