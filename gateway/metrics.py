@@ -53,7 +53,7 @@ class GatewayMetrics:
             "specdec.preemptions",
             "method",
             unit="{preemption}",
-            description="Answers that had to wait again, because a verifier needed their room",
+            description="Sessions that a verifier ended, because it needed their KV for older ones",
         )
         self._rounds = Counter(meter, "specdec.rounds", "method", unit="{round}")
         self._fallback_rounds = Counter(

@@ -264,20 +264,24 @@ class LastingVerifierSession:
 
         Raises:
             AbortedError: the session was preempted again.
+            InvalidArgumentError: all replicas that are left are too small for it.
             SpecdecError: see `_reopen`.
         """
         self._owner.was_preempted()
+        self._was_open = True  # it has begun, even where its prompt was still read
         logger.info("verifier preempted the session", extra={"uri": self._lease.replica.uri})
-        full = [self._lease.replica]
+        full, too_small = [self._lease.replica], list[VerifierReplica]()
         while True:
             await self._stack.aclose()
             try:
-                replica = self._pick(without=full)
+                replica = self._pick(without=[*full, *too_small])
             except UnavailableError:
+                if self._lease.replica in too_small and not full:
+                    raise error from None
                 await self._owner.turn_again(error)
                 replica, full = self._lease.replica, []
                 with suppress(UnavailableError):
-                    replica = self._pick()
+                    replica = self._pick(without=too_small)
             try:
                 return await self._open_on(replica, traceparent)
             except UnavailableError as lost:
@@ -288,7 +292,7 @@ class LastingVerifierSession:
                 if not _concerns_one(other):
                     raise
                 error = other
-                full.append(replica)
+                (full if is_full(other) else too_small).append(replica)
 
     async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
         """Open on another replica, or on the same when it is back; one that is broken is tried once.

@@ -82,7 +82,7 @@ class CallerRow:
     share_of_answers: float | None
     """Its answered requests over those of all callers; null: none was answered."""
     longest_wait_s: float
-    """Longest time that an admitted request of it waited, seconds."""
+    """Longest time that a request of it waited, refused ones included, seconds."""
 
 
 def measured(records: Sequence[LoadRecord], config: LoadConfig) -> list[LoadRecord]:
@@ -129,7 +129,7 @@ def load_row(
         num_late_begun=sum(record.num_tokens > 0 for record in late),
         num_failed=sum(record.fate is Fate.FAILED for record in came),
         goodput_tokens_per_s=goodput(records, config)[1],
-        waited_s=Spread.of(record.waited_s for record in admitted),
+        waited_s=Spread.of(record.waited_s for record in came),
         ttft_s=Spread.of(record.ttft_s for record in answered if record.ttft_s is not None),
         total_s=Spread.of(record.total_s for record in answered),
     )
@@ -146,7 +146,7 @@ def caller_rows(
         own = [record for record in came if record.caller == caller]
         own_answered = sum(record.fate is Fate.ANSWERED for record in own)
         refused = [record for record in own if record.fate is Fate.REFUSED]
-        waits = (record.waited_s for record in own if record.fate is not Fate.REFUSED)
+        waits = (record.waited_s for record in own)
         rows.append(
             CallerRow(
                 offered_per_s=rate_per_s,
