@@ -49,14 +49,14 @@ class DraftPlan:
         """KV kept free for trees to a session's very end, in tokens; chosen sizes do without a reserve."""
         return 0 if self.candidates else self.draft_nodes
 
-    def control(self, controller: Controller, verifier: object) -> SizeControl:
+    def control(self, controller: Controller, verifier: object, *, is_greedy: bool) -> SizeControl:
         """Return what decides what each round drafts, on that verifier.
 
         Drafts are chosen for methods that exist: of a name that a client made up nothing is kept.
         """
         if not self.candidates or not self.is_offered:
             return FixedSize(self.size)
-        return controller.session(verifier, self.candidates)
+        return controller.session(verifier, self.candidates, is_greedy=is_greedy)
 
 
 def plan_drafts(

@@ -65,7 +65,9 @@ class RunningRequest:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._backends.answer_times.running())
             # Left in reverse order, the verifier's slot is freed first: a drafter may be slow to go.
-            control = self._plan.drafting.control(self._backends.controller, self._peers.verifier)
+            control = self._plan.drafting.control(
+                self._backends.controller, self._peers.verifier, is_greedy=self._plan.sampling.is_greedy
+            )
             stack.callback(control.close)
             drafter = await self._peers.enter_draft_source(stack, control.first_method)
             if isinstance(drafter, MergedDrafts):

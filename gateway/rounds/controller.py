@@ -48,8 +48,10 @@ class Controller:
     """Makes the control of each session."""
 
     def __init__(self) -> None:
-        self._loads: WeakKeyDictionary[object, VerifierLoad] = WeakKeyDictionary()
-        self._methods: dict[str, Method] = {}
+        self._loads: WeakKeyDictionary[object, dict[bool, VerifierLoad]] = WeakKeyDictionary()
+        """By verifier, and by whether sessions are greedy: picks that are sampled take time themselves."""
+        self._methods: dict[tuple[str, bool], Method] = {}
+        """By name, and likewise: sampled tokens are guessed less often."""
         self._records: WeakKeyDictionary[object, dict[str, TrackRecord]] = WeakKeyDictionary()
 
     def record(self, drafter: str, replica: Addressed) -> TrackRecord:
@@ -57,17 +59,21 @@ class Controller:
         records = self._records.setdefault(replica, {})
         return records.setdefault(drafter, TrackRecord(drafter, replica.uri))
 
-    def session(self, verifier: object, candidates: Sequence[Candidate]) -> SizeControl:
+    def session(
+        self, verifier: object, candidates: Sequence[Candidate], *, is_greedy: bool = True
+    ) -> SizeControl:
         """Return the control of one generation, which is to be closed at its end.
 
         Args:
             verifier: the replica it runs on; any object that lives as long as the replica does.
             candidates: methods to choose from round by round, all of which the gateway offers. Plain
                 decoding is always another.
+            is_greedy: whether its tokens are the most probable ones.
         """
-        load = self._loads.setdefault(verifier, VerifierLoad())
+        load = self._loads.setdefault(verifier, {}).setdefault(is_greedy, VerifierLoad())
+        methods = []
         for candidate in candidates:
-            known = self._methods.setdefault(candidate.method, Method())
+            methods.append(known := self._methods.setdefault((candidate.method, is_greedy), Method()))
             for budget in candidate.budgets:
                 known.stats.setdefault(budget, MethodStats.of(budget))
-        return AdaptiveChoice(load, candidates, [self._methods[each.method] for each in candidates])
+        return AdaptiveChoice(load, candidates, methods)

@@ -424,3 +424,19 @@ def test_experiments_take_a_bounded_share_of_the_time() -> None:
             time_ns[size.method] += done.draft.elapsed_ns + done.verified.elapsed_ns
     assert time_ns["dear"] < 0.06 * time_ns.total()
     assert time_ns["good"] > 0.9 * time_ns.total()
+
+
+def test_sampled_answers_learn_nothing_from_greedy_ones() -> None:
+    """Sampled tokens are guessed less often, and their picks take time."""
+    controller, replica = Controller(), Replica()
+    candidate = Candidate("mtp", DraftSize(4), longest=16)
+
+    def sizes(world: World, *, is_greedy: bool) -> list[DraftSize]:
+        control = controller.session(replica, [candidate], is_greedy=is_greedy)
+        found = run(control, world, 400)
+        control.close()
+        return found[200:]
+
+    assert usual(sizes(World(flat, lambda k: 1.0, 0.9), is_greedy=True)).draft_depth > 8
+    assert usual(sizes(World(steep, lambda k: 1.0, 0.1), is_greedy=False)).draft_depth == 0
+    assert usual(sizes(World(flat, lambda k: 1.0, 0.9), is_greedy=True)[:20]).draft_depth > 8

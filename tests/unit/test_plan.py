@@ -187,7 +187,7 @@ async def test_of_a_method_that_nobody_offers_nothing_is_kept() -> None:
             token_ids=gateway_pb2.TokenIds(token_ids=[1]), method=f"made-up-{number}"
         )
         plan = await make_plan(request, backends(), VERIFIER, max_new_tokens=40)
-        assert isinstance(plan.drafting.control(controller, object()), FixedSize)
+        assert isinstance(plan.drafting.control(controller, object(), is_greedy=True), FixedSize)
     assert not controller._methods
 
 
