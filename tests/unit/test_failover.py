@@ -270,6 +270,19 @@ async def test_where_nobody_has_room_a_preempted_session_waits_for_its_turn(
     world.assert_all_is_given_back()
 
 
+async def test_a_preempted_session_that_fits_nowhere_ends(make_world: Callable[..., World]) -> None:
+    """The verifier that it ran on is gone, and the other one is too small; nobody begins while it tries."""
+    too_small = InvalidArgumentError("larger than the pool", reason="EXCEEDS_KV_POOL")
+    world = make_world(None, *[too_small] * 9)
+    world.end_of_first = PREEMPTED
+    async with world.session() as session:
+        await session.open("")
+        with pytest.raises(InvalidArgumentError):
+            await session.verify(3, [], "")
+    assert len(world.refusals) <= 1
+    world.assert_all_is_given_back()
+
+
 @pytest.mark.parametrize("error", [LOST, InternalError("a defect")])
 async def test_a_preempted_session_may_be_lost_as_any_other(
     error: SpecdecError, make_world: Callable[..., World]
