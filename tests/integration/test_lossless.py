@@ -101,6 +101,7 @@ async def test_any_draft_length_gives_the_same_text(
 async def test_sizes_chosen_round_by_round_give_the_same_text(tiny_llama: Path, noisy_llama: Path) -> None:
     drafters = ("ngram", "wrong", f"noisy=causal-lm:{noisy_llama}")
     options = GenerateOptions(max_new_tokens=120, ignore_eos=True)
+    num_draft_tokens = 0
     async with running_system(tiny_llama, *drafters, families=TEST_FAMILIES) as system:
         for prompt in PROMPTS[:2]:
             plain = await system.client.generate(prompt, replace(options, method="none"))
@@ -111,7 +112,9 @@ async def test_sizes_chosen_round_by_round_give_the_same_text(tiny_llama: Path, 
             for method, answer in zip(methods, answers, strict=True):
                 assert answer.token_ids == plain.token_ids, method
                 assert_no_fallback(answer.speculation)
-            assert any(answer.speculation.num_draft_tokens for answer in answers)
+                num_draft_tokens += answer.speculation.num_draft_tokens
+    # Once it is known that drafts of so small a model do not pay, a whole answer may have none.
+    assert num_draft_tokens > 0
 
 
 async def test_drafts_that_are_never_accepted_are_given_up(tiny_llama: Path) -> None:
