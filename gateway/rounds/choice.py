@@ -117,8 +117,8 @@ class AdaptiveChoice:
         """Learn what the round cost and brought; where a drafter is lost or late, learn nothing of drafts."""
         self._load.observe(completed)
         self._pace.add(completed)
-        round_ns = completed.draft.elapsed_ns + completed.verified.elapsed_ns
-        self._load.experiments.add(round_ns, self._load.num_sharers, is_experiment=size.is_experiment)
+        num_waiting = self._load.num_sharers
+        self._load.experiments.add(completed.elapsed_ns, num_waiting, is_experiment=size.is_experiment)
         if size.draft_depth and completed.draft.is_complete:
             self._by_method[size.method].observe(size, completed)
         self._next = self._wanted()

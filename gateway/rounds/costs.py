@@ -6,9 +6,10 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from gateway.rounds.estimates import NEW_SHARE, Curve, Line, Mean, Median, Survival
+from gateway.rounds.estimates import NEW_SHARE, Curve, Mean, Median, Survival
 from gateway.rounds.vocabulary import DraftSize, Round
 from specdec.contract.methods import PLAIN
+from specdec.contract.step_costs import StepCosts
 
 _SHARE_OF_ALL = 0.02
 """Weight of a round among those of all sessions once there are many."""
@@ -18,6 +19,12 @@ _SHARE_OF_EXPERIMENTS = 0.03
 """Most of the time of all sessions that choices may take which are made to learn."""
 _EXPERIMENTS_MEMORY = 0.998
 """What a round's time becomes with the next one."""
+_MOST_PASSES = 1 / 0.003
+"""How many rounds the knowledge of what passes cost goes back."""
+_MOST_OFF = 1.5
+"""By which factor a pass may be off what is usual and still count as it is."""
+_LEAST_VARIANCE = 0.25
+"""How much the tokens of passes must differ, in squares, to tell what one costs."""
 _DRAFTS_TO_KNOW = 3
 """How many drafts it takes to know a node budget's cost."""
 _METHOD_MEMORY = 0.995
@@ -44,7 +51,7 @@ class Pace:
     def add(self, completed: Round) -> None:
         """Take a round in."""
         self.tokens.add(completed.verified.num_accepted_tokens + 1)
-        self.round_ns.add(completed.draft.elapsed_ns + completed.verified.elapsed_ns)
+        self.round_ns.add(completed.elapsed_ns)
 
     @property
     def count(self) -> int:
@@ -90,7 +97,7 @@ class VerifierLoad:
     """What passes of one verifier cost now, and how many sessions share them."""
 
     def __init__(self) -> None:
-        self.passes: dict[int, Line] = {}
+        self.passes: dict[int, StepCosts] = {}
         """Compute time by tokens of a pass, by level of load."""
         self.batch_size = Mean(1.0)
         self.waits = Median()
@@ -117,7 +124,8 @@ class VerifierLoad:
         self.pace.add(completed)
         # Prompts cost a pass other than drafts do: none of their tokens but the last has logits.
         if not verified.batch_background_tokens:
-            self.passes.setdefault(self.level, Line()).add(verified.batch_tokens, verified.compute_ns)
+            costs = self.passes.setdefault(self.level, _pass_costs())
+            costs.add(verified.batch_tokens, verified.compute_ns)
 
     def settle(self, method: str, gain: float) -> None:
         """Take in what a session would gain by a method, and settle which method is the common one."""
@@ -145,9 +153,13 @@ class VerifierLoad:
         """By how much a draft token makes a pass longer, nanoseconds; 0 until passes of several sizes were
         seen.
         """
-        known = (level for level, line in self.passes.items() if line.slope)
+        known = (level for level, costs in self.passes.items() if costs.token_ns)
         nearest = min(known, key=lambda level: abs(level - self.level), default=None)
-        return 0.0 if nearest is None else self.passes[nearest].slope
+        return 0.0 if nearest is None else self.passes[nearest].token_ns
+
+
+def _pass_costs() -> StepCosts:
+    return StepCosts(_MOST_PASSES, most_off=_MOST_OFF, least_variance=_LEAST_VARIANCE)
 
 
 @dataclass(slots=True)

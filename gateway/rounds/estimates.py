@@ -18,12 +18,6 @@ _EASE_TRIALS = 10.0
 _EASE_OF_OTHERS = 0.25
 """How much a try of another method says of this one."""
 _MOST_USUAL = 0.98
-_LINE_SHARE = 0.003
-"""Weight of a new observation on a line once there are many."""
-_LEAST_VARIANCE = 0.25
-"""How much sizes must differ, in squares, for a line to tell a slope."""
-_MOST_OFF = 1.5
-"""By which factor an observation may be off its line and still count as it is."""
 _FORGOTTEN_AFTER = 200
 """How many observations at other sizes it takes to forget what was seen at a size."""
 
@@ -67,44 +61,6 @@ class Median:
     def count(self) -> int:
         """How many values it is taken from."""
         return len(self._values)
-
-
-class Line:
-    """A quantity that grows with size by the same amount for each unit, as far as recent observations tell.
-
-    One that is far off for a reason of its own pulls the line only a little.
-    """
-
-    def __init__(self) -> None:
-        self._size = Mean(new_share=_LINE_SHARE)
-        self._value = Mean(new_share=_LINE_SHARE)
-        self._variance = Mean(new_share=_LINE_SHARE)
-        self._covariance = Mean(new_share=_LINE_SHARE)
-
-    @property
-    def count(self) -> int:
-        """How many observations it was taken from."""
-        return self._value.count
-
-    @property
-    def slope(self) -> float:
-        """By how much the quantity grows for each unit of size; 0 while only one size is known."""
-        variance = self._variance.value
-        return max(0.0, self._covariance.value / variance) if variance > _LEAST_VARIANCE else 0.0
-
-    def add(self, size: float, value: float) -> None:
-        """Observe a value at a size."""
-        if self.count >= _WINDOW and (usual := self(size)):
-            value = min(max(value, usual / _MOST_OFF), usual * _MOST_OFF)
-        off = size - self._size.value if self.count else 0.0
-        self._size.add(size)
-        self._value.add(value)
-        self._variance.add(off * (size - self._size.value))
-        self._covariance.add(off * (value - self._value.value))
-
-    def __call__(self, size: float) -> float:
-        """Return the value at a size; 0 while nothing is known."""
-        return max(0.0, self._value.value + self.slope * (size - self._size.value))
 
 
 @dataclass(slots=True)

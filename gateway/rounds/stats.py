@@ -119,7 +119,7 @@ class SpeculationTally:
             self._fallbacks.add(draft.fallback_code, draft.fallback_reason)
         self._draft_ns += draft.server_ns
         self._verify_ns += verified.server_ns
-        self._elapsed_ns += draft.elapsed_ns + verified.elapsed_ns
+        self._elapsed_ns += completed.elapsed_ns
         self._transport_ns += completed.transport_ns
 
     def stats(self) -> SpeculationStats:

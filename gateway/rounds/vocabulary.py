@@ -134,10 +134,14 @@ class Round:
     """When the target's answer was here, by time.monotonic_ns."""
 
     @property
+    def elapsed_ns(self) -> int:
+        """Time that was waited for the draft and the target's answer, nanoseconds."""
+        return self.draft.elapsed_ns + self.verified.elapsed_ns
+
+    @property
     def transport_ns(self) -> int:
         """Time on the wire and in gRPC, nanoseconds: what was waited for less what the services took."""
-        draft, verified = self.draft, self.verified
-        return max(0, draft.elapsed_ns + verified.elapsed_ns - draft.server_ns - verified.server_ns)
+        return max(0, self.elapsed_ns - self.draft.server_ns - self.verified.server_ns)
 
     @property
     def phases_ns(self) -> dict[str, int]:

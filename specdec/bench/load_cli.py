@@ -14,7 +14,20 @@ from specdec.bench import load_report, plots
 from specdec.bench.load import LoadConfig
 from specdec.bench.load_run import names_of, run_load
 from specdec.bench.services import gateway_at
-from specdec.bench.terminal import EXISTING_FILE, CommaList, out_option, progress_bar, shown_in, table_console
+from specdec.bench.terminal import (
+    EXISTING_FILE,
+    CommaList,
+    device_option,
+    dtype_option,
+    gateway_option,
+    limit_option,
+    max_new_tokens_option,
+    out_option,
+    progress_bar,
+    shown_in,
+    table_console,
+    temperature_option,
+)
 from specdec.cli.files import read_text
 from specdec.cli.numbers import integers, numbers
 from specdec.cli.streams import report
@@ -93,25 +106,9 @@ _DEFAULTS = LoadConfig()
     help="File of prompts, as `specdec bench run` takes it; the first turn of each is asked. May be given "
     "several times.",
 )
-@click.option(
-    "--limit",
-    type=integers(1),
-    help="Number of prompts to use, round-robin over the categories.  [default: all]",
-)
-@click.option(
-    "--max-new-tokens",
-    type=integers(1),
-    default=_DEFAULTS.max_new_tokens,
-    show_default=True,
-    help="Most tokens of an answer.",
-)
-@click.option(
-    "--temperature",
-    type=float,
-    default=_DEFAULTS.temperature,
-    show_default=True,
-    help="Softmax temperature; 0 is greedy.",
-)
+@limit_option
+@max_new_tokens_option(_DEFAULTS.max_new_tokens)
+@temperature_option
 @click.option(
     "--seed",
     type=int,
@@ -119,10 +116,10 @@ _DEFAULTS = LoadConfig()
     show_default=True,
     help="Seed of the times at which requests come, and of the sampling noise.",
 )
-@click.option("--gateway", help="Address of a running gateway.  [default: start the services for the run]")
+@gateway_option
 @click.option("--model", default="default", show_default=True, help="Model to start.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the model to start.")
-@click.option("--device", default="cpu", show_default=True, help="Device of the model to start.")
+@dtype_option
+@device_option
 @click.option(
     "--drafter",
     "drafters",

@@ -10,7 +10,16 @@ import click
 from specdec.bench import verify_pass
 from specdec.bench.peers.engines import require_usable
 from specdec.bench.services import verifier_at
-from specdec.bench.terminal import CommaList, lines_above, out_option, progress_bar, shown_in, table_console
+from specdec.bench.terminal import (
+    CommaList,
+    device_option,
+    dtype_option,
+    lines_above,
+    out_option,
+    progress_bar,
+    shown_in,
+    table_console,
+)
 from specdec.cli.numbers import integers
 from specdec.contract.errors import InvalidArgumentError
 
@@ -18,8 +27,8 @@ from specdec.contract.errors import InvalidArgumentError
 @click.command("pass")
 @click.option("--verifier", help="Address of a running, idle verifier.  [default: start one for the run]")
 @click.option("--model", default="default", show_default=True, help="Model to start.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the model to start.")
-@click.option("--device", default="cpu", show_default=True, help="Device of the model to start.")
+@dtype_option
+@device_option
 @click.option(
     "--tokens",
     "sizes",

@@ -17,11 +17,17 @@ from specdec.bench.services import gateway_at
 from specdec.bench.terminal import (
     EXISTING_FILE,
     CommaList,
+    device_option,
+    dtype_option,
+    gateway_option,
+    limit_option,
     lines_above,
+    max_new_tokens_option,
     out_option,
     progress_bar,
     shown_in,
     table_console,
+    temperature_option,
 )
 from specdec.cli.numbers import integers
 from specdec.cli.streams import report
@@ -76,25 +82,9 @@ _MEMORY_TOKENS = 200_000
     "requests. Only the drafters ngram and ngram-lm remember answers. With --gateway, the drafter service "
     "there must have been started with --ngram-memory.",
 )
-@click.option(
-    "--limit",
-    type=integers(1),
-    help="Number of prompts to use, round-robin over the categories.  [default: all]",
-)
-@click.option(
-    "--max-new-tokens",
-    type=integers(1),
-    default=_DEFAULTS.max_new_tokens,
-    show_default=True,
-    help="Most tokens of an answer.",
-)
-@click.option(
-    "--temperature",
-    type=float,
-    default=_DEFAULTS.temperature,
-    show_default=True,
-    help="Softmax temperature; 0 is greedy.",
-)
+@limit_option
+@max_new_tokens_option(_DEFAULTS.max_new_tokens)
+@temperature_option
 @click.option(
     "--seed", type=int, default=_DEFAULTS.seed, show_default=True, help="Seed of the sampling noise."
 )
@@ -136,12 +126,12 @@ _MEMORY_TOKENS = 200_000
     show_default=True,
     help="Prompts that each method answers first, without a record.",
 )
-@click.option("--gateway", help="Address of a running gateway.  [default: start the services for the run]")
+@gateway_option
 @click.option(
     "--model", default=_DEFAULTS.model, show_default=True, help="Model to start; the peers run it as well."
 )
-@click.option("--dtype", default="bfloat16", show_default=True, help="Data type of the model to start.")
-@click.option("--device", default="cpu", show_default=True, help="Device of the model to start.")
+@dtype_option
+@device_option
 @click.option(
     "--drafter",
     "drafters",

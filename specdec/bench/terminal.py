@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from specdec.cli.files import OutputFolder
+from specdec.cli.numbers import integers
 from specdec.contract.bounds import MAX_NUMBER, bound_passed
 
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -53,6 +54,40 @@ def out_option(files: str) -> Callable[..., Any]:
         type=OutputFolder(),
         required=True,
         help=f"Folder for {files}.",
+    )
+
+
+gateway_option = click.option(
+    "--gateway", help="Address of a running gateway.  [default: start the services for the run]"
+)
+"""The option --gateway of commands that start services where it is left out."""
+
+dtype_option = click.option(
+    "--dtype", default="bfloat16", show_default=True, help="Data type of the model to start."
+)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Device of the model to start."
+)
+
+limit_option = click.option(
+    "--limit",
+    type=integers(1),
+    help="Number of prompts to use, round-robin over the categories.  [default: all]",
+)
+
+temperature_option = click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="Softmax temperature; 0 is greedy."
+)
+
+
+def max_new_tokens_option(default: int) -> Callable[..., Any]:
+    """Return the option --max-new-tokens."""
+    return click.option(
+        "--max-new-tokens",
+        type=integers(1),
+        default=default,
+        show_default=True,
+        help="Most tokens of an answer.",
     )
 
 

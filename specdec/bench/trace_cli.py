@@ -8,7 +8,7 @@ import click
 
 from specdec.bench.experiment import BenchConfig
 from specdec.bench.run_cli import run_shown
-from specdec.bench.terminal import CommaList, out_option
+from specdec.bench.terminal import CommaList, gateway_option, out_option, temperature_option
 from specdec.bench.trace import TRACE_FILE, make_trace
 from specdec.cli.numbers import integers
 from specdec.cli.streams import report
@@ -50,14 +50,8 @@ _DEFAULTS = BenchConfig()
 @click.option(
     "--max-new-tokens", type=integers(2), default=48, show_default=True, help="Most tokens of an answer."
 )
-@click.option(
-    "--temperature",
-    type=float,
-    default=_DEFAULTS.temperature,
-    show_default=True,
-    help="Softmax temperature; 0 is greedy.",
-)
-@click.option("--gateway", help="Address of a running gateway.  [default: start the services for the run]")
+@temperature_option
+@gateway_option
 @out_option("trace.json and the files of `bench run`")
 def trace_command(
     methods: tuple[str, ...],

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from specdec.contract.errors import ResourceExhaustedError
 from specdec.contract.retry import advice_s
+from specdec.contract.step_costs import StepCosts
 
 _LINGER_SHARE = 1 / 8
 """How much later than the last time a source may come back and is still waited for, as a share of the last
@@ -57,30 +58,6 @@ class QueuedJob(WorkItem, Protocol):
 JobT = TypeVar("JobT", bound=QueuedJob)
 
 
-class StepCosts:
-    """What steps take, as a straight line over their tokens, which follows what is observed."""
-
-    def __init__(self) -> None:
-        self._weight = self._mean_tokens = self._mean_ns = 0.0
-        self._variance = self._covariance = 0.0
-
-    def add(self, num_tokens: int, step_ns: int) -> None:
-        """Take a step in."""
-        self._weight = min(_MOST_STEPS, self._weight + 1)
-        share = 1 / self._weight
-        tokens, ns = num_tokens - self._mean_tokens, step_ns - self._mean_ns
-        self._mean_tokens += share * tokens
-        self._mean_ns += share * ns
-        self._variance += share * ((1 - share) * tokens * tokens - self._variance)
-        self._covariance += share * ((1 - share) * tokens * ns - self._covariance)
-
-    @property
-    def fixed(self) -> float:
-        """Time of a step without tokens, nanoseconds; that of any step while none was of another size."""
-        slope = max(0.0, self._covariance / self._variance) if self._variance else 0.0
-        return max(0.0, self._mean_ns - slope * self._mean_tokens)
-
-
 class Scheduler(Generic[JobT]):
     """Jobs that wait, and the rules by which steps are made of them.
 
@@ -105,7 +82,7 @@ class Scheduler(Generic[JobT]):
         self._away_ns: dict[Hashable, int] = {}  # how long each source took to come back with its last item
         self._delivered_ns: dict[Hashable, int] = {}  # of sources that are away: when they got a result
         self._last_round_ns = 0  # what the last step took that had items of sources
-        self._step_costs = StepCosts()
+        self._step_costs = StepCosts(_MOST_STEPS)
         self._is_settled = False  # whether it is settled whom the next step waits for
         self._expected: set[Hashable] = set()  # those it waits for and that are not back yet
         self._linger_until_ns = 0

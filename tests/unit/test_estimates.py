@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.rounds.estimates import Curve, Line, Survival
+from gateway.rounds.estimates import Curve, Survival
+from specdec.contract.step_costs import StepCosts
 
 
 def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
@@ -27,28 +28,28 @@ def test_a_curve_is_linear_between_what_it_saw_and_never_falls() -> None:
 
 
 def test_a_line_tells_the_slope_and_is_hardly_moved_by_what_is_far_off() -> None:
-    line = Line()
-    assert line(5) == line.slope == 0
+    line = StepCosts(1 / 0.003, most_off=1.5, least_variance=0.25)
+    assert line(5) == line.token_ns == 0
     line.add(8, 20)
-    assert (line(100), line.slope) == (20, 0), "of one size it is not known what others take"
+    assert (line(100), line.token_ns) == (20, 0), "of one size it is not known what others take"
     for number in range(300):
         size = 8 + number % 40
         line.add(size, 20 + 0.5 * (size - 8))
-    assert line.slope == pytest.approx(0.5, rel=0.01)
+    assert line.token_ns == pytest.approx(0.5, rel=0.01)
     assert line(100) == pytest.approx(66, rel=0.01)
     line.add(9, 400)
     assert line(9) == pytest.approx(20.5, rel=0.05)
-    assert line.slope == pytest.approx(0.5, rel=0.05)
+    assert line.token_ns == pytest.approx(0.5, rel=0.05)
 
 
 def test_a_line_follows_what_changes() -> None:
-    line = Line()
+    line = StepCosts(1 / 0.003, most_off=1.5, least_variance=0.25)
     for factor in (1, 3):
         for number in range(2000):
             size = 1 + number % 16
             line.add(size, factor * (10 + size))
     assert line(16) == pytest.approx(78, rel=0.05)
-    assert line.slope == pytest.approx(3, rel=0.1)
+    assert line.token_ns == pytest.approx(3, rel=0.1)
 
 
 def test_acceptance_beyond_what_the_text_explains_is_what_counts() -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdec.contract.errors import ResourceExhaustedError
-from specdec.runtime.scheduler import Scheduler, StepCosts
+from specdec.contract.step_costs import StepCosts
+from specdec.runtime.scheduler import Scheduler
 
 STEP_NS = 80
 LINGER_NS = 10
@@ -220,7 +221,7 @@ def test_two_convoys_become_one_where_what_a_step_costs_anyway_is_more_than_they
 
 
 def test_what_a_step_costs_anyway_is_told_from_what_its_tokens_cost() -> None:
-    costs = StepCosts()
+    costs = StepCosts(50.0)
     costs.add(8, 100)
     assert costs.fixed == 100, "nothing is known of other sizes"
     for _ in range(20):
