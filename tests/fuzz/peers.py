@@ -157,7 +157,9 @@ class DraftPeer(Peer):
 
     @property
     def may_be_answered(self) -> bool:
-        return self.followed.is_honest and not self.followed.is_over
+        followed = self.followed
+        # A session that was told that nothing more will come ends, and its state with it, before its call.
+        return followed.is_honest and not followed.has_closed and not followed.is_over
 
     def right(self) -> Message | None:
         followed = self.followed
