@@ -12,6 +12,7 @@ from drafter_service.host import DrafterHost
 from drafter_service.service import SERVICE_NAME, DrafterServicer
 from specdec.runtime.model_thread import ModelThread
 from specdec.service.host import ServiceHost
+from specdec.service.interceptors import OpenCalls
 from specdec.service.process import run_service
 from specdec.service.sessions import SessionRules
 from specdec.service.telemetry import Telemetry
@@ -34,8 +35,9 @@ class DrafterServer:
         self._families = families
         self._watchdog: Watchdog | None = None
         self._outgoing_tls = config.outgoing_tls()
+        calls = OpenCalls()
         self.servicer = DrafterServicer(
-            telemetry, SessionRules(config.session_callers, config.idle_timeout_s)
+            telemetry, SessionRules(config.session_callers, config.idle_timeout_s), calls
         )
         register = partial(drafter_pb2_grpc.add_DrafterServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(
@@ -46,6 +48,7 @@ class DrafterServer:
             health_listen=config.health_listen,
             # A gateway has all its sessions on one connection.
             limits=ConnectionLimits(max_streams=config.max_sessions + SPARE_STREAMS),
+            calls=calls,
         )
         self._thread = ModelThread(SERVICE_NAME)  # last: a wrong configuration leaves no thread behind
 

@@ -20,21 +20,24 @@ from specdec.contract.request_limits import validate_cache_key
 from specdec.contract.sampling import SamplingParams, validate_probability
 from specdec.contract.target_state import STORAGE_TO_PROTO, TargetStateRef
 from specdec.runtime.engine import EngineResult
-from specdec.service.sessions import SessionRules, send
+from specdec.service.interceptors import OpenCalls
+from specdec.service.sessions import SessionContext, SessionRules, send
+from specdec.service.shared_call import serve_many
 from specdec.service.telemetry import Telemetry, context_of, record_span
 from specdec.transport.handshake import check_handshake, make_handshake
+from specdec.transport.server import SPARE_STREAMS
 from specdec.v1 import common_pb2, drafter_pb2, drafter_pb2_grpc
 
 SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["DrafterService"].full_name
 
-DraftContext = grpc.aio.ServicerContext[drafter_pb2.DraftRequest, drafter_pb2.DraftResponse]
+ManyContext = grpc.aio.ServicerContext[drafter_pb2.DraftManyRequest, drafter_pb2.DraftManyResponse]
 
 
 class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
     """Serves drafters when they are loaded."""
 
-    def __init__(self, telemetry: Telemetry, rules: SessionRules) -> None:
-        self._rules = rules
+    def __init__(self, telemetry: Telemetry, rules: SessionRules, calls: OpenCalls) -> None:
+        self._rules, self._calls = rules, calls
         self.host: DrafterHost | None = None
         self._tracer = telemetry.tracer
         self.metrics = DrafterMetrics(telemetry.meter)
@@ -45,7 +48,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         return self.host
 
     async def Draft(  # noqa: N802
-        self, requests: AsyncIterator[drafter_pb2.DraftRequest], context: DraftContext
+        self, requests: AsyncIterator[drafter_pb2.DraftRequest], context: SessionContext
     ) -> None:
         """Serve a session: an open, then rounds."""
         host = self._loaded()
@@ -79,6 +82,19 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
             async for request in messages:
                 result = await self._round(host, drafter, session, request)
                 await send(context, drafter_pb2.DraftResponse(result=result))
+
+    async def DraftMany(  # noqa: N802
+        self, requests: AsyncIterator[drafter_pb2.DraftManyRequest], context: ManyContext
+    ) -> None:
+        """Serve any number of sessions."""
+        await serve_many(
+            self.Draft,
+            requests,
+            context,
+            drafter_pb2.DraftManyResponse,
+            calls=self._calls,
+            max_sessions=self._loaded().config.max_sessions + SPARE_STREAMS,
+        )
 
     async def _round(
         self, host: DrafterHost, drafter: Drafter, session: DraftSession, request: drafter_pb2.DraftRequest

@@ -9,6 +9,7 @@ from functools import partial
 from specdec.runtime.memory import StateMemory
 from specdec.runtime.model_thread import ModelThread
 from specdec.service.host import ServiceHost
+from specdec.service.interceptors import OpenCalls
 from specdec.service.process import run_service
 from specdec.service.sessions import SessionRules
 from specdec.service.telemetry import Telemetry
@@ -30,8 +31,9 @@ class VerifierServer:
         self._telemetry = telemetry
         self._memory: StateMemory | None = None
         self._watchdog: Watchdog | None = None
+        calls = OpenCalls()
         self.servicer = VerifierServicer(
-            telemetry, SessionRules(config.session_callers, config.idle_timeout_s)
+            telemetry, SessionRules(config.session_callers, config.idle_timeout_s), calls
         )
         register = partial(verifier_pb2_grpc.add_VerifierServiceServicer_to_server, self.servicer)
         self.host = ServiceHost(
@@ -44,6 +46,7 @@ class VerifierServer:
             limits=ConnectionLimits(
                 max_streams=config.max_sessions * MAX_STREAMS_PER_SESSION + SPARE_STREAMS
             ),
+            calls=calls,
         )
         self._thread = ModelThread(SERVICE_NAME)  # last: a wrong configuration leaves no thread behind
 

@@ -29,10 +29,13 @@ from specdec.contract.request_limits import (
 )
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import STORAGE_TO_PROTO, ProjectionInfo, TargetStateSpec
-from specdec.service.sessions import WRITE_TIMEOUT_S, SessionRules, send
+from specdec.service.interceptors import OpenCalls
+from specdec.service.sessions import WRITE_TIMEOUT_S, SessionContext, SessionRules, send
+from specdec.service.shared_call import serve_many
 from specdec.service.telemetry import Telemetry, context_of, record_span
 from specdec.state.view import Projection, num_projection_bytes
 from specdec.transport.handshake import check_handshake, make_handshake
+from specdec.transport.server import SPARE_STREAMS
 from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from verifier_service.acceptance import FinishReason
 from verifier_service.metrics import VerifierMetrics
@@ -51,14 +54,14 @@ _FINISH_REASONS = {
     FinishReason.LENGTH: verifier_pb2.FINISH_REASON_LENGTH,
 }
 
-VerifyContext = grpc.aio.ServicerContext[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
+ManyContext = grpc.aio.ServicerContext[verifier_pb2.VerifyManyRequest, verifier_pb2.VerifyManyResponse]
 
 
 class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
     """Serves a verifier. Until the verifier is loaded, every call gets UnavailableError."""
 
-    def __init__(self, telemetry: Telemetry, rules: SessionRules) -> None:
-        self._rules = rules
+    def __init__(self, telemetry: Telemetry, rules: SessionRules, calls: OpenCalls) -> None:
+        self._rules, self._calls = rules, calls
         self.verifier: Verifier | None = None
         self.write_timeout_s = WRITE_TIMEOUT_S
         self.upload_timeout_s = UPLOAD_TIMEOUT_S
@@ -72,7 +75,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         return self.verifier
 
     async def Verify(  # noqa: N802
-        self, requests: AsyncIterator[verifier_pb2.VerifyRequest], context: VerifyContext
+        self, requests: AsyncIterator[verifier_pb2.VerifyRequest], context: SessionContext
     ) -> None:
         """Serve one session: an open, then rounds."""
         verifier = self._loaded()
@@ -109,6 +112,20 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             async for request in messages:
                 result = await self._round(verifier, session, request)
                 await send(context, verifier_pb2.VerifyResponse(result=result), self.write_timeout_s)
+
+    async def VerifyMany(  # noqa: N802
+        self, requests: AsyncIterator[verifier_pb2.VerifyManyRequest], context: ManyContext
+    ) -> None:
+        """Serve any number of sessions."""
+        await serve_many(
+            self.Verify,
+            requests,
+            context,
+            verifier_pb2.VerifyManyResponse,
+            calls=self._calls,
+            max_sessions=self._loaded().config.max_sessions + SPARE_STREAMS,
+            write_timeout_s=self.write_timeout_s,
+        )
 
     async def _round(
         self, verifier: Verifier, session: Session, request: verifier_pb2.VerifyRequest

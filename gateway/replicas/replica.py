@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.replicas.load import ReplicaLoad
+from gateway.replicas.shared_calls import CallKind, SharedCalls
 from specdec.contract.errors import SpecdecError, UnavailableError
 from specdec.contract.load import Load
 from specdec.transport.channel import ServiceChannel
@@ -53,13 +54,22 @@ class Replica(Generic[InfoT]):
 
     Args:
         server_name: name that the replica's certificate must carry; empty: the address's own.
+        kind: how its sessions share a call; None: it has no sessions.
     """
 
-    def __init__(self, uri: str, service: str, tls: OutgoingTls | None = None, server_name: str = "") -> None:
+    def __init__(
+        self,
+        uri: str,
+        service: str,
+        tls: OutgoingTls | None = None,
+        server_name: str = "",
+        kind: CallKind | None = None,
+    ) -> None:
         self.uri = uri
         self.service = service
         self.uses_tls = tls is not None
         self._channel = ServiceChannel(uri, service=service, tls=tls, server_name=server_name)
+        self._calls = SharedCalls(kind, self._channel.current, f"{kind.peer} {uri}") if kind else None
         self.load = ReplicaLoad()
         self.reason = _NOT_YET
         """Why it does not get sessions; empty: it does."""
@@ -74,8 +84,16 @@ class Replica(Generic[InfoT]):
         """The channel for a new call; another channel once certificates changed."""
         return self._channel.current()
 
+    @property
+    def calls(self) -> SharedCalls:
+        """The calls that its sessions share."""
+        assert self._calls is not None
+        return self._calls
+
     async def close(self) -> None:
-        """Close the channel."""
+        """End the sessions and close the channel."""
+        if self._calls:
+            await self._calls.close()
         await self._channel.close()
 
     @property

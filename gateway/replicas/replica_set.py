@@ -14,6 +14,7 @@ import grpc
 
 from gateway.replicas.names import Resolve, host_of, is_name, resolve_name
 from gateway.replicas.replica import InfoT, Replica, ReplicaWatch
+from gateway.replicas.shared_calls import CallKind
 from specdec.contract.errors import UnavailableError
 from specdec.transport.tls import OutgoingTls
 
@@ -38,6 +39,7 @@ class ReplicaSet(Generic[InfoT]):
         uris: addresses and names.
         get_info: see ReplicaWatch.
         check: see ReplicaWatch.
+        kind: how sessions on a replica share a call; None: there are no sessions.
         rng: draws the lots; None: a generator with a seed of its own.
     """
 
@@ -51,9 +53,11 @@ class ReplicaSet(Generic[InfoT]):
         resolve: Resolve = resolve_name,
         resolve_interval_s: float = RESOLVE_INTERVAL_S,
         tls: OutgoingTls | None = None,
+        kind: CallKind | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self.service = service
+        self._kind = kind
         self._rng = rng or random.Random()
         self._tls = tls
         self._get_info = get_info
@@ -94,7 +98,7 @@ class ReplicaSet(Generic[InfoT]):
 
     def _add(self, uri: str, server_name: str = "") -> None:
         self._watches[uri] = ReplicaWatch(
-            Replica(uri, self.service, self._tls, server_name),
+            Replica(uri, self.service, self._tls, server_name, self._kind),
             get_info=self._get_info,
             check=self._check,
             on_change=self._notify,

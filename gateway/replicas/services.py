@@ -8,6 +8,7 @@ import grpc
 
 from gateway.replicas.names import Resolve, resolve_name
 from gateway.replicas.replica_set import RESOLVE_INTERVAL_S, ReplicaSet
+from gateway.replicas.sessions import DRAFTING, VERIFYING
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import is_drafter_name
 from specdec.transport.handshake import check_protocol_version, check_vocabulary
@@ -54,6 +55,7 @@ def make_verifier_set(
         resolve=resolve,
         resolve_interval_s=resolve_interval_s,
         tls=tls,
+        kind=VERIFYING,
     )
 
 
@@ -77,7 +79,7 @@ def make_drafter_set(uris: Sequence[str], *, tls: OutgoingTls | None = None) -> 
         info = await stub.GetInfo(request, timeout=_INFO_TIMEOUT_S)
         return info
 
-    return ReplicaSet(DRAFTER_SERVICE, uris, get_info=get_info, check=check, tls=tls)
+    return ReplicaSet(DRAFTER_SERVICE, uris, get_info=get_info, check=check, tls=tls, kind=DRAFTING)
 
 
 def find_drafter(

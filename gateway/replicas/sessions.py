@@ -1,26 +1,18 @@
-"""Sessions on remote services: one bidirectional stream each, one message per round in each direction."""
+"""Sessions on remote services: one request and one answer a round."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any
-
-import grpc
 
 from gateway.replicas.remote_state import RemoteState
+from gateway.replicas.shared_calls import CallKind, SharedCalls
 from gateway.rounds.vocabulary import Draft, DraftRequest, StateHandle, TokenLogprobs, Verified
 from specdec.contract.errors import (
-    DeadlineExceededError,
     FailedPreconditionError,
-    RequestCancelledError,
-    SpecdecError,
     UnavailableError,
-    from_rpc_error,
 )
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.load import Load
@@ -36,74 +28,16 @@ from specdec.v1 import (
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_TIMEOUT_S = 1.0
-_DEADLINE_SLACK_S = 0.01
-_BROKEN_WRITE = "Internal error from Core"
-"""What grpc.aio says of a call that ended while a message was written; the status it ended with is lost."""
-
-
-class _SessionCall:
-    """A request-response exchange over a bidirectional call."""
-
-    def __init__(self, call: Any, peer: str) -> None:
-        self._call = call
-        self._peer = peer
-
-    async def exchange(self, request: Any) -> tuple[Any, int]:
-        """Send one message and await its answer; the result is the answer and the time it took, nanoseconds.
-
-        Raises:
-            SpecdecError: the service refused, or it is gone.
-        """
-        started_ns = time.monotonic_ns()
-        try:
-            await self._call.write(request)
-            response = await self._call.read()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-            raise await self._failure() from None
-        if response is grpc.aio.EOF:
-            raise await self._failure()
-        if response is None:
-            # What grpc.aio makes of bytes that are not a message of the type.
-            raise UnavailableError(
-                f"{self._peer} sent a message that cannot be read.", reason="MALFORMED_REPLY"
-            )
-        return response, time.monotonic_ns() - started_ns
-
-    async def _failure(self) -> SpecdecError:
-        """Return the error that ended the call."""
-        code = await self._call.code()
-        metadata = await self._call.trailing_metadata()
-        if code is grpc.StatusCode.OK:
-            return UnavailableError(f"{self._peer} ended the session.")
-        error = from_rpc_error(
-            grpc.aio.AioRpcError(
-                code, await self._call.initial_metadata(), metadata, await self._call.details()
-            )
-        )
-        if error.message == _BROKEN_WRITE:
-            remaining_s = self._call.time_remaining()
-            is_late = remaining_s is not None and remaining_s < _DEADLINE_SLACK_S
-            error = DeadlineExceededError("") if is_late else UnavailableError("the stream broke")
-        # A peer whose grace is over cancels what still runs; we never read on after cancelling ourselves.
-        if isinstance(error, UnavailableError | RequestCancelledError):
-            return UnavailableError(
-                f"{self._peer} was lost ({error.message}); send the request again.",
-                reason="PEER_LOST",
-                retry_after_s=1.0,
-            )
-        if isinstance(error, DeadlineExceededError):
-            return DeadlineExceededError("The deadline passed before the generation was complete.")
-        return error
-
-    async def close(self) -> None:
-        """End the call in order, or by force if the service does not follow."""
-        with suppress(Exception):
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await self._call.done_writing()
-                await self._call.code()
-        self._call.cancel()
-
+VERIFYING = CallKind(
+    lambda channel: verifier_pb2_grpc.VerifierServiceStub(channel).VerifyMany(),
+    verifier_pb2.VerifyManyRequest,
+    "Verifier",
+)
+DRAFTING = CallKind(
+    lambda channel: drafter_pb2_grpc.DrafterServiceStub(channel).DraftMany(),
+    drafter_pb2.DraftManyRequest,
+    "Drafter",
+)
 
 OnLoad = Callable[[Load], None]
 """Told how busy a replica says it is."""
@@ -120,7 +54,7 @@ class RemoteVerifierSession:
 
     def __init__(
         self,
-        channel: grpc.aio.Channel,
+        calls: SharedCalls,
         uri: str,
         request: verifier_pb2.VerifyOpen,
         timeout_s: float | None,
@@ -129,8 +63,7 @@ class RemoteVerifierSession:
         on_load: OnLoad,
         round_timeout_s: float | None = None,
     ) -> None:
-        call = verifier_pb2_grpc.VerifierServiceStub(channel).Verify(timeout=timeout_s)
-        self._stream = _SessionCall(call, f"Verifier {uri}")
+        self._stream = calls.begin(timeout_s)
         self._request = request
         self._drafters = drafters
         self._on_load = on_load
@@ -241,15 +174,13 @@ class RemoteDrafterSession:
 
     def __init__(
         self,
-        channel: grpc.aio.Channel,
-        uri: str,
+        calls: SharedCalls,
         timeout_s: float | None,
         drafter: drafter_pb2.DrafterInfo,
         on_load: OnLoad,
     ) -> None:
-        call = drafter_pb2_grpc.DrafterServiceStub(channel).Draft(timeout=timeout_s)
         self._on_load = on_load
-        self._stream = _SessionCall(call, f"Drafter {uri}")
+        self._stream = calls.begin(timeout_s)
         self._drafter = drafter
         self.reads_target_state = drafter.HasField("target_state_spec")
         self._num_known_blocks = 0

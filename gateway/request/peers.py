@@ -92,7 +92,7 @@ class Peers:
         self._verifier_uri = verifier.uri
         readers = tuple(self._state_specs)
         return RemoteVerifierSession(
-            verifier.channel,
+            verifier.calls,
             verifier.uri,
             message,
             timeout_s,
@@ -172,7 +172,7 @@ class Peers:
         assert replica.info is not None
         drafter = find_drafter(replica.info, name)
         assert drafter is not None
-        session = RemoteDrafterSession(replica.channel, replica.uri, self._left_s, drafter, replica.load.told)
+        session = RemoteDrafterSession(replica.calls, self._left_s, drafter, replica.load.told)
         record = self._backends.controller.record(name, replica)
         leased = LeasedDrafterSession(session, replica, record)
         try:

@@ -29,7 +29,10 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from specdec.v1 import common_pb2
+
 ERROR_DOMAIN = "specdec.v1"
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 SESSION_PREEMPTED = "SESSION_PREEMPTED"
 """Reason of an AbortedError: the KV of a verifier's session went to an older one."""
 _DETAILS_METADATA = "grpc-status-details-bin"
@@ -196,6 +199,24 @@ def to_status(error: SpecdecError, request_id: str = "") -> grpc.Status:
     return rpc_status.to_status(proto)
 
 
+def end_of(error: SpecdecError, request_id: str = "") -> common_pb2.SessionEnd:
+    """Return an error as the end of a session that shares its call with others."""
+    status = to_status(error, request_id)
+    metadata: Any = status.trailing_metadata or ()
+    details = dict(metadata).get(_DETAILS_METADATA, b"")
+    return common_pb2.SessionEnd(code=status.code.value[0], message=status.details, details=details)
+
+
+def from_end(end: common_pb2.SessionEnd) -> SpecdecError:
+    """Return the typed error of a session that shared its call with others."""
+    return _from_status(status_of(end.code), end.message, end.details)
+
+
+def status_of(number: int) -> grpc.StatusCode:
+    """Return the status code of a number; UNKNOWN: there is none."""
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
+
+
 def _shortened(message: str) -> str:
     """Cut the middle out of a long message, which begins with what is wrong and ends with what to do."""
     # The middle is never kept, so megabytes of it need not be measured.
@@ -219,14 +240,16 @@ def _pack(status: status_pb2.Status, detail: Message) -> None:
 
 def from_rpc_error(error: grpc.RpcError) -> SpecdecError:
     """Return the typed error of a failed call, on either gRPC stack, with the details the server sent."""
-    code, message = error.code(), error.details() or ""
+    metadata: Any = error.trailing_metadata() or ()  # pairs on either stack; the stubs disagree
+    details = next((value for key, value in metadata if key == _DETAILS_METADATA), b"")
+    return _from_status(error.code(), error.details() or "", details)
+
+
+def _from_status(code: grpc.StatusCode, message: str, details: bytes) -> SpecdecError:
     error_type = _ERROR_TYPES.get(code, InternalError)
     result = error_type(message or f"The call failed with {code.name}.")
-    metadata: Any = error.trailing_metadata() or ()  # pairs on either stack; the stubs disagree
-    for key, value in metadata:
-        if key == _DETAILS_METADATA:
-            with suppress(DecodeError):  # the code counts even if the details are garbage
-                _read_details(result, value)
+    with suppress(DecodeError):  # the code counts even if the details are garbage
+        _read_details(result, details)
     return result
 
 

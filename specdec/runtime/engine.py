@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from specdec.contract.errors import InternalError, SpecdecError, UnavailableError, log_defect
 from specdec.contract.request_id import REQUEST_ID
@@ -65,13 +65,6 @@ class _Submission(Generic[ItemT, ResultT]):
     @property
     def is_cancelled(self) -> bool:
         return self.future.cancelled()
-
-    def post(self, outcome: EngineResult[ResultT] | SpecdecError) -> None:
-        """Hand the outcome to the event loop that waits for it."""
-        try:
-            self.loop.call_soon_threadsafe(_resolve, self.future, outcome)
-        except RuntimeError:
-            logger.debug("the event loop ended before a result was ready")
 
 
 class Engine(Generic[ItemT, ResultT]):
@@ -198,8 +191,7 @@ class Engine(Generic[ItemT, ResultT]):
         self._report(len(batch), num_tokens_of(batch), ended_ns - started_ns)
 
     def _fail(self, submissions: Sequence[_Submission[ItemT, ResultT]], error: SpecdecError) -> None:
-        for submission in submissions:
-            submission.post(error)
+        _post([(submission, error) for submission in submissions])
 
     def _next_batch(self) -> list[_Submission[ItemT, ResultT]]:
         """Wait for work. Return the items of the next step, none when closed."""
@@ -245,14 +237,17 @@ class Engine(Generic[ItemT, ResultT]):
     ) -> None:
         compute_ns, num_tokens = ended_ns - started_ns, num_tokens_of(batch)
         num_background = num_tokens_of([each for each in batch if not each.is_urgent])
-        for submission, outcome in zip(batch, outcomes, strict=True):
+
+        def told(
+            submission: _Submission[ItemT, ResultT], outcome: ResultT | SpecdecError
+        ) -> EngineResult[ResultT] | SpecdecError:
             if isinstance(outcome, SpecdecError):
-                submission.post(outcome)
-            else:
-                queue_ns = started_ns - submission.submitted_ns
-                submission.post(
-                    EngineResult(outcome, queue_ns, compute_ns, len(batch), num_tokens, num_background)
-                )
+                return outcome
+            queue_ns = started_ns - submission.submitted_ns
+            return EngineResult(outcome, queue_ns, compute_ns, len(batch), num_tokens, num_background)
+
+        pairs = zip(batch, outcomes, strict=True)
+        _post([(submission, told(submission, outcome)) for submission, outcome in pairs])
 
     def _report(self, batch_size: int, batch_tokens: int, compute_ns: int) -> None:
         try:
@@ -269,12 +264,24 @@ def _hang_error() -> UnavailableError:
     return UnavailableError("The model's pass hangs; try another replica.", reason="ENGINE_HANGS")
 
 
-def _resolve(
-    future: asyncio.Future[EngineResult[ResultT]], outcome: EngineResult[ResultT] | SpecdecError
-) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, SpecdecError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
+def _post(told: Sequence[tuple[_Submission[Any, Any], EngineResult[Any] | SpecdecError]]) -> None:
+    """Hand outcomes to the event loops that wait for them, to each all at once: what its tasks then send to
+    one peer goes together."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
+    for submission, outcome in told:
+        by_loop.setdefault(submission.loop, []).append((submission.future, outcome))
+    for loop, outcomes in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, outcomes)
+        except RuntimeError:
+            logger.debug("the event loop ended before a result was ready")
+
+
+def _resolve(outcomes: Sequence[tuple[asyncio.Future[Any], EngineResult[Any] | SpecdecError]]) -> None:
+    for future, outcome in outcomes:
+        if future.done():
+            continue
+        if isinstance(outcome, SpecdecError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -38,6 +38,7 @@ class ServiceHost:
         health_listen: host:port of a plaintext port that serves health only; empty: there is no such port.
         limits: what each connection may have.
         on_drain: called when the server begins to stop, before running calls are waited for.
+        calls: counts the calls that are waited for; the servicer has it too where sessions share a call.
 
     Raises:
         InvalidArgumentError: the TLS files are not valid.
@@ -54,6 +55,7 @@ class ServiceHost:
         health_listen: str = "",
         limits: ConnectionLimits = DEFAULT_LIMITS,
         on_drain: Callable[[], None] = lambda: None,
+        calls: OpenCalls | None = None,
     ) -> None:
         self.address = listen
         """The address of the server, with the real port after the start."""
@@ -67,7 +69,7 @@ class ServiceHost:
         interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor(), self.first_messages]
         if authenticator:
             interceptors.append(AuthInterceptor(authenticator))
-        self._calls = OpenCalls()
+        self._calls = calls or OpenCalls()
         interceptors.append(HouseInterceptor(self._calls))
         self._server = grpc.aio.server(interceptors=interceptors, options=server_options(limits))
         self._health = HealthService()
@@ -124,6 +126,7 @@ class ServiceHost:
         Only calls of the service itself are waited for: a peer may leave a watch or a status unread for ever.
         """
         self._health.drain()
+        self._calls.draining.set()
         self._on_drain()
         if grace_s:
             await self._stop_within(grace_s)

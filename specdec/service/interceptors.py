@@ -59,6 +59,8 @@ class OpenCalls:
 
     def __init__(self) -> None:
         self.num_open = 0
+        self.draining = asyncio.Event()
+        """Set when the server ends, and takes nothing new."""
         self._none_left = asyncio.Event()
         self._none_left.set()
 
@@ -69,14 +71,27 @@ class OpenCalls:
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Count a call within the block."""
-        self.num_open += 1
-        self._none_left.clear()
+        self._add(1)
         try:
             yield
         finally:
-            self.num_open -= 1
-            if not self.num_open:
-                self._none_left.set()
+            self._add(-1)
+
+    @contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """Leave out, within the block, the call that it runs in."""
+        self._add(-1)
+        try:
+            yield
+        finally:
+            self._add(1)
+
+    def _add(self, change: int) -> None:
+        self.num_open += change
+        if self.num_open:
+            self._none_left.clear()
+        else:
+            self._none_left.set()
 
 
 class HouseInterceptor(grpc.aio.ServerInterceptor):
@@ -152,11 +167,17 @@ def _with_errors(
                 # A write failed because the peer is gone; gRPC ends the call by itself.
                 logger.info("the peer went away in a write", extra={"peer": context.peer()})
             except Exception as error:
-                log_defect(logger, "request failed", error)
-                message = f"The server has a defect: {type(error).__name__}: {error}"
-                await _abort(context, InternalError(message))
+                await _abort(context, as_error(error))
 
     return call
+
+
+def as_error(error: Exception) -> SpecdecError:
+    """Return what a request failed with, as the error that its peer gets; a defect is logged."""
+    if isinstance(error, SpecdecError):
+        return error
+    log_defect(logger, "request failed", error)
+    return InternalError(f"The server has a defect: {type(error).__name__}: {error}")
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: SpecdecError) -> None:

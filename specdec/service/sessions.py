@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
@@ -15,6 +15,19 @@ _Message = TypeVar("_Message")
 
 WRITE_TIMEOUT_S = 60.0
 """Seconds within which a peer must read a message; until then it holds memory and a session."""
+
+
+class SessionContext(Protocol):
+    """What a session's handler needs of its call, or of its part in a call that it shares."""
+
+    async def write(self, message: Any, /) -> None:
+        """Send a message to the session's peer."""
+
+    def auth_context(self) -> Mapping[str, Any]:
+        """Return what the peer's certificate says."""
+
+    def time_remaining(self) -> float | None:
+        """Return the seconds until the session's deadline; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +42,7 @@ class SessionRules:
     callers: frozenset[str] = frozenset()
     idle_timeout_s: float = 300.0
 
-    def admit(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def admit(self, context: SessionContext) -> None:
         """Refuse a caller that may not open a session.
 
         Raises:
@@ -64,9 +77,7 @@ class SessionRules:
             yield request
 
 
-async def send(
-    context: grpc.aio.ServicerContext[Any, Any], message: Any, timeout_s: float = WRITE_TIMEOUT_S
-) -> None:
+async def send(context: SessionContext, message: Any, timeout_s: float = WRITE_TIMEOUT_S) -> None:
     """Write a message to a stream.
 
     Raises:

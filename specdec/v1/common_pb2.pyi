@@ -1,10 +1,22 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class SessionChange(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SESSION_CHANGE_UNSPECIFIED: _ClassVar[SessionChange]
+    SESSION_CHANGE_BEGIN: _ClassVar[SessionChange]
+    SESSION_CHANGE_DONE: _ClassVar[SessionChange]
+    SESSION_CHANGE_CANCEL: _ClassVar[SessionChange]
+SESSION_CHANGE_UNSPECIFIED: SessionChange
+SESSION_CHANGE_BEGIN: SessionChange
+SESSION_CHANGE_DONE: SessionChange
+SESSION_CHANGE_CANCEL: SessionChange
 
 class Handshake(_message.Message):
     __slots__ = ("protocol_version", "model_id", "vocabulary_fingerprint", "min_protocol_version")
@@ -80,6 +92,16 @@ class PhaseTimings(_message.Message):
     batch_tokens: int
     batch_background_tokens: int
     def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., batch_size: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., batch_background_tokens: _Optional[int] = ...) -> None: ...
+
+class SessionEnd(_message.Message):
+    __slots__ = ("code", "message", "details")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    details: bytes
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("num_sessions", "max_sessions", "num_waiting", "kv_capacity_tokens", "kv_free_tokens")

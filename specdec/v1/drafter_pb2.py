@@ -26,7 +26,7 @@ from specdec.v1 import common_pb2 as specdec_dot_v1_dot_common__pb2
 from specdec.v1 import target_state_pb2 as specdec_dot_v1_dot_target__state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specdec/v1/drafter.proto\x12\nspecdec.v1\x1a\x17specdec/v1/common.proto\x1a\x1dspecdec/v1/target_state.proto\"~\n\x0c\x44raftRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.specdec.v1.DraftOpenH\x00\x12\'\n\x05round\x18\x02 \x01(\x0b\x32\x16.specdec.v1.DraftRoundH\x00\x12\x13\n\x0btraceparent\x18\x03 \x01(\tB\t\n\x07message\"\x96\x02\n\tDraftOpen\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12\x0f\n\x07\x64rafter\x18\x02 \x01(\t\x12\x1b\n\x13\x63ommitted_token_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_length\x18\x06 \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.SamplingParams\x12\x12\n\nmax_length\x18\x05 \x01(\r\x12\x1c\n\x14min_draft_confidence\x18\x07 \x01(\x02\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x12\n\ncaller_key\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\"\xbc\x01\n\nDraftRound\x12\x1b\n\x13\x63ommitted_token_ids\x18\x01 \x03(\r\x12\x18\n\x10\x63ommitted_length\x18\x02 \x01(\r\x12\x13\n\x0b\x64raft_depth\x18\x03 \x01(\r\x12\x30\n\x0ctarget_state\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.TargetStateRef\x12\x13\n\x0b\x64raft_nodes\x18\x05 \x01(\r\x12\x1b\n\x13min_path_confidence\x18\x06 \x01(\x02\"p\n\rDraftResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.specdec.v1.DraftOpenedH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.specdec.v1.DraftResultH\x00\x42\t\n\x07message\"\x82\x01\n\x0b\x44raftOpened\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12)\n\x07timings\x18\x02 \x01(\x0b\x32\x18.specdec.v1.PhaseTimings\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.specdec.v1.Load\"\x89\x01\n\x0b\x44raftResult\x12\x17\n\x0f\x64raft_token_ids\x18\x01 \x03(\r\x12\x16\n\x0eparent_indices\x18\x02 \x03(\x05\x12)\n\x07timings\x18\x03 \x01(\x0b\x32\x18.specdec.v1.PhaseTimings\x12\x1e\n\x04load\x18\x04 \x01(\x0b\x32\x10.specdec.v1.Load\"\x1e\n\x1c\x44rafterServiceGetInfoRequest\"\xd8\x01\n\x0b\x44rafterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.specdec.v1.ModelInfo\x12\x17\n\x0fmax_draft_depth\x18\x04 \x01(\r\x12\x1b\n\x13\x64\x65\x66\x61ult_draft_depth\x18\x05 \x01(\r\x12\x36\n\x11target_state_spec\x18\x06 \x01(\x0b\x32\x1b.specdec.v1.TargetStateSpec\x12\x17\n\x0fmax_draft_nodes\x18\x07 \x01(\r\"\xfa\x01\n\x1d\x44rafterServiceGetInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12)\n\x08\x64rafters\x18\x02 \x03(\x0b\x32\x17.specdec.v1.DrafterInfo\x12\x14\n\x0cmax_sessions\x18\x03 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x04 \x01(\r\x12*\n\x0bstate_links\x18\x05 \x03(\x0b\x32\x15.specdec.v1.StateLink\x12\x1c\n\x14min_protocol_version\x18\x06 \x01(\r\x12\x1e\n\x04load\x18\x07 \x01(\x0b\x32\x10.specdec.v1.Load\"{\n\tStateLink\x12\x14\n\x0cverifier_uri\x18\x01 \x01(\t\x12)\n\x07storage\x18\x02 \x01(\x0e\x32\x18.specdec.v1.StateStorage\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\x04 \x01(\t2\xb2\x01\n\x0e\x44rafterService\x12@\n\x05\x44raft\x12\x18.specdec.v1.DraftRequest\x1a\x19.specdec.v1.DraftResponse(\x01\x30\x01\x12^\n\x07GetInfo\x12(.specdec.v1.DrafterServiceGetInfoRequest\x1a).specdec.v1.DrafterServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specdec/v1/drafter.proto\x12\nspecdec.v1\x1a\x17specdec/v1/common.proto\x1a\x1dspecdec/v1/target_state.proto\"~\n\x0c\x44raftRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.specdec.v1.DraftOpenH\x00\x12\'\n\x05round\x18\x02 \x01(\x0b\x32\x16.specdec.v1.DraftRoundH\x00\x12\x13\n\x0btraceparent\x18\x03 \x01(\tB\t\n\x07message\"\xc8\x01\n\x10\x44raftManyRequest\x12\x30\n\x05items\x18\x01 \x03(\x0b\x32!.specdec.v1.DraftManyRequest.Item\x1a\x81\x01\n\x04Item\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12)\n\x06\x63hange\x18\x02 \x01(\x0e\x32\x19.specdec.v1.SessionChange\x12)\n\x07request\x18\x03 \x01(\x0b\x32\x18.specdec.v1.DraftRequest\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\"\xb1\x01\n\x11\x44raftManyResponse\x12\x31\n\x05items\x18\x01 \x03(\x0b\x32\".specdec.v1.DraftManyResponse.Item\x1ai\n\x04Item\x12\x0f\n\x07session\x18\x01 \x01(\x04\x12+\n\x08response\x18\x02 \x01(\x0b\x32\x19.specdec.v1.DraftResponse\x12#\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x16.specdec.v1.SessionEnd\"\x96\x02\n\tDraftOpen\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12\x0f\n\x07\x64rafter\x18\x02 \x01(\t\x12\x1b\n\x13\x63ommitted_token_ids\x18\x03 \x03(\r\x12\x15\n\rprompt_length\x18\x06 \x01(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.SamplingParams\x12\x12\n\nmax_length\x18\x05 \x01(\r\x12\x1c\n\x14min_draft_confidence\x18\x07 \x01(\x02\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x12\n\ncaller_key\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\"\xbc\x01\n\nDraftRound\x12\x1b\n\x13\x63ommitted_token_ids\x18\x01 \x03(\r\x12\x18\n\x10\x63ommitted_length\x18\x02 \x01(\r\x12\x13\n\x0b\x64raft_depth\x18\x03 \x01(\r\x12\x30\n\x0ctarget_state\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.TargetStateRef\x12\x13\n\x0b\x64raft_nodes\x18\x05 \x01(\r\x12\x1b\n\x13min_path_confidence\x18\x06 \x01(\x02\"p\n\rDraftResponse\x12)\n\x06opened\x18\x01 \x01(\x0b\x32\x17.specdec.v1.DraftOpenedH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.specdec.v1.DraftResultH\x00\x42\t\n\x07message\"\x82\x01\n\x0b\x44raftOpened\x12(\n\thandshake\x18\x01 \x01(\x0b\x32\x15.specdec.v1.Handshake\x12)\n\x07timings\x18\x02 \x01(\x0b\x32\x18.specdec.v1.PhaseTimings\x12\x1e\n\x04load\x18\x03 \x01(\x0b\x32\x10.specdec.v1.Load\"\x89\x01\n\x0b\x44raftResult\x12\x17\n\x0f\x64raft_token_ids\x18\x01 \x03(\r\x12\x16\n\x0eparent_indices\x18\x02 \x03(\x05\x12)\n\x07timings\x18\x03 \x01(\x0b\x32\x18.specdec.v1.PhaseTimings\x12\x1e\n\x04load\x18\x04 \x01(\x0b\x32\x10.specdec.v1.Load\"\x1e\n\x1c\x44rafterServiceGetInfoRequest\"\xd8\x01\n\x0b\x44rafterInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12$\n\x05model\x18\x03 \x01(\x0b\x32\x15.specdec.v1.ModelInfo\x12\x17\n\x0fmax_draft_depth\x18\x04 \x01(\r\x12\x1b\n\x13\x64\x65\x66\x61ult_draft_depth\x18\x05 \x01(\r\x12\x36\n\x11target_state_spec\x18\x06 \x01(\x0b\x32\x1b.specdec.v1.TargetStateSpec\x12\x17\n\x0fmax_draft_nodes\x18\x07 \x01(\r\"\xfa\x01\n\x1d\x44rafterServiceGetInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12)\n\x08\x64rafters\x18\x02 \x03(\x0b\x32\x17.specdec.v1.DrafterInfo\x12\x14\n\x0cmax_sessions\x18\x03 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x04 \x01(\r\x12*\n\x0bstate_links\x18\x05 \x03(\x0b\x32\x15.specdec.v1.StateLink\x12\x1c\n\x14min_protocol_version\x18\x06 \x01(\r\x12\x1e\n\x04load\x18\x07 \x01(\x0b\x32\x10.specdec.v1.Load\"{\n\tStateLink\x12\x14\n\x0cverifier_uri\x18\x01 \x01(\t\x12)\n\x07storage\x18\x02 \x01(\x0e\x32\x18.specdec.v1.StateStorage\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\x04 \x01(\t2\x80\x02\n\x0e\x44rafterService\x12@\n\x05\x44raft\x12\x18.specdec.v1.DraftRequest\x1a\x19.specdec.v1.DraftResponse(\x01\x30\x01\x12L\n\tDraftMany\x12\x1c.specdec.v1.DraftManyRequest\x1a\x1d.specdec.v1.DraftManyResponse(\x01\x30\x01\x12^\n\x07GetInfo\x12(.specdec.v1.DrafterServiceGetInfoRequest\x1a).specdec.v1.DrafterServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,24 +35,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DRAFTREQUEST']._serialized_start=96
   _globals['_DRAFTREQUEST']._serialized_end=222
-  _globals['_DRAFTOPEN']._serialized_start=225
-  _globals['_DRAFTOPEN']._serialized_end=503
-  _globals['_DRAFTROUND']._serialized_start=506
-  _globals['_DRAFTROUND']._serialized_end=694
-  _globals['_DRAFTRESPONSE']._serialized_start=696
-  _globals['_DRAFTRESPONSE']._serialized_end=808
-  _globals['_DRAFTOPENED']._serialized_start=811
-  _globals['_DRAFTOPENED']._serialized_end=941
-  _globals['_DRAFTRESULT']._serialized_start=944
-  _globals['_DRAFTRESULT']._serialized_end=1081
-  _globals['_DRAFTERSERVICEGETINFOREQUEST']._serialized_start=1083
-  _globals['_DRAFTERSERVICEGETINFOREQUEST']._serialized_end=1113
-  _globals['_DRAFTERINFO']._serialized_start=1116
-  _globals['_DRAFTERINFO']._serialized_end=1332
-  _globals['_DRAFTERSERVICEGETINFORESPONSE']._serialized_start=1335
-  _globals['_DRAFTERSERVICEGETINFORESPONSE']._serialized_end=1585
-  _globals['_STATELINK']._serialized_start=1587
-  _globals['_STATELINK']._serialized_end=1710
-  _globals['_DRAFTERSERVICE']._serialized_start=1713
-  _globals['_DRAFTERSERVICE']._serialized_end=1891
+  _globals['_DRAFTMANYREQUEST']._serialized_start=225
+  _globals['_DRAFTMANYREQUEST']._serialized_end=425
+  _globals['_DRAFTMANYREQUEST_ITEM']._serialized_start=296
+  _globals['_DRAFTMANYREQUEST_ITEM']._serialized_end=425
+  _globals['_DRAFTMANYRESPONSE']._serialized_start=428
+  _globals['_DRAFTMANYRESPONSE']._serialized_end=605
+  _globals['_DRAFTMANYRESPONSE_ITEM']._serialized_start=500
+  _globals['_DRAFTMANYRESPONSE_ITEM']._serialized_end=605
+  _globals['_DRAFTOPEN']._serialized_start=608
+  _globals['_DRAFTOPEN']._serialized_end=886
+  _globals['_DRAFTROUND']._serialized_start=889
+  _globals['_DRAFTROUND']._serialized_end=1077
+  _globals['_DRAFTRESPONSE']._serialized_start=1079
+  _globals['_DRAFTRESPONSE']._serialized_end=1191
+  _globals['_DRAFTOPENED']._serialized_start=1194
+  _globals['_DRAFTOPENED']._serialized_end=1324
+  _globals['_DRAFTRESULT']._serialized_start=1327
+  _globals['_DRAFTRESULT']._serialized_end=1464
+  _globals['_DRAFTERSERVICEGETINFOREQUEST']._serialized_start=1466
+  _globals['_DRAFTERSERVICEGETINFOREQUEST']._serialized_end=1496
+  _globals['_DRAFTERINFO']._serialized_start=1499
+  _globals['_DRAFTERINFO']._serialized_end=1715
+  _globals['_DRAFTERSERVICEGETINFORESPONSE']._serialized_start=1718
+  _globals['_DRAFTERSERVICEGETINFORESPONSE']._serialized_end=1968
+  _globals['_STATELINK']._serialized_start=1970
+  _globals['_STATELINK']._serialized_end=2093
+  _globals['_DRAFTERSERVICE']._serialized_start=2096
+  _globals['_DRAFTERSERVICE']._serialized_end=2352
 # @@protoc_insertion_point(module_scope)

@@ -18,6 +18,38 @@ class DraftRequest(_message.Message):
     traceparent: str
     def __init__(self, open: _Optional[_Union[DraftOpen, _Mapping]] = ..., round: _Optional[_Union[DraftRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
+class DraftManyRequest(_message.Message):
+    __slots__ = ("items",)
+    class Item(_message.Message):
+        __slots__ = ("session", "change", "request", "timeout_ms")
+        SESSION_FIELD_NUMBER: _ClassVar[int]
+        CHANGE_FIELD_NUMBER: _ClassVar[int]
+        REQUEST_FIELD_NUMBER: _ClassVar[int]
+        TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+        session: int
+        change: _common_pb2.SessionChange
+        request: DraftRequest
+        timeout_ms: int
+        def __init__(self, session: _Optional[int] = ..., change: _Optional[_Union[_common_pb2.SessionChange, str]] = ..., request: _Optional[_Union[DraftRequest, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[DraftManyRequest.Item]
+    def __init__(self, items: _Optional[_Iterable[_Union[DraftManyRequest.Item, _Mapping]]] = ...) -> None: ...
+
+class DraftManyResponse(_message.Message):
+    __slots__ = ("items",)
+    class Item(_message.Message):
+        __slots__ = ("session", "response", "end")
+        SESSION_FIELD_NUMBER: _ClassVar[int]
+        RESPONSE_FIELD_NUMBER: _ClassVar[int]
+        END_FIELD_NUMBER: _ClassVar[int]
+        session: int
+        response: DraftResponse
+        end: _common_pb2.SessionEnd
+        def __init__(self, session: _Optional[int] = ..., response: _Optional[_Union[DraftResponse, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.SessionEnd, _Mapping]] = ...) -> None: ...
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[DraftManyResponse.Item]
+    def __init__(self, items: _Optional[_Iterable[_Union[DraftManyResponse.Item, _Mapping]]] = ...) -> None: ...
+
 class DraftOpen(_message.Message):
     __slots__ = ("handshake", "drafter", "committed_token_ids", "prompt_length", "sampling", "max_length", "min_draft_confidence", "request_id", "caller_key", "cache_salt")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]

@@ -40,6 +40,11 @@ class DrafterServiceStub:
                 request_serializer=specdec_dot_v1_dot_drafter__pb2.DraftRequest.SerializeToString,
                 response_deserializer=specdec_dot_v1_dot_drafter__pb2.DraftResponse.FromString,
                 _registered_method=True)
+        self.DraftMany = channel.stream_stream(
+                '/specdec.v1.DrafterService/DraftMany',
+                request_serializer=specdec_dot_v1_dot_drafter__pb2.DraftManyRequest.SerializeToString,
+                response_deserializer=specdec_dot_v1_dot_drafter__pb2.DraftManyResponse.FromString,
+                _registered_method=True)
         self.GetInfo = channel.unary_unary(
                 '/specdec.v1.DrafterService/GetInfo',
                 request_serializer=specdec_dot_v1_dot_drafter__pb2.DrafterServiceGetInfoRequest.SerializeToString,
@@ -63,6 +68,17 @@ class DrafterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DraftMany(self, request_iterator, context):
+        """DraftMany carries any number of sessions over one call, each as Draft serves it. See
+        VerifierService.VerifyMany.
+
+        INVALID_ARGUMENT: a session begins with a number that another has now. DEADLINE_EXCEEDED: the caller does
+        not read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetInfo(self, request, context):
         """GetInfo describes the loaded drafters and the current load.
         """
@@ -77,6 +93,11 @@ def add_DrafterServiceServicer_to_server(servicer, server):
                     servicer.Draft,
                     request_deserializer=specdec_dot_v1_dot_drafter__pb2.DraftRequest.FromString,
                     response_serializer=specdec_dot_v1_dot_drafter__pb2.DraftResponse.SerializeToString,
+            ),
+            'DraftMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.DraftMany,
+                    request_deserializer=specdec_dot_v1_dot_drafter__pb2.DraftManyRequest.FromString,
+                    response_serializer=specdec_dot_v1_dot_drafter__pb2.DraftManyResponse.SerializeToString,
             ),
             'GetInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetInfo,
@@ -112,6 +133,33 @@ class DrafterService:
             '/specdec.v1.DrafterService/Draft',
             specdec_dot_v1_dot_drafter__pb2.DraftRequest.SerializeToString,
             specdec_dot_v1_dot_drafter__pb2.DraftResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DraftMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/specdec.v1.DrafterService/DraftMany',
+            specdec_dot_v1_dot_drafter__pb2.DraftManyRequest.SerializeToString,
+            specdec_dot_v1_dot_drafter__pb2.DraftManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

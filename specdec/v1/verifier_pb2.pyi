@@ -30,6 +30,38 @@ class VerifyRequest(_message.Message):
     traceparent: str
     def __init__(self, open: _Optional[_Union[VerifyOpen, _Mapping]] = ..., round: _Optional[_Union[VerifyRound, _Mapping]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
+class VerifyManyRequest(_message.Message):
+    __slots__ = ("items",)
+    class Item(_message.Message):
+        __slots__ = ("session", "change", "request", "timeout_ms")
+        SESSION_FIELD_NUMBER: _ClassVar[int]
+        CHANGE_FIELD_NUMBER: _ClassVar[int]
+        REQUEST_FIELD_NUMBER: _ClassVar[int]
+        TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+        session: int
+        change: _common_pb2.SessionChange
+        request: VerifyRequest
+        timeout_ms: int
+        def __init__(self, session: _Optional[int] = ..., change: _Optional[_Union[_common_pb2.SessionChange, str]] = ..., request: _Optional[_Union[VerifyRequest, _Mapping]] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[VerifyManyRequest.Item]
+    def __init__(self, items: _Optional[_Iterable[_Union[VerifyManyRequest.Item, _Mapping]]] = ...) -> None: ...
+
+class VerifyManyResponse(_message.Message):
+    __slots__ = ("items",)
+    class Item(_message.Message):
+        __slots__ = ("session", "response", "end")
+        SESSION_FIELD_NUMBER: _ClassVar[int]
+        RESPONSE_FIELD_NUMBER: _ClassVar[int]
+        END_FIELD_NUMBER: _ClassVar[int]
+        session: int
+        response: VerifyResponse
+        end: _common_pb2.SessionEnd
+        def __init__(self, session: _Optional[int] = ..., response: _Optional[_Union[VerifyResponse, _Mapping]] = ..., end: _Optional[_Union[_common_pb2.SessionEnd, _Mapping]] = ...) -> None: ...
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[VerifyManyResponse.Item]
+    def __init__(self, items: _Optional[_Iterable[_Union[VerifyManyResponse.Item, _Mapping]]] = ...) -> None: ...
+
 class VerifyOpen(_message.Message):
     __slots__ = ("handshake", "committed_token_ids", "prompt_length", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "drafter_state_specs", "draft_nodes", "request_id", "caller_key", "cache_salt")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]

@@ -41,6 +41,11 @@ class VerifierServiceStub:
                 request_serializer=specdec_dot_v1_dot_verifier__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=specdec_dot_v1_dot_verifier__pb2.VerifyResponse.FromString,
                 _registered_method=True)
+        self.VerifyMany = channel.stream_stream(
+                '/specdec.v1.VerifierService/VerifyMany',
+                request_serializer=specdec_dot_v1_dot_verifier__pb2.VerifyManyRequest.SerializeToString,
+                response_deserializer=specdec_dot_v1_dot_verifier__pb2.VerifyManyResponse.FromString,
+                _registered_method=True)
         self.StreamTargetState = channel.unary_stream(
                 '/specdec.v1.VerifierService/StreamTargetState',
                 request_serializer=specdec_dot_v1_dot_target__state__pb2.StreamTargetStateRequest.SerializeToString,
@@ -77,6 +82,18 @@ class VerifierServiceServicer:
         range, or the KV of prompt and max_new_tokens is more than the whole pool. RESOURCE_EXHAUSTED: no KV or
         session slot is free; google.rpc.RetryInfo says when to retry. ABORTED with reason SESSION_PREEMPTED: an
         older session needed this one's KV. Open it again with the tokens committed so far; the output is the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyMany(self, request_iterator, context):
+        """VerifyMany carries any number of sessions over one call, each as Verify serves it. What is ready at a time
+        goes in one message, so that a round costs a busy caller a fraction of a message. A session that fails does
+        not concern the others; when the call ends, all its sessions end.
+
+        INVALID_ARGUMENT: a session begins with a number that another has now. DEADLINE_EXCEEDED: the caller does
+        not read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +140,11 @@ def add_VerifierServiceServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=specdec_dot_v1_dot_verifier__pb2.VerifyRequest.FromString,
                     response_serializer=specdec_dot_v1_dot_verifier__pb2.VerifyResponse.SerializeToString,
+            ),
+            'VerifyMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.VerifyMany,
+                    request_deserializer=specdec_dot_v1_dot_verifier__pb2.VerifyManyRequest.FromString,
+                    response_serializer=specdec_dot_v1_dot_verifier__pb2.VerifyManyResponse.SerializeToString,
             ),
             'StreamTargetState': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamTargetState,
@@ -173,6 +195,33 @@ class VerifierService:
             '/specdec.v1.VerifierService/Verify',
             specdec_dot_v1_dot_verifier__pb2.VerifyRequest.SerializeToString,
             specdec_dot_v1_dot_verifier__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/specdec.v1.VerifierService/VerifyMany',
+            specdec_dot_v1_dot_verifier__pb2.VerifyManyRequest.SerializeToString,
+            specdec_dot_v1_dot_verifier__pb2.VerifyManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from specdec.contract.protocol import PROTOCOL_VERSION
+from specdec.service.shared_call import serve_many
 from specdec.transport.handshake import make_handshake
 from specdec.transport.server import server_options
 from specdec.v1 import common_pb2, drafter_pb2
@@ -22,6 +24,45 @@ DraftContext = grpc.aio.ServicerContext[Any, Any]
 Requests = AsyncIterator[drafter_pb2.DraftRequest]
 
 
+class Part:
+    """A session's part in the call that it shares. Bytes are sent as they are: a message of the call."""
+
+    def __init__(self, call: DraftContext, number: int) -> None:
+        self._call, self._number = call, number
+
+    def message(self, response: drafter_pb2.DraftResponse) -> drafter_pb2.DraftManyResponse:
+        """Return the call's message that has an answer of the session."""
+        item = drafter_pb2.DraftManyResponse.Item(session=self._number, response=response)
+        return drafter_pb2.DraftManyResponse(items=[item])
+
+    async def write(self, answer: Any) -> None:
+        """Send an answer."""
+        await self._call.write(answer if isinstance(answer, bytes) else self.message(answer))
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing: Sequence[tuple[str, Any]]) -> None:
+        """End the session with a status."""
+        metadata = dict(trailing).get("grpc-status-details-bin", b"")
+        end = common_pb2.SessionEnd(code=code.value[0], message=details, details=metadata)
+        item = drafter_pb2.DraftManyResponse.Item(session=self._number, end=end)
+        await self._call.write(drafter_pb2.DraftManyResponse(items=[item]))
+        raise asyncio.CancelledError
+
+
+class OneAtATime:
+    """A call's context for several who write to it."""
+
+    def __init__(self, call: DraftContext) -> None:
+        self._call, self._lock = call, asyncio.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    async def write(self, message: Any) -> None:
+        """Send a message when those before it are sent."""
+        async with self._lock:
+            await self._call.write(message)
+
+
 class Liar:
     """An honest drafter without a guess. A kind of lie overrides what it lies about.
 
@@ -30,7 +71,7 @@ class Liar:
 
     def __init__(self) -> None:
         self.num_streams = 0
-        """Draft streams open now."""
+        """Sessions open now."""
         self.num_drafts = 0
         """Rounds answered, or not answered, so far."""
         self.committed: list[int] = []
@@ -61,8 +102,8 @@ class Liar:
         """Return the draft of a round."""
         return drafter_pb2.DraftResult()
 
-    async def session(self, requests: Requests, context: DraftContext) -> None:
-        """Serve a whole Draft stream."""
+    async def session(self, requests: Requests, context: Part) -> None:
+        """Serve a whole session."""
         async for request in requests:
             if request.WhichOneof("message") == "open":
                 self.committed = list(request.open.committed_token_ids)
@@ -76,12 +117,17 @@ class Liar:
         """Return the health service."""
         return health_aio.HealthServicer()
 
-    async def _draft(self, requests: Requests, context: DraftContext) -> None:
-        self.num_streams += 1
-        try:
-            await self.session(requests, context)
-        finally:
-            self.num_streams -= 1
+    async def _draft_many(self, requests: AsyncIterator[Any], context: DraftContext) -> None:
+        call: Any = OneAtATime(context)
+
+        async def serve(messages: Requests, session: Any) -> None:
+            self.num_streams += 1
+            try:
+                await self.session(messages, Part(call, session.number))
+            finally:
+                self.num_streams -= 1
+
+        await serve_many(serve, requests, call, drafter_pb2.DraftManyResponse)
 
     async def _get_info(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         return self.info()
@@ -91,9 +137,9 @@ class Liar:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Draft": grpc.stream_stream_rpc_method_handler(
-                    self._draft,
-                    request_deserializer=drafter_pb2.DraftRequest.FromString,
+                "DraftMany": grpc.stream_stream_rpc_method_handler(
+                    self._draft_many,
+                    request_deserializer=drafter_pb2.DraftManyRequest.FromString,
                     response_serializer=_serialise,
                 ),
                 "GetInfo": grpc.unary_unary_rpc_method_handler(

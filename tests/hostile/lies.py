@@ -13,7 +13,7 @@ from google.rpc import status_pb2
 
 from specdec.transport.handshake import make_handshake
 from specdec.v1 import common_pb2, drafter_pb2
-from tests.hostile.liar import DraftContext, Liar, Requests, lying_timings
+from tests.hostile.liar import Liar, Part, Requests, lying_timings
 from tests.hostile.scene import BOUND_S, DRAFT_TIMEOUT_S
 from tests.tiny_models import VOCAB_SIZE
 
@@ -138,12 +138,12 @@ class OneBehind(Liar):
 
 
 class ClosesAtOpen(Liar):
-    async def session(self, requests: Requests, context: DraftContext) -> None:
+    async def session(self, requests: Requests, context: Part) -> None:
         return
 
 
 class ClosesInRound(Liar):
-    async def session(self, requests: Requests, context: DraftContext) -> None:
+    async def session(self, requests: Requests, context: Part) -> None:
         async for request in requests:
             if request.WhichOneof("message") == "round":
                 return
@@ -176,7 +176,7 @@ class TooLarge(Liar):
 class Floods(Liar):
     """Sends drafts nobody asked for as fast as they are taken."""
 
-    async def session(self, requests: Requests, context: DraftContext) -> None:
+    async def session(self, requests: Requests, context: Part) -> None:
         async for request in requests:
             await context.write(await self.open(request.open))
             while True:
@@ -192,7 +192,7 @@ class Aborts(Liar):
         super().__init__()
         self._status = (code, details, trailing)
 
-    async def session(self, requests: Requests, context: DraftContext) -> None:
+    async def session(self, requests: Requests, context: Part) -> None:
         async for request in requests:
             if request.WhichOneof("message") == "round":
                 await context.abort(*self._status)

@@ -17,7 +17,7 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.local.launcher import LocalSystem
 from specdec.transport.channel import MAX_MESSAGE_BYTES
 from specdec.v1 import drafter_pb2
-from tests.hostile.liar import NAME, DraftContext, Liar, Requests, running_liar
+from tests.hostile.liar import NAME, Liar, Part, Requests, running_liar
 from tests.integration.gated_drafter import eventually_offers
 from tests.refusals import PROMPT
 from tests.systems import running_gateway, running_verifier
@@ -30,7 +30,7 @@ PADDING_FIELD = b"\xfa\x3f"
 """Key of a field nobody knows, of bytes."""
 
 
-def padded(message: drafter_pb2.DraftResponse, num_bytes: int) -> bytes:
+def padded(message: drafter_pb2.DraftManyResponse, num_bytes: int) -> bytes:
     """Return a message of exactly that size: a field that nobody knows follows its content."""
     said: bytes = message.SerializeToString()
     size = num_bytes - len(said) - len(PADDING_FIELD) - 4
@@ -39,21 +39,35 @@ def padded(message: drafter_pb2.DraftResponse, num_bytes: int) -> bytes:
 
 
 class Floods(Liar):
-    """Answers every round with a wrong draft in a message as large as is taken, and says on unasked."""
+    """Answers every round with a wrong draft in a message as large as is taken."""
 
     def __init__(self) -> None:
         super().__init__()
-        draft = drafter_pb2.DraftResult(draft_token_ids=[1])
-        self._answer = padded(drafter_pb2.DraftResponse(result=draft), MAX_MESSAGE_BYTES)
         self.num_bytes = 0
         """Bytes that were taken."""
 
-    async def session(self, requests: Requests, context: DraftContext) -> None:
+    async def session(self, requests: Requests, context: Part) -> None:
+        async for request in requests:
+            if request.HasField("open"):
+                await context.write(await self.open(request.open))
+                continue
+            result = drafter_pb2.DraftResult(draft_token_ids=[1])
+            answer = context.message(drafter_pb2.DraftResponse(result=result))
+            await context.write(padded(answer, MAX_MESSAGE_BYTES))
+            self.num_bytes += MAX_MESSAGE_BYTES
+
+
+class SaysOn(Floods):
+    """Goes on with such answers, which nobody asked for."""
+
+    async def session(self, requests: Requests, context: Part) -> None:
         async for request in requests:
             await context.write(await self.open(request.open))
+            result = drafter_pb2.DraftResult(draft_token_ids=[1])
+            answer = padded(context.message(drafter_pb2.DraftResponse(result=result)), MAX_MESSAGE_BYTES)
             while True:
-                await context.write(self._answer)
-                self.num_bytes += len(self._answer)
+                await context.write(answer)
+                self.num_bytes += MAX_MESSAGE_BYTES
 
 
 class SendsTooMuch(Liar):
@@ -130,6 +144,23 @@ async def test_a_gigabyte_of_drafts_takes_no_memory(tiny_llama: Path) -> None:
         info = await client.info()
         assert info.verifiers[0].info is not None
         assert info.verifiers[0].info.num_sessions == 0
+
+
+async def test_whoever_says_on_unasked_is_not_listened_to(tiny_llama: Path) -> None:
+    liar = SaysOn()
+    async with (
+        running_liar(liar) as liar_at,
+        running_verifier(tiny_llama) as (verifier_at, _),
+        running_gateway(tiny_llama, verifier=verifier_at, drafter=liar_at, draft_timeout_s=20) as (at, _),
+        AsyncClient(at, timeout_s=60) as client,
+    ):
+        await eventually_offers(client, NAME)
+        expected = await client.generate(PROMPT, options("none", 40))
+        result = await client.generate(PROMPT, options(NAME, 40))
+        assert result.token_ids == expected.token_ids
+        assert "nobody asked for" in result.speculation.fallback_reason
+        # What came before the gateway left, and what was on its way: not a message a round.
+        assert liar.num_bytes < 20 * MAX_MESSAGE_BYTES
 
 
 async def test_a_message_far_above_the_limit_costs_its_draft_only(tiny_llama: Path) -> None:

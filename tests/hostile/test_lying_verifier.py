@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from specdec.client import AsyncClient, GenerateOptions, Generation
+from specdec.service.shared_call import serve_many
 from specdec.v1 import verifier_pb2, verifier_pb2_grpc
 from tests.hostile.liar import lying_timings
 from tests.hostile.scene import Honest
@@ -52,6 +53,9 @@ class LyingVerifier(verifier_pb2_grpc.VerifierServiceServicer):  # type: ignore[
 
     async def Verify(self, requests: Any, context: Any) -> None:  # noqa: N802
         await self._inner.Verify(requests, LyingContext(context, self._change))
+
+    async def VerifyMany(self, requests: Any, context: Any) -> None:  # noqa: N802
+        await serve_many(self.Verify, requests, context, verifier_pb2.VerifyManyResponse)
 
 
 async def answer_of(honest: Honest, change: Change) -> Generation:

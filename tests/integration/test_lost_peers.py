@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem
 from drafter_service.families import FAMILIES, DrafterSpec
-from gateway.replicas.sessions import RemoteDrafterSession
+from gateway.replicas.sessions import DRAFTING, RemoteDrafterSession
+from gateway.replicas.shared_calls import SharedCalls
 from specdec.client import GenerateOptions
 from specdec.contract.errors import DeadlineExceededError, RequestCancelledError, UnavailableError
 from specdec.v1 import drafter_pb2
@@ -248,7 +249,9 @@ async def test_bytes_that_are_no_message_are_a_lost_peer_and_no_defect() -> None
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        session = RemoteDrafterSession(channel, "garbled", 5, drafter_pb2.DrafterInfo(), lambda _: None)
+        session = RemoteDrafterSession(
+            SharedCalls(DRAFTING, lambda: channel, "garbled"), 5, drafter_pb2.DrafterInfo(), lambda _: None
+        )
         with pytest.raises(UnavailableError, match="cannot be read"):
             await session.open(drafter_pb2.DraftOpen())
         await session.close()

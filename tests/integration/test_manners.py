@@ -35,6 +35,7 @@ from specdec.contract.protocol import PROTOCOL_VERSION
 from specdec.service.exporters import make_telemetry
 from specdec.service.health import LIVENESS
 from specdec.service.host import ServiceHost
+from specdec.service.shared_call import serve_many
 from specdec.transport.channel import MAX_MESSAGE_BYTES, aio_channel, client_options
 from specdec.transport.server import server_options
 from specdec.transport.tls import PemFiles
@@ -297,6 +298,9 @@ class RecordingVerifier(verifier_pb2_grpc.VerifierServiceServicer):  # type: ign
         self.timeouts_s.append(context.time_remaining())
         await self._inner.Verify(requests, context)
 
+    async def VerifyMany(self, requests: Any, context: Any) -> None:  # noqa: N802
+        await serve_many(self.Verify, requests, context, verifier_pb2.VerifyManyResponse)
+
 
 class LosingVerifier(RecordingVerifier):
     """Loses its first session after it was held for some time."""
@@ -308,7 +312,7 @@ class LosingVerifier(RecordingVerifier):
         if not self.timeouts_s:
             self.timeouts_s.append(context.time_remaining())
             await asyncio.sleep(self.held_s)
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+            raise UnavailableError("lost")
         await super().Verify(requests, context)
 
 
@@ -323,6 +327,9 @@ class RecordingDrafter(drafter_pb2_grpc.DrafterServiceServicer):  # type: ignore
     async def Draft(self, requests: Any, context: Any) -> None:  # noqa: N802
         self.timeouts_s.append(context.time_remaining())
         await self._inner.Draft(requests, context)
+
+    async def DraftMany(self, requests: Any, context: Any) -> None:  # noqa: N802
+        await serve_many(self.Draft, requests, context, drafter_pb2.DraftManyResponse)
 
 
 @asynccontextmanager

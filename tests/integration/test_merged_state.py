@@ -14,10 +14,12 @@ import torch
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from drafter_service.families import FAMILIES
-from gateway.replicas.sessions import RemoteVerifierSession
+from gateway.replicas.sessions import VERIFYING, RemoteVerifierSession
+from gateway.replicas.shared_calls import SharedCalls
 from specdec.client import GenerateOptions, Generation
 from specdec.contract.target_state import StateStorage, TargetStateSpec
 from specdec.service.exporters import make_telemetry
+from specdec.service.shared_call import serve_many
 from specdec.transport.channel import aio_channel
 from specdec.v1 import common_pb2, target_state_pb2, verifier_pb2, verifier_pb2_grpc
 from tests.integration.gated_drafter import eventually
@@ -186,14 +188,17 @@ class OlderVerifier(verifier_pb2_grpc.VerifierServiceServicer):  # type: ignore[
     def __init__(self, refusal: str) -> None:
         self._refusal = refusal
 
-    async def Verify(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def Verify(self, requests: Any, context: Any) -> None:  # noqa: N802
         await anext(aiter(requests))
         first = verifier_pb2.VerifyResult(bonus_token_id=1, committed_length=2, cached_length=1)
         if not self._refusal:
             first.target_state.CopyFrom(target_state_pb2.TargetStateRef(session_id="s"))
         opened = verifier_pb2.VerifyOpened(first=first, target_state_refusal=self._refusal)
         opened.handshake.CopyFrom(common_pb2.Handshake(protocol_version=2))
-        yield verifier_pb2.VerifyResponse(opened=opened)
+        await context.write(verifier_pb2.VerifyResponse(opened=opened))
+
+    async def VerifyMany(self, requests: Any, context: Any) -> None:  # noqa: N802
+        await serve_many(self.Verify, requests, context, verifier_pb2.VerifyManyResponse)
 
 
 @pytest.mark.parametrize("refusal", ["", "layer 9 is not there"])
@@ -204,7 +209,12 @@ async def test_an_older_verifier_serves_all_drafters_or_none(refusal: str) -> No
     await server.start()
     async with aio_channel(address) as channel:
         session = RemoteVerifierSession(
-            channel, address, verifier_pb2.VerifyOpen(), 20.0, ["a", "b"], on_load=lambda _: None
+            SharedCalls(VERIFYING, lambda: channel, address),
+            address,
+            verifier_pb2.VerifyOpen(),
+            20.0,
+            ["a", "b"],
+            on_load=lambda _: None,
         )
         async with session:
             state: Any = (await session.open("")).target_state

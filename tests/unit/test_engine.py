@@ -229,9 +229,13 @@ class Sessions:
 
     def __init__(self) -> None:
         self.batches: list[set[str]] = []
+        self.gate = threading.Event()
+        """Steps end while it is set."""
+        self.gate.set()
         self.engine: Engine[Item, str] = Engine(self._step)
 
     def _step(self, items: Sequence[Item]) -> list[str]:
+        self.gate.wait(20)
         self.batches.append({item.name for item in items})
         time.sleep(0.002)  # a pass takes its time, and others wait for a share of it
         return [item.name for item in items]
@@ -272,7 +276,14 @@ async def test_sessions_that_come_back_share_every_step(sessions: Sessions) -> N
 
 @pytest.mark.usefixtures("lingers_for_ever")
 async def test_a_session_that_ends_wakes_the_engine(sessions: Sessions) -> None:
-    await asyncio.gather(sessions.run("ended"), sessions.run("other"))
+    # Both share a step: one that came late would be waited for, and never wait itself.
+    sessions.gate.clear()
+    first = [asyncio.ensure_future(sessions.engine.submit(Item("first")))]
+    await until(lambda: sessions.engine.step_under_way() != (0.0, 0))
+    first += [asyncio.ensure_future(sessions.run(name)) for name in ("ended", "other")]
+    await until(lambda: sessions.engine.num_waiting == 2)
+    sessions.gate.set()
+    await asyncio.gather(*first)
     waiting = asyncio.ensure_future(sessions.run("other"))
     # An item without a source wakes the engine, which waits for the session again when that is done.
     await soon(sessions.engine.submit(Item("side")))
