@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import ProjectionInfo
-from specdec.v1 import drafter_pb2, target_state_pb2, verifier_pb2
+from specdec.transport.handshake import make_handshake
+from specdec.v1 import common_pb2, drafter_pb2, target_state_pb2, verifier_pb2
 from tests.fuzz.messages import wrong
 from tests.fuzz.world import PROPER, World, code_of, fuzzing
-from tests.refusals import generate_request
+from tests.refusals import PROMPT, generate_request
 from tests.slow import quick_only
 
 SAMPLING = SamplingParams(
@@ -33,6 +34,67 @@ SAMPLING = SamplingParams(
 )
 PROJECTION = ProjectionInfo("0" * 64, 32, 32, 1e-6, "float32")
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+BEGIN, CANCEL = common_pb2.SESSION_CHANGE_BEGIN, common_pb2.SESSION_CHANGE_CANCEL
+VERIFY_MANY = [
+    verifier_pb2.VerifyManyRequest(
+        items=[
+            verifier_pb2.VerifyManyRequest.Item(
+                session=number,
+                change=BEGIN,
+                request=verifier_pb2.VerifyRequest(
+                    open=verifier_pb2.VerifyOpen(
+                        handshake=make_handshake(), committed_token_ids=PROMPT, max_new_tokens=4
+                    )
+                ),
+            )
+            for number in (1, 2)
+        ]
+    ),
+    verifier_pb2.VerifyManyRequest(
+        items=[
+            verifier_pb2.VerifyManyRequest.Item(
+                session=1,
+                request=verifier_pb2.VerifyRequest(
+                    round=verifier_pb2.VerifyRound(
+                        base_committed_length=len(PROMPT) + 1, draft_token_ids=[1, 2]
+                    )
+                ),
+            ),
+            verifier_pb2.VerifyManyRequest.Item(session=2, change=CANCEL),
+        ]
+    ),
+]
+DRAFT_MANY = [
+    drafter_pb2.DraftManyRequest(
+        items=[
+            drafter_pb2.DraftManyRequest.Item(
+                session=number,
+                change=BEGIN,
+                timeout_ms=10_000,
+                request=drafter_pb2.DraftRequest(
+                    open=drafter_pb2.DraftOpen(
+                        handshake=make_handshake(),
+                        drafter=drafter,
+                        committed_token_ids=PROMPT,
+                        max_length=64,
+                    )
+                ),
+            )
+            for number, drafter in enumerate(("ngram", "model"))
+        ]
+    ),
+    drafter_pb2.DraftManyRequest(
+        items=[
+            drafter_pb2.DraftManyRequest.Item(
+                session=1,
+                request=drafter_pb2.DraftRequest(
+                    round=drafter_pb2.DraftRound(committed_length=len(PROMPT), draft_depth=3)
+                ),
+            ),
+            drafter_pb2.DraftManyRequest.Item(session=0, change=CANCEL),
+        ]
+    ),
+]
 
 METHODS: dict[str, tuple[str, str, Sequence[Message]]] = {
     "Generate": (
@@ -43,6 +105,8 @@ METHODS: dict[str, tuple[str, str, Sequence[Message]]] = {
             for method in ("ngram", "model", "probe")
         ],
     ),
+    "VerifyMany": ("verifier", "VerifierService", VERIFY_MANY),
+    "DraftMany": ("drafter", "DrafterService", DRAFT_MANY),
     "StreamTargetState": (
         "verifier",
         "VerifierService",
@@ -58,6 +122,8 @@ METHODS: dict[str, tuple[str, str, Sequence[Message]]] = {
     "GetInfo of the drafter": ("drafter", "DrafterService", [drafter_pb2.DrafterServiceGetInfoRequest()]),
 }
 """By method: who has it, and requests that are right."""
+STREAMED = {"PutProjection", "VerifyMany", "DraftMany"}
+"""Methods that take several messages."""
 
 
 async def ask(
@@ -92,7 +158,7 @@ def test_a_method_survives_any_request(method: str, num_examples: int, world: Wo
     @given(st.data())
     def survives(data: st.DataObject) -> None:
         messages = st.sampled_from(right).flatmap(wrong)
-        requests = data.draw(st.lists(messages, min_size=1, max_size=3 if method == "PutProjection" else 1))
+        requests = data.draw(st.lists(messages, min_size=1, max_size=3 if method in STREAMED else 1))
         num_read = data.draw(st.none() | st.integers(0, 3))
         timeout_s = data.draw(st.sampled_from((30.0, 30.0, 0.02)))
         code = world.run(ask(world.channels[name], path, requests, num_read=num_read, timeout_s=timeout_s))
