@@ -77,8 +77,9 @@ class Owner(Protocol):
     def was_preempted(self) -> None:
         """Take note that a session was preempted."""
 
-    async def turn_again(self, refusal: SpecdecError) -> None:
-        """Return when the request may look for room again; `refusal` is what a verifier said."""
+    async def turn_again(self, refusal: SpecdecError, committed_token_ids: Sequence[int]) -> None:
+        """Return when the request may look for room again; `refusal` is what a verifier said. It goes on
+        after the committed tokens."""
 
 
 class LastingVerifierSession:
@@ -278,7 +279,7 @@ class LastingVerifierSession:
             except UnavailableError:
                 if self._lease.replica in too_small and not full:
                     raise error from None
-                await self._owner.turn_again(error)
+                await self._owner.turn_again(error, self._committed)
                 replica, full = self._lease.replica, []
                 with suppress(UnavailableError):
                     replica = self._pick(without=too_small)

@@ -18,7 +18,7 @@ from gateway.rounds.drafting import DraftLink, NoDrafts
 from gateway.rounds.link_states import DrafterSession
 from gateway.rounds.merging import MergedDrafts, NamedSource
 from gateway.rounds.records import DrafterRecords, TrackRecord
-from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource
+from gateway.rounds.vocabulary import Draft, DraftRequest, RequestDrafts
 from specdec.contract.errors import InternalError, UnavailableError
 from specdec.contract.methods import drafters_of
 from specdec.contract.request_id import REQUEST_ID
@@ -124,7 +124,7 @@ class Peers:
             cache_salt=plan.cache_salt,
         )
 
-    async def enter_draft_source(self, stack: AsyncExitStack, first_method: str) -> DraftSource:
+    async def enter_draft_source(self, stack: AsyncExitStack, first_method: str) -> RequestDrafts:
         """Return the source of the request's drafts, which lives until the stack is closed.
 
         Args:

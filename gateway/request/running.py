@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict
 
@@ -14,10 +14,11 @@ from gateway.request.plan import Plan
 from gateway.request.text_stream import TextStream, TextToken
 from gateway.rounds.ahead import one_ahead
 from gateway.rounds.decode import decode
+from gateway.rounds.drafting import NoDrafts
 from gateway.rounds.merging import MergedDrafts
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
-from gateway.rounds.vocabulary import Round
+from gateway.rounds.vocabulary import RequestDrafts, Round
 from specdec.contract.errors import SpecdecError
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.retry import Progress
@@ -55,6 +56,7 @@ class RunningRequest:
         self.label = backends.label(plan.method)
         """The method as metrics name it."""
         self._emitted: list[gateway_pb2.Token] = []
+        self._drafts: RequestDrafts = NoDrafts()
 
     async def responses(self) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
         """Run the request: chunks, then the closing message.
@@ -69,14 +71,14 @@ class RunningRequest:
                 self._backends.controller, self._peers.verifier, is_greedy=self._plan.sampling.is_greedy
             )
             stack.callback(control.close)
-            drafter = await self._peers.enter_draft_source(stack, control.first_method)
-            if isinstance(drafter, MergedDrafts):
-                control.follow(drafter.is_open)
+            self._drafts = await self._peers.enter_draft_source(stack, control.first_method)
+            if isinstance(self._drafts, MergedDrafts):
+                control.follow(self._drafts.is_open)
             stack.callback(self._place.gave_room)
             session = await stack.enter_async_context(self._peers.verifier_session(self))
             rounds = decode(
                 session,
-                drafter,
+                self._drafts,
                 prompt_token_ids=self._plan.prompt_token_ids,
                 max_new_tokens=self._plan.max_new_tokens,
                 control=control,
@@ -172,9 +174,12 @@ class RunningRequest:
         self._trace.preempted(self.num_output_tokens)
         self._backends.metrics.add_preemption(self.label)
 
-    async def turn_again(self, refusal: SpecdecError) -> None:
-        """Wait in the middle of the answer until verifiers may have room again; the deadline goes on."""
+    async def turn_again(self, refusal: SpecdecError, committed_token_ids: Sequence[int]) -> None:
+        """Wait in the middle of the answer until verifiers may have room again; the deadline goes on, and
+        drafters have their room for others."""
+        await self._drafts.let_go()
         await self._place.turn_again(refusal)
+        await self._drafts.open_again(committed_token_ids)
 
 
 def _token(completed: Round, index: int) -> gateway_pb2.Token:

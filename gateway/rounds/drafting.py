@@ -59,6 +59,12 @@ class NoDrafts:
         """Give an empty draft."""
         return Draft()
 
+    async def let_go(self) -> None:
+        """Nothing is held."""
+
+    async def open_again(self, committed_token_ids: Sequence[int]) -> None:
+        """Nothing was let go."""
+
 
 class DraftLink:
     """Keeps a request supplied with a drafter as long as one is healthy. Use as `async with`.
@@ -113,6 +119,8 @@ class DraftLink:
         """What went wrong last; None again once there is a draft."""
         self._state_session_id = ""
         """The verifier's session whose state the drafter may read."""
+        self._was_let_go = False
+        """Whether there was a session when the link let go of it."""
 
     async def __aenter__(self) -> DraftLink:
         if self._opens_at_once and not self._is_paused:
@@ -143,6 +151,18 @@ class DraftLink:
                 await self._begin_first(self._state, replace(request, size=_READING))
             except SpecdecError as error:
                 await self._lose(error)
+
+    async def let_go(self) -> None:
+        """End the session, if there is one; `open_again` opens another."""
+        if not isinstance(self._state, Lost):
+            self._was_let_go = True
+            await self._enter(Lost(retry_at=0.0))
+
+    async def open_again(self, committed_token_ids: Sequence[int]) -> None:
+        """Open another session in place of one that was let go; the next round waits for it."""
+        if self._was_let_go and not self._is_paused:
+            await self._open(committed_token_ids, round_waits=True)
+        self._was_let_go = False
 
     async def propose(self, request: DraftRequest) -> Draft:
         """Return a draft, or an empty one that says why."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from gateway.rounds.estimates import Mean
-from gateway.rounds.vocabulary import Draft, DraftRequest, DraftSource, Proposal
+from gateway.rounds.vocabulary import Draft, DraftRequest, Proposal, RequestDrafts
 from specdec.contract.draft_tree import merge
 from specdec.contract.methods import drafters_of
 
@@ -22,7 +22,7 @@ _ROUNDS_TO_KNOW = 3
 _BUSY = Draft(fallback_reason="it still drafts for an earlier round", fallback_code="busy")
 
 
-class JoiningSource(DraftSource, Protocol):
+class JoiningSource(RequestDrafts, Protocol):
     """A source of drafts that may begin later than the generation."""
 
     @property
@@ -84,10 +84,24 @@ class MergedDrafts:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._drop_late()
+
+    async def _drop_late(self) -> None:
+        """End the drafts that nobody waits for any more."""
         pending = [proposer.pending for proposer in self._sources.values() if proposer.pending]
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
+
+    async def let_go(self) -> None:
+        """End all sessions on drafters, between two rounds."""
+        await self._drop_late()
+        await asyncio.gather(*(proposer.source.let_go() for proposer in self._sources.values()))
+
+    async def open_again(self, committed_token_ids: Sequence[int]) -> None:
+        """Open the sessions that were let go, beside the target's prefill."""
+        for proposer in self._sources.values():
+            await proposer.source.open_again(committed_token_ids)
 
     def is_open(self, method: str) -> bool:
         """Return whether all drafters of a method can draft without a wait for their beginning. The drafters

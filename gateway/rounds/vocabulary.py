@@ -220,6 +220,16 @@ class DraftSource(Protocol):
         """Guess what follows the committed tokens, no more than was asked for."""
 
 
+class RequestDrafts(DraftSource, Protocol):
+    """The drafts of one request, which holds no drafter while it waits in the middle of its answer."""
+
+    async def let_go(self) -> None:
+        """End all sessions on drafters, between two rounds."""
+
+    async def open_again(self, committed_token_ids: Sequence[int]) -> None:
+        """Open the sessions that were let go, beside the target's prefill; the next round waits for them."""
+
+
 class SizeControl(Protocol):
     """Decides what a generation drafts."""
 

@@ -48,7 +48,7 @@ async def alone(model: Path, options: GenerateOptions) -> list[tuple[int, ...]]:
         return [(await system.client.generate(prompt, plain)).token_ids for prompt in PROMPTS]
 
 
-def total(reader: InMemoryMetricReader, name: str) -> int:
+def total(reader: InMemoryMetricReader, name: str) -> float:
     return sum(point.value for point in points(reader, name))
 
 
@@ -214,6 +214,44 @@ async def test_the_deadline_goes_on_while_a_preempted_request_waits(tiny_llama: 
         assert verifier
         await eventually(lambda: verifier.num_sessions == 1)
         await eventually(lambda: (servicer.num_requests, servicer.num_waiting) == (0, 0))
+
+
+@pytest.mark.parametrize("method", ["ngram", "probe", "ngram+probe", "auto"])
+async def test_while_a_preempted_request_waits_no_drafter_has_a_session_of_it(
+    method: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    probe = StateProbe(TargetStateSpec((0, 3), True, (1,)))
+    # Sizes are chosen where the method is: nothing else opens drafters later than at the start.
+    options = replace(OPTIONS, method=method, draft_depth=None if method == "auto" else 3)
+    (expected, *_) = await alone(tiny_llama, options)
+    reader = InMemoryMetricReader()
+    async with (
+        running_system(
+            tiny_llama,
+            "ngram",
+            "probe",
+            telemetry=make_telemetry("test", metric_reader=reader),
+            families=probe.families,
+            verifier_options={"kv_cache_mib": 4 * BLOCK_MIB, "shared_dir": str(tmp_path)},
+            drafter_options={"shared_dir": str(tmp_path)},
+        ) as system,
+        verify_stream(system.verifier_address) as older,
+    ):
+        host, servicer = system.drafter.servicer.host, system.gateway.servicer
+        assert host
+        await older.open(PROMPTS[1], max_new_tokens=LENGTH - 5, ignore_eos=True)
+        while len(older.token_ids) < 2 * BLOCK_TOKENS:
+            await older.round()
+        asking = asyncio.create_task(system.client.generate(PROMPTS[0], options))
+        await eventually(lambda: total(reader, "specdec.preemptions") > 0)
+        await eventually(lambda: (servicer.num_waiting, host.num_sessions) == (1, 0))
+        # The older one ends, and its room is free.
+        assert await finish(older)
+        older.call.cancel()
+        answer = await asking
+        assert answer.token_ids == expected
+        assert answer.speculation.num_accepted_tokens > 0
+        await eventually(lambda: nothing_is_held(system))
 
 
 async def test_what_was_computed_before_a_preemption_is_reused(tiny_llama: Path) -> None:

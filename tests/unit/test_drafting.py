@@ -819,6 +819,70 @@ class TestADrafterThatIsNeverRight:
         assert drafters.records[0].verdict == ""
 
 
+class TestALinkThatLetsGo:
+    """The request waits in the middle of its answer, and has no verifier."""
+
+    async def test_ends_its_session_and_opens_another_which_the_round_waits_for(self) -> None:
+        drafters = FakeDrafters()
+        async with drafters.link() as link:
+            await link.propose(ask([*PROMPT, 4], 2))
+            await link.let_go()
+            assert [session.num_closed for session in drafters.sessions] == [1]
+            assert not link.is_open
+            await settled()
+            assert drafters.num_attempts == 1
+            await link.open_again([*PROMPT, 4])
+            assert link.is_open
+            assert await link.propose(ask([*PROMPT, 4, 5], 2)) == FIRST
+            assert drafters.sessions[1].opened_with == [*PROMPT, 4]
+            assert [new for new, *_ in drafters.sessions[1].rounds] == [[5]]
+        drafters.assert_all_closed_once()
+
+    async def test_stops_what_opens_or_drafts_and_may_let_go_twice(self) -> None:
+        drafters = FakeDrafters([hang])
+        async with soon(), drafters.link(timeout_s=0.2) as link:
+            assert (await link.propose(ask([*PROMPT, 4], 2))).fallback_code == "opening"
+            await link.let_go()
+            await link.let_go()
+            drafters.assert_all_closed_once()
+            drafters.may_open.clear()
+            await link.open_again([*PROMPT, 4])
+            await settled()
+            await link.let_go()
+            assert (drafters.num_attempts, drafters.num_cancelled) == (2, 1)
+            drafters.may_open.set()
+            await link.open_again([*PROMPT, 4])
+            assert await link.propose(ask([*PROMPT, 4], 2)) == FIRST
+        drafters.assert_all_closed_once()
+
+    async def test_opens_nothing_that_was_not_open(self) -> None:
+        drafters = FakeDrafters(NotFoundError("no such drafter"))
+        async with (
+            drafters.link(opens_at_once=False) as joins_later,
+            drafters.link() as refused,
+        ):
+            assert (await refused.propose(ask([*PROMPT, 4], 2))).fallback_code == "not_found"
+            for link in (joins_later, refused):
+                await link.let_go()
+                await link.open_again([*PROMPT, 4])
+            await settled()
+            assert drafters.num_attempts == 1
+            again = await refused.propose(ask([*PROMPT, 4], 2))
+            assert again.fallback_reason == "no such drafter", "it is told until there is another"
+
+    async def test_opens_nothing_that_is_never_right(self) -> None:
+        drafters = FakeDrafters()
+        async with drafters.link() as link:
+            await link.propose(ask([*PROMPT, 4], 2))
+            await link.let_go()
+            for _ in range(40):
+                drafters.records[0].judge(is_right=False)
+            await link.open_again([*PROMPT, 4])
+            await settled()
+        assert drafters.num_attempts == 1
+        drafters.assert_all_closed_once()
+
+
 class TestLeaving:
     async def test_while_opening(self) -> None:
         drafters = FakeDrafters()

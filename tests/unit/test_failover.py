@@ -89,6 +89,8 @@ class World:
         self.end_of_first: SpecdecError = LOST
         """What the first session's first round raises."""
         self.refusals: list[str] = []
+        self.waited_with: list[list[int]] = []
+        """What was committed whenever it waited for its turn."""
         self.first: VerifierReplica = Replica("127.0.0.1:1", "")
         self.second: VerifierReplica = Replica("127.0.0.1:2", "")
 
@@ -114,8 +116,10 @@ class World:
     def was_preempted(self) -> None:
         self.num_preempted += 1
 
-    async def turn_again(self, refusal: SpecdecError) -> None:
+    async def turn_again(self, refusal: SpecdecError, committed_token_ids: Sequence[int]) -> None:
+        assert not any(session.is_open for session in self.sessions), "nothing is held while it waits"
         self.refusals.append(refusal.reason)
+        self.waited_with.append(list(committed_token_ids))
 
     def assert_all_is_given_back(self) -> None:
         assert [session.num_closed for session in self.sessions] == [1] * len(self.sessions)
@@ -266,6 +270,7 @@ async def test_where_nobody_has_room_a_preempted_session_waits_for_its_turn(
         assert [session.committed for session in world.sessions[1:]] == [[1, 2, 12]] * 5
     assert world.num_preempted == 2
     assert world.refusals == ["KV_POOL_FULL", "KV_POOL_FULL", "SESSION_PREEMPTED", "KV_POOL_FULL"]
+    assert world.waited_with == [[1, 2, 12]] * 4
     assert not world.lost
     world.assert_all_is_given_back()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import pytest
 
@@ -29,15 +30,28 @@ class Source:
         self.may_go_on.set()
         self.asked: list[tuple[int, int]] = []
         self.is_open = True
+        self.num_asking = 0
+        self.opened_with: list[int] = []
 
     async def join(self, request: DraftRequest) -> None:
         self.is_open = True
 
+    async def let_go(self) -> None:
+        assert not self.num_asking, "nobody drafts meanwhile"
+        self.is_open = False
+
+    async def open_again(self, committed_token_ids: Sequence[int]) -> None:
+        self.opened_with = list(committed_token_ids)
+
     async def propose(self, request: DraftRequest) -> Draft:
         assert (list(request.committed_token_ids), request.traceparent) == (PROMPT, "trace")
         self.asked.append((request.size.draft_depth, request.size.draft_nodes))
-        await asyncio.sleep(self.delay_s)
-        await self.may_go_on.wait()
+        self.num_asking += 1
+        try:
+            await asyncio.sleep(self.delay_s)
+            await self.may_go_on.wait()
+        finally:
+            self.num_asking -= 1
         return self.draft
 
 
@@ -83,6 +97,23 @@ async def test_each_is_asked_for_what_it_can_and_trees_only_where_they_are_wante
     await merged(left, right).propose(ask(4))
     await merged(left, right).propose(ask(1, 6))
     assert (left.asked, right.asked) == ([(2, 0), (1, 6)], [(3, 0), (1, 6)])
+
+
+async def test_all_let_go_and_open_again_and_what_is_late_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_LEAST_PATIENCE_S", 0.05)
+    sources = _, slow = Source(Draft((7,))), Source(Draft((8,)))
+    async with merged(*sources) as drafts:
+        for _ in range(3):
+            await drafts.propose(ask(4))
+        slow.may_go_on.clear()
+        assert (await drafts.propose(ask(4))).token_ids == (7,)
+        assert slow.num_asking == 1
+        await drafts.let_go()
+        assert not any(source.is_open or source.num_asking for source in sources)
+        await drafts.open_again(PROMPT)
+        assert [source.opened_with for source in sources] == [PROMPT, PROMPT]
+        slow.may_go_on.set()
+        assert (await drafts.propose(ask(4))).token_ids == (7, 8), "it is not taken for busy"
 
 
 async def test_the_budget_is_shared() -> None:
