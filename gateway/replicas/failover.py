@@ -71,6 +71,9 @@ class Pick(Protocol):
 class Owner(Protocol):
     """The request whose session it is: it learns what becomes of it."""
 
+    def runs_on(self, replica: VerifierReplica) -> None:
+        """Take note that a replica has the session from now on."""
+
     def lost_verifier(self, reason: str) -> None:
         """Take note that a session was lost."""
 
@@ -191,6 +194,7 @@ class LastingVerifierSession:
         with self._blaming():
             verified = await self._session.open(traceparent)
         self._lease.opened()
+        self._owner.runs_on(self._lease.replica)
         return verified
 
     async def _open_on(self, replica: VerifierReplica, traceparent: str) -> Verified:

@@ -8,17 +8,19 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict
 
 from gateway.place import Place
+from gateway.replicas.failover import VerifierReplica
 from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import Plan
 from gateway.request.text_stream import TextStream, TextToken
 from gateway.rounds.ahead import one_ahead
+from gateway.rounds.controller import FixedSize
 from gateway.rounds.decode import decode
 from gateway.rounds.drafting import NoDrafts
 from gateway.rounds.merging import MergedDrafts
 from gateway.rounds.stats import SpeculationStats, SpeculationTally
 from gateway.rounds.tracing import RequestTrace
-from gateway.rounds.vocabulary import RequestDrafts, Round
+from gateway.rounds.vocabulary import PLAIN_SIZE, RequestDrafts, Round, SizeControl
 from specdec.contract.errors import SpecdecError
 from specdec.contract.finish_reasons import FINISH_REASONS
 from specdec.contract.retry import Progress
@@ -57,6 +59,7 @@ class RunningRequest:
         """The method as metrics name it."""
         self._emitted: list[gateway_pb2.Token] = []
         self._drafts: RequestDrafts = NoDrafts()
+        self._control: SizeControl = FixedSize(PLAIN_SIZE)
 
     async def responses(self) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
         """Run the request: chunks, then the closing message.
@@ -67,7 +70,7 @@ class RunningRequest:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._backends.answer_times.running())
             # Left in reverse order, the verifier's slot is freed first: a drafter may be slow to go.
-            control = self._plan.drafting.control(
+            self._control = control = self._plan.drafting.control(
                 self._backends.controller, self._peers.verifier, is_greedy=self._plan.sampling.is_greedy
             )
             stack.callback(control.close)
@@ -162,6 +165,10 @@ class RunningRequest:
             speculation=gateway_pb2.SpeculationStats(**asdict(self.speculation())),
             num_failovers=self._num_failovers,
         )
+
+    def runs_on(self, replica: VerifierReplica) -> None:
+        """Take note that a verifier has the session from now on."""
+        self._control.goes_on_at(replica)
 
     def lost_verifier(self, reason: str) -> None:
         """Take note that the verifier was lost."""

@@ -12,7 +12,7 @@ Nothing here can change an answer, only how fast it comes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from gateway.rounds.costs import Pace, VerifierLoad
@@ -49,12 +49,21 @@ class AdaptiveChoice:
     """Chooses what each round of a session drafts. It is to be closed when the session ends.
 
     Args:
+        load_of: returns what is known of a verifier.
+        verifier: the replica that the session begins on.
         candidates: the methods to choose from, at least one; the first is the first to be tried.
         known: what is known of each.
     """
 
-    def __init__(self, load: VerifierLoad, candidates: Sequence[Candidate], known: Sequence[Method]) -> None:
-        self._load = load
+    def __init__(
+        self,
+        load_of: Callable[[object], VerifierLoad],
+        verifier: object,
+        candidates: Sequence[Candidate],
+        known: Sequence[Method],
+    ) -> None:
+        self._load_of = load_of
+        self._load = load = load_of(verifier)
         ease = Ease(SESSION_MEMORY)
         self._options = [
             Option.of(candidate, method, load, ease)
@@ -101,6 +110,19 @@ class AdaptiveChoice:
         """Count the session no more."""
         self._load.sessions.discard(self)
 
+    def goes_on_at(self, verifier: object) -> None:
+        """Learn and choose for another verifier: what its passes cost is another matter."""
+        load = self._load_of(verifier)
+        if load is self._load:
+            return
+        self.close()
+        self._load = load
+        load.sessions.add(self)
+        self._pace, self._next = Pace(), None
+        for option in self._options:
+            option.load = load
+        self._weigh(self._options, self._prices())
+
     def follow(self, is_open: Callable[[str], bool]) -> None:
         """Choose from now on among methods of which `is_open` says that they can draft without a wait."""
         self._is_open = is_open
@@ -136,7 +158,8 @@ class AdaptiveChoice:
         prices = self._prices()
         sharers = max(1, round(self._load.num_sharers))
         if sharers < 2 or self._num_rounds % _BUSY_STRIDE == 1:
-            self._weigh(prices)
+            in_turn = self._options[self._num_rounds % len(self._options)]
+            self._weigh(dict.fromkeys((self._best or in_turn, in_turn)), prices)
         experiment = self._experiment(prices, sharers)
         size = experiment or self._preferred(prices)
         confidence = 0.0
@@ -149,10 +172,9 @@ class AdaptiveChoice:
             is_experiment=experiment is not None,
         )
 
-    def _weigh(self, prices: Prices) -> None:
-        """Look anew at the best option and at another in turn, and settle which is the best of those open."""
-        in_turn = self._options[self._num_rounds % len(self._options)]
-        for option in dict.fromkeys((self._best or in_turn, in_turn)):
+    def _weigh(self, options: Iterable[Option], prices: Prices) -> None:
+        """Look anew at these options, and settle which is the best of those open."""
+        for option in options:
             option.weigh(prices)
             if option.is_known:
                 self._load.settle(option.candidate.method, option.gain)

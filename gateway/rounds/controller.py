@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,9 @@ class FixedSize:
 
     def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn nothing: the size is fixed."""
+
+    def goes_on_at(self, verifier: object) -> None:
+        """The size is the same anywhere."""
 
     def close(self) -> None:
         """There is nothing to end."""
@@ -70,10 +74,12 @@ class Controller:
                 decoding is always another.
             is_greedy: whether its tokens are the most probable ones.
         """
-        load = self._loads.setdefault(verifier, {}).setdefault(is_greedy, VerifierLoad())
         methods = []
         for candidate in candidates:
             methods.append(known := self._methods.setdefault((candidate.method, is_greedy), Method()))
             for budget in candidate.budgets:
                 known.stats.setdefault(budget, MethodStats.of(budget))
-        return AdaptiveChoice(load, candidates, methods)
+        return AdaptiveChoice(partial(self._load, is_greedy), verifier, candidates, methods)
+
+    def _load(self, is_greedy: bool, verifier: object) -> VerifierLoad:
+        return self._loads.setdefault(verifier, {}).setdefault(is_greedy, VerifierLoad())

@@ -246,5 +246,8 @@ class SizeControl(Protocol):
     def observe(self, size: DraftSize, completed: Round) -> None:
         """Learn from a round whose draft had that size."""
 
+    def goes_on_at(self, verifier: object) -> None:
+        """Learn from now on, and choose, for that replica: the generation goes on there."""
+
     def close(self) -> None:
         """End with the generation."""

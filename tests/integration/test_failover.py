@@ -107,6 +107,29 @@ async def test_another_verifier_goes_on_with_the_same_text(
         await until(lambda: not num_sessions(first) and not num_sessions(second) and not host.num_sessions)
 
 
+async def test_what_rounds_cost_is_learned_for_the_verifier_that_ran_them(tiny_llama: Path) -> None:
+    async with (
+        running_verifier(tiny_llama) as (first_address, first),
+        running_verifier(tiny_llama) as (second_address, second),
+        running_drafter("ngram") as (drafter, _),
+        running_gateway(
+            tiny_llama, verifier=f"{first_address},{second_address}", drafter=drafter, failover_wait_s=20.0
+        ) as (address, gateway),
+        AsyncClient(address, timeout_s=100) as client,
+    ):
+        await eventually_offers(client, "ngram")
+        chosen = replace(LONG, method="auto", draft_depth=None)
+        answer = await lose_one(client, chosen, (first, second), after=60)
+        assert gateway.servicer.backends
+        controller = gateway.servicer.backends.controller
+        loads = [controller._loads[replica][True] for replica in gateway.servicer.backends.verifiers.replicas]
+        num_rounds = [load.pace.count for load in loads]
+        assert min(num_rounds) > 5
+        # The rounds of either but the two openings, and what is not dealt with when the answer ends.
+        assert answer.speculation.num_rounds - 3 <= sum(num_rounds) <= answer.speculation.num_rounds
+        assert not any(load.sessions for load in loads)
+
+
 async def test_the_same_verifier_goes_on_once_it_is_back(tiny_llama: Path) -> None:
     options = replace(LONG, method="none")
     async with (

@@ -101,6 +101,27 @@ def learned(world: World, *, num_rounds: int = 400, budgets: Sequence[int] = (0,
     return usual(run(session(Controller(), Replica(), budgets), world, num_rounds)[num_rounds // 2 :])
 
 
+def test_a_session_that_goes_on_elsewhere_learns_and_chooses_for_where_it_is() -> None:
+    controller, here, there = Controller(), Replica(), Replica()
+    cheap, dear = World(flat, lambda k: 1.0, 0.8), World(lambda n: 5.0 + 30.0 * n, lambda k: 1.0, 0.5)
+    run(session(controller, there), dear, 400)
+    control = session(controller, here)
+    assert usual(run(control, cheap, 400)[200:]).draft_depth > 4
+    loads = {replica: controller._loads[replica][True] for replica in (here, there)}
+    num_rounds, passes = loads[here].num_rounds, dict(loads[here].passes)
+    assert (len(loads[here].sessions), len(loads[there].sessions)) == (1, 1)
+    control.goes_on_at(there)
+    assert (len(loads[here].sessions), len(loads[there].sessions)) == (0, 2)
+    # What the other verifier costs is known at once.
+    assert usual(run(control, dear, 8)).draft_depth < 2
+    assert (loads[here].num_rounds, loads[here].passes) == (num_rounds, passes)
+    assert loads[there].num_rounds > 400
+    control.goes_on_at(here)
+    assert usual(run(control, cheap, 8)).draft_depth > 4
+    control.close()
+    assert (len(loads[here].sessions), len(loads[there].sessions)) == (0, 1)
+
+
 def flat(num_tokens: float) -> float:
     return 40.0
 

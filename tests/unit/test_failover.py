@@ -89,6 +89,7 @@ class World:
         self.end_of_first: SpecdecError = LOST
         """What the first session's first round raises."""
         self.refusals: list[str] = []
+        self.ran_on: list[str] = []
         self.waited_with: list[list[int]] = []
         """What was committed whenever it waited for its turn."""
         self.first: VerifierReplica = Replica("127.0.0.1:1", "")
@@ -109,6 +110,9 @@ class World:
             wait_s=wait_s,
             owner=self,
         )
+
+    def runs_on(self, replica: VerifierReplica) -> None:
+        self.ran_on.append(replica.uri)
 
     def lost_verifier(self, reason: str) -> None:
         self.lost.append(reason)
@@ -172,6 +176,7 @@ async def test_who_takes_a_session_over_is_leased_and_told_what_was_committed(
         assert [session.uri for session in world.sessions] == ["127.0.0.1:1", "127.0.0.1:2"]
         assert [session.is_open for session in world.sessions] == [False, True]
     assert world.lost == ["it was lost"]
+    assert world.ran_on == ["127.0.0.1:1", "127.0.0.1:2"]
     world.assert_all_is_given_back()
 
 
@@ -269,6 +274,7 @@ async def test_where_nobody_has_room_a_preempted_session_waits_for_its_turn(
         assert (await session.verify(3, [], "")).bonus_token_id == 13
         assert [session.committed for session in world.sessions[1:]] == [[1, 2, 12]] * 5
     assert world.num_preempted == 2
+    assert world.ran_on == ["127.0.0.1:1", "127.0.0.1:2"], "only who opened the session has it"
     assert world.refusals == ["KV_POOL_FULL", "KV_POOL_FULL", "SESSION_PREEMPTED", "KV_POOL_FULL"]
     assert world.waited_with == [[1, 2, 12]] * 4
     assert not world.lost
