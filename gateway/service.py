@@ -20,6 +20,7 @@ from gateway.metrics import outcome_of
 from gateway.place import Place
 from gateway.replicas.failover import VerifierLease, is_full
 from gateway.replicas.replica import Replica
+from gateway.request.answer_times import ExpectedTime
 from gateway.request.backends import Backends
 from gateway.request.deadlines import at_most, may_begin, timeout_s, turn, verifier_ready
 from gateway.request.padding import pad
@@ -54,8 +55,8 @@ class _Call:
     backends: Backends
     trace: RequestTrace
     arrived_ns: int
-    max_new_tokens: int
     place: Place
+    expected: ExpectedTime
     plan: Plan | None = None
     model: common_pb2.ModelInfo | None = None
     """The model that answers; it and the plan are settled at once if a verifier is ready."""
@@ -128,11 +129,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
                     max_new_tokens = admission.enter_context(
                         self._callers.admitted(wanted, backends.config.default_max_new_tokens)
                     )
-                    longest_s = partial(backends.answer_times.longest_s, max_new_tokens)
+                    expected = ExpectedTime(backends.answer_times, max_new_tokens)
+                    begins = may_begin(context, expected.longest_s)
                     place = admission.enter_context(
-                        self._queue.place(_caller_name(), request.ByteSize(), may_begin(context, longest_s))
+                        self._queue.place(_caller_name(), request.ByteSize(), begins)
                     )
-                call = _Call(request, context, backends, trace, arrived_ns, max_new_tokens, place)
+                call = _Call(request, context, backends, trace, arrived_ns, place, expected)
                 try:
                     await self._run_in_turn(call)
                 finally:
@@ -166,8 +168,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
             await self._plan(call, info)
         while True:
             with backends.metrics.counting_refusals(call.label):
-                longest_s = partial(backends.answer_times.longest_s, call.max_new_tokens)
-                await turn(call.place, call.context, backends.config.max_wait_s, longest_s)
+                await turn(call.place, call.context, backends.config.max_wait_s, call.expected.longest_s)
                 if call.place.has_waited:
                     await verifier_ready(backends.verifiers, backends.config.failover_wait_s)
                 # It counts from the pick on: requests that come together must not all take the same replica.
@@ -212,7 +213,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
     async def _plan(self, call: _Call, info: verifier_pb2.VerifierServiceGetInfoResponse) -> None:
         """Settle what the request asks for and what answers it."""
         with call.backends.metrics.counting_refusals():
-            call.plan = await make_plan(call.request, call.backends, info, max_new_tokens=call.max_new_tokens)
+            call.plan = await make_plan(
+                call.request, call.backends, info, max_new_tokens=call.expected.max_new_tokens
+            )
+        call.expected.num_prompt_tokens = len(call.plan.prompt_token_ids)
         call.model = info.model
         call.trace.describe(info.model.model_id, call.label, len(call.plan.prompt_token_ids))
 

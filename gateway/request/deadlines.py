@@ -71,7 +71,7 @@ def _too_late(takes_s: float) -> SpecdecError:
     if not takes_s:
         return DeadlineExceededError("The deadline passed while the request waited for room.")
     return ResourceExhaustedError(
-        f"Answers take up to {takes_s:.1f} s now, and the request has less time left; try again later, or "
+        f"Answers take up to {takes_s:.2g} s now, and the request has less time left; try again later, or "
         "allow more time.",
         reason="TOO_LITTLE_TIME",
         retry_after_s=advice_s(takes_s),

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from gateway.place import Place
 from gateway.replicas.failover import VerifierReplica
+from gateway.request.answer_times import RunningAnswer
 from gateway.request.backends import Backends
 from gateway.request.peers import Peers
 from gateway.request.plan import Plan
@@ -59,6 +60,7 @@ class RunningRequest:
         """The method as metrics name it."""
         self._emitted: list[gateway_pb2.Token] = []
         self._drafts: RequestDrafts = NoDrafts()
+        self._answer = RunningAnswer(backends.answer_times)
         self._control: SizeControl = FixedSize(PLAIN_SIZE)
 
     async def responses(self) -> AsyncGenerator[gateway_pb2.GenerateResponse]:
@@ -68,7 +70,7 @@ class RunningRequest:
             SpecdecError: the verifier refused or was lost.
         """
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._backends.answer_times.running())
+            self._answer = stack.enter_context(self._backends.answer_times.running())
             # Left in reverse order, the verifier's slot is freed first: a drafter may be slow to go.
             self._control = control = self._plan.drafting.control(
                 self._backends.controller, self._peers.verifier, is_greedy=self._plan.sampling.is_greedy
@@ -139,7 +141,10 @@ class RunningRequest:
         emitted = completed.ended_after(self._text.num_tokens - self.num_output_tokens)
         self._tally.add(emitted)
         self._backends.metrics.add_round(self.label, emitted)
-        self._backends.answer_times.came(len(emitted.token_ids))
+        if completed.is_prefill:
+            self._answer.read(len(self._plan.prompt_token_ids), completed.verified.elapsed_ns / 1e9)
+        else:
+            self._answer.came(len(emitted.token_ids))
         self._emitted += [_token(emitted, index) for index in range(len(emitted.token_ids))]
         if completed.verified.finish_reason and not self._text.stopped:
             released += self._text.flush()
@@ -152,7 +157,8 @@ class RunningRequest:
         return token
 
     def _finished(self, finish_reason: str) -> gateway_pb2.GenerateFinished:
-        self._backends.answer_times.ended(self.num_output_tokens)
+        # One that was to be no longer might have been.
+        self._answer.is_whole = finish_reason != "length"
         number = next(number for number, name in FINISH_REASONS.items() if name == finish_reason)
         return gateway_pb2.GenerateFinished(
             finish_reason=number,
@@ -185,7 +191,8 @@ class RunningRequest:
         """Wait in the middle of the answer until verifiers may have room again; the deadline goes on, and
         drafters have their room for others."""
         await self._drafts.let_go()
-        await self._place.turn_again(refusal)
+        with self._answer.waiting():
+            await self._place.turn_again(refusal)
         await self._drafts.open_again(committed_token_ids)
 
 
