@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from specdec.cli.answers import chat, compare, generate
+from specdec.cli.doctor import doctor
 from specdec.cli.groups import ErrorGroup, LazyGroup
 from specdec.cli.system import down, info, up
 from specdec.cli.tokens import token
@@ -27,7 +28,7 @@ def main() -> None:
     """
 
 
-for command in (up, down, info, generate, compare, chat, token):
+for command in (up, down, info, doctor, generate, compare, chat, token):
     main.add_command(command)
 main.add_command(
     LazyGroup(

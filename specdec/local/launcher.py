@@ -115,8 +115,13 @@ def _spec(config: SystemConfig, name: str, address: str, arguments: Sequence[str
         name=name,
         address=address,
         command=(*command, *config.extra_args.get(name, ())),
-        health_service=f"specdec.v1.{name.capitalize()}Service",
+        health_service=health_service(name),
     )
+
+
+def health_service(name: str) -> str:
+    """Return the name by which the service "gateway", "verifier" or "drafter" tells of its health."""
+    return f"specdec.v1.{name.capitalize()}Service"
 
 
 def service_module(name: str) -> str:

@@ -21,7 +21,7 @@ LEVELS = (
     {"contract"},
     {"errors", "transport", "models"},
     {"service", "runtime", "local"},
-    {"state", "client"},
+    {"state", "client", "doctor"},
     {"cli", "testing"},
     {"bench", "__main__"},
 )

@@ -41,7 +41,7 @@ from tests.unit.scripted_gateway import (
 )
 from verifier_service.cli import main as verifier_main
 
-COMMANDS = ["bench", "chat", "compare", "down", "generate", "info", "up"]
+COMMANDS = ["bench", "chat", "compare", "doctor", "down", "generate", "info", "up"]
 
 
 @pytest.fixture

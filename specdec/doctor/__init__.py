@@ -1,0 +1,1 @@
+"""What is wrong with a set-up: facts about this machine, and checks of them that read nothing themselves."""
