@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.backends import GatewayBackend
+from specdec.bench.journal import Journal, key_of
 from specdec.bench.peers.engines import OPENVINO, PeerSetup, PeerTarget, names_of, require_known
 from specdec.bench.provenance import collect
 from specdec.bench.records import (
@@ -21,7 +21,7 @@ from specdec.bench.records import (
     Contender,
     RequestRecord,
 )
-from specdec.bench.report import REQUESTS_FILE, write_results
+from specdec.bench.report import write_results
 from specdec.bench.run import run, schedule, warm_up
 from specdec.bench.stats import Row, TurnRow, compute_rows, compute_turn_rows
 from specdec.bench.workload import (
@@ -169,6 +169,8 @@ def run_experiment(
     directory: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     report: Callable[[str], None] = lambda line: None,
+    *,
+    resume: bool = False,
 ) -> Outcome:
     """Run against a gateway; write results.json and table.md, and requests.jsonl as requests end.
 
@@ -179,20 +181,23 @@ def run_experiment(
         directory: folder for the files, which is made if it does not exist.
         on_progress: called with the number of requests done and of all requests.
         report: receives a line of text before a slow step.
+        resume: whether to go on where a run with the same settings was interrupted in that folder.
 
     Raises:
-        SpecdecError: the configuration does not fit the gateway. Requests that fail raise nothing.
+        SpecdecError: the configuration does not fit the gateway, or is not that of the run to go on with.
+            Requests that fail raise nothing.
     """
     provenance = collect() | _describe(config, len(prompts))
-    directory.mkdir(parents=True, exist_ok=True)
-    # Written at once, so that an interrupted run leaves what it measured.
-    with (directory / REQUESTS_FILE).open("w", encoding="utf-8") as file:
-
-        def keep(records: list[RequestRecord]) -> None:
-            file.writelines(json.dumps(record.to_json()) + "\n" for record in records)
-            file.flush()
-
-        measured, records = asyncio.run(_measure(config, prompts, gateway, keep, on_progress, report))
+    settings = _describe(config, len(prompts)) | {
+        "methods": config.gateway_methods,
+        "concurrencies": config.concurrencies,
+        "peers": config.peers,
+        "commit": provenance["commit"],
+    }
+    journal = Journal(directory, resume=resume)
+    measured, records = asyncio.run(
+        _measure(config, prompts, gateway, settings, journal, on_progress, report)
+    )
     provenance |= measured
     outcome = Outcome(compute_rows(records), compute_turn_rows(records), records, provenance)
     write_results(directory, provenance, outcome.rows, outcome.turn_rows, records)
@@ -203,7 +208,8 @@ async def _measure(
     config: BenchConfig,
     prompts: Sequence[Prompt],
     gateway: str,
-    keep: Callable[[list[RequestRecord]], None],
+    settings: dict[str, Any],
+    journal: Journal,
     on_progress: Callable[[int, int], None],
     report: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[RequestRecord]]:
@@ -222,9 +228,19 @@ async def _measure(
             backends = await peers.start_answering(config.peers, config.options(PLAIN), stack)
             contenders += [Contender(each.name, each, is_concurrent=False) for each in backends]
             provenance["peers"] = {backend.name: backend.description for backend in backends}
-        await warm_up(contenders, prompts[: config.num_warmup_prompts])
         blocks = list(schedule(contenders, prompts, config.concurrencies, config.num_asks))
-        return provenance, await run(blocks, keep, on_progress)
+        target_settings = {name: provenance[name] for name in ("model", "dtype", "device")}
+        kept = journal.begin(settings | target_settings, blocks)
+        done = {(record.method, record.concurrency, record.pair) for record in kept}
+        if done:
+            provenance["num_requests_before"] = len(kept)
+            report(f"{len(kept)} requests were measured before; {len(blocks) - len(done)} blocks are left.")
+        left = [block for block in blocks if key_of(block) not in done]
+        if left:
+            await warm_up(contenders, prompts[: config.num_warmup_prompts])
+        records = kept + await run(left, journal.keep, on_progress)
+        place = {key_of(block): number for number, block in enumerate(blocks)}
+        return provenance, sorted(records, key=lambda each: place[each.method, each.concurrency, each.pair])
 
 
 def _check(config: BenchConfig, info: GatewayInfo) -> ModelInfo:

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from specdec.bench.journal import REQUESTS_FILE
 from specdec.bench.load import LoadCaller, LoadConfig, LoadRecord, offer, saturate
 from specdec.bench.load_report import Capacity, LoadOutcome, write
 from specdec.bench.load_stats import CallerRow, LoadRow, caller_rows, goodput, load_row
 from specdec.bench.provenance import collect
-from specdec.bench.report import REQUESTS_FILE
 from specdec.bench.workload import Prompt, name_of, sha256_of
 from specdec.client import AsyncClient
 from specdec.contract.errors import UnavailableError

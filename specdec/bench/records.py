@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 from specdec.bench.workload import Prompt, QuestionId
-from specdec.client import Speculation
+from specdec.client import MethodRounds, ProposerStats, Speculation
 
 METHOD_SEPARATOR = "@"
 """Between a method and its K, where a run has several."""
@@ -103,3 +104,27 @@ class RequestRecord:
         fields = asdict(self)
         answer = fields.pop("answer") or {}
         return {**fields, **answer}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RequestRecord:
+        """Return the record that such an object holds.
+
+        Raises:
+            KeyError, TypeError: it is not such an object.
+        """
+        own = {field.name: values[field.name] for field in fields(cls) if field.name != "answer"}
+        return cls(**own, answer=None if own["error"] else _answer(values))
+
+
+def _answer(values: Mapping[str, Any]) -> Answer:
+    told = {field.name: _frozen(values[field.name]) for field in fields(Answer)}
+    if speculation := values["speculation"]:
+        parts = {name: _frozen(value) for name, value in speculation.items()}
+        parts["proposers"] = tuple(ProposerStats(**each) for each in speculation["proposers"])
+        parts["methods"] = tuple(MethodRounds(**each) for each in speculation["methods"])
+        told["speculation"] = Speculation(**parts)
+    return Answer(**told)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -18,7 +18,6 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.methods import PLAIN
 
 RESULTS_FILE = "results.json"
-REQUESTS_FILE = "requests.jsonl"
 TABLE_FILE = "table.md"
 
 _ROW_FIELDS = [field.name for field in fields(Row)]

@@ -31,7 +31,7 @@ from specdec.bench.terminal import (
 )
 from specdec.cli.numbers import integers
 from specdec.cli.streams import report
-from specdec.contract.errors import UnavailableError
+from specdec.contract.errors import InvalidArgumentError, UnavailableError
 from specdec.contract.methods import drafters_of
 
 _DEFAULTS = BenchConfig()
@@ -139,7 +139,14 @@ _MEMORY_TOKENS = 200_000
     help="Drafter to start; may be given several times.  [default: one for each drafter of the methods]",
 )
 @out_option("results.json, requests.jsonl, table.md and plots")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where a run that was interrupted left off in the folder of --out: what it measured is not "
+    "measured again. All other settings must be the same. Where there is nothing yet, the run begins.",
+)
 def run_command(
+    resume: bool,
     gateway: str | None,
     dtype: str,
     device: str,
@@ -150,8 +157,20 @@ def run_command(
     """Run every method on the same prompts against the same services, taking turns prompt by prompt."""
     config = BenchConfig(**settings)
     config.validate()
+    if resume and config.memory:
+        raise InvalidArgumentError(
+            "A run with --memory cannot go on: the services have forgotten its earlier answers; leave out "
+            "--resume.",
+            field="resume",
+        )
     require_usable(config.peers)
-    outcome = run_shown(config, directory, gateway, dtype=dtype, device=device, drafters=drafters)
+    try:
+        outcome = run_shown(
+            config, directory, gateway, dtype=dtype, device=device, drafters=drafters, resume=resume
+        )
+    except KeyboardInterrupt:
+        report(f"What was measured is in {directory}; the same command with --resume goes on from there.")
+        raise
     _show(outcome, config, directory)
     _judge(outcome.records)
 
@@ -164,11 +183,13 @@ def run_shown(
     dtype: str = "bfloat16",
     device: str = "cpu",
     drafters: tuple[str, ...] = (),
+    resume: bool = False,
 ) -> Outcome:
     """Run an experiment under a progress bar, against a gateway or services started for it (None).
 
     Args:
         drafters: drafters to start; empty: one for each drafter of the methods.
+        resume: whether to go on where a run with the same settings was interrupted in that folder.
     """
     prompts = config.load_prompts()
     named = dict.fromkeys(name for method in config.methods for name in drafters_of(method))
@@ -178,7 +199,9 @@ def run_shown(
     with services as address, progress_bar() as progress:
         task = progress.add_task("Warming up", total=None)
         on_progress = shown_in(progress, task, "Requests")
-        return run_experiment(config, prompts, address, directory, on_progress, lines_above(progress))
+        return run_experiment(
+            config, prompts, address, directory, on_progress, lines_above(progress), resume=resume
+        )
 
 
 def _show(outcome: Outcome, config: BenchConfig, directory: Path) -> None:
