@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from drafter_service.config import DrafterConfig
 from drafter_service.drafters.base import Drafter, DraftItem, DraftSession, OpenDraft
 from specdec.contract.bounds import MAX_NUMBER, bound_passed
-from specdec.contract.draft_tree import DraftTree
+from specdec.contract.draft_tree import NO_DRAFT, DraftTree
 from specdec.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -244,6 +244,10 @@ class DrafterHost:
         drafted = await self.engine.submit(item, session)
         if session.state:
             session.state.check()
+            if session.state.is_behind:
+                # The text went on meanwhile: nobody waits for this draft, and what it was made of may be
+                # another's.
+                return replace(drafted, value=NO_DRAFT)
         return drafted
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from specdec.client import GenerateOptions
 from specdec.contract.errors import SpecdecError, from_rpc_error
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.transport.channel import aio_channel
 from specdec.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from tests.raw_streams import until

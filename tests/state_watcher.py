@@ -19,7 +19,7 @@ import numpy
 from numpy.typing import NDArray
 
 from specdec.contract.target_state import GENERATIONS, SharedMemory, TargetStateRef
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 
 
 def describe(ref: TargetStateRef) -> dict[str, Any]:

@@ -27,6 +27,12 @@ class VerifierConfig(ModelServiceConfig):
     hidden size per token of the pool. A drafter for which too few of them are left gets no state, and
     its requests run without it."""
 
+    kv_session_tokens: int = 4096
+    """Length of texts, tokens, that the KV pool is divided for, where a model has layers with a sliding
+    window beside layers that attend to the whole text. The former need the last tokens of a text only: the
+    longer the texts, the more of the memory goes to the latter. If texts are much shorter or longer than
+    this, one part of the pool is full while the other has room."""
+
     no_prefix_reuse: bool = False
     """Compute every prompt from its first token. Without this option, KV and hidden states of texts are kept
     while there is room, and a prompt that begins like an earlier text of the same caller and cache_salt takes
@@ -35,6 +41,6 @@ class VerifierConfig(ModelServiceConfig):
     def __post_init__(self) -> None:
         # The two-argument form: slots make another class object than the one super() would look for.
         super(VerifierConfig, self).__post_init__()
-        require_positive(self, "max_draft_nodes", "max_hidden_layers")
+        require_positive(self, "max_draft_nodes", "max_hidden_layers", "kv_session_tokens")
         if self.advertise:
             parse_uris(self.advertise)

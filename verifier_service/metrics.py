@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import Meter
 
-from specdec.service.instruments import Counter, EngineMetrics, observe_value, observe_values
+from specdec.runtime.block_group import BlockGroup
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import BLOCK_TOKENS
+from specdec.service.instruments import Counter, EngineMetrics, observe_values
 
 if TYPE_CHECKING:
     from verifier_service.verifier import Verifier
@@ -52,25 +57,37 @@ class VerifierMetrics:
             unit="{model}",
             description="Whose code computes a pass: specdec, or transformers, which is slower",
         )
-        pool = verifier.pool
-        observe_value(
-            self._meter,
-            "specdec.verifier.kv_used_tokens",
-            lambda: pool.capacity_tokens - pool.free_tokens,
-            unit="{token}",
-            description="Tokens of KV that sessions hold",
-        )
-        observe_value(
-            self._meter,
-            "specdec.verifier.kv_kept_tokens",
-            lambda: pool.kept_tokens,
-            unit="{token}",
-            description="Tokens of KV that no session holds, kept for prompts that begin alike",
-        )
-        observe_value(
-            self._meter,
-            "specdec.verifier.kv_capacity_tokens",
-            lambda: pool.capacity_tokens,
-            unit="{token}",
-            description="Tokens of KV in all",
-        )
+        for name, num_blocks, description in (
+            ("specdec.verifier.kv_used_tokens", _num_used, "Tokens of KV that sessions hold"),
+            (
+                "specdec.verifier.kv_kept_tokens",
+                _num_kept,
+                "Tokens of KV that no session holds, kept for prompts that begin alike",
+            ),
+            ("specdec.verifier.kv_capacity_tokens", _num_blocks, "Tokens of KV in all"),
+        ):
+            observe_values(
+                self._meter,
+                name,
+                partial(_tokens, verifier.pool, num_blocks),
+                label="layers",
+                unit="{token}",
+                description=description,
+            )
+
+
+def _tokens(pool: KvPool, num_blocks: Callable[[BlockGroup], int]) -> dict[str, int]:
+    """Return tokens of each kind of layers that has blocks of its own."""
+    return {name: num_blocks(group) * BLOCK_TOKENS for name, group in pool.groups.items()}
+
+
+def _num_used(group: BlockGroup) -> int:
+    return group.num_blocks - group.num_available
+
+
+def _num_kept(group: BlockGroup) -> int:
+    return group.prefixes.num_idle
+
+
+def _num_blocks(group: BlockGroup) -> int:
+    return group.num_blocks

@@ -13,7 +13,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from specdec.runtime.kv_pool import KvAllocation, KvPool
+from specdec.runtime.kv_pool import KvPool, SharedBlocks
+from specdec.runtime.kv_slots import KvAllocation
 from verifier_service.session import Session
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,14 @@ class KvRoom:
         """The sessions that hold blocks, the oldest first."""
         return tuple(self._sessions)
 
-    def allocate(self, num_tokens: int, max_length: int, shared: Sequence[int]) -> KvAllocation:
+    def allocate(self, num_tokens: int, max_length: int, shared: SharedBlocks) -> KvAllocation:
         """Take blocks for a session that begins with so many tokens, and for a little more.
 
         Every session that runs and is not at its end yet keeps a block to go on with.
 
         Args:
             max_length: the most tokens that the session may have.
-            shared: blocks that hold the first of them already.
+            shared: blocks that hold the first tokens already.
 
         Raises:
             InvalidArgumentError: the session would never fit.
@@ -108,6 +109,30 @@ class KvRoom:
         if length > session.allocation.capacity:
             await self._require(session, length)
 
+    async def prepare(self, session: Session, length: int) -> None:
+        """Take room for the next tokens of a prompt, up to so many in all.
+
+        A session begins with room for all of its prompt, except in layers with a sliding window, where a long
+        prompt passes through.
+
+        Raises:
+            AbortedError: the session was preempted.
+        """
+        session.check_preempted()
+        if length > session.allocation.capacity:
+            await self._require(session, length)
+
+    def give_back_unseen(self, session: Session, position: int, keys: Sequence[bytes]) -> None:
+        """Give back blocks that no token from a position on sees.
+
+        Args:
+            keys: of the first blocks of the session's text, to keep what they hold while there is room.
+        """
+        rest = self._pool.give_back(session.allocation, position, keys)
+        if rest is not session.allocation:
+            session.use(rest)
+            self._notify()
+
     async def _require(self, session: Session, length: int) -> None:
         """Take room for so many tokens, at the cost of younger sessions if need be."""
         self._waiting.add(session)
@@ -130,7 +155,7 @@ class KvRoom:
         """Return whether a session has got room for so many tokens."""
         grown = self._pool.grow(session.allocation, length)
         if grown:
-            session.grow(grown)
+            session.use(grown)
         return grown is not None
 
     def _youngest(self) -> Session:

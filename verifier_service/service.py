@@ -337,5 +337,8 @@ def _chunk(chunk: StateChunk) -> target_state_pb2.StreamTargetStateResponse:
     return target_state_pb2.StreamTargetStateResponse(
         start_position=chunk.start,
         num_positions=chunk.stop - chunk.start,
-        tensors=[target_state_pb2.TensorRows(name=name, data=data) for name, data in chunk.rows.items()],
+        tensors=[
+            target_state_pb2.TensorRows(name=name, data=data, num_gone_positions=chunk.num_gone.get(name, 0))
+            for name, data in chunk.rows.items()
+        ],
     )

@@ -16,7 +16,7 @@ from specdec.contract.request_limits import validate_max_new_tokens
 from specdec.contract.retry import Progress
 from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
 from specdec.contract.target_state import TargetStateSpec
-from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.kv_slots import KvAllocation
 from specdec.runtime.picks import PickContext
 from specdec.runtime.prefix_cache import PrefixKeys
 from verifier_service.acceptance import DraftAcceptance, FinishReason
@@ -169,8 +169,8 @@ class Session:
         """Whether the session's tokens may outgrow the slots that it has."""
         return not self.finish_reason and self.allocation.capacity < self.max_length
 
-    def grow(self, allocation: KvAllocation) -> None:
-        """Take an allocation that begins as the session's does, and has more room."""
+    def use(self, allocation: KvAllocation) -> None:
+        """Take an allocation that has all that the session still reads, in the place of its own."""
         self.allocation = allocation
         if self.state:
             self.state.allocation = allocation

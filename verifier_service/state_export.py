@@ -26,7 +26,8 @@ from specdec.contract.target_state import (
     storage_kind,
 )
 from specdec.runtime.capture import HiddenCapture
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.state.view import Projection, num_projection_bytes
 from verifier_service.state_offer import StateOffer
 from verifier_service.state_stream import ExportedState, RunOnEngine, StateChunk, StateStreams
@@ -157,7 +158,9 @@ class StateExport:
             projection_sha256=spec.projection.sha256 if spec.projection else "",
             max_length=max_length,
         )
-        state = ExportedState(ref, spec, allocation, frozenset(hidden_names))
+        has_window = any(map(self._pool.holds_window, names))
+        window_of = self._pool.window_blocks if has_window else _no_window
+        state = ExportedState(ref, spec, allocation, frozenset(hidden_names), window_of)
         self._sessions[ref.session_id] = state
         return state
 
@@ -236,7 +239,7 @@ class StateExport:
             )
         # Reserving pages takes milliseconds; the engine thread alone may run torch operations.
         for name in idle[: max(0, num_excess)]:
-            pool.prefixes.forget_hidden(name)
+            pool.full.prefixes.forget_hidden(name)
             await self._run_on_engine(partial(pool.remove_hidden, name))
         for name in new:
             await self._run_on_engine(partial(pool.add_hidden, name, offer.hidden_size))
@@ -245,6 +248,10 @@ class StateExport:
         ref = self._pool.ref(name)
         kind = self._offer.attention_type(name)
         return replace(ref, attention_type=kind) if kind else ref
+
+
+def _no_window(allocation: KvAllocation) -> None:
+    """Return that a session's state has no part of which the last positions only are there."""
 
 
 def _choices(indices: Sequence[int]) -> Iterator[tuple[int, ...]]:

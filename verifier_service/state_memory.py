@@ -45,7 +45,7 @@ def make_memory(config: VerifierConfig) -> StateMemory:
 def expect_drafters(packed: PackedModel, loaded: LoadedModel) -> None:
     """Warn if shared memory has no room for what drafters will read besides KV."""
     weights = shared_weights_bytes(loaded.model)
-    layer = packed.pool.capacity_tokens * packed.capture.hidden_size * loaded.model.dtype.itemsize
+    layer = packed.pool.most_tokens * packed.capture.hidden_size * loaded.model.dtype.itemsize
     use = (
         f"{weights / 2**20:.0f} MiB more for the embedding and the LM head, and {layer / 2**20:.0f} MiB for "
         "each layer of hidden states"

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
-from specdec.contract.target_state import GENERATIONS, PROJECTED, TargetStateRef, TargetStateSpec, TensorRef
-from specdec.runtime.kv_pool import KvAllocation, KvPool
+from specdec.contract.target_state import (
+    GENERATIONS,
+    PROJECTED,
+    TargetStateRef,
+    TargetStateSpec,
+    TensorRef,
+    WindowBlocks,
+)
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import KvAllocation
 from specdec.state.view import Projection, TargetStateView, tensor_bytes
 
 ValueT = TypeVar("ValueT")
@@ -36,6 +44,8 @@ class StateChunk:
     start: int
     stop: int
     rows: dict[str, bytes]
+    num_gone: Mapping[str, int] = field(default_factory=dict)
+    """How many positions, the first, some tensors lack."""
 
 
 class ExportedState:
@@ -44,6 +54,7 @@ class ExportedState:
     Args:
         ref: the handle, tensors included.
         hidden_names: what passes of the session capture.
+        window_of: says where the last positions are in layers with a sliding window, if that is elsewhere.
     """
 
     def __init__(
@@ -52,14 +63,16 @@ class ExportedState:
         spec: TargetStateSpec,
         allocation: KvAllocation,
         hidden_names: frozenset[str],
+        window_of: Callable[[KvAllocation], WindowBlocks | None],
     ) -> None:
         self.spec = spec
         self.allocation = allocation
-        """The session's slots; another allocation takes its place when the session grows."""
+        """The session's slots; another allocation takes its place when the session gets on."""
         self.hidden_names = hidden_names
         self.num_streams = 0
         self.is_closed = False
         self.cached_length = 0
+        self._window_of = window_of
         self._ref = ref
         """The handle with all the blocks that readers were told of."""
         self._changed = asyncio.Event()
@@ -76,14 +89,15 @@ class ExportedState:
 
     def first_ref(self) -> TargetStateRef:
         """Return the handle as the answer to an open carries it."""
-        return replace(self._ref, cached_length=self.cached_length)
+        return replace(self._ref, cached_length=self.cached_length, window=self._window_of(self.allocation))
 
     def next_ref(self) -> TargetStateRef:
         """Return the handle as the next answer carries it, with the blocks that were added since the last."""
         blocks = self.allocation.blocks
-        if len(blocks) == len(self._ref.block_ids):
-            return self._ref.at(self.cached_length)
-        told, self._ref = self._ref, replace(self._ref, block_ids=blocks)
+        told = replace(self._ref, window=self._window_of(self.allocation))
+        if len(blocks) == len(told.block_ids):
+            return told.at(self.cached_length)
+        self._ref = replace(self._ref, block_ids=blocks)
         return told.at(self.cached_length, blocks)
 
     def advance(self, cached_length: int) -> None:
@@ -148,9 +162,11 @@ class StateStreams:
                     rows[PROJECTED] = await self._project(state, projection, start, stop)
                     if state.is_closed:  # what was read may be another session's by now
                         return
+                num_gone = {}
                 for name in names:
-                    rows[name] = self._rows(name, state.allocation, start, stop)
-                yield StateChunk(start, stop, rows)
+                    first, rows[name] = self._rows(name, state.allocation, start, stop)
+                    num_gone[name] = first - start
+                yield StateChunk(start, stop, rows, num_gone)
                 start = stop
 
     def _num_positions(self, names: Sequence[str], projection: Projection | None) -> int:
@@ -177,9 +193,12 @@ class StateStreams:
             state.num_streams -= 1
             self.num_streams -= 1
 
-    def _rows(self, name: str, allocation: KvAllocation, start: int, stop: int) -> bytes:
-        tensor = self._pool.tensor(name)
-        return b"".join(tensor_bytes(tensor[run]) for run in allocation.runs(start, stop))
+    def _rows(self, name: str, allocation: KvAllocation, start: int, stop: int) -> tuple[int, bytes]:
+        """Return a tensor's rows of these positions, and the position of the first one that is there."""
+        tensor, table = self._pool.tensor(name), allocation.table(self._pool.holds_window(name))
+        first = min(max(start, table.first), stop)
+        runs = table.runs(first, stop) if first < stop else ()
+        return first, b"".join(tensor_bytes(tensor[run]) for run in runs)
 
     async def _project(self, state: ExportedState, projection: Projection, start: int, stop: int) -> bytes:
         tensors = {name: self._pool.tensor(name) for name in state.hidden_names}

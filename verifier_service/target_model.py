@@ -135,9 +135,8 @@ class TargetModel:
         device = self._packed.device
         first = session.committed_length  # position of the draft's first token: the one after the anchor
         sources, targets = (first + torch.tensor(moved, device=device)).T
-        slots_at = session.allocation.slots_at
         hidden_names = session.state.hidden_names if session.state else ()
-        self._packed.pool.move(slots_at(sources), slots_at(targets), hidden_names)
+        self._packed.pool.move(session.allocation, sources, targets, hidden_names)
 
 
 def _run(work: SideWork) -> Any:

@@ -14,11 +14,12 @@ from specdec.contract.load import Load
 from specdec.contract.retry import retry_after_s
 from specdec.contract.sampling import validate_token_ids
 from specdec.runtime.engine import Engine, EngineResult
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_pool import SharedBlocks
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.runtime.loading import LoadedModel, load_causal_lm
 from specdec.runtime.memory import StateMemory
 from specdec.runtime.model_thread import ModelThread
-from specdec.runtime.packed_model import PackedModel
+from specdec.runtime.packed_model import GivingBack, PackedModel
 from specdec.runtime.prefix_cache import PrefixKeys
 from specdec.runtime.rounding import try_rounding
 from specdec.state.weights import TargetWeightsRef, share_weights
@@ -79,7 +80,14 @@ class Verifier:
     ) -> None:
         self.config = config
         self.loaded = loaded
-        packed = PackedModel(loaded.model, kv_budget_bytes=int(config.kv_cache_mib * 2**20), memory=memory)
+        packed = PackedModel(
+            loaded.model,
+            kv_budget_bytes=int(config.kv_cache_mib * 2**20),
+            memory=memory,
+            giving_back=GivingBack(
+                max(config.prefill_chunk_tokens, 2 * (config.max_draft_nodes + 1)), config.kv_session_tokens
+            ),
+        )
         try_rounding(packed)
         self.vocab_size = packed.vocab_size
         self.max_length = packed.max_length
@@ -198,7 +206,7 @@ class Verifier:
             max_length=max_length,
             # Room for a tree's nodes only makes the last rounds quicker.
             room=min(
-                max_length + min(request.draft_nodes, self.config.max_draft_nodes), self.pool.capacity_tokens
+                max_length + min(request.draft_nodes, self.config.max_draft_nodes), self.pool.most_tokens
             ),
         )
         self.room.add(session)
@@ -213,11 +221,11 @@ class Verifier:
 
     async def _export(self, session: Session, request: OpenRequest) -> None:
         """Export as much of a session's state as its drafters ask for and there is."""
-        num_forgotten = self.pool.prefixes.num_forgotten
+        num_forgotten = self.pool.full.prefixes.num_forgotten
         state, refusals = await self.export.open_for(
             request.target_state_specs, session.allocation, session.max_length
         )
-        is_gone = session.num_reused_tokens and self.pool.prefixes.num_forgotten != num_forgotten
+        is_gone = session.num_reused_tokens and self.pool.full.prefixes.num_forgotten != num_forgotten
         if state and (is_gone or session.is_preempted):
             self.export.close(state)
             state, refusals = None, (_STATES_GONE,) * len(refusals)
@@ -232,20 +240,31 @@ class Verifier:
         self._keep(session)
         self.pool.free(session.allocation)
 
-    def _find_shared(self, request: OpenRequest, prefix_keys: PrefixKeys) -> list[int]:
+    def _find_shared(self, request: OpenRequest, prefix_keys: PrefixKeys) -> SharedBlocks:
         """Return blocks that hold the beginning of a request's text; its last token needs a pass in any
         case."""
         if self.config.no_prefix_reuse:
-            return []
+            return SharedBlocks()
         hidden_names = self.export.hidden_names(request.target_state_specs)
         keys = prefix_keys.of(request.committed_token_ids[:-1])
-        return self.pool.prefixes.find(keys, hidden_names)
+        return self.pool.find(keys, hidden_names)
 
     def _keep(self, session: Session) -> None:
         """Keep the full blocks of a session for others that begin alike."""
-        if not self.config.no_prefix_reuse:
-            keys = session.prefix_keys.of(session.token_ids[: session.cached_length])
-            self.pool.keep(keys, session.allocation, session.hidden_names)
+        self.pool.keep(self._keys(session), session.allocation, session.hidden_names)
+
+    def _keys(self, session: Session) -> Sequence[bytes]:
+        """Return the keys of a session's full blocks; none where nothing is kept for others."""
+        if self.config.no_prefix_reuse:
+            return ()
+        return session.prefix_keys.of(session.token_ids[: session.cached_length])
+
+    def _give_back_unseen(self, session: Session, length: int) -> None:
+        """Give back blocks that are of no use to a session with so many cached tokens.
+
+        A text that goes on from the last full block of this one is to find all that its first token sees.
+        """
+        self.room.give_back_unseen(session, length // BLOCK_TOKENS * BLOCK_TOKENS, self._keys(session))
 
     def _retry_after_s(self, num_missing_tokens: int) -> float:
         """Return when so many more tokens of KV should be free."""
@@ -261,9 +280,11 @@ class Verifier:
         results: list[EngineResult[Verdict | None]] = []
         for start in range(session.num_reused_tokens, prompt_length, size):
             chunk = PrefillChunk(session, start, min(start + size, prompt_length))
+            await self.room.prepare(session, chunk.stop)
             with self.room.in_pass(session):
                 results.append(await self.engine.submit(chunk, session))
                 session.cached_length = chunk.stop
+                self._give_back_unseen(session, chunk.stop)
         timed = self._commit(session, NO_DRAFT, results)
         if not session.is_preempted:
             self._keep(session)
@@ -304,7 +325,10 @@ class Verifier:
         draft = sent.select(kept)
         with self.room.in_pass(session):
             result = await self.engine.submit(VerifyItem(session, draft), session)
+            # A drafter may still read what the last answer named: that stays for another round.
+            num_named = session.cached_length
             timed = self._commit(session, draft, [result])
+            self._give_back_unseen(session, num_named)
         return replace(
             timed, accepted_node_indices=tuple(kept[node] for node in timed.verdict.acceptance.path)
         )

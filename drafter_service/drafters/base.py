@@ -24,7 +24,8 @@ from specdec.contract.target_state import TargetStateSpec
 
 if TYPE_CHECKING:
     # For types only: drafters that need no target state run without torch.
-    from specdec.runtime.kv_pool import KvAllocation, KvPool
+    from specdec.runtime.kv_pool import KvPool
+    from specdec.runtime.kv_slots import KvAllocation
     from specdec.state.reader import StateSession
     from specdec.state.view import Projection, TargetStateView
     from specdec.state.weights import TargetWeights

@@ -12,7 +12,8 @@ from torch import Tensor
 from drafter_service.training.data import TokenSequence
 from specdec.contract.target_state import LAST_HIDDEN, hidden_name, key_name, value_name
 from specdec.runtime.attention import Segment
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvShape
+from specdec.runtime.kv_pool import KvShape
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.runtime.packed_model import PackedModel
 
 

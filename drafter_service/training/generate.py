@@ -18,7 +18,7 @@ from drafter_service.training.data import TokenData, TokenSequence
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.sampling import SamplingParams
 from specdec.runtime.attention import Segment
-from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.kv_slots import KvAllocation
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import PickContext, Picker
 

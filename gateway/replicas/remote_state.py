@@ -18,6 +18,9 @@ class RemoteState:
     """Positions that may be read."""
     added_block_ids: tuple[int, ...] = ()
     """The blocks that the session took since."""
+    window: target_state_pb2.WindowBlocks | None = None
+    """Where layers with sliding attention have its last positions, as of the last answer; None: where the
+    opening said."""
     refusals: Mapping[str, str] = field(default_factory=dict)
     """Why the session does not export what a drafter reads, by the drafter's name."""
 
@@ -37,6 +40,7 @@ class RemoteState:
             self,
             cached_length=result.cached_length,
             added_block_ids=(*self.added_block_ids, *result.target_state.block_ids),
+            window=result.target_state.window if result.target_state.HasField("window") else self.window,
         )
 
     def message(self, *, num_known_blocks: int) -> target_state_pb2.TargetStateRef | None:
@@ -52,6 +56,8 @@ class RemoteState:
             message.CopyFrom(self.opened)
             message.block_ids.extend(self.added_block_ids)
             message.cached_length = self.cached_length
+            if self.window:
+                message.window.CopyFrom(self.window)
             return message
         added = self.added_block_ids[num_known_blocks - len(self.opened.block_ids) :]
         return target_state_pb2.TargetStateRef(
@@ -61,4 +67,5 @@ class RemoteState:
             cached_length=self.cached_length,
             block_ids=added,
             num_known_blocks=num_known_blocks if added else 0,
+            window=self.window or (self.opened.window if self.opened.HasField("window") else None),
         )

@@ -155,7 +155,7 @@ class _Bench:
         view = await state.view(TargetStateRef.from_proto(result.target_state))
         viewed_ns = time.perf_counter_ns()
         for name in self._names(session):
-            tensor_bytes(view.rows(name, length))
+            tensor_bytes(view.rows(name, max(length, view.first_row(name))))
         read_ns = time.perf_counter_ns()
         samples.round_ns.append(viewed_ns - answered_ns)
         samples.round_bytes.append(state.take_num_new_bytes())

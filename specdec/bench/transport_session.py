@@ -109,6 +109,8 @@ class VerifySession:
             raise InternalError("The verifier refused the only tokens it was allowed to pick.")
         self._committed_length = result.committed_length
         self._message.block_ids.extend(result.target_state.block_ids)
+        if result.target_state.HasField("window"):
+            self._message.window.CopyFrom(result.target_state.window)
         return result
 
 

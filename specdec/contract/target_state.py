@@ -15,6 +15,8 @@ LAST_HIDDEN = "last_hidden"
 """Name of the hidden state after the final norm."""
 PROJECTED = "projected"
 """Name of the projected hidden states."""
+SLIDING_ATTENTION = "sliding_attention"
+"""The attention type of layers that see the last positions only."""
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -243,6 +245,43 @@ class TensorRef:
 
 
 @dataclass(frozen=True, slots=True)
+class WindowBlocks:
+    """Where the last positions of a session are in layers with sliding attention; see
+    specdec.v1.WindowBlocks."""
+
+    num_positions: int
+    num_gone_blocks: int = 0
+    block_ids: tuple[int, ...] = ()
+    generations: tuple[int, ...] = ()
+    first_generation: int = 0
+
+    def first(self, length: int) -> int:
+        """Return the first position that may be read, of so many."""
+        return max(0, length - self.num_positions)
+
+    def to_proto(self) -> pb.WindowBlocks:
+        """Return the message."""
+        return pb.WindowBlocks(
+            num_positions=self.num_positions,
+            num_gone_blocks=self.num_gone_blocks,
+            block_ids=self.block_ids,
+            generations=self.generations,
+            first_generation=self.first_generation,
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.WindowBlocks) -> WindowBlocks:
+        """Read the message."""
+        return cls(
+            message.num_positions,
+            message.num_gone_blocks,
+            tuple(message.block_ids),
+            tuple(message.generations),
+            message.first_generation,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TargetStateRef:
     """A handle on a session's state; see specdec.v1.TargetStateRef."""
 
@@ -261,6 +300,8 @@ class TargetStateRef:
     """How many of the session's blocks come before `block_ids`: earlier handles named them."""
     max_length: int = field(default=0, repr=False)
     """Most positions that the session can have; 0: as many as the blocks hold."""
+    window: WindowBlocks | None = field(default=None, repr=False)
+    """Where the KV of layers with sliding attention is; None: it is in `block_ids`, or there is none."""
 
     def at(self, cached_length: int, blocks: Sequence[int] = ()) -> TargetStateRef:
         """Return the handle as later rounds carry it: lengths, and which blocks were added.
@@ -277,6 +318,7 @@ class TargetStateRef:
             cached_length,
             block_ids=added,
             num_known_blocks=num_known if added else 0,
+            window=self.window,
         )
 
     def to_proto(self) -> pb.TargetStateRef:
@@ -293,6 +335,7 @@ class TargetStateRef:
             projection_sha256=self.projection_sha256,
             num_known_blocks=self.num_known_blocks,
             max_length=self.max_length,
+            window=self.window.to_proto() if self.window else None,
         )
 
     @classmethod
@@ -310,4 +353,5 @@ class TargetStateRef:
             projection_sha256=message.projection_sha256,
             num_known_blocks=message.num_known_blocks,
             max_length=message.max_length,
+            window=WindowBlocks.from_proto(message.window) if message.HasField("window") else None,
         )

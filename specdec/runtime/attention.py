@@ -14,7 +14,7 @@ from itertools import groupby, pairwise
 import numpy
 from numpy.typing import NDArray
 
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Span:
         moved = {place: at for place, at in self.tokens.items() if self.first_key <= place < stop_key}
         positions[[place - self.first_key for place in moved]] = [*moved.values()]
         # A place that nothing is put at is hidden, and may be none of the session's own.
-        return self.allocation.host_slots_at(positions.clip(max=self.allocation.capacity - 1))
+        return self.allocation.host_slots_at(positions.clip(max=self.allocation.length - 1))
 
     def hidden(self) -> None:
         """Which keys a query may not attend to: as the positions say."""
@@ -137,4 +137,5 @@ def tree_spans(segment: Segment, row: int, window: int) -> Iterator[Span]:
     for head, stop in pairwise([*heads, len(parents)]):
         tokens = {start + depth: start + token for depth, token in enumerate(paths[stop - 1])}
         first, last = positions[head], positions[stop - 1]
-        yield from chain_spans(segment.allocation, row + head, first, last + 1, window, tokens)
+        table = segment.allocation.table(window > 0)
+        yield from chain_spans(table, row + head, first, last + 1, window, tokens)

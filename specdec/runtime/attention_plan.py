@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from specdec.runtime.attention import Span
 from specdec.runtime.bucket import Bucket, MaskedSpan
-from specdec.runtime.kv_pool import Indices, device_slots, join_slots
+from specdec.runtime.kv_slots import Indices, device_slots, join_slots
 
 _ROW_MULTIPLE = 4
 

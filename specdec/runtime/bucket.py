@@ -13,7 +13,7 @@ import numpy
 from numpy.typing import NDArray
 
 from specdec.runtime.attention import Segment, first_key, with_rows
-from specdec.runtime.kv_pool import Indices, KvAllocation
+from specdec.runtime.kv_slots import Indices, KvAllocation
 
 MAX_QUERIES = 64
 """Most tokens of a session in a pass that is filled up; a prefill is not."""
@@ -90,7 +90,8 @@ class MaskedSpan:
         if window:
             seen &= numpy.concatenate([before, positions]) > positions[:, None] - window
         size = num_keys or seen.shape[1]
-        return cls(segment.allocation, row, len(positions), segment.start, first, size, seen)
+        table = segment.allocation.table(window > 0)
+        return cls(table, row, len(positions), segment.start, first, size, seen)
 
     def key_slots(self) -> Indices:
         """The slots of the keys; the first one's stands for those that only fill up."""

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import LAST_HIDDEN, hidden_name
-from specdec.runtime.kv_pool import KvPool, write_rows
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import write_rows
 from specdec.runtime.model_pass import Pass
 
 AFTER_NORM = -1

@@ -9,10 +9,9 @@ pool's StateMemory from the start, so that exporting them copies nothing.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy
 import numpy.typing
@@ -20,20 +19,14 @@ import torch
 from torch import Tensor
 
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
+from specdec.contract.load import scarcest
 from specdec.contract.retry import SOONEST_S
-from specdec.contract.target_state import GENERATIONS, TensorRef, key_name, value_name
+from specdec.contract.target_state import GENERATIONS, TensorRef, WindowBlocks, key_name, value_name
+from specdec.runtime.block_group import BlockGroup
 from specdec.runtime.kernels import rows as kernels
+from specdec.runtime.kv_layout import BlockBytes, SlidingLayers, divide
+from specdec.runtime.kv_slots import BLOCK_TOKENS, GONE, KvAllocation, num_blocks_of
 from specdec.runtime.memory import PrivateMemory, Region, StateMemory, dtype_name
-from specdec.runtime.prefix_cache import PrefixCache
-
-BLOCK_TOKENS = 64
-"""Tokens per block: the pool's unit of allocation, and of the keys that attention reads."""
-
-_RUNS = re.compile(b"\1+")
-"""Blocks next to each other in a table of blocks that are free."""
-
-Indices = numpy.typing.NDArray[numpy.int64]
-"""Indices in the host's memory, where plans are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +36,8 @@ class KvShape:
     num_heads: int
     key_dim: int
     value_dim: int
+    window: int = 0
+    """How many keys a query sees, its own included; 0: all before it."""
 
     @property
     def num_elements(self) -> int:
@@ -50,99 +45,34 @@ class KvShape:
         return self.num_heads * (self.key_dim + self.value_dim)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class KvAllocation:
-    """Slots of one session, in position order. A contiguous run is kept as an offset: reading is a view.
+class SharedBlocks(NamedTuple):
+    """Blocks that hold the beginning of a text already."""
 
-    It never changes: a session that grows gets another allocation, which begins with the same blocks.
-    """
+    blocks: Sequence[int] = ()
+    sliding: Sequence[int] = ()
+    """Where layers with a sliding window have blocks of their own: the last ones of the beginning, as many as
+    what follows sees."""
 
-    blocks: tuple[int, ...]
-    slot_ids: Tensor | None  # [capacity] int64 on the pool's device, only where the blocks are not contiguous
-    host_slot_ids: Indices | None = None
-    """The same in the host's memory."""
-    generation: int = 0
-    """Tells this owner of the blocks from earlier and later ones."""
-    num_shared: int = 0
-    """How many of the blocks, the first, were full before: others may use them, and nobody writes to them."""
-    num_before: int = 0
-    """How many of the blocks, the first, are not new with this allocation: those that are shared, or those
-    that the session had before it grew."""
 
-    @classmethod
-    def of(
-        cls,
-        blocks: Sequence[int],
-        device: torch.device,
-        *,
-        generation: int = 0,
-        num_shared: int = 0,
-        num_before: int = 0,
-    ) -> KvAllocation:
-        """The allocation that consists of `blocks`, at least one."""
-        numbers = (generation, num_shared, num_before)
-        is_run = all(after == before + 1 for before, after in pairwise(blocks))
-        if is_run:
-            return cls(tuple(blocks), None, None, *numbers)
-        slot_ids = _slot_ids(blocks)
-        return cls(tuple(blocks), torch.from_numpy(slot_ids).to(device), slot_ids, *numbers)
+_NOTHING = SharedBlocks()
+
+
+class _Part(NamedTuple):
+    """What a session is to have of a group of blocks."""
+
+    group: BlockGroup
+    num_blocks: int
+    """Blocks of the table, those that are gone included."""
+    shared: Sequence[int]
+    num_gone: int
 
     @property
-    def own_blocks(self) -> tuple[int, ...]:
-        """The blocks that only this session writes to."""
-        return self.blocks[self.num_shared :]
+    def num_before(self) -> int:
+        return self.num_gone + len(self.shared)
 
     @property
-    def shared_length(self) -> int:
-        """Positions whose state was there before."""
-        return self.num_shared * BLOCK_TOKENS
-
-    @property
-    def new_from(self) -> int:
-        """The first position that no earlier allocation of the session has room for."""
-        return self.num_before * BLOCK_TOKENS
-
-    @property
-    def capacity(self) -> int:
-        """Positions that fit."""
-        return len(self.blocks) * BLOCK_TOKENS
-
-    def slots(self, start: int, stop: int) -> slice | Tensor:
-        """Index of positions start to stop into a layer's pool: a slice where contiguous, else slot ids."""
-        return self._run(start, stop) if self.slot_ids is None else self.slot_ids[start:stop]
-
-    def host_slots(self, start: int, stop: int) -> slice | Indices:
-        """The same as `slots`, for plans that are made on the host."""
-        return self._run(start, stop) if self.host_slot_ids is None else self.host_slot_ids[start:stop]
-
-    def _run(self, start: int, stop: int) -> slice:
-        """The slots of positions start to stop, where all blocks are one run."""
-        first = self.blocks[0] * BLOCK_TOKENS
-        return slice(first + start, first + stop)
-
-    def host_slots_at(self, positions: Indices) -> Indices:
-        """Slot ids of positions [num_positions] in any order, in the host's memory."""
-        if self.host_slot_ids is not None:
-            return self.host_slot_ids[positions]
-        return positions + self.blocks[0] * BLOCK_TOKENS
-
-    def slots_at(self, positions: Tensor) -> Tensor:
-        """Slot ids of positions [num_positions] in any order, on the pool's device."""
-        if self.slot_ids is not None:
-            return self.slot_ids[positions]
-        return positions + self.blocks[0] * BLOCK_TOKENS
-
-    def runs(self, start: int, stop: int) -> Iterator[slice]:
-        """Positions start to stop as slices into a layer's pool, in order."""
-        if self.slot_ids is None:
-            yield self._run(start, stop)
-            return
-        while start < stop:
-            index, offset = divmod(start, BLOCK_TOKENS)
-            size = min(BLOCK_TOKENS - offset, stop - start)
-            first = self.blocks[index] * BLOCK_TOKENS + offset
-            yield slice(first, first + size)
-            start += size
+    def num_own(self) -> int:
+        return self.num_blocks - self.num_before
 
 
 class KvPool:
@@ -151,6 +81,9 @@ class KvPool:
     Allocation and release belong to one thread (the event loop); the engine thread only reads and writes
     the slots of sessions it is given. Memory freed while a pass that uses it runs is safe: passes run one
     after the other, so a new owner writes its slots before it reads them.
+
+    Args:
+        sliding: the layers that give back what no query sees any more; None: all layers have the same blocks.
     """
 
     def __init__(
@@ -161,38 +94,36 @@ class KvPool:
         dtype: torch.dtype,
         device: torch.device,
         memory: StateMemory | None = None,
+        sliding: SlidingLayers | None = None,
     ) -> None:
         self.memory = memory or PrivateMemory(device)
         self.retry_after_s: Callable[[int], float] = lambda num_missing_tokens: SOONEST_S
         """Says after how many seconds so many more tokens should be free; set by whoever has the sessions."""
-        block_bytes = sum(shape.num_elements for shape in shapes.values()) * dtype.itemsize * BLOCK_TOKENS
-        num_blocks = budget_bytes // block_bytes
-        if num_blocks < 1:
-            raise InvalidArgumentError(
-                f"The KV budget of {budget_bytes / 2**20:.1f} MiB is less than one block of this model "
-                f"({block_bytes / 2**20:.2f} MiB); raise --kv-cache-mib.",
-                field="kv_cache_mib",
-            )
-        self._num_slots = num_blocks * BLOCK_TOKENS
         self._dtype = dtype
         self.device = device
-        self._free = bytearray(b"\1" * num_blocks)
-        self._num_users = [0] * num_blocks
-        self.prefixes = PrefixCache()
-        """Full blocks by their text; those that nobody uses give way when there are no others."""
+        self._sliding_layers = sliding
+        block = _block_bytes(shapes, dtype, sliding)
+        num_full, num_sliding = _num_blocks(budget_bytes, block, sliding)
         self._refs: dict[str, TensorRef] = {}
+        generations = self._make_generations(num_full + num_sliding)
+        self.full = BlockGroup(generations[:num_full])
+        """Blocks of layers that attend to all of a text, and of hidden states; of all layers, where no layers
+        have others."""
+        self.sliding = BlockGroup(generations[num_full:]) if sliding else None
+        """Blocks of layers with a sliding window, where those are others."""
         # Zeros, not empty: attention reads whole blocks under a mask, which a NaN would survive.
-        region = self.memory.allocate(num_blocks * block_bytes)
+        region = self.memory.allocate(num_full * block.full + num_sliding * block.sliding)
         offset = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         """Keys and values of each layer, [slots, num_heads, head_dim]."""
         for layer, shape in shapes.items():
-            self.keys[layer] = self._carve(region, offset, key_name(layer), shape.num_heads, shape.key_dim)
+            slots = (num_sliding if self.is_sliding(layer) else num_full) * BLOCK_TOKENS
+            key_shape = (slots, shape.num_heads, shape.key_dim)
+            self.keys[layer] = self._carve(region, offset, key_name(layer), key_shape)
             offset += self.keys[layer].nbytes
-            self.values[layer] = self._carve(
-                region, offset, value_name(layer), shape.num_heads, shape.value_dim
-            )
+            value_shape = (slots, shape.num_heads, shape.value_dim)
+            self.values[layer] = self._carve(region, offset, value_name(layer), value_shape)
             offset += self.values[layer].nbytes
         self.by_head = {
             layer: (self.keys[layer].transpose(0, 1)[None], self.values[layer].transpose(0, 1)[None])
@@ -203,11 +134,9 @@ class KvPool:
         """Hidden states that some session exports or has exported, by name: [slots, hidden_size]."""
         self._hidden_regions: dict[str, Region] = {}
         self._num_generations = 0
-        self._generations = self._make_generations(num_blocks)
 
-    def _carve(self, region: Region, offset: int, name: str, *row_shape: int) -> Tensor:
-        """A tensor [slots, *row_shape] of the region, known by `name` from now on."""
-        shape = (self._num_slots, *row_shape)
+    def _carve(self, region: Region, offset: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of the region, known by `name` from now on."""
         num_bytes = math.prod(shape) * self._dtype.itemsize
         self._refs[name] = TensorRef(name, dtype_name(self._dtype), shape, region.locate(offset))
         return region.tensor[offset : offset + num_bytes].view(self._dtype).view(shape)
@@ -226,8 +155,9 @@ class KvPool:
             ResourceExhaustedError: there is no memory for them.
         """
         if name not in self.hidden:
-            region = self.memory.allocate(self._num_slots * size * self._dtype.itemsize)
-            self.hidden[name] = self._carve(region, 0, name, size)
+            num_slots = self.full.num_blocks * BLOCK_TOKENS
+            region = self.memory.allocate(num_slots * size * self._dtype.itemsize)
+            self.hidden[name] = self._carve(region, 0, name, (num_slots, size))
             self._hidden_regions[name] = region
 
     def remove_hidden(self, name: str) -> None:
@@ -247,25 +177,51 @@ class KvPool:
         _, layer, part = name.split(".")
         return (self.keys if part == "key" else self.values)[int(layer)]
 
-    @property
-    def capacity_tokens(self) -> int:
-        """Tokens the pool holds."""
-        return len(self._free) * BLOCK_TOKENS
+    def is_sliding(self, layer: int) -> bool:
+        """Return whether a layer's slots are those of layers with a sliding window."""
+        return self._sliding_layers is not None and layer in self._sliding_layers.layers
+
+    def holds_window(self, name: str) -> bool:
+        """Return whether a tensor has rows only of the last positions of a session."""
+        return name.startswith("kv.") and self.is_sliding(int(name.split(".")[1]))
 
     @property
-    def _num_available(self) -> int:
-        """Blocks that are free, or only kept."""
-        return self._free.count(1) + self.prefixes.num_idle
-
-    @property
-    def free_tokens(self) -> int:
-        """Tokens no session holds."""
-        return self._num_available * BLOCK_TOKENS
+    def groups(self) -> dict[str, BlockGroup]:
+        """The blocks of each kind of layers that has some of its own, by a name for whoever looks on."""
+        return {"full": self.full, "sliding": self.sliding} if self.sliding else {"all": self.full}
 
     @property
     def kept_tokens(self) -> int:
         """Tokens that no session holds, and whose state is kept for sessions that begin alike."""
-        return self.prefixes.num_idle * BLOCK_TOKENS
+        return self.full.prefixes.num_idle * BLOCK_TOKENS
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens that a session can have."""
+        if self.sliding and self._sliding_layers:
+            most_in_window = self._sliding_layers.most_blocks(BLOCK_TOKENS)
+            if self.sliding.num_blocks < most_in_window:
+                return self.most_whole_tokens
+        return self.full.num_blocks * BLOCK_TOKENS
+
+    @property
+    def most_whole_tokens(self) -> int:
+        """The same, of a session that gives nothing back."""
+        return min(group.num_blocks for group in self.groups.values()) * BLOCK_TOKENS
+
+    @property
+    def _scarcest(self) -> tuple[int, int]:
+        return scarcest((group.num_blocks, group.num_available) for group in self.groups.values())
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens the pool holds, in those layers that have least room."""
+        return self._scarcest[0] * BLOCK_TOKENS
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens no session holds, in those layers that have least room."""
+        return self._scarcest[1] * BLOCK_TOKENS
 
     def require_possible(self, num_tokens: int) -> None:
         """Refuse a session that would never fit, whatever else ends.
@@ -273,54 +229,104 @@ class KvPool:
         Raises:
             InvalidArgumentError: `num_tokens` are more than the whole pool.
         """
-        if num_tokens > self.capacity_tokens:
-            raise InvalidArgumentError(
-                f"The request needs KV for {num_tokens} tokens (prompt and max_new_tokens), the whole "
-                f"pool holds {self.capacity_tokens}; shorten the prompt, lower max_new_tokens, or start the "
-                "service with a larger --kv-cache-mib.",
-                field="max_new_tokens",
-                reason="EXCEEDS_KV_POOL",
-            )
+        if num_tokens > self.most_tokens:
+            raise self._impossible(num_tokens, self.most_tokens)
+
+    def _impossible(self, num_tokens: int, most: int) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"The request needs KV for {num_tokens} tokens (prompt and max_new_tokens), the whole "
+            f"pool holds {most}; shorten the prompt, lower max_new_tokens, or start the "
+            "service with a larger --kv-cache-mib.",
+            field="max_new_tokens",
+            reason="EXCEEDS_KV_POOL",
+        )
+
+    def find(self, keys: Sequence[bytes], hidden_names: frozenset[str]) -> SharedBlocks:
+        """Return the blocks of the longest beginning of a text that is here, with these hidden states.
+
+        Of layers with a sliding window, what its next token sees must be here.
+        """
+        blocks = self.full.prefixes.find(keys, hidden_names)
+        if self.sliding is None:
+            return SharedBlocks(blocks)
+        in_window = [self.sliding.prefixes.block(key) for key in keys[: len(blocks)]]
+        for stop in range(len(blocks), 0, -1):
+            seen = in_window[self._num_unseen(stop * BLOCK_TOKENS) : stop]
+            if None not in seen:
+                return SharedBlocks(blocks[:stop], [block for block in seen if block is not None])
+        return _NOTHING
+
+    def _num_unseen(self, position: int) -> int:
+        """Return how many blocks, the first, no token from a position on sees in layers with a window."""
+        assert self._sliding_layers
+        return max(0, position - self._sliding_layers.num_kept) // BLOCK_TOKENS
 
     def allocate(
-        self, num_tokens: int, shared: Sequence[int] = (), *, num_spared: int = 0, will_grow: bool = False
+        self,
+        num_tokens: int,
+        shared: SharedBlocks = _NOTHING,
+        *,
+        num_spared: int = 0,
+        will_grow: bool = False,
     ) -> KvAllocation:
         """Reserve room for `num_tokens` positions, as one contiguous run if there is one.
 
         Args:
-            shared: blocks that hold the first positions already, as `prefixes` finds them.
+            shared: blocks that hold the first positions already, as `find` returns them.
             num_spared: how many blocks must stay free besides.
-            will_grow: whether the session takes more later: room is left behind it and before it.
+            will_grow: whether the session takes more later: room is left behind it and before it, and layers
+                with a sliding window get no more blocks than they ever need at a time.
 
         Raises:
             InvalidArgumentError: more than the whole pool.
             ResourceExhaustedError: more than is free now.
         """
         self.require_possible(num_tokens)
-        num_own = num_blocks_of(num_tokens) - len(shared)
-        self._hold(shared)
-        own = (
-            self._take(num_own, leaves_gaps=will_grow)
-            if self._num_available >= num_own + num_spared
-            else None
+        parts = [_Part(self.full, num_blocks_of(num_tokens), shared.blocks, 0)]
+        if self.sliding and self._sliding_layers:
+            num_gone, num_blocks = len(shared.blocks) - len(shared.sliding), num_blocks_of(num_tokens)
+            if will_grow:
+                num_blocks = min(num_blocks, num_gone + self._sliding_layers.most_blocks(BLOCK_TOKENS))
+            elif num_blocks > self.sliding.num_blocks:
+                raise self._impossible(num_tokens, self.most_whole_tokens)
+            parts.append(_Part(self.sliding, num_blocks, shared.sliding, num_gone))
+        for part in parts:
+            part.group.hold(part.shared)
+        for part in parts:
+            if part.num_own + num_spared > part.group.num_available:
+                error = self._full(part, num_tokens, num_spared)
+                for each in parts:
+                    each.group.leave(each.shared)
+                raise error
+        full, *others = [self._take(part, leaves_gaps=will_grow) for part in parts]
+        return replace(full, sliding=others[0]) if others else full
+
+    def _full(self, part: _Part, num_tokens: int, num_spared: int) -> ResourceExhaustedError:
+        free, capacity = part.group.num_available * BLOCK_TOKENS, part.group.num_blocks * BLOCK_TOKENS
+        spared = f" and {num_spared * BLOCK_TOKENS} are kept for those who run" if num_spared else ""
+        num_wanted = min(num_tokens, part.num_own * BLOCK_TOKENS)
+        return ResourceExhaustedError(
+            f"The request needs KV for {num_tokens} tokens, {free} of {capacity} are free now{spared}; try "
+            "again when a session has ended.",
+            reason="KV_POOL_FULL",
+            retry_after_s=self.retry_after_s(num_wanted + num_spared * BLOCK_TOKENS - free),
         )
-        if own is None:
-            self._leave(shared)
-            spared = f" and {num_spared * BLOCK_TOKENS} are kept for those who run" if num_spared else ""
-            raise ResourceExhaustedError(
-                f"The request needs KV for {num_tokens} tokens, {self.free_tokens} of "
-                f"{self.capacity_tokens} are free now{spared}; try again when a session has ended.",
-                reason="KV_POOL_FULL",
-                retry_after_s=self.retry_after_s(num_tokens + num_spared * BLOCK_TOKENS - self.free_tokens),
-            )
+
+    def _take(self, part: _Part, *, leaves_gaps: bool) -> KvAllocation:
+        """Take what a session is to have of its own, and return the table of all that it has."""
         self._num_generations += 1
-        self._own(own, self._num_generations)
+        generation = self._num_generations
         return KvAllocation.of(
-            (*shared, *own),
+            (
+                *[GONE] * part.num_gone,
+                *part.shared,
+                *part.group.take(part.num_own, generation, leaves_gaps=leaves_gaps),
+            ),
             self.device,
-            generation=self._num_generations,
-            num_shared=len(shared),
-            num_before=len(shared),
+            generation=generation,
+            num_shared=part.num_before,
+            num_before=part.num_before,
+            num_gone=part.num_gone,
         )
 
     def grow(self, allocation: KvAllocation, num_tokens: int) -> KvAllocation | None:
@@ -328,64 +334,121 @@ class KvPool:
 
         The run goes on where the next blocks are free. None: there are not so many blocks; nothing changed.
         """
-        held = allocation.blocks
-        num_more = num_blocks_of(num_tokens) - len(held)
-        assert num_more > 0, "there is room already"
-        if num_more > self._num_available:
+        num_blocks = num_blocks_of(num_tokens)
+        assert num_blocks > num_blocks_of(allocation.capacity), "there is room already"
+        held = list(zip(self.groups.values(), allocation.tables, strict=True))
+        if any(num_blocks - len(table.blocks) > group.num_available for group, table in held):
             return None
-        after = range(held[-1] + 1, held[-1] + 1 + num_more)
-        is_free = after.stop <= len(self._free) and all(self._free[after.start : after.stop])
-        more = tuple(after) if is_free else self._take(num_more)
-        self._own(more, allocation.generation)
+        full, *others = [self._grow(group, table, num_blocks) for group, table in held]
+        return replace(full, sliding=others[0] if others else None)
+
+    def _grow(self, group: BlockGroup, table: KvAllocation, num_blocks: int) -> KvAllocation:
+        num_more = num_blocks - len(table.blocks)
+        if num_more <= 0:
+            return table
+        generation = table.generation
+        if group is self.sliding:
+            # Its blocks come and go: a number of their own tells what they hold from what they held before.
+            self._num_generations += 1
+            generation = self._num_generations
         return KvAllocation.of(
-            (*held, *more),
+            (*table.blocks, *group.take(num_more, generation, after=table.blocks[-1])),
             self.device,
-            generation=allocation.generation,
-            num_shared=allocation.num_shared,
-            num_before=len(held),
+            generation=table.generation,
+            num_shared=table.num_shared,
+            num_before=len(table.blocks),
+            num_gone=table.num_gone,
         )
 
-    def _own(self, blocks: Sequence[int], generation: int) -> None:
-        """Give free blocks to an owner, whom readers know by that generation."""
-        for block in blocks:
-            self._free[block] = 0
-        self._hold(blocks)
-        self._generations[list(blocks)] = generation
+    def give_back(self, allocation: KvAllocation, position: int, keys: Sequence[bytes] = ()) -> KvAllocation:
+        """Give back what no token from a position on sees, nor a drafter that reads what is before it.
+
+        Args:
+            keys: of the first blocks of the text, which are kept while there is room.
+
+        Returns:
+            An allocation that takes the place of this one; the same one if there is nothing to give back.
+        """
+        table = allocation.sliding
+        if table is None or self.sliding is None:
+            return allocation
+        num_gone = min(self._num_unseen(position), len(table.blocks) - 1)
+        if num_gone <= table.num_gone:
+            return allocation
+        for key, block in zip(keys[table.num_gone : num_gone], table.held_blocks, strict=False):
+            self.sliding.keep(key, block, frozenset())
+        self.sliding.leave(table.blocks[table.num_gone : num_gone])
+        return replace(
+            allocation,
+            sliding=KvAllocation.of(
+                (*[GONE] * num_gone, *table.blocks[num_gone:]),
+                self.device,
+                generation=table.generation,
+                num_shared=max(table.num_shared, num_gone),
+                num_before=table.num_before,
+                num_gone=num_gone,
+            ),
+        )
+
+    def window_blocks(self, allocation: KvAllocation) -> WindowBlocks | None:
+        """Return where readers find the last positions in layers with a sliding window; None: they are where
+        those of other layers are."""
+        if self.sliding is None or self._sliding_layers is None or allocation.sliding is None:
+            return None
+        held = allocation.sliding.held_blocks
+        return WindowBlocks(
+            num_positions=self._sliding_layers.num_kept,
+            num_gone_blocks=allocation.sliding.num_gone,
+            block_ids=held,
+            generations=tuple(self.sliding.generations[list(held)].tolist()),
+            first_generation=self.full.num_blocks,
+        )
 
     def keep(self, keys: Sequence[bytes], allocation: KvAllocation, hidden_names: frozenset[str]) -> None:
         """Note what the first blocks of an allocation hold, one key each: what they hold stays as it is."""
         for key, block in zip(keys, allocation.blocks, strict=False):
-            freed = self.prefixes.put(key, block, hidden_names)
-            if freed is not None:
-                self._free[freed] = 1
-
-    def _hold(self, blocks: Iterable[int]) -> None:
-        self.prefixes.use(blocks)
-        for block in blocks:
-            self._num_users[block] += 1
-
-    def _leave(self, blocks: Sequence[int]) -> None:
-        # The last block of a text becomes the oldest: without those before it, it is of no use.
-        for block in reversed(blocks):
-            assert self._num_users[block], f"block {block} freed twice"
-            self._num_users[block] -= 1
-            if not self._num_users[block] and not self.prefixes.leave(block):
-                self._free[block] = 1
+            self.full.keep(key, block, hidden_names)
+        if self.sliding and allocation.sliding:
+            table = allocation.sliding
+            for key, block in zip(keys[table.num_gone :], table.held_blocks, strict=False):
+                self.sliding.keep(key, block, frozenset())
 
     def clear(self, allocation: KvAllocation) -> None:
         """Zero an allocation's new slots, on the engine thread: an infinity left by another session would
         come through the mask as NaN."""
-        slots = allocation.slots(allocation.new_from, allocation.capacity)
-        for tensor in (*self.keys.values(), *self.values.values()):
-            tensor[slots] = 0
+        for table in allocation.tables:
+            self._clear(table, allocation)
 
-    def move(self, sources: Tensor, targets: Tensor, hidden_names: Iterable[str]) -> None:
-        """Copy KV, and hidden states of those names, of slots [num_slots] to others, on the engine thread.
+    def clear_before(self, allocation: KvAllocation, start: int, stop: int) -> None:
+        """Do so before a pass over positions start to stop, as far as it is the first to reach new slots:
+        what is final lies before them."""
+        for table in allocation.tables:
+            if start <= table.new_from < stop:
+                self._clear(table, allocation)
 
-        A slot may be both a source and a target: all are read before one is written.
+    def _clear(self, table: KvAllocation, allocation: KvAllocation) -> None:
+        slots = table.slots(max(table.first, table.new_from), table.length)
+        for layer in self.keys:
+            if allocation.table(self.is_sliding(layer)) is table:
+                self.keys[layer][slots] = 0
+                self.values[layer][slots] = 0
+
+    def move(
+        self, allocation: KvAllocation, sources: Tensor, targets: Tensor, hidden_names: Iterable[str]
+    ) -> None:
+        """Copy KV, and hidden states of those names, of positions [num_positions] to others, on the engine
+        thread.
+
+        A position may be both a source and a target: all are read before one is written.
         """
-        hidden = (self.hidden[name] for name in hidden_names)
-        tensors = [*self.keys.values(), *self.values.values(), *hidden]
+        for table in allocation.tables:
+            layers = [layer for layer in self.keys if allocation.table(self.is_sliding(layer)) is table]
+            tensors = [part[layer] for layer in layers for part in (self.keys, self.values)]
+            if table is allocation:
+                tensors += [self.hidden[name] for name in hidden_names]
+            self._move(tensors, table.slots_at(sources), table.slots_at(targets))
+
+    def _move(self, tensors: Sequence[Tensor], sources: Tensor, targets: Tensor) -> None:
         if kernels.can_move(self.device):
             kernels.move(tensors, sources, targets)
             return
@@ -394,60 +457,34 @@ class KvPool:
 
     def free(self, allocation: KvAllocation) -> None:
         """Give the blocks back."""
-        self._leave(allocation.blocks)
-        self._generations[list(allocation.own_blocks)] = 0
-
-    def _take(self, num_blocks: int, *, leaves_gaps: bool = False) -> tuple[int, ...]:
-        """Return so many of the blocks that are available, contiguous if there are such, at the expense of
-        those that are only kept."""
-        while self._free.count(1) < num_blocks:
-            self._free[self.prefixes.evict()] = 1
-        first = self._gap(num_blocks) if leaves_gaps else self._free.find(b"\1" * num_blocks)
-        if first >= 0:
-            return tuple(range(first, first + num_blocks))
-        return tuple([block for block, is_free in enumerate(self._free) if is_free][:num_blocks])
-
-    def _gap(self, num_blocks: int) -> int:
-        """Return where a session that grows begins: amid the longest run of free blocks, so that it and the
-        one before it can go on; -1: there is no run that is long enough."""
-        runs = [(match.end() - match.start(), -match.start()) for match in _RUNS.finditer(self._free)]
-        length, start = max(runs, default=(0, 0))
-        if length < num_blocks:
-            return -1
-        return -start + (length - num_blocks) // 2 if start else 0
+        self.full.leave(allocation.blocks)
+        self.full.generations[list(allocation.own_blocks)] = 0
+        if self.sliding and allocation.sliding:
+            self.sliding.leave(allocation.sliding.held_blocks)
 
 
-def num_blocks_of(num_tokens: int) -> int:
-    """Return how many blocks hold so many positions."""
-    return -(-num_tokens // BLOCK_TOKENS)
+def _block_bytes(
+    shapes: Mapping[int, KvShape], dtype: torch.dtype, sliding: SlidingLayers | None
+) -> BlockBytes:
+    layers = sliding.layers if sliding else frozenset()
+    num_bytes = {layer: shape.num_elements * dtype.itemsize * BLOCK_TOKENS for layer, shape in shapes.items()}
+    in_window = sum(size for layer, size in num_bytes.items() if layer in layers)
+    return BlockBytes(sum(num_bytes.values()) - in_window, in_window)
 
 
-def join_slots(slots: Sequence[slice | Indices]) -> slice | Indices:
-    """Indices of several runs of slots, one after the other, as one index in the host's memory."""
-    if len(slots) == 1:
-        return slots[0]
-    return numpy.concatenate([as_indices(part) for part in slots])
+def _num_blocks(budget_bytes: int, block: BlockBytes, sliding: SlidingLayers | None) -> tuple[int, int]:
+    """Return how many blocks there are of each kind.
 
-
-def as_indices(slots: slice | Indices) -> Indices:
-    """Return slots as indices, where they are a run as well."""
-    return numpy.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
-
-
-def device_slots(slots: slice | Indices, device: torch.device) -> slice | Tensor:
-    """An index of the host's memory as one for tensors of a device."""
-    return slots if isinstance(slots, slice) else torch.from_numpy(slots).to(device)
-
-
-def write_rows(tensor: Tensor, slots: slice | Tensor, rows: Tensor) -> None:
-    """Store rows [num_slots, ...] at their slots of a pool's tensor."""
-    if isinstance(slots, slice):
-        tensor.narrow(0, slots.start, rows.shape[0]).copy_(rows)
-    else:
-        tensor.index_copy_(0, slots, rows)
-
-
-def _slot_ids(blocks: Sequence[int]) -> Indices:
-    # By way of numpy: allocations are made on the event loop, which must not run torch operations.
-    starts = numpy.asarray(blocks, dtype=numpy.int64) * BLOCK_TOKENS
-    return (starts[:, None] + numpy.arange(BLOCK_TOKENS)).ravel()
+    Raises:
+        InvalidArgumentError: the budget is less than one block.
+    """
+    block_bytes = block.full + block.sliding
+    if budget_bytes < block_bytes:
+        raise InvalidArgumentError(
+            f"The KV budget of {budget_bytes / 2**20:.1f} MiB is less than one block of this model "
+            f"({block_bytes / 2**20:.2f} MiB); raise --kv-cache-mib.",
+            field="kv_cache_mib",
+        )
+    if sliding is None:
+        return budget_bytes // block_bytes, 0
+    return divide(budget_bytes, block, sliding, BLOCK_TOKENS)

@@ -12,7 +12,7 @@ from specdec.runtime.attention import Segment, chain_spans, tree_spans, with_row
 from specdec.runtime.attention_plan import AnySpan, AttentionPlan, Geometry, SpanGroup
 from specdec.runtime.bucket import Bucket, MaskedSpan, padded
 from specdec.runtime.kernels.attention import RowPlan, SessionRows, attends
-from specdec.runtime.kv_pool import Indices, as_indices, device_slots, join_slots
+from specdec.runtime.kv_slots import Indices, as_indices, device_slots, join_slots
 
 _MIN_PASS_TOKENS = 2
 """A pass over one token is padded to this many. Matrix products with a single row take another path through
@@ -50,18 +50,30 @@ class Pass:
         """How many rows are kept, at `slots`."""
         self.token_ids = self._tensor(padded(token_ids, self.num_rows))
         self.positions = self._tensor(padded(positions, self.num_rows))
-        slots = join_slots(
-            [segment.allocation.host_slots(segment.start, segment.stop) for segment in segments]
-        )
-        if bucket:
-            # Always a tensor of that size: what repeats a token stores the same once more.
-            slots = padded(as_indices(slots), self.num_rows)
-        self.slots = device_slots(slots, device)
-        """Where the KV of the tokens goes."""
+        self.slots = self._slots(is_sliding=False)
+        """Where the KV of the tokens goes, and their hidden states."""
+        has_window = any(segment.allocation.sliding for segment in segments)
+        self._window_slots = self._slots(is_sliding=True) if has_window else self.slots
         self.num_logits = [segment.num_logits for segment in segments]
         self.logit_rows = self._tensor(range(self.num_rows) if bucket else _logit_rows(segments))
         """Rows whose logits are computed: in a bucket all of them, the first of which are wanted."""
         self._plans: dict[Geometry, AttentionPlan | RowPlan] = {}
+
+    def _slots(self, *, is_sliding: bool) -> slice | Tensor:
+        slots = join_slots(
+            [
+                segment.allocation.table(is_sliding).host_slots(segment.start, segment.stop)
+                for segment in self.segments
+            ]
+        )
+        if self.bucket:
+            # Always a tensor of that size: what repeats a token stores the same once more.
+            slots = padded(as_indices(slots), self.num_rows)
+        return device_slots(slots, self._device)
+
+    def slots_of(self, *, is_sliding: bool) -> slice | Tensor:
+        """Return where the KV of the tokens goes, of layers that have a sliding window or that have none."""
+        return self._window_slots if is_sliding else self.slots
 
     def _tensor(self, values: Sequence[int] | Indices) -> Tensor:
         return torch.from_numpy(numpy.asarray(values, dtype=numpy.int64)).to(self._device)
@@ -70,8 +82,11 @@ class Pass:
         """All tensors that a pass of a bucket reads, in an order that is the same for all of that bucket."""
         assert self.bucket
         assert isinstance(self.slots, Tensor)
+        assert isinstance(self._window_slots, Tensor)
         plans = [self._plans[geometry] for geometry in sorted(self._plans)]
         own = [self.token_ids, self.positions, self.slots, self.logit_rows]
+        if self._window_slots is not self.slots:
+            own.append(self._window_slots)
         return own + [tensor for plan in plans for tensor in plan.buffers()]
 
     def split(self, logits: Tensor) -> list[Tensor]:
@@ -114,7 +129,8 @@ class Pass:
     def _spans(self, window: int) -> Iterator[AnySpan]:
         for row, segment in with_rows(self.segments):
             if not segment.parents:
-                yield from chain_spans(segment.allocation, row, segment.start, segment.stop, window)
+                table = segment.allocation.table(window > 0)
+                yield from chain_spans(table, row, segment.start, segment.stop, window)
             elif self._joins_branches:
                 yield MaskedSpan.of(segment, row, window)
             else:

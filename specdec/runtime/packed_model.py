@@ -8,8 +8,9 @@ All sessions' new tokens are one batch; attention lets each session see its own 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from specdec.runtime.decoder.check import compare
 from specdec.runtime.decoder.decoder import Decoder
 from specdec.runtime.decoder.families import kv_shapes, why_not
 from specdec.runtime.kernels.library import warn_if_missing
+from specdec.runtime.kv_layout import SlidingLayers
 from specdec.runtime.kv_pool import KvPool, KvShape
 from specdec.runtime.memory import StateMemory
 from specdec.runtime.model_pass import Pass
@@ -39,13 +41,31 @@ SPECDEC, TRANSFORMERS = "specdec", "transformers"
 """Whose code computes a pass: the decoder written out, or the model's own."""
 
 
+@dataclass(frozen=True, slots=True)
+class GivingBack:
+    """How sessions use a pool that give back what no query sees any more."""
+
+    pass_tokens: int
+    """See SlidingLayers."""
+    session_tokens: int
+    """See SlidingLayers."""
+
+
 class PackedModel:
     """A causal LM and the KV pool of its sessions."""
 
     def __init__(
-        self, model: PreTrainedModel, *, kv_budget_bytes: int, memory: StateMemory | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        kv_budget_bytes: int,
+        memory: StateMemory | None = None,
+        giving_back: GivingBack | None = None,
     ) -> None:
         """Take `model` over, with a pool of `kv_budget_bytes` in `memory` or in private memory.
+
+        Args:
+            giving_back: how sessions use the pool that give back what no query sees; None: they keep all.
 
         Raises:
             InvalidArgumentError: the model does not work this way, or the budget is less than one block.
@@ -64,7 +84,12 @@ class PackedModel:
         self._forward, expected, rounding, shapes = self._take_over(model)
         self._settle_memory()
         self.pool = KvPool(
-            shapes, budget_bytes=kv_budget_bytes, dtype=self.dtype, device=self.device, memory=memory
+            shapes,
+            budget_bytes=kv_budget_bytes,
+            dtype=self.dtype,
+            device=self.device,
+            memory=memory,
+            sliding=self._sliding_layers(shapes, giving_back) if giving_back else None,
         )
         self.capture = HiddenCapture(num_layers, hidden_size, self.pool)
         self.joins_branches = self.device.type != "cpu"
@@ -97,6 +122,20 @@ class PackedModel:
         by_transformers = TransformersPass(model)
         return by_transformers, by_transformers.expected, rounding, by_transformers.shapes
 
+    def _sliding_layers(self, shapes: Mapping[int, KvShape], giving_back: GivingBack) -> SlidingLayers | None:
+        """Return the layers that need the last positions only, if others need all of them."""
+        kinds = attention_types(self.model, shapes)
+        windows = {layer: shape.window for layer, shape in shapes.items()}
+        layers = frozenset(layer for layer, window in windows.items() if window)
+        is_told = all((kinds[layer] == "sliding_attention") == (layer in layers) for layer in shapes)
+        if not layers or len(layers) == len(shapes) or not is_told:
+            return None
+        window = max(windows.values())
+        if self.max_length and window >= self.max_length:
+            return None
+        session_tokens = min(giving_back.session_tokens, self.max_length or giving_back.session_tokens)
+        return SlidingLayers(layers, window, giving_back.pass_tokens, session_tokens)
+
     @property
     def model_impl(self) -> str:
         """Whose code computes a pass: SPECDEC or TRANSFORMERS."""
@@ -118,9 +157,7 @@ class PackedModel:
             Per segment the logits [num_logits, vocab_size] of its last tokens, in the model's dtype.
         """
         for segment in segments:
-            # The first pass with an allocation reaches its new slots; what is final lies before them.
-            if segment.start <= segment.allocation.new_from < segment.stop:
-                self.pool.clear(segment.allocation)
+            self.pool.clear_before(segment.allocation, segment.start, segment.stop)
         current = self._pass(segments)
         self.capture.start(current, captured)
         return current.split(self._run(current))

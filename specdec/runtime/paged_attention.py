@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
 from specdec.runtime.attention_plan import Geometry
-from specdec.runtime.kv_pool import KvPool, write_rows
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import write_rows
 from specdec.runtime.model_pass import Pass
 
 ATTENTION_NAME = "specdec_paged"
@@ -43,7 +44,7 @@ class PoolCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[_LayerKv, _LayerKv]:
         """Store [1, heads, tokens, dim] of all segments; the result goes to attention as it is."""
-        slots = self.current.slots
+        slots = self.current.slots_of(is_sliding=self.pool.is_sliding(layer_idx))
         for pool, states in (
             (self.pool.keys[layer_idx], key_states),
             (self.pool.values[layer_idx], value_states),
@@ -73,6 +74,7 @@ def _paged_attention(
     """Attention of each segment over its own KV; returns [1, num_tokens, num_heads, value_dim]."""
     keys, values = key.cache.pool.by_head[key.layer]
     _, num_heads, _, head_dim = query.shape
+    assert not key.cache.pool.is_sliding(key.layer) or sliding_window, "a layer that gives back sees all"
     geometry = Geometry(num_heads, keys.shape[1], head_dim, sliding_window or 0, value_dim=values.shape[-1])
     plan = key.cache.current.plan(geometry)
     rows = query[0].transpose(0, 1).reshape(-1, head_dim)

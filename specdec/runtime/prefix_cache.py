@@ -72,6 +72,11 @@ class PrefixCache:
             blocks.append(entry.block)
         return blocks
 
+    def block(self, key: bytes) -> int | None:
+        """Return the block of that key; None: there is none."""
+        entry = self._entries.get(key)
+        return entry.block if entry else None
+
     def put(self, key: bytes, block: int, hidden_names: frozenset[str]) -> int | None:
         """Note what a block in use holds, unless another one has that and as many hidden states.
 

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 import torch
 
 from specdec.runtime.attention import Segment
-from specdec.runtime.kv_pool import KvAllocation, KvPool
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import KvAllocation
 from specdec.runtime.packed_model import PackedModel
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def tokens_round_alike(packed: PackedModel) -> bool:
 @contextmanager
 def _random_context(packed: PackedModel) -> Iterator[tuple[KvAllocation, int]]:
     """Memory for a trial, filled with keys and values, and how many positions it may use."""
-    room = int(min(_NUM_ROOM_TOKENS, packed.pool.capacity_tokens, packed.max_length or math.inf))
+    room = int(min(_NUM_ROOM_TOKENS, packed.pool.most_whole_tokens, packed.max_length or math.inf))
     allocation = packed.pool.allocate(room)
     try:
         _fill(packed.pool, allocation)
@@ -72,8 +73,8 @@ def _random_context(packed: PackedModel) -> Iterator[tuple[KvAllocation, int]]:
 
 
 def _fill(pool: KvPool, allocation: KvAllocation) -> None:
-    slots = allocation.slots(0, allocation.capacity)
     generator = torch.Generator(pool.device).manual_seed(1)
-    for tensor in (*pool.keys.values(), *pool.values.values()):
+    for layer, tensor in (*pool.keys.items(), *pool.values.items()):
+        slots = allocation.table(pool.is_sliding(layer)).slots(0, allocation.capacity)
         shape = (allocation.capacity, *tensor.shape[1:])
         tensor[slots] = torch.randn(shape, generator=generator, dtype=tensor.dtype, device=pool.device)

@@ -7,6 +7,7 @@ own position ids; `paged_attention` lets each session see its own keys and value
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -104,15 +105,21 @@ def _hidden_of(output: Any) -> Tensor:
 class _ShapeRecorder(Cache):
     """Notes the geometry of every layer that stores KV of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: Mapping[int, int]) -> None:
         super().__init__(layers=[])
+        self._windows = windows
         self.shapes: dict[int, KvShape] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Record and pass through: a first chunk attends over itself."""
-        self.shapes[layer_idx] = KvShape(key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
+        self.shapes[layer_idx] = KvShape(
+            key_states.shape[1],
+            key_states.shape[-1],
+            value_states.shape[-1],
+            self._windows.get(layer_idx, 0),
+        )
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -126,13 +133,22 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, dict[int, KvShape]]:
 
     The geometry is observed because configurations name it in too many ways.
     """
-    recorder = _ShapeRecorder()
+    recorder = _ShapeRecorder(_windows(model))
     model.set_attn_implementation("eager")
     probe = probe_tokens(model.get_output_embeddings().weight.shape[0])
     token_ids = torch.tensor([probe], device=model.device)
     positions = torch.arange(len(probe), device=model.device)[None]
     output = model(input_ids=token_ids, position_ids=positions, past_key_values=recorder, use_cache=True)
     return output.logits[0].float(), recorder.shapes
+
+
+def _windows(model: PreTrainedModel) -> dict[int, int]:
+    """Return the sliding windows that layers hand to their attention, by layer; 0: none."""
+    return {
+        module.layer_idx: module.sliding_window or 0
+        for module in model.get_decoder().modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "sliding_window")
+    }
 
 
 def probe_tokens(vocab_size: int, num_tokens: int = _NUM_PROBE_TOKENS) -> list[int]:

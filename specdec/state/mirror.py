@@ -28,11 +28,12 @@ from specdec.contract.request_id import request_metadata
 from specdec.contract.retry import SOONEST_S
 from specdec.contract.target_state import (
     PROJECTED,
+    SLIDING_ATTENTION,
     TargetStateRef,
     TargetStateSpec,
     TensorRef,
 )
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, num_blocks_of
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation, num_blocks_of
 from specdec.runtime.memory import dtype_of
 from specdec.state.source import StateSource
 from specdec.state.verifier_peers import from_verifier, silent_verifier
@@ -129,12 +130,19 @@ class MirroredState(StateSource):
                 f"There is no memory for a mirror of this session's state: {error}", reason="MIRROR_FULL"
             ) from error
         self.length = 0
+        self._window_names = {
+            each.name for each in ref.tensors if ref.window and each.attention_type == SLIDING_ATTENTION
+        }
+        self._first_in_window = self._first_in_view = 0
+        """From which position on all are here of layers with sliding attention, and what the last view shows
+        first."""
         self._error: SpecdecError | None = None
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(self._follow())
 
-    async def view(self, cached_length: int) -> TargetStateView:
+    async def view(self, ref: TargetStateRef) -> TargetStateView:
         """Wait for the stream and return the view."""
+        cached_length = ref.cached_length
         try:
             async with asyncio.timeout(self._timeout_s):
                 while self.length < cached_length and self._error is None:
@@ -143,6 +151,7 @@ class MirroredState(StateSource):
             raise silent_verifier(self._timeout_s) from None
         if self._error:
             raise self._error
+        self._first_in_view = ref.window.first(cached_length) if ref.window else 0
         return TargetStateView(
             self._spec,
             self._tensors,
@@ -150,6 +159,7 @@ class MirroredState(StateSource):
             self._allocation,
             cached_length,
             self._projection,
+            self._first_in_view,
         )
 
     def add_blocks(self, num_known: int, block_ids: Sequence[int]) -> None:
@@ -159,6 +169,11 @@ class MirroredState(StateSource):
         """Check that the session has not ended; a mirror belongs to nobody else."""
         if isinstance(self._error, FailedPreconditionError):
             raise self._error
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the stream came too late for some positions."""
+        return self._first_in_view < self._first_in_window
 
     async def close(self) -> None:
         """End the stream and free the mirror."""
@@ -212,15 +227,19 @@ class MirroredState(StateSource):
             UnavailableError: it does not fit what was announced.
         """
         start, stop = chunk.start_position, chunk.start_position + chunk.num_positions
-        rows = {tensor.name: tensor.data for tensor in chunk.tensors}
+        rows = {tensor.name: tensor for tensor in chunk.tensors}
         # An older verifier also sends what only other drafters of the session read.
         is_whole = self._tensors.keys() <= rows.keys() <= self._known_names
         if start != self.length or stop > self._allocation.capacity or not is_whole:
             raise UnavailableError("The verifier sent state that was not asked for.", reason="BAD_STATE")
         for name, tensor in self._tensors.items():
-            target, data = tensor[start:stop], rows[name]
-            if len(data) != target.nbytes:
+            first, data = start + rows[name].num_gone_positions, rows[name].data
+            target = tensor[first:stop]
+            is_allowed = first == start or (name in self._window_names and first <= stop)
+            if len(data) != target.nbytes or not is_allowed:
                 raise UnavailableError(f"The verifier sent {name} of another size.", reason="BAD_STATE")
+            if first > start:
+                self._first_in_window = max(self._first_in_window, first)
             _write(target, data)
         self.length = stop
         self._notify()

@@ -20,7 +20,7 @@ from specdec.contract.target_state import (
     TargetStateSpec,
     storage_kind,
 )
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.runtime.state_files import StateFiles
 from specdec.state.mirror import MirrorBudget, MirroredState
 from specdec.state.source import MappedState, Mappings, StateSource
@@ -252,7 +252,7 @@ class StateSession:
                 field="target_state",
             )
         self._source.check()
-        view = await self._source.view(ref.cached_length)
+        view = await self._source.view(ref)
         self._num_new_bytes += (ref.cached_length - self._length) * self._source.row_bytes
         self._length = ref.cached_length
         return view
@@ -275,6 +275,11 @@ class StateSession:
         """
         if self._source:
             self._source.check()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the text has got on so far that what was read in this round is worth nothing."""
+        return self._source is not None and self._source.is_behind
 
     async def close(self) -> None:
         """Unmap, or end the stream."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -13,14 +14,16 @@ from torch import Tensor
 from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.contract.target_state import (
     GENERATIONS,
+    SLIDING_ATTENTION,
     CudaIpc,
     SharedMemory,
     TargetStateRef,
     TargetStateSpec,
     TensorRef,
+    WindowBlocks,
     boot_id,
 )
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_slots import BLOCK_TOKENS, GONE, KvAllocation
 from specdec.runtime.state_files import StateFiles
 from specdec.state.mapped_file import MappedFile, carve
 from specdec.state.view import Projection, TargetStateView
@@ -35,8 +38,8 @@ class StateSource(ABC):
     """Memory that is reserved for it here."""
 
     @abstractmethod
-    async def view(self, cached_length: int) -> TargetStateView:
-        """Return the positions below `cached_length`, once they are here."""
+    async def view(self, ref: TargetStateRef) -> TargetStateView:
+        """Return the positions that a handle gives access to, once they are here."""
 
     @abstractmethod
     def add_blocks(self, num_known: int, block_ids: Sequence[int]) -> None:
@@ -56,6 +59,12 @@ class StateSource(ABC):
         Raises:
             FailedPreconditionError: it does.
         """
+
+    @property
+    @abstractmethod
+    def is_behind(self) -> bool:
+        """Whether the session has got on so far that layers with sliding attention have given back some of
+        what the last view shows: what was read of it is worth nothing."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -163,13 +172,23 @@ class MappedState(StateSource):
             )
         # numpy: looking at a few numbers is several times as quick.
         self._generations = generations.numpy()
-        self._num_pool_blocks = min(
-            *(len(tensor) // BLOCK_TOKENS for tensor in tensors.values()), len(self._generations)
-        )
+        in_window = {
+            each.name for each in ref.tensors if ref.window and each.attention_type == SLIDING_ATTENTION
+        }
+        sizes = {name: len(tensor) // BLOCK_TOKENS for name, tensor in tensors.items()}
+        num_generations = len(self._generations)
+        others = [size for name, size in sizes.items() if name not in in_window]
+        self._num_pool_blocks = min([num_generations, *others])
+        self._num_window_blocks = min([num_generations, *(sizes[name] for name in in_window)])
+        self._window: KvAllocation | None = None
+        self._window_entries = numpy.empty(0, numpy.int64)
+        self._window_generations = b""
         self._device = next(iter(tensors.values())).device
         self._generation = ref.generation
         self._num_shared = ref.num_shared_blocks
         self._take(ref.block_ids)
+        if ref.window and ref.cached_length <= self._allocation.length:
+            self._follow_window(ref.window, ref.cached_length)
         self._is_on_gpu = any(isinstance(tensor.storage, CudaIpc) for tensor in ref.tensors)
         self._mappings = mappings
         self._tensors, self._refs = tensors, ref.tensors
@@ -209,14 +228,47 @@ class MappedState(StateSource):
             )
         self._take((*known, *block_ids))
 
-    async def view(self, cached_length: int) -> TargetStateView:
+    def _follow_window(self, window: WindowBlocks, length: int) -> int:
+        """Take note of where the last positions are, and return the first of them.
+
+        Raises:
+            FailedPreconditionError: the pool does not have them there.
+        """
+        first, blocks = window.first(length), window.block_ids
+        num_blocks = window.num_gone_blocks + len(blocks)
+        has_all = window.num_gone_blocks * BLOCK_TOKENS <= first and length <= num_blocks * BLOCK_TOKENS
+        has_all = has_all and num_blocks <= len(self._allocation.blocks)
+        num_entries = window.first_generation + max(blocks, default=0)
+        is_here = max(blocks, default=0) < self._num_window_blocks and num_entries < len(self._generations)
+        if not (blocks and has_all and is_here and len(window.generations) == len(blocks)):
+            raise FailedPreconditionError(
+                "The handle names blocks of a window that the pool lacks.", reason="STATE_NOT_MAPPED"
+            )
+        seen = slice(first // BLOCK_TOKENS - window.num_gone_blocks, None)
+        self._window_entries = window.first_generation + numpy.array(blocks[seen], numpy.int64)
+        self._window_generations = numpy.array(window.generations[seen], numpy.uint64).tobytes()
+        self._window = KvAllocation.of(
+            (*[GONE] * window.num_gone_blocks, *blocks), self._device, num_gone=window.num_gone_blocks
+        )
+        return first
+
+    async def view(self, ref: TargetStateRef) -> TargetStateView:
         """Return a view of the state where it lies: nothing moves."""
-        if cached_length > self._allocation.capacity:
+        length, first = ref.cached_length, 0
+        if length > self._allocation.capacity:
             raise InvalidArgumentError("The handle's length is past its blocks.", field="target_state")
+        if ref.window:
+            first = self._follow_window(ref.window, length)
         if self._is_on_gpu:
             self._mappings.wait(self._refs)
         return TargetStateView(
-            self._spec, self._tensors, self._refs, self._allocation, cached_length, self._projection
+            self._spec,
+            self._tensors,
+            self._refs,
+            replace(self._allocation, sliding=self._window),
+            length,
+            self._projection,
+            first,
         )
 
     def check(self) -> None:
@@ -225,6 +277,11 @@ class MappedState(StateSource):
             raise FailedPreconditionError(
                 "The session this state belonged to has ended.", reason="STALE_STATE"
             )
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether some blocks hold something else by now."""
+        return self._generations[self._window_entries].tobytes() != self._window_generations
 
     async def close(self) -> None:
         """Keep the mapping for other sessions."""

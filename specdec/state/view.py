@@ -14,6 +14,7 @@ from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import (
     LAST_HIDDEN,
     PROJECTED,
+    SLIDING_ATTENTION,
     ProjectionInfo,
     TargetStateSpec,
     TensorRef,
@@ -21,7 +22,7 @@ from specdec.contract.target_state import (
     key_name,
     value_name,
 )
-from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.kv_slots import KvAllocation
 from specdec.runtime.memory import dtype_name, dtype_of
 from specdec.runtime.prepack import multiplier
 
@@ -129,6 +130,7 @@ class TargetStateView:
         allocation: the slots of the session's positions.
         length: positions that may be read.
         projection: of the hidden states, if the spec has one.
+        first_in_window: the first of them that layers with sliding attention have, where they lack some.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class TargetStateView:
         allocation: KvAllocation,
         length: int,
         projection: Projection | None = None,
+        first_in_window: int = 0,
     ) -> None:
         self.spec = spec
         self.length = length
@@ -146,16 +149,25 @@ class TargetStateView:
         self._allocation = allocation
         self._projection = projection
         self._refs = refs
+        self._first_in_window = first_in_window
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def first_row(self, name: str) -> int:
+        """Return the first position of which a tensor has a row."""
+        return self._first_in_window if name in self._window_names else 0
+
+    def rows(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         """Return rows [stop - start, ...] of a tensor, as a view if the session's blocks are one run.
 
         Args:
+            start: position of the first; None: of the first there is.
             stop: position after the last; None: all there are.
         """
+        first = self.first_row(name)
+        start = first if start is None else start
         stop = self.length if stop is None else stop
-        assert 0 <= start <= stop <= self.length, "state is read below the cached length only"
-        return self._tensors[name][self._allocation.slots(start, stop)]
+        assert first <= start <= stop <= self.length, "state is read below the cached length only"
+        table = self._allocation.table(name in self._window_names)
+        return self._tensors[name][table.slots(start, stop)]
 
     def hidden(self, layer_id: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the hidden states [positions, hidden_size] after a layer."""
@@ -166,8 +178,14 @@ class TargetStateView:
         return self.rows(LAST_HIDDEN, start, stop)
 
     def kv(self, layer_id: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values [length, num_heads, head_dim] of a layer."""
+        """Return the keys and values [num_positions, num_heads, head_dim] of a layer: those of all positions,
+        or of the last ones that a layer with sliding attention still has."""
         return self.rows(key_name(layer_id)), self.rows(value_name(layer_id))
+
+    @cached_property
+    def _window_names(self) -> frozenset[str]:
+        """The tensors that may lack their first positions."""
+        return frozenset(ref.name for ref in self._refs if ref.attention_type == SLIDING_ATTENTION)
 
     @cached_property
     def _layer_of_type(self) -> dict[str, int]:

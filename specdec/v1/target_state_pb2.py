@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dspecdec/v1/target_state.proto\x12\nspecdec.v1\"\xb0\x01\n\x0fTargetStateSpec\x12\x18\n\x10hidden_layer_ids\x18\x01 \x03(\r\x12\x19\n\x11last_hidden_state\x18\x02 \x01(\x08\x12\x14\n\x0ckv_layer_ids\x18\x03 \x03(\r\x12&\n\x1ekv_last_of_each_attention_type\x18\x04 \x01(\x08\x12*\n\nprojection\x18\x05 \x01(\x0b\x32\x16.specdec.v1.Projection\"j\n\nProjection\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x13\n\x0boutput_size\x18\x02 \x01(\r\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x14\n\x0cnorm_epsilon\x18\x04 \x01(\x01\x12\r\n\x05\x64type\x18\x05 \x01(\t\"P\n\x14PutProjectionRequest\x12*\n\nprojection\x18\x01 \x01(\x0b\x32\x16.specdec.v1.Projection\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x17\n\x15PutProjectionResponse\"=\n\x0cSharedMemory\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"i\n\x07\x43udaIpc\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x15\n\rmemory_handle\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x14\n\x0c\x65vent_handle\x18\x04 \x01(\x0c\x12\x0c\n\x04size\x18\x05 \x01(\x04\"\x08\n\x06Stream\"\xdc\x01\n\tTensorRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x31\n\rshared_memory\x18\x04 \x01(\x0b\x32\x18.specdec.v1.SharedMemoryH\x00\x12\'\n\x08\x63uda_ipc\x18\x05 \x01(\x0b\x32\x13.specdec.v1.CudaIpcH\x00\x12$\n\x06stream\x18\x06 \x01(\x0b\x32\x12.specdec.v1.StreamH\x00\x12\x16\n\x0e\x61ttention_type\x18\x07 \x01(\tB\t\n\x07storage\"\x9a\x02\n\x0eTargetStateRef\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cverifier_uri\x18\x02 \x01(\t\x12\x15\n\rcached_length\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12&\n\x07tensors\x18\x05 \x03(\x0b\x32\x15.specdec.v1.TensorRef\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x19\n\x11projection_sha256\x18\x08 \x01(\t\x12\x19\n\x11num_shared_blocks\x18\t \x01(\r\x12\x18\n\x10num_known_blocks\x18\n \x01(\r\x12\x12\n\nmax_length\x18\x0b \x01(\r\"w\n\x18StreamTargetStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12\x19\n\x11projection_sha256\x18\x03 \x01(\t\x12\x14\n\x0ctensor_names\x18\x04 \x03(\t\"s\n\x19StreamTargetStateResponse\x12\x16\n\x0estart_position\x18\x01 \x01(\r\x12\x15\n\rnum_positions\x18\x02 \x01(\r\x12\'\n\x07tensors\x18\x03 \x03(\x0b\x32\x16.specdec.v1.TensorRows\"(\n\nTensorRows\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x19\n\x17GetTargetWeightsRequest\"\xb4\x01\n\x18GetTargetWeightsResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12(\n\tembedding\x18\x02 \x01(\x0b\x32\x15.specdec.v1.TensorRef\x12\x17\n\x0f\x65mbedding_scale\x18\x03 \x01(\x01\x12&\n\x07lm_head\x18\x04 \x01(\x0b\x32\x15.specdec.v1.TensorRef\x12\x1b\n\x13\x66inal_logit_softcap\x18\x05 \x01(\x01*\x84\x01\n\x0cStateStorage\x12\x1d\n\x19STATE_STORAGE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSTATE_STORAGE_SHARED_MEMORY\x10\x01\x12\x1a\n\x16STATE_STORAGE_CUDA_IPC\x10\x02\x12\x18\n\x14STATE_STORAGE_STREAM\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dspecdec/v1/target_state.proto\x12\nspecdec.v1\"\xb0\x01\n\x0fTargetStateSpec\x12\x18\n\x10hidden_layer_ids\x18\x01 \x03(\r\x12\x19\n\x11last_hidden_state\x18\x02 \x01(\x08\x12\x14\n\x0ckv_layer_ids\x18\x03 \x03(\r\x12&\n\x1ekv_last_of_each_attention_type\x18\x04 \x01(\x08\x12*\n\nprojection\x18\x05 \x01(\x0b\x32\x16.specdec.v1.Projection\"j\n\nProjection\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x13\n\x0boutput_size\x18\x02 \x01(\r\x12\x12\n\ninput_size\x18\x03 \x01(\r\x12\x14\n\x0cnorm_epsilon\x18\x04 \x01(\x01\x12\r\n\x05\x64type\x18\x05 \x01(\t\"P\n\x14PutProjectionRequest\x12*\n\nprojection\x18\x01 \x01(\x0b\x32\x16.specdec.v1.Projection\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x17\n\x15PutProjectionResponse\"=\n\x0cSharedMemory\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0f\n\x07\x62oot_id\x18\x03 \x01(\t\"i\n\x07\x43udaIpc\x12\x13\n\x0b\x64\x65vice_uuid\x18\x01 \x01(\t\x12\x15\n\rmemory_handle\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x14\n\x0c\x65vent_handle\x18\x04 \x01(\x0c\x12\x0c\n\x04size\x18\x05 \x01(\x04\"\x08\n\x06Stream\"\xdc\x01\n\tTensorRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x31\n\rshared_memory\x18\x04 \x01(\x0b\x32\x18.specdec.v1.SharedMemoryH\x00\x12\'\n\x08\x63uda_ipc\x18\x05 \x01(\x0b\x32\x13.specdec.v1.CudaIpcH\x00\x12$\n\x06stream\x18\x06 \x01(\x0b\x32\x12.specdec.v1.StreamH\x00\x12\x16\n\x0e\x61ttention_type\x18\x07 \x01(\tB\t\n\x07storage\"\xc4\x02\n\x0eTargetStateRef\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0cverifier_uri\x18\x02 \x01(\t\x12\x15\n\rcached_length\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12&\n\x07tensors\x18\x05 \x03(\x0b\x32\x15.specdec.v1.TensorRef\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x14\n\x0c\x62lock_tokens\x18\x07 \x01(\r\x12\x19\n\x11projection_sha256\x18\x08 \x01(\t\x12\x19\n\x11num_shared_blocks\x18\t \x01(\r\x12\x18\n\x10num_known_blocks\x18\n \x01(\r\x12\x12\n\nmax_length\x18\x0b \x01(\r\x12(\n\x06window\x18\x0c \x01(\x0b\x32\x18.specdec.v1.WindowBlocks\"\x80\x01\n\x0cWindowBlocks\x12\x15\n\rnum_positions\x18\x01 \x01(\r\x12\x17\n\x0fnum_gone_blocks\x18\x02 \x01(\r\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x13\n\x0bgenerations\x18\x04 \x03(\x04\x12\x18\n\x10\x66irst_generation\x18\x05 \x01(\r\"w\n\x18StreamTargetStateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12\x19\n\x11projection_sha256\x18\x03 \x01(\t\x12\x14\n\x0ctensor_names\x18\x04 \x03(\t\"s\n\x19StreamTargetStateResponse\x12\x16\n\x0estart_position\x18\x01 \x01(\r\x12\x15\n\rnum_positions\x18\x02 \x01(\r\x12\'\n\x07tensors\x18\x03 \x03(\x0b\x32\x16.specdec.v1.TensorRows\"D\n\nTensorRows\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x1a\n\x12num_gone_positions\x18\x03 \x01(\r\"\x19\n\x17GetTargetWeightsRequest\"\xb4\x01\n\x18GetTargetWeightsResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12(\n\tembedding\x18\x02 \x01(\x0b\x32\x15.specdec.v1.TensorRef\x12\x17\n\x0f\x65mbedding_scale\x18\x03 \x01(\x01\x12&\n\x07lm_head\x18\x04 \x01(\x0b\x32\x15.specdec.v1.TensorRef\x12\x1b\n\x13\x66inal_logit_softcap\x18\x05 \x01(\x01*\x84\x01\n\x0cStateStorage\x12\x1d\n\x19STATE_STORAGE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSTATE_STORAGE_SHARED_MEMORY\x10\x01\x12\x1a\n\x16STATE_STORAGE_CUDA_IPC\x10\x02\x12\x18\n\x14STATE_STORAGE_STREAM\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'specdec.v1.target_state_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATESTORAGE']._serialized_start=1618
-  _globals['_STATESTORAGE']._serialized_end=1750
+  _globals['_STATESTORAGE']._serialized_start=1819
+  _globals['_STATESTORAGE']._serialized_end=1951
   _globals['_TARGETSTATESPEC']._serialized_start=46
   _globals['_TARGETSTATESPEC']._serialized_end=222
   _globals['_PROJECTION']._serialized_start=224
@@ -50,15 +50,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSORREF']._serialized_start=620
   _globals['_TENSORREF']._serialized_end=840
   _globals['_TARGETSTATEREF']._serialized_start=843
-  _globals['_TARGETSTATEREF']._serialized_end=1125
-  _globals['_STREAMTARGETSTATEREQUEST']._serialized_start=1127
-  _globals['_STREAMTARGETSTATEREQUEST']._serialized_end=1246
-  _globals['_STREAMTARGETSTATERESPONSE']._serialized_start=1248
-  _globals['_STREAMTARGETSTATERESPONSE']._serialized_end=1363
-  _globals['_TENSORROWS']._serialized_start=1365
-  _globals['_TENSORROWS']._serialized_end=1405
-  _globals['_GETTARGETWEIGHTSREQUEST']._serialized_start=1407
-  _globals['_GETTARGETWEIGHTSREQUEST']._serialized_end=1432
-  _globals['_GETTARGETWEIGHTSRESPONSE']._serialized_start=1435
-  _globals['_GETTARGETWEIGHTSRESPONSE']._serialized_end=1615
+  _globals['_TARGETSTATEREF']._serialized_end=1167
+  _globals['_WINDOWBLOCKS']._serialized_start=1170
+  _globals['_WINDOWBLOCKS']._serialized_end=1298
+  _globals['_STREAMTARGETSTATEREQUEST']._serialized_start=1300
+  _globals['_STREAMTARGETSTATEREQUEST']._serialized_end=1419
+  _globals['_STREAMTARGETSTATERESPONSE']._serialized_start=1421
+  _globals['_STREAMTARGETSTATERESPONSE']._serialized_end=1536
+  _globals['_TENSORROWS']._serialized_start=1538
+  _globals['_TENSORROWS']._serialized_end=1606
+  _globals['_GETTARGETWEIGHTSREQUEST']._serialized_start=1608
+  _globals['_GETTARGETWEIGHTSREQUEST']._serialized_end=1633
+  _globals['_GETTARGETWEIGHTSRESPONSE']._serialized_start=1636
+  _globals['_GETTARGETWEIGHTSRESPONSE']._serialized_end=1816
 # @@protoc_insertion_point(module_scope)

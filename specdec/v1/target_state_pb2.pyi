@@ -105,7 +105,7 @@ class TensorRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ..., cuda_ipc: _Optional[_Union[CudaIpc, _Mapping]] = ..., stream: _Optional[_Union[Stream, _Mapping]] = ..., attention_type: _Optional[str] = ...) -> None: ...
 
 class TargetStateRef(_message.Message):
-    __slots__ = ("session_id", "verifier_uri", "cached_length", "generation", "tensors", "block_ids", "block_tokens", "projection_sha256", "num_shared_blocks", "num_known_blocks", "max_length")
+    __slots__ = ("session_id", "verifier_uri", "cached_length", "generation", "tensors", "block_ids", "block_tokens", "projection_sha256", "num_shared_blocks", "num_known_blocks", "max_length", "window")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     VERIFIER_URI_FIELD_NUMBER: _ClassVar[int]
     CACHED_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +117,7 @@ class TargetStateRef(_message.Message):
     NUM_SHARED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_KNOWN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     verifier_uri: str
     cached_length: int
@@ -128,7 +129,22 @@ class TargetStateRef(_message.Message):
     num_shared_blocks: int
     num_known_blocks: int
     max_length: int
-    def __init__(self, session_id: _Optional[str] = ..., verifier_uri: _Optional[str] = ..., cached_length: _Optional[int] = ..., generation: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_tokens: _Optional[int] = ..., projection_sha256: _Optional[str] = ..., num_shared_blocks: _Optional[int] = ..., num_known_blocks: _Optional[int] = ..., max_length: _Optional[int] = ...) -> None: ...
+    window: WindowBlocks
+    def __init__(self, session_id: _Optional[str] = ..., verifier_uri: _Optional[str] = ..., cached_length: _Optional[int] = ..., generation: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_tokens: _Optional[int] = ..., projection_sha256: _Optional[str] = ..., num_shared_blocks: _Optional[int] = ..., num_known_blocks: _Optional[int] = ..., max_length: _Optional[int] = ..., window: _Optional[_Union[WindowBlocks, _Mapping]] = ...) -> None: ...
+
+class WindowBlocks(_message.Message):
+    __slots__ = ("num_positions", "num_gone_blocks", "block_ids", "generations", "first_generation")
+    NUM_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GONE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    num_positions: int
+    num_gone_blocks: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    first_generation: int
+    def __init__(self, num_positions: _Optional[int] = ..., num_gone_blocks: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., first_generation: _Optional[int] = ...) -> None: ...
 
 class StreamTargetStateRequest(_message.Message):
     __slots__ = ("session_id", "start_position", "projection_sha256", "tensor_names")
@@ -153,12 +169,14 @@ class StreamTargetStateResponse(_message.Message):
     def __init__(self, start_position: _Optional[int] = ..., num_positions: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorRows, _Mapping]]] = ...) -> None: ...
 
 class TensorRows(_message.Message):
-    __slots__ = ("name", "data")
+    __slots__ = ("name", "data", "num_gone_positions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    NUM_GONE_POSITIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     data: bytes
-    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+    num_gone_positions: int
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ..., num_gone_positions: _Optional[int] = ...) -> None: ...
 
 class GetTargetWeightsRequest(_message.Message):
     __slots__ = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.sampling import SamplingParams
-from specdec.runtime.kv_pool import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from tests.slow import quick_only
+from tests.state_probe import scattered
 from tests.tiny_models import FAMILIES, QUICK_FAMILIES, VOCAB_SIZE, save_tiny_model
 from tests.trees import random_tree
 from verifier_service.config import VerifierConfig
@@ -130,18 +130,6 @@ async def decode(verifier: Verifier, plan: Plan, expected: Sequence[int] | None)
         return session.token_ids[plan.prompt_length :]
 
 
-@contextmanager
-def scattered(verifier: Verifier) -> Iterator[None]:
-    """Take every other block of the pool, so that no session finds two neighbouring blocks."""
-    pool = verifier.pool
-    blocks = [pool.allocate(BLOCK_TOKENS) for _ in range(pool.free_tokens // BLOCK_TOKENS)]
-    for block in blocks[1::2]:
-        pool.free(block)
-    yield
-    for block in blocks[::2]:
-        pool.free(block)
-
-
 @pytest.mark.parametrize("num_examples", quick_only([2, 8], [2]))
 def test_a_session_gets_in_a_batch_what_it_gets_alone(num_examples: int, setup: Setup) -> None:
     verifier, config = setup.verifier, setup.verifier.config
@@ -165,7 +153,7 @@ def test_a_session_gets_in_a_batch_what_it_gets_alone(num_examples: int, setup: 
         alone = [asyncio.run(decode(verifier, plan, None)) for plan in sessions]
         verifier.config = replace(config, prefill_chunk_tokens=chunk)
         num_steps_before = len(setup.steps)
-        with scattered(verifier) if is_scattered else nullcontext():
+        with scattered(verifier.pool) if is_scattered else nullcontext():
             assert asyncio.run(together(sessions, alone)) == alone
         assert verifier.pool.free_tokens == verifier.pool.capacity_tokens
         shared_steps.extend(setup.steps[num_steps_before:])

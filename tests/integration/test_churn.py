@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from tests.raw_streams import draft_stream, output_of, run_session, tokens_of, until, verify_stream
 from tests.systems import running_drafter, running_verifier
 from tests.tiny_models import VOCAB_SIZE

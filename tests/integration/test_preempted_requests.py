@@ -17,7 +17,7 @@ from specdec.client import AsyncClient, GenerateOptions, Generation
 from specdec.contract.errors import DeadlineExceededError
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import StateStorage, TargetStateSpec
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.service.exporters import make_telemetry
 from tests.integration.gated_drafter import eventually
 from tests.integration.test_preemption import BLOCK_MIB, finish

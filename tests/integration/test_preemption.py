@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from specdec.contract.errors import AbortedError, InvalidArgumentError, ResourceExhaustedError
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.service.exporters import make_telemetry
 from specdec.v1 import common_pb2
 from tests.raw_streams import VerifyStream, until, verify_stream

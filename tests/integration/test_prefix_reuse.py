@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from specdec.client import GenerateOptions, Generation
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from tests.integration.test_dflash import save_pair
 from tests.systems import System, running_system
 from tests.tiny_assistants import save_narrow_pair

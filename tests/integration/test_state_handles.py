@@ -22,7 +22,7 @@ from specdec.contract.errors import (
     UnavailableError,
 )
 from specdec.contract.target_state import GENERATIONS, SharedMemory, StateStorage, TargetStateRef, TensorRef
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.runtime.state_files import SharedDirectory
 from tests.raw_streams import DraftStream, VerifyStream, draft_stream, until
 from tests.state_probe import (

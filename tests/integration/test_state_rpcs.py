@@ -29,7 +29,7 @@ from specdec.contract.target_state import (
     TensorRef,
     storage_kind,
 )
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.state.view import Projection
 from specdec.transport.channel import aio_channel
 from specdec.v1 import target_state_pb2 as pb

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from specdec.client import GenerateOptions
 from specdec.contract.target_state import StateStorage, TargetStateSpec, hidden_name, key_name, value_name
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.state.view import Projection
 from tests.raw_streams import until
 from tests.refusals import shared
@@ -95,7 +95,7 @@ def assert_right(reading: Reading, model: PreTrainedModel, token_ids: list[int])
     with torch.inference_mode():
         normed = model.get_decoder().norm(reading.tensors[last])
     for name, tensor in (reading.tensors | {last: normed}).items():
-        wanted = computed["last_hidden" if name == last else name]
+        wanted = computed["last_hidden" if name == last else name][reading.first.get(name, 0) :]
         assert tensor.shape == wanted.shape, name
         torch.testing.assert_close(tensor, wanted, atol=TOLERANCE, rtol=TOLERANCE, msg=f"{name} differs")
 

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.sampling import SamplingParams
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import output_of, run_session, until, verify_stream
 from tests.systems import running_verifier

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec.contract.sampling import SamplingParams
-from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.kv_slots import KvAllocation
 from specdec.v1 import verifier_pb2
 from tests.raw_streams import output_of, run_session, tokens_of, until, verify_stream
 from tests.systems import running_verifier

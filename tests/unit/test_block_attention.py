@@ -13,7 +13,8 @@ from drafter_service.drafters.dflash import rounds
 from drafter_service.drafters.dflash.layers import LayerMask
 from drafter_service.drafters.dflash.rounds import BlockRound, PassKv
 from specdec.runtime.kernels.library import LIBRARY
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, KvShape
+from specdec.runtime.kv_pool import KvPool, KvShape
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built")
 

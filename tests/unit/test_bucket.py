@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec.runtime.attention import Segment
 from specdec.runtime.bucket import Bucket, fits
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.packed_model import PackedModel
 from tests.slow import quick_only

@@ -974,3 +974,27 @@ def test_a_drafter_is_told_how_much_it_may_read_by_now_and_which_blocks_are_new(
     assert list(message.block_ids) == blocks
     assert message.num_known_blocks == (num_known if blocks else 0)
     assert (opened.cached_length, list(opened.block_ids)) == (7, [5, 6])
+
+
+@pytest.mark.parametrize("num_known", [0, 2])
+def test_a_drafter_is_told_where_the_last_positions_are_by_now(num_known: int) -> None:
+    opened = target_state_pb2.TargetStateRef(session_id="s", cached_length=7, block_ids=[5, 6])
+    opened.window.block_ids.extend([1, 2])
+    state = RemoteState(opened, 7)
+    message = state.message(num_known_blocks=num_known)
+    assert message is not None
+    assert list(message.window.block_ids) == [1, 2]
+    later = verifier_pb2.VerifyResult(cached_length=140)
+    later.target_state.window.block_ids.extend([2, 4])
+    later.target_state.window.num_gone_blocks = 1
+    state = state.after(later)
+    # An answer without a handle changes nothing.
+    message = state.after(verifier_pb2.VerifyResult(cached_length=141)).message(num_known_blocks=num_known)
+    assert message is not None
+    assert (list(message.window.block_ids), message.window.num_gone_blocks) == ([2, 4], 1)
+    assert list(opened.window.block_ids) == [1, 2]
+    # Where all layers have the same blocks, nothing is said of others.
+    plain = target_state_pb2.TargetStateRef(session_id="s", block_ids=[5, 6])
+    message = RemoteState(plain, 7).message(num_known_blocks=num_known)
+    assert message is not None
+    assert not message.HasField("window")

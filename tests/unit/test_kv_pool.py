@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.target_state import GENERATIONS, SharedMemory
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, KvShape
+from specdec.runtime.kv_pool import KvPool, KvShape
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.memory import SharedHostMemory, StateMemory
 from specdec.runtime.state_files import SharedDirectory
 from tests.leftovers import nothing_left

@@ -35,7 +35,7 @@ from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import InvalidArgumentError, SpecdecError
 from specdec.contract.sampling import SamplingParams
 from specdec.contract.target_state import hidden_name
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.state.view import TargetStateView
 from specdec.state.weights import TargetWeights
 

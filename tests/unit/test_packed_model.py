@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.runtime.attention import Segment
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.runtime.packed_model import PackedModel
 from tests.slow import quick_only
 from tests.tiny_models import FAMILIES, QUICK_FAMILIES, VOCAB_SIZE, save_tiny_model

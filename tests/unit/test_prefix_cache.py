@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.contract.errors import ResourceExhaustedError
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation, KvPool, KvShape
+from specdec.runtime.kv_pool import KvPool, KvShape
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.prefix_cache import PrefixKeys
 
 NUM_BLOCKS = 9
@@ -36,7 +37,7 @@ def keys(token_ids: Sequence[int], *owner: str) -> list[bytes]:
 
 def held(pool: KvPool, token_ids: Sequence[int], names: frozenset[str] = frozenset()) -> KvAllocation:
     """Allocate for a text and keep its full blocks."""
-    allocation = pool.allocate(len(token_ids), pool.prefixes.find(keys(token_ids[:-1]), names))
+    allocation = pool.allocate(len(token_ids), pool.find(keys(token_ids[:-1]), names))
     pool.keep(keys(token_ids), allocation, names)
     return allocation
 
@@ -77,10 +78,10 @@ def test_of_what_is_kept_the_oldest_and_the_last_of_a_text_give_way_first() -> N
     for words in ((1, 2, 3), (4, 5, 6)):
         pool.free(held(pool, text(*words, rest=1)))
     pool.free(pool.allocate(5 * BLOCK_TOKENS))  # three are free, so two have to go
-    assert pool.prefixes.find(keys(text(1, 2, 3)), frozenset()) == list(
+    assert pool.full.prefixes.find(keys(text(1, 2, 3)), frozenset()) == list(
         held(pool, text(1, rest=1)).blocks[:1]
     )
-    assert len(pool.prefixes.find(keys(text(4, 5, 6)), frozenset())) == 3
+    assert len(pool.full.prefixes.find(keys(text(4, 5, 6)), frozenset())) == 3
 
 
 def test_blocks_without_the_hidden_states_are_not_shared_and_give_way_to_those_with_them() -> None:
@@ -93,9 +94,9 @@ def test_blocks_without_the_hidden_states_are_not_shared_and_give_way_to_those_w
     again = held(pool, text(1, 2, rest=1), names)
     assert again.num_shared == 2
     assert held(pool, text(1, 2, rest=1)).num_shared == 2, "who needs none does with those that have them"
-    pool.prefixes.forget_hidden("hidden.1")
-    assert pool.prefixes.find(keys(text(1)), names) == []
-    assert len(pool.prefixes.find(keys(text(1)), frozenset())) == 1
+    pool.full.prefixes.forget_hidden("hidden.1")
+    assert pool.full.prefixes.find(keys(text(1)), names) == []
+    assert len(pool.full.prefixes.find(keys(text(1)), frozenset())) == 1
 
 
 def test_a_refusal_leaves_what_is_shared_as_it_was() -> None:
@@ -103,7 +104,7 @@ def test_a_refusal_leaves_what_is_shared_as_it_was() -> None:
     kept = held(pool, text(1, 2, rest=1))
     blocked = pool.allocate((NUM_BLOCKS - 3) * BLOCK_TOKENS)
     try:
-        pool.allocate(len(text(1, 2, rest=1)), pool.prefixes.find(keys(text(1, 2)), frozenset()))
+        pool.allocate(len(text(1, 2, rest=1)), pool.find(keys(text(1, 2)), frozenset()))
     except ResourceExhaustedError:
         pass
     else:
@@ -129,8 +130,8 @@ def test_what_is_found_holds_that_text(actions: list[tuple[bool, list[int], bool
             pool.free(live.pop(words[0] % len(live)))
             continue
         token_ids, names = text(*words, rest=1), frozenset({"h"} if has_states else set[str]())
-        shared = pool.prefixes.find(keys(token_ids[:-1]), names)
-        for place, block in enumerate(shared):
+        shared = pool.find(keys(token_ids[:-1]), names)
+        for place, block in enumerate(shared.blocks):
             assert content[block] == tuple(words[: place + 1])
         try:
             allocation = pool.allocate(len(token_ids), shared)

@@ -38,7 +38,7 @@ from specdec.contract.target_state import (
     key_name,
     value_name,
 )
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.state.view import TargetStateView
 from specdec.state.weights import TargetWeights
 from tests.tiny_assistants import save_tiny_assistant

@@ -14,7 +14,7 @@ from specdec.runtime import attention_plan
 from specdec.runtime.attention import Segment
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels import attention as kernel_attention
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.runtime.loading import load_causal_lm
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.packed_model import PackedModel

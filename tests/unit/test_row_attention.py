@@ -15,7 +15,7 @@ from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels import attention
 from specdec.runtime.kernels.attention import RowPlan, SessionRows
 from specdec.runtime.kernels.library import LIBRARY
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.runtime.model_pass import Pass
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built")

@@ -29,6 +29,11 @@ def ref_of(*shape: int, num_blocks: int = 2) -> TargetStateRef:
     return TargetStateRef("id", "127.0.0.1:1", 1, 0, tensors, tuple(range(num_blocks)), 64)
 
 
+def at(length: int) -> TargetStateRef:
+    """Return the handle on so many positions."""
+    return replace(ref_of(1000, 8), cached_length=length)
+
+
 def mirror(budget: MirrorBudget, ref: TargetStateRef, max_length: int, stub: Any = None) -> MirroredState:
     # Nothing is streamed before the first await.
     return MirroredState(
@@ -66,12 +71,17 @@ class Streaming:
         await asyncio.Event().wait()
 
 
-def chunk(start: int, num_positions: int, **num_bytes: int) -> pb.StreamTargetStateResponse:
+def chunk(
+    start: int, num_positions: int, num_gone: int = 0, **num_bytes: int
+) -> pb.StreamTargetStateResponse:
     """Return rows of 32 bytes, each full of the number of its first position, or so many bytes of each
     tensor.
     """
-    sizes = num_bytes or {"last_hidden": 32 * num_positions}
-    rows = [pb.TensorRows(name=name, data=bytes([start]) * size) for name, size in sizes.items()]
+    sizes = num_bytes or {"last_hidden": 32 * (num_positions - num_gone)}
+    rows = [
+        pb.TensorRows(name=name, data=bytes([start]) * size, num_gone_positions=num_gone)
+        for name, size in sizes.items()
+    ]
     return pb.StreamTargetStateResponse(start_position=start, num_positions=num_positions, tensors=rows)
 
 
@@ -85,6 +95,7 @@ WRONG_CHUNKS = {
     "too many bytes": chunk(10, 1, last_hidden=33),
     "another tensor": chunk(10, 1, last=32),
     "one tensor more": chunk(10, 1, last_hidden=32, hidden=32),
+    "fewer rows of what keeps all": chunk(10, 5, num_gone=2),
 }
 
 
@@ -92,7 +103,7 @@ WRONG_CHUNKS = {
 async def test_state_that_was_not_asked_for_is_not_stored(wrong: str) -> None:
     state = mirror(MirrorBudget(2**20), ref_of(1000, 8), 128, Streaming(FIRST, WRONG_CHUNKS[wrong]))
     with pytest.raises(UnavailableError) as raised:
-        await asyncio.wait_for(state.view(128), 10)
+        await asyncio.wait_for(state.view(at(128)), 10)
     assert raised.value.reason == "BAD_STATE"
     assert state.length == 10
     await state.close()
@@ -104,13 +115,13 @@ async def test_state_that_only_another_drafter_of_the_session_reads_is_not_mirro
     older_verifier = Streaming(chunk(0, 10, last_hidden=320, **{"hidden.0": 320}))
     state = mirror(budget, both, 128, older_verifier)
     assert budget.num_used == 128 * 32
-    assert (await asyncio.wait_for(state.view(10), 10)).last_hidden().shape == (10, 8)
+    assert (await asyncio.wait_for(state.view(at(10)), 10)).last_hidden().shape == (10, 8)
     await state.close()
 
 
 async def test_state_is_stored_to_the_last_position_of_the_sessions_blocks() -> None:
     state = mirror(MirrorBudget(2**20), ref_of(1000, 8), 128, Streaming(FIRST, chunk(10, 118)))
-    view = await asyncio.wait_for(state.view(128), 10)
+    view = await asyncio.wait_for(state.view(at(128)), 10)
     assert view.last_hidden().view(torch.uint8)[:, 0].tolist() == [0] * 10 + [10] * 118
     await state.close()
 

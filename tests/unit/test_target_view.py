@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.target_state import ProjectionInfo, TargetStateSpec, TensorRef, key_name, value_name
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvAllocation
+from specdec.runtime.kv_slots import BLOCK_TOKENS, KvAllocation
 from specdec.state.view import Projection, TargetStateView, num_projection_bytes
 from tests.state_probe import random_projection
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from drafter_service.drafters.base import Drafter, DrafterTraits, DraftItem, DraftSession, OpenDraft
 from specdec.contract.sampling import validate_token_ids
 from specdec.runtime.attention import Segment
-from specdec.runtime.kv_pool import KvAllocation
+from specdec.runtime.kv_slots import KvAllocation
 from specdec.runtime.loading import LoadedModel
 from specdec.runtime.memory import dtype_name
 from specdec.runtime.packed_model import PackedModel

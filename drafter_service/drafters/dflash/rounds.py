@@ -16,7 +16,8 @@ from specdec.runtime.attention import first_key
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kernels.attention import RowKeys, RowPlan, SessionRows, attends
-from specdec.runtime.kv_pool import KvPool, device_slots, join_slots, write_rows
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import device_slots, join_slots, write_rows
 
 
 @dataclass(slots=True, eq=False)

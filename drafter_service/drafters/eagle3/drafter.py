@@ -33,7 +33,8 @@ from drafter_service.drafters.head import DraftHead
 from specdec.contract.draft_tree import ANCHOR
 from specdec.contract.errors import SpecdecError
 from specdec.contract.target_state import TargetStateSpec
-from specdec.runtime.kv_pool import KvPool, KvShape, device_slots, join_slots
+from specdec.runtime.kv_pool import KvPool, KvShape
+from specdec.runtime.kv_slots import device_slots, join_slots
 from specdec.runtime.memory import dtype_name
 from specdec.runtime.prepack import multiplier
 from specdec.state.view import TargetStateView

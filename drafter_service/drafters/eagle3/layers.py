@@ -19,7 +19,8 @@ from specdec.runtime.decoder.families import final_norm_of, layer_of, rotaries_o
 from specdec.runtime.decoder.layers import AttentionShape, Norm, add_norm
 from specdec.runtime.kernels import layer as kernels
 from specdec.runtime.kernels.attention import BLOCK, RowKeys, RowPlan, SessionRows, attends
-from specdec.runtime.kv_pool import KvAllocation, KvPool, write_rows
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import KvAllocation, write_rows
 
 _DECODERS = {"llama": LlamaModel, "qwen3": Qwen3Model}
 

@@ -27,7 +27,8 @@ class AssistantRound:
     session: DraftSession
     num_wanted: int
     kv: Mapping[str, tuple[Tensor, Tensor]]
-    """The target's keys and values [length, num_kv_heads, head_dim], by attention type."""
+    """The target's keys and values [length, num_kv_heads, head_dim], by attention type: of all positions, or
+    of the last ones, which are all that the target keeps in layers with a sliding window."""
     hidden: Tensor  # [1, backbone_hidden_size]
     tree: GrowingTree | None = None
     """The draft where a tree is wanted."""

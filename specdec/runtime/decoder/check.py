@@ -32,7 +32,8 @@ from specdec.runtime.decoder.families import (
     softcap_of,
 )
 from specdec.runtime.decoder.layers import softcapped
-from specdec.runtime.kv_pool import BLOCK_TOKENS, KvPool
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.prepack import head_multiplier
 from specdec.runtime.transformers_pass import probe_tokens

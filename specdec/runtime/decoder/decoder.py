@@ -30,7 +30,8 @@ from specdec.runtime.decoder.layers import (
     softcapped,
 )
 from specdec.runtime.kernels import layer as kernels
-from specdec.runtime.kv_pool import KvPool, write_rows
+from specdec.runtime.kv_pool import KvPool
+from specdec.runtime.kv_slots import write_rows
 from specdec.runtime.model_pass import Pass
 from specdec.runtime.prepack import head_multiplier
 
@@ -46,7 +47,8 @@ class PoolKv:
 
     def store(self, shape: AttentionShape, keys: Tensor, values: Tensor) -> None:
         """Keep K and V [tokens, num_kv_heads, head_dim], but for what pads the pass."""
-        slots, num_stored = self._current.slots, self._current.num_stored
+        slots = self._current.slots_of(is_sliding=self._pool.is_sliding(shape.layer))
+        num_stored = self._current.num_stored
         if num_stored < keys.shape[0]:
             keys, values = keys.narrow(0, 0, num_stored), values.narrow(0, 0, num_stored)
         key_pool, value_pool = self._pool.keys[shape.layer], self._pool.values[shape.layer]

@@ -143,7 +143,7 @@ def kv_shapes(decoder: Any) -> dict[int, KvShape]:
     """Return the geometry of every layer that stores keys and values."""
     shapes = [shape_of(decoder, index) for index in range(len(decoder.layers))]
     return {
-        index: KvShape(shape.num_kv_heads, shape.head_dim, shape.head_dim)
+        index: KvShape(shape.num_kv_heads, shape.head_dim, shape.head_dim, shape.window)
         for index, shape in enumerate(shapes)
         if shape.has_kv
     }

@@ -20,7 +20,7 @@ from specdec.runtime.attention import Segment, first_key
 from specdec.runtime.attention_plan import Geometry
 from specdec.runtime.kernels.library import LIBRARY, are_for
 from specdec.runtime.kernels.products import has_matrices
-from specdec.runtime.kv_pool import BLOCK_TOKENS
+from specdec.runtime.kv_slots import BLOCK_TOKENS
 
 BLOCK = 32
 """Positions whose keys are computed with at once, and what dimensions are filled up to a multiple of."""
@@ -107,7 +107,7 @@ class SessionRows:
             RowKeys(row + index, first_key(position, window), position + 1)
             for index, position in enumerate(positions)
         ]
-        return cls(segment.allocation.blocks, rows, segment.stop)
+        return cls(_blocks_for(segment, window), rows, segment.stop)
 
     @classmethod
     def _of_tree(cls, segment: Segment, row: int, window: int) -> SessionRows:
@@ -117,7 +117,14 @@ class SessionRows:
             tail = [*range(shared, start), *(start + token for token in path)]
             rows.append(RowKeys(row + index, first_key(position, window), shared, len(places), len(tail)))
             places.extend(tail)
-        return cls(segment.allocation.blocks, rows, shared, places)
+        return cls(_blocks_for(segment, window), rows, shared, places)
+
+
+def _blocks_for(segment: Segment, window: int) -> Sequence[int]:
+    """Return the block table of layers with that window. The kernel reads no block that is gone."""
+    table = segment.allocation.table(window > 0)
+    assert first_key(segment.start, window) >= table.first, "a key's block was given back"
+    return table.blocks
 
 
 class RowPlan:
