@@ -10,6 +10,7 @@ from functools import partial
 
 from gateway.callers import make_authenticator
 from gateway.config import GatewayConfig
+from gateway.generations import Generations
 from gateway.metrics import GatewayMetrics
 from gateway.replicas.services import VerifierSet, make_drafter_set, make_verifier_set
 from gateway.request.backends import Backends
@@ -41,8 +42,9 @@ class GatewayServer:
         authenticator = make_authenticator(config)
         if authenticator and not config.tls_certificate and not is_local(config.listen):
             logger.warning("tokens travel in plain text; give --tls-certificate and --tls-private-key")
-        self.servicer = GatewayServicer(config, telemetry)
-        register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, self.servicer)
+        self.generations = Generations(config, telemetry)
+        servicer = GatewayServicer(self.generations, config.stream_padding)
+        register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, servicer)
         self.host = ServiceHost(
             SERVICE_NAME,
             register,
@@ -50,7 +52,7 @@ class GatewayServer:
             tls=config.server_tls,
             authenticator=authenticator,
             health_listen=config.health_listen,
-            on_drain=self.servicer.drain,
+            on_drain=self.generations.drain,
             limits=ConnectionLimits(
                 max_message_bytes=config.max_message_bytes,
                 idle_s=config.connection_idle_s,
@@ -63,7 +65,7 @@ class GatewayServer:
     async def load(self) -> None:
         """Load the tokenizer and wait for a verifier, without which no request can be answered."""
         codec = await asyncio.to_thread(TextCodec.load, self._config.tokenizer)
-        self.servicer.backends = backends = Backends(
+        self.generations.backends = backends = Backends(
             self._config,
             codec,
             make_verifier_set(
@@ -73,9 +75,9 @@ class GatewayServer:
             GatewayMetrics(self._telemetry.meter),
         )
         backends.metrics.observe(
-            num_requests=lambda: self.servicer.num_requests,
+            num_requests=lambda: self.generations.num_requests,
             max_requests=self._config.max_requests,
-            num_waiting=lambda: self.servicer.num_waiting,
+            num_waiting=lambda: self.generations.num_waiting,
             num_ready_replicas=lambda: {
                 "verifier": backends.verifiers.num_ready,
                 "drafter": backends.drafters.num_ready,
@@ -86,7 +88,7 @@ class GatewayServer:
         # Drafters are welcome, but not worth a long wait: their absence only costs speed.
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.drafter_wait_s if self._config.drafter else 0):
-                await self.servicer.backends.drafters.wait_until_ready()
+                await self.generations.backends.drafters.wait_until_ready()
 
     async def _wait_for_a_verifier(self, verifiers: VerifierSet) -> None:
         while True:
@@ -113,9 +115,9 @@ class GatewayServer:
         if self._following:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
-        if self.servicer.backends:
-            await self.servicer.backends.verifiers.close()
-            await self.servicer.backends.drafters.close()
+        if self.generations.backends:
+            await self.generations.backends.verifiers.close()
+            await self.generations.backends.drafters.close()
         await asyncio.to_thread(self._telemetry.shutdown)
 
     async def run(self) -> None:

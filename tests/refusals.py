@@ -57,7 +57,7 @@ async def ask(address: str, request: gateway_pb2.GenerateRequest) -> list[int]:
 async def assert_healthy(system: System) -> None:
     """Check that nobody holds anything, and that a good request is answered with its drafter."""
     verifier, drafter = system.verifier.servicer.verifier, system.drafter.servicer.host
-    backends = system.gateway.servicer.backends
+    backends = system.gateway.generations.backends
     assert verifier is not None
     assert drafter is not None
     assert backends is not None

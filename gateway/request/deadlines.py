@@ -5,34 +5,33 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
-
-import grpc
 
 from gateway.place import Place
 from gateway.replicas.services import VerifierSet
 from gateway.request.answer_times import SHARE_TO_RUN
 from specdec.contract.errors import DeadlineExceededError, ResourceExhaustedError, SpecdecError
 from specdec.contract.retry import advice_s
-from specdec.service.sessions import remaining_timeout_s
 
-_Context = grpc.aio.ServicerContext[Any, Any]
+TimeLeft = Callable[[], float | None]
+"""Returns the seconds until a request's deadline; None: it has none."""
 
 
-def may_begin(context: _Context, longest_s: Callable[[int], float]) -> Callable[[int], bool]:
+def may_begin(time_left: TimeLeft, longest_s: Callable[[int], float]) -> Callable[[int], bool]:
     """Return whether a request may begin beside so many that run: not if at their pace most of the time until
     its deadline would be over when it ends. With more and more at a time, all would end too late.
 
     Args:
         longest_s: how long the answer should take at most as one of so many that run, seconds.
     """
-    time_s = remaining_timeout_s(context)
+    time_s = time_left()
     if time_s is None:
         return lambda number: True
     return lambda number: longest_s(number + 1) <= SHARE_TO_RUN * time_s
 
 
-async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Callable[[int], float]) -> None:
+async def turn(
+    place: Place, time_left: TimeLeft, max_wait_s: float, longest_s: Callable[[int], float]
+) -> None:
     """Wait until a request may run, and see that there is time left to run it.
 
     Args:
@@ -43,7 +42,7 @@ async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Ca
             late.
         DeadlineExceededError: it waited until its deadline, or for as long as a request may.
     """
-    remaining_s = remaining_timeout_s(context)
+    remaining_s = time_left()
     may_wait_s = max(0.0, max_wait_s - place.waited_s)
     takes_s = _takes_s(place, longest_s)
     spare_s = None if remaining_s is None else remaining_s - takes_s
@@ -54,7 +53,7 @@ async def turn(place: Place, context: _Context, max_wait_s: float, longest_s: Ca
         if spare_s is None or spare_s > may_wait_s:
             raise _waited_too_long(max_wait_s) from None
         raise _too_late(takes_s) from None
-    remaining_s = remaining_timeout_s(context)
+    remaining_s = time_left()
     takes_s = _takes_s(place, longest_s)
     if remaining_s is not None and remaining_s <= takes_s:
         raise _too_late(takes_s)
@@ -111,7 +110,7 @@ async def at_most(seconds: float) -> AsyncIterator[None]:
         ) from None
 
 
-def timeout_s(context: _Context, most: float) -> float:
+def timeout_s(time_left: TimeLeft, most: float) -> float:
     """Return the seconds that the services have: until the caller's deadline, or the gateway's own."""
-    remaining = remaining_timeout_s(context)
+    remaining = time_left()
     return most if remaining is None else min(remaining, most)

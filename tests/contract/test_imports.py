@@ -33,6 +33,7 @@ GATEWAY_LEVELS = (
     {"metrics", "place"},
     {"replicas", "callers", "waiting"},
     {"request"},
+    {"generations"},
     {"service"},
     {"server"},
     {"cli"},

@@ -136,7 +136,7 @@ class World:
     async def assert_whole(self) -> None:
         """Check that nobody holds anything, and that right requests get the right tokens by every method."""
         verifier, drafter = self.system.verifier.servicer.verifier, self.system.drafter.servicer.host
-        backends = self.system.gateway.servicer.backends
+        backends = self.system.gateway.generations.backends
         assert verifier
         assert drafter
         assert backends

@@ -49,7 +49,7 @@ class Scene:
 
     async def assert_clean(self) -> None:
         """Check that nobody holds anything, and that the honest drafter still drafts."""
-        verifier, backends = self.verifier.servicer.verifier, self.gateway.servicer.backends
+        verifier, backends = self.verifier.servicer.verifier, self.gateway.generations.backends
         assert verifier is not None
         await until(lambda: verifier.num_sessions == 0, timeout_s=10)
         assert verifier.pool.free_tokens == verifier.pool.capacity_tokens
@@ -85,7 +85,7 @@ async def scene_of(liar: Liar, honest: Honest, *, waits: bool = True) -> AsyncIt
         ) as (gateway_at, gateway),
         AsyncClient(gateway_at, timeout_s=BOUND_S) as client,
     ):
-        backends = gateway.servicer.backends
+        backends = gateway.generations.backends
         assert backends is not None
         heard = backends.drafters.replicas
         if waits:

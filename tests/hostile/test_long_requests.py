@@ -111,7 +111,7 @@ async def test_a_prompt_too_long_is_told_the_same_by_both_ends(tiny_llama: Path)
         for size in (limit + 1, received, 4 * received, 10 * 2**20):
             for generate in (client.generate, partial(asyncio.to_thread, blocking_generate, address)):
                 await assert_too_long(partial(generate, "x" * size))
-        assert gateway.servicer.num_requests == 0
+        assert gateway.generations.num_requests == 0
         assert (await client.generate("Hi", max_new_tokens=2)).usage.output_tokens
 
 

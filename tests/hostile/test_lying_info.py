@@ -192,7 +192,7 @@ async def test_a_service_that_goes_up_and_down_all_the_time_is_let_wait(honest: 
     status = health_pb2.HealthCheckResponse
     liar = Unhealthy(status.SERVING, status.NOT_SERVING)
     async with scene_of(liar, honest) as scene:
-        replica = scene.gateway.servicer.backends.drafters.replicas[0]
+        replica = scene.gateway.generations.backends.drafters.replicas[0]
         await until(lambda: replica.info is not None, timeout_s=20)
         expected = await scene.generate("none")
         assert (await scene.generate(NAME)).token_ids == expected.token_ids

@@ -111,7 +111,7 @@ def deaf_generate(peer: DeafPeer) -> None:
 
 async def test_a_client_that_reads_nothing_keeps_others_and_the_drain_from_nothing(tiny_llama: Path) -> None:
     async with running_system(tiny_llama, "ngram") as system, deaf_peer(system.address) as deaf:
-        servicer = system.gateway.servicer
+        servicer = system.gateway.generations
         for _ in range(3):
             deaf_generate(deaf)
         await until(lambda: servicer.num_requests == 3)
@@ -132,8 +132,8 @@ async def test_a_request_that_nobody_reads_ends_when_its_time_is_over(tiny_llama
     async with running_system(tiny_llama, "ngram", gateway_options={"max_request_s": 1.0}) as system:
         async with deaf_peer(system.address) as deaf:
             deaf_generate(deaf)
-            await until(lambda: system.gateway.servicer.num_requests == 1)
-            await until(lambda: system.gateway.servicer.num_requests == 0)
+            await until(lambda: system.gateway.generations.num_requests == 1)
+            await until(lambda: system.gateway.generations.num_requests == 0)
         options = GenerateOptions(max_new_tokens=20, ignore_eos=True)
         assert len((await system.client.generate(PROMPT, options)).token_ids) == 20
 

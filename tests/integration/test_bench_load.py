@@ -151,7 +151,7 @@ async def test_a_system_that_is_asked_for_too_much_answers_every_caller_and_refu
         gateway_options={"max_waiting": 8, "auth_tokens": str(tmp_path / "tokens.toml")},
     ) as system:
         outcome = await asyncio.to_thread(run_load, config, system.address, tmp_path / "out", tokens)
-        servicer = system.gateway.servicer
+        servicer = system.gateway.generations
         assert (servicer.num_requests, servicer.num_waiting) == (0, 0)
     results = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
     assert results["provenance"]["callers"] == ["caller-1", "caller-2", "caller-3"]

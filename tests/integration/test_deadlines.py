@@ -22,7 +22,7 @@ async def test_an_answer_that_would_come_too_late_is_not_begun(tiny_llama: Path)
         await system.client.generate(PROMPT, PLAIN)
         running = asyncio.create_task(system.client.generate(PROMPT, replace(PLAIN, method="gated")))
         await gate.reached()
-        backends = system.gateway.servicer.backends
+        backends = system.gateway.generations.backends
         assert backends
         too_little_s = backends.answer_times.longest_s(400, 2) / 2
         with pytest.raises(ResourceExhaustedError) as raised:

@@ -207,7 +207,7 @@ async def two_verifiers(
         running_gateway(model, verifier=f"{first_address},{second_address}") as (address, gateway),
         AsyncClient(address, timeout_s=60) as client,
     ):
-        backends = gateway.servicer.backends
+        backends = gateway.generations.backends
         assert backends is not None
         await until(lambda: backends.verifiers.num_ready == 2)
         yield client, first, second, gateway

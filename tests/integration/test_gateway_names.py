@@ -50,8 +50,8 @@ async def gateways_of(model: Path) -> AsyncIterator[Gateways]:
 
 
 def num_sessions(gateway: GatewayServer) -> int:
-    assert gateway.servicer.backends
-    return gateway.servicer.backends.verifiers.replicas[0].num_sessions
+    assert gateway.generations.backends
+    return gateway.generations.backends.verifiers.replicas[0].num_sessions
 
 
 async def test_a_client_that_stays_connected_hears_of_a_new_gateway(tiny_llama: Path) -> None:

@@ -71,7 +71,7 @@ async def test_a_lost_verifier_is_unavailable_and_says_what_to_do(tiny_llama: Pa
         assert raised.value.retry_after_s == 1.0
 
         async with running_verifier(tiny_llama, listen=system.verifier_address):
-            backends = system.gateway.servicer.backends
+            backends = system.gateway.generations.backends
             assert backends is not None
             await until(lambda: backends.verifiers.replicas[0].is_ready, timeout_s=10)
             result = await system.client.generate(PROMPT, LONG)
@@ -97,7 +97,7 @@ async def test_a_lost_drafter_costs_a_request_nothing_but_speed(tiny_llama: Path
         assert without.speculation.num_draft_tokens == 0
 
         async with running_drafter("ngram", listen=system.drafter_address):
-            backends = system.gateway.servicer.backends
+            backends = system.gateway.generations.backends
             assert backends is not None
             await until(lambda: backends.drafters.replicas[0].is_ready, timeout_s=10)
             again = await system.client.generate(PROMPT, options)

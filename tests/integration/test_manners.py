@@ -282,7 +282,7 @@ async def test_who_has_stopped_holds_no_connection(tiny_llama: Path) -> None:
             assert connections_to(verifier_at), "the drafter's"
         await eventually(lambda: is_left_alone(verifier_at))
         # Held on to until now: what they have is not free because nobody refers to it.
-        assert gateway.servicer.backends
+        assert gateway.generations.backends
         assert drafter.servicer.host
 
 

@@ -82,7 +82,7 @@ async def test_a_pool_too_small_for_all_serves_all_as_they_are_alone(
         assert all(answer.timing.waiting_ms < answer.timing.total_ms for answer in found)
         await eventually(lambda: nothing_is_held(system))
         # Nobody was blamed: the verifier answers as before.
-        (replica,) = system.gateway.servicer.backends.verifiers.replicas
+        (replica,) = system.gateway.generations.backends.verifiers.replicas
         assert replica.is_ready
         assert not replica.rests
         again = await system.client.generate(PROMPTS[0], options)
@@ -153,7 +153,7 @@ async def test_a_preempted_request_comes_before_those_that_have_not_begun(tiny_l
         verifier_options={"kv_cache_mib": 4 * BLOCK_MIB},
         gateway_options={"max_waiting": 4},
     ) as system:
-        servicer = system.gateway.servicer
+        servicer = system.gateway.generations
 
         async def ask(number: int) -> None:
             await system.client.generate(PROMPTS[number], OPTIONS)
@@ -180,8 +180,8 @@ async def test_where_another_verifier_has_room_it_goes_on_there_at_once(tiny_lla
         AsyncClient(address, timeout_s=60) as client,
         AsyncExitStack() as stack,
     ):
-        assert gateway.servicer.backends
-        verifiers = gateway.servicer.backends.verifiers
+        assert gateway.generations.backends
+        verifiers = gateway.generations.backends.verifiers
         await eventually(lambda: verifiers.num_ready == 2)
         expected = (await client.generate(PROMPTS[0], OPTIONS)).token_ids
         # An older session is on the small one, and grows while the request runs there.
@@ -196,7 +196,7 @@ async def test_where_another_verifier_has_room_it_goes_on_there_at_once(tiny_lla
         assert {answer.token_ids for answer in found} == {expected}
         assert sum(answer.num_failovers for answer in found) == 0
         assert await finish(older)
-        await eventually(lambda: large_verifier.num_sessions == gateway.servicer.num_requests == 0)
+        await eventually(lambda: large_verifier.num_sessions == gateway.generations.num_requests == 0)
 
 
 async def test_the_deadline_goes_on_while_a_preempted_request_waits(tiny_llama: Path) -> None:
@@ -210,7 +210,7 @@ async def test_the_deadline_goes_on_while_a_preempted_request_waits(tiny_llama: 
         # The older session needs two of the four blocks and stays: there is no room for all of the answer.
         with pytest.raises(DeadlineExceededError):
             await system.client.generate(PROMPTS[0], OPTIONS, timeout_s=1.5)
-        verifier, servicer = system.verifier.servicer.verifier, system.gateway.servicer
+        verifier, servicer = system.verifier.servicer.verifier, system.gateway.generations
         assert verifier
         await eventually(lambda: verifier.num_sessions == 1)
         await eventually(lambda: (servicer.num_requests, servicer.num_waiting) == (0, 0))

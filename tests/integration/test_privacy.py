@@ -91,7 +91,7 @@ async def test_no_text_of_a_defect(
         raise KeyError(messages[0][1])
 
     async with running_system(tiny_llama, "ngram", telemetry=witness.telemetry()) as system:
-        backends = system.gateway.servicer.backends
+        backends = system.gateway.generations.backends
         assert backends is not None
         monkeypatch.setattr(backends.codec, "encode_chat", fail)
         with pytest.raises(InternalError):

@@ -113,8 +113,8 @@ def num_rounds(reader: InMemoryMetricReader, name: str) -> int:
 
 def num_drafters(gateway: GatewayServer) -> int:
     """Return how many drafter services a gateway may use."""
-    assert gateway.servicer.backends
-    return gateway.servicer.backends.drafters.num_ready
+    assert gateway.generations.backends
+    return gateway.generations.backends.drafters.num_ready
 
 
 class TestSpreading:

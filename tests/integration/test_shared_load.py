@@ -118,8 +118,8 @@ async def test_idle_replicas_are_asked_without_any_request(tiny_llama: Path) -> 
         running_gateway(tiny_llama, verifier=f"{first_at},{second_at}") as (_, gateway),
         verify_stream(second_at) as elsewhere,
     ):
-        assert gateway.servicer.backends
-        verifiers = gateway.servicer.backends.verifiers
+        assert gateway.generations.backends
+        verifiers = gateway.generations.backends.verifiers
         await eventually(lambda: verifiers.num_ready == 2)
         await elsewhere.open([5, 6, 7])
         await eventually(lambda: [one.load.busyness for one in verifiers.replicas] == [0, 1])

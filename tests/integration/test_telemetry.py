@@ -408,9 +408,9 @@ class TestMetrics:
             await eventually(lambda: bool(points(reader, "specdec.requests")))
             assert sums(reader, "specdec.requests", "outcome") == {"invalid_argument": 1}
             # A defect is a failure as well, whether the request has begun or not.
-            backends = system.gateway.servicer.backends
+            backends = system.gateway.generations.backends
             assert backends
-            system.gateway.servicer.backends = replace(backends, codec=BrokenCodec())
+            system.gateway.generations.backends = replace(backends, codec=BrokenCodec())
             for prompt in ("text", PROMPT):
                 with pytest.raises(InternalError):
                     await system.client.generate(prompt, GenerateOptions(method="none"))

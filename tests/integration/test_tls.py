@@ -357,7 +357,7 @@ async def test_rotation_under_load_fails_no_request(tiny_llama: Path, files: Fol
         async with AsyncClient(system.address, tls=stale, timeout_s=20) as client:
             with pytest.raises(UnavailableError, match=REFUSED):
                 await client.info()
-        assert all(replica.is_ready for replica in system.gateway.servicer.backends.verifiers.replicas)
+        assert all(replica.is_ready for replica in system.gateway.generations.backends.verifiers.replicas)
 
 
 def _party(folder: Path, issued: Issued, trusted: Authority) -> tuple[Path, Path, Path]:

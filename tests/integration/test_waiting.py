@@ -47,13 +47,13 @@ TWO_SESSIONS_KV: dict[str, Any] = {"kv_cache_mib": 0.03125}
 
 async def nothing_is_held(system: System) -> bool:
     """Return whether no service holds a session, a place or memory."""
-    servicer = system.gateway.servicer
+    servicer = system.gateway.generations
     return await is_idle(system) and (servicer.num_requests, servicer.num_waiting) == (0, 0)
 
 
 def waiting(system: System, number: int) -> Any:
     """Return the condition that so many requests wait."""
-    return lambda: system.gateway.servicer.num_waiting == number
+    return lambda: system.gateway.generations.num_waiting == number
 
 
 def ended_requests(reader: InMemoryMetricReader) -> Counter[tuple[str, str]]:
@@ -120,7 +120,7 @@ async def test_a_deadline_that_passes_in_the_queue_ends_the_wait(place: str, tin
         await gate.reached()
         with pytest.raises(DeadlineExceededError):
             await system.client.generate(PROMPT, PLAIN, timeout_s=0.4)
-        servicer = system.gateway.servicer
+        servicer = system.gateway.generations
         await eventually(lambda: (servicer.num_requests, servicer.num_waiting) == (1, 0))
         gate.open()
         assert (await running).usage.output_tokens == 29
@@ -188,16 +188,16 @@ async def test_a_caller_with_one_request_waits_for_one_of_a_caller_with_many(
         await gate.reached()
         for number in range(1, 9):
             tasks.append(asyncio.create_task(ask("many")))
-            await eventually(lambda number=number: gateway.servicer.num_waiting == number)
+            await eventually(lambda number=number: gateway.generations.num_waiting == number)
         tasks.append(asyncio.create_task(ask("one")))
-        await eventually(lambda: gateway.servicer.num_waiting == 9)
+        await eventually(lambda: gateway.generations.num_waiting == 9)
         gate.open()
         await asyncio.gather(*tasks)
         # The one that ran, and one or two whose turn had come before.
         assert order.index("one") <= 3, order
         held = verifier.servicer.verifier
-        await eventually(lambda: held.num_sessions == gateway.servicer.num_requests == 0)
-        assert gateway.servicer.num_waiting == 0
+        await eventually(lambda: held.num_sessions == gateway.generations.num_requests == 0)
+        assert gateway.generations.num_waiting == 0
 
 
 def _entry(name: str) -> str:
@@ -250,7 +250,7 @@ async def test_who_waits_for_too_long_is_told(tiny_llama: Path) -> None:
         with pytest.raises(DeadlineExceededError, match="waited") as raised:
             await system.client.generate(PROMPT, PLAIN)
         assert raised.value.reason == "WAITED_TOO_LONG"
-        assert (system.gateway.servicer.num_requests, system.gateway.servicer.num_waiting) == (0, 0)
+        assert (system.gateway.generations.num_requests, system.gateway.generations.num_waiting) == (0, 0)
 
 
 async def test_what_never_fits_is_refused_and_what_fits_one_verifier_waits_for_it(tiny_llama: Path) -> None:
@@ -261,13 +261,13 @@ async def test_what_never_fits_is_refused_and_what_fits_one_verifier_waits_for_i
         running_gateway(tiny_llama, verifier=f"{small_at},{large_at}") as (address, gateway),
         AsyncClient(address, timeout_s=60) as client,
     ):
-        assert gateway.servicer.backends
-        verifiers = gateway.servicer.backends.verifiers
+        assert gateway.generations.backends
+        verifiers = gateway.generations.backends.verifiers
         await eventually(lambda: verifiers.num_ready == 2)
         async with verify_stream(large_at) as other:
             await other.open(PROMPT)
             asked = asyncio.create_task(client.generate(PROMPT, large))
-            await eventually(lambda: gateway.servicer.num_waiting == 1)
+            await eventually(lambda: gateway.generations.num_waiting == 1)
         assert (await asked).usage.output_tokens == 100
         await eventually(lambda: not any(replica.num_sessions for replica in verifiers.replicas))
     async with running_system(tiny_llama, verifier_options=TWO_SESSIONS_KV) as system:
@@ -284,22 +284,22 @@ async def test_who_waits_outlives_a_restart_of_the_verifier(tiny_llama: Path) ->
             running_gateway(tiny_llama, verifier=verifier_at, failover_wait_s=20.0) as (address, gateway),
             AsyncClient(address, timeout_s=60) as client,
         ):
-            assert gateway.servicer.backends
-            verifiers = gateway.servicer.backends.verifiers
+            assert gateway.generations.backends
+            verifiers = gateway.generations.backends.verifiers
             other = await first.enter_async_context(verify_stream(verifier_at))
             await other.open(PROMPT)
             asked = [asyncio.create_task(client.generate(PROMPT, PLAIN)) for _ in range(3)]
-            await eventually(lambda: gateway.servicer.num_waiting == 3)
+            await eventually(lambda: gateway.generations.num_waiting == 3)
             await first.aclose()
             await eventually(lambda: not verifiers.num_ready)
-            await eventually(lambda: gateway.servicer.num_requests > 0)
+            await eventually(lambda: gateway.generations.num_requests > 0)
             async with running_verifier(tiny_llama, max_sessions=1, listen=verifier_at) as (_, server):
                 answers = await asyncio.gather(*asked)
                 assert {answer.usage.output_tokens for answer in answers} == {29}
                 verifier = server.servicer.verifier
                 assert verifier
-                await eventually(lambda: verifier.num_sessions == gateway.servicer.num_requests == 0)
-                assert gateway.servicer.num_waiting == 0
+                await eventually(lambda: verifier.num_sessions == gateway.generations.num_requests == 0)
+                assert gateway.generations.num_waiting == 0
 
 
 async def test_large_requests_that_wait_are_limited_by_their_bytes(tiny_llama: Path) -> None:
