@@ -84,7 +84,7 @@ manifests: .venv/installed .venv/checkov/installed
 .venv/installed: pyproject.toml .ci/constraints.txt $(wildcard specdec/runtime/kernels/*.[ch])
 	@echo "Installing into .venv: 1.6 GB, two to three minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[models,bench,dev]"
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[models,http,bench,dev]"
 	touch $@
 
 clean:

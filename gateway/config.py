@@ -11,6 +11,7 @@ from specdec.contract.request_limits import MAX_LISTS_BYTES
 from specdec.models.embedded import DEFAULT_MODEL
 from specdec.service.config import (
     ServiceConfig,
+    parse_address,
     require_between,
     require_not_negative,
     require_positive,
@@ -27,6 +28,9 @@ class GatewayConfig(ServiceConfig):
 
     listen: str = "127.0.0.1:50050"
     """Address to serve on: host:port or unix:/path."""
+    http_listen: str = ""
+    """Address to serve OpenAI's HTTP interface on, host:port. It needs the extra `http`. The certificates,
+    tokens and limits of this gateway hold there as well. Empty: it is not served."""
     verifier: str = "127.0.0.1:50051"
     """Addresses of the verifiers: gRPC URIs (host:port, dns:///name:port, unix:/path), separated by commas.
     Each address that a name resolves to is a replica."""
@@ -72,6 +76,9 @@ class GatewayConfig(ServiceConfig):
     connection_idle_s: float = 200.0
     """How long a client's connection without a call stays open, seconds, at least 1; a later call connects
     anew. The Python client ends its own after 120 s. 0: as long as --max-connection-age-s."""
+    max_http_connections: int = 1024
+    """Most HTTP connections at a time. Where one more comes, the one that has been without a request for the
+    longest time ends; where all have requests, the new one is refused."""
     allow_special_tokens: bool = False
     """Let the text of a special token, such as <|im_end|>, in the messages of a chat become that token; a
     message can then end its turn and speak for others. Without this option it stays text. A raw prompt may
@@ -118,6 +125,7 @@ class GatewayConfig(ServiceConfig):
             "max_wait_s",
             "max_connection_age_s",
             "max_prompt_bytes",
+            "max_http_connections",
             "draft_timeout_s",
             "round_timeout_s",
         )
@@ -144,6 +152,8 @@ class GatewayConfig(ServiceConfig):
             raise InvalidArgumentError(
                 "--auth-tokens and --authenticator exclude each other; give one.", field="authenticator"
             )
+        if self.http_listen:
+            parse_address(self.http_listen, "http_listen")
         parse_uris(self.verifier)
         if self.drafter:
             parse_uris(self.drafter)

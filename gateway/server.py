@@ -7,6 +7,7 @@ import logging
 import time
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from gateway.callers import make_authenticator
 from gateway.config import GatewayConfig
@@ -16,12 +17,17 @@ from gateway.replicas.services import VerifierSet, make_drafter_set, make_verifi
 from gateway.request.backends import Backends
 from gateway.request.text import TextCodec
 from gateway.service import SERVICE_NAME, GatewayServicer
+from specdec.service.auth import Authenticator
 from specdec.service.host import ServiceHost
 from specdec.service.process import run_service
 from specdec.service.telemetry import Telemetry
 from specdec.transport.channel import is_local
+from specdec.transport.http_extra import require_http_extra
 from specdec.transport.server import ConnectionLimits
 from specdec.v1 import gateway_pb2_grpc
+
+if TYPE_CHECKING:
+    from gateway.http.server import HttpFront
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,23 @@ _WAIT_REPORT_S = 5.0
 _READINESS_POLL_S = 0.5
 NO_VERIFIER_S = 10.0
 """How long a gateway without a verifier is ready all the same: a verifier that restarts comes back."""
+
+
+def make_http_front(
+    config: GatewayConfig, generations: Generations, authenticator: Authenticator | None
+) -> HttpFront | None:
+    """Return OpenAI's interface, if the configuration asks for it.
+
+    Raises:
+        FailedPreconditionError: the extra that it needs is not installed.
+        InvalidArgumentError: the TLS files are not valid.
+    """
+    if not config.http_listen:
+        return None
+    require_http_extra()
+    from gateway.http.server import HttpFront  # what it needs is an extra
+
+    return HttpFront(config, generations, authenticator)
 
 
 class GatewayServer:
@@ -40,11 +63,14 @@ class GatewayServer:
         self._following: asyncio.Task[None] | None = None
         self._outgoing_tls = config.outgoing_tls()
         authenticator = make_authenticator(config)
-        if authenticator and not config.tls_certificate and not is_local(config.listen):
+        addresses = [config.listen, *filter(None, [config.http_listen])]
+        if authenticator and not config.tls_certificate and not all(map(is_local, addresses)):
             logger.warning("tokens travel in plain text; give --tls-certificate and --tls-private-key")
         self.generations = Generations(config, telemetry)
         servicer = GatewayServicer(self.generations, config.stream_padding)
         register = partial(gateway_pb2_grpc.add_GatewayServiceServicer_to_server, servicer)
+        self.http = make_http_front(config, self.generations, authenticator)
+        """OpenAI's interface; None: it is not served."""
         self.host = ServiceHost(
             SERVICE_NAME,
             register,
@@ -53,6 +79,7 @@ class GatewayServer:
             authenticator=authenticator,
             health_listen=config.health_listen,
             on_drain=self.generations.drain,
+            fronts=[self.http] if self.http else [],
             limits=ConnectionLimits(
                 max_message_bytes=config.max_message_bytes,
                 idle_s=config.connection_idle_s,

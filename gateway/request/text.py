@@ -121,6 +121,14 @@ class TextCodec:
         """Return the special token with that text; None: there is none. It never appears in decoded text."""
         return self._special_ids.get(text)
 
+    def piece(self, token_id: int) -> str:
+        """Return the text of a token inside a text. Of a special token that is its name, and of a part of a
+        character U+FFFD."""
+        alone = self.decode([token_id])
+        # Some tokenizers take the space before the first word for their own.
+        inside = self.decode([token_id, token_id])[len(alone) :]
+        return inside or alone or self._tokenizer.id_to_token(token_id) or ""
+
     def has_text(self, token_id: int) -> bool:
         """Return whether a token is text: not a special token, nor an id that the tokenizer lacks."""
         # Twice, because a space has no text where a text begins.

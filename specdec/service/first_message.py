@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -29,18 +29,43 @@ def host_of(context: _Context) -> str:
     return peer.rpartition(":")[0] or peer
 
 
-class FirstMessageInterceptor(grpc.aio.ServerInterceptor):
-    """Serves unary calls as streams of one message."""
+class Turns:
+    """Turns to receive a message, of which few at a time are received from a host."""
 
     def __init__(self) -> None:
-        self.max_at_a_time, self.timeout_s = MAX_AT_A_TIME, TIMEOUT_S
+        self.max_at_a_time = MAX_AT_A_TIME
         self._turns: dict[str, asyncio.Semaphore] = {}
         self._waiting: Counter[str] = Counter()
 
     @property
     def num_waiting(self) -> int:
-        """How many calls wait for their message, or for their turn."""
+        """How many messages are received, or wait for their turn."""
         return self._waiting.total()
+
+    @asynccontextmanager
+    async def turn(self, host: str) -> AsyncIterator[None]:
+        """Wait for the turn of a host's message, and keep it within the block."""
+        with self._counted(host) as turn:
+            async with turn:
+                yield
+
+    @contextmanager
+    def _counted(self, host: str) -> Iterator[asyncio.Semaphore]:
+        self._waiting[host] += 1
+        try:
+            yield self._turns.setdefault(host, asyncio.Semaphore(self.max_at_a_time))
+        finally:
+            self._waiting[host] -= 1
+            if not self._waiting[host]:
+                del self._waiting[host], self._turns[host]
+
+
+class FirstMessageInterceptor(grpc.aio.ServerInterceptor):
+    """Serves unary calls as streams of one message."""
+
+    def __init__(self) -> None:
+        self.timeout_s = TIMEOUT_S
+        self.turns = Turns()
 
     async def intercept_service(
         self,
@@ -76,16 +101,5 @@ class FirstMessageInterceptor(grpc.aio.ServerInterceptor):
 
     async def _first(self, requests: AsyncIterator[Any], host: str) -> Any:
         """Return the first message, received in turn with those of the host's other calls."""
-        with self._turn(host) as turn:
-            async with turn:
-                return await anext(aiter(requests))
-
-    @contextmanager
-    def _turn(self, host: str) -> Iterator[asyncio.Semaphore]:
-        self._waiting[host] += 1
-        try:
-            yield self._turns.setdefault(host, asyncio.Semaphore(self.max_at_a_time))
-        finally:
-            self._waiting[host] -= 1
-            if not self._waiting[host]:
-                del self._waiting[host], self._turns[host]
+        async with self.turns.turn(host):
+            return await anext(aiter(requests))

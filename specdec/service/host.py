@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -26,6 +27,23 @@ from specdec.transport.server import (
 from specdec.transport.tls import PemFiles, server_credentials
 
 
+class Front(Protocol):
+    """Another way into a service, such as HTTP. It starts, drains and stops with the service's host."""
+
+    async def start(self) -> None:
+        """Listen, and answer that the service is not ready yet.
+
+        Raises:
+            InvalidArgumentError: the address cannot be bound.
+        """
+
+    def set_serving(self, serving: bool) -> None:
+        """Report from now on whether the service is ready."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, and cancel those that still run after `grace_s` seconds."""
+
+
 class ServiceHost:
     """A gRPC server on one address.
 
@@ -39,6 +57,7 @@ class ServiceHost:
         limits: what each connection may have.
         on_drain: called when the server begins to stop, before running calls are waited for.
         calls: counts the calls that are waited for; the servicer has it too where sessions share a call.
+        fronts: other ways into the service.
 
     Raises:
         InvalidArgumentError: the TLS files are not valid.
@@ -56,6 +75,7 @@ class ServiceHost:
         limits: ConnectionLimits = DEFAULT_LIMITS,
         on_drain: Callable[[], None] = lambda: None,
         calls: OpenCalls | None = None,
+        fronts: Sequence[Front] = (),
     ) -> None:
         self.address = listen
         """The address of the server, with the real port after the start."""
@@ -64,6 +84,7 @@ class ServiceHost:
         self._service = service
         self._listen = listen
         self._on_drain = on_drain
+        self._fronts = fronts
         self._credentials = server_credentials(tls) if tls else None
         self.first_messages = FirstMessageInterceptor()
         interceptors: list[grpc.aio.ServerInterceptor] = [RequestIdInterceptor(), self.first_messages]
@@ -101,6 +122,8 @@ class ServiceHost:
         if self.health_address:
             self.health_address = _bind(self._health_server, self.health_address, "health_listen")
             await self._health_server.start()
+        for front in self._fronts:
+            await front.start()
         return self.address
 
     @property
@@ -119,6 +142,8 @@ class ServiceHost:
     def _set_health(self, *, serving: bool) -> None:
         for name in ("", self._service):
             self._health.set(name, serving=serving)
+        for front in self._fronts:
+            front.set_serving(serving)
 
     async def stop(self, grace_s: float) -> None:
         """Report NOT_SERVING, refuse new calls, and cancel calls that still run after `grace_s` seconds.
@@ -128,6 +153,9 @@ class ServiceHost:
         self._health.drain()
         self._calls.draining.set()
         self._on_drain()
+        await asyncio.gather(self._stop_grpc(grace_s), *(front.stop(grace_s) for front in self._fronts))
+
+    async def _stop_grpc(self, grace_s: float) -> None:
         if grace_s:
             await self._stop_within(grace_s)
         await self._server.stop(0)

@@ -193,3 +193,41 @@ def server_credentials(files: PemFiles) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(
         configuration(), configuration, require_client_authentication=files.authorities is not None
     )
+
+
+class HttpTls:
+    """TLS of an HTTP server. Each new connection gets the newest valid certificate.
+
+    Args:
+        files: as those of `server_credentials`.
+
+    Raises:
+        InvalidArgumentError: the files are not valid.
+    """
+
+    def __init__(self, files: PemFiles) -> None:
+        self._files = files
+        self._watch = PemWatch(files)
+        self._pem = self._watch.latest()
+        self.context = self._newest = self._load()
+        """What to serve with. It hands each connection on to a context with the newest files."""
+        self.context.sni_callback = self._choose
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_alpn_protocols(["http/1.1"])
+        assert self._files.certificate is not None
+        context.load_cert_chain(self._files.certificate, self._files.private_key)
+        if self._files.authorities:
+            context.load_verify_locations(self._files.authorities)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def _choose(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        pem = self._watch.latest()
+        if pem is not self._pem:
+            try:
+                self._newest, self._pem = self._load(), pem
+            except (OSError, ssl.SSLError) as error:  # they change at this moment; the next connection tries
+                logger.warning("changed TLS files are not used", extra={"reason": type(error).__name__})
+        connection.context = self._newest

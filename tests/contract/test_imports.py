@@ -34,7 +34,7 @@ GATEWAY_LEVELS = (
     {"replicas", "callers", "waiting"},
     {"request"},
     {"generations"},
-    {"service"},
+    {"service", "http"},
     {"server"},
     {"cli"},
 )

@@ -96,7 +96,7 @@ class TestStreams:
             peer.ignore_max_streams()
             calls = [peer.call_in_part(GENERATE, b"\x0a", 1000) for _ in range(100)]
             await until(lambda: len(peer.ended) == 92)
-            assert host.first_messages.num_waiting == 8
+            assert host.first_messages.turns.num_waiting == 8
             assert not any(peer.ended.get(call) for call in calls), "they were reset, not answered"
             assert not peer.is_closed
             async with AsyncClient(host.address) as client:

@@ -58,17 +58,17 @@ async def serving(timeout_s: float) -> AsyncIterator[tuple[ServiceHost, Servicer
 async def test_messages_that_do_not_end_are_given_up(method: str) -> None:
     async with serving(timeout_s=1.0) as (host, servicer), deaf_peer(host.address) as peer:
         calls = [peer.call_in_part(method, b"\x0a", 1000) for _ in range(5)]
-        await until(lambda: host.first_messages.num_waiting == 5)
+        await until(lambda: host.first_messages.turns.num_waiting == 5)
         await until(lambda: len(peer.ended) == 5)
         assert {dict(peer.ended[call])["grpc-status"] for call in calls} == {"4"}
-        assert host.first_messages.num_waiting == servicer.num_answered == 0
+        assert host.first_messages.turns.num_waiting == servicer.num_answered == 0
 
 
 async def test_others_of_the_host_wait_for_their_turn_and_are_served() -> None:
     async with serving(timeout_s=3.0) as (host, servicer), deaf_peer(host.address) as peer:
         for _ in range(MAX_AT_A_TIME):
             peer.call_in_part(GENERATE, b"\x0a", 1000)
-        await until(lambda: host.first_messages.num_waiting == MAX_AT_A_TIME)
+        await until(lambda: host.first_messages.turns.num_waiting == MAX_AT_A_TIME)
         await asyncio.sleep(1.0)  # the others' time is up before that of those who come now
         async with AsyncClient(host.address) as client:
             infos = await asyncio.gather(*(client.info() for _ in range(40)))
@@ -80,11 +80,11 @@ async def test_large_messages_that_do_not_end_take_the_memory_of_a_few() -> None
     """Forty calls send all but a byte of 8 MB each, as far as they are let; two at a time may."""
     size, num_calls = 8_000_000, 40
     async with serving(timeout_s=60.0) as (host, _), deaf_peer(host.address) as peer:
-        host.first_messages.max_at_a_time = 2
+        host.first_messages.turns.max_at_a_time = 2
         before = psutil.Process().memory_info().rss
         calls = [peer.call_in_part(GENERATE, b"", size) for _ in range(num_calls)]
         num_sent = await peer.push(calls, size - 1)
-        assert host.first_messages.num_waiting == num_calls
+        assert host.first_messages.turns.num_waiting == num_calls
         assert num_sent >= 2 * (size - 1)
         assert num_sent + psutil.Process().memory_info().rss - before < 0.5 * num_calls * size
         async with aio_channel(host.address) as channel:

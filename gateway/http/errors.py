@@ -1,0 +1,79 @@
+"""Errors in OpenAI's form, with the HTTP statuses that its clients act on."""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+from typing import Any
+
+import grpc
+from starlette.exceptions import HTTPException
+
+from specdec.contract.errors import SpecdecError, status_code
+
+STATUSES = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ABORTED: 409,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.INTERNAL: 500,
+    grpc.StatusCode.UNIMPLEMENTED: 501,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+"""OpenAI's name of the kind of an error, by its status, where it has one of its own."""
+_FIELDS = {
+    "chat.messages.role": "messages",
+    "chat.messages": "messages",
+    "chat": "messages",
+    "max_new_tokens": "max_tokens",
+    "num_top_logprobs": "top_logprobs",
+    "stop_strings": "stop",
+}
+"""Fields of a request that have another name over HTTP."""
+
+
+def status_of(error: SpecdecError) -> int:
+    """Return the HTTP status of an error."""
+    return STATUSES.get(status_code(error), 500)
+
+
+def error_content(error: SpecdecError) -> dict[str, Any]:
+    """Return an error in OpenAI's form. Fields have the names that they have over HTTP."""
+    message = error.message
+    for name, over_http in _FIELDS.items():
+        message = message.replace(name, over_http)
+    return _content(
+        status_of(error), message, param=_FIELDS.get(error.field, error.field), code=error.reason.lower()
+    )
+
+
+def http_error_content(error: HTTPException) -> dict[str, Any]:
+    """Return an error that only HTTP has, such as an unknown path, in OpenAI's form."""
+    code = HTTPStatus(error.status_code).name.lower()
+    return _content(error.status_code, error.detail, param="", code=code)
+
+
+def error_headers(error: SpecdecError) -> dict[str, str]:
+    """Return the headers of an error: when to try again, and what credentials are wanted."""
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if status_of(error) == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def _content(status: int, message: str, *, param: str, code: str) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param or None, "code": code}}

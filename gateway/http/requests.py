@@ -1,0 +1,330 @@
+"""The bodies of requests, as OpenAI's clients send them, and the messages that they stand for."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from specdec.client.generation import GenerateOptions, Prompt
+from specdec.client.wire import build_request
+from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.request_limits import validate_length
+from specdec.contract.sampling import MAX_LOGIT_BIASES, SamplingParams
+from specdec.v1 import gateway_pb2
+
+MAX_CHOICES = 16
+"""Most answers to one request. Each counts as a request of its caller."""
+_SEEDS = 2**64
+_SEED_BITS = 32
+"""Number of bits of a drawn seed; few enough that a person can type the seed again."""
+_DEVELOPER = "developer"
+"""OpenAI's later name of the role "system"."""
+
+_UNION_MEMBERS = {"str", "int"}
+
+ItemT = TypeVar("ItemT")
+RequestT = TypeVar("RequestT", bound="GenerationRequest")
+
+ListOf = Annotated[list[ItemT], Field(fail_fast=True)]
+"""A list of which nothing is read past the first item that is wrong: what is said of each takes memory."""
+
+
+_Key = Annotated[int, Field(strict=False)]
+"""A number as the key of a JSON object, which is a string."""
+
+
+def _short(biases: object) -> object:
+    if isinstance(biases, dict):
+        validate_length("logit_bias", len(biases), MAX_LOGIT_BIASES)
+    return biases
+
+
+Empty = ListOf[Literal[""]]
+"""A list that has to be empty; what is in it otherwise is not even read."""
+
+
+class _Body(BaseModel):
+    # Fields that nobody here knows are ignored, as other servers ignore them: clients send many.
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class StreamOptions(_Body):
+    """What a stream has besides its text."""
+
+    include_usage: bool | None = None
+
+
+class TextFormat(_Body):
+    """The only form of an answer that is supported."""
+
+    type: Literal["text"]
+
+
+class Unsupported(_Body):
+    """Fields that would change the answer and are not supported, with the values that ask for nothing."""
+
+    audio: None = None
+    bad_words: Empty | None = None
+    chat_template: None = None
+    chat_template_kwargs: None = None
+    continue_final_message: Literal[False] | None = None
+    echo: Literal[False] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    functions: Empty | None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    guided_json: None = None
+    guided_regex: None = None
+    logits_processors: Empty | None = None
+    min_tokens: Literal[0] | None = None
+    modalities: ListOf[Literal["text"]] | None = None
+    prompt_logprobs: None = None
+    response_format: TextFormat | None = None
+    skip_special_tokens: Literal[True] | None = None
+    structured_outputs: None = None
+    suffix: Literal[""] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: Empty | None = None
+    truncate_prompt_tokens: None = None
+    use_beam_search: Literal[False] | None = None
+    web_search_options: None = None
+
+
+class GenerationRequest(Unsupported):
+    """The fields that both kinds of requests have. A field that is null has its default."""
+
+    model: str | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[_Key, float] | None, BeforeValidator(_short)] = None
+    seed: int | None = None
+    stop: str | ListOf[str] | None = None
+
+    # OpenAI has none of these; other servers have most of them.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    allowed_token_ids: ListOf[int] | None = None
+    stop_token_ids: ListOf[int] | None = None
+    ignore_eos: bool | None = None
+    cache_salt: str | None = None
+    method: str | None = None
+    draft_depth: int | None = None
+    draft_nodes: int | None = None
+    min_draft_confidence: float | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """How many answers there are to each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many log probabilities each token has besides its own; None: it has none."""
+        raise NotImplementedError
+
+    def prompts(self) -> Sequence[tuple[Prompt, bool]]:
+        """Return the prompts, and of each whether it is raw text."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse what asks for something that does not exist.
+
+        Raises:
+            InvalidArgumentError: naming the field.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise InvalidArgumentError(
+                "stream_options needs stream to be true; leave it out.", field="stream_options"
+            )
+
+    def to_messages(self) -> list[gateway_pb2.GenerateRequest]:
+        """Return the messages that ask for each answer, in the order of their choices.
+
+        Several answers to a prompt have seeds that follow on each other.
+
+        Raises:
+            InvalidArgumentError: naming the field that is out of range or of the wrong type.
+        """
+        self.check()
+        prompts = self.prompts()
+        if not 1 <= self.num_choices <= MAX_CHOICES or len(prompts) * self.num_choices > MAX_CHOICES:
+            raise InvalidArgumentError(
+                f"n is {self.num_choices} for {len(prompts)} prompts; it must be from 1 to {MAX_CHOICES}, "
+                "for all prompts together.",
+                field="n",
+            )
+        options = self._options()
+        return [
+            build_request(prompt, replace(each, raw=is_raw))
+            for prompt, is_raw in prompts
+            for each in _with_seeds(options, self.num_choices)
+        ]
+
+    def _options(self) -> GenerateOptions:
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        given = _given(
+            method=self.method,
+            draft_depth=self.draft_depth,
+            draft_nodes=self.draft_nodes,
+            min_draft_confidence=self.min_draft_confidence,
+            max_new_tokens=max_tokens,
+            stop=(self.stop,) if isinstance(self.stop, str) else self.stop and tuple(self.stop),
+            stop_token_ids=self.stop_token_ids and tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            num_top_logprobs=self.num_top_logprobs,
+            cache_salt=self.cache_salt,
+        )
+        return GenerateOptions(sampling=self._sampling(), **given)
+
+    def _sampling(self) -> SamplingParams:
+        given = _given(
+            top_p=self.top_p,
+            top_k=0 if self.top_k == -1 else self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            allowed_token_ids=self.allowed_token_ids and tuple(self.allowed_token_ids),
+            seed=self.seed,
+        )
+        return SamplingParams(temperature=1.0 if self.temperature is None else self.temperature, **given)
+
+
+class TextPart(_Body):
+    """A part of a turn. Only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatTurn(_Body):
+    """A turn of a conversation."""
+
+    role: str
+    content: str | ListOf[TextPart]
+    tool_calls: Empty | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of all of its parts."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    """The body of /v1/chat/completions."""
+
+    messages: ListOf[ChatTurn]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many log probabilities each token has besides its own; None: it has none."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        """Refuse what asks for something that does not exist."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidArgumentError(
+                "top_logprobs needs logprobs to be true; leave it out.", field="top_logprobs"
+            )
+
+    def prompts(self) -> Sequence[tuple[Prompt, bool]]:
+        """Return the conversation."""
+        turns = [
+            {"role": "system" if turn.role == _DEVELOPER else turn.role, "content": turn.text}
+            for turn in self.messages
+        ]
+        return [(turns, False)]
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions."""
+
+    prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
+    logprobs: int | None = None
+    best_of: int | None = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many log probabilities each token has besides its own; None: it has none."""
+        return self.logprobs
+
+    def check(self) -> None:
+        """Refuse what asks for something that does not exist."""
+        super().check()
+        if self.best_of is not None and self.best_of != self.num_choices:
+            raise _unsupported("best_of")
+
+    def prompts(self) -> Sequence[tuple[Prompt, bool]]:
+        """Return the prompts: raw text, or token ids."""
+        if isinstance(self.prompt, str):
+            return [(self.prompt, True)]
+        if not self.prompt or isinstance(self.prompt[0], int):
+            return [(self.prompt, False)]  # type: ignore[list-item]
+        return [(prompt, isinstance(prompt, str)) for prompt in self.prompt]
+
+
+def parse(kind: type[RequestT], body: bytes) -> RequestT:
+    """Read the body of a request.
+
+    Raises:
+        InvalidArgumentError: it is not JSON, or a field is of the wrong type.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        # Of what a field could be, that counts which it is most like.
+        deepest = max(errors, key=lambda entry: len(entry["loc"]))
+        steps = [str(step) for step in deepest["loc"]]
+        place = [step for step in steps if "[" not in step and step not in _UNION_MEMBERS]
+        if place and place[0] in Unsupported.model_fields:
+            raise _unsupported(place[0]) from None
+        raise InvalidArgumentError(
+            f"{'.'.join(place) or 'The body'}: {deepest['msg']}.",
+            field=place[0] if place else "",
+            reason="MALFORMED_BODY",
+        ) from None
+
+
+def _unsupported(field: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{field} is not supported here; leave it out.", field=field, reason="UNSUPPORTED_FIELD"
+    )
+
+
+def _with_seeds(options: GenerateOptions, number: int) -> Iterable[GenerateOptions]:
+    """Yield options for so many answers, with seeds of their own."""
+    sampling = options.sampling
+    if number == 1 or sampling.is_greedy:
+        yield from [options] * number
+        return
+    first = secrets.randbits(_SEED_BITS) if sampling.seed is None else sampling.seed
+    sampling.validate()
+    for index in range(number):
+        yield replace(options, sampling=replace(sampling, seed=(first + index) % _SEEDS))
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Return the fields that have a value."""
+    return {name: value for name, value in fields.items() if value is not None}
