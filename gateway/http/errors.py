@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -39,8 +40,11 @@ _FIELDS = {
     "max_new_tokens": "max_tokens",
     "num_top_logprobs": "top_logprobs",
     "stop_strings": "stop",
+    "token_ids": "prompt",
 }
 """Fields of a request that have another name over HTTP."""
+_NAMED = re.compile(rf"\b({'|'.join(name for name in _FIELDS if '_' in name)})\b")
+"""Those among them that are no words of everyday English, in a message."""
 
 
 def status_of(error: SpecdecError) -> int:
@@ -50,9 +54,7 @@ def status_of(error: SpecdecError) -> int:
 
 def error_content(error: SpecdecError) -> dict[str, Any]:
     """Return an error in OpenAI's form. Fields have the names that they have over HTTP."""
-    message = error.message
-    for name, over_http in _FIELDS.items():
-        message = message.replace(name, over_http)
+    message = _NAMED.sub(lambda found: _FIELDS[found[0]], error.message)
     return _content(
         status_of(error), message, param=_FIELDS.get(error.field, error.field), code=error.reason.lower()
     )

@@ -13,7 +13,7 @@ from specdec.client.generation import GenerateOptions, Prompt
 from specdec.client.wire import build_request
 from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.request_limits import validate_length
-from specdec.contract.sampling import MAX_LOGIT_BIASES, SamplingParams
+from specdec.contract.sampling import MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS, SamplingParams
 from specdec.v1 import gateway_pb2
 
 MAX_CHOICES = 16
@@ -261,7 +261,7 @@ class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
     prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     best_of: int | None = None
 
     @property
