@@ -231,7 +231,7 @@ class ChatTurn(_Body):
 class ChatRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
-    messages: ListOf[ChatTurn]
+    messages: Annotated[ListOf[ChatTurn], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
