@@ -73,6 +73,13 @@ DETACH_MARGIN_S = 30.0
     default=0,
     help="Port of the gateway on 127.0.0.1.  [default: a free one]",
 )
+@click.option(
+    "--http-port",
+    type=integers(0, 65535),
+    default=0,
+    help="Port of the gateway's OpenAI-compatible HTTP interface on 127.0.0.1.  [default: a free one, if the "
+    "extra `http` is installed]",
+)
 @click.option("--detach", is_flag=True, help="Return once all services are ready; `specdec down` stops them.")
 @click.option(
     "--timeout",
@@ -123,7 +130,8 @@ def _foreground_command(config: SystemConfig) -> list[str]:
         *(sys.executable, "-P", "-m", "specdec", "up"),
         *("--model", config.model, "--dtype", config.dtype, "--device", config.device, *drafters),
         *("--target-state", config.target_state, "--threads", str(config.threads), *kv_cache),
-        *("--port", str(config.gateway_port), "--timeout", str(config.ready_timeout_s)),
+        *("--port", str(config.gateway_port), "--http-port", str(config.http_port)),
+        *("--timeout", str(config.ready_timeout_s)),
     ]
 
 
@@ -132,7 +140,8 @@ def _announce(state: SystemState, hint: str) -> None:
     for name in ("verifier", "drafter"):
         for warning in warnings_in(Path(state.log_dir) / f"{name}.log"):
             report(f"warning: {name}: {warning}")
-    show(f"gateway {state.gateway}  verifier {state.verifier}  drafter {state.drafter}")
+    http = f"  http {state.http}/v1" if state.http else ""
+    show(f"gateway {state.gateway}  verifier {state.verifier}  drafter {state.drafter}{http}")
     report(f"Ready. Logs are in {state.log_dir}. {hint}")
 
 

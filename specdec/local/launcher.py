@@ -20,6 +20,7 @@ from specdec.contract.errors import NotFoundError, UnavailableError
 from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
 from specdec.models.embedded import DEFAULT_MODEL
 from specdec.models.extra import require_models_extra
+from specdec.transport.http_extra import has_http_extra, require_http_extra
 
 HOST = "127.0.0.1"
 
@@ -49,6 +50,8 @@ class SystemConfig:
     """Memory for the target's KV, MiB; None: the verifier's default."""
     gateway_port: int = 0
     """Port of the gateway; 0: any free port."""
+    http_port: int = 0
+    """Port of the gateway's HTTP interface, which takes the extra `http`; 0: any free port."""
     extra_args: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """More command-line arguments of each service, by its name: "gateway", "drafter" or "verifier"."""
     ready_timeout_s: float = 120.0
@@ -86,11 +89,12 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
     """Return the services of a system, on free ports, in the order in which they stop.
 
     Raises:
-        UnavailableError: the gateway's port is taken.
+        FailedPreconditionError: a port for HTTP is given, and the extra that it needs is not installed.
+        UnavailableError: a port of the gateway is taken.
     """
-    if config.gateway_port:
-        _require_free(config.gateway_port)
-    ports = free_ports(3)
+    for port in filter(None, (config.gateway_port, config.http_port)):
+        _require_free(port)
+    *ports, http_port = free_ports(4)
     gateway, drafter, verifier = (f"{HOST}:{port}" for port in (config.gateway_port or ports[0], *ports[1:]))
     # The target is for drafters that have to stream its state, and for those that ask what it is.
     drafter_args = ["--target", config.model, "--verifier-allow", verifier]
@@ -98,24 +102,37 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
     shared = ["--dtype", config.dtype, "--device", config.device, "--target-state", config.target_state]
     if config.threads:
         shared += ["--threads", str(config.threads)]
-    gateway_args = ("--verifier", verifier, "--drafter", drafter, "--tokenizer", config.model)
+    gateway_args = ["--verifier", verifier, "--drafter", drafter, "--tokenizer", config.model]
+    http = _http_address(config, http_port)
+    if http:
+        gateway_args += ["--http-listen", http]
     verifier_args = ["--model", config.model]
     if config.kv_cache_mib is not None:
         verifier_args += ["--kv-cache-mib", str(config.kv_cache_mib)]
     return [
-        _spec(config, "gateway", gateway, gateway_args),
+        _spec(config, "gateway", gateway, gateway_args, http=f"http://{http}" if http else ""),
         _spec(config, "drafter", drafter, [*drafter_args, *shared]),
         _spec(config, "verifier", verifier, [*verifier_args, *shared]),
     ]
 
 
-def _spec(config: SystemConfig, name: str, address: str, arguments: Sequence[str]) -> ServiceSpec:
+def _http_address(config: SystemConfig, free_port: int) -> str:
+    """Return where the gateway serves HTTP; empty: what it needs for that is not installed."""
+    if config.http_port:
+        require_http_extra()
+    return f"{HOST}:{config.http_port or free_port}" if has_http_extra() else ""
+
+
+def _spec(
+    config: SystemConfig, name: str, address: str, arguments: Sequence[str], *, http: str = ""
+) -> ServiceSpec:
     command = (sys.executable, "-m", service_module(name), "--listen", address, *arguments)
     return ServiceSpec(
         name=name,
         address=address,
         command=(*command, *config.extra_args.get(name, ())),
         health_service=health_service(name),
+        http=http,
     )
 
 
@@ -146,7 +163,7 @@ def _require_free(port: int) -> None:
     except OSError as error:
         raise UnavailableError(
             f"Port {port} of {HOST} cannot be used ({error.strerror}); "
-            "pass another --port, or 0 for any free port.",
+            "pass another --port or --http-port, or 0 for any free port.",
             reason="PORT_IN_USE",
         ) from error
 
@@ -188,6 +205,8 @@ class LocalSystem:
         self._report = report
         self._specs = service_specs(self._config)
         self.gateway, self.drafter, self.verifier = (spec.address for spec in self._specs)
+        self.http = self._specs[0].http
+        """URL of the gateway's HTTP interface. Empty: the extra `http` is not installed."""
         self.log_dir = log_dir
         self._keep_logs = log_dir is not None
         self._env = env

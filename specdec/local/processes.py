@@ -42,6 +42,8 @@ class ServiceSpec:
     """The absolute path of the program, then its arguments."""
     health_service: str
     """Name of the service in its health check."""
+    http: str = ""
+    """URL of the service's HTTP interface. Empty: it has none."""
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:

@@ -45,6 +45,8 @@ class SystemState:
     """The pid of each service by name."""
     log_dir: str
     """Directory of the logs."""
+    http: str = ""
+    """URL of the gateway's HTTP interface. Empty: it has none."""
     version: int = STATE_VERSION
     """Version of the file's layout."""
 

@@ -102,6 +102,7 @@ def _publish(group: ServiceGroup, logs: Path) -> SystemState:
         verifier=addresses["verifier"],
         drafter=addresses["drafter"],
         pids=group.pids,
+        http=next((service.spec.http for service in group.services if service.spec.http), ""),
         log_dir=str(logs),
     )
     write_state(state)

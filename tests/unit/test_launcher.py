@@ -507,7 +507,9 @@ def test_service_commands() -> None:
     assert gateway.command[1:] == (
         *("-m", "gateway", "--listen", gateway.address),
         *("--verifier", verifier.address, "--drafter", drafter.address, "--tokenizer", "org/model"),
+        *("--http-listen", gateway.http.removeprefix("http://")),
     )
+    assert len({gateway.http, drafter.http, verifier.http}) == 2, "only the gateway has one"
     assert drafter.command[1:] == (
         *("-m", "drafter_service", "--listen", drafter.address),
         *("--target", "org/model", "--verifier-allow", verifier.address),
@@ -540,8 +542,18 @@ def test_the_embedded_model_is_fetched_only_if_used(
 def test_a_port_in_use_is_refused_before_anything_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(UnavailableError, match=rf"Port {port} .* another --port"):
-            service_specs(SystemConfig(gateway_port=port))
+        for config in (SystemConfig(gateway_port=port), SystemConfig(http_port=port)):
+            with pytest.raises(UnavailableError, match=rf"Port {port} .* another --port"):
+                service_specs(config)
+
+
+def test_without_the_extra_there_is_no_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    gateway, *_ = service_specs(SystemConfig())
+    assert gateway.http == ""
+    assert "--http-listen" not in gateway.command
+    with pytest.raises(FailedPreconditionError, match=r'pip install "specdec\[http\]"'):
+        service_specs(SystemConfig(http_port=1))
 
 
 def test_local_system_names_the_service_that_failed(tmp_path: Path) -> None:
