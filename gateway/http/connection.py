@@ -18,6 +18,7 @@ from gateway.http.events import to_json
 from specdec.contract.errors import UnavailableError
 from specdec.contract.retry import SOONEST_S
 from specdec.service.first_message import TIMEOUT_S
+from specdec.service.sessions import WRITE_TIMEOUT_S
 
 CLOSING_S = 5.0
 """How long a connection that ends may take to read what was sent, seconds."""
@@ -35,6 +36,8 @@ class HttpLimits:
     """Age at which a connection ends with its next answer, seconds, give or take a tenth."""
     head_s: float = TIMEOUT_S
     """How long the head of a request may take to come, seconds."""
+    unread_s: float = WRITE_TIMEOUT_S
+    """How long the end of an answer may wait to be read, seconds."""
     closing_s: float = CLOSING_S
     """How long a connection that ends may take to read what was sent, seconds."""
 
@@ -91,12 +94,11 @@ class Connection(H11Protocol):
             elif now - self._closing_since > self._limits.closing_s:
                 self.transport.abort()
         elif not self.is_busy:
-            since, limit_s = (
-                (self._idle_since, self._limits.idle_s)
-                if self._head_since is None
-                else (self._head_since, self._limits.head_s)
-            )
-            if now - since > limit_s:
+            limits = self._limits
+            is_unread = self.transport.get_write_buffer_size() > 0
+            idle_s = min(limits.idle_s, limits.unread_s) if is_unread else limits.idle_s
+            is_late = self._head_since is not None and now - self._head_since > limits.head_s
+            if is_late or now - self._idle_since > idle_s:
                 self.end()
 
     def end(self) -> None:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 512
 """Most connections that the kernel holds until they are accepted."""
+_SEND_BUFFER_BYTES = 2**17
+"""What the kernel keeps for a client that does not read; by itself it would keep megabytes."""
 _TICKS_PER_CHECK = 10
 """How many of uvicorn's ticks, of 0.1 s each, pass between two looks at the connections."""
 
@@ -171,10 +173,13 @@ def _bind(address: str) -> socket.socket:
     host, port = parse_address(address, "http_listen")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise InvalidArgumentError(
             f"Cannot listen on {address}: {error.strerror}. Pass another address with --http-listen.",
             field="http_listen",
             reason="ADDRESS_IN_USE",
         ) from error
+    # Accepted connections inherit it.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    return listener

@@ -23,8 +23,10 @@ from tests.systems import System, is_idle, running_system
 MAX_PROMPT_BYTES = 2**14
 ASKED: dict[str, Any] = {"prompt": PROMPT, "temperature": 0, "max_tokens": 6, "ignore_eos": True}
 GATED = {**ASKED, "method": "gated", "draft_depth": 2}
-LONG: dict[str, Any] = {**ASKED, "max_tokens": 480, "logprobs": 20, "n": 8, "stream": True, "method": "none"}
-"""An answer of some megabytes."""
+LONG: dict[str, Any] = {**ASKED, "max_tokens": 200, "logprobs": 20, "stream": True, "method": "none"}
+"""An answer that is longer than what small buffers hold."""
+LETTERS = {"allowed_token_ids": [*range(64, 70)]}
+"""The only tokens: each is a whole character, which is sent at once."""
 
 
 def front_of(system: System) -> HttpFront:
@@ -240,13 +242,13 @@ class TestConnections:
 
 
 @contextmanager
-def deaf(address: str) -> Iterator[None]:
-    """Ask for an answer of some megabytes, and read nothing of it."""
+def deaf(address: str, body: object = LONG) -> Iterator[None]:
+    """Ask for an answer, and read nothing of it."""
     host, _, port = address.rpartition(":")
     with socket.socket() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.connect((host, int(port)))
-        peer.sendall(request_bytes(COMPLETIONS, LONG))
+        peer.sendall(request_bytes(COMPLETIONS, body))
         yield
 
 
@@ -278,32 +280,43 @@ class TestReaders:
             assert (await running).status == 200
             await assert_clean(system)
 
-    @shared
-    async def test_who_does_not_read_holds_no_verifier(self, system: System) -> None:
-        verifier, generations = system.verifier.servicer.verifier, system.gateway.generations
-        assert verifier
-        with deaf(front_of(system).address):
-            await eventually(lambda: verifier.num_sessions > 0)
-            await eventually(lambda: verifier.num_sessions == 0)
-            assert generations.num_requests > 0, "its answer waits to be read"
-        await assert_clean(system)
-
-    @shared
-    async def test_who_does_not_read_is_not_waited_for(
-        self, system: System, monkeypatch: pytest.MonkeyPatch
+    async def test_who_does_not_read_holds_no_verifier_and_not_for_ever(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        front, generations = front_of(system), system.gateway.generations
-        monkeypatch.setattr(front.edge, "write_timeout_s", 0.5)
-        with deaf(front.address):
-            await eventually(lambda: generations.num_requests > 0)
-            await eventually(lambda: generations.num_requests == 0)
-            await until(lambda: front.num_connections == 0)
-        await assert_clean(system)
+        monkeypatch.setattr("gateway.http.server._SEND_BUFFER_BYTES", 4096)
+        async with http_system(tiny_llama) as system:
+            front, generations = front_of(system), system.gateway.generations
+            verifier = system.verifier.servicer.verifier
+            assert verifier
+            with deaf(front.address):
+                await eventually(lambda: verifier.num_sessions > 0)
+                await until(lambda: verifier.num_sessions == 0, timeout_s=60)
+                assert generations.num_requests > 0, "its answer waits to be read"
+            await assert_clean(system)
+
+            front.edge.write_timeout_s = 0.5
+            with deaf(front.address):
+                await eventually(lambda: generations.num_requests > 0)
+                await until(lambda: generations.num_requests == 0, timeout_s=60)
+                await until(lambda: front.num_connections == 0)
+            await assert_clean(system)
+
+    async def test_an_answer_whose_end_is_not_read_ends_with_its_connection(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("gateway.http.server._SEND_BUFFER_BYTES", 4096)
+        async with http_system(tiny_llama) as system:
+            front = front_of(system)
+            front.limits.unread_s = front.limits.closing_s = 0.5
+            with deaf(front.address, LONG | {"max_tokens": 30}):
+                await eventually(lambda: front.num_connections == 1)
+                await until(lambda: front.num_connections == 0)
+            await assert_clean(system)
 
     @shared
     async def test_who_reads_slowly_gets_it_all(self, system: System) -> None:
         async with connected(front_of(system).address) as peer:
-            peer.ask(COMPLETIONS, LONG | {"n": 1, "max_tokens": 200})
+            peer.ask(COMPLETIONS, LONG)
             head = await peer.reader.readuntil(b"\r\n\r\n")
             assert b" 200 " in head
             chunks = []
@@ -320,8 +333,7 @@ class TestTimes:
     async def test_a_request_has_so_much_time_and_no_more(self, stream: bool, tiny_llama: Path) -> None:
         options = {"max_request_s": 1.0, "draft_timeout_s": 20.0}
         async with gated(tiny_llama, gateway_options=options) as (system, _):
-            turns = [{"role": "user", "content": "Hi"}]
-            reply = await ask(front_of(system).address, CHAT, GATED | {"messages": turns, "stream": stream})
+            reply = await ask(front_of(system).address, COMPLETIONS, GATED | LETTERS | {"stream": stream})
             if stream:
                 assert reply.status == 200, "the first token was there"
                 *_, last, end = reply.body.decode().split("\n\n")
