@@ -162,8 +162,12 @@ class TestSelectors:
             pod = pod_of(cluster, name)
             assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
             (container,) = (spec for spec in pod["spec"]["containers"] if spec["name"] == name)
-            (port,) = service["spec"]["ports"]
+            port, *others = service["spec"]["ports"]
             assert {"name": name, "containerPort": port["targetPort"]} in container["ports"]
+            assert len(others) == (service["metadata"]["name"] == "specdec-gateway")
+            for other in others:
+                declared = {"name": f"{name}-{other['name']}", "containerPort": other["targetPort"]}
+                assert declared in container["ports"]
 
     def test_clients_find_the_name_that_the_manual_tells(self, cluster: Manifests) -> None:
         readme = (DEPLOY / "README.md").read_text()
@@ -203,6 +207,9 @@ class TestNetwork:
         stranger = Peer({}, "somewhere")
         assert is_allowed(cluster, client, pods["gateway"], ports["gateway"])
         assert not is_allowed(cluster, stranger, pods["gateway"], ports["gateway"])
+        http = next(c.port("HTTP_LISTEN") for c in cluster.containers() if c.service == "gateway")
+        assert is_allowed(cluster, client, pods["gateway"], http)
+        assert not is_allowed(cluster, stranger, pods["gateway"], http)
         needed = {("gateway", "verifier"), ("gateway", "drafter"), ("drafter", "verifier")}
         for source, source_pod in pods.items():
             for target, target_pod in pods.items():
@@ -291,7 +298,8 @@ class TestTls:
             assert container.option("TLS_PRIVATE_KEY")
             assert bool(container.option("TLS_CLIENT_AUTHORITIES")) is (container.service != "gateway")
             assert bool(container.option("TLS_AUTHORITIES")) is (container.service != "verifier")
-        assert {s["spec"]["ports"][0]["appProtocol"] for s in complete.of("Service")} == {"https"}
+        protocols = {port["appProtocol"] for s in complete.of("Service") for port in s["spec"]["ports"]}
+        assert protocols == {"https"}
 
     def test_certificates_carry_the_names_that_are_called(self, complete: Manifests) -> None:
         names = {

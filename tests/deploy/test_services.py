@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[click.Command, Any, str]] = {
 }
 CLOSING_S = 15.0
 """What a service may need after its drain, to free what it holds and to send its telemetry."""
+ADDRESSES = ("LISTEN", "HTTP_LISTEN", "HEALTH_LISTEN", "METRICS_LISTEN")
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 OTHERS_VARIABLES = {"HF_HUB_OFFLINE", "POD_IP"}
 
@@ -74,21 +75,18 @@ def test_pods_have_the_ports_the_services_listen_on(manifests: Manifests) -> Non
         }
         if not declared:
             continue  # podman publishes ports that are declared
-        listening = {
-            container.port("LISTEN"),
-            container.port("HEALTH_LISTEN"),
-            container.port("METRICS_LISTEN"),
-        }
+        listening = {container.port(option) for option in ADDRESSES if container.option(option)}
+        assert len(listening) == (4 if container.service == "gateway" else 3)
         assert set(declared.values()) == listening
         assert declared[container.service] == container.port("LISTEN")
         assert all(container.option(name).startswith("0.0.0.0:") for name in ("LISTEN", "HEALTH_LISTEN"))
 
 
 def test_containers_of_a_pod_have_ports_of_their_own(manifests: Manifests) -> None:
-    options = ("LISTEN", "HEALTH_LISTEN", "METRICS_LISTEN")
     pods: dict[int, list[int]] = {}
     for container in manifests.containers():
-        pods.setdefault(id(container.pod), []).extend(container.port(option) for option in options)
+        ports = [container.port(option) for option in ADDRESSES if container.option(option)]
+        pods.setdefault(id(container.pod), []).extend(ports)
     assert all(len(ports) == len(set(ports)) for ports in pods.values())
 
 
@@ -207,6 +205,9 @@ class TestCompose:
                 name, {key: str(value) for key, value in service["environment"].items()}, monkeypatch
             )
             assert config.listen.startswith("0.0.0.0:")
+            if name == "gateway":
+                listening = [address.rpartition(":")[2] for address in (config.listen, config.http_listen)]
+                assert service["ports"] == [f"127.0.0.1:{port}:{port}" for port in listening]
             assert int(service["stop_grace_period"].removesuffix("s")) >= config.drain_grace_s + CLOSING_S
 
     def test_the_drafter_may_call_the_verifier_and_nobody_else(self, services: dict[str, Any]) -> None:
