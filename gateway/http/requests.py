@@ -2,96 +2,34 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from gateway.http.fields import Biases, Body, Empty, ListOf, Unsupported
 from specdec.client.generation import GenerateOptions, Prompt
 from specdec.client.wire import build_request
 from specdec.contract.errors import InvalidArgumentError
-from specdec.contract.request_limits import validate_length
-from specdec.contract.sampling import MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS, SamplingParams
+from specdec.contract.sampling import MAX_TOP_LOGPROBS, SamplingParams, with_seed
 from specdec.v1 import gateway_pb2
 
 MAX_CHOICES = 16
 """Most answers to one request. Each counts as a request of its caller."""
 _SEEDS = 2**64
-_SEED_BITS = 32
-"""Number of bits of a drawn seed; few enough that a person can type the seed again."""
 _DEVELOPER = "developer"
 """OpenAI's later name of the role "system"."""
 
 _UNION_MEMBERS = {"str", "int"}
 
-ItemT = TypeVar("ItemT")
 RequestT = TypeVar("RequestT", bound="GenerationRequest")
 
-ListOf = Annotated[list[ItemT], Field(fail_fast=True)]
-"""A list of which nothing is read past the first item that is wrong: what is said of each takes memory."""
 
-
-_Key = Annotated[int, Field(strict=False)]
-"""A number as the key of a JSON object, which is a string."""
-
-
-def _short(biases: object) -> object:
-    if isinstance(biases, dict):
-        validate_length("logit_bias", len(biases), MAX_LOGIT_BIASES)
-    return biases
-
-
-Empty = ListOf[Literal[""]]
-"""A list that has to be empty; what is in it otherwise is not even read."""
-
-
-class _Body(BaseModel):
-    # Fields that nobody here knows are ignored, as other servers ignore them: clients send many.
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream has besides its text."""
 
     include_usage: bool | None = None
-
-
-class TextFormat(_Body):
-    """The only form of an answer that is supported."""
-
-    type: Literal["text"]
-
-
-class Unsupported(_Body):
-    """Fields that would change the answer and are not supported, with the values that ask for nothing."""
-
-    audio: None = None
-    bad_words: Empty | None = None
-    chat_template: None = None
-    chat_template_kwargs: None = None
-    continue_final_message: Literal[False] | None = None
-    echo: Literal[False] | None = None
-    function_call: Literal["none", "auto"] | None = None
-    functions: Empty | None = None
-    guided_choice: None = None
-    guided_grammar: None = None
-    guided_json: None = None
-    guided_regex: None = None
-    logits_processors: Empty | None = None
-    min_tokens: Literal[0] | None = None
-    modalities: ListOf[Literal["text"]] | None = None
-    prompt_logprobs: None = None
-    response_format: TextFormat | None = None
-    skip_special_tokens: Literal[True] | None = None
-    structured_outputs: None = None
-    suffix: Literal[""] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    tools: Empty | None = None
-    truncate_prompt_tokens: None = None
-    use_beam_search: Literal[False] | None = None
-    web_search_options: None = None
 
 
 class GenerationRequest(Unsupported):
@@ -107,7 +45,7 @@ class GenerationRequest(Unsupported):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[_Key, float] | None, BeforeValidator(_short)] = None
+    logit_bias: Biases | None = None
     seed: int | None = None
     stop: str | ListOf[str] | None = None
 
@@ -208,14 +146,14 @@ class GenerationRequest(Unsupported):
         return SamplingParams(temperature=1.0 if self.temperature is None else self.temperature, **given)
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A part of a turn. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatTurn(_Body):
+class ChatTurn(Body):
     """A turn of a conversation."""
 
     role: str
@@ -319,8 +257,8 @@ def _with_seeds(options: GenerateOptions, number: int) -> Iterable[GenerateOptio
     if number == 1 or sampling.is_greedy:
         yield from [options] * number
         return
-    first = secrets.randbits(_SEED_BITS) if sampling.seed is None else sampling.seed
     sampling.validate()
+    first = with_seed(sampling).noise_seed
     for index in range(number):
         yield replace(options, sampling=replace(sampling, seed=(first + index) % _SEEDS))
 

@@ -17,6 +17,8 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from gateway.config import GatewayConfig
+from gateway.server import GatewayServer
 from specdec.contract.errors import InvalidArgumentError
 from specdec.service.auth import Caller
 from specdec.service.exporters import make_telemetry
@@ -208,3 +210,20 @@ class TestStart:
             with pytest.raises(InvalidArgumentError, match="--http-listen"):
                 async with running_system(tiny_llama, gateway_options={"http_listen": address}):
                     raise AssertionError("it runs")
+
+    async def test_while_it_loads_it_says_so(self) -> None:
+        config = GatewayConfig(listen="127.0.0.1:0", http_listen="127.0.0.1:0")
+        server = GatewayServer(config, make_telemetry("gateway"))
+        await server.host.start()
+        assert server.http
+        try:
+            assert (await ask(server.http.address, "/health")).status == 503
+            for reply in (
+                await ask(server.http.address, COMPLETIONS, ASKED),
+                await ask(server.http.address, "/v1/models"),
+            ):
+                assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+                assert "loading" in reply.error["message"]
+        finally:
+            await server.host.stop(0)
+            await server.close()

@@ -19,6 +19,7 @@ from specdec.client import AsyncClient, GenerateOptions, Message
 from specdec.contract.errors import InternalError, InvalidArgumentError, SpecdecError
 from specdec.service.exporters import make_telemetry
 from specdec.service.telemetry import Telemetry
+from tests.http_front import CHAT, ask
 from tests.systems import running_gateway, running_system, running_verifier
 
 SECRET = "the password is swordfish"
@@ -99,6 +100,30 @@ async def test_no_text_of_a_defect(
     assert witness.failures == ["KeyError"]
     assert witness.lines_with("request failed"), "a defect is reported"
     assert witness.lines_with("in fail"), "and where it is"
+    assert not witness.lines_with("swordfish")
+
+
+async def test_no_text_over_http(tiny_llama: Path, witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> list[int]:
+        raise KeyError(SECRET)
+
+    options = {"http_listen": "127.0.0.1:0"}
+    async with running_system(
+        tiny_llama, "ngram", telemetry=witness.telemetry(), gateway_options=options
+    ) as system:
+        front, backends = system.gateway.http, system.gateway.generations.backends
+        assert front is not None
+        assert backends is not None
+        body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 8, "stop": SECRET}
+        assert (await ask(front.address, CHAT, body)).status == 200
+        for wrong in ({"method": SECRET}, {"model": SECRET}, {"temperature": SECRET}, {"tools": [SECRET]}):
+            assert (await ask(front.address, CHAT, body | wrong)).status in (400, 404)
+        assert (await ask(front.address, f"/v1/{SECRET.replace(' ', '-')}")).status == 404
+        monkeypatch.setattr(backends.codec, "encode_chat", fail)
+        for stream in (False, True):
+            reply = await ask(front.address, CHAT, body | {"stream": stream})
+            assert (reply.status, b"swordfish" in reply.body) == (500, False)
+    assert witness.lines_with("request failed"), "a defect is reported"
     assert not witness.lines_with("swordfish")
 
 
