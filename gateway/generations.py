@@ -185,7 +185,10 @@ class Generations:
         while True:
             with backends.metrics.counting_refusals(call.label):
                 await turn(
-                    call.place, call.recipient.remaining_s, backends.config.max_wait_s, call.expected.longest_s
+                    call.place,
+                    call.recipient.remaining_s,
+                    backends.config.max_wait_s,
+                    call.expected.longest_s,
                 )
                 if call.place.has_waited:
                     await verifier_ready(backends.verifiers, backends.config.failover_wait_s)

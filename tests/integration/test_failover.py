@@ -120,9 +120,11 @@ async def test_what_rounds_cost_is_learned_for_the_verifier_that_ran_them(tiny_l
         await eventually_offers(client, "ngram")
         chosen = replace(LONG, method="auto", draft_depth=None)
         answer = await lose_one(client, chosen, (first, second), after=60)
-        assert gateway.servicer.backends
-        controller = gateway.servicer.backends.controller
-        loads = [controller._loads[replica][True] for replica in gateway.servicer.backends.verifiers.replicas]
+        assert gateway.generations.backends
+        controller = gateway.generations.backends.controller
+        loads = [
+            controller._loads[replica][True] for replica in gateway.generations.backends.verifiers.replicas
+        ]
         num_rounds = [load.pace.count for load in loads]
         assert min(num_rounds) > 5
         # The rounds of either but the two openings, and what is not dealt with when the answer ends.

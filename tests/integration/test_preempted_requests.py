@@ -237,7 +237,7 @@ async def test_while_a_preempted_request_waits_no_drafter_has_a_session_of_it(
         ) as system,
         verify_stream(system.verifier_address) as older,
     ):
-        host, servicer = system.drafter.servicer.host, system.gateway.servicer
+        host, servicer = system.drafter.servicer.host, system.gateway.generations
         assert host
         await older.open(PROMPTS[1], max_new_tokens=LENGTH - 5, ignore_eos=True)
         while len(older.token_ids) < 2 * BLOCK_TOKENS:
