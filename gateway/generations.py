@@ -22,7 +22,7 @@ from gateway.replicas.replica import Replica
 from gateway.request.answer_times import ExpectedTime
 from gateway.request.backends import Backends
 from gateway.request.deadlines import at_most, may_begin, timeout_s, turn, verifier_ready
-from gateway.request.peers import OTHER_WEIGHTS, Peers, is_same_model
+from gateway.request.peers import OTHER_WEIGHTS, Peers, can_run
 from gateway.request.plan import Plan, make_plan
 from gateway.request.running import RunningRequest
 from gateway.rounds.ahead import buffered
@@ -178,10 +178,11 @@ class Generations:
     async def _run_in_turn(self, call: _Call) -> None:
         """Run a request when its turn has come, and again if the verifiers turn out to have no room."""
         backends = call.backends
-        ready = (replica.info for replica in backends.verifiers.replicas if replica.is_ready)
-        if info := next(filter(None, ready), None):
-            # What is wrong with a request is said at once, and not after a wait.
-            await self._plan(call, info)
+        ready = [one.info for one in backends.verifiers.replicas if one.is_ready and one.info]
+        if ready:
+            # What is wrong with a request is said at once, and not after a wait. Verifiers of an earlier
+            # version take no formats, and others may.
+            await self._plan(call, max(ready, key=lambda info: info.takes_output_formats))
         while True:
             with backends.metrics.counting_refusals(call.label):
                 await turn(
@@ -193,7 +194,7 @@ class Generations:
                 if call.place.has_waited:
                     await verifier_ready(backends.verifiers, backends.config.failover_wait_s)
                 # It counts from the pick on: requests that come together must not all take the same replica.
-                lease = backends.verifiers.pick(partial(_runs, call.model), unsuited=OTHER_WEIGHTS).lease()
+                lease = backends.verifiers.pick(partial(_runs, call), unsuited=OTHER_WEIGHTS).lease()
             try:
                 async with at_most(backends.config.max_request_s):
                     return await self._generate(call, lease)
@@ -273,9 +274,9 @@ def _draining() -> UnavailableError:
     )
 
 
-def _runs(model: common_pb2.ModelInfo | None, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
-    """Return whether a verifier runs a model; None: any will do."""
-    return model is None or is_same_model(model, info)
+def _runs(call: _Call, info: verifier_pb2.VerifierServiceGetInfoResponse) -> bool:
+    """Return whether a verifier can answer a call; any will do where nothing is planned yet."""
+    return call.plan is None or call.model is None or can_run(call.plan, call.model, info)
 
 
 async def _responses(call: _Call, running: RunningRequest) -> AsyncGenerator[gateway_pb2.GenerateResponse]:

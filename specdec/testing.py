@@ -28,6 +28,7 @@ from specdec.contract.errors import (
     SpecdecError,
 )
 from specdec.contract.methods import PLAIN, validate_method
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION, REQUEST_ID_METADATA
 from specdec.contract.request_limits import (
     MAX_MESSAGES,
@@ -206,6 +207,10 @@ def _refuse_as_a_gateway(asked: MockRequest) -> None:
         validate_method(asked.options.method)
     validate_probability("min_draft_confidence", asked.options.min_draft_confidence)
     validate_cache_key("cache_salt", asked.options.cache_salt)
+    if asked.options.output_format:
+        asked.options.output_format.validate_beside(
+            asked.options.sampling, ignore_eos=asked.options.ignore_eos
+        )
     validate_roles(message.role for message in asked.messages)
     if not (asked.messages or asked.raw_text or asked.token_ids):
         raise InvalidArgumentError("The prompt is empty.", field="prompt", reason="EMPTY_PROMPT")
@@ -231,11 +236,13 @@ def _read_request(
     request: gateway_pb2.GenerateRequest, metadata: Metadata, timeout_s: float | None
 ) -> MockRequest:
     values = {option: value_of(request, name) for option, name in request_fields()}
+    output_format = OutputFormat.of_request(request)
     sampling = SamplingParams.from_proto(request.sampling)
     shown = {field.name: _as_written(getattr(sampling, field.name)) for field in fields(sampling)}
     options = GenerateOptions(
         **{option: _as_written(value) for option, value in values.items()},
         sampling=SamplingParams(**shown),
+        output_format=output_format,
         request_id=dict(metadata).get(REQUEST_ID_METADATA, ""),
         raw=request.HasField("text"),
     )

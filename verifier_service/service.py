@@ -19,6 +19,7 @@ from specdec.contract.errors import (
     UnimplementedError,
 )
 from specdec.contract.methods import MAX_DRAFTERS
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.protocol import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from specdec.contract.request_id import adopt_request_id
 from specdec.contract.request_limits import (
@@ -294,6 +295,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
             num_state_sessions=verifier.export.num_sessions,
             num_state_streams=verifier.export.num_streams,
             load=verifier.current_load.to_proto(),
+            takes_output_formats=not verifier.formats.refusal,
         )
 
 
@@ -328,6 +330,7 @@ def _open_request(message: verifier_pb2.VerifyOpen) -> OpenRequest:
         prompt_length=message.prompt_length,
         num_top_logprobs=message.num_top_logprobs if message.HasField("num_top_logprobs") else None,
         draft_nodes=message.draft_nodes,
+        output_format=OutputFormat.of_request(message),
         target_state_specs=tuple(map(TargetStateSpec.from_proto, specs)),
         owner=(message.caller_key, message.cache_salt),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from specdec.contract.draft_tree import DraftTree
 from specdec.contract.errors import (
     SESSION_PREEMPTED,
@@ -12,6 +14,7 @@ from specdec.contract.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
 )
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.request_limits import validate_max_new_tokens
 from specdec.contract.retry import Progress
 from specdec.contract.sampling import SamplingParams, validate_num_top_logprobs, validate_token_ids
@@ -20,6 +23,7 @@ from specdec.runtime.kv_slots import KvAllocation
 from specdec.runtime.picks import PickContext
 from specdec.runtime.prefix_cache import PrefixKeys
 from verifier_service.acceptance import DraftAcceptance, FinishReason
+from verifier_service.formats import Guide
 from verifier_service.state_stream import ExportedState
 
 
@@ -40,6 +44,8 @@ class OpenRequest:
     """What each of the session's drafters needs of the target's state."""
     draft_nodes: int = 0
     """Most nodes that the draft tree of a round will have."""
+    output_format: OutputFormat | None = None
+    """Which texts the answer may be; None: any."""
     owner: tuple[str, ...] = ()
     """Whose text it is; the state of one owner's text is never used for another's."""
 
@@ -73,11 +79,18 @@ class OpenRequest:
                 field="prompt_length",
             )
         self.sampling.validate(vocab_size)
+        if self.output_format:
+            self.output_format.validate_beside(self.sampling, ignore_eos=self.ignore_eos)
         validate_num_top_logprobs(self.num_top_logprobs)
         validate_token_ids("committed_token_ids", self.committed_token_ids, vocab_size)
         validate_token_ids("stop_token_ids", tuple(self.stop_token_ids), vocab_size)
         max_length = num_committed + self.max_new_tokens
         return min(max_length, model_max_length) if model_max_length else max_length
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        """The committed tokens that are not the prompt's."""
+        return self.committed_token_ids[self.prompt_length or len(self.committed_token_ids) :]
 
 
 class Session:
@@ -90,6 +103,7 @@ class Session:
         prefix_keys: keys of the blocks of its text.
         max_length: most tokens that the session may hold, prompt included.
         room: most KV slots that it may take: for `max_length` tokens, and for nodes of a draft tree.
+        guide: follows the answer's format, on the engine's thread; None: the answer has none.
     """
 
     def __init__(
@@ -101,6 +115,7 @@ class Session:
         prefix_keys: PrefixKeys,
         max_length: int,
         room: int = 0,
+        guide: Guide | None = None,
     ) -> None:
         self.state: ExportedState | None = None
         """The target state that the session exports; None: it exports no state."""
@@ -109,6 +124,7 @@ class Session:
         self.sampling = request.sampling
         self.num_top_logprobs = request.num_top_logprobs
         self.stop_token_ids = stop_token_ids
+        self.guide = guide
         self.allocation = allocation
         self.max_length = max_length
         self._room = max(max_length, room)
@@ -175,9 +191,13 @@ class Session:
         if self.state:
             self.state.allocation = allocation
 
-    def pick_context(self, draft: DraftTree) -> PickContext:
-        """Return the values on which the target's picks after the committed tokens depend."""
-        return PickContext(self.sampling, self.token_ids, self.prompt_length, draft)
+    def pick_context(self, draft: DraftTree, mask: Tensor | None = None) -> PickContext:
+        """Return the values on which the target's picks after the committed tokens depend.
+
+        Args:
+            mask: what the answer's format allows, see PickContext.
+        """
+        return PickContext(self.sampling, self.token_ids, self.prompt_length, draft, mask)
 
     def check_preempted(self) -> None:
         """Refuse to go on without KV.

@@ -16,6 +16,7 @@ from specdec.runtime.attention import Segment
 from specdec.runtime.packed_model import PackedModel
 from specdec.runtime.picks import Picker, top_logprobs
 from verifier_service.acceptance import DraftAcceptance, accept
+from verifier_service.masks import MaskBuffers
 from verifier_service.session import Session
 
 logger = logging.getLogger(__name__)
@@ -98,32 +99,41 @@ class TargetModel:
     def __init__(self, packed: PackedModel) -> None:
         self._packed = packed
         self._picker = Picker(packed.vocab_size, packed.device)
+        self._masks = MaskBuffers(packed.device)
 
     def step(self, items: Sequence[StepItem]) -> Sequence[Verdict | SpecdecError | Any]:
         """Run one forward pass over all items, then the side work.
 
         Returns:
-            One entry per item: a verdict; None for a prefill chunk that does not end its prompt; for side
-            work what its function returned, or an error if it failed.
+            One entry per item: a verdict, or an error if the answer's format became too complex; None for a
+            prefill chunk that does not end its prompt; for side work what its function returned, or an error
+            if it failed.
         """
         in_pass = [item for item in items if not isinstance(item, SideWork)]
         verdicts = iter(self._pass(in_pass) if in_pass else ())
         return [_run(item) if isinstance(item, SideWork) else next(verdicts) for item in items]
 
-    def _pass(self, items: Sequence[PassItem]) -> list[Verdict | None]:
+    def _pass(self, items: Sequence[PassItem]) -> list[Verdict | SpecdecError | None]:
         captured = {name for item in items if item.session.state for name in item.session.state.hidden_names}
         logits = self._packed.forward([item.segment() for item in items], captured)
         deciding = [index for index, rows in enumerate(logits) if len(rows)]
-        drafts = {index: _draft_of(items[index]) for index in deciding}
+        rounds = [(items[index].session, _draft_of(items[index])) for index in deciding]
+        masks = self._masks.masks(rounds)  # while a GPU is still at the pass
         picks = self._picker.pick(
             [logits[index] for index in deciding],
-            [items[index].session.pick_context(drafts[index]) for index in deciding],
+            [
+                session.pick_context(draft, row_masks.mask)
+                for (session, draft), row_masks in zip(rounds, masks, strict=True)
+            ],
         )
-        verdicts: list[Verdict | None] = [None] * len(items)
-        for index, item_picks in zip(deciding, picks, strict=True):
-            verdict = _judge(items[index].session, drafts[index], item_picks, logits[index])
-            self._compact(items[index].session, verdict.acceptance.path)
-            verdicts[index] = verdict
+        verdicts: list[Verdict | SpecdecError | None] = [None] * len(items)
+        for index, (session, draft), row_masks, item_picks in zip(
+            deciding, rounds, masks, picks, strict=True
+        ):
+            verdict = _judge(session, draft, item_picks, logits[index])
+            path = verdict.acceptance.path
+            self._compact(session, path)
+            verdicts[index] = row_masks.error_on(path) or verdict
         self._packed.pool.memory.record()
         return verdicts
 

@@ -24,6 +24,7 @@ from specdec.runtime.prefix_cache import PrefixKeys
 from specdec.runtime.rounding import try_rounding
 from specdec.state.weights import TargetWeightsRef, share_weights
 from verifier_service.config import VerifierConfig
+from verifier_service.formats import Formats
 from verifier_service.room import KvRoom
 from verifier_service.session import OpenRequest, Session
 from verifier_service.state_export import StateExport
@@ -95,6 +96,7 @@ class Verifier:
         self.pool = packed.pool
         self.pool.retry_after_s = self._retry_after_s
         expect_drafters(packed, loaded)
+        self.formats = Formats(loaded.folder, packed.vocab_size, loaded.eos_token_ids)
         self.num_sessions = 0
         self.room = KvRoom(packed.pool, self._give_back, on_preempted)
         self._weights: TargetWeightsRef | None = None
@@ -185,10 +187,17 @@ class Verifier:
         """Open a session with KV for its first tokens, not yet prefilled; all is freed on leaving the block.
 
         Raises:
-            InvalidArgumentError: a value of the request is out of range, or its KV would never fit.
+            FailedPreconditionError: the request has an output format, and the model takes none.
+            InvalidArgumentError: a value of the request is out of range, its format cannot be followed, or
+                its KV would never fit.
             ResourceExhaustedError: no session slot or KV is free.
         """
         max_length = request.validate(self.vocab_size, self.max_length)
+        eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
+        stop_token_ids = request.stop_token_ids | eos
+        guide = None
+        if request.output_format:  # before any room is taken
+            guide = await self.formats.guide(request.output_format, request.output_token_ids, stop_token_ids)
         if self.num_sessions >= self.config.max_sessions:
             raise ResourceExhaustedError(
                 f"All {self.config.max_sessions} session slots are taken; try again when one has ended.",
@@ -197,10 +206,9 @@ class Verifier:
             )
         prefix_keys = PrefixKeys(BLOCK_TOKENS, *request.owner)
         num_tokens = len(request.committed_token_ids)
-        eos = frozenset() if request.ignore_eos else frozenset(self.loaded.eos_token_ids)
         session = Session(
             request,
-            stop_token_ids=request.stop_token_ids | eos,
+            stop_token_ids=stop_token_ids,
             allocation=self.room.allocate(num_tokens, max_length, self._find_shared(request, prefix_keys)),
             prefix_keys=prefix_keys,
             max_length=max_length,
@@ -208,6 +216,7 @@ class Verifier:
             room=min(
                 max_length + min(request.draft_nodes, self.config.max_draft_nodes), self.pool.most_tokens
             ),
+            guide=guide,
         )
         self.room.add(session)
         self.num_sessions += 1

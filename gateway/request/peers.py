@@ -13,7 +13,7 @@ from gateway.replicas.services import find_drafter
 from gateway.replicas.sessions import RemoteDrafterSession, RemoteVerifierSession
 from gateway.request.backends import Backends
 from gateway.request.drafts import Proposer
-from gateway.request.plan import Plan
+from gateway.request.plan import Plan, require_formats
 from gateway.rounds.drafting import DraftLink, NoDrafts
 from gateway.rounds.link_states import DrafterSession
 from gateway.rounds.merging import MergedDrafts, NamedSource
@@ -29,7 +29,7 @@ from specdec.v1 import common_pb2, drafter_pb2, verifier_pb2
 
 DrafterReplica = Replica[drafter_pb2.DrafterServiceGetInfoResponse]
 
-OTHER_WEIGHTS = "it is ready, but runs another model or revision"
+OTHER_WEIGHTS = "it is ready, but runs another model or revision, or takes no output format"
 """Why a verifier cannot go on with another verifier's answer."""
 
 
@@ -71,7 +71,7 @@ class Peers:
             self._connect_verifier,
             partial(
                 self._backends.verifiers.pick,
-                partial(is_same_model, model),
+                partial(can_run, self._plan, model),
                 unsuited=OTHER_WEIGHTS,
             ),
             prompt_token_ids=self._plan.prompt_token_ids,
@@ -107,6 +107,7 @@ class Peers:
         plan, info = self._plan, verifier.info
         prompt_length = len(plan.prompt_token_ids)
         assert info is not None
+        require_formats(plan.output_format, info)
         return verifier_pb2.VerifyOpen(
             handshake=make_handshake(info.model.model_id, self._backends.codec.vocabulary_fingerprint),
             committed_token_ids=committed_token_ids,
@@ -122,6 +123,7 @@ class Peers:
             request_id=REQUEST_ID.get(),
             caller_key=caller_key(),
             cache_salt=plan.cache_salt,
+            output_format=plan.output_format.to_proto() if plan.output_format else None,
         )
 
     async def enter_draft_source(self, stack: AsyncExitStack, first_method: str) -> RequestDrafts:
@@ -268,6 +270,14 @@ def is_same_model(model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServic
     """Return whether a verifier would go on as one of that model does: known revisions are compared."""
     revisions = {model.revision, info.model.revision} - {""}
     return info.model.model_id == model.model_id and len(revisions) <= 1
+
+
+def can_run(
+    plan: Plan, model: common_pb2.ModelInfo, info: verifier_pb2.VerifierServiceGetInfoResponse
+) -> bool:
+    """Return whether a verifier would answer a request as one of that model does, in the request's format."""
+    takes_format = info.takes_output_formats or plan.output_format is None
+    return takes_format and is_same_model(model, info)
 
 
 def _state_spec(drafter: drafter_pb2.DrafterInfo | None) -> TargetStateSpec | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from gateway.request.backends import Backends
 from gateway.request.drafts import DraftPlan, plan_drafts
 from gateway.request.prompt import require_shorter, tokenise
-from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.request_limits import (
     MAX_MESSAGES,
     MAX_STOP_TOKEN_IDS,
@@ -41,6 +42,8 @@ class Plan:
     num_top_logprobs: int | None = None
     min_draft_confidence: float = 0.0
     cache_salt: str = ""
+    output_format: OutputFormat | None = None
+    """Which texts the answer may be; None: any."""
     continues_text: bool = False
     """Whether the prompt is raw text, so that the answer goes on where it ends."""
 
@@ -64,6 +67,7 @@ async def make_plan(
         max_new_tokens: most tokens that the caller wants and may have.
 
     Raises:
+        FailedPreconditionError: the request has an output format, and the verifier takes none.
         InvalidArgumentError: a value is wrong; the error names its field.
     """
     validate_max_new_tokens(max_new_tokens)
@@ -75,6 +79,8 @@ async def make_plan(
     validate_length("chat.messages", len(request.chat.messages), MAX_MESSAGES)
     validate_probability("min_draft_confidence", request.min_draft_confidence)
     sampling = _settle_sampling(request, verifier.model.vocab_size)
+    output_format = _output_format(request, sampling)
+    require_formats(output_format, verifier)
     drafting = plan_drafts(request, backends, verifier)
     context = verifier.model.max_length
     token_ids = await tokenise(request, backends, context)
@@ -98,8 +104,33 @@ async def make_plan(
         num_top_logprobs=num_top_logprobs,
         min_draft_confidence=request.min_draft_confidence,
         cache_salt=request.cache_salt,
+        output_format=output_format,
         continues_text=request.WhichOneof("prompt") == "text",
     )
+
+
+def _output_format(request: gateway_pb2.GenerateRequest, sampling: SamplingParams) -> OutputFormat | None:
+    """Return the request's format; None: it has none. The verifier says whether it can be followed."""
+    output_format = OutputFormat.of_request(request)
+    if output_format:
+        output_format.validate_beside(sampling, ignore_eos=request.ignore_eos)
+    return output_format
+
+
+def require_formats(
+    output_format: OutputFormat | None, verifier: verifier_pb2.VerifierServiceGetInfoResponse
+) -> None:
+    """Refuse an output format that a verifier would not follow; None: there is none.
+
+    Raises:
+        FailedPreconditionError: the verifier takes no formats.
+    """
+    if output_format and not verifier.takes_output_formats:
+        raise FailedPreconditionError(
+            "The verifier takes no output format: its model has no tokenizer.json or no end token, or the "
+            "verifier is of an earlier version.",
+            reason="NO_OUTPUT_FORMATS",
+        )
 
 
 def _settle_sampling(request: gateway_pb2.GenerateRequest, vocab_size: int) -> SamplingParams:

@@ -9,7 +9,7 @@ import click
 
 from specdec.cli.chat import Conversation, ctrl_c_cancels, read_line
 from specdec.cli.numbers import integers
-from specdec.cli.options import NO_COLOR, RAW, connection_options, generation_options
+from specdec.cli.options import NO_COLOR, RAW, connection_options, format_options, generation_options
 from specdec.cli.render import (
     AnswerPrinter,
     closing_line,
@@ -19,7 +19,7 @@ from specdec.cli.render import (
     print_closing_line,
 )
 from specdec.cli.streams import read_input, report, show_json
-from specdec.client import Client, GenerateOptions, Generation, Message, Prompt
+from specdec.client import Client, GenerateOptions, Generation, Message, OutputFormat, Prompt
 from specdec.contract.methods import PLAIN
 from specdec.contract.sampling import MAX_TOP_LOGPROBS, with_seed
 
@@ -30,6 +30,7 @@ WARM_UP_TOKENS = 4
 @click.command()
 @click.argument("prompt")
 @generation_options()
+@format_options
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
 @RAW
 @click.option(
@@ -44,6 +45,7 @@ WARM_UP_TOKENS = 4
 def generate(
     prompt: str,
     options: GenerateOptions,
+    output_format: OutputFormat | None,
     system: str | None,
     raw: bool,
     logprobs: int | None,
@@ -63,6 +65,8 @@ def generate(
       specdec generate "Tell a story." -t 0.8 --top-p 0.95 --seed 7
       specdec generate --raw "def fibonacci(n):" --method ngram -k 8 --json
       specdec generate - < question.txt
+      specdec generate "Is water wet?" --choice yes --choice no
+      specdec generate "Invent a person." --json-schema person.json
     """
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs needs --json, which shows them.")
@@ -72,7 +76,7 @@ def generate(
         prompt = read_input()
     if not prompt.strip():
         raise click.UsageError("The prompt is empty.")
-    options = replace(options, raw=raw, num_top_logprobs=logprobs)
+    options = replace(options, output_format=output_format, raw=raw, num_top_logprobs=logprobs)
     full_prompt: Prompt = prompt if system is None else [Message("system", system), Message("user", prompt)]
     with Client(gateway, timeout_s=timeout_s) as client:
         if as_json:
@@ -105,10 +109,17 @@ def _stream_answer(client: Client, prompt: Prompt, options: GenerateOptions, no_
     help="Methods to run one after the other, separated by commas.",
 )
 @generation_options(with_method=False)
+@format_options
 @RAW
 @connection_options
 def compare(
-    prompt: str, methods: str, options: GenerateOptions, raw: bool, gateway: str, timeout_s: float
+    prompt: str,
+    methods: str,
+    options: GenerateOptions,
+    output_format: OutputFormat | None,
+    raw: bool,
+    gateway: str,
+    timeout_s: float,
 ) -> None:
     """Answer PROMPT with each method in turn and compare speed and text.
 
@@ -125,7 +136,7 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if not names:
         raise click.UsageError("--methods is empty; name at least one, as in --methods none,ngram.")
-    options = replace(options, raw=raw, sampling=with_seed(options.sampling))
+    options = replace(options, output_format=output_format, raw=raw, sampling=with_seed(options.sampling))
     with Client(gateway, timeout_s=timeout_s) as client:
         for name in names:
             # A method's first use maps weights and packs heads; and a mistyped name shows before any answer.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from specdec.cli.files import read_text
 from specdec.cli.numbers import integers, numbers
-from specdec.client import DEFAULT_TIMEOUT_S, GATEWAY_VARIABLE, GenerateOptions
+from specdec.client import DEFAULT_TIMEOUT_S, GATEWAY_VARIABLE, GenerateOptions, OutputFormat
 from specdec.contract.sampling import SamplingParams
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -133,6 +135,27 @@ _SAMPLING = (
     ),
 )
 
+_FORMAT = (
+    click.option(
+        "--json-schema",
+        metavar="FILE|JSON",
+        help="Answer with JSON that is valid under this JSON Schema, a file or the JSON itself.",
+    ),
+    click.option("--json-object", is_flag=True, help="Answer with a JSON object, whatever is in it."),
+    click.option(
+        "--regex",
+        metavar="PATTERN",
+        help="Answer with a text that this regular expression matches as a whole.",
+    ),
+    click.option(
+        "--choice",
+        "choices",
+        metavar="TEXT",
+        multiple=True,
+        help="Answer with one of the texts that are given so; to be given several times.",
+    ),
+)
+
 RAW = click.option(
     "--raw",
     is_flag=True,
@@ -183,6 +206,37 @@ def generation_options(*, with_method: bool = True) -> Callable[[CommandT], Call
         return _apply((*((_METHOD,) if with_method else ()), *_LENGTH, *_SAMPLING), wrapper)
 
     return decorate
+
+
+def format_options(command: CommandT) -> Callable[..., Any]:
+    """Add the options of an output format; the command gets one `output_format: OutputFormat | None`."""
+
+    @functools.wraps(command)
+    def wrapper(
+        *,
+        json_schema: str | None,
+        json_object: bool,
+        regex: str | None,
+        choices: tuple[str, ...],
+        **rest: Any,
+    ) -> Any:
+        given = [json_schema is not None, json_object, regex is not None, bool(choices)]
+        if sum(given) > 1:
+            raise click.UsageError("An answer has one format: give one kind of its options only.")
+        output_format = OutputFormat(
+            json_schema=None if json_schema is None else _json_schema(json_schema),
+            regex=regex,
+            choices=choices or None,
+            json_object=json_object,
+        )
+        return command(output_format=output_format if any(given) else None, **rest)
+
+    return _apply(_FORMAT, wrapper)
+
+
+def _json_schema(text_or_file: str) -> str:
+    is_text = text_or_file.lstrip().startswith("{")
+    return text_or_file if is_text else read_text(Path(text_or_file), "The JSON Schema")
 
 
 def _apply(options: tuple[Callable[[Any], Any], ...], command: Callable[..., Any]) -> Callable[..., Any]:

@@ -46,6 +46,7 @@ from specdec.client.over_grpc import (
 from specdec.client.streams import AsyncGenerationStream, GenerationStream
 from specdec.client.transport import AsyncCall, AsyncTransport, Call, Metadata, Transport
 from specdec.contract.load import Load
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.sampling import SamplingParams
 from specdec.transport.channel import TlsConfig
 
@@ -72,6 +73,7 @@ __all__ = [
     "Metadata",
     "MethodRounds",
     "ModelInfo",
+    "OutputFormat",
     "Prompt",
     "ProposerStats",
     "ReplicaInfo",

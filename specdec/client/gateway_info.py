@@ -82,6 +82,8 @@ class VerifierInfo:
     """Oldest protocol version it speaks; 0: `protocol_version` alone."""
     load: Load = field(default_factory=Load)
     """How busy it is, as the gateway compares replicas; all zeros: it does not say."""
+    takes_output_formats: bool = False
+    """Whether answers may have an output format."""
 
 
 @dataclass(frozen=True, slots=True)

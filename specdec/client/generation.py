@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.sampling import SamplingParams
 
 
@@ -43,6 +44,8 @@ class GenerateOptions:
     """Most tokens to emit; None: the gateway's default."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """How the target picks tokens; greedy unless told otherwise."""
+    output_format: OutputFormat | None = None
+    """Which texts the answer may be, such as JSON of a schema; None: any."""
     stop: tuple[str, ...] = ()
     """Strings that end the generation; the text stops before the first."""
     stop_token_ids: tuple[int, ...] = ()

@@ -26,14 +26,15 @@ from specdec.client.generation import (
 from specdec.contract.bounds import MAX_UINT32
 from specdec.contract.errors import InternalError, InvalidArgumentError
 from specdec.contract.finish_reasons import FINISH_REASONS
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.request_limits import MAX_NEW_TOKENS
 from specdec.contract.sampling import validate_num_top_logprobs, with_range
 from specdec.v1 import gateway_pb2
 
 NS_PER_MS = 1_000_000
 
-_ELSEWHERE = {"sampling", "raw", "request_id"}
-"""Options that are not fields of the request: a message of their own, the kind of prompt, and metadata."""
+_ELSEWHERE = {"sampling", "output_format", "raw", "request_id"}
+"""Options that are not values of the request: messages of their own, the kind of prompt, and metadata."""
 _RENAMED = {"stop": "stop_strings"}
 """Options whose field in the request has another name."""
 
@@ -60,6 +61,8 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> gateway_pb2.Gener
         value = getattr(options, option)
         with _refusing(option, value):
             request.MergeFrom(gateway_pb2.GenerateRequest(**{name: value}))
+    if options.output_format is not None:
+        _set_output_format(request, options.output_format)
     with _refusing("prompt", prompt):
         _set_prompt(request, prompt, options.raw)
     return request
@@ -69,6 +72,16 @@ def request_fields() -> list[tuple[str, str]]:
     """Return the names of options, and of their fields in the request."""
     names = [option.name for option in fields(GenerateOptions) if option.name not in _ELSEWHERE]
     return [(name, _RENAMED.get(name, name)) for name in names]
+
+
+def _set_output_format(request: gateway_pb2.GenerateRequest, output_format: OutputFormat) -> None:
+    if not isinstance(output_format, OutputFormat):
+        raise InvalidArgumentError(
+            f"output_format is {output_format!r:.80}; pass OutputFormat(...).", field="output_format"
+        )
+    output_format.validate()
+    with _refusing("output_format", output_format):
+        request.output_format.CopyFrom(output_format.to_proto())
 
 
 def _set_prompt(request: gateway_pb2.GenerateRequest, prompt: Prompt, raw: bool) -> None:

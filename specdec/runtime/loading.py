@@ -27,6 +27,8 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     revision: str
     """Which weights these are, see `specdec.models.files.revision`."""
+    folder: Path
+    """Where its files are."""
 
 
 def load_causal_lm(
@@ -79,6 +81,7 @@ def load_causal_lm(
         vocabulary_fingerprint=vocabulary_fingerprint(folder),
         eos_token_ids=_eos_token_ids(loaded),
         revision=revision(folder),
+        folder=folder,
     )
 
 

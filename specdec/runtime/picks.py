@@ -54,6 +54,14 @@ class PickContext:
     """How many of them are the prompt."""
     draft: DraftTree = NO_DRAFT
     """Row 0 follows none of its tokens, row i + 1 its token i and that one's ancestors."""
+    mask: Tensor | None = None
+    """The tokens that each row may pick [num_rows, num_words], int32 on the logits' device: bit i of word w
+    stands for token 32 w + i. None: all that `sampling` allows."""
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether more than noise and truncation comes between the logits and the picks."""
+        return self.sampling.changes_logits or self.mask is not None
 
     def tokens_before(self, row: int) -> list[int]:
         """Return every token before the position a row picks for."""
@@ -123,7 +131,7 @@ class Picker:
         """Return the logits as they are or, of sessions that change them, changed copies in fp32."""
         processed = list(logits)
         for index, context in enumerate(contexts):
-            if context.sampling.changes_logits:
+            if context.changes_logits:
                 processed[index] = logits[index].to(torch.float32, copy=True)
                 process_logits(processed[index], context, self._words if self._is_part else None)
         return processed
@@ -131,7 +139,7 @@ class Picker:
     def _greedy(self, rows: Sequence[Tensor], contexts: Sequence[PickContext]) -> list[int]:
         joined = _joined(rows)
         columns = arg_max(joined)
-        if any(context.sampling.changes_logits for context in contexts):
+        if any(context.changes_logits for context in contexts):
             return self._tokens(columns, joined)
         found: list[int] = self._token_ids[columns].tolist()
         return found
@@ -199,7 +207,7 @@ def _scaled(logits: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def process_logits(logits: Tensor, context: PickContext, token_ids: Words | None = None) -> None:
-    """Apply bias, allowed tokens and penalties in place to logits [num_rows, num_tokens], fp32.
+    """Apply bias, allowed tokens, the mask and penalties in place to logits [num_rows, num_tokens], fp32.
 
     Args:
         token_ids: the token of each column [num_tokens], ascending; None: the columns' numbers.
@@ -214,9 +222,19 @@ def process_logits(logits: Tensor, context: PickContext, token_ids: Words | None
         kept = logits[:, allowed]
         logits.fill_(float("-inf"))
         logits[:, allowed] = kept
+    if context.mask is not None:
+        assert token_ids is None, "a mask is about all tokens"
+        logits.masked_fill_(~_unpacked(context.mask, logits.shape[1]), float("-inf"))
     if sampling.has_penalties:
         for row in range(len(logits)):
             _penalise(logits[row], context.tokens_before(row), context, token_ids)
+
+
+def _unpacked(mask: Tensor, num_tokens: int) -> Tensor:
+    """Return the bits of a mask [num_rows, num_words] as truth values [num_rows, num_tokens]."""
+    octets = mask.view(torch.uint8)  # the lowest bits come first on every machine that torch runs on
+    bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return bits.bitwise_and_(1).flatten(1)[:, :num_tokens].bool()
 
 
 def _by_column(values: Mapping[int, _Value], token_ids: Words | None) -> Mapping[int, _Value]:

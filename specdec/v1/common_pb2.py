@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17specdec/v1/common.proto\x12\nspecdec.v1\"u\n\tHandshake\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1e\n\x16vocabulary_fingerprint\x18\x03 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x04 \x01(\r\"\xf6\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).specdec.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\t \x03(\r\x12\x11\n\x04seed\x18\n \x01(\x04H\x02\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"D\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\"\n\x03top\x18\x02 \x03(\x0b\x32\x15.specdec.v1.Candidate\"\x91\x01\n\x0cPhaseTimings\x12\x10\n\x08total_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x12\n\ncompute_ns\x18\x03 \x01(\x04\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x14\n\x0c\x62\x61tch_tokens\x18\x05 \x01(\r\x12\x1f\n\x17\x62\x61tch_background_tokens\x18\x06 \x01(\r\"<\n\nSessionEnd\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\x0c\"{\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_free_tokens\x18\x05 \x01(\r\"\xaa\x01\n\tModelInfo\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x1e\n\x16vocabulary_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x12\n\nmodel_impl\x18\x08 \x01(\t*}\n\rSessionChange\x12\x1e\n\x1aSESSION_CHANGE_UNSPECIFIED\x10\x00\x12\x18\n\x14SESSION_CHANGE_BEGIN\x10\x01\x12\x17\n\x13SESSION_CHANGE_DONE\x10\x02\x12\x19\n\x15SESSION_CHANGE_CANCEL\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17specdec/v1/common.proto\x12\nspecdec.v1\"u\n\tHandshake\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1e\n\x16vocabulary_fingerprint\x18\x03 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x04 \x01(\r\"\xf6\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12=\n\nlogit_bias\x18\x08 \x03(\x0b\x32).specdec.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\t \x03(\r\x12\x11\n\x04seed\x18\n \x01(\x04H\x02\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\x97\x01\n\x0cOutputFormat\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12&\n\x07\x63hoices\x18\x03 \x01(\x0b\x32\x13.specdec.v1.ChoicesH\x00\x12-\n\x0bjson_object\x18\x04 \x01(\x0b\x32\x16.specdec.v1.JsonObjectH\x00\x42\x08\n\x06\x66ormat\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\x0c\n\nJsonObject\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"D\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\"\n\x03top\x18\x02 \x03(\x0b\x32\x15.specdec.v1.Candidate\"\x91\x01\n\x0cPhaseTimings\x12\x10\n\x08total_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x12\n\ncompute_ns\x18\x03 \x01(\x04\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12\x14\n\x0c\x62\x61tch_tokens\x18\x05 \x01(\r\x12\x1f\n\x17\x62\x61tch_background_tokens\x18\x06 \x01(\r\"<\n\nSessionEnd\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\x0c\"{\n\x04Load\x12\x14\n\x0cnum_sessions\x18\x01 \x01(\r\x12\x14\n\x0cmax_sessions\x18\x02 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\x04 \x01(\r\x12\x16\n\x0ekv_free_tokens\x18\x05 \x01(\r\"\xaa\x01\n\tModelInfo\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x1e\n\x16vocabulary_fingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmax_length\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\t\x12\x12\n\nmodel_impl\x18\x08 \x01(\t*}\n\rSessionChange\x12\x1e\n\x1aSESSION_CHANGE_UNSPECIFIED\x10\x00\x12\x18\n\x14SESSION_CHANGE_BEGIN\x10\x01\x12\x17\n\x13SESSION_CHANGE_DONE\x10\x02\x12\x19\n\x15SESSION_CHANGE_CANCEL\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,24 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_SESSIONCHANGE']._serialized_start=1161
-  _globals['_SESSIONCHANGE']._serialized_end=1286
+  _globals['_SESSIONCHANGE']._serialized_start=1355
+  _globals['_SESSIONCHANGE']._serialized_end=1480
   _globals['_HANDSHAKE']._serialized_start=39
   _globals['_HANDSHAKE']._serialized_end=156
   _globals['_SAMPLINGPARAMS']._serialized_start=159
   _globals['_SAMPLINGPARAMS']._serialized_end=533
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=443
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=491
-  _globals['_CANDIDATE']._serialized_start=535
-  _globals['_CANDIDATE']._serialized_end=581
-  _globals['_TOKENLOGPROBS']._serialized_start=583
-  _globals['_TOKENLOGPROBS']._serialized_end=651
-  _globals['_PHASETIMINGS']._serialized_start=654
-  _globals['_PHASETIMINGS']._serialized_end=799
-  _globals['_SESSIONEND']._serialized_start=801
-  _globals['_SESSIONEND']._serialized_end=861
-  _globals['_LOAD']._serialized_start=863
-  _globals['_LOAD']._serialized_end=986
-  _globals['_MODELINFO']._serialized_start=989
-  _globals['_MODELINFO']._serialized_end=1159
+  _globals['_OUTPUTFORMAT']._serialized_start=536
+  _globals['_OUTPUTFORMAT']._serialized_end=687
+  _globals['_CHOICES']._serialized_start=689
+  _globals['_CHOICES']._serialized_end=713
+  _globals['_JSONOBJECT']._serialized_start=715
+  _globals['_JSONOBJECT']._serialized_end=727
+  _globals['_CANDIDATE']._serialized_start=729
+  _globals['_CANDIDATE']._serialized_end=775
+  _globals['_TOKENLOGPROBS']._serialized_start=777
+  _globals['_TOKENLOGPROBS']._serialized_end=845
+  _globals['_PHASETIMINGS']._serialized_start=848
+  _globals['_PHASETIMINGS']._serialized_end=993
+  _globals['_SESSIONEND']._serialized_start=995
+  _globals['_SESSIONEND']._serialized_end=1055
+  _globals['_LOAD']._serialized_start=1057
+  _globals['_LOAD']._serialized_end=1180
+  _globals['_MODELINFO']._serialized_start=1183
+  _globals['_MODELINFO']._serialized_end=1353
 # @@protoc_insertion_point(module_scope)

@@ -27,15 +27,15 @@ from specdec.v1 import drafter_pb2 as specdec_dot_v1_dot_drafter__pb2
 from specdec.v1 import verifier_pb2 as specdec_dot_v1_dot_verifier__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specdec/v1/gateway.proto\x12\nspecdec.v1\x1a\x17specdec/v1/common.proto\x1a\x18specdec/v1/drafter.proto\x1a\x19specdec/v1/verifier.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.specdec.v1.ChatMessage\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xcd\x03\n\x0fGenerateRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.specdec.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.specdec.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.SamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x0e\n\x06method\x18\t \x01(\t\x12\x18\n\x0b\x64raft_depth\x18\n \x01(\rH\x02\x88\x01\x01\x12\x1d\n\x10num_top_logprobs\x18\x0b \x01(\rH\x03\x88\x01\x01\x12\x1c\n\x14min_draft_confidence\x18\x0c \x01(\x02\x12\x13\n\x0b\x64raft_nodes\x18\r \x01(\r\x12\x12\n\ncache_salt\x18\x0e \x01(\tB\x08\n\x06promptB\x11\n\x0f_max_new_tokensB\x0e\n\x0c_draft_depthB\x13\n\x11_num_top_logprobs\"\xbc\x01\n\x10GenerateResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.specdec.v1.GenerateStartedH\x00\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.specdec.v1.GenerateChunkH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.specdec.v1.GenerateFinishedH\x00\x12\x0f\n\x07padding\x18\x04 \x03(\x0c\x42\t\n\x07message\"\xb5\x01\n\x0fGenerateStarted\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\r\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x13\n\x0b\x64raft_depth\x18\x03 \x01(\r\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\x10\n\x08model_id\x18\x05 \x01(\t\x12\x13\n\x0b\x64raft_nodes\x18\x06 \x01(\r\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"}\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x06origin\x18\x03 \x01(\x0e\x32\x17.specdec.v1.TokenOrigin\x12+\n\x08logprobs\x18\x04 \x01(\x0b\x32\x19.specdec.v1.TokenLogprobs\"2\n\rGenerateChunk\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.specdec.v1.Token\"Q\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1b\n\x13reused_input_tokens\x18\x03 \x01(\r\"X\n\x0eGenerateTiming\x12\x0f\n\x07ttft_ns\x18\x01 \x01(\x04\x12\x0f\n\x07tpot_ns\x18\x02 \x01(\x04\x12\x10\n\x08total_ns\x18\x03 \x01(\x04\x12\x12\n\nwaiting_ns\x18\x04 \x01(\x04\"\xba\x03\n\x10SpeculationStats\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x12\n\nnum_rounds\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x05 \x03(\r\x12%\n\x1dnum_draft_tokens_per_position\x18\x06 \x03(\r\x12(\n num_accepted_tokens_per_position\x18\x07 \x03(\r\x12\x10\n\x08\x64raft_ns\x18\x08 \x01(\x04\x12\x11\n\tverify_ns\x18\t \x01(\x04\x12\x14\n\x0ctransport_ns\x18\n \x01(\x04\x12\x12\n\ngateway_ns\x18\x0b \x01(\x04\x12\x1b\n\x13num_fallback_rounds\x18\x0c \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\r \x01(\t\x12,\n\tproposers\x18\x0e \x03(\x0b\x32\x19.specdec.v1.ProposerStats\x12)\n\x07methods\x18\x0f \x03(\x0b\x32\x18.specdec.v1.MethodRounds\"2\n\x0cMethodRounds\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x12\n\nnum_rounds\x18\x02 \x01(\r\"\xaf\x01\n\rProposerStats\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12 \n\x18num_sole_accepted_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_fallback_rounds\x18\x05 \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\x06 \x01(\t\"\xdb\x01\n\x10GenerateFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.specdec.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.specdec.v1.Usage\x12*\n\x06timing\x18\x03 \x01(\x0b\x32\x1a.specdec.v1.GenerateTiming\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.specdec.v1.SpeculationStats\x12\x15\n\rnum_failovers\x18\x05 \x01(\r\"\x1e\n\x1cGatewayServiceGetInfoRequest\"\xd5\x01\n\x0bReplicaInfo\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12>\n\x08verifier\x18\x05 \x01(\x0b\x32*.specdec.v1.VerifierServiceGetInfoResponseH\x00\x12<\n\x07\x64rafter\x18\x06 \x01(\x0b\x32).specdec.v1.DrafterServiceGetInfoResponseH\x00\x42\x06\n\x04info\"\x9d\x02\n\x1dGatewayServiceGetInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12$\n\x05model\x18\x02 \x01(\x0b\x32\x15.specdec.v1.ModelInfo\x12\x0f\n\x07methods\x18\x03 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_method\x18\x04 \x01(\t\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x05 \x01(\r\x12*\n\tverifiers\x18\x06 \x03(\x0b\x32\x17.specdec.v1.ReplicaInfo\x12)\n\x08\x64rafters\x18\x07 \x03(\x0b\x32\x17.specdec.v1.ReplicaInfo\x12\x1c\n\x14min_protocol_version\x18\x08 \x01(\r*d\n\x0bTokenOrigin\x12\x1c\n\x18TOKEN_ORIGIN_UNSPECIFIED\x10\x00\x12\x1f\n\x1bTOKEN_ORIGIN_ACCEPTED_DRAFT\x10\x01\x12\x16\n\x12TOKEN_ORIGIN_BONUS\x10\x02\x32\xb9\x01\n\x0eGatewayService\x12G\n\x08Generate\x12\x1b.specdec.v1.GenerateRequest\x1a\x1c.specdec.v1.GenerateResponse0\x01\x12^\n\x07GetInfo\x12(.specdec.v1.GatewayServiceGetInfoRequest\x1a).specdec.v1.GatewayServiceGetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18specdec/v1/gateway.proto\x12\nspecdec.v1\x1a\x17specdec/v1/common.proto\x1a\x18specdec/v1/drafter.proto\x1a\x19specdec/v1/verifier.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.specdec.v1.ChatMessage\"\x1d\n\x08TokenIds\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xfe\x03\n\x0fGenerateRequest\x12 \n\x04\x63hat\x18\x01 \x01(\x0b\x32\x10.specdec.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.specdec.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.specdec.v1.SamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0cstop_strings\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x0e\n\x06method\x18\t \x01(\t\x12\x18\n\x0b\x64raft_depth\x18\n \x01(\rH\x02\x88\x01\x01\x12\x1d\n\x10num_top_logprobs\x18\x0b \x01(\rH\x03\x88\x01\x01\x12\x1c\n\x14min_draft_confidence\x18\x0c \x01(\x02\x12\x13\n\x0b\x64raft_nodes\x18\r \x01(\r\x12\x12\n\ncache_salt\x18\x0e \x01(\t\x12/\n\routput_format\x18\x0f \x01(\x0b\x32\x18.specdec.v1.OutputFormatB\x08\n\x06promptB\x11\n\x0f_max_new_tokensB\x0e\n\x0c_draft_depthB\x13\n\x11_num_top_logprobs\"\xbc\x01\n\x10GenerateResponse\x12.\n\x07started\x18\x01 \x01(\x0b\x32\x1b.specdec.v1.GenerateStartedH\x00\x12*\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x19.specdec.v1.GenerateChunkH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.specdec.v1.GenerateFinishedH\x00\x12\x0f\n\x07padding\x18\x04 \x03(\x0c\x42\t\n\x07message\"\xb5\x01\n\x0fGenerateStarted\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\r\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x13\n\x0b\x64raft_depth\x18\x03 \x01(\r\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\x10\n\x08model_id\x18\x05 \x01(\t\x12\x13\n\x0b\x64raft_nodes\x18\x06 \x01(\r\x12\x12\n\nrequest_id\x18\x07 \x01(\t\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"}\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x06origin\x18\x03 \x01(\x0e\x32\x17.specdec.v1.TokenOrigin\x12+\n\x08logprobs\x18\x04 \x01(\x0b\x32\x19.specdec.v1.TokenLogprobs\"2\n\rGenerateChunk\x12!\n\x06tokens\x18\x01 \x03(\x0b\x32\x11.specdec.v1.Token\"Q\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x1b\n\x13reused_input_tokens\x18\x03 \x01(\r\"X\n\x0eGenerateTiming\x12\x0f\n\x07ttft_ns\x18\x01 \x01(\x04\x12\x0f\n\x07tpot_ns\x18\x02 \x01(\x04\x12\x10\n\x08total_ns\x18\x03 \x01(\x04\x12\x12\n\nwaiting_ns\x18\x04 \x01(\x04\"\xba\x03\n\x10SpeculationStats\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x12\n\nnum_rounds\x18\x02 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x05 \x03(\r\x12%\n\x1dnum_draft_tokens_per_position\x18\x06 \x03(\r\x12(\n num_accepted_tokens_per_position\x18\x07 \x03(\r\x12\x10\n\x08\x64raft_ns\x18\x08 \x01(\x04\x12\x11\n\tverify_ns\x18\t \x01(\x04\x12\x14\n\x0ctransport_ns\x18\n \x01(\x04\x12\x12\n\ngateway_ns\x18\x0b \x01(\x04\x12\x1b\n\x13num_fallback_rounds\x18\x0c \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\r \x01(\t\x12,\n\tproposers\x18\x0e \x03(\x0b\x32\x19.specdec.v1.ProposerStats\x12)\n\x07methods\x18\x0f \x03(\x0b\x32\x18.specdec.v1.MethodRounds\"2\n\x0cMethodRounds\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x12\n\nnum_rounds\x18\x02 \x01(\r\"\xaf\x01\n\rProposerStats\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12 \n\x18num_sole_accepted_tokens\x18\x04 \x01(\r\x12\x1b\n\x13num_fallback_rounds\x18\x05 \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\x06 \x01(\t\"\xdb\x01\n\x10GenerateFinished\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.specdec.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.specdec.v1.Usage\x12*\n\x06timing\x18\x03 \x01(\x0b\x32\x1a.specdec.v1.GenerateTiming\x12\x31\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x1c.specdec.v1.SpeculationStats\x12\x15\n\rnum_failovers\x18\x05 \x01(\r\"\x1e\n\x1cGatewayServiceGetInfoRequest\"\xd5\x01\n\x0bReplicaInfo\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12>\n\x08verifier\x18\x05 \x01(\x0b\x32*.specdec.v1.VerifierServiceGetInfoResponseH\x00\x12<\n\x07\x64rafter\x18\x06 \x01(\x0b\x32).specdec.v1.DrafterServiceGetInfoResponseH\x00\x42\x06\n\x04info\"\x9d\x02\n\x1dGatewayServiceGetInfoResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12$\n\x05model\x18\x02 \x01(\x0b\x32\x15.specdec.v1.ModelInfo\x12\x0f\n\x07methods\x18\x03 \x03(\t\x12\x16\n\x0e\x64\x65\x66\x61ult_method\x18\x04 \x01(\t\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x05 \x01(\r\x12*\n\tverifiers\x18\x06 \x03(\x0b\x32\x17.specdec.v1.ReplicaInfo\x12)\n\x08\x64rafters\x18\x07 \x03(\x0b\x32\x17.specdec.v1.ReplicaInfo\x12\x1c\n\x14min_protocol_version\x18\x08 \x01(\r*d\n\x0bTokenOrigin\x12\x1c\n\x18TOKEN_ORIGIN_UNSPECIFIED\x10\x00\x12\x1f\n\x1bTOKEN_ORIGIN_ACCEPTED_DRAFT\x10\x01\x12\x16\n\x12TOKEN_ORIGIN_BONUS\x10\x02\x32\xb9\x01\n\x0eGatewayService\x12G\n\x08Generate\x12\x1b.specdec.v1.GenerateRequest\x1a\x1c.specdec.v1.GenerateResponse0\x01\x12^\n\x07GetInfo\x12(.specdec.v1.GatewayServiceGetInfoRequest\x1a).specdec.v1.GatewayServiceGetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'specdec.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOKENORIGIN']._serialized_start=2870
-  _globals['_TOKENORIGIN']._serialized_end=2970
+  _globals['_TOKENORIGIN']._serialized_start=2919
+  _globals['_TOKENORIGIN']._serialized_end=3019
   _globals['_CHATMESSAGE']._serialized_start=118
   _globals['_CHATMESSAGE']._serialized_end=162
   _globals['_CHAT']._serialized_start=164
@@ -43,33 +43,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=215
   _globals['_TOKENIDS']._serialized_end=244
   _globals['_GENERATEREQUEST']._serialized_start=247
-  _globals['_GENERATEREQUEST']._serialized_end=708
-  _globals['_GENERATERESPONSE']._serialized_start=711
-  _globals['_GENERATERESPONSE']._serialized_end=899
-  _globals['_GENERATESTARTED']._serialized_start=902
-  _globals['_GENERATESTARTED']._serialized_end=1083
-  _globals['_TOKEN']._serialized_start=1085
-  _globals['_TOKEN']._serialized_end=1210
-  _globals['_GENERATECHUNK']._serialized_start=1212
-  _globals['_GENERATECHUNK']._serialized_end=1262
-  _globals['_USAGE']._serialized_start=1264
-  _globals['_USAGE']._serialized_end=1345
-  _globals['_GENERATETIMING']._serialized_start=1347
-  _globals['_GENERATETIMING']._serialized_end=1435
-  _globals['_SPECULATIONSTATS']._serialized_start=1438
-  _globals['_SPECULATIONSTATS']._serialized_end=1880
-  _globals['_METHODROUNDS']._serialized_start=1882
-  _globals['_METHODROUNDS']._serialized_end=1932
-  _globals['_PROPOSERSTATS']._serialized_start=1935
-  _globals['_PROPOSERSTATS']._serialized_end=2110
-  _globals['_GENERATEFINISHED']._serialized_start=2113
-  _globals['_GENERATEFINISHED']._serialized_end=2332
-  _globals['_GATEWAYSERVICEGETINFOREQUEST']._serialized_start=2334
-  _globals['_GATEWAYSERVICEGETINFOREQUEST']._serialized_end=2364
-  _globals['_REPLICAINFO']._serialized_start=2367
-  _globals['_REPLICAINFO']._serialized_end=2580
-  _globals['_GATEWAYSERVICEGETINFORESPONSE']._serialized_start=2583
-  _globals['_GATEWAYSERVICEGETINFORESPONSE']._serialized_end=2868
-  _globals['_GATEWAYSERVICE']._serialized_start=2973
-  _globals['_GATEWAYSERVICE']._serialized_end=3158
+  _globals['_GENERATEREQUEST']._serialized_end=757
+  _globals['_GENERATERESPONSE']._serialized_start=760
+  _globals['_GENERATERESPONSE']._serialized_end=948
+  _globals['_GENERATESTARTED']._serialized_start=951
+  _globals['_GENERATESTARTED']._serialized_end=1132
+  _globals['_TOKEN']._serialized_start=1134
+  _globals['_TOKEN']._serialized_end=1259
+  _globals['_GENERATECHUNK']._serialized_start=1261
+  _globals['_GENERATECHUNK']._serialized_end=1311
+  _globals['_USAGE']._serialized_start=1313
+  _globals['_USAGE']._serialized_end=1394
+  _globals['_GENERATETIMING']._serialized_start=1396
+  _globals['_GENERATETIMING']._serialized_end=1484
+  _globals['_SPECULATIONSTATS']._serialized_start=1487
+  _globals['_SPECULATIONSTATS']._serialized_end=1929
+  _globals['_METHODROUNDS']._serialized_start=1931
+  _globals['_METHODROUNDS']._serialized_end=1981
+  _globals['_PROPOSERSTATS']._serialized_start=1984
+  _globals['_PROPOSERSTATS']._serialized_end=2159
+  _globals['_GENERATEFINISHED']._serialized_start=2162
+  _globals['_GENERATEFINISHED']._serialized_end=2381
+  _globals['_GATEWAYSERVICEGETINFOREQUEST']._serialized_start=2383
+  _globals['_GATEWAYSERVICEGETINFOREQUEST']._serialized_end=2413
+  _globals['_REPLICAINFO']._serialized_start=2416
+  _globals['_REPLICAINFO']._serialized_end=2629
+  _globals['_GATEWAYSERVICEGETINFORESPONSE']._serialized_start=2632
+  _globals['_GATEWAYSERVICEGETINFORESPONSE']._serialized_end=2917
+  _globals['_GATEWAYSERVICE']._serialized_start=3022
+  _globals['_GATEWAYSERVICE']._serialized_end=3207
 # @@protoc_insertion_point(module_scope)

@@ -40,7 +40,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "draft_depth", "num_top_logprobs", "min_draft_confidence", "draft_nodes", "cache_salt")
+    __slots__ = ("chat", "text", "token_ids", "sampling", "max_new_tokens", "stop_token_ids", "stop_strings", "ignore_eos", "method", "draft_depth", "num_top_logprobs", "min_draft_confidence", "draft_nodes", "cache_salt", "output_format")
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class GenerateRequest(_message.Message):
     MIN_DRAFT_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     chat: Chat
     text: str
     token_ids: TokenIds
@@ -69,7 +70,8 @@ class GenerateRequest(_message.Message):
     min_draft_confidence: float
     draft_nodes: int
     cache_salt: str
-    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., draft_depth: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ..., draft_nodes: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    output_format: _common_pb2.OutputFormat
+    def __init__(self, chat: _Optional[_Union[Chat, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop_strings: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., method: _Optional[str] = ..., draft_depth: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., min_draft_confidence: _Optional[float] = ..., draft_nodes: _Optional[int] = ..., cache_salt: _Optional[str] = ..., output_format: _Optional[_Union[_common_pb2.OutputFormat, _Mapping]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "chunk", "finished", "padding")

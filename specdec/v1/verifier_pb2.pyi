@@ -63,7 +63,7 @@ class VerifyManyResponse(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[VerifyManyResponse.Item, _Mapping]]] = ...) -> None: ...
 
 class VerifyOpen(_message.Message):
-    __slots__ = ("handshake", "committed_token_ids", "prompt_length", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "drafter_state_specs", "draft_nodes", "request_id", "caller_key", "cache_salt")
+    __slots__ = ("handshake", "committed_token_ids", "prompt_length", "sampling", "stop_token_ids", "ignore_eos", "max_new_tokens", "num_top_logprobs", "target_state_spec", "drafter_state_specs", "draft_nodes", "request_id", "caller_key", "cache_salt", "output_format")
     HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class VerifyOpen(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CALLER_KEY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     handshake: _common_pb2.Handshake
     committed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_length: int
@@ -92,7 +93,8 @@ class VerifyOpen(_message.Message):
     request_id: str
     caller_key: str
     cache_salt: str
-    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., drafter_state_specs: _Optional[_Iterable[_Union[_target_state_pb2.TargetStateSpec, _Mapping]]] = ..., draft_nodes: _Optional[int] = ..., request_id: _Optional[str] = ..., caller_key: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    output_format: _common_pb2.OutputFormat
+    def __init__(self, handshake: _Optional[_Union[_common_pb2.Handshake, _Mapping]] = ..., committed_token_ids: _Optional[_Iterable[int]] = ..., prompt_length: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., max_new_tokens: _Optional[int] = ..., num_top_logprobs: _Optional[int] = ..., target_state_spec: _Optional[_Union[_target_state_pb2.TargetStateSpec, _Mapping]] = ..., drafter_state_specs: _Optional[_Iterable[_Union[_target_state_pb2.TargetStateSpec, _Mapping]]] = ..., draft_nodes: _Optional[int] = ..., request_id: _Optional[str] = ..., caller_key: _Optional[str] = ..., cache_salt: _Optional[str] = ..., output_format: _Optional[_Union[_common_pb2.OutputFormat, _Mapping]] = ...) -> None: ...
 
 class VerifyRound(_message.Message):
     __slots__ = ("base_committed_length", "draft_token_ids", "parent_indices")
@@ -155,7 +157,7 @@ class VerifierServiceGetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class VerifierServiceGetInfoResponse(_message.Message):
-    __slots__ = ("protocol_version", "model", "max_draft_nodes", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids", "state_storage", "num_state_sessions", "num_state_streams", "min_protocol_version", "load")
+    __slots__ = ("protocol_version", "model", "max_draft_nodes", "kv_capacity_tokens", "kv_free_tokens", "max_sessions", "num_sessions", "eos_token_ids", "state_storage", "num_state_sessions", "num_state_streams", "min_protocol_version", "load", "takes_output_formats")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_NODES_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +171,7 @@ class VerifierServiceGetInfoResponse(_message.Message):
     NUM_STATE_STREAMS_FIELD_NUMBER: _ClassVar[int]
     MIN_PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    TAKES_OUTPUT_FORMATS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     model: _common_pb2.ModelInfo
     max_draft_nodes: int
@@ -182,4 +185,5 @@ class VerifierServiceGetInfoResponse(_message.Message):
     num_state_streams: int
     min_protocol_version: int
     load: _common_pb2.Load
-    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_draft_nodes: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., state_storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_state_sessions: _Optional[int] = ..., num_state_streams: _Optional[int] = ..., min_protocol_version: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ...) -> None: ...
+    takes_output_formats: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelInfo, _Mapping]] = ..., max_draft_nodes: _Optional[int] = ..., kv_capacity_tokens: _Optional[int] = ..., kv_free_tokens: _Optional[int] = ..., max_sessions: _Optional[int] = ..., num_sessions: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., state_storage: _Optional[_Union[_target_state_pb2.StateStorage, str]] = ..., num_state_sessions: _Optional[int] = ..., num_state_streams: _Optional[int] = ..., min_protocol_version: _Optional[int] = ..., load: _Optional[_Union[_common_pb2.Load, _Mapping]] = ..., takes_output_formats: _Optional[bool] = ...) -> None: ...

@@ -78,10 +78,11 @@ class VerifierServiceServicer:
         exported state are freed when the stream ends for any reason.
 
         FAILED_PRECONDITION: a round before the open, a second open, a message after the session finished, a
-        stale base_committed_length, a vocabulary or protocol mismatch. INVALID_ARGUMENT: a value is out of
-        range, or the KV of prompt and max_new_tokens is more than the whole pool. RESOURCE_EXHAUSTED: no KV or
-        session slot is free; google.rpc.RetryInfo says when to retry. ABORTED with reason SESSION_PREEMPTED: an
-        older session needed this one's KV. Open it again with the tokens committed so far; the output is the same.
+        stale base_committed_length, a vocabulary or protocol mismatch, an output format that no session can have.
+        INVALID_ARGUMENT: a value is out of range, an output format cannot be followed, or the KV of prompt and
+        max_new_tokens is more than the whole pool. RESOURCE_EXHAUSTED: no KV or session slot is free;
+        google.rpc.RetryInfo says when to retry. ABORTED with reason SESSION_PREEMPTED: an older session needed this
+        one's KV. Open it again with the tokens committed so far; the output is the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,276 @@
+"""Output formats in the verifier: which tokens may follow, in every row of a round.
+
+A matcher of llguidance follows the tokens of an answer. What it allows next depends on the format and on
+these tokens alone, so the target's picks stay a function of the committed tokens, and a session that is
+opened anew goes on as the one before it would have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import numpy
+import numpy.typing
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance.numpy import fill_next_token_bitmask
+
+from specdec.contract.draft_tree import DraftTree
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
+from specdec.contract.output_format import OutputFormat
+from specdec.models.files import load_tokenizer
+
+MaskRows = numpy.typing.NDArray[numpy.int32]
+"""Which tokens may be picked [num_rows, num_words]: bit i of word w stands for token 32 w + i."""
+
+_MAX_COMPILED = 64
+"""Number of compiled formats that are kept, those that were asked for last."""
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Whitespace between the parts of a JSON text. Without an end, some models would write nothing else."""
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=300_000,  # about a second
+    step_lexer_fuel=100_000,  # some 10 ms per mask
+    step_max_items=25_000,
+    max_lexer_states=50_000,  # some 100 MB
+    verbose_errors=False,
+)
+_COMPILER_STACK_BYTES = 2**28
+"""More than the longest schema can use: schemas are compiled by recursion, some 10 KB a level, and a stack
+that is too small would end the process. Memory is taken as far as it is used."""
+_MAX_REASON = 300
+_ALL = -1
+
+ValueT = TypeVar("ValueT")
+
+
+class Formats:
+    """Compiles output formats for the vocabulary of a model. Used from one event loop.
+
+    Args:
+        folder: where the model's tokenizer.json is.
+        vocab_size: number of rows of the model's LM head. A row without a token is never allowed.
+        eos_token_ids: the model's own end tokens, which are allowed where a text may end.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._compiled: OrderedDict[OutputFormat, LLMatcher] = OrderedDict()
+        self._compiling = asyncio.Lock()
+        self.refusal = ""
+        """Why sessions can have no format; empty: they can."""
+        if not (folder / "tokenizer.json").is_file():
+            self.refusal = "its model has no tokenizer.json; save a fast tokenizer beside the weights"
+        elif not eos_token_ids:
+            self.refusal = "its model names no end token, with which an answer could end"
+
+    async def guide(
+        self, output_format: OutputFormat, output_token_ids: Sequence[int], stop_token_ids: Collection[int]
+    ) -> Guide:
+        """Return what follows an answer in a format.
+
+        Args:
+            output_token_ids: the beginning of the answer; empty for a new one.
+            stop_token_ids: tokens behind which an answer has nothing more.
+
+        Raises:
+            FailedPreconditionError: the model takes no formats.
+            InvalidArgumentError: the format cannot be followed, or the answer does not follow it.
+        """
+        if self.refusal:
+            raise _no_formats(self.refusal)
+        matcher = await self._compiled_matcher(output_format)
+        guide = Guide(matcher, self._tokenizer.vocab_size, stop_token_ids)
+        if output_token_ids:  # of an answer that was begun elsewhere, which may be long
+            await asyncio.to_thread(guide.advance, output_token_ids)
+        return guide
+
+    async def _compiled_matcher(self, output_format: OutputFormat) -> LLMatcher:
+        """Return a matcher that has seen no token, and is never shown any."""
+        async with self._compiling:  # one at a time, so that formats never take all cores
+            if output_format not in self._compiled:
+                compiled = await asyncio.to_thread(self._compile, output_format)
+                self._compiled[output_format] = compiled
+            self._compiled.move_to_end(output_format)
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+            return self._compiled[output_format]
+
+    def _compile(self, output_format: OutputFormat) -> LLMatcher:
+        tokenizer, grammar = self._tokenizer, _grammar(output_format)
+        matcher = _on_deep_stack(lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # fails if there is no text in the format; copies share what it finds
+        if matcher.is_error():
+            raise InvalidArgumentError(
+                f"The output format cannot be followed: {_reason(matcher)}.",
+                field="output_format",
+                reason="BAD_OUTPUT_FORMAT",
+            )
+        return matcher
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        tokenizer = load_tokenizer(self._folder)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        # The tokenizer may know tokens for which the model has no row, and the model rows that are no token.
+        num_tokens = 1 + max(self._vocab_size - 1, *tokenizer.get_vocab(with_added_tokens=True).values())
+        try:
+            return LLTokenizer(tokenizer.to_str(), n_vocab=num_tokens, eos_token=self._eos_token_ids)
+        except Exception as error:  # whatever is wrong with a tokenizer surfaces as one of many types
+            raise _no_formats(f"its tokenizer is of a kind that formats do not know ({error})") from error
+
+
+class Guide:
+    """Follows one answer. Used by one thread at a time.
+
+    Args:
+        compiled: a matcher of the format that has seen no token.
+        num_tokens: number of tokens that its masks are about.
+        stop_token_ids: see `Formats.guide`.
+    """
+
+    def __init__(self, compiled: LLMatcher, num_tokens: int, stop_token_ids: Collection[int]) -> None:
+        self.num_words = (num_tokens + 31) // 32
+        """Width of a row of a mask."""
+        self._compiled = compiled
+        self._stop_token_ids = stop_token_ids
+        self._matcher = compiled.deep_copy()
+        self._answer: list[int] = []
+        """The tokens of the answer that the matcher has seen."""
+        self._path: list[int] = []
+        """Nodes of the draft that it has seen after them."""
+
+    def advance(self, output_token_ids: Sequence[int]) -> None:
+        """Take in the tokens that were committed since the last call.
+
+        Args:
+            output_token_ids: all tokens of the answer so far.
+
+        Raises:
+            InvalidArgumentError: they do not follow the format.
+        """
+        new_token_ids = list(output_token_ids[len(self._answer) :])
+        self._answer += new_token_ids
+        if not self._matcher.consume_tokens(new_token_ids):
+            raise InvalidArgumentError(
+                f"The answer so far does not follow the output format: {_reason(self._matcher)}.",
+                field="output_format",
+                reason="BAD_OUTPUT_FORMAT",
+            )
+
+    def fill(
+        self, rows: MaskRows, output_token_ids: Sequence[int], draft: DraftTree
+    ) -> dict[int, SpecdecError]:
+        """Find the tokens that may follow an answer, and each node of a draft.
+
+        Behind a draft token that may not be picked, or that ends the answer, no row is ever looked at; there
+        every token is allowed.
+
+        Args:
+            rows: where the masks go: row 0 follows the answer, row i + 1 token i of the draft and those that
+                lead to it.
+            output_token_ids: all tokens of the answer so far.
+
+        Returns:
+            The error of each row that cannot be known, because the format is too complex there. An answer
+            that gets there fails.
+        """
+        rows.fill(_ALL)
+        new_token_ids = list(output_token_ids[len(self._answer) :])
+        self._answer += new_token_ids
+        self._matcher.consume_tokens(new_token_ids)
+        errors: dict[int, SpecdecError] = {}
+        known = [self._fill_row(rows, 0, errors)]
+        for node, (parent, token_id) in enumerate(zip(draft.parents, draft.token_ids, strict=True)):
+            may_follow = known[parent + 1] and token_id not in self._stop_token_ids
+            is_known = may_follow and _is_allowed(rows[parent + 1], token_id)
+            if is_known:
+                self._go_to(draft, draft.path_to(node))
+                is_known = self._fill_row(rows, node + 1, errors)
+            known.append(is_known)
+        self._go_to(draft, [])
+        return errors
+
+    def _go_to(self, draft: DraftTree, path: list[int]) -> None:
+        """Show the matcher the answer and the nodes of a path, and nothing else."""
+        num_shared = sum(old == new for old, new in zip(self._path, path, strict=False))
+        if self._matcher.is_error():  # it stays so: what a draft led to must not be the end of the answer
+            self._matcher, num_shared = self._compiled.deep_copy(), 0
+            self._matcher.consume_tokens(self._answer)
+        else:
+            self._matcher.rollback(len(self._path) - num_shared)
+        self._matcher.consume_tokens([draft.token_ids[node] for node in path[num_shared:]])
+        self._path = path
+
+    def _fill_row(self, rows: MaskRows, row: int, errors: dict[int, SpecdecError]) -> bool:
+        """Fill in what may follow the tokens that the matcher has seen. Return whether that is known."""
+        if not self._matcher.is_error():
+            fill_next_token_bitmask(self._matcher, rows, row)
+        if self._matcher.is_error():
+            rows[row] = _ALL
+            errors[row] = InvalidArgumentError(
+                f"The output format is too complex: {_reason(self._matcher)}. Make it simpler.",
+                field="output_format",
+                reason="OUTPUT_FORMAT_TOO_COMPLEX",
+            )
+        return row not in errors
+
+
+def _is_allowed(mask: numpy.typing.NDArray[numpy.int32], token_id: int) -> bool:
+    return bool(mask[token_id // 32] >> (token_id % 32) & 1)
+
+
+def _grammar(output_format: OutputFormat) -> str:
+    """Return a format as llguidance reads it."""
+    if output_format.regex is not None:
+        return LLMatcher.grammar_from_regex(output_format.regex)
+    if output_format.choices is not None:
+        return grammar_from("choice", json.dumps(list(output_format.choices)))
+    schema = output_format.json_schema if output_format.json_schema is not None else '{"type": "object"}'
+    assert isinstance(schema, str)
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+
+
+def _on_deep_stack(function: Callable[[], ValueT]) -> ValueT:
+    """Return what a function returns on a thread with a deep stack."""
+    outcome: Future[ValueT] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    usual = threading.stack_size(_COMPILER_STACK_BYTES)
+    thread = threading.Thread(target=run, name="format compiler")
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(usual)
+    thread.join()
+    return outcome.result()
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Return why a matcher failed, in one line: of several, what is wrong rather than where."""
+    lines = re.split(r"<state>|<non-verbose", matcher.get_error())[0].strip().splitlines()
+    found = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "unknown")
+    plain = re.sub(r"^(error: |at \d+\(\d+\): )", "", found).strip().rstrip(".")
+    return plain if len(plain) <= _MAX_REASON else plain[:_MAX_REASON] + "..."
+
+
+def _no_formats(reason: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"The verifier takes no output format: {reason}.", reason="NO_OUTPUT_FORMATS"
+    )
