@@ -43,6 +43,7 @@ def accept(
     *,
     stop_token_ids: Collection[int],
     max_tokens: int,
+    unknown_nodes: Collection[int] = (),
 ) -> DraftAcceptance:
     """Walk from the anchor to the child that equals the target's pick, until no child does.
 
@@ -56,6 +57,7 @@ def accept(
             i + 1 its pick after the draft's token i.
         stop_token_ids: tokens that end the generation.
         max_tokens: number of tokens that the round may commit, at least 1.
+        unknown_nodes: nodes after which the target has no pick. One of them can be the bonus token only.
 
     Raises:
         ValueError: the number of picks is wrong, or `max_tokens` is less than 1.
@@ -66,7 +68,7 @@ def accept(
             "pass one pick per draft token and one more, and max_tokens of at least 1"
         )
     nodes = zip(draft.parents, draft.token_ids, strict=True)
-    children = {node: index for index, node in enumerate(nodes)}
+    children = {node: index for index, node in enumerate(nodes) if index not in unknown_nodes}
     path: list[int] = []
     while True:
         node = path[-1] if path else ANCHOR

@@ -24,14 +24,14 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.numpy import fill_next_token_bitmask
 
 from specdec.contract.draft_tree import DraftTree
-from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError, SpecdecError
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
 from specdec.contract.output_format import OutputFormat
 from specdec.models.files import load_tokenizer
 
 MaskRows = numpy.typing.NDArray[numpy.int32]
 """Which tokens may be picked [num_rows, num_words]: bit i of word w stands for token 32 w + i."""
 
-_MAX_COMPILED = 64
+_MAX_COMPILED = 16
 """Number of compiled formats that are kept, those that were asked for last."""
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 """Whitespace between the parts of a JSON text. Without an end, some models would write nothing else."""
@@ -39,7 +39,7 @@ _LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,  # about a second
     step_lexer_fuel=100_000,  # some 10 ms per mask
     step_max_items=25_000,
-    max_lexer_states=50_000,  # some 100 MB
+    max_lexer_states=20_000,  # some 40 MB
     verbose_errors=False,
 )
 _COMPILER_STACK_BYTES = 2**28
@@ -64,7 +64,7 @@ class Formats:
         self._folder = folder
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
-        self._compiled: OrderedDict[OutputFormat, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[OutputFormat, CompiledFormat] = OrderedDict()
         self._compiling = asyncio.Lock()
         self.refusal = ""
         """Why sessions can have no format; empty: they can."""
@@ -88,35 +88,27 @@ class Formats:
         """
         if self.refusal:
             raise _no_formats(self.refusal)
-        matcher = await self._compiled_matcher(output_format)
-        guide = Guide(matcher, self._tokenizer.vocab_size, stop_token_ids)
-        if output_token_ids:  # of an answer that was begun elsewhere, which may be long
-            await asyncio.to_thread(guide.advance, output_token_ids)
-        return guide
+        compiled = await self.compiled(output_format)
+        # The beginning of an answer may be long.
+        return await asyncio.to_thread(
+            Guide, compiled, self._tokenizer.vocab_size, output_token_ids, stop_token_ids
+        )
 
-    async def _compiled_matcher(self, output_format: OutputFormat) -> LLMatcher:
-        """Return a matcher that has seen no token, and is never shown any."""
+    async def compiled(self, output_format: OutputFormat) -> CompiledFormat:
+        """Return a format, compiled now or for an earlier answer.
+
+        Raises:
+            InvalidArgumentError: the format cannot be followed.
+        """
         async with self._compiling:  # one at a time, so that formats never take all cores
             if output_format not in self._compiled:
-                compiled = await asyncio.to_thread(self._compile, output_format)
-                self._compiled[output_format] = compiled
+                self._compiled[output_format] = await asyncio.to_thread(
+                    lambda: CompiledFormat(self._tokenizer, _grammar(output_format))
+                )
             self._compiled.move_to_end(output_format)
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
             return self._compiled[output_format]
-
-    def _compile(self, output_format: OutputFormat) -> LLMatcher:
-        tokenizer, grammar = self._tokenizer, _grammar(output_format)
-        matcher = _on_deep_stack(lambda: LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS))
-        if not matcher.is_error():
-            matcher.compute_bitmask()  # fails if there is no text in the format; copies share what it finds
-        if matcher.is_error():
-            raise InvalidArgumentError(
-                f"The output format cannot be followed: {_reason(matcher)}.",
-                field="output_format",
-                reason="BAD_OUTPUT_FORMAT",
-            )
-        return matcher
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
@@ -131,100 +123,143 @@ class Formats:
             raise _no_formats(f"its tokenizer is of a kind that formats do not know ({error})") from error
 
 
+class CompiledFormat:
+    """A format, with a matcher that has seen no token.
+
+    Matchers of one format share what they find out about it, up to a limit. None of them is of use any more
+    when the limit is reached; then the format is compiled anew.
+
+    Raises:
+        InvalidArgumentError: the format cannot be followed.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
+        self._tokenizer, self._grammar = tokenizer, grammar
+        self._matcher = self._compile()
+
+    def matcher(self) -> LLMatcher:
+        """Return a matcher that has seen no token."""
+        matcher = self._matcher.deep_copy()
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            self._matcher = self._compile()
+            matcher = self._matcher.deep_copy()
+        return matcher
+
+    def _compile(self) -> LLMatcher:
+        matcher = _on_deep_stack(
+            lambda: LLMatcher(self._tokenizer, self._grammar, log_level=0, limits=_LIMITS)
+        )
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # fails if there is no text in the format
+        if matcher.is_error():
+            raise _cannot_be_followed(matcher.get_error())
+        return matcher
+
+
 class Guide:
     """Follows one answer. Used by one thread at a time.
 
     Args:
-        compiled: a matcher of the format that has seen no token.
-        num_tokens: number of tokens that its masks are about.
+        num_tokens: number of tokens that masks are about.
+        output_token_ids: see `Formats.guide`.
         stop_token_ids: see `Formats.guide`.
+
+    Raises:
+        InvalidArgumentError: the answer does not follow the format.
     """
 
-    def __init__(self, compiled: LLMatcher, num_tokens: int, stop_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        compiled: CompiledFormat,
+        num_tokens: int,
+        output_token_ids: Sequence[int],
+        stop_token_ids: Collection[int],
+    ) -> None:
         self.num_words = (num_tokens + 31) // 32
         """Width of a row of a mask."""
         self._compiled = compiled
         self._stop_token_ids = stop_token_ids
-        self._matcher = compiled.deep_copy()
-        self._answer: list[int] = []
+        self._answer = list(output_token_ids)
         """The tokens of the answer that the matcher has seen."""
         self._path: list[int] = []
         """Nodes of the draft that it has seen after them."""
-
-    def advance(self, output_token_ids: Sequence[int]) -> None:
-        """Take in the tokens that were committed since the last call.
-
-        Args:
-            output_token_ids: all tokens of the answer so far.
-
-        Raises:
-            InvalidArgumentError: they do not follow the format.
-        """
-        new_token_ids = list(output_token_ids[len(self._answer) :])
-        self._answer += new_token_ids
-        if not self._matcher.consume_tokens(new_token_ids):
+        self._follows_drafts = True
+        """Whether rows of drafts are looked at; not after a draft led to where the format is too complex."""
+        self._restart()
+        if self._matcher.is_error():
             raise InvalidArgumentError(
-                f"The answer so far does not follow the output format: {_reason(self._matcher)}.",
+                f"The answer so far does not follow the output format: {_plain(self._matcher.get_error())}.",
                 field="output_format",
                 reason="BAD_OUTPUT_FORMAT",
             )
 
-    def fill(
-        self, rows: MaskRows, output_token_ids: Sequence[int], draft: DraftTree
-    ) -> dict[int, SpecdecError]:
+    def fill(self, rows: MaskRows, output_token_ids: Sequence[int], draft: DraftTree) -> frozenset[int]:
         """Find the tokens that may follow an answer, and each node of a draft.
 
         Behind a draft token that may not be picked, or that ends the answer, no row is ever looked at; there
         every token is allowed.
 
         Args:
-            rows: where the masks go: row 0 follows the answer, row i + 1 token i of the draft and those that
-                lead to it.
+            rows: where the masks go: row 0 follows the answer, row i + 1 node i and those that lead to it.
             output_token_ids: all tokens of the answer so far.
 
         Returns:
-            The error of each row that cannot be known, because the format is too complex there. An answer
-            that gets there fails.
+            Nodes that may be picked, but not be accepted: what may follow them is not known.
+
+        Raises:
+            InvalidArgumentError: the format is too complex to know what may follow the answer.
         """
         rows.fill(_ALL)
+        self._fill_first(rows, output_token_ids)
+        is_known = [True]
+        unknown: set[int] = set()
+        for node, (parent, token_id) in enumerate(zip(draft.parents, draft.token_ids, strict=True)):
+            may_follow = is_known[parent + 1] and token_id not in self._stop_token_ids
+            is_possible = may_follow and _is_allowed(rows[parent + 1], token_id)
+            if is_possible and self._follows_drafts:
+                self._go_to(draft, draft.path_to(node))
+                self._follows_drafts = self._fill_row(rows, node + 1)
+            is_known.append(is_possible and self._follows_drafts)
+            if is_possible and not self._follows_drafts:
+                unknown.add(node)
+        if not self._matcher.is_error():
+            self._go_to(draft, [])
+        return frozenset(unknown)
+
+    def _fill_first(self, rows: MaskRows, output_token_ids: Sequence[int]) -> None:
+        """Fill in what may follow the answer, with all tokens that were committed since the last call."""
         new_token_ids = list(output_token_ids[len(self._answer) :])
         self._answer += new_token_ids
-        self._matcher.consume_tokens(new_token_ids)
-        errors: dict[int, SpecdecError] = {}
-        known = [self._fill_row(rows, 0, errors)]
-        for node, (parent, token_id) in enumerate(zip(draft.parents, draft.token_ids, strict=True)):
-            may_follow = known[parent + 1] and token_id not in self._stop_token_ids
-            is_known = may_follow and _is_allowed(rows[parent + 1], token_id)
-            if is_known:
-                self._go_to(draft, draft.path_to(node))
-                is_known = self._fill_row(rows, node + 1, errors)
-            known.append(is_known)
-        self._go_to(draft, [])
-        return errors
+        if self._matcher.consume_tokens(new_token_ids) and self._fill_row(rows, 0):
+            return
+        self._restart()  # it may be what a draft led to, or other answers in this format
+        if not self._fill_row(rows, 0):
+            raise InvalidArgumentError(
+                f"The output format is too complex: {_plain(self._matcher.get_error())}. Make it simpler.",
+                field="output_format",
+                reason="OUTPUT_FORMAT_TOO_COMPLEX",
+            )
+
+    def _restart(self) -> None:
+        """Begin with another matcher. One that failed stays so."""
+        self._matcher, self._path = self._compiled.matcher(), []
+        self._matcher.consume_tokens(self._answer)
 
     def _go_to(self, draft: DraftTree, path: list[int]) -> None:
-        """Show the matcher the answer and the nodes of a path, and nothing else."""
+        """Show the matcher the nodes of a path after the answer, and no others."""
         num_shared = sum(old == new for old, new in zip(self._path, path, strict=False))
-        if self._matcher.is_error():  # it stays so: what a draft led to must not be the end of the answer
-            self._matcher, num_shared = self._compiled.deep_copy(), 0
-            self._matcher.consume_tokens(self._answer)
-        else:
-            self._matcher.rollback(len(self._path) - num_shared)
+        self._matcher.rollback(len(self._path) - num_shared)
         self._matcher.consume_tokens([draft.token_ids[node] for node in path[num_shared:]])
         self._path = path
 
-    def _fill_row(self, rows: MaskRows, row: int, errors: dict[int, SpecdecError]) -> bool:
+    def _fill_row(self, rows: MaskRows, row: int) -> bool:
         """Fill in what may follow the tokens that the matcher has seen. Return whether that is known."""
         if not self._matcher.is_error():
             fill_next_token_bitmask(self._matcher, rows, row)
         if self._matcher.is_error():
             rows[row] = _ALL
-            errors[row] = InvalidArgumentError(
-                f"The output format is too complex: {_reason(self._matcher)}. Make it simpler.",
-                field="output_format",
-                reason="OUTPUT_FORMAT_TOO_COMPLEX",
-            )
-        return row not in errors
+        return not self._matcher.is_error()
 
 
 def _is_allowed(mask: numpy.typing.NDArray[numpy.int32], token_id: int) -> bool:
@@ -232,14 +267,21 @@ def _is_allowed(mask: numpy.typing.NDArray[numpy.int32], token_id: int) -> bool:
 
 
 def _grammar(output_format: OutputFormat) -> str:
-    """Return a format as llguidance reads it."""
+    """Return a format as llguidance reads it.
+
+    Raises:
+        InvalidArgumentError: its JSON is such that llguidance does not read it.
+    """
     if output_format.regex is not None:
         return LLMatcher.grammar_from_regex(output_format.regex)
     if output_format.choices is not None:
         return grammar_from("choice", json.dumps(list(output_format.choices)))
     schema = output_format.json_schema if output_format.json_schema is not None else '{"type": "object"}'
     assert isinstance(schema, str)
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    except ValueError as error:
+        raise _cannot_be_followed(str(error)) from error
 
 
 def _on_deep_stack(function: Callable[[], ValueT]) -> ValueT:
@@ -262,9 +304,17 @@ def _on_deep_stack(function: Callable[[], ValueT]) -> ValueT:
     return outcome.result()
 
 
-def _reason(matcher: LLMatcher) -> str:
-    """Return why a matcher failed, in one line: of several, what is wrong rather than where."""
-    lines = re.split(r"<state>|<non-verbose", matcher.get_error())[0].strip().splitlines()
+def _cannot_be_followed(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"The output format cannot be followed: {_plain(message)}.",
+        field="output_format",
+        reason="BAD_OUTPUT_FORMAT",
+    )
+
+
+def _plain(message: str) -> str:
+    """Return one line of a message of llguidance: of several, what is wrong rather than where."""
+    lines = re.split(r"<state>|<non-verbose", message)[0].strip().splitlines()
     found = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "unknown")
     plain = re.sub(r"^(error: |at \d+\(\d+\): )", "", found).strip().rstrip(".")
     return plain if len(plain) <= _MAX_REASON else plain[:_MAX_REASON] + "..."

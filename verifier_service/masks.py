@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,13 +21,10 @@ class RowMasks:
 
     mask: Tensor | None = None
     """See PickContext; None: the session's answer has no format."""
-    errors: dict[int, SpecdecError] = field(default_factory=dict)
-    """Rows of which it is not known, and why. The session fails if its answer gets to one of them."""
-
-    def error_on(self, path: Sequence[int]) -> SpecdecError | None:
-        """Return the error that an answer along a path of the draft gets to; None: it gets to none."""
-        rows = (0, *(node + 1 for node in path)) if self.errors else ()
-        return next((self.errors[row] for row in rows if row in self.errors), None)
+    unknown_nodes: frozenset[int] = frozenset()
+    """Nodes of the draft that cannot be accepted, see `Guide.fill`."""
+    error: SpecdecError | None = None
+    """Why the answer cannot go on; None: it can."""
 
 
 class MaskBuffers:
@@ -47,20 +44,16 @@ class MaskBuffers:
         if not any(num_rows):
             return [RowMasks()] * len(rounds)
         self._reserve(sum(num_rows), max(each.guide.num_words for each, _ in rounds if each.guide))
-        parts = self._host[: sum(num_rows)].split(num_rows)
-        errors = [
-            session.guide.fill(part.numpy(), session.token_ids[session.prompt_length :], draft)
-            if session.guide
-            else {}
-            for (session, draft), part in zip(rounds, parts, strict=True)
+        on_host, on_device = self._host[: sum(num_rows)], self._on_device[: sum(num_rows)]
+        masks = [
+            _masks(session, draft, rows, mask)
+            for (session, draft), rows, mask in zip(
+                rounds, on_host.split(num_rows), on_device.split(num_rows), strict=True
+            )
         ]
-        on_device = self._on_device[: sum(num_rows)]
         if self._on_device is not self._host:
-            on_device.copy_(self._host[: sum(num_rows)], non_blocking=True)
-        return [
-            RowMasks(part, failed) if session.guide else RowMasks()
-            for (session, _), part, failed in zip(rounds, on_device.split(num_rows), errors, strict=True)
-        ]
+            on_device.copy_(on_host, non_blocking=True)
+        return masks
 
     def _reserve(self, num_rows: int, num_words: int) -> None:
         if num_rows <= len(self._host):
@@ -69,3 +62,19 @@ class MaskBuffers:
         is_elsewhere = self._device.type != "cpu"
         self._host = torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         self._on_device = torch.empty_like(self._host, device=self._device) if is_elsewhere else self._host
+
+
+def _masks(session: Session, draft: DraftTree, rows: Tensor, mask: Tensor) -> RowMasks:
+    """Make the masks of a session's round.
+
+    Args:
+        rows: where they are made, in the host's memory [num_rows, num_words].
+        mask: where they will be on the device, the same shape.
+    """
+    if session.guide is None:
+        return RowMasks()
+    try:
+        output_token_ids = session.token_ids[session.prompt_length :]
+        return RowMasks(mask, session.guide.fill(rows.numpy(), output_token_ids, draft))
+    except SpecdecError as error:
+        return RowMasks(mask, error=error)

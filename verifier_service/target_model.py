@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,10 +130,12 @@ class TargetModel:
         for index, (session, draft), row_masks, item_picks in zip(
             deciding, rounds, masks, picks, strict=True
         ):
-            verdict = _judge(session, draft, item_picks, logits[index])
-            path = verdict.acceptance.path
-            self._compact(session, path)
-            verdicts[index] = row_masks.error_on(path) or verdict
+            if row_masks.error:
+                verdicts[index] = row_masks.error
+                continue
+            verdict = _judge(session, draft, item_picks, logits[index], row_masks.unknown_nodes)
+            self._compact(session, verdict.acceptance.path)
+            verdicts[index] = verdict
         self._packed.pool.memory.record()
         return verdicts
 
@@ -164,9 +166,15 @@ def _draft_of(item: PassItem) -> DraftTree:
     return item.draft if isinstance(item, VerifyItem) else NO_DRAFT
 
 
-def _judge(session: Session, draft: DraftTree, picks: Sequence[int], logits: Tensor) -> Verdict:
+def _judge(
+    session: Session, draft: DraftTree, picks: Sequence[int], logits: Tensor, unknown_nodes: Collection[int]
+) -> Verdict:
     acceptance = accept(
-        draft, picks, stop_token_ids=session.stop_token_ids, max_tokens=session.num_remaining_tokens
+        draft,
+        picks,
+        stop_token_ids=session.stop_token_ids,
+        max_tokens=session.num_remaining_tokens,
+        unknown_nodes=unknown_nodes,
     )
     logprobs: list[TokenLogprobs] = []
     if session.num_top_logprobs is not None:

@@ -1,0 +1,242 @@
+"""Output formats in the verifier: a row allows what follows its own tokens, and a format that nobody can
+follow, or that was made to do harm, is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy
+import pytest
+
+from specdec.contract.draft_tree import NO_DRAFT, DraftTree, from_chains
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.output_format import MAX_SCHEMA_BYTES, OutputFormat
+from tests.tiny_chat import save_tiny_chat_model
+from tests.tiny_models import EOS, byte_tokenizer
+from verifier_service.formats import Formats, Guide, MaskRows
+
+NUM_ROWS_OF_HEAD = 300
+"""More than there are tokens: the rows of the head from 260 on stand for none."""
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMATS = [
+    OutputFormat(json_schema=json.dumps(SCHEMA)),
+    OutputFormat(json_object=True),
+    OutputFormat(regex=r"(foo|bar)+\d{2,4}[^x]*"),
+    OutputFormat(choices=("yes", "no", "yes please", "ja/nein", 'say "hi"')),
+]
+TOO_COMPLEX = OutputFormat(regex=f"x?y(z|{'a?' * 7000})")
+"""Of it, what follows "y" cannot be found out, whereas what precedes "y" can."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def formats(folder: Path) -> Formats:
+    return Formats(folder, NUM_ROWS_OF_HEAD, [EOS])
+
+
+def ids(text: str) -> list[int]:
+    found: list[int] = byte_tokenizer()(text)["input_ids"]
+    return found
+
+
+def rows_of(guide: Guide, output: Sequence[int], draft: DraftTree = NO_DRAFT) -> MaskRows:
+    rows = numpy.zeros((len(draft) + 1, guide.num_words), numpy.int32)
+    assert not guide.fill(rows, output, draft)
+    return rows
+
+
+def allowed(row: numpy.typing.NDArray[numpy.int32]) -> set[int]:
+    bits = numpy.unpackbits(row.view(numpy.uint8), bitorder="little")
+    return set(bits.nonzero()[0].tolist())
+
+
+async def random_draft(random: Random, formats: Formats, asked: OutputFormat, output: list[int]) -> DraftTree:
+    """Return a draft that follows the format for a while, a chain or a tree."""
+    chains = []
+    for _ in range(random.choice([1, 3])):
+        chain: list[int] = []
+        guide = await formats.guide(asked, output, {EOS})
+        for _ in range(random.randrange(1, 7)):
+            possible = sorted(allowed(rows_of(guide, [*output, *chain])[0]) - {EOS})
+            if not possible or random.random() < 0.15:
+                chain += [random.choice([EOS, random.randrange(260)]), random.randrange(260)]
+                break
+            chain.append(random.choice(possible))
+        chains.append(chain)
+    return from_chains(chains, 16)
+
+
+@pytest.mark.parametrize("asked", FORMATS, ids=str)
+async def test_each_row_allows_what_follows_its_own_tokens_and_drafts_leave_no_trace(
+    asked: OutputFormat, formats: Formats
+) -> None:
+    random = Random(7)
+    guide, output, num_trees, num_seen = await formats.guide(asked, [], {EOS}), list[int](), 0, 0
+    for _ in range(12):
+        draft = await random_draft(random, formats, asked, output)
+        num_trees += not draft.is_chain
+        rows = rows_of(guide, output, draft)
+        for node in range(-1, len(draft)):
+            path = [draft.token_ids[index] for index in draft.path_to(node)]
+            fresh = await formats.guide(asked, [], {EOS})
+            before, follows = list(output), True
+            for token_id in path:
+                follows = follows and token_id != EOS and token_id in allowed(rows_of(fresh, before)[0])
+                before.append(token_id)
+            if follows:
+                assert (rows[node + 1] == rows_of(fresh, before)[0]).all(), (output, path)
+                num_seen += 1
+            else:
+                assert (rows[node + 1] == -1).all(), "a row that nobody gets to allows everything"
+        if possible := sorted(allowed(rows[0]) - {EOS}):
+            output.append(random.choice(possible))
+        else:
+            guide, output = await formats.guide(asked, [], {EOS}), []
+    assert num_trees
+    assert num_seen > 15
+
+
+async def test_only_tokens_of_the_vocabulary_are_allowed_and_special_ones_never(formats: Formats) -> None:
+    guide = await formats.guide(OutputFormat(regex="(.|\n)*x"), [], {EOS})
+    assert guide.num_words * 32 >= NUM_ROWS_OF_HEAD
+    first = allowed(rows_of(guide, [])[0])
+    assert ids("a")[0] in first
+    assert max(first) < 256
+
+
+async def test_a_complete_text_can_only_end(formats: Formats) -> None:
+    guide = await formats.guide(OutputFormat(choices=("yes", "yes please")), [], {EOS})
+    assert allowed(rows_of(guide, ids("yes"))[0]) == {EOS, *ids(" ")}
+    rows = rows_of(guide, ids("yes please"), DraftTree((EOS, EOS)))
+    assert allowed(rows[0]) == {EOS}
+    assert (rows[1:] == -1).all(), "behind the end nothing is asked"
+
+
+async def test_an_answer_goes_on_where_another_session_began_it(formats: Formats) -> None:
+    begun = ids('{"name": "Jo", "a')
+    anew = await formats.guide(FORMATS[0], begun, {EOS})
+    whole = await formats.guide(FORMATS[0], [], {EOS})
+    assert (rows_of(anew, begun) == rows_of(whole, begun)).all()
+    assert allowed(rows_of(anew, begun)[0]) == set(ids("g"))
+
+
+async def test_a_beginning_that_does_not_follow_the_format_is_refused(formats: Formats) -> None:
+    with pytest.raises(InvalidArgumentError, match="does not follow the output format"):
+        await formats.guide(FORMATS[0], ids("Sure! {"), {EOS})
+
+
+async def test_whitespace_in_json_has_an_end(formats: Formats) -> None:
+    guide = await formats.guide(OutputFormat(json_object=True), [], {EOS})
+    assert set(ids(" ")) <= allowed(rows_of(guide, ids("{" + " " * 31))[0])
+    assert not set(ids(" \n\t")) & allowed(rows_of(guide, ids("{" + " " * 32))[0])
+
+
+async def test_what_a_draft_leads_to_fails_nobody_who_does_not_get_there(formats: Formats) -> None:
+    x, y, z = ids("xyz")
+    draft = DraftTree((y, x, y, z), (-1, -1, 1, -1))
+    guide, other = [await formats.guide(TOO_COMPLEX, [], {EOS}) for _ in range(2)]
+    rows = numpy.zeros((5, guide.num_words), numpy.int32)
+    assert guide.fill(rows, [], draft) == {0, 1}, "z cannot be picked"
+    assert allowed(rows[0]) == {x, y}
+    assert guide.fill(rows[:2], [x], DraftTree((y,))) == {0}
+    assert [allowed(row) for row in (rows[0], rows_of(other, [x])[0])] == [{y}, {y}]
+    with pytest.raises(InvalidArgumentError, match="too complex") as caught:
+        guide.fill(rows[:1], [x, y], NO_DRAFT)
+    assert caught.value.reason == "OUTPUT_FORMAT_TOO_COMPLEX"
+    assert allowed(rows_of(await formats.guide(TOO_COMPLEX, [], {EOS}), [])[0]) == {x, y}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (OutputFormat(regex="(a|b"), "unclosed group"),
+        (OutputFormat(regex="(?=a)b"), "look-around"),
+        (OutputFormat(regex=r"(a)\1"), "backreferences are not supported"),
+        (OutputFormat(json_schema='{"type": "objekt"}'), "Invalid type: objekt"),
+        (OutputFormat(json_schema='{"type": "array", "uniqueItems": true}'), "uniqueItems"),
+        (OutputFormat(json_schema='{"type": "integer", "minimum": 5, "maximum": 3}'), "Unsatisfiable"),
+        (OutputFormat(json_schema='{"$ref": "#"}'), "cannot be followed"),
+        (OutputFormat(json_schema='{"$ref": "https://example.com/schema.json"}'), "does not fetch"),
+        (OutputFormat(json_schema='{"items":' * 200 + "{}" + "}" * 200), "recursion limit"),
+    ],
+    ids=str,
+)
+async def test_a_format_that_cannot_be_followed_is_refused(
+    asked: OutputFormat, words: str, formats: Formats
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        await formats.guide(asked, [], {EOS})
+    assert caught.value.reason == "BAD_OUTPUT_FORMAT"
+    assert caught.value.field == "output_format"
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "<" not in caught.value.message
+
+
+def deep_schema() -> str:
+    """Return the deepest schema of those that are not too long: each part of it is within the one before."""
+    parts: dict[str, Any] = {"end": {}}
+    inner: dict[str, Any] = {"$ref": "#/d/end"}
+    while len(json.dumps({"d": parts}, separators=(",", ":"))) < MAX_SCHEMA_BYTES - 1000:
+        for _ in range(40):
+            inner = {"properties": {"a": inner}}
+        parts[str(len(parts))] = inner
+        inner = {"$ref": f"#/d/{len(parts) - 1}"}
+    return json.dumps({"d": parts, **inner}, separators=(",", ":"))
+
+
+def test_a_schema_as_deep_as_can_be_is_compiled_or_refused(folder: Path, tmp_path: Path) -> None:
+    # In a process of its own: a stack that overflows would end it.
+    (tmp_path / "schema.json").write_text(deep_schema())
+    code = f"""
+import asyncio, pathlib
+from specdec.contract.output_format import OutputFormat
+from verifier_service.formats import Formats
+schema = pathlib.Path({str(tmp_path / "schema.json")!r}).read_text()
+formats = Formats(pathlib.Path({str(folder)!r}), 260, [{EOS}])
+guide = asyncio.run(formats.guide(OutputFormat(json_schema=schema), [], {{{EOS}}}))
+print(guide.num_words)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "9", result.stderr
+
+
+async def test_without_a_tokenizer_or_an_end_there_are_no_formats(folder: Path, tmp_path: Path) -> None:
+    bare = Formats(tmp_path, 260, [EOS])
+    assert "has no tokenizer.json" in bare.refusal
+    endless = Formats(folder, 260, [])
+    assert "no end token" in endless.refusal
+    for formats in (bare, endless):
+        with pytest.raises(FailedPreconditionError, match="takes no output format"):
+            await formats.guide(FORMATS[1], [], {EOS})
+
+
+async def test_a_tokenizer_that_formats_do_not_know_is_said_to_be_one(tmp_path: Path) -> None:
+    words = Formats(save_tiny_chat_model(tmp_path), 128, [0])
+    with pytest.raises(FailedPreconditionError, match="its tokenizer is of a kind"):
+        await words.guide(FORMATS[1], [], {EOS})
+
+
+async def test_a_format_is_compiled_once(formats: Formats) -> None:
+    first = await formats.compiled(FORMATS[1])
+    assert await formats.compiled(OutputFormat(json_object=True)) is first
+    for number in range(16):
+        await formats.compiled(OutputFormat(choices=(f"choice {number}",)))
+    assert await formats.compiled(FORMATS[1]) is not first, "only so many are kept"
