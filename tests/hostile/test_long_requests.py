@@ -16,6 +16,7 @@ from gateway.config import GatewayConfig
 from specdec.client import AsyncClient, Client
 from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError, from_rpc_error
 from specdec.contract.methods import MAX_DRAFTERS
+from specdec.contract.output_format import MAX_CHOICES, MAX_CHOICES_BYTES
 from specdec.contract.request_limits import (
     MAX_CACHE_KEY_LENGTH,
     MAX_LISTS_BYTES,
@@ -68,6 +69,9 @@ def fullest(prompt: str) -> gateway_pb2.GenerateRequest:
         min_draft_confidence=1.0,
         draft_nodes=most,
         cache_salt="\U0001f600" * MAX_CACHE_KEY_LENGTH,
+        output_format=common_pb2.OutputFormat(
+            choices=common_pb2.Choices(texts=["x" * (MAX_CHOICES_BYTES // MAX_CHOICES)] * MAX_CHOICES)
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from specdec.contract.errors import InvalidArgumentError, ResourceExhaustedError
 from specdec.contract.request_limits import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 from specdec.contract.sampling import SamplingParams
 from specdec.v1 import gateway_pb2
+from specdec.v1.common_pb2 import Choices, OutputFormat
 from tests.raw_streams import draft_stream, until, verify_stream
 from tests.refusals import (
     CONTEXT,
@@ -40,6 +41,10 @@ NAN, INF = math.nan, math.inf
 
 def ids(*token_ids: int) -> dict[str, Any]:
     return {"token_ids": TokenIds(token_ids=token_ids)}
+
+
+def choices(*texts: str) -> OutputFormat:
+    return OutputFormat(choices=Choices(texts=texts))
 
 
 SAMPLING_REFUSALS = [
@@ -68,6 +73,22 @@ SAMPLING_REFUSALS = [
     ({"num_top_logprobs": 21}, "num_top_logprobs", "[0, 20]"),
     ({"stop_token_ids": [5, VOCAB_SIZE]}, "stop_token_ids", str(VOCAB_SIZE)),
     ({"max_new_tokens": 0}, "max_new_tokens", "at least 1"),
+    ({"output_format": OutputFormat()}, "output_format", "set exactly one"),
+    ({"output_format": OutputFormat(regex="(a")}, "output_format", "unclosed group"),
+    ({"output_format": OutputFormat(regex="")}, "output_format.regex", "not empty"),
+    ({"output_format": OutputFormat(regex="a" * 16385)}, "output_format.regex", "at most 16384"),
+    ({"output_format": OutputFormat(json_schema="{")}, "output_format.json_schema", "not JSON"),
+    ({"output_format": OutputFormat(json_schema="[]")}, "output_format.json_schema", "a JSON object"),
+    ({"output_format": OutputFormat(json_schema="[" * 9999)}, "output_format.json_schema", "not JSON"),
+    ({"output_format": OutputFormat(json_schema="{" + " " * 2**16)}, "output_format.json_schema", "65536"),
+    ({"output_format": OutputFormat(json_schema='{"type": "objekt"}')}, "output_format", "objekt"),
+    ({"output_format": OutputFormat(json_schema='{"not": {}, "a": NaN}')}, "output_format", "cannot be"),
+    ({"output_format": OutputFormat(choices=Choices())}, "output_format.choices", "1 to 1024"),
+    ({"output_format": choices(*["x"] * 1025)}, "output_format.choices", "1 to 1024"),
+    ({"output_format": choices("a", "")}, "output_format.choices[1]", "not empty"),
+    ({"output_format": choices("x" * 40_000, "y" * 40_000)}, "output_format.choices", "65536"),
+    ({"output_format": choices("a"), "ignore_eos": True}, "ignore_eos", "leave one of them out"),
+    ({"output_format": choices("a"), **sampling(allowed_token_ids=[5])}, "allowed_token_ids", "leave one"),
 ]
 """What gateway and verifier both refuse: (fields of the request, field at fault, part of the message)."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jsonschema
 import pytest
 import pytest_asyncio
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from specdec.client import GenerateOptions, Generation
+from specdec.client import GenerateOptions, Generation, OutputFormat
 from specdec.contract.methods import PLAIN
 from specdec.contract.sampling import SamplingParams
 from specdec.models.embedded import prepare_default_model
@@ -37,6 +40,26 @@ METHODS: list[tuple[str, dict[str, int]]] = [
     *((method, TREE) for method in ("ngram-lm", "mtp", "dflash", "mtp+ngram", "dflash+ngram-lm")),
 ]
 """What drafts, as chains and as trees, alone and merged."""
+RIVERS = {
+    "type": "object",
+    "properties": {
+        "rivers": {
+            "type": "array",
+            "items": {"type": "string", "maxLength": 12},
+            "minItems": 2,
+            "maxItems": 3,
+        },
+        "longest": {"enum": ["Nile", "Amazon"]},
+    },
+    "required": ["rivers", "longest"],
+    "additionalProperties": False,
+}
+FORMATS = (
+    ("Name two rivers and the longest river, as JSON.", OutputFormat(json_schema=RIVERS)),
+    ("When did it end? Give the date.", OutputFormat(regex=r"It ended on \d{4}-\d{2}-\d{2}\.")),
+    ("Is the Nile longer than the Thames?", OutputFormat(choices=("Yes, it is.", "No, it is not."))),
+)
+"""Prompts, and the formats of their answers."""
 
 
 @dataclass(frozen=True)
@@ -113,3 +136,38 @@ async def test_every_method_gives_the_same_sample(target: Target) -> None:
     for method, options in METHODS:
         answer = await target.answer(PROMPTS[1], method, 40, sampling=SAMPLED, **options)
         assert answer.token_ids == plain.token_ids, (method, options)
+
+
+async def answer_in_format(target: Target, prompt: str, asked: OutputFormat, **options: object) -> Generation:
+    """Return an answer that is of the format."""
+    fields = {"max_new_tokens": 100, "output_format": asked, **options}
+    answer = await target.system.client.generate(prompt, GenerateOptions(**fields))  # type: ignore[arg-type]
+    assert answer.finish_reason == "stop_token"
+    if asked.regex is not None:
+        assert re.fullmatch(asked.regex, answer.text)
+    elif asked.choices is not None:
+        assert answer.text in asked.choices
+    else:
+        jsonschema.validate(json.loads(answer.text), RIVERS)
+    return answer
+
+
+async def test_an_answer_in_a_format_is_the_same_with_drafts(target: Target) -> None:
+    plain = await answer_in_format(target, *FORMATS[0], method=PLAIN)
+    drafted = await answer_in_format(target, *FORMATS[0], method="dflash+ngram-lm", draft_depth=4, **TREE)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.speculation.num_accepted_tokens > 0, "the drafters were of use"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
+async def test_every_method_gives_the_same_answer_in_a_format(
+    sampling: SamplingParams, target: Target
+) -> None:
+    for prompt, asked in FORMATS:
+        plain = await answer_in_format(target, prompt, asked, method=PLAIN, sampling=sampling)
+        for method, size in METHODS:
+            answer = await answer_in_format(
+                target, prompt, asked, method=method, sampling=sampling, draft_depth=4, **size
+            )
+            assert answer.token_ids == plain.token_ids, (method, size)

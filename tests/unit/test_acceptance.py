@@ -122,3 +122,12 @@ def test_examples(draft: list[int], picks: list[int], expected: DraftAcceptance)
 def test_misuse_is_refused(num_picks: int, max_tokens: int) -> None:
     with pytest.raises(ValueError, match="one pick per draft token"):
         accept(DraftTree.of([1]), [1] * num_picks, stop_token_ids=(), max_tokens=max_tokens)
+
+
+def test_a_node_after_which_no_pick_is_known_is_the_last_token_of_its_round() -> None:
+    draft = DraftTree((1, 2, 3, 2), (-1, 0, 1, -1))
+    picks = [1, 2, 3, 0, 0]
+    whole = accept(draft, picks, stop_token_ids=(), max_tokens=9)
+    assert (whole.path, whole.bonus_token_id) == ((0, 1, 2), 0)
+    cut = accept(draft, picks, stop_token_ids=(), max_tokens=9, unknown_nodes={1, 3})
+    assert (cut.path, cut.bonus_token_id, cut.finish_reason) == ((0,), 2, None)

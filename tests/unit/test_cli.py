@@ -27,6 +27,7 @@ from specdec.client import Client, GenerateOptions, Message, Token
 from specdec.client.generation import Generation, ProposerStats, Speculation, Timing, Usage
 from specdec.local import up
 from specdec.local.state_file import SystemState, write_state
+from specdec.v1 import common_pb2
 from tests.unit.scripted_gateway import (
     Responses,
     ScriptedGateway,
@@ -152,6 +153,13 @@ def test_prompt_from_standard_input_raw(gateway: ScriptedGateway) -> None:
         (("generate", "Hi", "--logprobs", "1"), "--logprobs needs --json"),
         (("generate", "Hi", "--raw", "--system", "x"), "--system needs the chat template"),
         (("compare", "Hi", "--methods", ","), "--methods is empty"),
+        (("generate", "Hi", "--regex", "a", "--choice", "b"), "An answer has one format"),
+        (
+            ("generate", "Hi", "--json-schema", "/nowhere.json"),
+            "Schema /nowhere.json cannot be read",
+        ),
+        (("generate", "Hi", "--json-schema", "{"), "json_schema is not JSON"),
+        (("generate", "Hi", "--regex", ""), "regex is ''"),
     ],
 )
 def test_bad_input_is_one_error_and_exit_code_2(
@@ -162,6 +170,25 @@ def test_bad_input_is_one_error_and_exit_code_2(
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert gateway.requests == []
+
+
+@pytest.mark.parametrize("command", [("generate", "Hi"), ("compare", "Hi", "--methods", "none")])
+def test_an_answer_may_have_a_format(
+    command: tuple[str, ...], gateway: ScriptedGateway, tmp_path: Path
+) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "null"}')
+    for arguments, field, value in (
+        (("--json-schema", str(tmp_path / "schema.json")), "json_schema", '{"type": "null"}'),
+        (("--json-schema", ' {"type": "null"}'), "json_schema", ' {"type": "null"}'),
+        (("--json-object",), "json_object", common_pb2.JsonObject()),
+        (("--regex", "a+"), "regex", "a+"),
+        (("--choice", "a", "--choice", "b"), "choices", common_pb2.Choices(texts=["a", "b"])),
+    ):
+        assert run(*command, *arguments, gateway=gateway).exit_code == 0
+        message = gateway.requests[-1].output_format
+        assert (message.WhichOneof("format"), getattr(message, field)) == (field, value)
+    run(*command, gateway=gateway)
+    assert not gateway.requests[-1].HasField("output_format")
 
 
 def test_server_errors_are_one_line_and_exit_code_1(gateway: ScriptedGateway) -> None:

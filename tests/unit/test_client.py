@@ -23,6 +23,7 @@ from specdec.client import (
     GenerateOptions,
     Generation,
     Message,
+    OutputFormat,
     SamplingParams,
     VerifierInfo,
     find_gateway,
@@ -42,6 +43,7 @@ from specdec.local.processes import free_ports
 from specdec.local.state_file import SystemState, write_state
 from specdec.transport.channel import TlsConfig
 from specdec.transport.tls import PemFiles, server_credentials
+from specdec.v1 import common_pb2
 from tests.certificates import Authority, Folder
 from tests.leftovers import nothing_left, nothing_left_behind
 from tests.unit.scripted_gateway import (
@@ -165,6 +167,7 @@ def test_options_reach_the_gateway(client: Client, gateway: ScriptedGateway) -> 
         stop_token_ids=(9,),
         ignore_eos=True,
         num_top_logprobs=0,
+        output_format=OutputFormat(choices=["yes", "no"]),
     )
     client.generate([1, 2, 3], options)
     request = gateway.requests[0]
@@ -178,6 +181,49 @@ def test_options_reach_the_gateway(client: Client, gateway: ScriptedGateway) -> 
     assert list(request.stop_token_ids) == [9]
     assert request.ignore_eos
     assert request.HasField("num_top_logprobs")
+    assert list(request.output_format.choices.texts) == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("output_format", "field", "value"),
+    [
+        (OutputFormat(json_schema={"const": "\u00e9"}), "json_schema", '{"const": "\u00e9"}'),
+        (OutputFormat(json_schema="{}"), "json_schema", "{}"),
+        (OutputFormat(json_schema={}), "json_schema", "{}"),
+        (OutputFormat(regex="a+"), "regex", "a+"),
+        (OutputFormat(json_object=True), "json_object", common_pb2.JsonObject()),
+    ],
+    ids=str,
+)
+def test_a_format_is_one_of_several_kinds(output_format: OutputFormat, field: str, value: object) -> None:
+    message = build_request("Hi", GenerateOptions(output_format=output_format)).output_format
+    assert message.WhichOneof("format") == field
+    assert getattr(message, field) == value
+
+
+@pytest.mark.parametrize(
+    ("output_format", "field"),
+    [
+        ({"type": "object"}, "output_format"),
+        (OutputFormat(), "output_format"),
+        (OutputFormat(regex="a", json_object=True), "output_format"),
+        (OutputFormat(json_object="yes"), "output_format.json_object"),  # type: ignore[arg-type]
+        (OutputFormat(json_schema=[]), "output_format.json_schema"),  # type: ignore[arg-type]
+        (OutputFormat(json_schema={"const": {1, 2}}), "output_format.json_schema"),
+        (OutputFormat(json_schema={"const": float("nan")}), "output_format.json_schema"),
+        (OutputFormat(json_schema="yes"), "output_format.json_schema"),
+        (OutputFormat(regex=5), "output_format.regex"),  # type: ignore[arg-type]
+        (OutputFormat(regex="\udcff"), "output_format"),
+        (OutputFormat(choices="yes"), "output_format.choices"),
+        (OutputFormat(choices=[]), "output_format.choices"),
+        (OutputFormat(choices=["a", 5]), "output_format.choices[1]"),  # type: ignore[list-item]
+    ],
+    ids=repr,
+)
+def test_a_format_that_is_none_is_refused(output_format: Any, field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as raised:
+        build_request("Hi", GenerateOptions(output_format=output_format))
+    assert raised.value.field == field
 
 
 def test_the_three_forms_of_a_prompt() -> None:

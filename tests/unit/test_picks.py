@@ -160,6 +160,31 @@ def test_bias_and_allowed_tokens() -> None:
     assert logits.isfinite().sum() == 2
 
 
+def test_each_row_has_a_mask_of_its_own() -> None:
+    vocab_size = 70
+    masks = torch.zeros(3, 3, dtype=torch.int32)
+    for row, tokens in enumerate(([0, 31, 64], [5], list(range(70)))):
+        for token in tokens:
+            masks[row, token // 32] |= torch.tensor(1 << token % 32).to(torch.int32)
+    logits = random_logits(3, vocab_size)
+    expected = logits.clone()
+    expected[0, [token for token in range(70) if token not in (0, 31, 64)]] = float("-inf")
+    expected[1, [token for token in range(70) if token != 5]] = float("-inf")
+    picker = Picker(vocab_size, torch.device("cpu"))
+    for sampling in (
+        SamplingParams(),
+        SamplingParams(temperature=2.0, seed=1),
+        SamplingParams(temperature=0.8, top_p=0.7, top_k=4, seed=2, presence_penalty=1.0),
+    ):
+        masked = PickContext(sampling, [1, 5], 1, DraftTree((4, 3)), masks)
+        open_to_all = PickContext(sampling, [1, 5], 1, DraftTree((4, 3)))
+        plain, free = picker.pick([logits, logits], [masked, open_to_all])
+        assert plain == picker.pick([expected], [open_to_all])[0]
+        assert free == picker.pick([logits], [open_to_all])[0]
+        assert plain[0] in (0, 31, 64)
+        assert plain[1] == 5
+
+
 def test_logits_given_are_left_alone() -> None:
     logits = random_logits(2)
     before = logits.clone()

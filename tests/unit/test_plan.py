@@ -13,10 +13,12 @@ from gateway.config import GatewayConfig
 from gateway.metrics import OTHER
 from gateway.request.backends import Backends
 from gateway.request.drafts import DraftPlan
+from gateway.request.peers import can_run
 from gateway.request.plan import make_plan
 from gateway.rounds.controller import Controller, FixedSize
 from gateway.rounds.vocabulary import DraftSize
-from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.output_format import OutputFormat
 from specdec.v1 import common_pb2, drafter_pb2, gateway_pb2, target_state_pb2, verifier_pb2
 
 NGRAM = drafter_pb2.DrafterInfo(name="ngram", family="ngram")
@@ -167,6 +169,25 @@ async def test_an_answer_is_no_longer_than_the_context(wanted: int, expected: in
     request = gateway_pb2.GenerateRequest(token_ids=gateway_pb2.TokenIds(token_ids=[1, 2, 3]))
     plan = await make_plan(request, backends(), VERIFIER, max_new_tokens=wanted)
     assert plan.max_new_tokens == expected
+
+
+async def test_a_format_is_for_verifiers_that_take_formats_only() -> None:
+    request = gateway_pb2.GenerateRequest(
+        token_ids=gateway_pb2.TokenIds(token_ids=[1]), output_format=common_pb2.OutputFormat(regex="a+")
+    )
+    taking = verifier_pb2.VerifierServiceGetInfoResponse(
+        max_draft_nodes=40, model=VERIFIER.model, takes_output_formats=True
+    )
+    plan = await make_plan(request, backends(), taking, max_new_tokens=4)
+    assert plan.output_format == OutputFormat(regex="a+")
+    assert can_run(plan, VERIFIER.model, taking)
+    assert not can_run(plan, VERIFIER.model, VERIFIER)
+    with pytest.raises(FailedPreconditionError, match="takes no output format") as raised:
+        await make_plan(request, backends(), VERIFIER, max_new_tokens=4)
+    assert raised.value.reason == "NO_OUTPUT_FORMATS"
+    request.ClearField("output_format")
+    plan = await make_plan(request, backends(), VERIFIER, max_new_tokens=4)
+    assert can_run(plan, VERIFIER.model, VERIFIER)
 
 
 async def test_a_special_token_among_the_stop_strings_stops_as_a_token() -> None:
