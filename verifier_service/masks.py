@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from specdec.contract.draft_tree import DraftTree
-from specdec.contract.errors import SpecdecError
+from specdec.contract.errors import InternalError, SpecdecError, log_defect
 from verifier_service.session import Session
+
+logger = logging.getLogger(__name__)
 
 _FEWEST_ROWS = 64
 
@@ -78,3 +81,9 @@ def _masks(session: Session, draft: DraftTree, rows: Tensor, mask: Tensor) -> Ro
         return RowMasks(mask, session.guide.fill(rows.numpy(), output_token_ids, draft))
     except SpecdecError as error:
         return RowMasks(mask, error=error)
+    # A library that panics raises a BaseException. The other answers of the pass have no part in it.
+    except BaseException as error:
+        log_defect(logger, "an output format could not be followed", error)
+        return RowMasks(
+            mask, error=InternalError(f"The output format failed: {type(error).__name__}: {error}")
+        )

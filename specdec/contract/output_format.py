@@ -12,7 +12,7 @@ from specdec.contract.sampling import SamplingParams
 from specdec.v1 import common_pb2, gateway_pb2, verifier_pb2
 
 MAX_SCHEMA_BYTES = 2**16
-MAX_REGEX_BYTES = 2**14
+MAX_REGEX_BYTES = 2**12
 MAX_CHOICES = 1024
 MAX_CHOICES_BYTES = 2**16
 """Most bytes of all choices together."""

@@ -76,7 +76,7 @@ SAMPLING_REFUSALS = [
     ({"output_format": OutputFormat()}, "output_format", "set exactly one"),
     ({"output_format": OutputFormat(regex="(a")}, "output_format", "unclosed group"),
     ({"output_format": OutputFormat(regex="")}, "output_format.regex", "not empty"),
-    ({"output_format": OutputFormat(regex="a" * 16385)}, "output_format.regex", "at most 16384"),
+    ({"output_format": OutputFormat(regex="a" * 4097)}, "output_format.regex", "at most 4096"),
     ({"output_format": OutputFormat(json_schema="{")}, "output_format.json_schema", "not JSON"),
     ({"output_format": OutputFormat(json_schema="[]")}, "output_format.json_schema", "a JSON object"),
     ({"output_format": OutputFormat(json_schema="[" * 9999)}, "output_format.json_schema", "not JSON"),

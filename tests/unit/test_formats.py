@@ -9,17 +9,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
+import torch
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree, from_chains
-from specdec.contract.errors import FailedPreconditionError, InvalidArgumentError
+from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError
 from specdec.contract.output_format import MAX_SCHEMA_BYTES, OutputFormat
 from tests.tiny_chat import save_tiny_chat_model
 from tests.tiny_models import EOS, byte_tokenizer
 from verifier_service.formats import Formats, Guide, MaskRows
+from verifier_service.masks import MaskBuffers
 
 NUM_ROWS_OF_HEAD = 300
 """More than there are tokens: the rows of the head from 260 on stand for none."""
@@ -35,7 +38,7 @@ FORMATS = [
     OutputFormat(regex=r"(foo|bar)+\d{2,4}[^x]*"),
     OutputFormat(choices=("yes", "no", "yes please", "ja/nein", 'say "hi"')),
 ]
-TOO_COMPLEX = OutputFormat(regex=f"x?y(z|{'a?' * 7000})")
+TOO_COMPLEX = OutputFormat(regex=f"x?y(z|{'a?' * 2000})")
 """Of it, what follows "y" cannot be found out, whereas what precedes "y" can."""
 
 
@@ -232,6 +235,37 @@ async def test_a_tokenizer_that_formats_do_not_know_is_said_to_be_one(tmp_path: 
     words = Formats(save_tiny_chat_model(tmp_path), 128, [0])
     with pytest.raises(FailedPreconditionError, match="its tokenizer is of a kind"):
         await words.guide(FORMATS[1], [], {EOS})
+
+
+async def test_masks_of_a_pass_lie_in_buffers_that_stay(formats: Formats, caplog: Any) -> None:
+    def session(guide: Any, output: list[int]) -> Any:
+        return SimpleNamespace(guide=guide, token_ids=[1, 2, *output], prompt_length=2)
+
+    class Broken:
+        num_words = 10
+
+        def fill(self, *_: object) -> frozenset[int]:
+            raise KeyError("a defect")
+
+    buffers, yes = MaskBuffers(torch.device("cpu")), ids("yes")
+    guide, other = [await formats.guide(FORMATS[3], [], {EOS}) for _ in range(2)]
+    assert [each.mask for each in buffers.masks([(session(None, []), NO_DRAFT)])] == [None]
+    rounds = [
+        (session(guide, yes[:1]), DraftTree(tuple(yes[1:]))),
+        (session(None, []), DraftTree((1, 2))),
+        (session(Broken(), []), DraftTree((1,))),
+        (session(other, []), NO_DRAFT),
+    ]
+    first, none, broken, last = buffers.masks(rounds)
+    assert none.mask is None
+    assert isinstance(broken.error, InternalError)
+    assert [allowed(row) for row in first.mask.numpy()] == [set(ids("e")), set(ids("s")), {EOS, *ids(" ")}]  # type: ignore[union-attr]
+    assert allowed(last.mask.numpy()[0]) == set(ids("ynjs"))  # type: ignore[union-attr]
+    where = first.mask.data_ptr()  # type: ignore[union-attr]
+    assert buffers.masks(rounds[:1])[0].mask.data_ptr() == where  # type: ignore[union-attr]
+    (many,) = buffers.masks([(session(other, []), DraftTree((yes[0], *[5] * 99)))])
+    assert many.mask.shape == (101, guide.num_words)  # type: ignore[union-attr]
+    assert allowed(many.mask.numpy()[1]) == set(ids("e"))  # type: ignore[union-attr]
 
 
 async def test_a_format_is_compiled_once(formats: Formats) -> None:
