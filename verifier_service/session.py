@@ -23,7 +23,7 @@ from specdec.runtime.kv_slots import KvAllocation
 from specdec.runtime.picks import PickContext
 from specdec.runtime.prefix_cache import PrefixKeys
 from verifier_service.acceptance import DraftAcceptance, FinishReason
-from verifier_service.formats import Guide
+from verifier_service.guide import Guide
 from verifier_service.state_stream import ExportedState
 
 

@@ -21,7 +21,8 @@ from specdec.contract.errors import FailedPreconditionError, InternalError, Inva
 from specdec.contract.output_format import MAX_SCHEMA_BYTES, OutputFormat
 from tests.tiny_chat import save_tiny_chat_model
 from tests.tiny_models import EOS, byte_tokenizer
-from verifier_service.formats import Formats, Guide, MaskRows
+from verifier_service.formats import Formats
+from verifier_service.guide import Guide, MaskRows
 from verifier_service.masks import MaskBuffers
 
 NUM_ROWS_OF_HEAD = 300
