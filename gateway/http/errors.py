@@ -55,9 +55,7 @@ def status_of(error: SpecdecError) -> int:
 def error_content(error: SpecdecError) -> dict[str, Any]:
     """Return an error in OpenAI's form. Fields have the names that they have over HTTP."""
     message = _NAMED.sub(lambda found: _FIELDS[found[0]], error.message)
-    return _content(
-        status_of(error), message, param=_FIELDS.get(error.field, error.field), code=error.reason.lower()
-    )
+    return _content(status_of(error), message, param=_param(error.field), code=error.reason.lower())
 
 
 def http_error_content(error: HTTPException) -> dict[str, Any]:
@@ -74,6 +72,10 @@ def error_headers(error: SpecdecError) -> dict[str, str]:
     if status_of(error) == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
     return headers
+
+
+def _param(field: str) -> str:
+    return "response_format" if field.startswith("output_format") else _FIELDS.get(field, field)
 
 
 def _content(status: int, message: str, *, param: str, code: str) -> dict[str, Any]:

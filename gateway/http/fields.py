@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -38,10 +38,38 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class TextFormat(Body):
-    """The only form of an answer that is supported."""
+class PlainFormat(Body):
+    """Any text, or any JSON object."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON Schema; its name and whether it is strict change nothing: it always holds."""
+
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class SchemaFormat(Body):
+    """JSON that is valid under a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
+"""OpenAI's way to say which texts an answer may be."""
+
+
+class StructuredOutputs(Body):
+    """Other servers' way to say it."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: ListOf[str] | None = None
+    json_object: bool | None = None
+    grammar: None = None
+    structural_tag: None = None
 
 
 class Unsupported(Body):
@@ -63,9 +91,7 @@ class Unsupported(Body):
     min_tokens: Literal[0] | None = None
     modalities: ListOf[Literal["text"]] | None = None
     prompt_logprobs: None = None
-    response_format: TextFormat | None = None
     skip_special_tokens: Literal[True] | None = None
-    structured_outputs: None = None
     suffix: Literal[""] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: Empty | None = None

@@ -8,10 +8,20 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from gateway.http.fields import Biases, Body, Empty, ListOf, Unsupported
+from gateway.http.fields import (
+    Biases,
+    Body,
+    Empty,
+    ListOf,
+    ResponseFormat,
+    SchemaFormat,
+    StructuredOutputs,
+    Unsupported,
+)
 from specdec.client.generation import GenerateOptions, Prompt
 from specdec.client.wire import build_request
 from specdec.contract.errors import InvalidArgumentError
+from specdec.contract.output_format import OutputFormat
 from specdec.contract.sampling import MAX_TOP_LOGPROBS, SamplingParams, with_seed
 from specdec.v1 import gateway_pb2
 
@@ -48,6 +58,7 @@ class GenerationRequest(Unsupported):
     logit_bias: Biases | None = None
     seed: int | None = None
     stop: str | ListOf[str] | None = None
+    response_format: ResponseFormat | None = None
 
     # OpenAI has none of these; other servers have most of them.
     top_k: int | None = None
@@ -56,6 +67,7 @@ class GenerationRequest(Unsupported):
     allowed_token_ids: ListOf[int] | None = None
     stop_token_ids: ListOf[int] | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     cache_salt: str | None = None
     method: str | None = None
     draft_depth: int | None = None
@@ -127,9 +139,34 @@ class GenerationRequest(Unsupported):
             stop_token_ids=self.stop_token_ids and tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             num_top_logprobs=self.num_top_logprobs,
+            output_format=self._output_format(),
             cache_salt=self.cache_salt,
         )
         return GenerateOptions(sampling=self._sampling(), **given)
+
+    def _output_format(self) -> OutputFormat | None:
+        """Return which texts the answer may be; None: any.
+
+        Raises:
+            InvalidArgumentError: there are two formats.
+        """
+        asked, other = self.response_format, self.structured_outputs
+        if other is not None:
+            if asked is not None and asked.type != "text":
+                raise InvalidArgumentError(
+                    "structured_outputs does not go with a response_format; leave one of them out.",
+                    field="structured_outputs",
+                )
+            choices = None if other.choice is None else tuple(other.choice)
+            return OutputFormat(
+                json_schema=other.json_,
+                regex=other.regex,
+                choices=choices,
+                json_object=bool(other.json_object),
+            )
+        if isinstance(asked, SchemaFormat):
+            return OutputFormat(json_schema=asked.json_schema.schema_)
+        return OutputFormat(json_object=True) if asked and asked.type == "json_object" else None
 
     def _sampling(self) -> SamplingParams:
         given = _given(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from specdec.client import GenerateOptions
+from specdec.client import GenerateOptions, OutputFormat
 from specdec.contract.sampling import SamplingParams
 from tests.http_front import CHAT, COMPLETIONS, Reply, ask, connected, text_of
 from tests.integration.gated_drafter import eventually
@@ -23,6 +24,12 @@ SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "seed": 7, "max_to
 SAMPLED_OPTIONS = GenerateOptions(
     sampling=SamplingParams(temperature=0.8, top_p=0.95, seed=7), max_new_tokens=24, method="ngram"
 )
+COLOURS = OutputFormat(json_schema={"enum": ["red", "green"]})
+NAMED: dict[str, Any] = {
+    "type": "json_schema",
+    "json_schema": {"name": "colours", "strict": True, "schema": COLOURS.json_schema},
+}
+UP_OR_DOWN = OutputFormat(choices=("up", "down"))
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "ignore_eos": True, "method": "ngram"}
 GREEDY_OPTIONS = GenerateOptions(max_new_tokens=24, ignore_eos=True, method="ngram")
 
@@ -92,6 +99,27 @@ class TestAnswers:
         assert answer["choices"][0]["text"] == expected.text
         assert answer["usage"]["prompt_tokens"] == expected.usage.input_tokens
         assert answer["choices"][0]["specdec"]["seed"] is None
+
+    @shared
+    @pytest.mark.parametrize(
+        ("fields", "output_format", "allowed"),
+        [
+            ({"response_format": NAMED}, COLOURS, {'"red"', '"green"'}),
+            ({"structured_outputs": {"json": COLOURS.json_schema}}, COLOURS, {'"red"', '"green"'}),
+            ({"structured_outputs": {"choice": ["up", "down"]}}, UP_OR_DOWN, {"up", "down"}),
+            ({"structured_outputs": {"regex": "a{3}|b"}}, OutputFormat(regex="a{3}|b"), {"aaa", "b"}),
+            ({"response_format": {"type": "json_object"}}, OutputFormat(json_object=True), None),
+        ],
+        ids=["schema", "another schema", "choice", "regex", "object"],
+    )
+    async def test_an_answer_has_the_format_that_was_asked_for(
+        self, system: System, fields: dict[str, Any], output_format: OutputFormat, allowed: set[str] | None
+    ) -> None:
+        options = replace(SAMPLED_OPTIONS, output_format=output_format)
+        expected = await system.client.generate(TURNS, options)
+        answer = (await post(system, CHAT, {"messages": TURNS, **SAMPLED, **fields})).json
+        assert answer["choices"][0]["message"]["content"] == expected.text
+        assert expected.text.startswith("{") if allowed is None else expected.text in allowed
 
     @shared
     @pytest.mark.parametrize("has_usage", [True, False])
@@ -258,7 +286,21 @@ class TestRefusals:
             ({"tools": [{"type": "function"}]}, "tools", "not supported"),
             ({"tool_choice": "required"}, "tool_choice", "not supported"),
             ({"functions": [{}]}, "functions", "not supported"),
-            ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+            ({"response_format": {"type": "poem"}}, "response_format", "json_schema"),
+            ({"response_format": {"type": "json_schema"}}, "response_format", "required"),
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "poem"}}}},
+                "response_format",
+                "poem",
+            ),
+            ({"structured_outputs": {"regex": "("}}, "response_format", "unclosed"),
+            ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "response_format", "exactly one"),
+            ({"structured_outputs": {"grammar": "x"}}, "structured_outputs", ""),
+            (
+                {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+                "structured_outputs",
+                "leave one",
+            ),
             ({"guided_regex": "a+"}, "guided_regex", "not supported"),
             ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
             ({"min_tokens": 3}, "min_tokens", "not supported"),
