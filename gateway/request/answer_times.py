@@ -159,7 +159,7 @@ class AnswerTimes:
         """Return a time of one of so many answers: straight between what is known. What was long ago counts
         only where nothing is newer, so that a bad moment does not keep so many from being tried again.
         """
-        seen = (pace for pace in self._paces.values() if pace.seen_s)
+        seen = (pace for pace in self._paces.values() if pace.answer_s)
         paces = [(pace, value) for pace in seen if (value := of(pace)) is not None]
         if not paces:
             return 0.0

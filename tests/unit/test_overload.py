@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import pytest
 
 from gateway.request.answer_times import AnswerTimes, ExpectedTime, RunningAnswer
-from gateway.request.deadlines import may_begin, turn
+from gateway.request.deadlines import TimeLeft, may_begin, turn
 from gateway.waiting import WaitingQueue
 from specdec.contract.errors import DeadlineExceededError, ResourceExhaustedError
 from tests.unit.virtual_time import run_in_virtual_time
@@ -27,14 +26,9 @@ CHUNK = 128
 """Tokens of prompts that a pass reads."""
 
 
-@dataclass
-class Context:
-    """The deadline of a call."""
-
-    deadline: float
-
-    def time_remaining(self) -> float:
-        return self.deadline - asyncio.get_running_loop().time()
+def time_left(deadline: float) -> TimeLeft:
+    """Return what says how long it is to a deadline."""
+    return lambda: deadline - asyncio.get_running_loop().time()
 
 
 @dataclass(eq=False)
@@ -129,16 +123,16 @@ async def _offer(
 
     async def ask(caller: str) -> None:
         begun = loop.time()
-        context = cast(Any, Context(begun + bound_s))
+        left = time_left(begun + bound_s)
         is_counted = begun >= fill_s
         outcome.num_offered[caller] += is_counted
         length, prompt = requests.draw_length(lengths), requests.draw_prompt(lengths)
         expected = ExpectedTime(times, requests.max_new_tokens, prompt)
         longest_s: Callable[[int], float] = expected.longest_s if looks else lambda _: 0.0
         try:
-            with queue.place(caller, 0, may_begin(context, longest_s)) as place:
+            with queue.place(caller, 0, may_begin(left, longest_s)) as place:
                 while True:
-                    await turn(place, context, 900, longest_s)
+                    await turn(place, left, 900, longest_s)
                     if len(verifier.sessions) < verifier.num_slots:
                         break
                     place.send_back(ResourceExhaustedError("full", reason="NO_SESSION_SLOT"))
@@ -149,7 +143,7 @@ async def _offer(
                     with times.running() as answer:
                         session = Session(answer, length, prompt)
                         verifier.sessions.append(session)
-                        async with asyncio.timeout(context.time_remaining()):
+                        async with asyncio.timeout(left()):
                             await session.is_done.wait()
                     if fill_s <= loop.time() < until_s:
                         outcome.goodput += session.num_tokens / (until_s - fill_s)
@@ -392,3 +386,13 @@ def test_more_at_a_time_are_expected_to_be_as_fast_until_it_was_seen() -> None:
     run(4, 0.02)
     for number, factor in ((1, 1), (2, 4 / 3), (4, 2), (8, 2), (64, 16)):
         assert times.longest_s(100, number) == pytest.approx(factor * alone_s, rel=0.05)
+
+
+def test_tokens_that_come_while_no_answer_runs_do_not_tell_how_long_answers_take() -> None:
+    now = [0.0]
+    times = AnswerTimes(lambda: now[0])
+    with times.running() as answer:
+        answer.read(10, 0.1)
+    now[0] = 5.0
+    answer.came(100)  # they were on the way when it gave up its room
+    assert times.longest_s(64, 1) == 0.0
