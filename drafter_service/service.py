@@ -87,6 +87,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServiceServicer):
         self, requests: AsyncIterator[drafter_pb2.DraftManyRequest], context: ManyContext
     ) -> None:
         """Serve any number of sessions."""
+        self._rules.admit(context)
         await serve_many(
             self.Draft,
             requests,

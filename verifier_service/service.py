@@ -118,6 +118,7 @@ class VerifierServicer(verifier_pb2_grpc.VerifierServiceServicer):
         self, requests: AsyncIterator[verifier_pb2.VerifyManyRequest], context: ManyContext
     ) -> None:
         """Serve any number of sessions."""
+        self._rules.admit(context)
         await serve_many(
             self.Verify,
             requests,

@@ -284,9 +284,11 @@ class LastingVerifierSession:
                 if self._lease.replica in too_small and not full:
                     raise error from None
                 await self._owner.turn_again(error, self._committed)
-                replica, full = self._lease.replica, []
-                with suppress(UnavailableError):
+                full = []
+                try:
                     replica = self._pick(without=too_small)
+                except UnavailableError as gone:
+                    return await self._reopen(gone, traceparent)
             try:
                 return await self._open_on(replica, traceparent)
             except UnavailableError as lost:
@@ -300,7 +302,8 @@ class LastingVerifierSession:
                 (full if is_full(other) else too_small).append(replica)
 
     async def _reopen(self, lost: UnavailableError, traceparent: str) -> Verified:
-        """Open on another replica, or on the same when it is back; one that is broken is tried once.
+        """Open on another replica, or on the same when it is back; one that is broken or too small is tried
+        once.
 
         Raises:
             ResourceExhaustedError: a replica is full, and the session was never open: it may as well wait.
@@ -314,10 +317,12 @@ class LastingVerifierSession:
             await self._stack.aclose()
             try:
                 return await self._open_on(self._next(broken), traceparent)
-            except (UnavailableError, ResourceExhaustedError, InternalError) as error:
+            except SpecdecError as error:
+                if not (isinstance(error, UnavailableError) or _concerns_one(error)):
+                    raise
                 if is_full(error) and not self._was_open:
                     raise
-                if isinstance(error, InternalError):
+                if isinstance(error, InternalError) or error.reason == _TOO_SMALL:
                     broken.append(self._lease.replica)
                 if time.monotonic() + _RETRY_S >= give_up_at:
                     raise _lost_for_good(lost, error) from error

@@ -22,6 +22,8 @@ from specdec.transport.outbox import Outbox
 from specdec.v1 import common_pb2
 
 _CLOSE_TIMEOUT_S = 1.0
+_TIME_TO_END_S = 10.0
+"""How long the peer may take to end a call to which nothing more is said."""
 _MAX_AGE_S = 1800.0
 """Age at which a call gets no new sessions: like a connection, it does not last for ever."""
 _BROKEN_WRITE = "Internal error from Core"
@@ -127,27 +129,28 @@ class _SharedCall:
         self._end_if_idle()
 
     def _end_if_idle(self) -> None:
-        if self._is_retired and not self._sessions:
+        if self._is_retired and not self._sessions and not self._is_over:
             self._outbox.close()
+            asyncio.get_running_loop().call_later(_TIME_TO_END_S, self._call.cancel)
 
     async def close(self) -> None:
         """End the call at once."""
         for task in self._tasks:
             task.cancel()
-        self._call.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._end(_end(grpc.StatusCode.UNAVAILABLE, "the gateway ends"))  # a task may not have begun
 
     async def _read(self) -> None:
-        end = _end(grpc.StatusCode.UNAVAILABLE, "the gateway ends")
-        try:
-            end = await self._read_to_the_end()
-        finally:
-            self._is_over = True
-            self._outbox.close()
-            for session in list(self._sessions.values()):
-                session.ended(end)
-            self._call.cancel()
-            self._on_end(self)
+        self._end(await self._read_to_the_end())
+
+    def _end(self, end: common_pb2.SessionEnd) -> None:
+        """Tell all sessions that the call has ended."""
+        self._is_over = True
+        self._outbox.close()
+        for session in list(self._sessions.values()):
+            session.ended(end)
+        self._call.cancel()
+        self._on_end(self)
 
     async def _read_to_the_end(self) -> common_pb2.SessionEnd:
         """Hand answers to their sessions until the call ends, and return how it ended."""
@@ -167,18 +170,19 @@ class _SharedCall:
     def _deliver(self, item: Any) -> bool:
         """Hand an item to its session; return whether the peer may have sent it."""
         session = self._sessions.get(item.session)
+        has_response, has_end = item.HasField("response"), item.HasField("end")
+        is_known = session is not None or item.session in self._cancelled
         is_due = session.is_answer_due if session else self._cancelled.get(item.session, False)
-        if item.HasField("response"):
-            if not is_due:
-                return False
-            if session:
-                session.answered(item.response)
-            else:
-                self._cancelled[item.session] = False
-        if item.HasField("end"):
-            self._cancelled.pop(item.session, None)
-            if session:
-                session.ended(item.end)
+        if not is_known or not (has_response or has_end) or (has_response and not is_due):
+            return False
+        if session and has_response:
+            session.answered(item.response)
+        if session and has_end:
+            session.ended(item.end)
+        if not session:
+            self._cancelled[item.session] = False
+            if has_end:
+                del self._cancelled[item.session]
         return True
 
     async def _write(self) -> None:
@@ -198,6 +202,8 @@ async def _end_of_call(call: Any) -> common_pb2.SessionEnd:
     message = await call.details() or ""
     if message == _BROKEN_WRITE:
         code, message = grpc.StatusCode.UNAVAILABLE, "the stream broke"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # the call has none: it is not the sessions'
+        code = grpc.StatusCode.UNAVAILABLE
     metadata = dict(await call.trailing_metadata() or ())
     details = metadata.get("grpc-status-details-bin", b"")
     return _end(code, message, details)
@@ -290,7 +296,7 @@ class SharedSession:
                 reason="PEER_LOST",
                 retry_after_s=1.0,
             )
-        if isinstance(error, DeadlineExceededError):
+        if isinstance(error, DeadlineExceededError) and error.reason == DeadlineExceededError.default_reason:
             return DeadlineExceededError("The deadline passed before the generation was complete.")
         return error
 

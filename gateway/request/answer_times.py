@@ -73,7 +73,9 @@ class _Pace:
     @property
     def token_s(self) -> float | None:
         """The time that each of them took for a token; None: it is not known yet."""
-        return self.decoding_s / self.tokens if self.num_tokens >= _TOKENS_TO_KNOW else None
+        # Of answers with one token each only the time comes in: what is left of earlier tokens tells nothing.
+        is_known = self.num_tokens >= _TOKENS_TO_KNOW and self.tokens >= 1.0
+        return self.decoding_s / self.tokens if is_known else None
 
     def reading_s(self, num_prompt_tokens: int) -> float | None:
         """The time that one of them took to read a prompt of that length; None: it is not known yet."""

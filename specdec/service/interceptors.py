@@ -172,7 +172,7 @@ def _with_errors(
     return call
 
 
-def as_error(error: Exception) -> SpecdecError:
+def as_error(error: BaseException) -> SpecdecError:
     """Return what a request failed with, as the error that its peer gets; a defect is logged."""
     if isinstance(error, SpecdecError):
         return error

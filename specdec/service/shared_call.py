@@ -32,6 +32,11 @@ from specdec.v1 import common_pb2
 logger = logging.getLogger(__name__)
 
 
+_MAX_UNREAD = 2
+"""How many messages of a session may wait: the next request, and that nothing more comes."""
+_ITEMS_AT_A_TIME = 64
+"""So many items are read until others have their turn."""
+
 Serve = Callable[[AsyncIterator[Any], Any], Awaitable[None]]
 """Serves one session: its messages, and its SessionContext."""
 
@@ -44,20 +49,20 @@ class _Session(SessionContext):
         self.timeout_s = item.timeout_ms / 1000 if item.timeout_ms else None
         self._deadline_s = time.monotonic() + self.timeout_s if self.timeout_s else None
         self._call = call
-        # A message at a time: a peer that sends more is read on when the session has taken the last one.
-        self._messages: asyncio.Queue[Any] = asyncio.Queue(1)
-        self._is_over = False
+        self._messages: asyncio.Queue[Any] = asyncio.Queue(_MAX_UNREAD)
+        self.failure: SpecdecError | None = None
+        """Why it was cancelled; None: the peer wished it."""
 
-    async def give(self, message: Any) -> None:
-        """Hand the session a message; None: nothing more comes."""
-        if not self._is_over:
-            await self._messages.put(message)
-
-    def end(self) -> None:
-        """Take no more messages."""
-        self._is_over = True
-        while not self._messages.empty():  # whoever waits for room goes on
-            self._messages.get_nowait()
+    def give(self, message: Any) -> bool:
+        """Hand the session a message; None: nothing more comes. False: the peer is too far ahead."""
+        try:
+            self._messages.put_nowait(message)
+        except asyncio.QueueFull:
+            self.failure = ResourceExhaustedError(
+                "The session was sent a message before it had answered the last; wait for each answer.",
+                reason="TOO_FAR_AHEAD",
+            )
+        return self.failure is None
 
     async def messages(self) -> AsyncIterator[Any]:
         """Yield the messages of the peer until it says that nothing more comes."""
@@ -114,11 +119,14 @@ class _SharedCall:
 
     async def _read(self, requests: AsyncIterator[Any]) -> None:
         async for request in requests:
-            await self._outbox.room()
-            for item in request.items:
-                await self._take(item)
-        for session, _ in list(self._sessions.values()):
-            await session.give(None)
+            for number, item in enumerate(request.items):
+                await self._outbox.room()
+                self._take(item)
+                if number % _ITEMS_AT_A_TIME == _ITEMS_AT_A_TIME - 1:
+                    await asyncio.sleep(0)
+        for session, task in list(self._sessions.values()):
+            if not session.give(None):
+                task.cancel()
         await self._end()
 
     async def _drain(self) -> None:
@@ -135,19 +143,18 @@ class _SharedCall:
         while items := await self._outbox.take():
             await send(self.context, self._response_type(items=items), timeout_s)
 
-    async def _take(self, item: Any) -> None:
+    def _take(self, item: Any) -> None:
         if item.change == common_pb2.SESSION_CHANGE_BEGIN:
             self._begin(item)
         session, task = self._sessions.get(item.session, (None, None))
         if session is None or task is None:
             return  # it has ended, which the peer could not know
-        if item.change == common_pb2.SESSION_CHANGE_CANCEL:
-            task.cancel()
-            return
-        if item.HasField("request"):
-            await session.give(item.request)
+        messages = [item.request] if item.HasField("request") else []
         if item.change == common_pb2.SESSION_CHANGE_DONE:
-            await session.give(None)
+            messages.append(None)
+        is_cancelled = item.change == common_pb2.SESSION_CHANGE_CANCEL
+        if is_cancelled or not all(map(session.give, messages)):
+            task.cancel()
 
     def _begin(self, item: Any) -> None:
         if item.session in self._sessions:
@@ -183,9 +190,12 @@ class _SharedCall:
 
     def _ended(self, session: _Session, task: asyncio.Task[common_pb2.SessionEnd]) -> None:
         del self._sessions[session.number]
-        session.end()
-        if task.cancelled():
+        if session.failure:
+            end = end_of(session.failure)
+        elif task.cancelled():
             end = common_pb2.SessionEnd(code=grpc.StatusCode.CANCELLED.value[0], message="It was cancelled.")
+        elif panic := task.exception():  # native libraries raise what is not an Exception
+            end = end_of(as_error(panic))
         else:
             end = task.result()
         self.put(session=session.number, end=end)

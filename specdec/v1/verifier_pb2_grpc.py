@@ -91,7 +91,8 @@ class VerifierServiceServicer:
     def VerifyMany(self, request_iterator, context):
         """VerifyMany carries any number of sessions over one call, each as Verify serves it. What is ready at a time
         goes in one message, so that a round costs a busy caller a fraction of a message. A session that fails does
-        not concern the others; when the call ends, all its sessions end.
+        not concern the others; when the call ends, all its sessions end. A session's next request follows its last
+        answer: one that is sent too many before ends with RESOURCE_EXHAUSTED.
 
         INVALID_ARGUMENT: a session begins with a number that another has now. DEADLINE_EXCEEDED: the caller does
         not read.

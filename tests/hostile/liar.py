@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -27,7 +27,7 @@ Requests = AsyncIterator[drafter_pb2.DraftRequest]
 class Part:
     """A session's part in the call that it shares. Bytes are sent as they are: a message of the call."""
 
-    def __init__(self, call: DraftContext, number: int) -> None:
+    def __init__(self, call: OneAtATime, number: int) -> None:
         self._call, self._number = call, number
 
     def message(self, response: drafter_pb2.DraftResponse) -> drafter_pb2.DraftManyResponse:
@@ -45,6 +45,7 @@ class Part:
         end = common_pb2.SessionEnd(code=code.value[0], message=details, details=metadata)
         item = drafter_pb2.DraftManyResponse.Item(session=self._number, end=end)
         await self._call.write(drafter_pb2.DraftManyResponse(items=[item]))
+        self._call.ended.add(self._number)
         raise asyncio.CancelledError
 
 
@@ -53,12 +54,16 @@ class OneAtATime:
 
     def __init__(self, call: DraftContext) -> None:
         self._call, self._lock = call, asyncio.Lock()
+        self.ended: set[int] = set()
+        """Sessions of which nothing is sent any more."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)
 
     async def write(self, message: Any) -> None:
         """Send a message when those before it are sent."""
+        if not isinstance(message, bytes) and all(item.session in self.ended for item in message.items):
+            return
         async with self._lock:
             await self._call.write(message)
 
@@ -118,7 +123,7 @@ class Liar:
         return health_aio.HealthServicer()
 
     async def _draft_many(self, requests: AsyncIterator[Any], context: DraftContext) -> None:
-        call: Any = OneAtATime(context)
+        call = OneAtATime(context)
 
         async def serve(messages: Requests, session: Any) -> None:
             self.num_streams += 1
@@ -127,7 +132,7 @@ class Liar:
             finally:
                 self.num_streams -= 1
 
-        await serve_many(serve, requests, call, drafter_pb2.DraftManyResponse)
+        await serve_many(serve, requests, cast(Any, call), drafter_pb2.DraftManyResponse)
 
     async def _get_info(self, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         return self.info()

@@ -44,7 +44,7 @@ async def test_a_gateway_with_another_vocabulary_never_serves(
         loading = asyncio.ensure_future(server.load())
 
         def is_refused() -> bool:
-            backends = server.servicer.backends
+            backends = server.generations.backends
             return bool(backends and "vocabularies differ" in backends.verifiers.replicas[0].reason)
 
         await until(is_refused)

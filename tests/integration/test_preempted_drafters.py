@@ -120,7 +120,10 @@ async def test_after_a_preemption_drafts_are_what_they_would_have_been(
     ) as system:
         verifier = system.verifier.servicer.verifier
         assert verifier
-        block_mib = 4.0 / verifier.pool.capacity_tokens * BLOCK_TOKENS
+        pool = verifier.pool
+        # Layers with a window have blocks of their own: there is room for three blocks of each kind.
+        num_blocks = pool.full.num_blocks + (pool.sliding.num_blocks if pool.sliding else 0)
+        block_mib = 4.0 / num_blocks * (2 if pool.sliding else 1)
         expected = await texts(system, "none", sampling, at_once=False)
         assert await texts(system, method, sampling, at_once=False) == expected
     spans = InMemorySpanExporter()

@@ -423,8 +423,9 @@ async def test_a_peer_that_does_not_read_loses_the_call() -> None:
     async def serve(requests: Any, context: Any) -> None:
         try:
             async for _ in requests:
-                opened = verifier_pb2.VerifyOpened(target_state_refusal="x" * 1_000_000)
-                await context.write(verifier_pb2.VerifyResponse(opened=opened))
+                for _ in range(50):
+                    opened = verifier_pb2.VerifyOpened(target_state_refusal="x" * 1_000_000)
+                    await context.write(verifier_pb2.VerifyResponse(opened=opened))
         finally:
             served.set()
 
@@ -441,10 +442,83 @@ async def test_a_peer_that_does_not_read_loses_the_call() -> None:
     await host.start()
     async with shared_call(host.address) as call:
         await call.say(Item(session=1, change=BEGIN, request=plain_round(1)))
-        for _ in range(50):
-            await call.say(Item(session=1, request=plain_round(1)))
         async with asyncio.timeout(30):
             await served.wait()
         await call.hear(100)
         assert isinstance(await call.error(), DeadlineExceededError)
     await host.stop(grace_s=0)
+
+
+async def test_a_session_that_is_sent_too_much_ahead_ends_alone() -> None:
+    async def serve(requests: Any, context: Any) -> None:
+        async for request in requests:
+            if request.round.base_committed_length == 13:
+                await asyncio.Event().wait()
+            await context.write(verifier_pb2.VerifyResponse())
+
+    async with serving(serve) as (host, _, _), shared_call(host.address) as call:
+        await call.say(Item(session=1, change=BEGIN, request=plain_round(13)))
+        await call.say(*[Item(session=1, request=plain_round(13))] * 4, Item(session=1, change=DONE))
+        error = await call.end_of(1)
+        assert isinstance(error, ResourceExhaustedError)
+        assert error.reason == "TOO_FAR_AHEAD"
+        await call.say(Item(session=2, change=BEGIN, request=plain_round(1)))
+        assert (await call.hear(1))[0].session == 2
+
+
+class Panic(BaseException):
+    """What native libraries raise when they panic."""
+
+
+async def test_a_panic_ends_its_session() -> None:
+    async def serve(requests: Any, context: Any) -> None:
+        await anext(requests)
+        raise Panic("oh")
+
+    async with serving(serve) as (_, _, client):
+        async with asyncio.timeout(20):
+            with pytest.raises(InternalError, match="Panic"):
+                await client.begin(60).exchange(plain_round(1))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        verifier_pb2.VerifyManyResponse(items=[verifier_pb2.VerifyManyResponse.Item(session=1)]),
+        verifier_pb2.VerifyManyResponse(
+            items=[verifier_pb2.VerifyManyResponse.Item(session=99, end=common_pb2.SessionEnd())]
+        ),
+    ],
+    ids=["nothing of a session", "the end of no session"],
+)
+async def test_what_says_nothing_ends_the_call_as_well(answer: verifier_pb2.VerifyManyResponse) -> None:
+    class Talker(verifier_pb2_grpc.VerifierServiceServicer):  # type: ignore[misc]
+        async def VerifyMany(self, requests: Any, context: Any) -> None:  # noqa: N802
+            await anext(aiter(requests))
+            await context.write(answer)
+            await asyncio.Event().wait()
+
+    host = ServiceHost(
+        "any",
+        lambda server: verifier_pb2_grpc.add_VerifierServiceServicer_to_server(Talker(), server),
+        "127.0.0.1:0",
+    )
+    await host.start()
+    async with aio_channel(host.address) as channel:
+        client = SharedCalls(VERIFYING, lambda: channel, "Verifier x")
+        async with asyncio.timeout(20):
+            with pytest.raises(InternalError, match="nobody asked for"):
+                await client.begin(60).exchange(plain_round(1))
+        await client.close()
+    await host.stop(grace_s=0)
+
+
+async def test_calls_that_are_closed_at_once_end_their_sessions() -> None:
+    async with serving() as (_, _, client):
+        session = client.begin(60)
+        asking = asyncio.ensure_future(session.exchange(plain_round(1)))
+        await client.close()
+        async with asyncio.timeout(20):
+            with pytest.raises(UnavailableError):
+                await asking
+        assert not client._calls

@@ -51,7 +51,7 @@ class Shared:
     async def generate_at_the_second(self, prompt: Sequence[int], options: GenerateOptions) -> None:
         """Run a request of the second gateway until it holds nothing more there."""
         await self.clients[1].generate(prompt, options)
-        backends = self.gateways[1].servicer.backends
+        backends = self.gateways[1].generations.backends
         assert backends
         replicas = [*backends.verifiers.replicas, *backends.drafters.replicas]
         await until(lambda: not any(one.num_sessions for one in replicas))

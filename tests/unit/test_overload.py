@@ -396,3 +396,25 @@ def test_tokens_that_come_while_no_answer_runs_do_not_tell_how_long_answers_take
     now[0] = 5.0
     answer.came(100)  # they were on the way when it gave up its room
     assert times.longest_s(64, 1) == 0.0
+
+
+def test_answers_of_one_token_do_not_make_tokens_seem_slow() -> None:
+    now = [0.0]
+    times = AnswerTimes(lambda: now[0])
+
+    def answer(num_tokens: int) -> None:
+        with times.running() as running:
+            now[0] += 0.05
+            running.read(10, 0.05)
+            for _ in range(num_tokens - 1):
+                now[0] += 0.01
+                running.came(1)
+            now[0] += 0.003
+
+    for _ in range(4):
+        answer(64)
+    usual = times.longest_s(1, 1)
+    assert usual > 0.0
+    for _ in range(4000):
+        answer(1)
+        assert times.longest_s(1, 1) < 20 * usual
