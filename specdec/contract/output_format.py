@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -13,6 +13,8 @@ from specdec.v1 import common_pb2, gateway_pb2, verifier_pb2
 
 MAX_SCHEMA_BYTES = 2**16
 MAX_REGEX_BYTES = 2**12
+"""Most bytes of a regular expression, and of all those in a schema together. What a long one costs to follow
+grows with the square of its length."""
 MAX_CHOICES = 1024
 MAX_CHOICES_BYTES = 2**16
 """Most bytes of all choices together."""
@@ -117,11 +119,32 @@ def _validate_schema(schema: str | Mapping[str, Any]) -> None:
     try:
         text = _schema_text(schema)
         _validate_text("json_schema", text, MAX_SCHEMA_BYTES)
-        is_object = isinstance(json.loads(text), dict)
+        parsed = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         _refuse("json_schema", f"json_schema is not JSON: {error}.")
-    if not is_object:
+    if not isinstance(parsed, dict):
         _refuse("json_schema", "json_schema must be a JSON object, such as {}.")
+    size = sum(len(pattern.encode(errors="replace")) for pattern in _patterns(parsed))
+    if size > MAX_REGEX_BYTES:
+        _refuse(
+            "json_schema",
+            f"The patterns in json_schema have {size} bytes; at most {MAX_REGEX_BYTES} are taken.",
+        )
+
+
+def _patterns(schema: dict[str, Any]) -> Iterator[str]:
+    """Yield each regular expression of a schema, however deep it lies."""
+    values: list[Any] = [schema]
+    while values:
+        value = values.pop()
+        if isinstance(value, list):
+            values += value
+        elif isinstance(value, dict):
+            values += value.values()
+            if isinstance(pattern := value.get("pattern"), str):
+                yield pattern
+            if isinstance(by_pattern := value.get("patternProperties"), dict):
+                yield from by_pattern
 
 
 def _validate_choices(choices: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree, from_chains
 from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError
-from specdec.contract.output_format import MAX_SCHEMA_BYTES, OutputFormat
+from specdec.contract.output_format import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, OutputFormat
 from tests.tiny_chat import save_tiny_chat_model
 from tests.tiny_models import EOS, byte_tokenizer
 from verifier_service.formats import Formats
@@ -192,6 +192,26 @@ async def test_a_format_that_cannot_be_followed_is_refused(
     assert words in caught.value.message
     assert "\n" not in caught.value.message
     assert "<" not in caught.value.message
+
+
+def of_patterns(size: int) -> list[dict[str, Any]]:
+    """Return schemas with so many bytes of patterns."""
+    short, half = {"pattern": "\u00e9a"}, "a" * (size // 2 - 3)
+    return [
+        {"type": "string", "pattern": "a" * size},
+        {"$ref": "#/x/0/y", "x": [{"y": {"pattern": half}}, {"pattern": half}, short, short]},
+        {"patternProperties": {half: {"pattern": half}, "\u00e9": short, "b": {}}},
+        {"properties": {"pattern": {"pattern": "a" * size}, "const": {"const": "b" * 5000}}},
+    ]
+
+
+def test_all_patterns_of_a_schema_together_are_as_short_as_one_pattern() -> None:
+    for schema in of_patterns(MAX_REGEX_BYTES):
+        OutputFormat(json_schema=schema).validate()
+    for schema in of_patterns(MAX_REGEX_BYTES + 2):
+        with pytest.raises(InvalidArgumentError, match="patterns in json_schema have 4098 bytes") as caught:
+            OutputFormat(json_schema=json.dumps(schema)).validate()
+        assert caught.value.field == "output_format.json_schema"
 
 
 def deep_schema() -> str:
