@@ -71,15 +71,22 @@ class Formats:
         Raises:
             InvalidArgumentError: the format cannot be followed.
         """
-        async with self._compiling:  # one at a time, so that formats never take all cores
-            if output_format not in self._compiled:
-                self._compiled[output_format] = await asyncio.to_thread(
-                    lambda: CompiledFormat(self._tokenizer, _grammar(output_format))
-                )
-            self._compiled.move_to_end(output_format)
-            if len(self._compiled) > _MAX_COMPILED:
-                self._compiled.popitem(last=False)
-            return self._compiled[output_format]
+        # One at a time, so that formats never take all cores. A format that is being compiled keeps its turn
+        # to the end, although nobody may wait for it any more.
+        await self._compiling.acquire()
+        compiling = asyncio.ensure_future(self._compile(output_format))
+        compiling.add_done_callback(lambda _: self._compiling.release())
+        return await asyncio.shield(compiling)
+
+    async def _compile(self, output_format: OutputFormat) -> CompiledFormat:
+        if output_format not in self._compiled:
+            self._compiled[output_format] = await asyncio.to_thread(
+                lambda: CompiledFormat(self._tokenizer, _grammar(output_format))
+            )
+        self._compiled.move_to_end(output_format)
+        if len(self._compiled) > _MAX_COMPILED:
+            self._compiled.popitem(last=False)
+        return self._compiled[output_format]
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:

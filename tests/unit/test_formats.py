@@ -3,12 +3,15 @@ follow, or that was made to do harm, is refused."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree, from_chains
 from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError
 from specdec.contract.output_format import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, OutputFormat
+from tests.raw_streams import until
 from tests.tiny_chat import save_tiny_chat_model
 from tests.tiny_models import EOS, byte_tokenizer
 from verifier_service.formats import Formats
@@ -295,3 +299,36 @@ async def test_a_format_is_compiled_once(formats: Formats) -> None:
     for number in range(16):
         await formats.compiled(OutputFormat(choices=(f"choice {number}",)))
     assert await formats.compiled(FORMATS[1]) is not first, "only so many are kept"
+
+
+class HeldChoices(tuple[str, ...]):
+    """Choices whose compilation waits until it may go on."""
+
+    def __init__(self, _: Sequence[str]) -> None:
+        self.has_begun, self.may_go_on = Event(), Event()
+
+    def __iter__(self) -> Iterator[str]:
+        self.has_begun.set()
+        assert self.may_go_on.wait(60)
+        return super().__iter__()
+
+
+async def test_a_format_that_nobody_waits_for_any_more_keeps_its_turn(formats: Formats) -> None:
+    threads = ThreadPoolExecutor(2)
+    asyncio.get_running_loop().set_default_executor(threads)
+    first, second = HeldChoices(["a"]), HeldChoices(["b"])
+    second.may_go_on.set()
+    try:
+        asked = asyncio.create_task(formats.compiled(OutputFormat(choices=first)))
+        await until(first.has_begun.is_set)
+        asked.cancel()
+        await asyncio.wait([asked])
+        assert asked.cancelled()
+        other = asyncio.create_task(formats.compiled(OutputFormat(choices=second)))
+        await asyncio.sleep(0)  # here it would take the free thread, which then does what comes next
+        await asyncio.to_thread(str)
+        assert not second.has_begun.is_set()
+    finally:
+        first.may_go_on.set()
+    await other
+    assert second.has_begun.is_set()
