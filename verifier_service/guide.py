@@ -103,8 +103,8 @@ class Guide:
         """Nodes of the draft that it has seen after them."""
         self._follows_drafts = True
         """Whether rows of drafts are looked at; not after a draft led to where the format is too complex."""
-        self._restart()
-        if self._matcher.is_error():
+        # The first time, other answers may have left too little of what matchers share for all of this one.
+        if not (self._restart() or self._restart()):
             raise InvalidArgumentError(
                 f"The answer so far does not follow the output format: {_plain(self._matcher.get_error())}.",
                 field="output_format",
@@ -150,18 +150,20 @@ class Guide:
         self._answer += new_token_ids
         if self._matcher.consume_tokens(new_token_ids) and self._fill_row(rows, 0):
             return
-        self._restart()  # it may be what a draft led to, or other answers in this format
-        if not self._fill_row(rows, 0):
-            raise InvalidArgumentError(
-                f"The output format is too complex: {_plain(self._matcher.get_error())}. Make it simpler.",
-                field="output_format",
-                reason="OUTPUT_FORMAT_TOO_COMPLEX",
-            )
+        for _ in range(2):  # it may be what a draft led to, and then other answers in this format
+            if self._restart() and self._fill_row(rows, 0):
+                return
+        raise InvalidArgumentError(
+            f"The output format is too complex: {_plain(self._matcher.get_error())}. Make it simpler.",
+            field="output_format",
+            reason="OUTPUT_FORMAT_TOO_COMPLEX",
+        )
 
-    def _restart(self) -> None:
-        """Begin with another matcher. One that failed stays so."""
+    def _restart(self) -> bool:
+        """Begin with another matcher, as one that failed stays so. Return whether it takes the answer."""
         self._matcher, self._path = self._compiled.matcher(), []
-        self._matcher.consume_tokens(self._answer)
+        taken: bool = self._matcher.consume_tokens(self._answer)
+        return taken
 
     def _go_to(self, draft: DraftTree, path: list[int]) -> None:
         """Show the matcher the nodes of a path after the answer, and no others."""

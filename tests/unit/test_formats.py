@@ -150,6 +150,15 @@ async def test_a_beginning_that_does_not_follow_the_format_is_refused(formats: F
         await formats.guide(FORMATS[0], ids("Sure! {"), {EOS})
 
 
+async def test_an_answer_goes_on_although_others_have_used_up_what_they_share(formats: Formats) -> None:
+    random, a, b = Random(1), *ids("ab")
+    asked = OutputFormat(regex="([ab]*a[ab]{13}c)*")
+    for _ in range(25):
+        begun = random.choices([a, b], k=600)
+        guide = await formats.guide(asked, begun, {EOS})
+    assert {a, b} <= allowed(rows_of(guide, begun)[0])
+
+
 async def test_whitespace_in_json_has_an_end(formats: Formats) -> None:
     guide = await formats.guide(OutputFormat(json_object=True), [], {EOS})
     assert set(ids(" ")) <= allowed(rows_of(guide, ids("{" + " " * 31))[0])
