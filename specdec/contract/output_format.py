@@ -18,6 +18,8 @@ grows with the square of its length."""
 MAX_CHOICES = 1024
 MAX_CHOICES_BYTES = 2**16
 """Most bytes of all choices together."""
+_SETTINGS_OF_COMPILER = "x-guidance"
+"""With it, a schema could tell llguidance to let keywords be, and to allow whitespace without an end."""
 
 
 _HasOutputFormat = gateway_pb2.GenerateRequest | verifier_pb2.VerifyOpen
@@ -124,6 +126,8 @@ def _validate_schema(schema: str | Mapping[str, Any]) -> None:
         _refuse("json_schema", f"json_schema is not JSON: {error}.")
     if not isinstance(parsed, dict):
         _refuse("json_schema", "json_schema must be a JSON object, such as {}.")
+    if _SETTINGS_OF_COMPILER in parsed:
+        _refuse("json_schema", f"{_SETTINGS_OF_COMPILER} is not a keyword of JSON Schema; leave it out.")
     size = sum(len(pattern.encode(errors="replace")) for pattern in _patterns(parsed))
     if size > MAX_REGEX_BYTES:
         _refuse(

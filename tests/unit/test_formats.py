@@ -227,6 +227,13 @@ def test_all_patterns_of_a_schema_together_are_as_short_as_one_pattern() -> None
         assert caught.value.field == "output_format.json_schema"
 
 
+@pytest.mark.parametrize("schema", ['{"x-guidance": {"lenient": true}}', '{"\\u0078-guidance": {}}'])
+def test_a_schema_sets_nothing_of_its_compiler(schema: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="not a keyword of JSON Schema") as caught:
+        OutputFormat(json_schema=schema).validate()
+    assert caught.value.field == "output_format.json_schema"
+
+
 def deep_schema() -> str:
     """Return the deepest schema of those that are not too long: each part of it is within the one before."""
     parts: dict[str, Any] = {"end": {}}
