@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from time import thread_time
 from typing import TypeVar
 
 import numpy
@@ -34,6 +35,8 @@ _LIMITS = LLParserLimits(
 _COMPILER_STACK_BYTES = 2**28
 """More than the longest schema can use: schemas are compiled by recursion, some 10 KB a level, and a stack
 that is too small would end the process. Memory is taken as far as it is used."""
+_DRAFT_SECONDS = 0.02
+"""See `Guide`. Drafts in a usual format take a few milliseconds."""
 _MAX_REASON = 300
 _ALL = -1
 
@@ -81,6 +84,8 @@ class Guide:
         num_tokens: number of tokens that masks are about.
         output_token_ids: see `formats.Formats.guide`.
         stop_token_ids: see `formats.Formats.guide`.
+        draft_seconds: time of a processor after which no further node of a draft is followed in a call of
+            `fill`. Fewer drafts are accepted then; the answer is the same.
 
     Raises:
         InvalidArgumentError: the answer does not follow the format.
@@ -92,7 +97,9 @@ class Guide:
         num_tokens: int,
         output_token_ids: Sequence[int],
         stop_token_ids: Collection[int],
+        draft_seconds: float = _DRAFT_SECONDS,
     ) -> None:
+        self._draft_seconds = draft_seconds
         self.num_words = (num_tokens + 31) // 32
         """Width of a row of a mask."""
         self._compiled = compiled
@@ -131,14 +138,12 @@ class Guide:
         self._fill_first(rows, output_token_ids)
         is_known = [True]
         unknown: set[int] = set()
+        end = thread_time() + self._draft_seconds
         for node, (parent, token_id) in enumerate(zip(draft.parents, draft.token_ids, strict=True)):
             may_follow = is_known[parent + 1] and token_id not in self._stop_token_ids
             is_possible = may_follow and _is_allowed(rows[parent + 1], token_id)
-            if is_possible and self._follows_drafts:
-                self._go_to(draft, draft.path_to(node))
-                self._follows_drafts = self._fill_row(rows, node + 1)
-            is_known.append(is_possible and self._follows_drafts)
-            if is_possible and not self._follows_drafts:
+            is_known.append(is_possible and thread_time() < end and self._fill_node(rows, draft, node))
+            if is_possible and not is_known[-1]:
                 unknown.add(node)
         if not self._matcher.is_error():
             self._go_to(draft, [])
@@ -158,6 +163,13 @@ class Guide:
             field="output_format",
             reason="OUTPUT_FORMAT_TOO_COMPLEX",
         )
+
+    def _fill_node(self, rows: MaskRows, draft: DraftTree, node: int) -> bool:
+        """Fill in what may follow a node of a draft. Return whether that is known."""
+        if self._follows_drafts:
+            self._go_to(draft, draft.path_to(node))
+            self._follows_drafts = self._fill_row(rows, node + 1)
+        return self._follows_drafts
 
     def _restart(self) -> bool:
         """Begin with another matcher, as one that failed stays so. Return whether it takes the answer."""

@@ -180,6 +180,20 @@ async def test_what_a_draft_leads_to_fails_nobody_who_does_not_get_there(formats
     assert allowed(rows_of(await formats.guide(TOO_COMPLEX, [], {EOS}), [])[0]) == {x, y}
 
 
+async def test_drafts_that_there_is_no_time_to_follow_are_unknown(formats: Formats) -> None:
+    a, b, x = ids("abx")
+    compiled = await formats.compiled(OutputFormat(regex="[ab]{9}"))
+    guide = Guide(compiled, NUM_ROWS_OF_HEAD, [], {EOS}, draft_seconds=0)
+    patient = Guide(compiled, NUM_ROWS_OF_HEAD, [], {EOS})
+    draft = DraftTree((a, x, b, b), (-1, -1, -1, 0))
+    rows = numpy.zeros((5, guide.num_words), numpy.int32)
+    for output in ([], [a], [a, b]):
+        assert guide.fill(rows, output, draft) == {0, 2}, "what follows an unknown node cannot be picked"
+        assert (rows[0] == rows_of(patient, output)[0]).all()
+        assert (rows[1:] == -1).all()
+    assert not patient.fill(rows, [a, b], draft)
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
