@@ -35,6 +35,8 @@ _LIMITS = LLParserLimits(
 _COMPILER_STACK_BYTES = 2**28
 """More than the longest schema can use: schemas are compiled by recursion, some 10 KB a level, and a stack
 that is too small would end the process. Memory is taken as far as it is used."""
+_stack_size = threading.Lock()
+"""Held while the size is another one: it is that of all threads which the process starts meanwhile."""
 _DRAFT_SECONDS = 0.02
 """See `Guide`. Drafts in a usual format take a few milliseconds."""
 _MAX_REASON = 300
@@ -207,12 +209,13 @@ def _on_deep_stack(function: Callable[[], ValueT]) -> ValueT:
         except BaseException as error:
             outcome.set_exception(error)
 
-    usual = threading.stack_size(_COMPILER_STACK_BYTES)
     thread = threading.Thread(target=run, name="format compiler")
-    try:
-        thread.start()
-    finally:
-        threading.stack_size(usual)
+    with _stack_size:
+        usual = threading.stack_size(_COMPILER_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
     thread.join()
     return outcome.result()
 

@@ -7,11 +7,11 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -331,11 +331,21 @@ async def test_a_format_is_compiled_once(formats: Formats) -> None:
     assert await formats.compiled(FORMATS[1]) is not first, "only so many are kept"
 
 
+async def test_formats_compiled_side_by_side_leave_the_stacks_of_other_threads_alone(
+    formats: Formats,
+) -> None:
+    compiled, usual = await formats.compiled(FORMATS[3]), threading.stack_size()
+    with ThreadPoolExecutor(8) as threads:
+        matchers = list(threads.map(lambda _: compiled._compile(), range(200)))
+    assert not any(matcher.is_error() for matcher in matchers)
+    assert threading.stack_size() == usual
+
+
 class HeldChoices(tuple[str, ...]):
     """Choices whose compilation waits until it may go on."""
 
     def __init__(self, _: Sequence[str]) -> None:
-        self.has_begun, self.may_go_on = Event(), Event()
+        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
 
     def __iter__(self) -> Iterator[str]:
         self.has_begun.set()
