@@ -39,6 +39,8 @@ _stack_size = threading.Lock()
 """Held while the size is another one: it is that of all threads which the process starts meanwhile."""
 _DRAFT_SECONDS = 0.02
 """See `Guide`. Drafts in a usual format take a few milliseconds."""
+_DEAD_END = "NoExtension"
+"""What llguidance says where some text may follow, but no token of the vocabulary."""
 _MAX_REASON = 300
 _ALL = -1
 
@@ -160,11 +162,8 @@ class Guide:
         for _ in range(2):  # it may be what a draft led to, and then other answers in this format
             if self._restart() and self._fill_row(rows, 0):
                 return
-        raise InvalidArgumentError(
-            f"The output format is too complex: {_plain(self._matcher.get_error())}. Make it simpler.",
-            field="output_format",
-            reason="OUTPUT_FORMAT_TOO_COMPLEX",
-        )
+        error = self._matcher.get_error()
+        raise cannot_be_followed(error) if error.startswith(_DEAD_END) else _too_complex(error)
 
     def _fill_node(self, rows: MaskRows, draft: DraftTree, node: int) -> bool:
         """Fill in what may follow a node of a draft. Return whether that is known."""
@@ -229,8 +228,18 @@ def cannot_be_followed(message: str) -> InvalidArgumentError:
     )
 
 
+def _too_complex(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"The output format is too complex: {_plain(message)}. Make it simpler.",
+        field="output_format",
+        reason="OUTPUT_FORMAT_TOO_COMPLEX",
+    )
+
+
 def _plain(message: str) -> str:
     """Return one line of a message of llguidance: of several, what is wrong rather than where."""
+    if message.startswith(_DEAD_END):
+        return "the model has no token with which the answer could go on in it"
     lines = re.split(r"<state>|<non-verbose", message)[0].strip().splitlines()
     found = next((line for line in lines if line.startswith("error: ")), lines[0] if lines else "unknown")
     plain = re.sub(r"^(error: |at \d+\(\d+\): )", "", found).strip().rstrip(".")

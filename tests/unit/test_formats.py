@@ -276,6 +276,21 @@ print(guide.num_words)
     assert result.stdout.strip() == "9", result.stderr
 
 
+async def test_where_the_model_has_no_token_to_go_on_it_is_said_so(folder: Path, tmp_path: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in byte_tokenizer().convert_ids_to_tokens(ids("\u00e9")):
+        del tokenizer["model"]["vocab"][token]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    formats = Formats(tmp_path, NUM_ROWS_OF_HEAD, [EOS])
+    guide = await formats.guide(OutputFormat(choices=("a\u00e9", "b")), [], {EOS})
+    assert allowed(rows_of(guide, [])[0]) == set(ids("ab"))
+    with pytest.raises(InvalidArgumentError, match="cannot be followed: the model has no token") as caught:
+        rows_of(guide, ids("a"))
+    assert caught.value.reason == "BAD_OUTPUT_FORMAT"
+    with pytest.raises(InvalidArgumentError, match="cannot be followed: the model has no token"):
+        await formats.guide(OutputFormat(choices=("\u00e9",)), [], {EOS})
+
+
 async def test_without_a_tokenizer_or_an_end_there_are_no_formats(folder: Path, tmp_path: Path) -> None:
     bare = Formats(tmp_path, 260, [EOS])
     assert "has no tokenizer.json" in bare.refusal
