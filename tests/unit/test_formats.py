@@ -3,13 +3,8 @@ follow, or that was made to do harm, is refused."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -20,10 +15,8 @@ import pytest
 import torch
 
 from specdec.contract.draft_tree import NO_DRAFT, DraftTree, from_chains
-from specdec.contract.errors import FailedPreconditionError, InternalError, InvalidArgumentError
-from specdec.contract.output_format import MAX_REGEX_BYTES, MAX_SCHEMA_BYTES, OutputFormat
-from tests.raw_streams import until
-from tests.tiny_chat import save_tiny_chat_model
+from specdec.contract.errors import InternalError, InvalidArgumentError
+from specdec.contract.output_format import OutputFormat
 from tests.tiny_models import EOS, byte_tokenizer
 from verifier_service.formats import Formats
 from verifier_service.guide import Guide, MaskRows
@@ -221,61 +214,6 @@ async def test_a_format_that_cannot_be_followed_is_refused(
     assert "<" not in caught.value.message
 
 
-def of_patterns(size: int) -> list[dict[str, Any]]:
-    """Return schemas with so many bytes of patterns."""
-    short, half = {"pattern": "\u00e9a"}, "a" * (size // 2 - 3)
-    return [
-        {"type": "string", "pattern": "a" * size},
-        {"$ref": "#/x/0/y", "x": [{"y": {"pattern": half}}, {"pattern": half}, short, short]},
-        {"patternProperties": {half: {"pattern": half}, "\u00e9": short, "b": {}}},
-        {"properties": {"pattern": {"pattern": "a" * size}, "const": {"const": "b" * 5000}}},
-    ]
-
-
-def test_all_patterns_of_a_schema_together_are_as_short_as_one_pattern() -> None:
-    for schema in of_patterns(MAX_REGEX_BYTES):
-        OutputFormat(json_schema=schema).validate()
-    for schema in of_patterns(MAX_REGEX_BYTES + 2):
-        with pytest.raises(InvalidArgumentError, match="patterns in json_schema have 4098 bytes") as caught:
-            OutputFormat(json_schema=json.dumps(schema)).validate()
-        assert caught.value.field == "output_format.json_schema"
-
-
-@pytest.mark.parametrize("schema", ['{"x-guidance": {"lenient": true}}', '{"\\u0078-guidance": {}}'])
-def test_a_schema_sets_nothing_of_its_compiler(schema: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="not a keyword of JSON Schema") as caught:
-        OutputFormat(json_schema=schema).validate()
-    assert caught.value.field == "output_format.json_schema"
-
-
-def deep_schema() -> str:
-    """Return the deepest schema of those that are not too long: each part of it is within the one before."""
-    parts: dict[str, Any] = {"end": {}}
-    inner: dict[str, Any] = {"$ref": "#/d/end"}
-    while len(json.dumps({"d": parts}, separators=(",", ":"))) < MAX_SCHEMA_BYTES - 1000:
-        for _ in range(40):
-            inner = {"properties": {"a": inner}}
-        parts[str(len(parts))] = inner
-        inner = {"$ref": f"#/d/{len(parts) - 1}"}
-    return json.dumps({"d": parts, **inner}, separators=(",", ":"))
-
-
-def test_a_schema_as_deep_as_can_be_is_compiled_or_refused(folder: Path, tmp_path: Path) -> None:
-    # In a process of its own: a stack that overflows would end it.
-    (tmp_path / "schema.json").write_text(deep_schema())
-    code = f"""
-import asyncio, pathlib
-from specdec.contract.output_format import OutputFormat
-from verifier_service.formats import Formats
-schema = pathlib.Path({str(tmp_path / "schema.json")!r}).read_text()
-formats = Formats(pathlib.Path({str(folder)!r}), 260, [{EOS}])
-guide = asyncio.run(formats.guide(OutputFormat(json_schema=schema), [], {{{EOS}}}))
-print(guide.num_words)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == "9", result.stderr
-
-
 async def test_where_the_model_has_no_token_to_go_on_it_is_said_so(folder: Path, tmp_path: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     for token in byte_tokenizer().convert_ids_to_tokens(ids("\u00e9")):
@@ -289,22 +227,6 @@ async def test_where_the_model_has_no_token_to_go_on_it_is_said_so(folder: Path,
     assert caught.value.reason == "BAD_OUTPUT_FORMAT"
     with pytest.raises(InvalidArgumentError, match="cannot be followed: the model has no token"):
         await formats.guide(OutputFormat(choices=("\u00e9",)), [], {EOS})
-
-
-async def test_without_a_tokenizer_or_an_end_there_are_no_formats(folder: Path, tmp_path: Path) -> None:
-    bare = Formats(tmp_path, 260, [EOS])
-    assert "has no tokenizer.json" in bare.refusal
-    endless = Formats(folder, 260, [])
-    assert "no end token" in endless.refusal
-    for formats in (bare, endless):
-        with pytest.raises(FailedPreconditionError, match="takes no output format"):
-            await formats.guide(FORMATS[1], [], {EOS})
-
-
-async def test_a_tokenizer_that_formats_do_not_know_is_said_to_be_one(tmp_path: Path) -> None:
-    words = Formats(save_tiny_chat_model(tmp_path), 128, [0])
-    with pytest.raises(FailedPreconditionError, match="its tokenizer is of a kind"):
-        await words.guide(FORMATS[1], [], {EOS})
 
 
 async def test_masks_of_a_pass_lie_in_buffers_that_stay(formats: Formats, caplog: Any) -> None:
@@ -336,54 +258,3 @@ async def test_masks_of_a_pass_lie_in_buffers_that_stay(formats: Formats, caplog
     (many,) = buffers.masks([(session(other, []), DraftTree((yes[0], *[5] * 99)))])
     assert many.mask.shape == (101, guide.num_words)  # type: ignore[union-attr]
     assert allowed(many.mask.numpy()[1]) == set(ids("e"))  # type: ignore[union-attr]
-
-
-async def test_a_format_is_compiled_once(formats: Formats) -> None:
-    first = await formats.compiled(FORMATS[1])
-    assert await formats.compiled(OutputFormat(json_object=True)) is first
-    for number in range(16):
-        await formats.compiled(OutputFormat(choices=(f"choice {number}",)))
-    assert await formats.compiled(FORMATS[1]) is not first, "only so many are kept"
-
-
-async def test_formats_compiled_side_by_side_leave_the_stacks_of_other_threads_alone(
-    formats: Formats,
-) -> None:
-    compiled, usual = await formats.compiled(FORMATS[3]), threading.stack_size()
-    with ThreadPoolExecutor(8) as threads:
-        matchers = list(threads.map(lambda _: compiled._compile(), range(200)))
-    assert not any(matcher.is_error() for matcher in matchers)
-    assert threading.stack_size() == usual
-
-
-class HeldChoices(tuple[str, ...]):
-    """Choices whose compilation waits until it may go on."""
-
-    def __init__(self, _: Sequence[str]) -> None:
-        self.has_begun, self.may_go_on = threading.Event(), threading.Event()
-
-    def __iter__(self) -> Iterator[str]:
-        self.has_begun.set()
-        assert self.may_go_on.wait(60)
-        return super().__iter__()
-
-
-async def test_a_format_that_nobody_waits_for_any_more_keeps_its_turn(formats: Formats) -> None:
-    threads = ThreadPoolExecutor(2)
-    asyncio.get_running_loop().set_default_executor(threads)
-    first, second = HeldChoices(["a"]), HeldChoices(["b"])
-    second.may_go_on.set()
-    try:
-        asked = asyncio.create_task(formats.compiled(OutputFormat(choices=first)))
-        await until(first.has_begun.is_set)
-        asked.cancel()
-        await asyncio.wait([asked])
-        assert asked.cancelled()
-        other = asyncio.create_task(formats.compiled(OutputFormat(choices=second)))
-        await asyncio.sleep(0)  # here it would take the free thread, which then does what comes next
-        await asyncio.to_thread(str)
-        assert not second.has_begun.is_set()
-    finally:
-        first.may_go_on.set()
-    await other
-    assert second.has_begun.is_set()
