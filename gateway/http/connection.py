@@ -67,6 +67,9 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if self.is_busy and not self.cycle.more_body:
+            self._end_after_this_answer()
+            return
         if self._head_since is None:
             self._head_since = self.loop.time()
         super().data_received(data)
@@ -105,6 +108,15 @@ class Connection(H11Protocol):
         """Close the connection, or let it close with the answer to its request."""
         with suppress(h11.LocalProtocolError):
             self.shutdown()
+
+    def _end_after_this_answer(self) -> None:
+        """Close the connection with the answer that it waits for, and throw away what comes before that.
+
+        Kept for later, it would have to stay in the kernel, and with it the news that the client has gone.
+        """
+        if self.cycle.keep_alive:
+            self.cycle.keep_alive = False
+            self.headers.append(CLOSE_HEADER)
 
     def _make_room(self) -> bool:
         """End the connection that has been without a request for the longest time, and return whether there

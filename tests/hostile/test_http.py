@@ -234,11 +234,45 @@ class TestConnections:
     @shared
     async def test_requests_that_come_together_are_answered_in_turn(self, system: System) -> None:
         async with connected(front_of(system).address) as peer:
-            for number in range(4):
-                peer.ask(COMPLETIONS, ASKED, x_request_id=f"r{number}")
+            asked = [request_bytes(COMPLETIONS, ASKED, x_request_id=f"r{number}") for number in range(4)]
+            peer.send(b"".join(asked))
             replies = [await peer.reply() for _ in range(4)]
         assert [reply.headers["x-request-id"] for reply in replies] == ["r0", "r1", "r2", "r3"]
         assert {reply.status for reply in replies} == {200}
+
+
+LATE = [b"\r\n", request_bytes(COMPLETIONS, ASKED)]
+"""What a client may send before it has the answer to its request."""
+
+
+class TestWhatComesDuringAnAnswer:
+    @pytest.mark.parametrize("late", LATE, ids=["an empty line", "a request"])
+    async def test_it_does_not_hide_that_the_client_goes(self, late: bytes, tiny_llama: Path) -> None:
+        async with gated(tiny_llama) as (system, gate):
+            async with connected(front_of(system).address) as peer:
+                peer.ask(COMPLETIONS, GATED)
+                await gate.reached()
+                peer.send(late)
+                peer.writer.close()
+                await eventually(lambda: system.gateway.generations.num_requests == 0)
+            gate.open()
+            await assert_clean(system)
+
+    @pytest.mark.parametrize("late", LATE, ids=["an empty line", "a request"])
+    async def test_the_connection_ends_with_the_answer(self, late: bytes, tiny_llama: Path) -> None:
+        async with gated(tiny_llama) as (system, gate):
+            front = front_of(system)
+            async with connected(front.address) as peer:
+                peer.ask(COMPLETIONS, GATED)
+                await gate.reached()
+                (connection,) = front._server._connections()  # type: ignore[union-attr]
+                peer.send(late)
+                await until(lambda: not connection.cycle.keep_alive)
+                gate.open()
+                reply = await peer.reply()
+                assert (reply.status, reply.headers["connection"]) == (200, "close")
+                await ends(peer)
+            await assert_clean(system)
 
 
 @contextmanager
