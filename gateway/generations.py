@@ -135,21 +135,20 @@ class Generations:
         trace = RequestTrace(self._tracer, traceparent, is_trusted=backends.config.trust_traceparent)
         # The task has this context to itself; log lines of the request carry its trace id.
         attach(set_span_in_context(trace.span))
+        num_bytes = request.ByteSize()
         wanted = request.max_new_tokens if request.HasField("max_new_tokens") else None
         try:
             with ExitStack() as admission:
                 with backends.metrics.counting_refusals():
                     require_length(wanted, backends.config.max_output_tokens)
                     # Before the limits count it: a request that is refused does not use them up.
-                    self._queue.require_room(_caller_name(), request.ByteSize())
+                    self._queue.require_room(_caller_name(), num_bytes)
                     max_new_tokens = admission.enter_context(
                         self._callers.admitted(wanted, backends.config.default_max_new_tokens)
                     )
                     expected = ExpectedTime(backends.answer_times, max_new_tokens)
                     may = may_begin(recipient.remaining_s, expected.longest_s)
-                    place = admission.enter_context(
-                        self._queue.place(_caller_name(), request.ByteSize(), may)
-                    )
+                    place = admission.enter_context(self._queue.place(_caller_name(), num_bytes, may))
                 call = _Call(request, recipient, backends, trace, arrived_ns, place, expected)
                 try:
                     await self._run_in_turn(call)

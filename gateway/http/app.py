@@ -68,10 +68,7 @@ class App:
         return await self._answer(request, CompletionRequest, CompletionAnswers)
 
     async def _answer(self, request: Request, kind: type[RequestT], answers: type[Answers]) -> Response:
-        asked = await self.bodies.read(request, kind)
-        messages = asked.to_messages()
-        if any(message.ByteSize() > self._config.max_message_bytes for message in messages):
-            raise self.bodies.too_long()
+        asked, messages = await self.bodies.read(request, kind)
         backends = self._generations.loaded()
         self._require_model(asked.model)
         written = answers(

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from gateway.config import GatewayConfig
 from gateway.http.requests import GenerationRequest, parse
 from specdec.service.first_message import TIMEOUT_S, Turns
+from specdec.v1 import gateway_pb2
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
@@ -20,7 +21,7 @@ _DISCARDED = 4
 """A body of up to so many times the longest is received all the same, and thrown away: a client that still
 writes would not see what it is told."""
 _LONG_BYTES = 2**16
-"""Bodies shorter than that are parsed at once."""
+"""Bodies shorter than that are parsed at once, on the event loop."""
 
 
 class Bodies:
@@ -29,16 +30,19 @@ class Bodies:
     def __init__(self, config: GatewayConfig) -> None:
         self.timeout_s = TIMEOUT_S
         self.turns = Turns()
+        self._max_message_bytes = config.max_message_bytes
         self.max_bytes = _ESCAPES * config.max_message_bytes
         """Longest body."""
         self._parsing = asyncio.Lock()
 
-    async def read(self, request: Request, kind: type[RequestT]) -> RequestT:
-        """Return what a body asks for.
+    async def read(
+        self, request: Request, kind: type[RequestT]
+    ) -> tuple[RequestT, list[gateway_pb2.GenerateRequest]]:
+        """Return what a body asks for, and the messages that ask for each answer, in the order of the choices.
 
         Raises:
             HTTPException: the body is not JSON, is too long, or does not come.
-            InvalidArgumentError: a field is of the wrong type.
+            InvalidArgumentError: a field is out of range or of the wrong type.
             ClientDisconnect: the client has gone.
         """
         # A browser asks before it sends this type for a page of another site.
@@ -53,9 +57,19 @@ class Bodies:
                 408, f"The body did not arrive within {self.timeout_s:g} s; send it again."
             ) from None
         if len(body) < _LONG_BYTES:
-            return parse(kind, body)
+            return self._understand(kind, body)
         async with self._parsing:  # one at a time, for the memory it takes
-            return await asyncio.to_thread(parse, kind, body)
+            return await asyncio.to_thread(self._understand, kind, body)
+
+    def _understand(
+        self, kind: type[RequestT], body: bytes
+    ) -> tuple[RequestT, list[gateway_pb2.GenerateRequest]]:
+        asked = parse(kind, body)
+        prompts = asked.prompt_messages()
+        # Before there are copies of them.
+        if any(prompt.ByteSize() > self._max_message_bytes for prompt in prompts):
+            raise self.too_long()
+        return asked, [message for prompt in prompts for message in asked.choice_messages(prompt)]
 
     async def _receive(self, request: Request) -> bytes:
         announced = request.headers.get("content-length", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -104,10 +104,8 @@ class GenerationRequest(Unsupported):
                 "stream_options needs stream to be true; leave it out.", field="stream_options"
             )
 
-    def to_messages(self) -> list[gateway_pb2.GenerateRequest]:
-        """Return the messages that ask for each answer, in the order of their choices.
-
-        Several answers to a prompt have seeds that follow on each other.
+    def prompt_messages(self) -> list[gateway_pb2.GenerateRequest]:
+        """Return a message for each prompt, which asks for an answer to it.
 
         Raises:
             InvalidArgumentError: naming the field that is out of range or of the wrong type.
@@ -121,11 +119,26 @@ class GenerationRequest(Unsupported):
                 field="n",
             )
         options = self._options()
-        return [
-            build_request(prompt, replace(each, raw=is_raw))
-            for prompt, is_raw in prompts
-            for each in _with_seeds(options, self.num_choices)
-        ]
+        return [build_request(prompt, replace(options, raw=is_raw)) for prompt, is_raw in prompts]
+
+    def choice_messages(self, message: gateway_pb2.GenerateRequest) -> list[gateway_pb2.GenerateRequest]:
+        """Return the messages that ask for each answer to a prompt, with seeds that follow on each other.
+
+        Args:
+            message: one of `prompt_messages`.
+        """
+        if self.num_choices == 1:
+            return [message]
+        sampling = SamplingParams(temperature=message.sampling.temperature, seed=self.seed)
+        first = with_seed(sampling).noise_seed
+        messages = []
+        for index in range(self.num_choices):
+            choice = gateway_pb2.GenerateRequest()
+            choice.CopyFrom(message)
+            if not sampling.is_greedy:
+                choice.sampling.seed = (first + index) % _SEEDS
+            messages.append(choice)
+        return messages
 
     def _options(self) -> GenerateOptions:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -286,18 +299,6 @@ def _unsupported(field: str) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"{field} is not supported here; leave it out.", field=field, reason="UNSUPPORTED_FIELD"
     )
-
-
-def _with_seeds(options: GenerateOptions, number: int) -> Iterable[GenerateOptions]:
-    """Yield options for so many answers, with seeds of their own."""
-    sampling = options.sampling
-    if number == 1 or sampling.is_greedy:
-        yield from [options] * number
-        return
-    sampling.validate()
-    first = with_seed(sampling).noise_seed
-    for index in range(number):
-        yield replace(options, sampling=replace(sampling, seed=(first + index) % _SEEDS))
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytest_asyncio
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Message
 
+from gateway.config import GatewayConfig
+from gateway.http.bodies import Bodies
+from gateway.http.requests import CompletionRequest
 from gateway.http.server import HttpFront
+from specdec.client.generation import GenerateOptions
+from specdec.client.wire import build_request
+from specdec.contract.sampling import SamplingParams
+from specdec.v1 import gateway_pb2
 from tests.http_front import CHAT, COMPLETIONS, Peer, Reply, ask, connected, request_bytes
 from tests.integration.gated_drafter import Gate, eventually, gated_system
 from tests.raw_streams import until
@@ -73,7 +85,55 @@ async def ends(peer: Peer) -> None:
         assert await peer.is_ended()
 
 
+class Watched(CompletionRequest):
+    """A request that says which threads turn it into messages."""
+
+    threads: ClassVar[list[int]] = []
+
+    def prompt_messages(self) -> list[gateway_pb2.GenerateRequest]:
+        self.threads.append(threading.get_ident())
+        return super().prompt_messages()
+
+    def choice_messages(self, message: gateway_pb2.GenerateRequest) -> list[gateway_pb2.GenerateRequest]:
+        self.threads.append(threading.get_ident())
+        return super().choice_messages(message)
+
+
+async def read_by_hand(bodies: Bodies, fields: dict[str, Any]) -> list[gateway_pb2.GenerateRequest]:
+    """Return the messages that a body asks for."""
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": json.dumps(fields).encode()}
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    _, messages = await bodies.read(Request(scope, receive), Watched)
+    return messages
+
+
 class TestBodies:
+    @pytest.mark.parametrize(("temperature", "seeds"), [(0.8, [7, 8, 9]), (0, [7, 7, 7])])
+    async def test_a_long_body_becomes_messages_in_another_thread(
+        self, temperature: float, seeds: list[int]
+    ) -> None:
+        bodies = Bodies(GatewayConfig(verifier="127.0.0.1:1"))
+        prompt, body = [200] * 30_000, {"temperature": temperature, "seed": 7}
+        Watched.threads.clear()
+        messages = await read_by_hand(bodies, body | {"prompt": prompt, "n": 3})
+        assert len(Watched.threads) == 2, "the prompt is built once, and copied"
+        assert threading.get_ident() not in Watched.threads
+        sampling = SamplingParams(temperature=temperature)
+        assert messages == [
+            build_request(prompt, GenerateOptions(sampling=replace(sampling, seed=seed))) for seed in seeds
+        ]
+
+    async def test_a_prompt_too_long_is_refused_before_it_is_copied(self) -> None:
+        config = GatewayConfig(verifier="127.0.0.1:1", max_prompt_bytes=MAX_PROMPT_BYTES)
+        Watched.threads.clear()
+        with pytest.raises(HTTPException, match="413"):
+            await read_by_hand(Bodies(config), {"prompt": "x" * config.max_message_bytes, "n": 16})
+        assert len(Watched.threads) == 1
+        assert threading.get_ident() not in Watched.threads
+
     @shared
     async def test_a_body_too_long_is_refused_and_thrown_away(self, system: System) -> None:
         front = front_of(system)
