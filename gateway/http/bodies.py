@@ -38,7 +38,7 @@ class Bodies:
     async def read(
         self, request: Request, kind: type[RequestT]
     ) -> tuple[RequestT, list[gateway_pb2.GenerateRequest]]:
-        """Return what a body asks for, and the messages that ask for each answer, in the order of the choices.
+        """Return what a body asks for, and the messages that ask for each answer, in the order of choices.
 
         Raises:
             HTTPException: the body is not JSON, is too long, or does not come.

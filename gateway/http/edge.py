@@ -61,11 +61,11 @@ class Edge:
         except asyncio.CancelledError:
             # Only the end of the drain does that, and nobody awaits this task's cancellation.
             stopping = UnavailableError("The gateway has stopped; try again.", reason="DRAINING")
-            await exchange.fail(status_of(stopping), error_content(stopping), {})
+            await exchange.fail(status_of(stopping), error_content(stopping), error_headers(stopping))
         except Exception as error:
             log_defect(logger, "request failed", error)
             defect = InternalError(f"The server has a defect: {type(error).__name__}.")
-            await exchange.fail(status_of(defect), error_content(defect), {})
+            await exchange.fail(status_of(defect), error_content(defect), error_headers(defect))
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         headers = _text_headers(scope)

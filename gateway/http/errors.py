@@ -33,6 +33,9 @@ _TYPES = {
     429: "rate_limit_error",
 }
 """OpenAI's name of the kind of an error, by its status, where it has one of its own."""
+_FINAL = (409, 500, 501, 504)
+"""Statuses that OpenAI's clients would try again after, and that the next try would have as well: what took too
+long would take as long again."""
 _FIELDS = {
     "chat.messages.role": "messages",
     "chat.messages": "messages",
@@ -65,8 +68,10 @@ def http_error_content(error: HTTPException) -> dict[str, Any]:
 
 
 def error_headers(error: SpecdecError) -> dict[str, str]:
-    """Return the headers of an error: when to try again, and what credentials are wanted."""
+    """Return the headers of an error: whether and when to try again, and what credentials are wanted."""
     headers = {}
+    if status_of(error) in _FINAL:
+        headers["x-should-retry"] = "false"
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if status_of(error) == HTTPStatus.UNAUTHORIZED:

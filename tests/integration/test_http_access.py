@@ -107,6 +107,7 @@ class TestCallers:
             assert system.gateway.http
             reply = await ask(system.gateway.http.address, "/v1/models")
         assert (reply.status, reply.error["type"]) == (500, "server_error")
+        assert reply.headers["x-should-retry"] == "false"
         assert b"secret" not in reply.body
         assert "secret" not in caplog.text
 
