@@ -45,6 +45,15 @@ class Reply:
         assert data[-1] == "[DONE]"
         return [json.loads(event) for event in data[:-1]]
 
+    @property
+    def last_error(self) -> dict[str, Any]:
+        """The error that is the last event of a stream."""
+        assert b"[DONE]" not in self.body
+        *_, last, end = self.body.decode().split("\n\n")
+        assert end == ""
+        error: dict[str, Any] = json.loads(last.removeprefix("data: "))["error"]
+        return error
+
 
 class Peer:
     """A connection to an HTTP server."""
@@ -59,9 +68,13 @@ class Peer:
         """Send a request; it is a GET without a body."""
         self.send(request_bytes(path, body, **headers))
 
-    async def reply(self) -> Reply:
-        """Read one response."""
-        head = await self.reader.readuntil(b"\r\n\r\n")
+    async def head(self) -> bytes:
+        """Read the head of a response."""
+        return await self.reader.readuntil(b"\r\n\r\n")
+
+    async def reply(self, head: bytes | None = None) -> Reply:
+        """Read one response; a head is one that was read before."""
+        head = head or await self.head()
         first, *lines = head.decode("latin-1").rstrip().split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         return Reply(int(first.split()[1]), headers, await self._body(headers))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
@@ -18,6 +19,7 @@ from gateway.http.answers import Answers, ChatAnswers, CompletionAnswers
 from gateway.http.bodies import Bodies
 from gateway.http.choices import Choice, run_choices
 from gateway.http.edge import HEALTH
+from gateway.http.errors import told
 from gateway.http.events import EventStream, to_json
 from gateway.http.requests import ChatRequest, CompletionRequest, GenerationRequest
 from specdec.client.generation import Token
@@ -163,10 +165,12 @@ class _Stream(Response):
                 self._generations, self._messages, take, receive, traceparent=traceparent, finish=finish
             )
             await stream.end([self._answers.usage(done)])
-        except SpecdecError as error:
-            if not stream.is_begun or error.reason == "NOT_READ":
+        except (ClientDisconnect, BrokenPipeError):
+            raise
+        except (Exception, asyncio.CancelledError) as failure:
+            if not stream.is_begun or (isinstance(failure, SpecdecError) and failure.reason == "NOT_READ"):
                 raise
-            await stream.fail(error)
+            await stream.fail(told(failure))
 
     def _first(self, choice: Choice) -> dict[str, Any] | None:
         if choice.index in self._begun:

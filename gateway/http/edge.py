@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
@@ -13,20 +12,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.http.errors import error_content, error_headers, http_error_content, status_of
-from specdec.contract.errors import (
-    DeadlineExceededError,
-    InternalError,
-    SpecdecError,
-    UnavailableError,
-    log_defect,
-)
+from gateway.http.errors import error_content, error_headers, http_error_content, status_of, told
+from specdec.contract.errors import DeadlineExceededError
 from specdec.contract.protocol import REQUEST_ID_METADATA
 from specdec.contract.request_id import REQUEST_ID, checked_request_id, new_request_id
 from specdec.service.auth import CALLER, Authenticator
 from specdec.service.sessions import WRITE_TIMEOUT_S
-
-logger = logging.getLogger(__name__)
 
 ABORT = "specdec.abort"
 """Extension of a request's scope, with a function "call" that ends its connection at once."""
@@ -54,18 +45,12 @@ class Edge:
             await self._answer(scope, exchange)
         except (ClientDisconnect, BrokenPipeError):
             exchange.abort()
-        except HTTPException as error:
-            await exchange.fail(error.status_code, http_error_content(error), dict(error.headers or {}))
-        except SpecdecError as error:
+        except HTTPException as refusal:
+            content = http_error_content(refusal)
+            await exchange.fail(refusal.status_code, content, dict(refusal.headers or {}))
+        except (Exception, asyncio.CancelledError) as failure:
+            error = told(failure)
             await exchange.fail(status_of(error), error_content(error), error_headers(error))
-        except asyncio.CancelledError:
-            # Only the end of the drain does that, and nobody awaits this task's cancellation.
-            stopping = UnavailableError("The gateway has stopped; try again.", reason="DRAINING")
-            await exchange.fail(status_of(stopping), error_content(stopping), error_headers(stopping))
-        except Exception as error:
-            log_defect(logger, "request failed", error)
-            defect = InternalError(f"The server has a defect: {type(error).__name__}.")
-            await exchange.fail(status_of(defect), error_content(defect), error_headers(defect))
 
     async def _answer(self, scope: Scope, exchange: _Exchange) -> None:
         headers = _text_headers(scope)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import re
 from http import HTTPStatus
@@ -10,7 +12,15 @@ from typing import Any
 import grpc
 from starlette.exceptions import HTTPException
 
-from specdec.contract.errors import SpecdecError, status_code
+from specdec.contract.errors import (
+    InternalError,
+    SpecdecError,
+    UnavailableError,
+    log_defect,
+    status_code,
+)
+
+logger = logging.getLogger(__name__)
 
 STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -34,8 +44,8 @@ _TYPES = {
 }
 """OpenAI's name of the kind of an error, by its status, where it has one of its own."""
 _FINAL = (409, 500, 501, 504)
-"""Statuses that OpenAI's clients would try again after, and that the next try would have as well: what took too
-long would take as long again."""
+"""Statuses after which OpenAI's clients would try again, only to get them again: what took too long would
+take as long."""
 _FIELDS = {
     "chat.messages.role": "messages",
     "chat.messages": "messages",
@@ -48,6 +58,17 @@ _FIELDS = {
 """Fields of a request that have another name over HTTP."""
 _NAMED = re.compile(rf"\b({'|'.join(name for name in _FIELDS if '_' in name)})\b")
 """Those among them that are no words of everyday English, in a message."""
+
+
+def told(error: BaseException) -> SpecdecError:
+    """Return what a client is told of what ended its request; of a defect, which is logged, its kind."""
+    if isinstance(error, SpecdecError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        # Only the end of the drain does that, and nobody awaits the cancellation of a request's task.
+        return UnavailableError("The gateway has stopped; try again.", reason="DRAINING")
+    log_defect(logger, "request failed", error)
+    return InternalError(f"The server has a defect: {type(error).__name__}.")
 
 
 def status_of(error: SpecdecError) -> int:

@@ -42,23 +42,21 @@ class EventStream:
     async def end(self, contents: Sequence[dict[str, Any] | None]) -> None:
         """Send the last events, and that they were the last."""
         events = b"".join(_event(content) for content in contents if content is not None)
-        await self._write(events + _DONE)
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._write(events + _DONE, is_last=True)
 
     async def fail(self, error: SpecdecError) -> None:
         """End the stream with an error."""
-        await self._write(_event(error_content(error)))
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._write(_event(error_content(error)), is_last=True)
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes, *, is_last: bool = False) -> None:
         data = padded(data, self._padding)
         if not data:
             return
         async with self._lock:
             if not self.is_begun:
-                self.is_begun = True
                 await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+                self.is_begun = True
+            await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
 
 def padded(data: bytes, multiple: int) -> bytes:

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from gateway.config import GatewayConfig
+from gateway.http.answers import Answers
 from gateway.http.bodies import Bodies
 from gateway.http.requests import CompletionRequest
 from gateway.http.server import HttpFront
@@ -430,9 +431,7 @@ class TestTimes:
             reply = await ask(front_of(system).address, COMPLETIONS, GATED | LETTERS | {"stream": stream})
             if stream:
                 assert reply.status == 200, "the first token was there"
-                *_, last, end = reply.body.decode().split("\n\n")
-                assert end == ""
-                error = json.loads(last.removeprefix("data: "))["error"]
+                error = reply.last_error
             else:
                 assert (reply.status, reply.headers["x-should-retry"]) == (504, "false")
                 error = reply.error
@@ -495,15 +494,37 @@ class TestDrain:
         async with gated(tiny_llama) as (system, gate):
             front = front_of(system)
             async with connected(front.address) as peer:
-                peer.ask(COMPLETIONS, GATED | {"stream": stream})
+                peer.ask(COMPLETIONS, GATED | LETTERS | {"stream": stream})
                 await gate.reached()
+                head = await peer.head() if stream else None
                 await system.gateway.host.stop(grace_s=0.2)
-                if not stream:
-                    reply = await peer.reply()
-                    assert (reply.status, reply.error["code"]) == (503, "draining")
+                reply = await peer.reply(head)
+                assert reply.status == (200 if stream else 503)
+                error = reply.last_error if stream else reply.error
+                assert (error["type"], error["code"]) == ("server_error", "draining")
                 await ends(peer)
             assert system.gateway.generations.num_requests == 0
             gate.open()
+
+
+async def test_a_defect_in_mid_stream_is_told(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("secret")
+
+    async with gated(tiny_llama) as (system, gate):
+        async with connected(front_of(system).address) as peer:
+            peer.ask(COMPLETIONS, GATED | LETTERS | {"stream": True})
+            await gate.reached()
+            head = await peer.head()
+            monkeypatch.setattr(Answers, "last", fail)
+            gate.open()
+            error = (await peer.reply(head)).last_error
+            assert (error["type"], error["code"]) == ("server_error", "internal")
+            assert "secret" not in error["message"]
+            assert "request failed" in caplog.messages
+        await assert_clean(system)
 
 
 class TestPadding:
