@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -17,12 +18,14 @@ from gateway.config import GatewayConfig
 from gateway.generations import Generations
 from gateway.http.answers import Answers, ChatAnswers, CompletionAnswers
 from gateway.http.bodies import Bodies
-from gateway.http.choices import Choice, run_choices
+from gateway.http.choices import Choice, Finish, Take, run_choices
 from gateway.http.edge import HEALTH
 from gateway.http.errors import told
 from gateway.http.events import EventStream, to_json
+from gateway.http.fields import StructuredOutputs
+from gateway.http.formats import refusing_as_asked
 from gateway.http.requests import ChatRequest, CompletionRequest, GenerationRequest
-from specdec.client.generation import Token
+from specdec.client.generation import Generation, Token
 from specdec.contract.errors import NotFoundError, SpecdecError
 from specdec.models.embedded import DEFAULT_MODEL
 from specdec.v1 import gateway_pb2
@@ -79,20 +82,16 @@ class App:
             has_logprobs=asked.num_top_logprobs is not None,
             has_usage=asked.wants_usage,
         )
+        run = _Run(self._generations, messages, asked.structured_outputs, _traceparent(request))
         if asked.stream:
-            return _Stream(self._generations, messages, written, self._config.stream_padding)
-        return await self._whole(request, messages, written)
+            return _Stream(run, written, self._config.stream_padding)
+        return await self._whole(request, run, written)
 
-    async def _whole(
-        self, request: Request, messages: Sequence[gateway_pb2.GenerateRequest], answers: Answers
-    ) -> Response:
+    async def _whole(self, request: Request, run: _Run, answers: Answers) -> Response:
         async def ignore(*_: object) -> None:
             pass
 
-        traceparent = _traceparent(request)
-        generations = await run_choices(
-            self._generations, messages, ignore, request.receive, traceparent=traceparent, finish=ignore
-        )
+        generations = await run(ignore, request.receive, finish=ignore)
         body = to_json(answers.whole(generations))
         if self._config.stream_padding:
             body += b" " * (-len(body) % self._config.stream_padding)
@@ -133,19 +132,34 @@ class App:
         return JSONResponse({"status": "ok"})
 
 
+@dataclass(frozen=True)
+class _Run:
+    """The generations that answer a request, to be run."""
+
+    generations: Generations
+    messages: Sequence[gateway_pb2.GenerateRequest]
+    structured: StructuredOutputs | None
+    traceparent: str
+
+    async def __call__(self, take: Take, receive: Receive, *, finish: Finish) -> list[Generation]:
+        """Run them; see `run_choices`."""
+        with refusing_as_asked(self.structured):
+            return await run_choices(
+                self.generations,
+                self.messages,
+                take,
+                receive,
+                traceparent=self.traceparent,
+                finish=finish,
+            )
+
+
 class _Stream(Response):
     """An answer that is told as it comes."""
 
-    def __init__(
-        self,
-        generations: Generations,
-        messages: Sequence[gateway_pb2.GenerateRequest],
-        answers: Answers,
-        padding: int,
-    ) -> None:
+    def __init__(self, run: _Run, answers: Answers, padding: int) -> None:
         super().__init__()
-        self._generations, self._messages = generations, messages
-        self._answers, self._padding = answers, padding
+        self._run, self._answers, self._padding = run, answers, padding
         self._begun: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -159,11 +173,8 @@ class _Stream(Response):
         async def finish(choice: Choice) -> None:
             await stream.events([self._first(choice), self._answers.last(choice.index, choice.result())])
 
-        traceparent = _traceparent(Request(scope))
         try:
-            done = await run_choices(
-                self._generations, self._messages, take, receive, traceparent=traceparent, finish=finish
-            )
+            done = await self._run(take, receive, finish=finish)
             await stream.end([self._answers.usage(done)])
         except (ClientDisconnect, BrokenPipeError):
             raise

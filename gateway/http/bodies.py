@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from gateway.config import GatewayConfig
+from gateway.http.formats import refusing_as_asked
 from gateway.http.requests import GenerationRequest, parse
 from specdec.service.first_message import TIMEOUT_S, Turns
 from specdec.v1 import gateway_pb2
@@ -65,7 +66,8 @@ class Bodies:
         self, kind: type[RequestT], body: bytes
     ) -> tuple[RequestT, list[gateway_pb2.GenerateRequest]]:
         asked = parse(kind, body)
-        prompts = asked.prompt_messages()
+        with refusing_as_asked(asked.structured_outputs):
+            prompts = asked.prompt_messages()
         # Before there are copies of them.
         if any(prompt.ByteSize() > self._max_message_bytes for prompt in prompts):
             raise self.too_long()

@@ -19,6 +19,8 @@ _MAX_STEM = 120
 
 Take = Callable[["Choice", Sequence[Token]], Awaitable[None]]
 """Takes the tokens of a choice as they come. A round may release none."""
+Finish = Callable[["Choice"], Awaitable[None]]
+"""Is told of a choice that is whole."""
 
 
 class Choice:
@@ -60,7 +62,7 @@ async def run_choices(
     receive: Receive,
     *,
     traceparent: str,
-    finish: Callable[[Choice], Awaitable[None]],
+    finish: Finish,
 ) -> list[Generation]:
     """Run a generation for each request, and return the answers in their order.
 

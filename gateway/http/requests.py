@@ -14,14 +14,13 @@ from gateway.http.fields import (
     Empty,
     ListOf,
     ResponseFormat,
-    SchemaFormat,
     StructuredOutputs,
     Unsupported,
 )
+from gateway.http.formats import output_format_of
 from specdec.client.generation import GenerateOptions, Prompt
 from specdec.client.wire import build_request
 from specdec.contract.errors import InvalidArgumentError
-from specdec.contract.output_format import OutputFormat
 from specdec.contract.sampling import MAX_TOP_LOGPROBS, SamplingParams, with_seed
 from specdec.v1 import gateway_pb2
 
@@ -152,34 +151,10 @@ class GenerationRequest(Unsupported):
             stop_token_ids=self.stop_token_ids and tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             num_top_logprobs=self.num_top_logprobs,
-            output_format=self._output_format(),
+            output_format=output_format_of(self.response_format, self.structured_outputs),
             cache_salt=self.cache_salt,
         )
         return GenerateOptions(sampling=self._sampling(), **given)
-
-    def _output_format(self) -> OutputFormat | None:
-        """Return which texts the answer may be; None: any.
-
-        Raises:
-            InvalidArgumentError: there are two formats.
-        """
-        asked, other = self.response_format, self.structured_outputs
-        if other is not None:
-            if asked is not None and asked.type != "text":
-                raise InvalidArgumentError(
-                    "structured_outputs does not go with a response_format; leave one of them out.",
-                    field="structured_outputs",
-                )
-            choices = None if other.choice is None else tuple(other.choice)
-            return OutputFormat(
-                json_schema=other.json_,
-                regex=other.regex,
-                choices=choices,
-                json_object=bool(other.json_object),
-            )
-        if isinstance(asked, SchemaFormat):
-            return OutputFormat(json_schema=asked.json_schema.schema_)
-        return OutputFormat(json_object=True) if asked and asked.type == "json_object" else None
 
     def _sampling(self) -> SamplingParams:
         given = _given(

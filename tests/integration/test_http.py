@@ -293,8 +293,16 @@ class TestRefusals:
                 "response_format",
                 "poem",
             ),
-            ({"structured_outputs": {"regex": "("}}, "response_format", "unclosed"),
-            ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "response_format", "exactly one"),
+            ({"structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed"),
+            ({"structured_outputs": {"json": {"type": "poem"}}}, "structured_outputs", "poem"),
+            ({"structured_outputs": {"json": "{"}}, "structured_outputs", "json is not JSON"),
+            ({"structured_outputs": {"choice": [""]}}, "structured_outputs", "choice[0] is"),
+            ({"structured_outputs": {"choice": []}}, "structured_outputs", "0 choices;"),
+            (
+                {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+                "structured_outputs",
+                "one of json, regex, choice, json_object; set exactly one",
+            ),
             ({"structured_outputs": {"grammar": "x"}}, "structured_outputs", ""),
             (
                 {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
