@@ -68,18 +68,25 @@ class StructuredOutputs(Body):
     regex: str | None = None
     choice: ListOf[str] | None = None
     json_object: bool | None = None
+    disable_additional_properties: Literal[False] | None = None
+    disable_any_whitespace: Literal[False] | None = None
     grammar: None = None
     structural_tag: None = None
+    whitespace_pattern: None = None
 
 
 class Unsupported(Body):
     """Fields that would change the answer and are not supported, with the values that ask for nothing."""
 
+    add_generation_prompt: Literal[True] | None = None
+    add_special_tokens: bool | None = None
+    """Which value asks for nothing depends on the path: a chat template writes special tokens itself."""
     audio: None = None
     bad_words: Empty | None = None
     chat_template: None = None
     chat_template_kwargs: None = None
     continue_final_message: Literal[False] | None = None
+    documents: Empty | None = None
     echo: Literal[False] | None = None
     function_call: Literal["none", "auto"] | None = None
     functions: Empty | None = None
@@ -87,6 +94,7 @@ class Unsupported(Body):
     guided_grammar: None = None
     guided_json: None = None
     guided_regex: None = None
+    include_stop_str_in_output: Literal[False] | None = None
     logits_processors: Empty | None = None
     min_tokens: Literal[0] | None = None
     modalities: ListOf[Literal["text"]] | None = None

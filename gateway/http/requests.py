@@ -197,6 +197,7 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[ListOf[ChatTurn], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    add_special_tokens: Literal[False] | None = None
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -226,6 +227,7 @@ class CompletionRequest(GenerationRequest):
     prompt: str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     best_of: int | None = None
+    add_special_tokens: Literal[True] | None = None
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -264,6 +264,10 @@ class TestAnswers:
             "n": None,
             "stop": None,
             "echo": False,
+            "add_generation_prompt": True,
+            "add_special_tokens": False,
+            "documents": [],
+            "include_stop_str_in_output": False,
             "my_own_field": [1, 2],
         }
         turns = [
@@ -304,6 +308,25 @@ class TestRefusals:
                 "one of json, regex, choice, json_object; set exactly one",
             ),
             ({"structured_outputs": {"grammar": "x"}}, "structured_outputs", ""),
+            (
+                {"structured_outputs": {"json_object": True, "whitespace_pattern": " "}},
+                "structured_outputs",
+                "whitespace_pattern",
+            ),
+            (
+                {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+                "structured_outputs",
+                "disable_any_whitespace",
+            ),
+            (
+                {"structured_outputs": {"json_object": True, "disable_additional_properties": True}},
+                "structured_outputs",
+                "disable_additional_properties",
+            ),
+            ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "not supported"),
+            ({"add_generation_prompt": False}, "add_generation_prompt", "not supported"),
+            ({"add_special_tokens": True}, "add_special_tokens", "not supported"),
+            ({"documents": [{"text": "x"}]}, "documents", "not supported"),
             (
                 {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
                 "structured_outputs",
@@ -365,6 +388,7 @@ class TestRefusals:
             ({"prompt": [-1]}, "prompt", "-1"),
             ({"prompt": ["a"] * 9, "n": 2}, "n", "9 prompts"),
             ({"echo": True}, "echo", "not supported"),
+            ({"add_special_tokens": False}, "add_special_tokens", "not supported"),
             ({"suffix": "end"}, "suffix", "not supported"),
             ({"best_of": 3}, "best_of", "not supported"),
             ({"logprobs": 21}, "logprobs", "20"),
