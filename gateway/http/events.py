@@ -71,9 +71,14 @@ def padded(data: bytes, multiple: int) -> bytes:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(content) + b"\n\n"
+    # Clients that split a stream as Python splits lines would break an event at U+2028, for example.
+    return b"data: " + to_json(content, is_ascii=True) + b"\n\n"
 
 
-def to_json(content: object) -> bytes:
-    """Return what JSON writes of a content, without blanks."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+def to_json(content: object, *, is_ascii: bool = False) -> bytes:
+    """Return what JSON writes of a content, without blanks.
+
+    Args:
+        is_ascii: characters beyond ASCII are escaped.
+    """
+    return json.dumps(content, ensure_ascii=is_ascii, separators=(",", ":")).encode()

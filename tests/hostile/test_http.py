@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,12 @@ from starlette.types import Message
 from gateway.config import GatewayConfig
 from gateway.http.answers import Answers
 from gateway.http.bodies import Bodies
+from gateway.http.events import EventStream
 from gateway.http.requests import CompletionRequest
 from gateway.http.server import HttpFront
 from specdec.client.generation import GenerateOptions
 from specdec.client.wire import build_request
+from specdec.contract.errors import InvalidArgumentError
 from specdec.contract.sampling import SamplingParams
 from specdec.v1 import gateway_pb2
 from tests.http_front import CHAT, COMPLETIONS, Peer, Reply, ask, connected, request_bytes
@@ -525,6 +527,22 @@ async def test_a_defect_in_mid_stream_is_told(
             assert "secret" not in error["message"]
             assert "request failed" in caplog.messages
         await assert_clean(system)
+
+
+async def test_events_have_no_character_that_ends_a_line_for_somebody() -> None:
+    text = "a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1d\x1ee\r\n"
+    sent = bytearray()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.extend(message.get("body", b""))
+
+    stream = EventStream(send, padding=0)
+    await stream.events([{"text": text}])
+    await stream.fail(InvalidArgumentError(text))
+    event, empty, error, end = sent.decode().splitlines()
+    assert (empty, end) == ("", "")
+    assert json.loads(event.removeprefix("data: ")) == {"text": text}
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == text
 
 
 class TestPadding:
