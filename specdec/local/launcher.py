@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Self
 
-from specdec.contract.errors import NotFoundError, UnavailableError
+from specdec.contract.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
 from specdec.models.embedded import DEFAULT_MODEL
 from specdec.models.extra import require_models_extra
@@ -90,8 +90,15 @@ def service_specs(config: SystemConfig) -> list[ServiceSpec]:
 
     Raises:
         FailedPreconditionError: a port for HTTP is given, and the extra that it needs is not installed.
+        InvalidArgumentError: both ports of the gateway are the same.
         UnavailableError: a port of the gateway is taken.
     """
+    if config.http_port and config.http_port == config.gateway_port:
+        raise InvalidArgumentError(
+            f"--port and --http-port are both {config.http_port}; gRPC and HTTP need a port each. Pass "
+            "another one, or 0 for any free port.",
+            field="http_port",
+        )
     for port in filter(None, (config.gateway_port, config.http_port)):
         _require_free(port)
     *ports, http_port = free_ports(4)

@@ -19,7 +19,12 @@ from typing import Any
 import psutil
 import pytest
 
-from specdec.contract.errors import FailedPreconditionError, RequestCancelledError, UnavailableError
+from specdec.contract.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RequestCancelledError,
+    UnavailableError,
+)
 from specdec.local import probe
 from specdec.local.launcher import LocalSystem, SystemConfig, service_specs
 from specdec.local.processes import ServiceGroup, ServiceSpec, free_ports
@@ -545,6 +550,12 @@ def test_a_port_in_use_is_refused_before_anything_starts() -> None:
         for config in (SystemConfig(gateway_port=port), SystemConfig(http_port=port)):
             with pytest.raises(UnavailableError, match=rf"Port {port} .* another --port"):
                 service_specs(config)
+
+
+def test_grpc_and_http_need_a_port_each() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(InvalidArgumentError, match=f"--port and --http-port are both {port}"):
+        service_specs(SystemConfig(gateway_port=port, http_port=port))
 
 
 def test_without_the_extra_there_is_no_http(monkeypatch: pytest.MonkeyPatch) -> None:
