@@ -281,16 +281,29 @@ async def test_where_nobody_has_room_a_preempted_session_waits_for_its_turn(
     world.assert_all_is_given_back()
 
 
+TOO_SMALL = InvalidArgumentError("larger than the pool", reason="EXCEEDS_KV_POOL")
+
+
 async def test_a_preempted_session_that_fits_nowhere_ends(make_world: Callable[..., World]) -> None:
-    """The verifier that it ran on is gone, and the other one is too small; nobody begins while it tries."""
-    too_small = InvalidArgumentError("larger than the pool", reason="EXCEEDS_KV_POOL")
-    world = make_world(None, *[too_small] * 9)
+    """The verifier that it ran on is gone, but may be back; the other one is too small."""
+    world = make_world(None, *[TOO_SMALL] * 9)
     world.end_of_first = PREEMPTED
-    async with world.session() as session:
+    async with world.session(wait_s=0.1) as session:
         await session.open("")
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(UnavailableError):
             await session.verify(3, [], "")
     assert len(world.refusals) <= 1
+    assert len(world.sessions) <= 3, "who is too small is not asked again and again"
+    world.assert_all_is_given_back()
+
+
+async def test_a_lost_session_passes_by_who_is_too_small(make_world: Callable[..., World]) -> None:
+    world = make_world(None, TOO_SMALL, None)
+    async with world.session(wait_s=0.1) as session:
+        await session.open("")
+        with pytest.raises(UnavailableError, match="it was lost nobody is there"):
+            await session.verify(3, [], "")
+    assert world.num_picked == 1
     world.assert_all_is_given_back()
 
 
