@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ KILL_GRACE_S = 10.0
 
 LOG_TAIL_LINES = 15
 _STDERR = 2
+_PORTS = range(20_000, 32_768)
+"""Ports that the kernel leaves to services: by default, outgoing connections get those above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,21 @@ class ServiceSpec:
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Find different ports on which nothing listens."""
-    sockets = [socket.create_server((host, 0)) for _ in range(count)]
+    sockets = [_listening(host) for _ in range(count)]
     try:
         return [listener.getsockname()[1] for listener in sockets]
     finally:
         for listener in sockets:
             listener.close()
+
+
+def _listening(host: str) -> socket.socket:
+    """Return a socket that listens on some port, one that outgoing connections are not given: one of them
+    could have it before the service for which it was found."""
+    for port in random.sample(_PORTS, 100):
+        with suppress(OSError):
+            return socket.create_server((host, port))
+    return socket.create_server((host, 0))
 
 
 class Service:

@@ -85,7 +85,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     config = VerifierConfig(
         model=str(folder),
         dtype="float32",
-        kv_cache_mib=2.0,
+        kv_cache_mib=8.0,
         prefill_chunk_tokens=MAX_CHUNK_TOKENS,
         max_batch_tokens=2 * MAX_CHUNK_TOKENS,
         target_state="stream",
