@@ -213,7 +213,13 @@ def _line(figures: Sequence[PassFigures]) -> Line:
 @contextmanager
 def _pinned_services(config: CheckConfig) -> Iterator[_Services]:
     cores = sorted(os.sched_getaffinity(0))
-    system = SystemConfig(model=config.model, dtype=config.dtype, drafters=config.methods, threads=1)
+    system = SystemConfig(
+        model=config.model,
+        dtype=config.dtype,
+        drafters=config.methods,
+        threads=1,
+        has_http=False,  # two gateways have the same arguments
+    )
     prepare_models(system, report)
     gateway, drafter, verifier = service_specs(system)
     second_drafter, second_gateway = (

@@ -52,6 +52,8 @@ class SystemConfig:
     """Port of the gateway; 0: any free port."""
     http_port: int = 0
     """Port of the gateway's HTTP interface, which takes the extra `http`; 0: any free port."""
+    has_http: bool = True
+    """Whether the gateway has its HTTP interface, where the extra is installed."""
     extra_args: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """More command-line arguments of each service, by its name: "gateway", "drafter" or "verifier"."""
     ready_timeout_s: float = 120.0
@@ -127,7 +129,8 @@ def _http_address(config: SystemConfig, free_port: int) -> str:
     """Return where the gateway serves HTTP; empty: what it needs for that is not installed."""
     if config.http_port:
         require_http_extra()
-    return f"{HOST}:{config.http_port or free_port}" if has_http_extra() else ""
+    is_there = config.has_http and has_http_extra()
+    return f"{HOST}:{config.http_port or free_port}" if is_there else ""
 
 
 def _spec(
