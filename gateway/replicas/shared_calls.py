@@ -17,6 +17,7 @@ from specdec.contract.errors import (
     SpecdecError,
     UnavailableError,
     from_end,
+    session_end,
 )
 from specdec.transport.outbox import Outbox
 from specdec.v1 import common_pb2
@@ -138,12 +139,13 @@ class _SharedCall:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._end(_end(grpc.StatusCode.UNAVAILABLE, "the gateway ends"))  # a task may not have begun
+        # A task that had not begun has settled nothing.
+        self._settle(session_end(grpc.StatusCode.UNAVAILABLE, "the gateway ends"))
 
     async def _read(self) -> None:
-        self._end(await self._read_to_the_end())
+        self._settle(await self._read_to_the_end())
 
-    def _end(self, end: common_pb2.SessionEnd) -> None:
+    def _settle(self, end: common_pb2.SessionEnd) -> None:
         """Tell all sessions that the call has ended."""
         self._is_over = True
         self._outbox.close()
@@ -157,10 +159,10 @@ class _SharedCall:
         try:
             while (answer := await self._call.read()) is not grpc.aio.EOF:
                 if answer is None:  # what grpc.aio makes of bytes that are not a message of the type
-                    return _end(grpc.StatusCode.UNAVAILABLE, "it sent a message that cannot be read")
+                    return session_end(grpc.StatusCode.UNAVAILABLE, "it sent a message that cannot be read")
                 if not all(map(self._deliver, answer.items)):
                     # Whoever says what nobody asked for may do so without end.
-                    return _end(
+                    return session_end(
                         grpc.StatusCode.INTERNAL, f"{self.peer} sent an answer that nobody asked for."
                     )
         except _CALL_ERRORS:
@@ -192,10 +194,6 @@ class _SharedCall:
             await self._call.done_writing()
 
 
-def _end(code: grpc.StatusCode, message: str = "", details: bytes = b"") -> common_pb2.SessionEnd:
-    return common_pb2.SessionEnd(code=code.value[0], message=message, details=details)
-
-
 async def _end_of_call(call: Any) -> common_pb2.SessionEnd:
     """Return how a call ended, as the end of each of its sessions."""
     code: grpc.StatusCode = await call.code()
@@ -204,9 +202,7 @@ async def _end_of_call(call: Any) -> common_pb2.SessionEnd:
         code, message = grpc.StatusCode.UNAVAILABLE, "the stream broke"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:  # the call has none: it is not the sessions'
         code = grpc.StatusCode.UNAVAILABLE
-    metadata = dict(await call.trailing_metadata() or ())
-    details = metadata.get("grpc-status-details-bin", b"")
-    return _end(code, message, details)
+    return session_end(code, message, await call.trailing_metadata())
 
 
 class SharedSession:
@@ -282,7 +278,7 @@ class SharedSession:
         if self._end is None:
             if self._has_begun:
                 self._call.cancel(self._number, is_answer_due=is_answer_due)
-            self.ended(_end(code))
+            self.ended(session_end(code))
 
     def _failure(self, end: common_pb2.SessionEnd) -> SpecdecError:
         """Return the error that ended the session."""

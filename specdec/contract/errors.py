@@ -202,19 +202,22 @@ def to_status(error: SpecdecError, request_id: str = "") -> grpc.Status:
 def end_of(error: SpecdecError, request_id: str = "") -> common_pb2.SessionEnd:
     """Return an error as the end of a session that shares its call with others."""
     status = to_status(error, request_id)
-    metadata: Any = status.trailing_metadata or ()
-    details = dict(metadata).get(_DETAILS_METADATA, b"")
-    return common_pb2.SessionEnd(code=status.code.value[0], message=status.details, details=details)
+    return session_end(status.code, status.details or "", status.trailing_metadata)
+
+
+def session_end(code: grpc.StatusCode, message: str = "", metadata: Any = ()) -> common_pb2.SessionEnd:
+    """Return a status as the end of a session that shares its call with others.
+
+    Args:
+        metadata: the trailing metadata that came with the status, as pairs.
+    """
+    details = dict(metadata or ()).get(_DETAILS_METADATA, b"")
+    return common_pb2.SessionEnd(code=code.value[0], message=message, details=details)
 
 
 def from_end(end: common_pb2.SessionEnd) -> SpecdecError:
     """Return the typed error of a session that shared its call with others."""
-    return _from_status(status_of(end.code), end.message, end.details)
-
-
-def status_of(number: int) -> grpc.StatusCode:
-    """Return the status code of a number; UNKNOWN: there is none."""
-    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
+    return _from_status(_CODES.get(end.code, grpc.StatusCode.UNKNOWN), end.message, end.details)
 
 
 def _shortened(message: str) -> str:

@@ -22,6 +22,7 @@ from specdec.contract.errors import (
     SpecdecError,
     UnavailableError,
     end_of,
+    session_end,
 )
 from specdec.contract.request_id import REQUEST_ID
 from specdec.service.interceptors import OpenCalls, as_error
@@ -193,7 +194,7 @@ class _SharedCall:
         if session.failure:
             end = end_of(session.failure)
         elif task.cancelled():
-            end = common_pb2.SessionEnd(code=grpc.StatusCode.CANCELLED.value[0], message="It was cancelled.")
+            end = session_end(grpc.StatusCode.CANCELLED, "It was cancelled.")
         elif panic := task.exception():  # native libraries raise what is not an Exception
             end = end_of(as_error(panic))
         else:
