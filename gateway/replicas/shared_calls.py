@@ -160,7 +160,7 @@ class _SharedCall:
             while (answer := await self._call.read()) is not grpc.aio.EOF:
                 if answer is None:  # what grpc.aio makes of bytes that are not a message of the type
                     return session_end(grpc.StatusCode.UNAVAILABLE, "it sent a message that cannot be read")
-                if not all(map(self._deliver, answer.items)):
+                if not answer.items or not all(map(self._deliver, answer.items)):
                     # Whoever says what nobody asked for may do so without end.
                     return session_end(
                         grpc.StatusCode.INTERNAL, f"{self.peer} sent an answer that nobody asked for."

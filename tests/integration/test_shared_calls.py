@@ -484,12 +484,13 @@ async def test_a_panic_ends_its_session() -> None:
 @pytest.mark.parametrize(
     "answer",
     [
+        verifier_pb2.VerifyManyResponse.FromString(b"\xfa\x3f\x01x"),
         verifier_pb2.VerifyManyResponse(items=[verifier_pb2.VerifyManyResponse.Item(session=1)]),
         verifier_pb2.VerifyManyResponse(
             items=[verifier_pb2.VerifyManyResponse.Item(session=99, end=common_pb2.SessionEnd())]
         ),
     ],
-    ids=["nothing of a session", "the end of no session"],
+    ids=["a field that nobody knows", "nothing of a session", "the end of no session"],
 )
 async def test_what_says_nothing_ends_the_call_as_well(answer: verifier_pb2.VerifyManyResponse) -> None:
     class Talker(verifier_pb2_grpc.VerifierServiceServicer):  # type: ignore[misc]
