@@ -191,11 +191,6 @@ class KvPool:
         return {"full": self.full, "sliding": self.sliding} if self.sliding else {"all": self.full}
 
     @property
-    def kept_tokens(self) -> int:
-        """Tokens that no session holds, and whose state is kept for sessions that begin alike."""
-        return self.full.prefixes.num_idle * BLOCK_TOKENS
-
-    @property
     def most_tokens(self) -> int:
         """Most tokens that a session can have."""
         if self.sliding and self._sliding_layers:

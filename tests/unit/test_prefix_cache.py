@@ -69,7 +69,7 @@ def test_the_same_beginning_is_shared_while_it_is_in_use_and_after() -> None:
     pool.free(first)
     pool.free(second)
     assert pool.free_tokens == pool.capacity_tokens
-    assert pool.kept_tokens == 3 * BLOCK_TOKENS
+    assert pool.full.prefixes.num_idle == 3
     assert held(pool, text(1, 2, 5, 6)).num_shared == 3
 
 
@@ -90,7 +90,7 @@ def test_blocks_without_the_hidden_states_are_not_shared_and_give_way_to_those_w
     with_states = held(pool, text(1, 2, rest=1), names)
     assert with_states.num_shared == 0
     pool.free(with_states)
-    assert pool.kept_tokens == 2 * BLOCK_TOKENS
+    assert pool.full.prefixes.num_idle == 2
     again = held(pool, text(1, 2, rest=1), names)
     assert again.num_shared == 2
     assert held(pool, text(1, 2, rest=1)).num_shared == 2, "who needs none does with those that have them"
@@ -112,7 +112,7 @@ def test_a_refusal_leaves_what_is_shared_as_it_was() -> None:
     pool.free(blocked)
     pool.free(kept)
     assert pool.free_tokens == pool.capacity_tokens
-    assert pool.kept_tokens == 2 * BLOCK_TOKENS
+    assert pool.full.prefixes.num_idle == 2
 
 
 @settings(max_examples=300, deadline=None)
