@@ -76,8 +76,11 @@ def _draw_concurrency(rows: Sequence[Row], path: Path) -> Path:
             below = [median - low for median, (low, _) in zip(medians, intervals, strict=True)]
             above = [high - median for median, (_, high) in zip(medians, intervals, strict=True)]
             ratios.errorbar(places, medians, yerr=[below, above], capsize=3, **style)
+    ticks = sorted({row.concurrency for row in rows})
     for axes, label in ((speeds, "tokens/s"), (ratios, "tokens/s over none")):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(number) for number in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("requests at a time")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
