@@ -80,7 +80,6 @@ def _draw_concurrency(rows: Sequence[Row], path: Path) -> Path:
     for axes, label in ((speeds, "tokens/s"), (ratios, "tokens/s over none")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(number) for number in ticks])
-        axes.minorticks_off()
         axes.set_xlabel("requests at a time")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
